@@ -1,0 +1,95 @@
+package blockmap
+
+// View is a list of byte slices that together are the content of an extent,
+// pinned where they lie until Release. It is a plain value: making one for a
+// read of up to inlineSegments pieces allocates nothing. A view belongs to one
+// goroutine at a time and is released once; the zero View is empty.
+type View struct {
+	n    int
+	few  [inlineSegments]Segment
+	many []Segment // all of them, once there are more than fit in few
+}
+
+// A 4 KiB or 64 KiB read touches one or two runs of a device nearly always.
+const inlineSegments = 4
+
+// Segment is one piece of a View.
+type Segment struct {
+	Bytes []byte // not to be written to, nor kept beyond Release
+	Zero  bool   // all of Bytes is zero: a hole of the device
+
+	pin   Pinner
+	token uint64
+}
+
+// Pinner holds bytes in place. Whoever appends a segment to a view has pinned
+// it already; Unpin takes that back.
+type Pinner interface{ Unpin(token uint64) }
+
+// zeros backs every hole. It is never written, so it costs address space and
+// one shared page.
+var zeros [1 << 20]byte
+
+// Append adds b to the end of the view. p may be nil where b needs no pin.
+func (v *View) Append(b []byte, p Pinner, token uint64) {
+	v.add(Segment{Bytes: b, pin: p, token: token})
+}
+
+// AppendZeros adds n bytes of zeros.
+func (v *View) AppendZeros(n int64) {
+	for n > 0 {
+		m := min(n, int64(len(zeros)))
+		v.add(Segment{Bytes: zeros[:m:m], Zero: true})
+		n -= m
+	}
+}
+
+func (v *View) add(s Segment) {
+	switch {
+	case v.many != nil:
+		v.many = append(v.many, s)
+	case v.n < len(v.few):
+		v.few[v.n] = s
+	default:
+		v.many = append(append(make([]Segment, 0, 4*len(v.few)), v.few[:]...), s)
+	}
+	v.n++
+}
+
+// Segments are the pieces in order. The slice is good until the view is
+// appended to, copied or released.
+func (v *View) Segments() []Segment {
+	if v.many != nil {
+		return v.many
+	}
+	return v.few[:v.n]
+}
+
+// Len is the number of bytes in the view.
+func (v *View) Len() int64 {
+	var n int64
+	for i := range v.Segments() {
+		n += int64(len(v.Segments()[i].Bytes))
+	}
+	return n
+}
+
+// CopyTo copies the view to p and returns how many bytes that were.
+func (v *View) CopyTo(p []byte) int {
+	n := 0
+	for _, s := range v.Segments() {
+		n += copy(p[n:], s.Bytes)
+	}
+	return n
+}
+
+// Release gives the bytes back. The view is empty afterwards.
+func (v *View) Release() {
+	for i, s := range v.Segments() {
+		if s.pin != nil {
+			s.pin.Unpin(s.token)
+		}
+		v.Segments()[i] = Segment{}
+	}
+	v.n, v.many = 0, nil
+}
