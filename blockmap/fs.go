@@ -16,8 +16,9 @@ import (
 // full disk, an I/O error or a power cut. OS is the real one.
 type FS interface {
 	MkdirAll(path string) error
-	// Open opens a file for reading and writing and creates it if need be.
-	Open(path string) (File, error)
+	// Open opens a file for reading and writing. One that is not there is
+	// created or, if create is false, fs.ErrNotExist.
+	Open(path string, create bool) (File, error)
 	Rename(from, to string) error
 	RemoveAll(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
@@ -59,8 +60,12 @@ func (osFS) Rename(from, to string) error               { return os.Rename(from,
 func (osFS) RemoveAll(path string) error                { return os.RemoveAll(path) }
 func (osFS) ReadDir(path string) ([]fs.DirEntry, error) { return os.ReadDir(path) }
 
-func (osFS) Open(path string) (File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+func (osFS) Open(path string, create bool) (File, error) {
+	flag := os.O_RDWR
+	if create {
+		flag |= os.O_CREATE
+	}
+	f, err := os.OpenFile(path, flag, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -132,7 +137,7 @@ func writeFile(fsys FS, path string, b []byte) error {
 	if err := fsys.RemoveAll(tmp); err != nil {
 		return err
 	}
-	f, err := fsys.Open(tmp)
+	f, err := fsys.Open(tmp, true)
 	if err != nil {
 		return err
 	}
@@ -152,19 +157,7 @@ func writeFile(fsys FS, path string, b []byte) error {
 // readFile reads a file of at most limit bytes. A file that is not there is
 // fs.ErrNotExist.
 func readFile(fsys FS, path string, limit int64) ([]byte, error) {
-	// Open would create it.
-	entries, err := fsys.ReadDir(filepath.Dir(path))
-	if err != nil {
-		return nil, err
-	}
-	found := false
-	for _, e := range entries {
-		found = found || e.Name() == filepath.Base(path)
-	}
-	if !found {
-		return nil, &os.PathError{Op: "read", Path: path, Err: fs.ErrNotExist}
-	}
-	f, err := fsys.Open(path)
+	f, err := fsys.Open(path, false)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,24 @@
+package ext4
+
+import "hash/crc32"
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// crc32c carries on a checksum as ext4 does: without the inversion before and
+// after that crc32.Update makes. The first call takes ^0, and most checksums of
+// the filesystem start from that of its UUID.
+func crc32c(crc uint32, p []byte) uint32 {
+	return ^crc32.Update(^crc, castagnoli, p)
+}
+
+// crc32cWord carries on a checksum with a little-endian word.
+func crc32cWord(crc, word uint32) uint32 {
+	var b [4]byte
+	le.PutUint32(b[:], word)
+	return crc32c(crc, b[:])
+}
+
+// inodeSeed starts the checksums of everything that belongs to one inode.
+func inodeSeed(seed, number, generation uint32) uint32 {
+	return crc32cWord(crc32cWord(seed, number), generation)
+}

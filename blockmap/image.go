@@ -1,0 +1,172 @@
+package blockmap
+
+import (
+	"context"
+	"fmt"
+)
+
+// Image is the Device of a block image: its Index laid over the streams of a
+// Cache, with a fetcher for what is not there.
+//
+// This is the way of a read. A transport asks View for an extent. The index
+// says which runs of streams the extent is made of, and each stream gives a
+// slice of its mapping if the residency has all of its blocks: a search, a
+// pin and a few bits, no lock and no copy. Where one says no, View says no, and
+// the transport calls Fault where it may wait. Fault collects the chunks that
+// are missing, hands them to the fetcher in one go, so that neighbours become
+// one request, and returns when all of them have been verified and stored.
+type Image struct {
+	ix      *Index
+	streams []*Stream
+	fetch   fetcher
+}
+
+// Want names a chunk that somebody waits for: the stream that lacks it, and
+// the table that says where in which blob it lies. (Streams of equal content
+// are one stream, but their blobs may have been compressed differently.)
+type Want struct {
+	Stream *Stream
+	Table  *Table
+	Chunk  int
+}
+
+// fetcher brings chunks into their streams.
+type fetcher interface {
+	// Fetch returns when all of wants are resident, or fails with the first
+	// cause. Prefetch returns at once, and fetches when nobody waits.
+	Fetch(ctx context.Context, wants []Want) error
+	Prefetch(wants []Want)
+}
+
+// NewImage opens the streams of ix in c. Chunks that are read and not there
+// come through f.
+func NewImage(ix *Index, c *Cache, f fetcher) (*Image, error) {
+	m := &Image{ix: ix, streams: make([]*Stream, len(ix.Streams)), fetch: f}
+	for i := range ix.Streams {
+		s, err := c.Stream(&ix.Streams[i])
+		if err != nil {
+			return nil, err
+		}
+		m.streams[i] = s
+	}
+	return m, nil
+}
+
+// Size implements Device.
+func (m *Image) Size() int64 { return int64(m.ix.Blocks) * BlockSize }
+
+// Index is what the image is made of. It is not to be changed.
+func (m *Image) Index() *Index { return m.ix }
+
+// View implements Device.
+func (m *Image) View(e Extent) (v View, ok bool) {
+	if e.Check(m.Size()) != nil {
+		return View{}, false
+	}
+	for p := range m.pieces(e) {
+		if p.stream < 0 {
+			v.AppendZeros(p.n)
+		} else if !m.streams[p.stream].view(&v, p.off, p.n) {
+			v.Release()
+			return View{}, false
+		}
+	}
+	return v, true
+}
+
+// Fault implements Device.
+func (m *Image) Fault(ctx context.Context, e Extent) error {
+	if err := e.Check(m.Size()); err != nil {
+		return err
+	}
+	missing := m.missing(e)
+	if len(missing) == 0 {
+		return ctx.Err()
+	}
+	if err := m.fetch.Fetch(ctx, missing); err != nil {
+		return fmt.Errorf("bring bytes %v: %w", e, err)
+	}
+	return nil
+}
+
+// Prefetch asks for e without waiting for it, behind all who wait.
+func (m *Image) Prefetch(e Extent) {
+	if e.Check(m.Size()) == nil {
+		m.fetch.Prefetch(m.missing(e))
+	}
+}
+
+// missing lists the chunks of e that are not resident.
+func (m *Image) missing(e Extent) (wants []Want) {
+	for p := range m.pieces(e) {
+		if p.stream < 0 {
+			continue
+		}
+		s, t := m.streams[p.stream], &m.ix.Streams[p.stream]
+		last := uint32((p.off + p.n - 1) / BlockSize)
+		for i := t.Find(uint32(p.off / BlockSize)); i < len(t.Chunks) && t.Chunks[i].Block <= last; i++ {
+			if !s.Has(i) {
+				wants = append(wants, Want{s, t, i})
+			}
+		}
+	}
+	return wants
+}
+
+// Status describes the first run of e whose blocks are alike; e is not empty
+// and within the device. The run may go on behind it: neighbours are not
+// always merged.
+func (m *Image) Status(e Extent) Status {
+	for p := range m.pieces(e) {
+		if p.stream < 0 {
+			return Status{Extent: Range(e.Start, p.n), Zero: true, Resident: true}
+		}
+		first := uint32(p.off / BlockSize)
+		last := uint32((p.off + p.n - 1) / BlockSize)
+		blocks, here := m.streams[p.stream].res.run(first, last-first+1)
+		n := int64(first+blocks)*BlockSize - p.off
+		return Status{Extent: Range(e.Start, min(n, p.n)), Resident: here}
+	}
+	return Status{Extent: e}
+}
+
+// piece is a part of an extent that is n bytes at off of one stream, or a hole
+// where stream is negative.
+type piece struct {
+	stream int
+	off, n int64
+}
+
+// pieces walks the parts of e in order.
+func (m *Image) pieces(e Extent) func(yield func(piece) bool) {
+	return func(yield func(piece) bool) {
+		if e.Len() == 0 {
+			return
+		}
+		runs := m.ix.Runs
+		i := m.ix.after(uint32(e.Start / BlockSize))
+		for at := e.Start; at < e.End; i++ {
+			if i == len(runs) {
+				yield(piece{-1, 0, e.End - at})
+				return
+			}
+			r := &runs[i]
+			start := int64(r.Device) * BlockSize
+			end := start + int64(r.Count)*BlockSize
+			if start > at {
+				n := min(start, e.End) - at
+				if !yield(piece{-1, 0, n}) {
+					return
+				}
+				at += n
+			}
+			if at < e.End {
+				n := min(end, e.End) - at
+				if !yield(piece{int(r.Stream), int64(r.Block)*BlockSize + at - start, n}) {
+					return
+				}
+				at += n
+			}
+		}
+	}
+}
