@@ -1,0 +1,113 @@
+package nbd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// conn is one connection from accept to close: first a handshake, then a
+// session. One goroutine of its own carries it through both.
+type conn struct {
+	srv    *Server
+	nc     net.Conn
+	counts counts
+
+	mu struct {
+		sync.Mutex
+		drain    bool      // the server shuts down
+		deadline time.Time // of the handshake, zero in transmission
+	}
+}
+
+// counts are the connection's share of Stats.
+type counts struct{ hits, misses, others, errors, sent atomic.Int64 }
+
+func (n *counts) load() Stats {
+	return Stats{
+		Hits:   n.hits.Load(),
+		Misses: n.misses.Load(),
+		Others: n.others.Load(),
+		Errors: n.errors.Load(),
+		Sent:   n.sent.Load(),
+	}
+}
+
+func (c *conn) serve(ctx context.Context) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer c.nc.Close()
+	log := c.srv.log().With("client", addrOf(c.nc))
+
+	c.setHandshakeDeadline(time.Now().Add(cmp.Or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout)))
+	h := &handshake{c: c, nc: c.nc, log: log, client: ClientInfo{Addr: c.nc.RemoteAddr()}}
+	defer h.drop()
+	if err := h.run(ctx); err != nil {
+		switch {
+		case errors.Is(err, errDone), c.draining():
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			log.Warn("handshake took too long")
+		default:
+			log.Warn("handshake failed", "err", err)
+		}
+		if tc, ok := h.nc.(io.Closer); ok && h.client.TLS {
+			tc.Close() // says goodbye; closes c.nc too
+		}
+		return
+	}
+	c.setHandshakeDeadline(time.Time{})
+
+	log = log.With("export", h.export.Name)
+	log.Debug("session begins", "structured", h.structured, "tls", h.client.TLS)
+	err := newSession(c, h, cancel).run(ctx)
+	switch {
+	case err == nil, ctx.Err() != nil && errors.Is(context.Cause(ctx), ErrServerClosed):
+		log.Debug("session ends")
+	default:
+		log.Warn("session fails", "err", err)
+	}
+}
+
+// setHandshakeDeadline bounds what comes next on the connection; the zero time
+// lifts the bound. Once the server shuts down nothing is waited for.
+func (c *conn) setHandshakeDeadline(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.deadline = t
+	c.nc.SetDeadline(t)
+	if c.mu.drain {
+		c.nc.SetReadDeadline(longAgo)
+	}
+}
+
+// extendHandshake gives the client back time that it had no use of.
+func (c *conn) extendHandshake(d time.Duration) {
+	c.mu.Lock()
+	t := c.mu.deadline.Add(d)
+	c.mu.Unlock()
+	c.setHandshakeDeadline(t)
+}
+
+// drain makes the connection answer what it has been asked and end. Its
+// goroutine is woken by the deadline.
+func (c *conn) drain() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.drain = true
+	c.nc.SetReadDeadline(longAgo)
+}
+
+func (c *conn) draining() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.drain
+}
+
+// longAgo as a deadline ends whatever waits.
+var longAgo = time.Unix(1, 0)

@@ -1,0 +1,119 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+
+	"thaw/blockmap"
+)
+
+// Export is a device under a name. A client sees a read-only device unless
+// Device is a [blockmap.WritableDevice] and ReadOnly is false.
+//
+// A device may have two more methods, which are used where they exist:
+//
+//	Status(e blockmap.Extent) blockmap.Status  // of the first run within e
+//	Prefetch(e blockmap.Extent)                // bring e some time; does not wait
+//
+// Status gives clients the map of holes and of what is resident. Prefetch
+// serves the CACHE command, which otherwise makes a bounded number of Faults
+// in the background.
+type Export struct {
+	Name        string // the canonical name, which LIST shows
+	Description string // for humans; may be empty
+	Device      blockmap.Device
+	ReadOnly    bool
+
+	// Clients are the names, one of which a client's verified certificate
+	// must carry for the client to open the export. Where there are none,
+	// anyone may who can connect.
+	Clients []string
+}
+
+type statuser interface {
+	Status(e blockmap.Extent) blockmap.Status
+}
+
+type prefetcher interface {
+	Prefetch(e blockmap.Extent)
+}
+
+// writable returns the device to write to, nil on a read-only export.
+func (e *Export) writable() blockmap.WritableDevice {
+	if e.ReadOnly {
+		return nil
+	}
+	w, _ := e.Device.(blockmap.WritableDevice)
+	return w
+}
+
+// flags are the transmission flags of e. DF belongs to structured replies.
+//
+// More than one connection is always welcome: a read-only device has nothing
+// to flush, and the Flush of a writable one covers the writes of all.
+func (e *Export) flags(structured bool) uint16 {
+	f := flagHasFlags | flagMultiConn | flagCache
+	if e.writable() == nil {
+		f |= flagReadOnly
+	} else {
+		f |= flagFlush | flagFUA | flagTrim | flagWriteZeroes | flagFastZero
+	}
+	if structured {
+		f |= flagDF
+	}
+	return f
+}
+
+// ClientInfo is what is known of a client when it asks for an export.
+type ClientInfo struct {
+	Addr  net.Addr // where it connects from
+	TLS   bool     // the connection is encrypted
+	Names []string // the common name and the alternative names of its verified certificate
+}
+
+// Named reports whether the client has proved to have one of the names.
+func (c ClientInfo) Named(names ...string) bool {
+	return slices.ContainsFunc(names, func(n string) bool { return slices.Contains(c.Names, n) })
+}
+
+// Exports is what a [Server] serves. Its methods may be called at once by any
+// number of connections.
+type Exports interface {
+	// Open returns the export of that name; "" is the default export. It
+	// may take its time, within ctx, to make one. The server calls release
+	// once when no connection uses the export any more that this call has
+	// given it to; release may be nil. Errors that a client is told apart
+	// are ErrUnknownExport, ErrDenied and ErrTLSRequired; for any other it
+	// reads the error's text.
+	Open(ctx context.Context, name string, c ClientInfo) (e *Export, release func(), err error)
+
+	// List returns what there is to show to c without opening anything.
+	// Only names and descriptions are looked at, and Clients to leave out
+	// what c may not open.
+	List(ctx context.Context, c ClientInfo) ([]Export, error)
+}
+
+// Errors for [Exports] to return, as they are or wrapped.
+var (
+	ErrUnknownExport = errors.New("no such export")
+	ErrDenied        = errors.New("not allowed for this client")
+	ErrTLSRequired   = errors.New("TLS is required")
+)
+
+// Static is a fixed list of exports. The first one is the default.
+type Static []Export
+
+// Open finds name in the list.
+func (s Static) Open(_ context.Context, name string, _ ClientInfo) (*Export, func(), error) {
+	for i := range s {
+		if s[i].Name == name || name == "" {
+			return &s[i], nil, nil
+		}
+	}
+	return nil, nil, ErrUnknownExport
+}
+
+// List returns the list.
+func (s Static) List(context.Context, ClientInfo) ([]Export, error) { return s, nil }

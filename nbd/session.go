@@ -1,0 +1,528 @@
+package nbd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// Sizes of a session.
+const (
+	inputReadOnly = 32 << 10  // requests only: a thousand of them
+	inputWritable = 128 << 10 // requests and small payloads
+
+	// A WRITE longer than maxPayload is refused, its payload read past, up
+	// to this length; beyond it the connection is dropped.
+	maxSkipPayload = 2 * maxPayload
+
+	maxBackground = 4       // CACHE commands at work for one connection
+	cacheStep     = 8 << 20 // what they fault in at a time
+	roundBytes    = 1 << 20 // of finished tasks that leave in one round
+
+	payloadTimeout = 5 * time.Second // for the rest of a payload once the server shuts down
+	lingerTimeout  = 500 * time.Millisecond
+)
+
+// session is the transmission phase of a connection.
+//
+// Its reader (the connection's goroutine) takes all requests that have arrived
+// with one read. Those that can be answered at once (hits) go to a batch, which
+// leaves in one write when the input is used up. All others become tasks, each
+// with a goroutine, a bounded number of them. A finished task is put on the
+// ready list, and whoever holds the write side takes it along.
+//
+//	reader ──hit──▶ batch ─────────────┐
+//	   └────miss──▶ task ──done──▶ ready ──▶ whoever writes ──writev──▶ client
+//
+// The write side is held by one goroutine at a time, not by a lock: it is the
+// reader with its batch or the first task that finds nobody writing. The holder
+// goes on until nothing is ready. A reader that finds somebody writing hands
+// over its batch and waits for that one round.
+type session struct {
+	c          *conn
+	nc         net.Conn // c.nc, or TLS over it
+	w          wire
+	log        *slog.Logger
+	cancel     context.CancelCauseFunc
+	dev        blockmap.Device
+	wdev       blockmap.WritableDevice // nil: read-only
+	size       int64
+	structured bool
+	contexts   []metaContext
+	timeout    time.Duration
+	maxTasks   int
+	maxBytes   int64
+
+	// The reader's own.
+	in         []byte
+	begin, end int   // what of in is not parsed
+	hits       batch // replies to leave at the end of the input
+	nhits      int64
+	refuse     bool // the server shuts down: no more requests
+
+	late       batch // for a task that holds the write side
+	background atomic.Int32
+	wg         sync.WaitGroup // tasks
+
+	mu struct {
+		sync.Mutex
+		changed sync.Cond // tells the reader; nobody else waits
+		writing bool      // somebody holds the write side
+		ready   taskList  // finished, to be written
+		handed  *batch    // the reader's, to be written
+		tasks   int       // not yet written, with their bytes
+		bytes   int64
+		err     error // of the write side: nothing is written any more
+	}
+}
+
+func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session {
+	s := &session{
+		c:          c,
+		nc:         h.nc,
+		w:          newWire(h.nc, cmp.Or(c.srv.WriteTimeout, DefaultWriteTimeout)),
+		log:        h.log.With("export", h.export.Name),
+		cancel:     cancel,
+		dev:        h.export.Device,
+		wdev:       h.export.writable(),
+		size:       h.export.Device.Size(),
+		structured: h.structured,
+		timeout:    cmp.Or(c.srv.FaultTimeout, DefaultFaultTimeout),
+		maxTasks:   cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
+		maxBytes:   cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
+	}
+	if h.contextsName == h.exportName {
+		s.contexts = h.contexts
+	}
+	s.in = make([]byte, inputReadOnly)
+	if s.wdev != nil {
+		s.in = make([]byte, inputWritable)
+	}
+	s.mu.changed.L = &s.mu
+	return s
+}
+
+// errDisc ends a session by the client's wish.
+var errDisc = errors.New("disconnected by the client")
+
+// run serves requests until the client disconnects (nil), the connection
+// breaks, or the server shuts down (nil). All its goroutines and views are gone
+// when it returns.
+func (s *session) run(ctx context.Context) error {
+	err := s.serve(ctx)
+	switch {
+	case err == errDisc:
+		s.idle()
+		err = nil
+	case err == io.EOF:
+		err = nil // not polite, but common
+	case errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining():
+		err = s.drain(ctx)
+	}
+	s.cancel(err)
+	s.wg.Wait()
+	s.hits.reset()
+	s.mu.Lock()
+	if s.mu.err != nil {
+		err = s.mu.err // what made the reader fail too
+	}
+	s.mu.Unlock()
+	if s.nc != s.c.nc {
+		s.nc.Close() // TLS says goodbye
+	}
+	return err
+}
+
+// serve reads and answers requests until there is a reason to stop.
+func (s *session) serve(ctx context.Context) error {
+	for {
+		n, err := s.w.read(s.in[s.end:])
+		if err != nil {
+			return err
+		}
+		s.end += n
+		if err := s.parse(ctx); err != nil {
+			return err
+		}
+		if err := s.flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// parse handles the requests that are complete in s.in and keeps the rest.
+func (s *session) parse(ctx context.Context) error {
+	for s.end-s.begin >= requestLen {
+		r, ok := parseRequest(s.in[s.begin:])
+		if !ok {
+			s.flush()
+			return fmt.Errorf("bad request magic %#x", s.in[s.begin:s.begin+4])
+		}
+		s.begin += requestLen
+		if err := s.handle(ctx, &r); err != nil {
+			s.flush()
+			return err
+		}
+	}
+	s.end = copy(s.in, s.in[s.begin:s.end])
+	s.begin = 0
+	return nil
+}
+
+// handle answers r or makes a task of it. An error ends the session.
+func (s *session) handle(ctx context.Context, r *request) error {
+	if r.cmd == cmdRead && s.check(r) == 0 { // the hit path
+		e := blockmap.Range(int64(r.offset), int64(r.length))
+		v, ok := s.hits.view(), r.length == 0
+		if !ok {
+			*v, ok = s.dev.View(e)
+		}
+		if ok {
+			s.hits.data(r, v, s.structured)
+			s.nhits++
+			if s.hits.full() {
+				return s.flush()
+			}
+			return nil
+		}
+		s.hits.dropView()
+		s.c.counts.misses.Add(1)
+		return s.launch(ctx, &task{req: *r, cost: int64(r.length)})
+	}
+	if r.cmd == cmdDisc {
+		return errDisc
+	}
+
+	s.c.counts.others.Add(1)
+	if e := s.check(r); e != 0 {
+		if r.cmd == cmdWrite {
+			if r.length > maxSkipPayload {
+				return fmt.Errorf("WRITE of %d bytes", r.length)
+			}
+			if err := s.skip(int(r.length)); err != nil {
+				return err
+			}
+		}
+		s.c.counts.errors.Add(1)
+		s.hits.fail(r.cookie, e, e.String(), -1, s.structured)
+		return s.more()
+	}
+	t := &task{req: *r}
+	switch r.cmd {
+	case cmdWrite:
+		t.cost = int64(r.length)
+		if err := s.reserve(t); err != nil {
+			return err
+		}
+		t.buf = s.c.srv.bufs.get(int(r.length))
+		if err := s.take(t.buf); err != nil {
+			s.c.srv.bufs.put(t.buf)
+			s.release(t)
+			return err
+		}
+		s.start(ctx, t)
+		return nil
+	case cmdCache:
+		s.prefetch(ctx, blockmap.Range(int64(r.offset), int64(r.length)))
+		s.hits.simple(r.cookie, 0)
+		return s.more()
+	case cmdFlush:
+		if s.wdev == nil {
+			s.hits.simple(r.cookie, 0) // nothing was written
+			return s.more()
+		}
+	case cmdBlockStatus:
+		// At most one extent a block, in each context.
+		t.cost = min(int64(r.length)/blockmap.BlockSize+2, maxExtents) * 8 * int64(len(s.contexts))
+	}
+	return s.launch(ctx, t)
+}
+
+// check finds what is wrong with r before anything is done.
+func (s *session) check(r *request) errno {
+	if s.refuse {
+		return eShutdown
+	}
+	flags := r.flags
+	if s.wdev != nil {
+		flags &^= cmdFlagFUA // advertised, so it is allowed with every command
+	}
+	switch r.cmd {
+	case cmdRead:
+		if s.structured {
+			flags &^= cmdFlagDF
+		}
+		switch {
+		case flags != 0 || !r.within(s.size):
+			return eInval
+		case r.length > maxPayload && s.structured:
+			return eOverflow
+		case r.length > maxPayload:
+			return eInval
+		}
+	case cmdWrite:
+		switch {
+		case s.wdev == nil:
+			return ePerm
+		case flags != 0 || r.length > maxPayload:
+			return eInval
+		case !r.within(s.size):
+			return eNoSpace
+		}
+	case cmdTrim:
+		switch {
+		case s.wdev == nil:
+			return ePerm
+		case flags != 0 || !r.within(s.size):
+			return eInval
+		}
+	case cmdWriteZeroes:
+		flags &^= cmdFlagNoHole | cmdFlagFastZero
+		switch {
+		case s.wdev == nil:
+			return ePerm
+		case flags != 0:
+			return eInval
+		case !r.within(s.size):
+			return eNoSpace
+		case r.flags&cmdFlagFastZero != 0 && r.flags&cmdFlagNoHole != 0:
+			return eNotSup // allocating is not known to be faster than writing
+		}
+	case cmdFlush:
+		if flags != 0 || r.offset != 0 || r.length != 0 {
+			return eInval
+		}
+	case cmdCache:
+		if flags != 0 || !r.within(s.size) {
+			return eInval
+		}
+	case cmdBlockStatus:
+		flags &^= cmdFlagReqOne
+		if flags != 0 || len(s.contexts) == 0 || r.length == 0 || !r.within(s.size) {
+			return eInval
+		}
+	default:
+		return eInval
+	}
+	return 0
+}
+
+// more writes the batch when it is full of replies.
+func (s *session) more() error {
+	if len(s.hits.bufs) >= 2*batchReplies || s.hits.full() {
+		return s.flush()
+	}
+	return nil
+}
+
+// take reads len(p) bytes of payload, first from what is here.
+func (s *session) take(p []byte) error {
+	n := copy(p, s.in[s.begin:s.end])
+	s.begin += n
+	if n == len(p) {
+		return nil
+	}
+	if err := s.flush(); err != nil { // nothing may wait for the client's payload
+		return err
+	}
+	for n < len(p) {
+		m, err := s.readPayload(p[n:])
+		if err != nil {
+			return err
+		}
+		n += m
+	}
+	return nil
+}
+
+// skip reads past n bytes of payload.
+func (s *session) skip(n int) error {
+	have := min(n, s.end-s.begin)
+	s.begin += have
+	n -= have
+	if n == 0 {
+		return nil
+	}
+	// All of s.in is used up, so it can take what is skipped.
+	s.begin, s.end = 0, 0
+	if err := s.flush(); err != nil {
+		return err
+	}
+	for n > 0 {
+		m, err := s.readPayload(s.in[:min(n, len(s.in))])
+		if err != nil {
+			return err
+		}
+		n -= m
+	}
+	return nil
+}
+
+// readPayload reads some of a payload. A shutdown gives the client a moment to
+// send the rest.
+func (s *session) readPayload(p []byte) (int, error) {
+	n, err := s.w.read(p)
+	if err == io.EOF {
+		return 0, io.ErrUnexpectedEOF
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining() && !s.refuse {
+		s.refuse = true
+		s.nc.SetReadDeadline(time.Now().Add(payloadTimeout))
+		return s.readPayload(p)
+	}
+	return n, err
+}
+
+// flush writes the batch, with whatever tasks are ready, and returns when it
+// has left.
+func (s *session) flush() error {
+	if s.hits.empty() {
+		return nil
+	}
+	if s.nhits > 0 {
+		s.c.counts.hits.Add(s.nhits)
+		s.nhits = 0
+	}
+	s.mu.Lock()
+	if s.mu.writing {
+		s.hits.handed = true
+		s.mu.handed = &s.hits
+		for s.hits.handed {
+			s.mu.changed.Wait()
+		}
+	} else {
+		s.mu.writing = true
+		s.write(&s.hits)
+	}
+	err := s.mu.err
+	s.mu.Unlock()
+	return err
+}
+
+// write holds the write side: it writes b, if any, and then what is ready and
+// what is handed over, until there is nothing. s.mu is held by the caller, who
+// has set writing, and is held again when write returns.
+func (s *session) write(b *batch) {
+	for {
+		if b == nil {
+			b = &s.late
+			if s.mu.handed != nil {
+				b, s.mu.handed = s.mu.handed, nil
+			}
+		}
+		tasks := s.mu.ready.take(roundBytes)
+		err := s.mu.err
+		s.mu.Unlock()
+
+		for t := tasks; t != nil; t = t.next {
+			t.appendTo(b, s.structured)
+		}
+		if err == nil {
+			if err = s.w.writev(b.bufs); err == nil {
+				s.c.counts.sent.Add(int64(b.size))
+			}
+		}
+		b.reset()
+
+		s.mu.Lock()
+		if err != nil && s.mu.err == nil {
+			s.mu.err = err
+			s.cancel(err)
+			s.c.nc.Close() // the reader has nothing to wait for
+		}
+		b.handed = false
+		for t := tasks; t != nil; t = t.next {
+			s.mu.tasks--
+			s.mu.bytes -= t.cost
+		}
+		s.mu.changed.Signal()
+		if s.mu.ready.first == nil && s.mu.handed == nil {
+			s.mu.writing = false
+			return
+		}
+		b = nil
+	}
+}
+
+// idle waits until all tasks are answered.
+func (s *session) idle() {
+	s.flush()
+	s.mu.Lock()
+	for s.mu.tasks > 0 {
+		s.mu.changed.Wait()
+	}
+	s.mu.Unlock()
+}
+
+// drain ends the session for a server that shuts down. What has arrived is
+// told so; what is in flight is answered; then the client sees the end of the
+// stream, behind all replies.
+func (s *session) drain(ctx context.Context) error {
+	s.refuse = true
+	s.nc.SetReadDeadline(time.Time{})
+	for range 2 { // what comes while we wait is looked at once more
+		for {
+			n, err := s.w.tryRead(s.in[s.end:])
+			if err != nil || n == 0 {
+				break
+			}
+			s.end += n
+			if err := s.parse(ctx); err != nil {
+				s.idle()
+				return nil
+			}
+			if err := s.flush(); err != nil {
+				return err
+			}
+		}
+		s.idle()
+	}
+	// Closing a socket that holds unread bytes throws away what its peer
+	// has not read yet, so the rest is read, for a moment.
+	if cw, ok := s.nc.(interface{ CloseWrite() error }); ok && cw.CloseWrite() == nil {
+		s.nc.SetReadDeadline(time.Now().Add(lingerTimeout))
+		for {
+			if _, err := s.w.read(s.in); err != nil {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// buffers are pools of payloads, one for each power of two.
+type buffers struct{ pools [26]sync.Pool }
+
+const minBuffer = 12 // log2
+
+func (b *buffers) get(n int) []byte {
+	i := class(n)
+	if p, _ := b.pools[i].Get().(*[]byte); p != nil {
+		return (*p)[:n]
+	}
+	return make([]byte, n, 1<<i)
+}
+
+func (b *buffers) put(p []byte) {
+	p = p[:0]
+	b.pools[class(cap(p))].Put(&p)
+}
+
+// class is the power of two that holds n bytes.
+func class(n int) int {
+	i := minBuffer
+	for 1<<i < n {
+		i++
+	}
+	return i
+}
