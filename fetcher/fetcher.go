@@ -38,6 +38,10 @@ type Origin interface {
 	OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 }
 
+// distruster is a body that can be told that its bytes were wrong, so that its
+// source is asked last from then on.
+type distruster interface{ Distrust() }
+
 // Options are the settings of a Fetcher. Zero values mean what is said here.
 type Options struct {
 	MaxRequests   int           // requests in flight at once; 64
@@ -47,6 +51,11 @@ type Options struct {
 	RetryFor      time.Duration // how long a chunk is tried before its readers get the error; 30 s
 	Backoff       time.Duration // before the second try, doubled each time up to 2 s; 50 ms
 	Log           *slog.Logger  // silent if nil
+
+	// Temporary says whether an origin's error may pass, RetryAfter how long
+	// the origin asked to be left alone for. Nil: every error may, at once.
+	Temporary  func(error) bool
+	RetryAfter func(error) time.Duration
 }
 
 // Stats counts what a Fetcher has done so far.
@@ -426,8 +435,8 @@ func (f *Fetcher) fetch(group []*flight) {
 		keep := func() {
 			err := f.keep(fl, *stored)
 			f.buffers.Put(stored)
-			if w, ok := body.(interface{ Wrong() }); ok && errors.Is(err, blockmap.ErrDigest) {
-				w.Wrong()
+			if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
+				b.Distrust()
 			}
 			f.finish(fl, err)
 		}
@@ -510,18 +519,20 @@ func (f *Fetcher) finish(fl *flight, err error) {
 // none.
 func (f *Fetcher) pause(fl *flight, err error) time.Duration {
 	permanent := fl.wrong >= wrongTries
-	var kind interface{ Temporary() bool }
-	if errors.As(err, &kind) && !kind.Temporary() || errors.Is(err, blockmap.ErrNoSpace) {
+	switch {
+	case errors.Is(err, blockmap.ErrDigest), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, blockmap.ErrNoSpace):
 		permanent = true
+	default:
+		permanent = permanent || f.o.Temporary != nil && !f.o.Temporary(err)
 	}
 	if permanent && fl.tries > len(fl.others) {
 		return -1
 	}
 	limit := min(f.o.Backoff<<min(fl.tries-1, 10), 2*time.Second)
 	pause := limit/2 + rand.N(limit/2+1)
-	var asked interface{ RetryAfter() time.Duration }
-	if errors.As(err, &asked) {
-		pause = max(pause, asked.RetryAfter())
+	if f.o.RetryAfter != nil {
+		pause = max(pause, f.o.RetryAfter(err))
 	}
 	if time.Since(fl.began)+pause > f.o.RetryFor {
 		return -1

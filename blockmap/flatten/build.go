@@ -1,0 +1,484 @@
+package flatten
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"runtime"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
+
+	"thaw/blockmap"
+	"thaw/blockmap/ext4"
+)
+
+// Source is the image that a block image is built from.
+type Source struct {
+	Manifest v1.Descriptor // of the image manifest
+	Config   []byte        // the image config, as it is
+	Layers   []Layer       // from the lowest up
+}
+
+// Layer is one layer of a Source.
+type Layer struct {
+	v1.Descriptor
+	// Open reads the layer as it is stored. What it returns fails, rather
+	// than ends, where the bytes are not those of the descriptor.
+	Open func(ctx context.Context) (io.ReadCloser, error)
+}
+
+// Target is where a block image goes: a repository or an OCI layout. Push
+// methods return once the thing is there for good, and do nothing for what is
+// there already.
+type Target interface {
+	HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
+	Blob(ctx context.Context, d v1.Descriptor) ([]byte, error)
+	// PushFile may move the file away.
+	PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(sent int64)) error
+	PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error
+	// Tagged returns the manifest under a tag, or nil.
+	Tagged(ctx context.Context, tag string) ([]byte, error)
+	// PushManifest puts it under its digest, and under tag unless that is
+	// empty.
+	PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error
+}
+
+// Options are the settings of a build. What is built depends on the first three
+// and the source alone.
+type Options struct {
+	Size      int64 // of the device in bytes; grown where the content needs more
+	ChunkSize int   // bytes of a full chunk, a power of two
+	Level     int   // zstd, 1 to 22
+
+	Jobs     int    // layers converted at once; 0: as many as processors
+	TempDir  string // for the streams until they are pushed; "": the system's
+	Tag      string // of the block image; "": none
+	Progress Progress
+	Log      *slog.Logger
+}
+
+// Defaults of a build.
+const (
+	DefaultSize = 8 << 30
+	// DefaultChunkSize is what won in bench/build on four real images.
+	DefaultChunkSize = 256 << 10
+	DefaultLevel     = 3
+)
+
+// Progress hears how a build goes. Its methods are called from several
+// goroutines, layer by layer in order.
+type Progress interface {
+	// Read: n more bytes of a layer's blob, as it is stored, were read.
+	Read(layer int, n int64)
+	// Push: the layer is converted, and its stream of size bytes is on its way.
+	Push(layer int, size int64)
+	// Pushed: n more bytes of the stream have been sent.
+	Pushed(layer int, n int64)
+	// Done: the layer is in the target; reused says that it was before.
+	Done(layer int, reused bool)
+}
+
+// Result says what was built.
+type Result struct {
+	Manifest   v1.Descriptor
+	Raw        []byte
+	Index      *blockmap.Index
+	IndexBytes int64
+	Layers     []LayerResult
+}
+
+// LayerResult says what became of a layer.
+type LayerResult struct {
+	DiffID  v1.Hash
+	Reused  bool // its stream was in the target already
+	Content int64
+	Stored  int64
+}
+
+// converted is a layer that is in the target.
+type converted struct {
+	toc    []byte
+	stream *v1.Descriptor // nil: no file has content
+	table  *blockmap.Table
+	reused bool
+}
+
+type builder struct {
+	Options
+	src        *Source
+	dst        Target
+	diffIDs    []v1.Hash
+	compressor *compressor
+	temp       string
+}
+
+// Build flattens src and pushes the result to dst. The manifest goes last: a
+// build that fails leaves none, only layers that were complete, which the next
+// one finds.
+func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, error) {
+	if err := CheckChunkSize(o.ChunkSize); err != nil {
+		return nil, err
+	}
+	if o.Jobs <= 0 {
+		o.Jobs = runtime.GOMAXPROCS(0)
+	}
+	if o.Progress == nil {
+		o.Progress = silent{}
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	b := &builder{Options: o, src: src, dst: dst}
+	var err error
+	if b.diffIDs, err = diffIDs(src); err != nil {
+		return nil, err
+	}
+	if b.compressor, err = newCompressor(o.ChunkSize, o.Level, runtime.GOMAXPROCS(0)); err != nil {
+		return nil, err
+	}
+	if b.temp, err = os.MkdirTemp(o.TempDir, "thaw-build-"); err != nil {
+		return nil, fmt.Errorf("make room for streams: %w", err)
+	}
+	defer os.RemoveAll(b.temp)
+	layers, err := b.layers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return b.image(ctx, layers)
+}
+
+// diffIDs are the digests of the layers' tars, which the config lists.
+func diffIDs(src *Source) ([]v1.Hash, error) {
+	var c v1.ConfigFile
+	if err := json.Unmarshal(src.Config, &c); err != nil {
+		return nil, fmt.Errorf("image config: %w", err)
+	}
+	if len(c.RootFS.DiffIDs) != len(src.Layers) {
+		return nil, fmt.Errorf("the image has %d layers, and its config lists %d: it is not a container image, or damaged",
+			len(src.Layers), len(c.RootFS.DiffIDs))
+	}
+	for _, d := range c.RootFS.DiffIDs {
+		if _, err := digestOf(d); err != nil {
+			return nil, fmt.Errorf("image config: diff ID: %w", err)
+		}
+	}
+	return c.RootFS.DiffIDs, nil
+}
+
+// digestOf turns a descriptor's hash into a Digest.
+func digestOf(h v1.Hash) (d blockmap.Digest, err error) {
+	b, err := hex.DecodeString(h.Hex)
+	if err != nil || h.Algorithm != "sha256" || len(b) != len(d) {
+		return d, fmt.Errorf("%q is not a SHA-256 digest", h)
+	}
+	return blockmap.Digest(b), nil
+}
+
+func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
+
+// layers converts what the target does not have, several layers at once. A
+// layer that the image has twice is converted once.
+func (b *builder) layers(ctx context.Context) ([]*converted, error) {
+	done := make([]*converted, len(b.src.Layers))
+	first := make(map[v1.Hash]int)
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(b.Jobs)
+	for i, id := range b.diffIDs {
+		if _, ok := first[id]; ok {
+			b.Progress.Done(i, true)
+			continue
+		}
+		first[id] = i
+		g.Go(func() (err error) {
+			done[i], err = b.layer(ctx, i)
+			if err != nil {
+				return fmt.Errorf("layer %d of %d (%s): %w", i+1, len(done), b.src.Layers[i].Digest, err)
+			}
+			b.Progress.Done(i, done[i].reused)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	for i, id := range b.diffIDs {
+		done[i] = done[first[id]]
+	}
+	return done, nil
+}
+
+// layerTag is the tag under which a conversion is kept: what it depends on.
+func (b *builder) layerTag(i int) string {
+	return fmt.Sprintf("thaw-layer-v%d-%dk-z%d-%s", layerVersion, b.ChunkSize>>10, b.Level, b.diffIDs[i].Hex)
+}
+
+func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
+	tag := b.layerTag(i)
+	c, err := b.reuse(ctx, tag)
+	if err != nil {
+		return nil, err
+	}
+	if c != nil {
+		return c, nil
+	}
+	in, err := b.src.Layers[i].Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	path := fmt.Sprintf("%s/%d", b.temp, i)
+	out, err := os.Create(path)
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(path)
+	defer out.Close()
+	diffID, err := digestOf(b.diffIDs[i])
+	if err != nil {
+		return nil, err
+	}
+	c = new(converted)
+	c.table, c.toc, err = convertLayer(ctx, b.compressor, b.ChunkSize, &counter{in, b.Progress, i}, diffID, out)
+	if err != nil {
+		return nil, err
+	}
+	if err := out.Close(); err != nil {
+		return nil, err
+	}
+	m := v1.Manifest{SchemaVersion: 2, MediaType: mediaTypeManifest, ArtifactType: ArtifactTypeLayer}
+	m.Config = describe(mediaTypeEmpty, []byte("{}"))
+	m.Layers = []v1.Descriptor{describe(MediaTypeTOC, c.toc)}
+	if len(c.table.Chunks) > 0 {
+		c.stream = streamDescriptor(c.table, b.diffIDs[i])
+		m.Layers = append(m.Layers, *c.stream)
+		b.Progress.Push(i, c.stream.Size)
+		if err := b.dst.PushFile(ctx, *c.stream, path, func(n int64) { b.Progress.Pushed(i, n) }); err != nil {
+			return nil, err
+		}
+	}
+	if err := b.dst.PushBytes(ctx, m.Layers[0], c.toc); err != nil {
+		return nil, err
+	}
+	if err := b.dst.PushBytes(ctx, m.Config, []byte("{}")); err != nil {
+		return nil, err
+	}
+	_, err = b.push(ctx, &m, tag)
+	return c, err
+}
+
+// push marshals and pushes a manifest.
+func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) (raw []byte, err error) {
+	if raw, err = json.Marshal(m); err != nil {
+		return nil, err
+	}
+	d := describe(m.MediaType, raw)
+	d.ArtifactType = m.ArtifactType
+	return raw, b.dst.PushManifest(ctx, d, raw, tag)
+}
+
+// reuse finds an earlier conversion in the target. One that is not whole any
+// more is not there.
+func (b *builder) reuse(ctx context.Context, tag string) (*converted, error) {
+	raw, err := b.dst.Tagged(ctx, tag)
+	if err != nil || raw == nil {
+		return nil, err
+	}
+	c, err := b.readLayer(ctx, raw)
+	if err != nil && ctx.Err() == nil {
+		b.Log.Warn("an earlier conversion of the layer is not of use; it is made again", "tag", tag, "cause", err)
+		return nil, nil
+	}
+	return c, err
+}
+
+func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error) {
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, err
+	}
+	if m.ArtifactType != ArtifactTypeLayer || len(m.Layers) < 1 || len(m.Layers) > 2 || m.Layers[0].MediaType != MediaTypeTOC {
+		return nil, errors.New("the manifest is not that of a converted layer")
+	}
+	c := &converted{reused: true}
+	var err error
+	if c.toc, err = b.dst.Blob(ctx, m.Layers[0]); err != nil {
+		return nil, err
+	}
+	t, err := openTOC(c.toc)
+	if err != nil {
+		return nil, err
+	}
+	c.table = &t.table
+	if (len(m.Layers) == 2) != (len(t.table.Chunks) > 0) {
+		return nil, errors.New("the manifest does not fit its table of contents")
+	}
+	if len(m.Layers) == 2 {
+		c.stream = &m.Layers[1]
+		if c.stream.Digest != hashOf(t.table.Blob) || c.stream.Size != t.table.BlobSize {
+			return nil, errors.New("the stream is not the one of its table of contents")
+		}
+		ok, err := b.dst.HasBlob(ctx, *c.stream)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			return nil, errors.New("its stream is gone")
+		}
+	}
+	return c, nil
+}
+
+// image puts the layers together.
+func (b *builder) image(ctx context.Context, layers []*converted) (*Result, error) {
+	ix := &blockmap.Index{Streams: make([]blockmap.Table, 1, len(layers)+1)}
+	m := v1.Manifest{
+		SchemaVersion: 2, MediaType: mediaTypeManifest, ArtifactType: ArtifactTypeImage,
+		Config:  describe(mediaTypeConfig, b.src.Config),
+		Layers:  make([]v1.Descriptor, 2, len(layers)+2),
+		Subject: &v1.Descriptor{MediaType: b.src.Manifest.MediaType, Size: b.src.Manifest.Size, Digest: b.src.Manifest.Digest},
+	}
+	res := &Result{}
+	t := newTree()
+	seen := make(map[v1.Hash]bool)
+	for i, c := range layers {
+		stream := uint32(len(ix.Streams))
+		if c.stream != nil {
+			ix.Streams = append(ix.Streams, *c.table)
+			if !seen[c.stream.Digest] {
+				m.Layers = append(m.Layers, *c.stream)
+				seen[c.stream.Digest] = true
+			}
+		}
+		if err := t.applyLayer(ctx, c.toc, stream); err != nil {
+			return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(layers), b.src.Layers[i].Digest, err)
+		}
+		res.Layers = append(res.Layers, LayerResult{
+			DiffID: b.diffIDs[i], Reused: c.reused,
+			Content: int64(c.table.Blocks()) * blockSize, Stored: c.table.BlobSize,
+		})
+		c.toc = nil
+	}
+	fs, err := ext4.Layout(t.inodes(), b.ext4Options())
+	if err != nil {
+		return nil, err
+	}
+	meta, err := b.metadata(ctx, fs)
+	if err != nil {
+		return nil, err
+	}
+	ix.Blocks, ix.Runs, ix.Streams[0] = fs.Blocks(), fs.Runs(), *meta
+	if err := ix.Seal(); err != nil {
+		return nil, err
+	}
+	encoded := ix.Encode()
+	m.Layers[0] = describe(MediaTypeIndex, encoded)
+	m.Layers[1] = *streamDescriptor(meta, v1.Hash{})
+	if err := b.dst.PushBytes(ctx, m.Layers[0], encoded); err != nil {
+		return nil, err
+	}
+	if err := b.dst.PushBytes(ctx, m.Config, b.src.Config); err != nil {
+		return nil, err
+	}
+	if res.Raw, err = b.push(ctx, &m, b.Tag); err != nil {
+		return nil, err
+	}
+	res.Manifest = describe(mediaTypeManifest, res.Raw)
+	res.Manifest.ArtifactType = ArtifactTypeImage
+	res.Index, res.IndexBytes = ix, int64(len(encoded))
+	return res, nil
+}
+
+// applyLayer puts a layer over those that are there. stream is the number of
+// its stream.
+func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32) error {
+	toc, err := openTOC(blob)
+	if err != nil {
+		return err
+	}
+	t.layer++
+	for n := 0; ; n++ {
+		if n%4096 == 0 && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		e, err := toc.read()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := t.apply(e, stream); err != nil {
+			return fmt.Errorf("layer entry %q: %w", e.name, err)
+		}
+	}
+}
+
+// ext4Options are a function of the image, so that every build of it gives the
+// same bytes.
+func (b *builder) ext4Options() ext4.Options {
+	o := ext4.Options{Size: b.Size}
+	h := sha256.New()
+	fmt.Fprintf(h, "thaw filesystem %d\n", layerVersion)
+	for _, id := range b.diffIDs {
+		fmt.Fprintln(h, id)
+	}
+	sum := h.Sum(nil)
+	copy(o.UUID[:], sum)
+	copy(o.HashSeed[:], sum[16:])
+	for _, id := range []*[16]byte{&o.UUID, &o.HashSeed} {
+		id[6] = id[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of its own
+		id[8] = id[8]&0x3f | 0x80
+	}
+	var c v1.ConfigFile
+	if json.Unmarshal(b.src.Config, &c) == nil && !c.Created.IsZero() {
+		o.Time = timeOf(c.Created.Time)
+	}
+	return o
+}
+
+// metadata makes and pushes stream 0.
+func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.Table, error) {
+	path := b.temp + "/metadata"
+	out, err := os.Create(path)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	p := newPacker(ctx, b.compressor, b.ChunkSize, out)
+	table, err := p.close(fs.WriteMeta(p))
+	if err == nil {
+		err = out.Close()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("write the filesystem's metadata: %w", err)
+	}
+	return table, b.dst.PushFile(ctx, *streamDescriptor(table, v1.Hash{}), path, func(int64) {})
+}
+
+// counter tells Progress what is read.
+type counter struct {
+	r     io.Reader
+	p     Progress
+	layer int
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.p.Read(c.layer, int64(n))
+	return n, err
+}
+
+type silent struct{}
+
+func (silent) Read(int, int64)   {}
+func (silent) Push(int, int64)   {}
+func (silent) Pushed(int, int64) {}
+func (silent) Done(int, bool)    {}
+

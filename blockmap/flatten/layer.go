@@ -1,0 +1,330 @@
+package flatten
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"math"
+	"net/url"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"thaw/blockmap"
+	"thaw/blockmap/ext4"
+)
+
+// The types of a file in its mode, as in stat(2).
+const (
+	modeType    = 0o170000
+	modeSymlink = 0o120000
+	modeRegular = 0o100000
+	modeBlock   = 0o060000
+	modeDir     = 0o040000
+	modeChar    = 0o020000
+	modeFifo    = 0o010000
+)
+
+// Whiteouts, as the layer section of the OCI image spec names them.
+const (
+	whiteoutPrefix = ".wh."
+	whiteoutMeta   = ".wh..wh." // of aufs: bookkeeping, but for
+	whiteoutOpaque = ".wh..wh..opq"
+)
+
+// convertLayer reads the tar of a layer, compressed or not, and writes the
+// contents of its files to out as a stream. It returns the TOC of the layer.
+// diffID is what the uncompressed tar is to hash to.
+func convertLayer(ctx context.Context, c *compressor, chunkSize int, r io.Reader, diffID blockmap.Digest, out io.Writer) (*blockmap.Table, []byte, error) {
+	plain, err := decompress(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer plain.Close()
+	sum := sha256.New()
+	p := newPacker(ctx, c, chunkSize, out)
+	var toc tocWriter
+	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc)
+	if err == nil && blockmap.Digest(sum.Sum(nil)) != diffID {
+		err = fmt.Errorf("the layer is not the one that the image config names: its content has digest sha256:%x, not %v", sum.Sum(nil), diffID)
+	}
+	table, err := p.close(err)
+	if err != nil {
+		return nil, nil, err
+	}
+	blob, err := toc.close(table)
+	return table, blob, err
+}
+
+// hashWriter is a hash without its io.StringWriter and the like.
+type hashWriter struct{ h hash.Hash }
+
+func (w hashWriter) Write(p []byte) (int, error) { return w.h.Write(p) }
+
+func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter) error {
+	tr := tar.NewReader(r)
+	for n := 0; ; n++ {
+		if n%256 == 0 && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("read the layer's tar behind entry %d: %w", n, err)
+		}
+		e, err := fromHeader(h)
+		if err == nil && e != nil {
+			if e.kind == kindFile && e.inode.Mode&modeType == modeRegular {
+				e.inode.Size = h.Size
+				e.inode.Data, err = p.file(tr, h.Size)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("layer entry %q: %w", h.Name, err)
+		}
+		if e != nil {
+			toc.add(e)
+		}
+	}
+	// The digest covers what follows the end mark as well, and compressed
+	// layers have their checksum at the very end.
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return fmt.Errorf("read the layer to its end: %w", err)
+	}
+	return nil
+}
+
+// clean makes a path relative to the root, without ".", ".." or double slashes.
+// "" is the root.
+func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
+
+// fromHeader turns a tar header into an entry, or into nothing where it says
+// nothing about a file.
+func fromHeader(h *tar.Header) (*entry, error) {
+	e := &entry{name: clean(h.Name)}
+	if dir, base := path.Split(e.name); strings.HasPrefix(base, whiteoutPrefix) {
+		switch {
+		case base == whiteoutOpaque:
+			e.kind, e.name = kindOpaque, clean(dir)
+		case strings.HasPrefix(base, whiteoutMeta):
+			return nil, nil
+		default:
+			name := base[len(whiteoutPrefix):]
+			if name == "" || name == "." || name == ".." {
+				return nil, errors.New("a whiteout of no name")
+			}
+			e.kind, e.name = kindWhiteout, dir+name
+		}
+		return e, nil
+	}
+	for _, part := range strings.Split(e.name, "/") {
+		if len(part) > 255 {
+			return nil, errors.New("a name of more than 255 bytes")
+		}
+		if strings.IndexByte(part, 0) >= 0 {
+			return nil, errors.New("a name with a NUL in it")
+		}
+	}
+	in := new(ext4.Inode)
+	in.Mode = uint32(h.Mode) & 0o7777
+	switch h.Typeflag {
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		in.Mode |= modeRegular
+	case tar.TypeDir:
+		in.Mode |= modeDir
+	case tar.TypeLink:
+		e.kind, e.link = kindHardLink, clean(h.Linkname)
+		return e, nil
+	case tar.TypeSymlink:
+		in.Mode |= modeSymlink
+		in.Target, e.link = h.Linkname, h.Linkname
+		if h.Linkname == "" {
+			return nil, errors.New("a symbolic link to nothing")
+		}
+	case tar.TypeChar:
+		in.Mode |= modeChar
+	case tar.TypeBlock:
+		in.Mode |= modeBlock
+	case tar.TypeFifo:
+		in.Mode |= modeFifo
+	case tar.TypeXGlobalHeader:
+		return nil, nil
+	default:
+		return nil, fmt.Errorf("an entry of type %q, which is not a file", h.Typeflag)
+	}
+	if e.name == "" && in.Mode&modeType != modeDir {
+		return nil, errors.New("the root is not a directory")
+	}
+	if h.Typeflag == tar.TypeChar || h.Typeflag == tar.TypeBlock {
+		if h.Devmajor < 0 || h.Devmajor >= 1<<12 || h.Devminor < 0 || h.Devminor >= 1<<20 {
+			return nil, fmt.Errorf("device number %d:%d is out of range", h.Devmajor, h.Devminor)
+		}
+		in.Major, in.Minor = uint32(h.Devmajor), uint32(h.Devminor)
+	}
+	if h.Uid < 0 || h.Uid > math.MaxUint32 || h.Gid < 0 || h.Gid > math.MaxUint32 {
+		return nil, fmt.Errorf("owner %d:%d is out of range", h.Uid, h.Gid)
+	}
+	in.UID, in.GID = uint32(h.Uid), uint32(h.Gid)
+	in.Mtime = timeOf(h.ModTime)
+	in.Atime, in.Ctime = in.Mtime, in.Mtime
+	if !h.AccessTime.IsZero() {
+		in.Atime = timeOf(h.AccessTime)
+	}
+	if !h.ChangeTime.IsZero() {
+		in.Ctime = timeOf(h.ChangeTime)
+	}
+	e.inode = in
+	return e, xattrs(h, in)
+}
+
+func timeOf(t time.Time) ext4.Time { return ext4.Time{Sec: t.Unix(), Nsec: uint32(t.Nanosecond())} }
+
+// xattrs takes the extended attributes from a pax header: as GNU tar, star and
+// Docker write them, and as libarchive does where it is alone.
+func xattrs(h *tar.Header, in *ext4.Inode) error {
+	const schily, libarchive = "SCHILY.xattr.", "LIBARCHIVE.xattr."
+	values := make(map[string]string)
+	for k, v := range h.PAXRecords {
+		if name, ok := strings.CutPrefix(k, libarchive); ok {
+			name, err := url.PathUnescape(name)
+			if err != nil {
+				return fmt.Errorf("extended attribute %q: %w", k, err)
+			}
+			b, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "="))
+			if err != nil {
+				return fmt.Errorf("extended attribute %q: %w", name, err)
+			}
+			values[name] = string(b)
+		}
+	}
+	for k, v := range h.PAXRecords {
+		if name, ok := strings.CutPrefix(k, schily); ok {
+			values[name] = v
+		}
+	}
+	for name, v := range values {
+		in.Xattrs = append(in.Xattrs, ext4.Xattr{Name: name, Value: []byte(v)})
+	}
+	slices.SortFunc(in.Xattrs, func(a, b ext4.Xattr) int { return strings.Compare(a.Name, b.Name) })
+	return nil
+}
+
+// decompress looks at the first bytes of a layer, which are believed before its
+// media type: images whose media types are wrong are in use.
+func decompress(r io.Reader) (io.ReadCloser, error) {
+	b := bufio.NewReaderSize(r, 1<<20)
+	head, err := b.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, fmt.Errorf("read the layer: %w", err)
+	}
+	var plain io.Reader = b
+	var close func()
+	switch {
+	case len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b:
+		z, err := gzip.NewReader(b)
+		if err != nil {
+			return nil, fmt.Errorf("read the gzip layer: %w", err)
+		}
+		plain = z
+	case len(head) == 4 && (string(head) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:]) == "\x2a\x4d\x18"):
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20))
+		if err != nil {
+			return nil, fmt.Errorf("read the zstd layer: %w", err)
+		}
+		plain, close = z, z.Close
+	}
+	return newReadAhead(plain, close), nil
+}
+
+// readAhead decompresses on a goroutine of its own, a few blocks ahead of who
+// hashes and packs.
+type readAhead struct {
+	blocks chan block
+	free   chan []byte
+	stop   chan struct{}
+	done   chan struct{}
+	cur    block
+	at     int
+}
+
+type block struct {
+	b   []byte
+	err error
+}
+
+func newReadAhead(r io.Reader, closeSource func()) *readAhead {
+	const ahead, size = 4, 256 << 10
+	a := &readAhead{
+		blocks: make(chan block, ahead), free: make(chan []byte, ahead+2),
+		stop: make(chan struct{}), done: make(chan struct{}),
+	}
+	for range ahead {
+		a.free <- make([]byte, size)
+	}
+	go func() {
+		defer close(a.done)
+		if closeSource != nil {
+			defer closeSource()
+		}
+		for {
+			var b []byte
+			select {
+			case b = <-a.free:
+			case <-a.stop:
+				return
+			}
+			// Not io.ReadFull: it calls a clean end and a layer cut short by
+			// the same name.
+			n, err := 0, error(nil)
+			for n < size && err == nil {
+				var m int
+				m, err = r.Read(b[n:size])
+				n += m
+			}
+			a.blocks <- block{b[:n], err}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	return a
+}
+
+func (a *readAhead) Read(p []byte) (int, error) {
+	for a.at == len(a.cur.b) {
+		if a.cur.err != nil {
+			return 0, a.cur.err
+		}
+		if a.cur.b != nil {
+			a.free <- a.cur.b
+		}
+		a.cur, a.at = <-a.blocks, 0
+	}
+	n := copy(p, a.cur.b[a.at:])
+	a.at += n
+	return n, nil
+}
+
+// Close ends the goroutine; whoever feeds it must not block for ever.
+func (a *readAhead) Close() error {
+	close(a.stop)
+	for {
+		select {
+		case <-a.blocks:
+		case <-a.done:
+			return nil
+		}
+	}
+}

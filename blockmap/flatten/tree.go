@@ -1,0 +1,219 @@
+package flatten
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"thaw/blockmap/ext4"
+)
+
+// tree is the file system that layers add up to. They are applied from the
+// lowest up, each entry in tar order, by the rules of the OCI image spec
+// (layer.md). Where it is silent, what happens is what happens when the layers
+// are unpacked one over the other within a chroot:
+//
+//   - parents are found through symbolic links, which never leave the root;
+//   - a parent that no layer lists is made, root's, mode 0755, time 0;
+//   - an entry over one of another type replaces it; a directory over a
+//     directory changes its metadata and keeps its content;
+//   - a hard link is to what its target is at that point of that layer.
+type tree struct {
+	root  *node
+	layer int // being applied, from 1
+	count int
+}
+
+// node is a name in the tree. Hard links are several nodes of one inode.
+type node struct {
+	inode *ext4.Inode
+	names map[string]*node // of a directory
+	layer int              // that put the name there last
+}
+
+func (n *node) isDir() bool     { return n.inode.Mode&modeType == modeDir }
+func (n *node) isSymlink() bool { return n.inode.Mode&modeType == modeSymlink }
+
+func newTree() *tree { return &tree{root: newDir(0)} }
+
+func newDir(layer int) *node {
+	return &node{inode: &ext4.Inode{Mode: modeDir | 0o755}, layer: layer}
+}
+
+// maxFollow is how many symbolic links a path may lead through, as in Linux.
+const maxFollow = 40
+
+var errFollow = errors.New("too many levels of symbolic links")
+
+// apply adds an entry of the current layer. stream is the number of the
+// layer's stream.
+func (t *tree) apply(e *entry, stream uint32) error {
+	switch e.kind {
+	case kindWhiteout:
+		dir, base := split(e.name)
+		parent, err := t.walk(dir, false)
+		if err != nil || parent == nil {
+			return err
+		}
+		if n := parent.names[base]; n != nil && t.hideLower(n) {
+			delete(parent.names, base)
+		}
+		return nil
+	case kindOpaque:
+		dir, err := t.walk(e.name, false)
+		if err != nil || dir == nil {
+			return err
+		}
+		for name, n := range dir.names {
+			if t.hideLower(n) {
+				delete(dir.names, name)
+			}
+		}
+		return nil
+	case kindHardLink:
+		return t.link(e)
+	}
+	if e.name == "" {
+		return t.setDir(t.root, e.inode)
+	}
+	dir, base := split(e.name)
+	parent, err := t.walk(dir, true)
+	if err != nil {
+		return err
+	}
+	for i := range e.inode.Data {
+		e.inode.Data[i].Stream = stream
+	}
+	if old := parent.names[base]; old != nil && old.isDir() && e.inode.Mode&modeType == modeDir {
+		return t.setDir(old, e.inode)
+	}
+	t.put(parent, base, &node{inode: e.inode})
+	return nil
+}
+
+// setDir changes the metadata of a directory.
+func (t *tree) setDir(n *node, in *ext4.Inode) error {
+	if in.Mode&modeType != modeDir {
+		return errors.New("the root is not a directory")
+	}
+	n.inode, n.layer = in, t.layer
+	return nil
+}
+
+func (t *tree) put(parent *node, base string, n *node) {
+	n.layer = t.layer
+	if parent.names == nil {
+		parent.names = make(map[string]*node)
+	}
+	parent.names[strings.Clone(base)] = n
+	t.count++
+}
+
+// link makes another name for a file that is there already.
+func (t *tree) link(e *entry) error {
+	dir, base := split(e.link)
+	from, err := t.walk(dir, false)
+	if err != nil {
+		return err
+	}
+	var target *node
+	if from != nil {
+		target = from.names[base]
+	}
+	if target == nil {
+		return fmt.Errorf("a hard link to %q, which is not there", e.link)
+	}
+	if target.isDir() {
+		return fmt.Errorf("a hard link to %q, which is a directory", e.link)
+	}
+	dir, base = split(e.name)
+	if base == "" {
+		return errors.New("the root is not a directory")
+	}
+	parent, err := t.walk(dir, true)
+	if err != nil {
+		return err
+	}
+	t.put(parent, base, &node{inode: target.inode})
+	return nil
+}
+
+// hideLower removes what lower layers have put at and under n, and says
+// whether nothing is left: a layer's whiteouts do not touch its own files.
+func (t *tree) hideLower(n *node) bool {
+	for name, child := range n.names {
+		if t.hideLower(child) {
+			delete(n.names, name)
+		}
+	}
+	return n.layer < t.layer && len(n.names) == 0
+}
+
+// walk finds the directory at a clean path, following symbolic links in every
+// part of it. One that is not there is made, or nil if make is false.
+func (t *tree) walk(path string, make bool) (*node, error) {
+	rest, followed := path, 0
+	stack := []*node{t.root}
+	for rest != "" {
+		var part string
+		part, rest, _ = strings.Cut(rest, "/")
+		switch part {
+		case "", ".":
+			continue
+		case "..":
+			stack = stack[:max(1, len(stack)-1)]
+			continue
+		}
+		at := stack[len(stack)-1]
+		n := at.names[part]
+		switch {
+		case n != nil && n.isDir():
+		case n != nil && n.isSymlink():
+			if followed++; followed > maxFollow {
+				return nil, fmt.Errorf("%s: %w", path, errFollow)
+			}
+			target := n.inode.Target
+			if strings.HasPrefix(target, "/") {
+				stack = stack[:1]
+			}
+			if len(target)+len(rest) > maxPath {
+				return nil, fmt.Errorf("%s: %w", path, errFollow)
+			}
+			rest = target + "/" + rest
+			continue
+		case !make:
+			return nil, nil
+		default:
+			// Nothing is there, or a file, which cannot stay.
+			n = newDir(t.layer)
+			t.put(at, part, n)
+		}
+		stack = append(stack, n)
+	}
+	return stack[len(stack)-1], nil
+}
+
+func split(name string) (dir, base string) {
+	if i := strings.LastIndexByte(name, '/'); i >= 0 {
+		return name[:i], name[i+1:]
+	}
+	return "", name
+}
+
+// inodes turns the tree into what ext4.Layout takes. The tree is used up.
+func (t *tree) inodes() *ext4.Inode {
+	var fill func(n *node)
+	fill = func(n *node) {
+		if len(n.names) == 0 {
+			return
+		}
+		n.inode.Entries = make([]ext4.Dirent, 0, len(n.names))
+		for name, child := range n.names {
+			n.inode.Entries = append(n.inode.Entries, ext4.Dirent{Name: name, Inode: child.inode})
+			fill(child)
+		}
+		n.names = nil
+	}
+	fill(t.root)
+	return t.root.inode
+}
