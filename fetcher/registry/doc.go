@@ -1,0 +1,43 @@
+// Package registry is where images and their blobs are read from and written
+// to: a repository of an OCI registry, spoken to over HTTP, an OCI layout
+// directory, or, for reading only, the archive that `docker save` writes.
+//
+// The one idea is that nothing is believed but a digest. A tag is turned into
+// a descriptor once (Repo.Resolve); from then on everything is asked for by
+// digest and size, so it does not matter which of several sources answers: a
+// mirror, the object storage that a registry redirects to, or a directory.
+// Whole blobs are checked here; ranges of blobs cannot be, so who reads one
+// checks what it holds and says so with Body.Distrust when it is wrong.
+//
+//	client := registry.New(registry.Options{})
+//	defer client.Close()
+//	ref, err := registry.ParseRef("registry.example/team/app:v1")
+//	repo, err := client.Open(ref)
+//	img, err := repo.Resolve(ctx, &v1.Platform{OS: "linux", Architecture: "amd64"})
+//	artifacts, err := repo.Referrers(ctx, img.Descriptor, "application/vnd.example")
+//	body, err := repo.OpenRange(ctx, img.Manifest.Layers[0].Digest, 1<<20, 64<<10)
+//
+// A Client holds what repositories share: connections, mirrors and their
+// health, counters. A Repo is one repository, directory or archive, opened by
+// a reference. Both are safe for concurrent use.
+//
+// # Errors
+//
+// Every error says what was being done, to what and where; query strings are
+// cut from URLs since they carry signatures. ErrNotFound, ErrUnauthorized,
+// ErrUnavailable, ErrTruncated and ErrDigest are there for callers that
+// branch; Temporary says whether the same call may succeed later, and
+// RetryAfter how long the server asked to be left alone.
+//
+// What is small or made of several requests is retried here. OpenRange is
+// not: it is the hot path, and its caller knows the deadline.
+//
+// # Layouts
+//
+// An OCI layout is written so that a reader never sees half of anything: blobs
+// appear by rename after an fsync, index.json is replaced the same way under
+// an exclusive flock on index.json.lock beside it. A manifest that was pushed
+// has an entry in index.json, which carries its tag in the annotation
+// org.opencontainers.image.ref.name, and its artifactType and annotations if
+// it has a subject.
+package registry

@@ -1,0 +1,197 @@
+package registry
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// What callers branch on. Errors of this package wrap them.
+var (
+	// ErrNotFound: the registry, directory or archive answers, and has no
+	// such thing.
+	ErrNotFound = errors.New("not found")
+	// ErrUnauthorized: the credentials, read anew, are refused.
+	ErrUnauthorized = errors.New("not authorized")
+	// ErrUnavailable: no answer, or one that says to come back later.
+	ErrUnavailable = errors.New("not available")
+	// ErrTruncated: the bytes end before their time. It is an
+	// io.ErrUnexpectedEOF.
+	ErrTruncated = fmt.Errorf("cut short: %w", io.ErrUnexpectedEOF)
+	// ErrDigest: the bytes are not those that the digest names.
+	ErrDigest = errors.New("digest mismatch")
+)
+
+var errStalled = errors.New("no byte came for too long")
+
+// httpError is an answer that is not the one asked for, or the want of one.
+type httpError struct {
+	method, url string // redacted
+	status      int    // 0: no answer
+	detail      string // of the server
+	after       time.Duration
+	err         error // a sentinel, or the cause
+}
+
+func (e *httpError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s: ", e.method, e.url)
+	if e.status != 0 {
+		fmt.Fprintf(&b, "%d %s: ", e.status, http.StatusText(e.status))
+	}
+	if e.detail != "" {
+		fmt.Fprintf(&b, "%s: ", e.detail)
+	}
+	return b.String() + e.err.Error()
+}
+
+func (e *httpError) Unwrap() error { return e.err }
+
+// Temporary says whether the call that failed with err may succeed when it is
+// made again as it was. It may where a server did not answer, answered 408,
+// 429 or 5xx, or sent less than it promised. A context that has ended is not
+// temporary: whoever ended it has no more use for an answer.
+func Temporary(err error) bool {
+	return !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) &&
+		(errors.Is(err, ErrUnavailable) || errors.Is(err, ErrTruncated))
+}
+
+// RetryAfter is the time that a server asked to be left alone for, or zero.
+func RetryAfter(err error) time.Duration {
+	if e, ok := errors.AsType[*httpError](err); ok {
+		return e.after
+	}
+	return 0
+}
+
+// noAnswer turns the failure of a round trip into an error, telling apart
+// what waiting may cure.
+func noAnswer(req *http.Request, err error) error {
+	if ctx := req.Context(); ctx.Err() != nil {
+		// It has ended because of a stall, or the caller ended it.
+		if err = ctx.Err(); context.Cause(ctx) == errStalled {
+			err = errStalled
+		}
+	}
+	e := &httpError{method: req.Method, url: redact(req.URL)}
+	if u, ok := errors.AsType[*url.Error](err); ok {
+		err = u.Err
+	}
+	switch {
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		e.err = err
+	case isCertificate(err):
+		e.err = fmt.Errorf("certificate refused: %w", err)
+	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		e.err = fmt.Errorf("%s answers in plain HTTP, which has to be allowed for it", req.URL.Host)
+	default:
+		e.err = fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return e
+}
+
+func isCertificate(err error) bool {
+	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return true
+	}
+	if _, ok := errors.AsType[x509.HostnameError](err); ok {
+		return true
+	}
+	_, ok := errors.AsType[x509.CertificateInvalidError](err)
+	return ok
+}
+
+// badStatus reads what the server has to say and closes the body.
+func badStatus(resp *http.Response) error {
+	e := &httpError{method: resp.Request.Method, url: redact(resp.Request.URL), status: resp.StatusCode}
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 8<<10))
+	resp.Body.Close()
+	e.detail = detail(b, resp.Header.Get("Content-Type"))
+	e.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
+	switch s := resp.StatusCode; {
+	case s == http.StatusUnauthorized, s == http.StatusForbidden, s == http.StatusProxyAuthRequired:
+		e.err = ErrUnauthorized
+	case s == http.StatusNotFound, s == http.StatusGone:
+		e.err = ErrNotFound
+	case s == http.StatusRequestTimeout, s == http.StatusTooEarly, s == http.StatusTooManyRequests,
+		s >= 500 && s != http.StatusNotImplemented && s != http.StatusHTTPVersionNotSupported:
+		e.err = ErrUnavailable
+	case s == http.StatusRequestedRangeNotSatisfiable:
+		e.err = errors.New("the blob is shorter than its descriptor says")
+	default:
+		e.err = errors.New("unexpected answer")
+	}
+	return e
+}
+
+// detail makes one short line of the body of a refusal: the errors of the
+// distribution spec ("Error Codes"), or plain text. Pages for browsers are
+// dropped, and so is what could play with a terminal.
+func detail(body []byte, contentType string) string {
+	var doc struct {
+		Errors []struct{ Code, Message string }
+	}
+	s := ""
+	if json.Unmarshal(body, &doc) == nil {
+		for _, e := range doc.Errors {
+			if s != "" {
+				s += "; "
+			}
+			s += strings.TrimSpace(e.Code + " " + e.Message)
+		}
+	} else if strings.HasPrefix(contentType, "text/plain") {
+		s = string(body)
+	}
+	s = strings.Map(func(c rune) rune {
+		switch {
+		case unicode.IsSpace(c):
+			return ' '
+		case !unicode.IsPrint(c):
+			return -1
+		}
+		return c
+	}, s)
+	s = strings.Join(strings.Fields(s), " ")
+	if len(s) > 200 {
+		s = strings.ToValidUTF8(s[:200], "") + "..."
+	}
+	return s
+}
+
+// retryAfter reads a Retry-After header: seconds or a date, never more than
+// ten minutes of it.
+func retryAfter(v string, now time.Time) time.Duration {
+	var d time.Duration
+	if s, err := strconv.Atoi(v); err == nil {
+		d = time.Duration(min(max(s, 0), 3600)) * time.Second
+	} else if t, err := http.ParseTime(v); err == nil {
+		d = t.Sub(now)
+	}
+	return min(max(d, 0), 10*time.Minute)
+}
+
+// redact is u without what may be secret in it: user, query, fragment.
+func redact(u *url.URL) string {
+	c := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
+	if u.RawQuery != "" {
+		c.RawQuery = "..."
+	}
+	return c.String()
+}
+
+// statusOf is the HTTP status in err's chain, or zero.
+func statusOf(err error) int {
+	if e, ok := errors.AsType[*httpError](err); ok {
+		return e.status
+	}
+	return 0
+}

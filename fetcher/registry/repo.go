@@ -1,0 +1,364 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// The bounds of what is read whole.
+const (
+	maxManifest = 4 << 20   // the distribution spec's limit
+	maxBlob     = 256 << 20 // of Blob
+)
+
+// Repo is a place that images are in. Its methods may be called at once.
+type Repo struct {
+	ref    Ref
+	client *Client
+
+	reader reader
+	finder finder
+	target target // nil where nothing can be written
+}
+
+// The roles of a medium. What they return is not verified yet, except that
+// open delivers n bytes or fails.
+type (
+	reader interface {
+		// manifest by digest, or else tag; the media type may be empty.
+		manifest(ctx context.Context, ref Ref) (raw []byte, mediaType string, err error)
+		// open reads n bytes of a blob from off. whole says that this is
+		// all of the blob.
+		open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error)
+	}
+	finder interface {
+		// referrers are the manifests whose subject it is.
+		referrers(ctx context.Context, subject v1.Descriptor, artifactType string) ([]v1.Descriptor, error)
+		// stat is the size of a blob.
+		stat(ctx context.Context, digest v1.Hash) (int64, error)
+	}
+	target interface {
+		has(ctx context.Context, d v1.Descriptor) (bool, error)
+		putBlob(ctx context.Context, d v1.Descriptor, b blob, progress func(int64)) error
+		// putManifest takes the descriptor as a list of referrers has it.
+		putManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string, subject *v1.Descriptor) error
+	}
+)
+
+// An Image is an image manifest as it was found under a reference.
+type Image struct {
+	v1.Descriptor
+	// Raw is what the descriptor's digest is of, Manifest what it says.
+	Raw      []byte
+	Manifest v1.Manifest
+	// Index is the descriptor of the index that the reference leads to, nil
+	// where it leads to the manifest itself.
+	Index *v1.Descriptor
+}
+
+// Ref is the reference that r was opened by.
+func (r *Repo) Ref() Ref { return r.ref }
+
+func (r *Repo) String() string { return r.ref.Place() }
+
+// Resolve gives the image manifest that r's reference leads to. Where that is
+// an index, the manifest for platform is taken; a nil platform will do only
+// when there is but one. A manifest that no index offers is taken as it is:
+// its platform is in its config.
+func (r *Repo) Resolve(ctx context.Context, platform *v1.Platform) (*Image, error) {
+	raw, d, err := r.lookup(ctx, r.ref)
+	if err != nil {
+		return nil, fmt.Errorf("resolve %s: %w", r.ref, err)
+	}
+	var index *v1.Descriptor
+	// An index may hold indexes.
+	for depth := 0; d.MediaType.IsIndex(); depth++ {
+		if depth == 4 {
+			return nil, fmt.Errorf("resolve %s: the indexes are nested too deep", r.ref)
+		}
+		if index == nil {
+			top := d
+			index = &top
+		}
+		next, err := pick(raw, platform)
+		if err != nil {
+			return nil, fmt.Errorf("resolve %s: %w", r.ref, err)
+		}
+		if raw, d, err = r.lookup(ctx, r.ref.WithDigest(next.Digest)); err != nil {
+			return nil, fmt.Errorf("resolve %s, manifest %s: %w", r.ref, next.Digest, err)
+		}
+		if d.Size != next.Size && next.Size != 0 {
+			return nil, fmt.Errorf("resolve %s: manifest %s has %d bytes, its descriptor says %d",
+				r.ref, next.Digest, d.Size, next.Size)
+		}
+		d.Platform = next.Platform
+	}
+	img := &Image{Descriptor: d, Raw: raw, Index: index}
+	if err := json.Unmarshal(raw, &img.Manifest); err != nil {
+		return nil, fmt.Errorf("resolve %s: parse manifest %s: %w", r.ref, d.Digest, err)
+	}
+	img.ArtifactType = artifactType(&img.Manifest)
+	return img, nil
+}
+
+// artifactType as the distribution spec has it for a list of referrers.
+func artifactType(m *v1.Manifest) string {
+	if m.ArtifactType == "" {
+		return string(m.Config.MediaType)
+	}
+	return m.ArtifactType
+}
+
+// Lookup gives the descriptor that a tag, or the digest of a manifest, leads
+// to, without walking an index.
+func (r *Repo) Lookup(ctx context.Context, ref Ref) (v1.Descriptor, error) {
+	_, d, err := r.lookup(ctx, ref)
+	if err != nil {
+		return v1.Descriptor{}, fmt.Errorf("look up %s: %w", ref, err)
+	}
+	return d, nil
+}
+
+// Manifest gives the bytes of the manifest that d describes.
+func (r *Repo) Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	raw, got, err := r.lookup(ctx, r.ref.WithDigest(d.Digest))
+	if err == nil && got.Size != d.Size {
+		err = fmt.Errorf("it has %d bytes, its descriptor says %d", got.Size, d.Size)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("fetch manifest %s of %s: %w", d.Digest, r, err)
+	}
+	return raw, nil
+}
+
+// lookup fetches a manifest, checks it against the digest if ref has one, and
+// finds out what it is.
+func (r *Repo) lookup(ctx context.Context, ref Ref) ([]byte, v1.Descriptor, error) {
+	raw, mediaType, err := r.reader.manifest(ctx, ref)
+	if err != nil {
+		return nil, v1.Descriptor{}, err
+	}
+	d := v1.Descriptor{Digest: hashOf(raw), Size: int64(len(raw))}
+	if ref.Digest != (v1.Hash{}) && d.Digest != ref.Digest {
+		return nil, v1.Descriptor{}, fmt.Errorf("%w: the manifest is %s", ErrDigest, d.Digest)
+	}
+	d.MediaType, err = manifestType(raw, mediaType)
+	return raw, d, err
+}
+
+// manifestType decides between what a manifest says of itself, what it was
+// sent as, and what is in it.
+func manifestType(raw []byte, sent string) (types.MediaType, error) {
+	var m struct {
+		SchemaVersion int             `json:"schemaVersion"`
+		MediaType     types.MediaType `json:"mediaType"`
+		Config        json.RawMessage `json:"config"`
+		Layers        json.RawMessage `json:"layers"`
+		Manifests     json.RawMessage `json:"manifests"`
+	}
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return "", fmt.Errorf("parse manifest: %w", err)
+	}
+	// The same bytes must not be an image to one and an index to another.
+	if m.Manifests != nil && (m.Config != nil || m.Layers != nil) {
+		return "", errors.New("the manifest is an image and an index at once")
+	}
+	sent, _, _ = strings.Cut(sent, ";")
+	t := m.MediaType
+	if t == "" {
+		t = types.MediaType(strings.TrimSpace(sent))
+	}
+	switch {
+	case t.IsIndex() && m.Config == nil && m.Layers == nil, t.IsImage() && m.Manifests == nil:
+		return t, nil
+	case t.IsSchema1(), m.SchemaVersion == 1:
+		return "", errors.New("the manifest is of Docker's schema 1, which is no longer supported: push the image anew")
+	case m.MediaType == "" && m.Manifests != nil:
+		return types.OCIImageIndex, nil
+	case m.MediaType == "" && m.Config != nil && m.Layers != nil:
+		return types.OCIManifestSchema1, nil
+	}
+	return "", fmt.Errorf("the media type %q is not that of an image or an index", t)
+}
+
+// pick chooses from an index.
+func pick(raw []byte, platform *v1.Platform) (v1.Descriptor, error) {
+	var index v1.IndexManifest
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return v1.Descriptor{}, fmt.Errorf("parse index: %w", err)
+	}
+	// Attestations and other artifacts lie beside the images.
+	images := slices.DeleteFunc(index.Manifests, func(d v1.Descriptor) bool {
+		return d.Digest.Algorithm != "sha256" || !d.MediaType.IsImage() && !d.MediaType.IsIndex() ||
+			d.ArtifactType != "" || d.Platform != nil && d.Platform.OS == "unknown"
+	})
+	switch {
+	case len(images) == 0:
+		return v1.Descriptor{}, fmt.Errorf("%w: the index has no image", ErrNotFound)
+	case len(images) == 1 && (platform == nil || images[0].Platform == nil):
+		return images[0], nil
+	}
+	var there []string
+	best, rank := v1.Descriptor{}, 0
+	for _, d := range images {
+		if d.Platform == nil {
+			continue
+		}
+		there = append(there, d.Platform.String())
+		if n := suits(d.Platform, platform); n > rank {
+			best, rank = d, n
+		}
+	}
+	if rank > 0 {
+		return best, nil
+	}
+	slices.Sort(there)
+	list := strings.Join(slices.Compact(there), ", ")
+	if platform == nil {
+		return v1.Descriptor{}, fmt.Errorf("there are several images, choose a platform: %s", list)
+	}
+	return v1.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s", ErrNotFound, platform, list)
+}
+
+// suits grades an image's platform: 0 is not at all.
+func suits(have, want *v1.Platform) int {
+	if want == nil || have.OS != want.OS || have.Architecture != want.Architecture ||
+		want.OSVersion != "" && have.OSVersion != want.OSVersion {
+		return 0
+	}
+	variant := func(p *v1.Platform) string {
+		if p.Variant == "" && p.Architecture == "arm64" {
+			return "v8"
+		}
+		return p.Variant
+	}
+	switch h, w := variant(have), variant(want); {
+	case h == w:
+		return 3
+	case h == "": // any will run it
+		return 2
+	case w == "":
+		return 1
+	}
+	return 0
+}
+
+// Referrers gives the manifests whose subject is the one given, those of
+// artifactType if that is not empty, with their annotations. It asks the
+// referrers API, or reads the fallback tag where a registry has no such API.
+func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactType string) ([]v1.Descriptor, error) {
+	fail := func(err error) ([]v1.Descriptor, error) {
+		return nil, fmt.Errorf("find referrers of %s in %s: %w", subject.Digest, r, err)
+	}
+	all, err := r.finder.referrers(ctx, subject, artifactType)
+	if err != nil {
+		return fail(err)
+	}
+	seen := make(map[v1.Hash]bool)
+	var found []v1.Descriptor
+	for _, d := range all {
+		if d.Digest.Algorithm != "sha256" || seen[d.Digest] {
+			continue
+		}
+		seen[d.Digest] = true
+		if artifactType != "" && untyped(d) && len(seen) <= maxLooks {
+			raw, err := r.Manifest(ctx, d)
+			if errors.Is(err, ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return fail(err)
+			}
+			if s, full, err := asReferrer(raw, d); err == nil && s != nil {
+				d = full
+			}
+		}
+		if artifactType == "" || d.ArtifactType == artifactType {
+			found = append(found, d)
+		}
+	}
+	return found, nil
+}
+
+// untyped says that a list of referrers does not say what d is: some leave it
+// out, and some take the type of an empty config for it, as drafts of the spec
+// did. The manifest has to be looked at, but not more than maxLooks of them.
+func untyped(d v1.Descriptor) bool {
+	return d.ArtifactType == "" || d.ArtifactType == string(types.OCIEmptyJSON)
+}
+
+const maxLooks = 64
+
+// HasBlob says whether the blob is there already.
+func (r *Repo) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
+	size, err := r.finder.stat(ctx, d.Digest)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("look for blob %s in %s: %w", d.Digest, r, err)
+	case size >= 0 && size != d.Size:
+		return false, fmt.Errorf("look for blob %s in %s: it has %d bytes, its descriptor says %d", d.Digest, r, size, d.Size)
+	}
+	return true, nil
+}
+
+// Blob gives a blob whole, verified. It is meant for small ones.
+func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	if d.Size < 0 || d.Size > maxBlob {
+		return nil, fmt.Errorf("fetch blob %s of %s: %d bytes are too many to read at once", d.Digest, r, d.Size)
+	}
+	if int64(len(d.Data)) == d.Size && d.Size > 0 && hashOf(d.Data) == d.Digest {
+		return bytes.Clone(d.Data), nil
+	}
+	rc, err := r.OpenBlob(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	// What the descriptor says is not worth an allocation yet.
+	var buf bytes.Buffer
+	buf.Grow(int(min(d.Size, 1<<20)) + bytes.MinRead)
+	if _, err := buf.ReadFrom(rc); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
+}
+
+// OpenRange reads the n bytes of a blob from off: all of them, or the reader
+// ends in an error; never in an early io.EOF. The bytes are not verified. The
+// reader is a *Body, whose Distrust is to be called when they are wrong.
+//
+// Mirrors that work are asked before the registry, but nothing is asked twice:
+// see Temporary.
+func (r *Repo) OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error) {
+	if off < 0 || n < 0 || off+n < off {
+		return nil, fmt.Errorf("read blob %s of %s: there is no range of %d bytes at %d", digest, r, n, off)
+	}
+	if n == 0 {
+		return &Body{rc: io.NopCloser(bytes.NewReader(nil))}, nil
+	}
+	b, err := r.reader.open(ctx, digest, off, n, false)
+	if err != nil {
+		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
+	}
+	return b, nil
+}
+
+// CheckAccess finds out whether r's reference can be read with the credentials
+// there are, at the cost of a request or two.
+func (r *Repo) CheckAccess(ctx context.Context) error {
+	if _, _, err := r.lookup(ctx, r.ref); err != nil {
+		return fmt.Errorf("check access to %s: %w", r.ref, err)
+	}
+	return nil
+}

@@ -1,0 +1,126 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// OpenBlob reads a blob whole, from its beginning. The reader ends in io.EOF
+// only if the bytes were those that the descriptor says, in number and by
+// digest; what has been read before it is not verified. Where the connection
+// breaks it goes on from there, with another if need be, as often as there is
+// progress.
+//
+// The reader lives no longer than ctx.
+func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	fail := func(err error) error { return fmt.Errorf("fetch blob %s of %s: %w", d.Digest, r, err) }
+	if d.Digest.Algorithm != "sha256" {
+		return nil, fail(fmt.Errorf("digests by %q are not supported", d.Digest.Algorithm))
+	}
+	if d.Size < 0 {
+		return nil, fail(fmt.Errorf("its descriptor says it has %d bytes", d.Size))
+	}
+	s := &stream{repo: r, desc: d, sum: newSum(), fail: fail}
+	s.reopen = func() (*Body, error) {
+		if s.off == d.Size && d.Size > 0 {
+			return &Body{rc: io.NopCloser(bytes.NewReader(nil))}, nil
+		}
+		return r.reader.open(ctx, d.Digest, s.off, d.Size-s.off, s.off == 0)
+	}
+	s.pause = func(n int, err error) error { return r.client.pause(ctx, n, err) }
+	// So that a blob that is not there is known of now.
+	if err := s.open(nil); err != nil {
+		return nil, fail(err)
+	}
+	return s, nil
+}
+
+// stream is the reader of OpenBlob.
+type stream struct {
+	repo   *Repo
+	desc   v1.Descriptor
+	reopen func() (*Body, error)
+	pause  func(n int, err error) error
+	fail   func(error) error
+
+	body  *Body
+	off   int64
+	mark  int64 // off when attempts were last counted from
+	tries int
+	sum   sum
+	err   error
+}
+
+// Progress that earns new attempts.
+const progress = 64 << 10
+
+// open opens the body at off, after cause broke the last one.
+func (s *stream) open(cause error) error {
+	if s.off-s.mark >= progress {
+		s.mark, s.tries = s.off, 0
+	}
+	for {
+		if cause != nil {
+			if s.tries++; s.tries >= s.repo.client.opts.Attempts || s.pause(s.tries, cause) != nil {
+				return cause
+			}
+		}
+		b, err := s.reopen()
+		if err == nil {
+			s.body = b
+			return nil
+		}
+		if !Temporary(err) {
+			return err
+		}
+		cause = err
+	}
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	for {
+		n, err := s.body.Read(p)
+		s.sum.Write(p[:n])
+		s.off += int64(n)
+		switch {
+		case s.off == s.desc.Size:
+			s.err = io.EOF
+			if s.sum.hash() != s.desc.Digest {
+				s.body.Distrust()
+				s.err = s.fail(fmt.Errorf("%w: its %d bytes are other ones", ErrDigest, s.off))
+				// All of it is in doubt, the last part too.
+				return 0, s.err
+			}
+			return n, s.err
+		case err == nil:
+		case Temporary(err):
+			s.body.Close()
+			if err := s.open(err); err != nil {
+				s.err = s.fail(err)
+			}
+		default:
+			s.err = s.fail(err)
+		}
+		if n > 0 || s.err != nil {
+			return n, s.err
+		}
+	}
+}
+
+func (s *stream) Close() error {
+	if s.err == nil {
+		s.err = errors.New("read of a closed blob")
+	}
+	return s.body.Close()
+}
