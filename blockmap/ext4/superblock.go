@@ -158,7 +158,7 @@ func (fs *Filesystem) superblock(b []byte) {
 	le.PutUint32(b[sbFlags:], flagUnsignedHash)
 	b[sbLogGroupsPerFlex] = g.logFlex
 	b[sbChecksumType] = checksumCRC32C
-	le.PutUint32(b[sbOverhead:], g.body)
+	le.PutUint32(b[sbOverhead:], g.journal+g.journalBlocks)
 
 	t := uint64(min(max(fs.opts.Time.Sec, 0), 1<<40-1))
 	for _, f := range []struct{ low, high int }{

@@ -44,7 +44,7 @@ type Xattr struct {
 }
 
 // Time counts seconds and nanoseconds since 1970. Inodes hold seconds from
-// -1<<31 to 1<<34-1<<31-1, which is 1901 to 2446; beyond that, the nearest time
+// -1<<31 to 3<<32-1<<31-1, which is 1901 to 2310; beyond that, the nearest time
 // that they hold is stored. Nsec beyond 999,999,999 is taken as that.
 type Time struct {
 	Sec  int64
