@@ -167,6 +167,18 @@ func fsck(t testing.TB, path string) {
 			t.Fatalf("e2fsck complains: %s\n%s", line, head(out))
 		}
 	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(f, st.Size()); err != nil {
+		t.Fatalf("Check: %v", err)
+	}
 }
 
 func head(b []byte) []byte { return b[:min(len(b), 4000)] }

@@ -16,8 +16,16 @@ const (
 	jsFirst     = 0x14 // 4: first block of the log
 	jsSequence  = 0x18 // 4: first transaction expected
 	jsStart     = 0x1C // 4: where the log starts; 0 is an empty log
+	jsError     = 0x20 // 4: errno of the last abort
+	jsCompat    = 0x24 // 4: features
+	jsIncompat  = 0x28 // 4
+	jsROCompat  = 0x2C // 4
 	jsUUID      = 0x30 // 16
 	jsUsers     = 0x40 // 4: filesystems that share the journal
+	jsChecksum  = 0xFC // 4: with one of these features, crc32c(the first 1024 bytes with 0 here)
+
+	jsChecksumV2 = 0x8
+	jsChecksumV3 = 0x10
 
 	journalMagic = 0xC03B3998
 )

@@ -50,11 +50,13 @@ const (
 	xattrSecurity   = 6
 )
 
-var xattrPrefixes = []struct {
+type xattrPrefix struct {
 	prefix string
 	index  byte
 	whole  bool // the prefix is all of the name
-}{
+}
+
+var xattrPrefixes = []xattrPrefix{
 	{"user.", xattrUser, false},
 	{"system.posix_acl_access", xattrACLAccess, true},
 	{"system.posix_acl_default", xattrACLDefault, true},
