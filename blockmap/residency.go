@@ -42,6 +42,9 @@ type residency struct {
 	durable []uint64
 	blocks  uint32
 
+	// syncing makes sync one caller's at a time. It is held across I/O.
+	syncing sync.Mutex
+
 	mu struct {
 		sync.Mutex
 		// While a sync is under way: the bits cleared since it began. Their
@@ -62,7 +65,7 @@ const (
 )
 
 func bitmapLen(blocks uint32) int64 {
-	return (int64(blocks)+63)/64*8 + (BlockSize-1) - ((int64(blocks)+63)/64*8+(BlockSize-1))%BlockSize
+	return (int64(blocks)+63)/64*8 + (BlockSize - 1) - ((int64(blocks)+63)/64*8+(BlockSize-1))%BlockSize
 }
 
 // openResidency opens or creates the file at path. fresh says that it was
@@ -128,6 +131,13 @@ func openResidency(fsys FS, path string, id Digest, blocks uint32, boot BootID) 
 	copy(want[residencyBootID:], boot[:])
 	sealResidencyHead(want)
 	copy(m, want)
+	if fresh {
+		// An old map may come back after a power cut until this one is on
+		// disk; not in parts, so that a new header stands over old bits.
+		if err := r.flush(); err != nil {
+			return nil, false, nil, errors.Join(err, m.Unmap())
+		}
+	}
 	return r, fresh, cause, nil
 }
 
@@ -220,8 +230,10 @@ func (r *residency) clear(b, n uint32) {
 func (r *residency) flush() error { return r.f.Sync() }
 
 // sync makes durable what is live: it makes the data durable by syncData, and
-// then copies the bits that were live before. One sync runs at a time.
+// then copies the bits that were live before.
 func (r *residency) sync(syncData func() error) error {
+	r.syncing.Lock()
+	defer r.syncing.Unlock()
 	r.mu.Lock()
 	r.mu.cleared = make(map[uint32]uint64)
 	r.mu.Unlock()

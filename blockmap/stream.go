@@ -106,8 +106,12 @@ func (c *Cache) openStream(dir string, t *Table) (s *Stream, err error) {
 	return s, nil
 }
 
-// punchAbsent gives back the space of all blocks that are not here.
+// punchAbsent gives back the space of all blocks that are not here. As with
+// any eviction, the map that says so is made durable first.
 func (s *Stream) punchAbsent() error {
+	if err := s.res.flush(); err != nil {
+		return err
+	}
 	blocks := s.table.Blocks()
 	for b := uint32(0); b < blocks; {
 		n, here := s.res.run(b, blocks-b)

@@ -1,0 +1,196 @@
+// Package blocktest holds what tests of devices, caches and fetchers share: a
+// conformance suite for [blockmap.Device], images made of random data, an
+// origin that fails in every way an origin can, and a file system that loses
+// what was not synced.
+package blocktest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// statuser is the part of a device that tells about blocks without reading
+// them.
+type statuser interface {
+	Status(e blockmap.Extent) blockmap.Status
+}
+
+// TestDevice puts a device through what every blockmap.Device must do. open
+// makes a new device, cold, whose content must be want; it is called more than
+// once.
+func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Device) {
+	t.Run("Size", func(t *testing.T) {
+		if n := open(t).Size(); n != int64(len(want)) || n%blockmap.BlockSize != 0 {
+			t.Fatalf("the size is %d; the content has %d bytes", n, len(want))
+		}
+	})
+	t.Run("Read", func(t *testing.T) {
+		d := open(t)
+		rng := rand.New(rand.NewPCG(1, 2))
+		for _, e := range extents(rng, d.Size(), 300) {
+			check(t, d, e, want)
+		}
+		check(t, d, blockmap.Range(0, d.Size()), want)
+		if v, ok := d.View(blockmap.Range(0, d.Size())); !ok {
+			t.Error("all was read, and is not resident")
+		} else {
+			v.Release()
+		}
+	})
+	t.Run("OutOfRange", func(t *testing.T) {
+		d := open(t)
+		for _, e := range []blockmap.Extent{
+			{Start: -1, End: 1}, {Start: 0, End: d.Size() + 1}, {Start: d.Size() + 1, End: d.Size() + 2}, {Start: 5, End: 4},
+			{Start: -1 << 62, End: 1 << 62},
+		} {
+			if v, ok := d.View(e); ok {
+				t.Errorf("there is a view of %v", e)
+				v.Release()
+			}
+			if err := d.Fault(context.Background(), e); !errors.Is(err, blockmap.ErrOutOfRange) {
+				t.Errorf("fault of %v: %v", e, err)
+			}
+		}
+	})
+	t.Run("Empty", func(t *testing.T) {
+		d := open(t)
+		for _, at := range []int64{0, 1, d.Size()} {
+			check(t, d, blockmap.Range(at, 0), want)
+		}
+	})
+	t.Run("Concurrent", func(t *testing.T) {
+		d := open(t)
+		var wg sync.WaitGroup
+		for i := range 16 {
+			wg.Go(func() {
+				rng := rand.New(rand.NewPCG(uint64(i), 7))
+				for _, e := range extents(rng, d.Size(), 100) {
+					check(t, d, e, want)
+				}
+			})
+		}
+		wg.Wait()
+	})
+	t.Run("Cancelled", func(t *testing.T) {
+		d := open(t)
+		ctx, cancel := context.WithCancelCause(context.Background())
+		gone := errors.New("the reader has gone")
+		cancel(gone)
+		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not heed its context") })
+		defer end.Stop()
+		if err := d.Fault(ctx, blockmap.Range(0, d.Size())); err == nil {
+			if _, ok := d.View(blockmap.Range(0, d.Size())); !ok {
+				t.Error("Fault returned no error and did nothing")
+			}
+		}
+		check(t, d, blockmap.Range(0, d.Size()), want) // and the next reader is served
+	})
+	t.Run("Status", func(t *testing.T) {
+		d := open(t)
+		s, ok := d.(statuser)
+		if !ok {
+			return
+		}
+		walk := func(f func(blockmap.Status)) {
+			for at := int64(0); at < d.Size(); {
+				e := blockmap.Extent{Start: at, End: d.Size()}
+				st := s.Status(e)
+				if st.Start != at || st.Len() <= 0 || st.End > d.Size() {
+					t.Fatalf("status of %v is about %v", e, st.Extent)
+				}
+				f(st)
+				at = st.End
+			}
+		}
+		zero := make([]byte, blockmap.BlockSize)
+		walk(func(st blockmap.Status) {
+			if !st.Zero {
+				return
+			}
+			for at := st.Start; at < st.End; at += blockmap.BlockSize {
+				if n := min(st.End-at, blockmap.BlockSize); !bytes.Equal(want[at:at+n], zero[:n]) {
+					t.Fatalf("%v is said to be a hole, and has content at %d", st.Extent, at)
+				}
+			}
+			if !st.Resident {
+				t.Errorf("the hole %v has to be fetched", st.Extent)
+			}
+		})
+		check(t, d, blockmap.Range(0, d.Size()), want)
+		walk(func(st blockmap.Status) {
+			if !st.Resident {
+				t.Errorf("%v was read and is not resident", st.Extent)
+			}
+		})
+	})
+}
+
+// extents are n parts of a device: small and large, aligned and not, at the
+// ends and between.
+func extents(rng *rand.Rand, size int64, n int) []blockmap.Extent {
+	all := []blockmap.Extent{
+		blockmap.Range(0, 1), blockmap.Range(size-1, 1), blockmap.Range(0, min(size, 4096)),
+		blockmap.Range(size-min(size, 4097), min(size, 4097)),
+	}
+	for range n {
+		off := rng.Int64N(size)
+		length := int64(4096)
+		switch rng.IntN(4) {
+		case 0:
+			length = 1 + rng.Int64N(9000)
+		case 1:
+			off &^= 4095
+		case 2:
+			off &^= 4095
+			length = 4096 * (1 + rng.Int64N(64))
+		case 3:
+			length = 1 + rng.Int64N(size/3+1)
+		}
+		all = append(all, blockmap.Range(off, min(length, size-off)))
+	}
+	return all
+}
+
+// Read reads e of d as transports do.
+func Read(ctx context.Context, d blockmap.Device, e blockmap.Extent) ([]byte, error) {
+	for {
+		if v, ok := d.View(e); ok {
+			p := make([]byte, v.Len())
+			v.CopyTo(p)
+			v.Release()
+			return p, nil
+		}
+		if err := d.Fault(ctx, e); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func check(t *testing.T, d blockmap.Device, e blockmap.Extent, want []byte) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	got, err := Read(ctx, d, e)
+	switch {
+	case err != nil:
+		t.Errorf("read %v: %v", e, err)
+	case !bytes.Equal(got, want[e.Start:e.End]):
+		t.Errorf("read %v: wrong bytes, the first at %d", e, firstDifference(got, want[e.Start:e.End])+e.Start)
+	}
+}
+
+func firstDifference(a, b []byte) int64 {
+	for i := range min(len(a), len(b)) {
+		if a[i] != b[i] {
+			return int64(i)
+		}
+	}
+	return int64(min(len(a), len(b)))
+}

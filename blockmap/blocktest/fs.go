@@ -1,0 +1,201 @@
+package blocktest
+
+import (
+	"errors"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/edsrzf/mmap-go"
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+)
+
+// FS is a blockmap.FS over a directory of the real one, which can fail and
+// lose power. It remembers what of each file was synced; PowerCut leaves a
+// machine that has been off: each page that was written since is, at random,
+// as it was synced or as it was written last, since the kernel may have
+// written it or not. Names are durable at once, which is what a journalling
+// file system with ordered metadata does at worst late; contents are not.
+type FS struct {
+	mu     sync.Mutex
+	synced map[string][]byte
+	locks  []io.Closer
+	fault  func(op, path string) error
+}
+
+// NewFS makes an FS that works.
+func NewFS() *FS { return &FS{synced: make(map[string][]byte)} }
+
+// Fail has fault asked before each operation: "open", "write", "sync",
+// "punch", "map", "rename". An error it returns is the operation's.
+func (f *FS) Fail(fault func(op, path string) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fault = fault
+}
+
+func (f *FS) check(op, path string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fault == nil {
+		return nil
+	}
+	if err := f.fault(op, path); err != nil {
+		return &os.PathError{Op: op, Path: path, Err: err}
+	}
+	return nil
+}
+
+// PowerCut, which kills as well, leaves the files as a power cut at this point might. Nothing may be
+// using them.
+func (f *FS) PowerCut(rng *rand.Rand) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for path, old := range f.synced {
+		now, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		old = append(old, make([]byte, max(0, len(now)-len(old)))...)[:len(now)]
+		for at := 0; at < len(now); at += 4096 {
+			end := min(at+4096, len(now))
+			if rng.IntN(2) == 0 {
+				copy(now[at:end], old[at:end])
+			}
+		}
+		if err := os.WriteFile(path, now, 0o600); err != nil {
+			return err
+		}
+		f.synced[path] = now
+	}
+	return nil
+}
+
+func (f *FS) MkdirAll(path string) error                 { return blockmap.OS.MkdirAll(path) }
+func (f *FS) ReadDir(path string) ([]fs.DirEntry, error) { return blockmap.OS.ReadDir(path) }
+func (f *FS) SyncDir(path string) error                  { return f.check("sync", path) }
+
+func (f *FS) Lock(path string) (io.Closer, error) {
+	l, err := blockmap.OS.Lock(path)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.locks = append(f.locks, l)
+	return l, nil
+}
+
+// Kill lets go of all locks, as the kernel does for a process that was killed.
+// Whoever held them is to do nothing more.
+func (f *FS) Kill() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range f.locks {
+		l.Close()
+	}
+	f.locks = nil
+}
+
+func (f *FS) Open(path string, create bool) (blockmap.File, error) {
+	if err := f.check("open", path); err != nil {
+		return nil, err
+	}
+	file, err := blockmap.OS.Open(path, create)
+	if err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, ok := f.synced[path]; !ok {
+		f.synced[path] = nil
+	}
+	return &handle{file, f, path}, nil
+}
+
+func (f *FS) Rename(from, to string) error {
+	if err := f.check("rename", to); err != nil {
+		return err
+	}
+	if err := blockmap.OS.Rename(from, to); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.synced[to] = f.synced[from]
+	delete(f.synced, from)
+	return nil
+}
+
+func (f *FS) RemoveAll(path string) error {
+	if err := blockmap.OS.RemoveAll(path); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for p := range f.synced {
+		if p == path || strings.HasPrefix(p, path+string(filepath.Separator)) {
+			delete(f.synced, p)
+		}
+	}
+	return nil
+}
+
+// handle is an open file of an FS.
+type handle struct {
+	blockmap.File
+	fs   *FS
+	path string
+}
+
+func (h *handle) WriteAt(p []byte, off int64) (int, error) {
+	if err := h.fs.check("write", h.path); err != nil {
+		return 0, err
+	}
+	return h.File.WriteAt(p, off)
+}
+
+func (h *handle) PunchHole(off, n int64) error {
+	if err := h.fs.check("punch", h.path); err != nil {
+		return err
+	}
+	return h.File.PunchHole(off, n)
+}
+
+func (h *handle) Map(n int64, writable bool) (mmap.MMap, error) {
+	if err := h.fs.check("map", h.path); err != nil {
+		return nil, err
+	}
+	return h.File.Map(n, writable)
+}
+
+func (h *handle) Sync() error {
+	if err := h.fs.check("sync", h.path); err != nil {
+		return err
+	}
+	// What is synced is at least what was there when it was asked for.
+	size, _, err := h.File.Stat()
+	if err != nil {
+		return err
+	}
+	b := make([]byte, size)
+	if _, err := h.File.ReadAt(b, 0); err != nil && err != io.EOF {
+		return err
+	}
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	h.fs.synced[h.path] = b
+	return nil
+}
+
+// ErrDiskFull is what a full disk answers.
+var ErrDiskFull error = unix.ENOSPC

@@ -1,0 +1,162 @@
+package blocktest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// Origin serves blobs from memory, and fails as it is told to. The zero values
+// of its faults are none. Faults are changed by Set while it serves.
+type Origin struct {
+	mu     sync.Mutex
+	blobs  map[blockmap.Digest][]byte
+	faults Faults
+
+	requests int
+	alive    int
+	most     int
+	asked    map[Asked]int
+}
+
+// Faults say what goes wrong with the requests to come.
+type Faults struct {
+	Delay   time.Duration // before the body begins
+	Err     error         // instead of a body
+	ErrEach int           // with Err: only each so manyeth request fails; 0: all
+	Cut     bool          // the body ends half way, without an error of its own
+	Break   error         // the body fails half way with this
+	Flip    bool          // a bit of the body is wrong
+	Hang    bool          // the body never comes, until the context ends
+	Left    int           // faults end after so many requests; 0: never
+}
+
+// Asked names a range that was asked for.
+type Asked struct {
+	Blob   blockmap.Digest
+	Off, N int64
+}
+
+// ErrInjected is an error for Faults.
+var ErrInjected = errors.New("injected fault")
+
+// NewOrigin makes an origin of an image's blobs.
+func NewOrigin(m *Image) *Origin {
+	return &Origin{blobs: m.Blobs, asked: make(map[Asked]int)}
+}
+
+// Set changes what goes wrong from now on.
+func (o *Origin) Set(f Faults) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.faults = f
+}
+
+// Requests is how many ranges were asked for, Most how many at once.
+func (o *Origin) Requests() int { o.mu.Lock(); defer o.mu.Unlock(); return o.requests }
+
+// Most is how many requests were alive at once at most.
+func (o *Origin) Most() int { o.mu.Lock(); defer o.mu.Unlock(); return o.most }
+
+// Alive is how many bodies are open.
+func (o *Origin) Alive() int { o.mu.Lock(); defer o.mu.Unlock(); return o.alive }
+
+// Asked lists how often each range was asked for.
+func (o *Origin) Asked() map[Asked]int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	all := make(map[Asked]int, len(o.asked))
+	for k, n := range o.asked {
+		all[k] = n
+	}
+	return all
+}
+
+// OpenRange is what a fetcher asks.
+func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	o.mu.Lock()
+	b, ok := o.blobs[blob]
+	f := o.faults
+	if f.ErrEach > 0 && o.requests%f.ErrEach != 0 {
+		f.Err = nil
+	}
+	if o.faults.Left > 0 {
+		if o.faults.Left--; o.faults.Left == 0 {
+			o.faults = Faults{Delay: f.Delay}
+		}
+	}
+	o.requests++
+	o.asked[Asked{blob, off, n}]++
+	o.alive++
+	o.most = max(o.most, o.alive)
+	o.mu.Unlock()
+	body := &body{o: o}
+	fail := func(err error) (io.ReadCloser, error) {
+		body.Close()
+		return nil, err
+	}
+	switch {
+	case !ok:
+		return fail(fmt.Errorf("no blob %v", blob))
+	case off < 0 || n <= 0 || off+n > int64(len(b)):
+		return fail(fmt.Errorf("bytes %d+%d of a blob of %d", off, n, len(b)))
+	}
+	if f.Delay > 0 {
+		select {
+		case <-time.After(f.Delay):
+		case <-ctx.Done():
+			return fail(context.Cause(ctx))
+		}
+	}
+	if f.Err != nil {
+		return fail(f.Err)
+	}
+	b = b[off : off+n]
+	switch {
+	case f.Hang:
+		body.Reader = hang{ctx}
+	case f.Cut:
+		body.Reader = bytes.NewReader(b[:n/2])
+	case f.Break != nil:
+		body.Reader = io.MultiReader(bytes.NewReader(b[:n/2]), broken{f.Break})
+	case f.Flip:
+		b = bytes.Clone(b)
+		b[n/2] ^= 4
+		fallthrough
+	default:
+		body.Reader = bytes.NewReader(b)
+	}
+	return body, nil
+}
+
+type body struct {
+	io.Reader
+	o    *Origin
+	once sync.Once
+}
+
+func (b *body) Close() error {
+	b.once.Do(func() {
+		b.o.mu.Lock()
+		b.o.alive--
+		b.o.mu.Unlock()
+	})
+	return nil
+}
+
+type broken struct{ err error }
+
+func (b broken) Read([]byte) (int, error) { return 0, b.err }
+
+type hang struct{ ctx context.Context }
+
+func (h hang) Read([]byte) (int, error) {
+	<-h.ctx.Done()
+	return 0, context.Cause(h.ctx)
+}

@@ -1,0 +1,328 @@
+package blockmap_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+)
+
+// quiet has no sync going on behind the test's back.
+func quiet(o blockmap.CacheOptions) blockmap.CacheOptions {
+	o.SyncEvery = time.Hour
+	return o
+}
+
+func openImage(t *testing.T, dir string, m *blocktest.Image, o blockmap.CacheOptions) (*blockmap.Cache, *blockmap.Image, *blocktest.Origin) {
+	t.Helper()
+	c, err := blockmap.OpenCache(dir, quiet(o))
+	if err != nil {
+		t.Fatal(err)
+	}
+	origin := blocktest.NewOrigin(m)
+	image, err := blockmap.NewImage(m.Index, c, newDirect(t, origin))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, image, origin
+}
+
+func readAll(t *testing.T, image *blockmap.Image, m *blocktest.Image) {
+	t.Helper()
+	got, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()))
+	if err != nil || !bytes.Equal(got, m.Content) {
+		t.Fatalf("the image does not read as it should (%v)", err)
+	}
+}
+
+func TestKilledProcessLosesNothing(t *testing.T) {
+	m := blocktest.NewImage(t, 20, 1500)
+	dir, fsys := t.TempDir(), blocktest.NewFS()
+	boot := blockmap.BootID{1}
+	_, image, _ := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	readAll(t, image, m)
+	fsys.Kill()
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	readAll(t, image, m)
+	if n := origin.Requests(); n != 0 {
+		t.Errorf("%d chunks were fetched again", n)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// After a power cut every block that is said to be here is right, whatever had
+// been fetched, evicted and synced, in whatever order.
+func TestPowerCut(t *testing.T) {
+	m := blocktest.NewImage(t, 21, 1200)
+	kept := 0
+	for seed := range uint64(40) {
+		rng := rand.New(rand.NewPCG(seed, 21))
+		dir, fsys := t.TempDir(), blocktest.NewFS()
+		for boot := byte(1); boot <= 4; boot++ {
+			c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{
+				FS: fsys, Boot: blockmap.BootID{boot}, Quota: int64(len(m.Content)) / 2,
+			})
+			for at := int64(0); at < image.Size(); {
+				s := image.Status(blockmap.Extent{Start: at, End: image.Size()})
+				if s.Resident && !s.Zero {
+					kept++
+				}
+				if s.Resident {
+					got, err := blocktest.Read(t.Context(), image, s.Extent)
+					if err != nil || !bytes.Equal(got, m.Content[s.Start:s.End]) {
+						t.Fatalf("seed %d, boot %d: %v is said to be here, and is not what it was (%v)", seed, boot, s.Extent, err)
+					}
+				}
+				at = s.End
+			}
+			if origin.Requests() != 0 {
+				t.Fatal("reading what is here took requests")
+			}
+			var wg sync.WaitGroup
+			for range rng.IntN(40) {
+				switch rng.IntN(5) {
+				case 0:
+					wg.Go(func() {
+						if err := c.Sync(); err != nil {
+							t.Error(err)
+						}
+					})
+				default:
+					at := rng.Int64N(image.Size() - 1<<18)
+					if _, err := blocktest.Read(t.Context(), image, blockmap.Range(at, 1+rng.Int64N(1<<18))); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			wg.Wait()
+			fsys.Kill()
+			if err := fsys.PowerCut(rng); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if kept == 0 {
+		t.Error("nothing ever survived: this tests nothing")
+	}
+}
+
+func TestReboot(t *testing.T) {
+	m := blocktest.NewImage(t, 22, 800)
+	dir := t.TempDir()
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+	readAll(t, image, m)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{2}})
+	defer c.Close()
+	readAll(t, image, m)
+	if n := origin.Requests(); n != 0 {
+		t.Errorf("%d chunks were fetched again after an orderly reboot", n)
+	}
+}
+
+func TestSecondProcess(t *testing.T) {
+	dir := t.TempDir()
+	newCache(t, dir, blockmap.CacheOptions{})
+	if _, err := blockmap.OpenCache(dir, blockmap.CacheOptions{}); !errors.Is(err, blockmap.ErrLocked) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("a second cache on one directory: %v", err)
+	}
+}
+
+// Damage of every kind costs a refetch, and nothing else.
+func TestDamagedCache(t *testing.T) {
+	m := blocktest.NewImage(t, 23, 600)
+	each := func(name string, damage func(t *testing.T, stream string)) {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{})
+			readAll(t, image, m)
+			if err := c.Close(); err != nil {
+				t.Fatal(err)
+			}
+			streams, err := filepath.Glob(filepath.Join(dir, "streams/*"))
+			if err != nil || len(streams) != 3 {
+				t.Fatal(streams, err)
+			}
+			damage(t, streams[0])
+			c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{})
+			defer c.Close()
+			readAll(t, image, m)
+			if c.Dropped() != 1 || origin.Requests() == 0 {
+				t.Errorf("%d streams were dropped, and %d chunks fetched again", c.Dropped(), origin.Requests())
+			}
+		})
+	}
+	flip := func(path string, at int64) {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b[at] ^= 1
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	each("map header", func(t *testing.T, s string) { flip(filepath.Join(s, "map"), 50) })
+	each("map cut", func(t *testing.T, s string) { must(t, os.Truncate(filepath.Join(s, "map"), 5000)) })
+	each("data cut", func(t *testing.T, s string) { must(t, os.Truncate(filepath.Join(s, "data"), 8192)) })
+	each("data gone", func(t *testing.T, s string) { must(t, os.Remove(filepath.Join(s, "data"))) })
+	each("table altered", func(t *testing.T, s string) { flip(filepath.Join(s, "table"), 80) })
+	each("table gone", func(t *testing.T, s string) { must(t, os.Remove(filepath.Join(s, "table"))) })
+	each("map of another", func(t *testing.T, s string) {
+		others, _ := filepath.Glob(filepath.Join(filepath.Dir(s), "*"))
+		b, err := os.ReadFile(filepath.Join(others[1], "map"))
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(s, "map"), b, 0o600))
+	})
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestFillRefusesWrongContent(t *testing.T) {
+	m := blocktest.NewImage(t, 24, 300)
+	c := newCache(t, t.TempDir(), blockmap.CacheOptions{})
+	s, err := c.Stream(&m.Index.Streams[0])
+	must(t, err)
+	for _, p := range [][]byte{nil, make([]byte, m.Index.Streams[0].Chunks[0].Size()), make([]byte, 4096*2000)} {
+		if err := s.Fill(0, p); !errors.Is(err, blockmap.ErrDigest) || s.Has(0) {
+			t.Errorf("%d wrong bytes: %v", len(p), err)
+		}
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	m := blocktest.NewImage(t, 25, 600)
+	fsys := blocktest.NewFS()
+	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{FS: fsys})
+	defer c.Close()
+	fsys.Fail(func(op, path string) error {
+		if op == "write" && filepath.Base(path) == "data" {
+			return blocktest.ErrDiskFull
+		}
+		return nil
+	})
+	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()))
+	if !errors.Is(err, blockmap.ErrNoSpace) || !strings.Contains(err.Error(), "disk of the cache is full") {
+		t.Errorf("a full disk: %v", err)
+	}
+	if c.Used() != 0 {
+		t.Errorf("%d bytes are counted, and none are kept", c.Used())
+	}
+	fsys.Fail(nil)
+	readAll(t, image, m)
+}
+
+// A quota that views hold all of is an error for who wants more, and no more
+// than that.
+func TestQuotaInUse(t *testing.T) {
+	m := blocktest.NewImage(t, 26, 1500)
+	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{Quota: 1 << 20})
+	defer c.Close()
+	var held []blockmap.View
+	var err error
+	for at := int64(0); at < image.Size() && err == nil; at += 4096 {
+		if err = image.Fault(t.Context(), blockmap.Range(at, 4096)); err == nil {
+			if v, ok := image.View(blockmap.Range(at, 4096)); ok {
+				held = append(held, v)
+			}
+		}
+	}
+	if !errors.Is(err, blockmap.ErrNoSpace) {
+		t.Errorf("all of the quota is in use: %v", err)
+	}
+	for i := range held {
+		held[i].Release()
+	}
+	for at := int64(0); at < image.Size(); at += 4096 {
+		got, err := blocktest.Read(t.Context(), image, blockmap.Range(at, 4096))
+		if err != nil || !bytes.Equal(got, m.Content[at:at+4096]) {
+			t.Fatalf("read at %d: wrong, or %v", at, err)
+		}
+	}
+}
+
+// What was used lately stays; and the space of what goes is really given back.
+func TestEvictsTheCold(t *testing.T) {
+	m := blocktest.NewImage(t, 27, 6000)
+	dir := t.TempDir()
+	quota := int64(len(m.Content)) / 2
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{Quota: quota})
+	defer c.Close()
+	hot := blockmap.Range(16<<10, 256<<10)
+	for at := int64(0); at < image.Size(); at += 64 << 10 {
+		for _, e := range []blockmap.Extent{hot, blockmap.Range(at, min(64<<10, image.Size()-at))} {
+			if _, err := blocktest.Read(t.Context(), image, e); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if c.Evicted() == 0 {
+		t.Fatal("nothing was evicted")
+	}
+	before := origin.Requests()
+	if _, err := blocktest.Read(t.Context(), image, hot); err != nil || origin.Requests() != before {
+		t.Errorf("what was read all the time was evicted (%v)", err)
+	}
+	var allocated int64
+	err := filepath.WalkDir(filepath.Join(dir, "streams"), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Name() == "data" {
+			f, err := blockmap.OS.Open(path, false)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			_, n, err := f.Stat()
+			allocated += n
+			return err
+		}
+		return err
+	})
+	if err != nil || allocated > quota+quota/8 {
+		t.Errorf("%d bytes are allocated, %d are allowed (%v)", allocated, quota, err)
+	}
+}
+
+func TestBlobsAndRefs(t *testing.T) {
+	dir := t.TempDir()
+	c := newCache(t, dir, blockmap.CacheOptions{})
+	b := []byte("a manifest")
+	must(t, c.PutBlob(b))
+	must(t, c.PutRef("registry.example/a:v1", []byte("first")))
+	must(t, c.PutRef("registry.example/a:v1", []byte("second")))
+	d := blockmap.Digest(sha256.Sum256(b))
+	if got, err := c.Blob(d); err != nil || !bytes.Equal(got, b) {
+		t.Errorf("%q, %v", got, err)
+	}
+	if got, err := c.Ref("registry.example/a:v1"); err != nil || string(got) != "second" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if _, err := c.Ref("registry.example/a:v2"); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "blobs/sha256", d.String()), []byte("another"), 0o600))
+	if _, err := c.Blob(d); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a damaged blob: %v", err)
+	}
+	if c.Dropped() != 1 {
+		t.Error("it was not counted")
+	}
+}
