@@ -133,8 +133,8 @@ func (s *session) run(ctx context.Context) error {
 	s.wg.Wait()
 	s.hits.reset()
 	s.mu.Lock()
-	if s.mu.err != nil {
-		err = s.mu.err // what made the reader fail too
+	if errors.Is(err, net.ErrClosed) {
+		err = cmp.Or(s.mu.err, err) // why the writer closed it
 	}
 	s.mu.Unlock()
 	if s.nc != s.c.nc {
