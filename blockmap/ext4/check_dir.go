@@ -20,15 +20,15 @@ func (c *checker) checkTree() error {
 		}
 		todo = w.subdirs
 	}
-	for i := range c.inodes {
-		s := &c.inodes[i]
-		isDir := uint32(s.mode)&modeType == modeDir
-		switch {
-		case s.parent == 0 && isDir, s.found == 0:
+	for _, s := range c.inodes {
+		if s.found == 0 {
 			return fmt.Errorf("inode %d is in use, and in no directory", s.number)
-		case isDir && s.index && s.links == 1:
-			// It has, or once had, more subdirectories than are counted.
-		case uint32(s.links) != s.found:
+		}
+	}
+	for _, s := range c.inodes {
+		// An indexed directory with one link has, or once had, more
+		// subdirectories than are counted.
+		if uint32(s.links) != s.found && !(s.index && s.links == 1) {
 			return fmt.Errorf("inode %d has %d links, and says %d", s.number, s.found, s.links)
 		}
 	}

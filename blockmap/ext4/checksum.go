@@ -11,11 +11,23 @@ func crc32c(crc uint32, p []byte) uint32 {
 	return ^crc32.Update(^crc, castagnoli, p)
 }
 
-// crc32cWord carries on a checksum with a little-endian word.
+// crc32cWord carries on a checksum with a little-endian word. It goes byte by
+// byte, since a slice for crc32.Update would be allocated, for every inode.
 func crc32cWord(crc, word uint32) uint32 {
-	var b [4]byte
-	le.PutUint32(b[:], word)
-	return crc32c(crc, b[:])
+	for range 4 {
+		crc = castagnoli[byte(crc)^byte(word)] ^ crc>>8
+		word >>= 8
+	}
+	return crc
+}
+
+// crc32cHole carries on a checksum with the zeros that stand for a checksum of
+// n bytes.
+func crc32cHole(crc uint32, n int) uint32 {
+	for range n {
+		crc = castagnoli[byte(crc)] ^ crc>>8
+	}
+	return crc
 }
 
 // inodeSeed starts the checksums of everything that belongs to one inode.

@@ -132,7 +132,7 @@ func getHalves(d []byte, low, high int) uint32 {
 // holds.
 func descChecksum(seed, group uint32, d []byte) uint16 {
 	c := crc32c(crc32cWord(seed, group), d[:gdChecksum])
-	c = crc32c(c, []byte{0, 0})
+	c = crc32cHole(c, 2)
 	return uint16(crc32c(c, d[gdChecksum+2:]))
 }
 

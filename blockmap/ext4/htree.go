@@ -174,5 +174,5 @@ func dxChecksum(seed uint32, b []byte, start, count, limit int) uint32 {
 	tail := start + limit*dxEntrySize
 	c := crc32c(seed, b[:start+count*dxEntrySize])
 	c = crc32c(c, b[tail:tail+4])
-	return crc32cWord(c, 0)
+	return crc32cHole(c, 4)
 }

@@ -68,4 +68,10 @@ const (
 func (in *Inode) is(t uint32) bool { return in.Mode&modeType == t }
 
 // blocksOf is how many blocks n bytes take.
-func blocksOf(n int64) int64 { return (n + blockSize - 1) / blockSize }
+func blocksOf(n int64) int64 {
+	b := n / blockSize
+	if n%blockSize != 0 {
+		b++ // adding first could overflow
+	}
+	return b
+}

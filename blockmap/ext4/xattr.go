@@ -222,10 +222,8 @@ func (x *diskXattr) hash(signed bool) uint32 {
 // xattrChecksum is the checksum of xattr block b at block on the device,
 // whatever its checksum field holds.
 func xattrChecksum(seed uint32, block uint64, b []byte) uint32 {
-	var n [8]byte
-	le.PutUint64(n[:], block)
-	c := crc32c(crc32c(seed, n[:]), b[:xhChecksum])
-	c = crc32cWord(c, 0)
+	c := crc32cWord(crc32cWord(seed, uint32(block)), uint32(block>>32))
+	c = crc32cHole(crc32c(c, b[:xhChecksum]), 4)
 	return crc32c(c, b[xhChecksum+4:])
 }
 
