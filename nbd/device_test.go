@@ -220,6 +220,13 @@ func (d *memDevice) Flush(ctx context.Context) error {
 	return nil
 }
 
+// flushed returns how often the device was flushed, and the writes since.
+func (d *memDevice) flushed() (flushes, dirty int) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.mu.flushes, d.mu.dirty
+}
+
 // noPins fails t unless every view is released, at the latest in a moment: a
 // reply may be read before its sender is back from sending it.
 func (d *memDevice) noPins(t testing.TB) {
