@@ -17,6 +17,15 @@ type Digest [sha256.Size]byte
 
 func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
+// ParseDigest reads what String writes.
+func ParseDigest(s string) (d Digest, err error) {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(d) {
+		return d, fmt.Errorf("%q is not the hex of a SHA-256", s)
+	}
+	return Digest(b), nil
+}
+
 // Index says what a device is made of. It is immutable once decoded or
 // sealed.
 //
@@ -182,6 +191,24 @@ func (ix *Index) after(block uint32) int {
 		r := &ix.Runs[lo+i]
 		return uint64(r.Device)+uint64(r.Count) > uint64(block)
 	})
+}
+
+// Lookup returns the run that holds a block of the device or, where none does,
+// false and the hole in the place of a run.
+func (ix *Index) Lookup(block uint32) (Run, bool) {
+	i := ix.after(block)
+	if i < len(ix.Runs) && ix.Runs[i].Device <= block {
+		return ix.Runs[i], true
+	}
+	hole := Run{Count: ix.Blocks}
+	if i > 0 {
+		hole.Device = ix.Runs[i-1].Device + ix.Runs[i-1].Count
+	}
+	if i < len(ix.Runs) {
+		hole.Count = ix.Runs[i].Device
+	}
+	hole.Count -= hole.Device
+	return hole, false
 }
 
 func (ix *Index) seal() {

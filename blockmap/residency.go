@@ -2,10 +2,12 @@ package blockmap
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/bits"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -55,6 +57,15 @@ type residency struct {
 
 // BootID identifies one run of the machine's kernel.
 type BootID [16]byte
+
+// ParseBootID reads the form that Linux has in /proc/sys/kernel/random/boot_id.
+func ParseBootID(s string) (id BootID, err error) {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	if err != nil || len(b) != len(id) {
+		return id, fmt.Errorf("%q is not a boot ID", s)
+	}
+	return BootID(b), nil
+}
 
 const (
 	residencyMagic   = "thawresi"

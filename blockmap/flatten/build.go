@@ -3,7 +3,6 @@ package flatten
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -79,7 +78,7 @@ type Progress interface {
 	Read(layer int, n int64)
 	// Push: the layer is converted, and its stream of size bytes is on its way.
 	Push(layer int, size int64)
-	// Pushed: n more bytes of the stream have been sent.
+	// Pushed: n bytes of the stream have been sent so far.
 	Pushed(layer int, n int64)
 	// Done: the layer is in the target; reused says that it was before.
 	Done(layer int, reused bool)
@@ -173,12 +172,11 @@ func diffIDs(src *Source) ([]v1.Hash, error) {
 }
 
 // digestOf turns a descriptor's hash into a Digest.
-func digestOf(h v1.Hash) (d blockmap.Digest, err error) {
-	b, err := hex.DecodeString(h.Hex)
-	if err != nil || h.Algorithm != "sha256" || len(b) != len(d) {
-		return d, fmt.Errorf("%q is not a SHA-256 digest", h)
+func digestOf(h v1.Hash) (blockmap.Digest, error) {
+	if h.Algorithm != "sha256" {
+		return blockmap.Digest{}, fmt.Errorf("%q is not a SHA-256 digest", h)
 	}
-	return blockmap.Digest(b), nil
+	return blockmap.ParseDigest(h.Hex)
 }
 
 func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
@@ -481,4 +479,3 @@ func (silent) Read(int, int64)   {}
 func (silent) Push(int, int64)   {}
 func (silent) Pushed(int, int64) {}
 func (silent) Done(int, bool)    {}
-

@@ -16,8 +16,8 @@ import (
 // entry is one line of a layer: a file, or the absence of one.
 type entry struct {
 	kind  kind
-	name  string // clean, relative to the root; "" is the root itself
-	link  string // symlinks: the target as it stands; hard links: the name of the target, clean
+	name  string      // clean, relative to the root; "" is the root itself
+	link  string      // symlinks: the target as it stands; hard links: the name of the target, clean
 	inode *ext4.Inode // of kindFile
 }
 

@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/spf13/cobra"
+
+	"thaw/blockmap"
+	"thaw/blockmap/flatten"
+	"thaw/fetcher/registry"
+)
+
+func buildCommand(a *app) *cobra.Command {
+	deviceSize, chunkSize := size(flatten.DefaultSize), size(flatten.DefaultChunkSize)
+	var o flatten.Options
+	c := &cobra.Command{
+		Use:   "build SRC [DST]",
+		Short: "Make a block image of a container image",
+		Long: `build flattens a container image into a block image.
+
+SRC is a registry reference, oci:DIR[:TAG], or docker-archive:FILE[:NAME] as
+"docker save" writes it. DST is a registry reference or oci:DIR:TAG. Without DST
+the block image goes beside SRC as its referrer, under no tag of its own: the
+name of SRC finds it from then on.
+
+Layers are converted beside each other. One whose stream is in the target
+already is neither read nor sent; it is found by the tag "thaw-layer-…".`,
+		Example: `  thaw build registry.example/team/app:v1
+  thaw build registry.example/team/app:v1 oci:/srv/images:app
+  thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G`,
+		Args: args(cobra.RangeArgs(1, 2)),
+		RunE: func(c *cobra.Command, args []string) error {
+			o.Size, o.ChunkSize = int64(deviceSize), int(chunkSize)
+			if err := flatten.CheckChunkSize(o.ChunkSize); err != nil {
+				return usageError{err}
+			}
+			if o.Level < 1 || o.Level > 22 {
+				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
+			}
+			return a.build(c.Context(), args, o)
+		},
+	}
+	f := c.Flags()
+	f.Var(&deviceSize, "size", "of the device: what the image does not take is free space, which costs nothing")
+	f.Var(&chunkSize, "chunk-size", "of what is fetched at once: a power of two")
+	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "of zstd compression, 1 to 22")
+	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
+	f.StringVar(&o.TempDir, "temp", "", "directory for streams until they are pushed (default: the system's)")
+	f.BoolVar(&a.json, "json", false, "print the result as JSON")
+	return c
+}
+
+// Beyond this much memory the garbage collector works harder: builds run
+// beside other things.
+const buildMemory = 384 << 20
+
+func (a *app) build(ctx context.Context, args []string, o flatten.Options) error {
+	debug.SetMemoryLimit(buildMemory)
+	began := time.Now()
+	log, err := a.log()
+	if err != nil {
+		return err
+	}
+	platform, err := a.wantedPlatform()
+	if err != nil {
+		return err
+	}
+	srcRef, err := registry.ParseRef(args[0])
+	if err != nil {
+		return usageError{err}
+	}
+	dstRef := srcRef
+	if len(args) == 2 {
+		if dstRef, err = registry.ParseRef(args[1]); err != nil {
+			return usageError{err}
+		}
+		if dstRef.Digest != (v1.Hash{}) {
+			return usageError{fmt.Errorf("%s: a digest cannot be pushed to; give a tag", dstRef)}
+		}
+		if o.Tag = dstRef.Tag; o.Tag == "" {
+			return usageError{fmt.Errorf("%s: the target needs a tag", dstRef)}
+		}
+	} else if srcRef.Archive != "" {
+		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
+	}
+	client, err := a.client(log)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	src, err := client.Open(srcRef)
+	if err != nil {
+		return err
+	}
+	dst, err := client.Open(dstRef)
+	if err != nil {
+		return err
+	}
+	source, err := readSource(ctx, src, platform)
+	if err != nil {
+		return err
+	}
+	// Known now rather than after the work.
+	if err := dst.CheckPush(ctx); err != nil {
+		return err
+	}
+	p := newProgress(a, source)
+	o.Log, o.Progress = log, p
+	res, err := flatten.Build(ctx, source, target{dst}, o)
+	p.end()
+	if err != nil {
+		return fmt.Errorf("build %s: %w", srcRef, err)
+	}
+	return a.printBuilt(srcRef, dst, o.Tag, res, time.Since(began))
+}
+
+// readSource finds the image to build from.
+func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform) (*flatten.Source, error) {
+	img, err := repo.Resolve(ctx, platform)
+	if err != nil {
+		return nil, err
+	}
+	if img.ArtifactType == flatten.ArtifactTypeImage {
+		return nil, fmt.Errorf("%s is a block image already: name the image that it was built from", repo.Ref())
+	}
+	config, err := repo.Blob(ctx, img.Manifest.Config)
+	if err != nil {
+		return nil, err
+	}
+	s := &flatten.Source{Manifest: img.Descriptor, Config: config}
+	for _, d := range img.Manifest.Layers {
+		s.Layers = append(s.Layers, flatten.Layer{Descriptor: d, Open: func(ctx context.Context) (io.ReadCloser, error) {
+			return repo.OpenBlob(ctx, d)
+		}})
+	}
+	return s, nil
+}
+
+// target is a repository as a build sees it.
+type target struct{ *registry.Repo }
+
+func (t target) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
+	_, err := t.PushBlob(ctx, d, path, progress)
+	return err
+}
+
+func (t target) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error {
+	_, err := t.Repo.PushBytes(ctx, b, d.MediaType)
+	return err
+}
+
+func (t target) Tagged(ctx context.Context, tag string) ([]byte, error) {
+	d, err := t.Lookup(ctx, t.Ref().WithTag(tag))
+	if errors.Is(err, registry.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return t.Manifest(ctx, d)
+}
+
+func (t target) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {
+	_, err := t.Repo.PushManifest(ctx, raw, d.MediaType, tag)
+	return err
+}
+
+// built is the result as --json prints it.
+type built struct {
+	Type       string       `json:"type"`
+	Source     string       `json:"source"`
+	Target     string       `json:"target"`
+	Digest     string       `json:"digest"`
+	DeviceSize int64        `json:"device_bytes"`
+	IndexBytes int64        `json:"index_bytes"`
+	Chunks     int          `json:"chunks"`
+	Content    int64        `json:"content_bytes"`
+	Stored     int64        `json:"stored_bytes"`
+	Layers     []builtLayer `json:"layers"`
+	Seconds    float64      `json:"seconds"`
+}
+
+type builtLayer struct {
+	DiffID  string `json:"diff_id"`
+	Reused  bool   `json:"reused"`
+	Content int64  `json:"content_bytes"`
+	Stored  int64  `json:"stored_bytes"`
+}
+
+func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, took time.Duration) error {
+	b := built{
+		Type: "built", Source: src.String(), Target: dst.Place(tag, res.Manifest.Digest).String(), Digest: res.Manifest.Digest.String(),
+		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
+	}
+	reused := 0
+	for _, l := range res.Layers {
+		b.Layers = append(b.Layers, builtLayer{l.DiffID.String(), l.Reused, l.Content, l.Stored})
+		if l.Reused {
+			reused++
+		}
+	}
+	for i := range res.Index.Streams {
+		t := &res.Index.Streams[i]
+		b.Chunks += len(t.Chunks)
+		b.Content += int64(t.Blocks()) * blockmap.BlockSize
+		b.Stored += t.BlobSize
+	}
+	if a.json {
+		return a.printJSON(b)
+	}
+	fmt.Fprintf(a.stdout, "%s\n", b.Target)
+	fmt.Fprintf(a.stdout, "digest   %s\n", b.Digest)
+	fmt.Fprintf(a.stdout, "layers   %d, of which %d were there already\n", len(b.Layers), reused)
+	fmt.Fprintf(a.stdout, "content  %s in %d chunks, stored as %s; index %s\n",
+		bytesString(b.Content), b.Chunks, bytesString(b.Stored), bytesString(b.IndexBytes))
+	fmt.Fprintf(a.stdout, "time     %.1f s\n", b.Seconds)
+	if tag == "" {
+		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", src)
+	} else {
+		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", b.Target)
+	}
+	return nil
+}

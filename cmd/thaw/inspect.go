@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"thaw/blockmap"
+	"thaw/blockmap/flatten"
+)
+
+func inspectCommand(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "inspect IMAGE...",
+		Short: "Show what block images are made of",
+		Long: `inspect shows the streams of a block image, one a layer and one for the
+filesystem's metadata: how much content they have, how much of it the filesystem
+shows, how small it is stored, and how much of it lies in chunks that another
+stream has too. With several images that is what each shares with those before.`,
+		Example: `  thaw inspect registry.example/team/app:v1
+  thaw inspect registry.example/team/app:v1 registry.example/team/app:v2
+  thaw inspect oci:/srv/images:app --json`,
+		Args: args(cobra.MinimumNArgs(1)),
+		RunE: func(c *cobra.Command, args []string) error { return a.inspect(c.Context(), args) },
+	}
+	c.Flags().BoolVar(&a.json, "json", false, "print JSON, a line an image")
+	return c
+}
+
+// inspected is what --json prints.
+type inspected struct {
+	Type       string            `json:"type"`
+	Name       string            `json:"name"`
+	Digest     string            `json:"digest"`
+	Subject    string            `json:"subject,omitempty"`
+	DeviceSize int64             `json:"device_bytes"`
+	Content    int64             `json:"content_bytes"`
+	Live       int64             `json:"live_bytes"`
+	Stored     int64             `json:"stored_bytes"`
+	Shared     int64             `json:"shared_bytes"`
+	IndexBytes int64             `json:"index_bytes"`
+	Chunks     int               `json:"chunks"`
+	Runs       int               `json:"runs"`
+	Streams    []inspectedStream `json:"streams"`
+}
+
+type inspectedStream struct {
+	Kind    string `json:"kind"` // metadata or layer
+	DiffID  string `json:"diff_id,omitempty"`
+	Blob    string `json:"blob"`
+	Chunks  int    `json:"chunks"`
+	Content int64  `json:"content_bytes"`
+	Live    int64  `json:"live_bytes"`
+	Stored  int64  `json:"stored_bytes"`
+	Shared  int64  `json:"shared_bytes"`
+}
+
+func (a *app) inspect(ctx context.Context, names []string) error {
+	log, err := a.log()
+	if err != nil {
+		return err
+	}
+	platform, err := a.wantedPlatform()
+	if err != nil {
+		return err
+	}
+	client, err := a.client(log)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	var reporter flatten.Reporter
+	for i, name := range names {
+		b, err := findImage(ctx, client, name, platform)
+		if err != nil {
+			return err
+		}
+		in := describe(b, reporter.Report(b.manifest, b.index))
+		if a.json {
+			err = a.printJSON(in)
+		} else {
+			if i > 0 {
+				fmt.Fprintln(a.stdout)
+			}
+			err = a.printInspected(in)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func describe(b *blockImage, streams []flatten.StreamReport) *inspected {
+	in := &inspected{
+		Type: "image", Name: b.name, Digest: b.digest.String(),
+		DeviceSize: int64(b.index.Blocks) * blockmap.BlockSize, IndexBytes: b.manifest.Index.Size, Runs: len(b.index.Runs),
+	}
+	if s := b.manifest.Subject; s != nil {
+		in.Subject = s.Digest.String()
+	}
+	for i, s := range streams {
+		kind := "layer"
+		if i == 0 {
+			kind = "metadata"
+		}
+		in.Streams = append(in.Streams, inspectedStream{kind, s.DiffID, "sha256:" + s.Blob.String(), s.Chunks, s.Content, s.Live, s.Stored, s.Shared})
+		in.Chunks += s.Chunks
+		in.Content += s.Content
+		in.Live += s.Live
+		in.Stored += s.Stored
+		in.Shared += s.Shared
+	}
+	return in
+}
+
+func (a *app) printInspected(in *inspected) error {
+	fmt.Fprintf(a.stdout, "%s\n", in.Name)
+	fmt.Fprintf(a.stdout, "digest  %s\n", in.Digest)
+	if in.Subject != "" {
+		fmt.Fprintf(a.stdout, "of      %s\n", in.Subject)
+	}
+	fmt.Fprintf(a.stdout, "device  %s, of which %s hold content, in %d runs\n", bytesString(in.DeviceSize), bytesString(in.Live), in.Runs)
+	fmt.Fprintf(a.stdout, "index   %s\n\n", bytesString(in.IndexBytes))
+	w := tabwriter.NewWriter(a.stdout, 0, 8, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "stream\tchunks\tcontent\tshown\tstored\tratio\tshared\t")
+	for _, s := range in.Streams {
+		name := s.Kind
+		if len(s.DiffID) > 19 {
+			name = s.DiffID[7:19]
+		}
+		row(w, name, s.Chunks, s.Content, s.Live, s.Stored, s.Shared)
+	}
+	row(w, "all", in.Chunks, in.Content, in.Live, in.Stored, in.Shared)
+	return w.Flush()
+}
+
+func row(w *tabwriter.Writer, name string, chunks int, content, live, stored, shared int64) {
+	share := func(part, of int64) string {
+		if of == 0 {
+			return "-"
+		}
+		return fmt.Sprintf("%.0f %%", 100*float64(part)/float64(of))
+	}
+	fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t\n", name, chunks, bytesString(content), share(live, content),
+		bytesString(stored), share(stored, content), share(shared, content))
+}

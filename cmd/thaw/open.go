@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"thaw/blockmap"
+	"thaw/blockmap/flatten"
+	"thaw/fetcher"
+	"thaw/fetcher/registry"
+)
+
+// blockImage is a block image that was found, with its index.
+type blockImage struct {
+	name     string
+	repo     *registry.Repo
+	digest   v1.Hash
+	manifest *flatten.Image
+	index    *blockmap.Index
+}
+
+// findManifest finds the manifest of the block image that ref names: itself, or
+// what has it as its subject.
+func findManifest(ctx context.Context, repo *registry.Repo, platform *v1.Platform) (v1.Descriptor, []byte, error) {
+	img, err := repo.Resolve(ctx, platform)
+	if err != nil {
+		return v1.Descriptor{}, nil, err
+	}
+	if img.ArtifactType == flatten.ArtifactTypeImage {
+		return img.Descriptor, img.Raw, nil
+	}
+	all, err := repo.Referrers(ctx, img.Descriptor, flatten.ArtifactTypeImage)
+	if err != nil {
+		return v1.Descriptor{}, nil, err
+	}
+	if len(all) == 0 {
+		return v1.Descriptor{}, nil, fmt.Errorf("%s is not a block image, and has none beside it; make one with: thaw build %s", repo.Ref(), repo.Ref())
+	}
+	// The one pushed last, where a list keeps the order.
+	d := all[len(all)-1]
+	raw, err := repo.Manifest(ctx, d)
+	return d, raw, err
+}
+
+// findImage finds a block image and reads its index, without a cache.
+func findImage(ctx context.Context, client *registry.Client, name string, platform *v1.Platform) (*blockImage, error) {
+	ref, err := registry.ParseRef(name)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	repo, err := client.Open(ref)
+	if err != nil {
+		return nil, err
+	}
+	d, raw, err := findManifest(ctx, repo, platform)
+	if err != nil {
+		return nil, err
+	}
+	b := &blockImage{name: name, repo: repo, digest: d.Digest}
+	if b.manifest, err = flatten.ParseImage(raw); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	encoded, err := repo.Blob(ctx, b.manifest.Index)
+	if err != nil {
+		return nil, err
+	}
+	if b.index, err = b.manifest.ParseIndex(encoded); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return b, nil
+}
+
+// opener opens images for serving. What it learns it keeps in the cache, so that
+// it can do without the registry the next time.
+type opener struct {
+	client   *registry.Client
+	cache    *blockmap.Cache
+	fetcher  *fetcher.Fetcher
+	platform *v1.Platform
+	log      *slog.Logger
+}
+
+// remembered is what the cache keeps under the name of an image.
+type remembered struct {
+	Name     string  `json:"name"`
+	Manifest v1.Hash `json:"manifest"` // of the block image
+}
+
+func (o *opener) open(ctx context.Context, name string) (*blockmap.Image, error) {
+	ref, err := registry.ParseRef(name)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	repo, err := o.client.Open(ref)
+	if err != nil {
+		return nil, err
+	}
+	b, err := o.resolve(ctx, repo, name)
+	if err == nil {
+		return blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
+	}
+	refused := errors.Is(err, registry.ErrUnauthorized)
+	if !refused && !errors.Is(err, registry.ErrUnavailable) {
+		return nil, err
+	}
+	// The registry cannot be asked. What is here can be served: in part where
+	// it may come back, only as a whole where it refuses us.
+	b, kept := o.recall(repo, name)
+	if kept != nil {
+		return nil, err
+	}
+	image, openErr := blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
+	if openErr != nil {
+		return nil, openErr
+	}
+	missing := absent(image)
+	if refused && missing > 0 {
+		return nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
+	}
+	o.log.Warn("serving from the cache alone", "image", name, "missing_bytes", missing, "cause", err)
+	return image, nil
+}
+
+// resolve asks the registry, and checks on the way that it can be read.
+func (o *opener) resolve(ctx context.Context, repo *registry.Repo, name string) (*blockImage, error) {
+	d, raw, err := findManifest(ctx, repo, o.platform)
+	if err != nil {
+		return nil, err
+	}
+	b := &blockImage{name: name, repo: repo, digest: d.Digest}
+	if b.manifest, err = flatten.ParseImage(raw); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	encoded, err := o.cache.Blob(digestOf(b.manifest.Index.Digest))
+	if err != nil {
+		if encoded, err = repo.Blob(ctx, b.manifest.Index); err != nil {
+			return nil, err
+		}
+		if err := o.cache.PutBlob(encoded); err != nil {
+			return nil, fmt.Errorf("keep the index of %s: %w", name, err)
+		}
+	} else if ok, err := repo.HasBlob(ctx, b.manifest.Layers[1]); err != nil {
+		return nil, err
+	} else if !ok {
+		o.log.Warn("the registry has lost a part of the image", "image", name, "blob", b.manifest.Layers[1].Digest.String())
+	}
+	if b.index, err = b.manifest.ParseIndex(encoded); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	ref, err := json.Marshal(remembered{name, d.Digest})
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(o.cache.PutBlob(raw), o.cache.PutRef(o.key(name), ref)); err != nil {
+		return nil, fmt.Errorf("keep the manifest of %s: %w", name, err)
+	}
+	return b, nil
+}
+
+// recall finds what resolve has kept.
+func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
+	ref, err := o.cache.Ref(o.key(name))
+	if err != nil {
+		return nil, err
+	}
+	var r remembered
+	if err := json.Unmarshal(ref, &r); err != nil {
+		return nil, err
+	}
+	if len(r.Manifest.Hex) != 64 {
+		return nil, fs.ErrNotExist
+	}
+	raw, err := o.cache.Blob(digestOf(r.Manifest))
+	if err != nil {
+		return nil, err
+	}
+	b := &blockImage{name: name, repo: repo, digest: r.Manifest}
+	if b.manifest, err = flatten.ParseImage(raw); err != nil {
+		return nil, err
+	}
+	encoded, err := o.cache.Blob(digestOf(b.manifest.Index.Digest))
+	if err != nil {
+		return nil, err
+	}
+	b.index, err = b.manifest.ParseIndex(encoded)
+	return b, err
+}
+
+func (o *opener) key(name string) string { return o.platform.String() + " " + name }
+
+// absent is how much of an image is not in the cache.
+func absent(m *blockmap.Image) (n int64) {
+	for at := int64(0); at < m.Size(); {
+		s := m.Status(blockmap.Extent{Start: at, End: m.Size()})
+		if !s.Resident {
+			n += s.Len()
+		}
+		at = s.End
+	}
+	return n
+}
+
+// origin is a repository as a fetcher sees it.
+type origin struct{ repo *registry.Repo }
+
+func (o origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	return o.repo.OpenRange(ctx, v1.Hash{Algorithm: "sha256", Hex: blob.String()}, off, n)
+}
+
+// digestOf turns a hash into a Digest; one that is no SHA-256 becomes one that
+// nothing has.
+func digestOf(h v1.Hash) blockmap.Digest {
+	d, err := blockmap.ParseDigest(h.Hex)
+	if err != nil || h.Algorithm != "sha256" {
+		return blockmap.Digest{}
+	}
+	return d
+}

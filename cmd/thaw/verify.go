@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/spf13/cobra"
+
+	"thaw/blockmap/flatten"
+)
+
+func verifyCommand(a *app) *cobra.Command {
+	var temp string
+	c := &cobra.Command{
+		Use:   "verify IMAGE",
+		Short: "Fetch all of a block image and check it",
+		Long: `verify fetches a block image whole and checks it: the digests of manifest,
+index, blobs and chunks, the index, and the structure of the ext4 filesystem. It
+prints the first fault and exits with 1, or one line and 0.`,
+		Example: `  thaw verify registry.example/team/app:v1`,
+		Args:    args(cobra.ExactArgs(1)),
+		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], temp) },
+	}
+	c.Flags().StringVar(&temp, "temp", "", "directory for the filesystem's metadata (default: the system's)")
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
+	return c
+}
+
+// verified is what --json prints.
+type verified struct {
+	Type    string  `json:"type"`
+	Name    string  `json:"name"`
+	Digest  string  `json:"digest"`
+	Chunks  int     `json:"chunks"`
+	Stored  int64   `json:"stored_bytes"`
+	Content int64   `json:"content_bytes"`
+	Seconds float64 `json:"seconds"`
+}
+
+func (a *app) verify(ctx context.Context, name, temp string) error {
+	began := time.Now()
+	log, err := a.log()
+	if err != nil {
+		return err
+	}
+	platform, err := a.wantedPlatform()
+	if err != nil {
+		return err
+	}
+	client, err := a.client(log)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	b, err := findImage(ctx, client, name, platform)
+	if err != nil {
+		return err
+	}
+	open := func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) { return b.repo.OpenBlob(ctx, d) }
+	if err := flatten.Verify(ctx, b.manifest, b.index, open, temp); err != nil {
+		return fmt.Errorf("verify %s: %w", name, err)
+	}
+	in := describe(b, new(flatten.Reporter).Report(b.manifest, b.index))
+	v := verified{"verified", name, in.Digest, in.Chunks, in.Stored, in.Content, time.Since(began).Seconds()}
+	if a.json {
+		return a.printJSON(v)
+	}
+	_, err = fmt.Fprintf(a.stdout, "%s is whole: %d chunks, %s stored, %s of content, and a sound filesystem (%.1f s)\n",
+		name, v.Chunks, bytesString(v.Stored), bytesString(v.Content), v.Seconds)
+	return err
+}
