@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -83,20 +84,23 @@ func noAnswer(req *http.Request, err error) error {
 		}
 	}
 	e := &httpError{method: req.Method, url: redact(req.URL)}
-	if u, ok := errors.AsType[*url.Error](err); ok {
-		err = u.Err
-	}
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		e.err = err
 	case isCertificate(err):
 		e.err = fmt.Errorf("certificate refused: %w", err)
-	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+	case isPlain(err):
 		e.err = fmt.Errorf("%s answers in plain HTTP, which has to be allowed for it", req.URL.Host)
 	default:
 		e.err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return e
+}
+
+// isPlain says whether an HTTPS request was answered in plain HTTP.
+func isPlain(err error) bool {
+	e, ok := errors.AsType[tls.RecordHeaderError](err)
+	return ok && string(e.RecordHeader[:]) == "HTTP/"
 }
 
 func isCertificate(err error) bool {

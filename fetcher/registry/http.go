@@ -358,9 +358,11 @@ func (b *Body) Distrust() {
 	b.e.src.distrust()
 }
 
-// failed takes note of a request for a blob that did not go well.
+// failed takes note of a request for a blob that did not go well. That there
+// is no such blob says nothing of a source's health, nor does a caller that
+// has gone away.
 func (e *endpoint) failed(h v1.Hash, err error) {
-	if !Temporary(err) && !errors.Is(err, ErrUnauthorized) {
+	if errors.Is(err, ErrNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return
 	}
 	// The location may be what does not work.
