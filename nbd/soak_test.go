@@ -1,0 +1,189 @@
+package nbd
+
+import (
+	"context"
+	"encoding/binary"
+	"flag"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"thaw/blockmap"
+)
+
+var soakTime = flag.Duration("soak", 2*time.Second, "how long TestSoak takes")
+
+// TestSoak lets 64 clients connect, misbehave and vanish for a while. At the
+// end the server has the goroutines, descriptors and memory it began with.
+func TestSoak(t *testing.T) {
+	const clients = 64
+	dev := newPatternDevice(8 << 20)
+	dev.onFault = func(ctx context.Context, e blockmap.Extent) error {
+		if e.Start%(7*4096) == 0 {
+			return errBroken
+		}
+		select {
+		case <-time.After(time.Millisecond):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	srv := &Server{
+		Exports:          Static{{Name: "disk", Device: dev}},
+		HandshakeTimeout: 50 * time.Millisecond,
+		WriteTimeout:     50 * time.Millisecond,
+	}
+	path := serve(t, srv)
+
+	// The counts before: after one round, so that pools are warm.
+	var rounds atomic.Int64
+	run := func(d time.Duration) {
+		end := time.Now().Add(d)
+		var wg sync.WaitGroup
+		for i := range clients {
+			wg.Go(func() {
+				rnd := rand.New(rand.NewPCG(uint64(i), uint64(d)))
+				for time.Now().Before(end) {
+					misbehave(t, path, rnd)
+					rounds.Add(1)
+					off := rnd.Int64N(dev.size)
+					dev.evict(blockmap.Range(off, min(1<<20, dev.size-off)))
+				}
+			})
+		}
+		wg.Wait()
+		// The server notices that the last clients are gone.
+		for deadline := time.Now().Add(10 * time.Second); srv.Stats().Conns > 0; {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d connections left", srv.Stats().Conns)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	run(*soakTime / 4)
+	goroutines, fds, heap := census(t)
+	run(*soakTime)
+	goroutines2, fds2, heap2 := census(t)
+	t.Logf("%d connections; goroutines %d then %d, descriptors %d then %d, heap %d then %d KiB",
+		srv.Stats().Accepted, goroutines, goroutines2, fds, fds2, heap>>10, heap2>>10)
+	if goroutines2 > goroutines {
+		t.Errorf("%d goroutines, %d before", goroutines2, goroutines)
+	}
+	if fds2 > fds {
+		t.Errorf("%d descriptors, %d before", fds2, fds)
+	}
+	if heap2 > heap+8<<20 {
+		t.Errorf("%d KiB of heap, %d before", heap2>>10, heap>>10)
+	}
+	dev.noPins(t)
+	// And it serves.
+	c := dial(t, path)
+	c.enter(true)
+	c.mustDo(cmdFlush, 0, 0, 0, nil)
+}
+
+func census(t testing.TB) (goroutines, fds int, heap uint64) {
+	for range 3 { // pools let go at the second
+		runtime.GC()
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	ents, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip(err)
+	}
+	return runtime.NumGoroutine(), len(ents), m.HeapAlloc
+}
+
+// misbehave is one connection of a client that means no good, or has no luck.
+func misbehave(t testing.TB, path string, rnd *rand.Rand) {
+	nc, err := net.Dial("unix", path)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer nc.Close()
+	nc.SetDeadline(time.Now().Add(20 * time.Second))
+	say := func(p []byte) { nc.Write(p) }
+	switch rnd.IntN(12) {
+	case 0: // silence, until the server has enough
+		io.Copy(io.Discard, nc)
+		return
+	case 1: // gone at once
+		return
+	case 2: // noise
+		p := make([]byte, rnd.IntN(10000))
+		for i := range p {
+			p[i] = byte(rnd.Uint32())
+		}
+		say(p)
+		return
+	}
+	p := []byte{0, 0, 0, 3}
+	p = appendOption(p, optStructuredReply, nil)
+	switch rnd.IntN(8) {
+	case 0:
+		say(append(p, appendOption(nil, optInfo, make([]byte, rnd.IntN(maxSkip)))...))
+		return
+	case 1:
+		say(appendOption(p, optGo, infoData("nothing")))
+		return
+	}
+	// Options are sent ahead, which the server takes, too.
+	p = appendOption(p, optSetMetaContext, metaData("disk", "base:allocation", "x-thaw:resident"))
+	say(appendOption(p, optGo, infoData("disk")))
+
+	p = nil
+	for range rnd.IntN(64) {
+		cmd := uint16(rnd.IntN(9))
+		if cmd == cmdDisc {
+			cmd = cmdRead
+		}
+		off, n := rnd.Uint64N(8<<20), rnd.Uint32N(256<<10)
+		if rnd.IntN(20) == 0 {
+			off, n = rnd.Uint64(), rnd.Uint32()
+		}
+		p = appendRequest(p, cmd, uint16(rnd.IntN(2)), rnd.Uint64(), off, n)
+		if cmd == cmdWrite && n < 1<<20 {
+			p = append(p, make([]byte, n)...)
+		}
+	}
+	switch rnd.IntN(6) {
+	case 0: // half a request at the end
+		p = p[:rnd.IntN(len(p)+1)]
+	case 1: // bad magic
+		p = append(p, make([]byte, requestLen)...)
+	case 2: // a proper end
+		p = appendRequest(p, cmdDisc, 0, 0, 0, 0)
+	}
+	switch rnd.IntN(3) {
+	case 0: // reads nothing and hangs on, until the server has enough
+		say(p)
+		for i := 0; i < 100 && nc.SetReadDeadline(time.Now().Add(time.Millisecond)) == nil; i++ {
+			if _, err := nc.Write(appendRequest(nil, cmdRead, 0, 1, 0, 1<<20)); err != nil {
+				break
+			}
+		}
+	case 1: // reads some
+		n := rnd.Int64N(1 << 20)
+		var wg sync.WaitGroup
+		wg.Go(func() { io.CopyN(io.Discard, nc, n) })
+		say(p)
+		nc.Close()
+		wg.Wait()
+	case 2: // reads all there is, for a while
+		var wg sync.WaitGroup
+		wg.Go(func() { io.Copy(io.Discard, nc) })
+		say(p)
+		say(binary.BigEndian.AppendUint32(nil, magicRequest))
+		nc.(*net.UnixConn).CloseWrite()
+		wg.Wait()
+	}
+}
