@@ -195,7 +195,9 @@ func TestRangeFaults(t *testing.T) {
 		{"200 that breaks before the range", func(w http.ResponseWriter, r *http.Request, c []byte) {
 			cut(w, http.Header{"Content-Length": {fmt.Sprint(len(c))}}, 200, c[:off/2], false)
 		}, true, ErrTruncated},
-		{"redirects without end", func(w http.ResponseWriter, r *http.Request, _ []byte) { http.Redirect(w, r, r.URL.String(), http.StatusTemporaryRedirect) }, false, nil},
+		{"redirects without end", func(w http.ResponseWriter, r *http.Request, _ []byte) {
+			http.Redirect(w, r, r.URL.String(), http.StatusTemporaryRedirect)
+		}, false, nil},
 		{"a redirect to nowhere", status(307), false, nil},
 	} {
 		t.Run(x.name, func(t *testing.T) {

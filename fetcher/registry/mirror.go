@@ -139,16 +139,17 @@ func (s *source) failed(after time.Duration, cause error) {
 	s.mu.Lock()
 	// Requests that were under way together fail together, once.
 	first := !now.Before(s.mu.until)
+	d := after
 	if first {
 		s.mu.fails++
+		d = max(d, min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure))
 	}
-	d := min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure)
-	if t := now.Add(max(d, after)); t.After(s.mu.until) && (first || after > d) {
+	if t := now.Add(d); t.After(s.mu.until) {
 		s.mu.until = t
 	}
 	s.mu.Unlock()
 	if first {
-		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", max(d, after), "error", cause)
+		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d, "error", cause)
 	}
 }
 

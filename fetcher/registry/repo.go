@@ -320,18 +320,24 @@ func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	if int64(len(d.Data)) == d.Size && d.Size > 0 && hashOf(d.Data) == d.Digest {
 		return bytes.Clone(d.Data), nil
 	}
-	rc, err := r.OpenBlob(ctx, d)
-	if err != nil {
-		return nil, err
+	for {
+		rc, err := r.OpenBlob(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		// What the descriptor says is not worth an allocation yet.
+		var buf bytes.Buffer
+		buf.Grow(int(min(d.Size, 1<<20)) + bytes.MinRead)
+		_, err = buf.ReadFrom(rc)
+		rc.Close()
+		if err == nil {
+			return buf.Bytes(), nil
+		}
+		// A mirror that is wrong is not asked again; others may be right.
+		if !errors.Is(err, ErrDigest) || !rc.(*stream).mirrored() {
+			return nil, err
+		}
 	}
-	defer rc.Close()
-	// What the descriptor says is not worth an allocation yet.
-	var buf bytes.Buffer
-	buf.Grow(int(min(d.Size, 1<<20)) + bytes.MinRead)
-	if _, err := buf.ReadFrom(rc); err != nil {
-		return nil, err
-	}
-	return buf.Bytes(), nil
 }
 
 // OpenRange reads the n bytes of a blob from off: all of them, or the reader

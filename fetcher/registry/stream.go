@@ -118,6 +118,9 @@ func (s *stream) Read(p []byte) (int, error) {
 	}
 }
 
+// mirrored says whether the last bytes came from a mirror.
+func (s *stream) mirrored() bool { return s.body.e != nil && s.body.e.src.mirrorOf != "" }
+
 func (s *stream) Close() error {
 	if s.err == nil {
 		s.err = errors.New("read of a closed blob")
