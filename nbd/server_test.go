@@ -124,19 +124,20 @@ func (u *unread) Read(p []byte) (int, error) {
 
 // A WRITE whose payload is under way when the server shuts down is done.
 func TestShutdownDuringPayload(t *testing.T) {
-	dev := newMemDevice(testSize)
+	const n = 4 << 20
+	dev := newMemDevice(n)
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
 	c.enter(true)
-	p := pattern(0, 300_000)
-	c.send(cmdWrite, 0, 5, 0, 300_000)
-	c.write(p[:200_000]) // more than the server reads ahead, so it is at it
+	p := pattern(0, n)
+	c.send(cmdWrite, 0, 5, 0, n)
+	c.write(p[:n/2]) // more than a socket holds, so the server is at it
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
 	for !srv.closed() {
 		time.Sleep(time.Millisecond)
 	}
-	c.write(p[200_000:])
+	c.write(p[n/2:])
 	if k := c.reply(0)[0]; k.cookie != 5 || k.errno != 0 {
 		t.Errorf("%+v", k)
 	}
@@ -145,7 +146,7 @@ func TestShutdownDuringPayload(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if !bytes.Equal(dev.content(blockmap.Range(0, 300_000)), p) {
+	if !bytes.Equal(dev.content(blockmap.Range(0, n)), p) {
 		t.Error("wrong data written")
 	}
 }

@@ -157,6 +157,9 @@ func (s *session) serve(ctx context.Context) error {
 		if err := s.flush(); err != nil {
 			return err
 		}
+		if s.refuse {
+			return os.ErrDeadlineExceeded // met by readPayload
+		}
 	}
 }
 
