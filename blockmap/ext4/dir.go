@@ -41,11 +41,11 @@ func sortEntries(entries []Dirent) error {
 		case name == "":
 			return fmt.Errorf("has an entry with an empty name")
 		case len(name) > maxName:
-			return fmt.Errorf("has a name of %d bytes, and %d is the most: %q", len(name), maxName, name)
+			return fmt.Errorf("has a name of %d bytes, and %d is the most: %.255q", len(name), maxName, name)
 		case name == "." || name == "..":
 			return fmt.Errorf("has an entry %q, which is not to be given", name)
 		case strings.IndexByte(name, '/') >= 0 || strings.IndexByte(name, 0) >= 0:
-			return fmt.Errorf("has a name with a slash or a NUL in it: %q", name)
+			return fmt.Errorf("has a name with a slash or a NUL in it: %.255q", name)
 		case i > 0 && name == entries[i-1].Name:
 			return fmt.Errorf("has two entries %q", name)
 		}

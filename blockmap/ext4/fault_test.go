@@ -17,6 +17,10 @@ func TestLayoutErrors(t *testing.T) {
 	for _, name := range names("l", maxLinks+1) {
 		many.Entries = append(many.Entries, Dirent{name, shared})
 	}
+	deep := dir(Dirent{".", file(0)})
+	for range 100_000 {
+		deep = dir(Dirent{"d", deep})
+	}
 	in := func(in *Inode) *Inode { return dir(Dirent{"etc", dir(Dirent{"bad", in})}) }
 	entry := func(name string) *Inode { return dir(Dirent{"etc", dir(Dirent{name, file(0)})}) }
 	run := func(size int64, r ...Run) *Inode { return in(file(size, r...)) }
@@ -42,6 +46,7 @@ func TestLayoutErrors(t *testing.T) {
 		{"hard-linked directory", dir(Dirent{"a", twice}, Dirent{"b", dir(Dirent{"c", twice})}), []string{`"/b"`, `"c"`, `"/a"`}},
 		{"cycle", loop, []string{`"/a"`, `"again"`, `"/"`}},
 		{"links", many, []string{`"/l0"`, "65000"}},
+		{"deep", deep, []string{`: "...`, `/d/d" has an entry "."`}},
 
 		{"mode", in(&Inode{Mode: 0o644}), []string{`"/etc/bad"`, "mode"}},
 		{"type", in(&Inode{Mode: 0o050644}), []string{`"/etc/bad"`, "mode"}},

@@ -22,7 +22,7 @@ type Options struct {
 	UUID     [16]byte // must not be zero
 	HashSeed [16]byte // of directory hashes
 	Label    string   // at most 16 bytes
-	Time     Time     // when the filesystem was made, and all its inodes
+	Time     Time     // when the filesystem and its inodes were made; e2fsck dislikes the future
 
 	dxFan int // tests: children of a hash tree node, to get deep trees cheaply
 }
@@ -50,7 +50,7 @@ type Filesystem struct {
 type node struct {
 	*Inode
 	links      uint32
-	parent     uint32 // directories: index of the parent
+	parent     uint32 // index of the directory that it was found in first
 	block      uint32 // directories and long symlinks: the content
 	blocks     uint32
 	tree       uint32 // extent tree without its root
@@ -173,7 +173,7 @@ func (fs *Filesystem) number(root *Inode) error {
 			}
 			if fs.has(in) {
 				if in.is(modeDir) {
-					return fs.fault(parent, fmt.Errorf("has an entry %q, which is the directory %q: a directory has one name", e.Name, fs.path(in)))
+					return fs.fault(parent, fmt.Errorf("has an entry %q, which is the directory %q: a directory has one name only", e.Name, fs.path(in)))
 				}
 				n := &fs.nodes[in.index]
 				if n.links++; n.links > maxLinks {
@@ -446,25 +446,27 @@ func (fs *Filesystem) fault(index uint32, err error) error {
 	return fmt.Errorf("ext4: %q %w", fs.path(fs.nodes[index].Inode), err)
 }
 
-// path is the name of an inode that has its number, for an error: it looks at
-// every directory.
+// path is the first name of an inode that has its number, for an error.
 func (fs *Filesystem) path(in *Inode) string {
 	var names []string
 	for in.index != 0 {
-		parent := uint32(0)
+		parent := fs.nodes[in.index].parent
 		name := "?"
-	search:
-		for i := range fs.nodes {
-			for _, e := range fs.nodes[i].Entries {
-				if e.Inode == in {
-					parent, name = uint32(i), e.Name
-					break search
-				}
+		for _, e := range fs.nodes[parent].Entries {
+			if e.Inode == in {
+				name = e.Name
+				break
 			}
 		}
 		names = append(names, name)
 		in = fs.nodes[parent].Inode
 	}
 	slices.Reverse(names)
-	return "/" + strings.Join(names, "/")
+	path := "/" + strings.Join(names, "/")
+	if n := len(path) - maxErrorPath; n > 0 {
+		path = "..." + path[n:]
+	}
+	return path
 }
+
+const maxErrorPath = 4096 // of a path, an error has the end

@@ -86,7 +86,7 @@ func newDiskXattr(x *Xattr) (diskXattr, error) {
 			continue
 		}
 		if len(name) > maxXattrName || strings.IndexByte(name, 0) >= 0 {
-			return diskXattr{}, fmt.Errorf("has an extended attribute whose name is too long or has a NUL in it: %q", x.Name)
+			return diskXattr{}, fmt.Errorf("has an extended attribute whose name is too long or has a NUL in it: %.255q", x.Name)
 		}
 		d := diskXattr{index: p.index, name: name, value: x.Value}
 		if p.whole {
@@ -98,7 +98,7 @@ func newDiskXattr(x *Xattr) (diskXattr, error) {
 		}
 		return d, nil
 	}
-	return diskXattr{}, fmt.Errorf("has an extended attribute that ext4 cannot store: %q", x.Name)
+	return diskXattr{}, fmt.Errorf("has an extended attribute that ext4 cannot store: %.255q", x.Name)
 }
 
 // splitXattrs decides which attributes of in go in the inode and which in a
