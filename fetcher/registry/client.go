@@ -102,6 +102,8 @@ func New(o Options) *Client {
 		MaxIdleConnsPerHost:    o.IdleConns,
 		IdleConnTimeout:        90 * time.Second,
 		MaxResponseHeaderBytes: 256 << 10,
+		// A connection that has died unnoticed would hold up all that share it.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
 		// A digest is of the bytes as they are stored.
 		DisableCompression: true,
 	}
