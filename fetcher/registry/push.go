@@ -90,7 +90,7 @@ var errReadOnly = errors.New("an archive can only be read: push to a registry or
 // Referrers finds it when PushManifest has returned.
 func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.MediaType, tag string) (v1.Descriptor, error) {
 	d := v1.Descriptor{MediaType: mediaType, Size: int64(len(raw)), Digest: hashOf(raw)}
-	name := r.at(tag, d.Digest)
+	name := r.Place(tag, d.Digest)
 	fail := func(err error) (v1.Descriptor, error) {
 		return v1.Descriptor{}, fmt.Errorf("push manifest to %s: %w", name, err)
 	}
@@ -118,8 +118,8 @@ func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.Med
 	return d, nil
 }
 
-// at is r's place and there tag, or else digest.
-func (r *Repo) at(tag string, digest v1.Hash) Ref {
+// Place is r's place and there tag, or else digest.
+func (r *Repo) Place(tag string, digest v1.Hash) Ref {
 	if tag == "" {
 		return r.ref.WithDigest(digest)
 	}
