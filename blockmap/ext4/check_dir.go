@@ -2,7 +2,9 @@ package ext4
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
+	"slices"
 )
 
 // checkTree walks the directories from the root and compares what it finds with
@@ -11,7 +13,7 @@ func (c *checker) checkTree() error {
 	root := c.find(rootInode)
 	root.parent = rootInode
 	todo := []uint32{rootInode}
-	w := dirWalk{c: c, names: make(map[string]struct{})}
+	w := dirWalk{c: c, names: make(map[string]struct{}), visited: make(map[uint32]struct{})}
 	for len(todo) > 0 {
 		number := todo[len(todo)-1]
 		w.subdirs = todo[:len(todo)-1]
@@ -43,8 +45,9 @@ type dirWalk struct {
 
 	number  uint32
 	seed    uint32
-	blocks  []uint32 // on the device
-	visited []bool   // blocks that the hash tree has named
+	extents []extent // without holes; a list of blocks could be as long as the device
+	blocks  uint32
+	visited map[uint32]struct{} // blocks that the hash tree has named
 	buf     [blockSize]byte
 }
 
@@ -56,19 +59,14 @@ func (w *dirWalk) directory(number uint32) error {
 	}
 	w.number = number
 	w.seed = inodeSeed(c.seed, number, le.Uint32(in[inGeneration:]))
-	w.blocks = w.blocks[:0]
+	w.extents, w.blocks = w.extents[:0], 0
 	clear(w.names)
 	if _, err := c.extents(number, in[:], false, func(e extent, _ bool) error {
-		// Claims have shown that this many blocks exist.
-		for i := range e.count {
-			w.blocks = append(w.blocks, e.device+i)
-		}
+		w.extents = append(w.extents, e)
+		w.blocks = e.file + e.count
 		return nil
 	}); err != nil {
 		return err
-	}
-	if len(w.blocks) == 0 {
-		return fmt.Errorf("is empty")
 	}
 	if le.Uint32(in[inFlags:])&inodeFlagIndex != 0 {
 		return w.hashTree()
@@ -77,20 +75,26 @@ func (w *dirWalk) directory(number uint32) error {
 		if err := w.read(i); err != nil {
 			return err
 		}
-		if err := w.leaf(i, i == 0, 0, ^uint32(0)); err != nil {
+		if err := w.leaf(i == 0, 0, ^uint32(0)); err != nil {
 			return fmt.Errorf("block %d: %w", i, err)
 		}
 	}
 	return nil
 }
 
-func (w *dirWalk) read(block int) error {
-	return w.c.readBlocks(w.buf[:], w.blocks[block], "a directory")
+// read reads a block of the directory, which has it.
+func (w *dirWalk) read(block uint32) error {
+	i, ok := slices.BinarySearchFunc(w.extents, block, func(e extent, b uint32) int { return cmp.Compare(e.file, b) })
+	if !ok {
+		i--
+	}
+	e := w.extents[i]
+	return w.c.readBlocks(w.buf[:], e.device+block-e.file, "a directory")
 }
 
 // leaf checks the block of entries in w.buf, whose names have hashes from low to
 // high; first is the one that begins with "." and "..".
-func (w *dirWalk) leaf(block int, first bool, low, high uint32) error {
+func (w *dirWalk) leaf(first bool, low, high uint32) error {
 	b := w.buf[:]
 	if le.Uint32(b[dirTail+deInode:]) != 0 || le.Uint16(b[dirTail+deLength:]) != blockSize-dirTail ||
 		b[dirTail+deNameLn] != 0 || b[dirTail+deType] != tailType {
@@ -182,12 +186,12 @@ func (w *dirWalk) entry(e []byte, name string, low, high uint32) error {
 // hashTree checks a directory with an index. Every block of it must be named by
 // the index once.
 func (w *dirWalk) hashTree() error {
-	w.visited = append(w.visited[:0], make([]bool, len(w.blocks))...)
+	clear(w.visited)
 	if err := w.read(0); err != nil {
 		return err
 	}
 	b := w.buf[:]
-	w.visited[0] = true
+	w.visited[0] = struct{}{}
 	dot, dotDot := b[dxDot:], b[dxDotDot:]
 	if le.Uint16(dot[deLength:]) != dxDotDot-dxDot || le.Uint16(dotDot[deLength:]) != blockSize-dxDotDot ||
 		dot[deNameLn] != 1 || dotDot[deNameLn] != 2 {
@@ -210,16 +214,14 @@ func (w *dirWalk) hashTree() error {
 	if err := w.index(0, dxRoot, dxRootLimit, int(b[dxIndirect]), 0, ^uint32(0)); err != nil {
 		return err
 	}
-	for i, ok := range w.visited {
-		if !ok {
-			return fmt.Errorf("has block %d, which is not in its hash tree", i)
-		}
+	if n := uint32(len(w.visited)); n != w.blocks {
+		return fmt.Errorf("has %d blocks, and %d are in its hash tree", w.blocks, n)
 	}
 	return nil
 }
 
 // index walks the node in w.buf, whose names have hashes from low to high.
-func (w *dirWalk) index(block, start, limit, indirect int, low, high uint32) error {
+func (w *dirWalk) index(block uint32, start, limit, indirect int, low, high uint32) error {
 	b := w.buf[:]
 	count := int(le.Uint16(b[start+dxCount:]))
 	if got := int(le.Uint16(b[start+dxLimit:])); got != limit || count == 0 || count > limit {
@@ -249,23 +251,23 @@ func (w *dirWalk) index(block, start, limit, indirect int, low, high uint32) err
 				last--
 			}
 		}
-		if int64(ch.block) >= int64(len(w.blocks)) || w.visited[ch.block] {
-			return fmt.Errorf("block %d: a hash tree node names block %d of %d, or does so again", block, ch.block, len(w.blocks))
+		if _, again := w.visited[ch.block]; again || ch.block >= w.blocks {
+			return fmt.Errorf("block %d: a hash tree node names block %d of %d, or does so again", block, ch.block, w.blocks)
 		}
-		w.visited[ch.block] = true
-		if err := w.read(int(ch.block)); err != nil {
+		w.visited[ch.block] = struct{}{}
+		if err := w.read(ch.block); err != nil {
 			return err
 		}
 		var err error
 		if indirect == 0 {
-			if err = w.leaf(int(ch.block), false, ch.key&^dxContinued, last); err != nil {
+			if err = w.leaf(false, ch.key&^dxContinued, last); err != nil {
 				err = fmt.Errorf("block %d: %w", ch.block, err)
 			}
 		} else {
 			if fake := w.buf[dxFake:]; le.Uint32(fake[deInode:]) != 0 || le.Uint16(fake[deLength:]) != blockSize {
 				return fmt.Errorf("block %d: a hash tree node does not look like an empty directory block", ch.block)
 			}
-			err = w.index(int(ch.block), dxNode, dxNodeLimit, indirect-1, ch.key, last)
+			err = w.index(ch.block, dxNode, dxNodeLimit, indirect-1, ch.key, last)
 		}
 		if err != nil {
 			return err
