@@ -71,12 +71,20 @@ func BenchmarkLayoutOneDirectory(b *testing.B) {
 }
 
 func BenchmarkCheck(b *testing.B) {
-	fs := layout(b, system(100_000), testOptions)
-	d := memoryImage(b, fs)
-	b.ReportAllocs()
-	for b.Loop() {
-		if err := Check(d, d.size); err != nil {
-			b.Fatal(err)
-		}
+	wide := dir()
+	for _, name := range names("d", 50_000) {
+		wide.Entries = append(wide.Entries, Dirent{name, dir(Dirent{"f", file(0)})})
+	}
+	for name, root := range map[string]*Inode{"files": system(100_000), "directories": wide} {
+		b.Run(name, func(b *testing.B) {
+			fs := layout(b, root, testOptions)
+			d := memoryImage(b, fs)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := Check(d, d.size); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
