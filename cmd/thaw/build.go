@@ -194,8 +194,12 @@ type builtLayer struct {
 }
 
 func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, took time.Duration) error {
+	place := dst.Ref().WithDigest(res.Manifest.Digest)
+	if tag != "" {
+		place = dst.Ref().WithTag(tag)
+	}
 	b := built{
-		Type: "built", Source: src.String(), Target: dst.Place(tag, res.Manifest.Digest).String(), Digest: res.Manifest.Digest.String(),
+		Type: "built", Source: src.String(), Target: place.String(), Digest: res.Manifest.Digest.String(),
 		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
 	}
 	reused := 0

@@ -52,6 +52,13 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
   nbdinfo 'nbd+unix:///?socket=/run/app.sock'`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("there is no verb %q", args[0])}
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	f := root.PersistentFlags()
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "log more")

@@ -1,0 +1,386 @@
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+)
+
+// asThaw makes the test binary be the program, so that tests can kill it.
+const asThaw = "THAW_TEST_IS_THAW"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asThaw) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// need skips a test on a machine that lacks a program, and says which.
+func need(t testing.TB, programs ...string) {
+	t.Helper()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Skipf("%s is not installed", p)
+		}
+	}
+}
+
+// thaw runs a verb to its end.
+func thaw(t testing.TB, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	var out, errOut bytes.Buffer
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	code = run(ctx, args, &out, &errOut)
+	return out.String(), errOut.String(), code
+}
+
+// must runs a verb that is to succeed.
+func must(t testing.TB, args ...string) string {
+	t.Helper()
+	out, errOut, code := thaw(t, args...)
+	if code != exitOK {
+		t.Fatalf("thaw %s: exit %d\n%s", strings.Join(args, " "), code, errOut)
+	}
+	return out
+}
+
+// tool runs a foreign program that is to succeed, and returns its output.
+func tool(t testing.TB, program string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", program, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// server is `thaw serve` in a process of its own.
+type server struct {
+	t      testing.TB
+	cmd    *exec.Cmd
+	ready  announced
+	stderr syncBuffer
+	done   chan struct{}
+	err    error
+}
+
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return s.b.String() }
+
+// start runs `thaw serve` until it is ready or has ended.
+func start(t testing.TB, env []string, args ...string) *server {
+	t.Helper()
+	s := &server{t: t, done: make(chan struct{})}
+	s.cmd = exec.Command(os.Args[0], append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
+	s.cmd.Env = append(append(os.Environ(), asThaw+"=1"), env...)
+	s.cmd.Stderr = &s.stderr
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, _ := bufio.NewReader(out).ReadBytes('\n')
+	if len(line) > 0 {
+		if err := json.Unmarshal(line, &s.ready); err != nil {
+			t.Errorf("%q: %v", line, err)
+		}
+	}
+	go func() {
+		s.err = s.cmd.Wait()
+		close(s.done)
+	}()
+	t.Cleanup(func() { s.kill() })
+	return s
+}
+
+func (s *server) isReady() bool { return s.ready.Type == "ready" }
+
+// serving starts a server that is to become ready.
+func serving(t testing.TB, args ...string) *server {
+	t.Helper()
+	s := start(t, nil, args...)
+	if !s.isReady() {
+		<-s.done
+		t.Fatalf("thaw serve %s: %v\n%s", strings.Join(args, " "), s.err, s.stderr.String())
+	}
+	return s
+}
+
+func (s *server) kill() {
+	s.cmd.Process.Kill()
+	<-s.done
+}
+
+// term ends the server in order, and returns what it says at its end.
+func (s *server) term() (summary map[string]any, code int) {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		s.t.Error(err)
+	}
+	select {
+	case <-s.done:
+	case <-time.After(40 * time.Second):
+		s.t.Error("the server does not stop")
+		s.kill()
+	}
+	for line := range strings.Lines(s.stderr.String()) {
+		var m map[string]any
+		if json.Unmarshal([]byte(line), &m) == nil && m["msg"] == "stopped" {
+			summary = m
+		}
+	}
+	return summary, s.cmd.ProcessState.ExitCode()
+}
+
+func (s *server) uri() string { return s.ready.Exports[0].URI }
+
+// registryProcess is Debian's docker-registry on a loopback port.
+type registryProcess struct {
+	addr string
+	cmd  *exec.Cmd
+}
+
+// startRegistry runs a registry over storage until the test ends. With a
+// password, only the user "thaw" may do anything.
+func startRegistry(t testing.TB, addr, storage, htpasswd string) *registryProcess {
+	t.Helper()
+	need(t, "docker-registry")
+	if addr == "" {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr = l.Addr().String()
+		l.Close()
+	}
+	config := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s}\n", storage, addr)
+	if htpasswd != "" {
+		config += fmt.Sprintf("auth: {htpasswd: {realm: test, path: %s}}\n", htpasswd)
+	}
+	path := filepath.Join(t.TempDir(), "registry.yml")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := &registryProcess{addr: addr, cmd: exec.Command("docker-registry", "serve", path)}
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(r.stop)
+	for range 500 {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+			return r
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the registry does not start")
+	return nil
+}
+
+func (r *registryProcess) stop() {
+	r.cmd.Process.Kill()
+	r.cmd.Wait()
+}
+
+// proxy stands between thaw and a registry, counts, and does as it is told.
+type proxy struct {
+	*httptest.Server
+	mu     sync.Mutex
+	seen   []string // METHOD PATH [RANGE]
+	bytes  int64    // of bodies of range requests
+	before func(w http.ResponseWriter, r *http.Request) bool
+}
+
+func startProxy(t testing.TB, backend string) *proxy {
+	t.Helper()
+	p := &proxy{}
+	target := &url.URL{Scheme: "http", Host: backend}
+	rp := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(target)
+			r.Out.Host = r.In.Host // so that upload locations lead back here
+		},
+		ModifyResponse: func(resp *http.Response) error {
+			if resp.StatusCode == http.StatusPartialContent {
+				p.mu.Lock()
+				p.bytes += resp.ContentLength
+				p.mu.Unlock()
+			}
+			return nil
+		},
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
+	}
+	p.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.mu.Lock()
+		p.seen = append(p.seen, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+r.Header.Get("Range")))
+		before := p.before
+		p.mu.Unlock()
+		if before == nil || before(w, r) {
+			rp.ServeHTTP(w, r)
+		}
+	}))
+	t.Cleanup(p.Close)
+	return p
+}
+
+func (p *proxy) host() string { return strings.TrimPrefix(p.URL, "http://") }
+
+func (p *proxy) set(before func(http.ResponseWriter, *http.Request) bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.before = before
+}
+
+// take returns the requests since the last time.
+func (p *proxy) take() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	seen := p.seen
+	p.seen = nil
+	return seen
+}
+
+// file is an entry of a made-up layer.
+type file struct {
+	name string
+	data []byte
+	link string
+}
+
+// layerOf makes a layer.
+func layerOf(t testing.TB, files ...file) v1.Layer {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, f := range files {
+		h := &tar.Header{Name: f.name, Mode: 0o644, Size: int64(len(f.data)), ModTime: time.Unix(1700000000, 0)}
+		if strings.HasSuffix(f.name, "/") {
+			h.Typeflag, h.Mode = tar.TypeDir, 0o755
+		}
+		if f.link != "" {
+			h.Typeflag, h.Linkname = tar.TypeLink, f.link
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(f.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// imageOf makes an image of layers.
+func imageOf(t testing.TB, layers ...v1.Layer) v1.Image {
+	t.Helper()
+	img, err := mutate.AppendLayers(empty.Image, layers...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = c.DeepCopy()
+	c.OS, c.Architecture = "linux", "amd64"
+	if img, err = mutate.ConfigFile(img, c); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// push brings an image to a registry by other means than thaw's.
+func push(t testing.TB, ref string, img v1.Image) {
+	t.Helper()
+	r, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(r, img); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// random are n bytes that compress to three quarters.
+func random(seed uint64, n int) []byte {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	b := make([]byte, n)
+	for i := range b {
+		if i%4 != 0 {
+			b[i] = byte(rng.Uint32())
+		}
+	}
+	return b
+}
+
+// files are n files of up to 64 KiB in a directory.
+func files(seed uint64, dir string, n int) []file {
+	rng := rand.New(rand.NewPCG(seed, 2))
+	fs := []file{{name: dir + "/"}}
+	for i := range n {
+		fs = append(fs, file{name: fmt.Sprintf("%s/%d", dir, i), data: random(seed*1000+uint64(i), rng.IntN(64<<10))})
+	}
+	return fs
+}
+
+func socket(t testing.TB) string {
+	t.Helper()
+	// Not t.TempDir: the path of a socket has at most 107 bytes.
+	dir, err := os.MkdirTemp("", "thaw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return filepath.Join(dir, "s")
+}
