@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -52,8 +53,9 @@ type Server struct {
 	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
 	MaxInFlightBytes int64 // their bytes, 0: DefaultMaxInFlightBytes; one request is always let in
 
-	bufs buffers
-	wg   sync.WaitGroup // connections
+	bufs     buffers
+	spinners atomic.Int32   // connections that wait without parking
+	wg       sync.WaitGroup // connections
 
 	mu struct {
 		sync.Mutex
