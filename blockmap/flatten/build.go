@@ -243,7 +243,7 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 		return nil, err
 	}
 	c = new(converted)
-	c.table, c.toc, err = convertLayer(ctx, b.compressor, b.ChunkSize, &counter{in, b.Progress, i}, diffID, out)
+	c.table, c.toc, err = convertLayer(ctx, b.compressor, b.ChunkSize, &counter{in, b.Progress, i}, diffID, out, b.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -314,6 +314,14 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 		return nil, err
 	}
 	c.table = &t.table
+	// All of it: one that cannot be read is to be made again, not to fail every
+	// build from now on.
+	for err == nil {
+		_, err = t.read()
+	}
+	if err != io.EOF {
+		return nil, err
+	}
 	if (len(m.Layers) == 2) != (len(t.table.Chunks) > 0) {
 		return nil, errors.New("the manifest does not fit its table of contents")
 	}
@@ -345,6 +353,7 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 	res := &Result{}
 	t := newTree()
 	seen := make(map[v1.Hash]bool)
+	twice := make(map[*converted]bool)
 	for i, c := range layers {
 		stream := uint32(len(ix.Streams))
 		if c.stream != nil {
@@ -358,10 +367,10 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 			return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(layers), b.src.Layers[i].Digest, err)
 		}
 		res.Layers = append(res.Layers, LayerResult{
-			DiffID: b.diffIDs[i], Reused: c.reused,
+			DiffID: b.diffIDs[i], Reused: c.reused || twice[c],
 			Content: int64(c.table.Blocks()) * blockSize, Stored: c.table.BlobSize,
 		})
-		c.toc = nil
+		twice[c] = true
 	}
 	fs, err := ext4.Layout(t.inodes(), b.ext4Options())
 	if err != nil {

@@ -10,10 +10,12 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"log/slog"
 	"math"
 	"net/url"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +25,9 @@ import (
 	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
+
+// maxSymlink is the longest target that Linux has.
+const maxSymlink = 4095
 
 // The types of a file in its mode, as in stat(2).
 const (
@@ -45,7 +50,7 @@ const (
 // convertLayer reads the tar of a layer, compressed or not, and writes the
 // contents of its files to out as a stream. It returns the TOC of the layer.
 // diffID is what the uncompressed tar is to hash to.
-func convertLayer(ctx context.Context, c *compressor, chunkSize int, r io.Reader, diffID blockmap.Digest, out io.Writer) (*blockmap.Table, []byte, error) {
+func convertLayer(ctx context.Context, c *compressor, chunkSize int, r io.Reader, diffID blockmap.Digest, out io.Writer, log *slog.Logger) (*blockmap.Table, []byte, error) {
 	plain, err := decompress(r)
 	if err != nil {
 		return nil, nil, err
@@ -54,7 +59,7 @@ func convertLayer(ctx context.Context, c *compressor, chunkSize int, r io.Reader
 	sum := sha256.New()
 	p := newPacker(ctx, c, chunkSize, out)
 	var toc tocWriter
-	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc)
+	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc, log)
 	if err == nil && blockmap.Digest(sum.Sum(nil)) != diffID {
 		err = fmt.Errorf("the layer is not the one that the image config names: its content has digest sha256:%x, not %v", sum.Sum(nil), diffID)
 	}
@@ -71,19 +76,30 @@ type hashWriter struct{ h hash.Hash }
 
 func (w hashWriter) Write(p []byte) (int, error) { return w.h.Write(p) }
 
-func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter) error {
+func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, log *slog.Logger) error {
 	tr := tar.NewReader(r)
+	dropped := make(map[string]bool)
+	last := ""
 	for n := 0; ; n++ {
 		if n%256 == 0 && ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		h, err := tr.Next()
-		if err == io.EOF {
-			break
+		switch {
+		case err == io.EOF:
+			// The digest covers what follows the end mark as well, and
+			// compressed layers have their checksum at the very end.
+			if _, err := io.Copy(io.Discard, r); err != nil {
+				return fmt.Errorf("read the layer to its end: %w", err)
+			}
+			return nil
+		case errors.Is(err, tar.ErrInsecurePath): // clean and the tree see to that
+		case err != nil && n == 0:
+			return fmt.Errorf("read the first entry of the layer's tar: %w", err)
+		case err != nil:
+			return fmt.Errorf("read the layer's tar behind entry %d, %q: %w", n, last, err)
 		}
-		if err != nil {
-			return fmt.Errorf("read the layer's tar behind entry %d: %w", n, err)
-		}
+		last = h.Name
 		e, err := fromHeader(h)
 		if err == nil && e != nil {
 			if e.kind == kindFile && e.inode.Mode&modeType == modeRegular {
@@ -94,16 +110,14 @@ func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter) error 
 		if err != nil {
 			return fmt.Errorf("layer entry %q: %w", h.Name, err)
 		}
-		if e != nil {
-			toc.add(e)
+		if e == nil {
+			continue
 		}
+		if e.inode != nil {
+			dropXattrs(e, dropped, log)
+		}
+		toc.add(e)
 	}
-	// The digest covers what follows the end mark as well, and compressed
-	// layers have their checksum at the very end.
-	if _, err := io.Copy(io.Discard, r); err != nil {
-		return fmt.Errorf("read the layer to its end: %w", err)
-	}
-	return nil
 }
 
 // clean makes a path relative to the root, without ".", ".." or double slashes.
@@ -114,7 +128,11 @@ func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name),
 // nothing about a file.
 func fromHeader(h *tar.Header) (*entry, error) {
 	e := &entry{name: clean(h.Name)}
-	if dir, base := path.Split(e.name); strings.HasPrefix(base, whiteoutPrefix) {
+	dir, base := path.Split(e.name)
+	if strings.HasPrefix(dir, whiteoutMeta) || strings.Contains(dir, "/"+whiteoutMeta) {
+		return nil, nil
+	}
+	if strings.HasPrefix(base, whiteoutPrefix) {
 		switch {
 		case base == whiteoutOpaque:
 			e.kind, e.name = kindOpaque, clean(dir)
@@ -150,8 +168,13 @@ func fromHeader(h *tar.Header) (*entry, error) {
 	case tar.TypeSymlink:
 		in.Mode |= modeSymlink
 		in.Target, e.link = h.Linkname, h.Linkname
-		if h.Linkname == "" {
+		switch n := len(h.Linkname); {
+		case n == 0:
 			return nil, errors.New("a symbolic link to nothing")
+		case n > maxSymlink:
+			return nil, fmt.Errorf("a symbolic link whose target has %d bytes: it can have %d", n, maxSymlink)
+		case strings.IndexByte(h.Linkname, 0) >= 0:
+			return nil, errors.New("a symbolic link with a NUL in its target")
 		}
 	case tar.TypeChar:
 		in.Mode |= modeChar
@@ -215,30 +238,53 @@ func xattrs(h *tar.Header, in *ext4.Inode) error {
 		}
 	}
 	for name, v := range values {
+		if len(v) > maxXattr {
+			return fmt.Errorf("extended attribute %q has %d bytes: it can have %d", name, len(v), maxXattr)
+		}
 		in.Xattrs = append(in.Xattrs, ext4.Xattr{Name: name, Value: []byte(v)})
 	}
 	slices.SortFunc(in.Xattrs, func(a, b ext4.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return nil
 }
 
+// dropXattrs drops what Linux keeps on no ext4, such as com.apple.provenance, as
+// other programs that unpack images do. seen are the names that log has heard of.
+func dropXattrs(e *entry, seen map[string]bool, log *slog.Logger) {
+	e.inode.Xattrs = slices.DeleteFunc(e.inode.Xattrs, func(x ext4.Xattr) bool {
+		switch name, _, _ := strings.Cut(x.Name, "."); name {
+		case "user", "trusted", "security":
+			return false
+		}
+		if x.Name == "system.posix_acl_access" || x.Name == "system.posix_acl_default" {
+			return false
+		}
+		if !seen[x.Name] && len(seen) < 100 {
+			seen[x.Name] = true
+			log.Warn("an extended attribute that Linux cannot keep is left out", "name", x.Name, "entry", e.name)
+		}
+		return true
+	})
+}
+
 // decompress looks at the first bytes of a layer, which are believed before its
 // media type: images whose media types are wrong are in use.
 func decompress(r io.Reader) (io.ReadCloser, error) {
 	b := bufio.NewReaderSize(r, 1<<20)
-	head, err := b.Peek(4)
+	head, err := b.Peek(tarBlock)
 	if err != nil && err != io.EOF {
 		return nil, fmt.Errorf("read the layer: %w", err)
 	}
 	var plain io.Reader = b
 	var close func()
 	switch {
+	case isTar(head): // whatever its first file is called
 	case len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b:
 		z, err := gzip.NewReader(b)
 		if err != nil {
 			return nil, fmt.Errorf("read the gzip layer: %w", err)
 		}
 		plain = z
-	case len(head) == 4 && (string(head) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:]) == "\x2a\x4d\x18"):
+	case len(head) >= 4 && (string(head[:4]) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18"):
 		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20))
 		if err != nil {
 			return nil, fmt.Errorf("read the zstd layer: %w", err)
@@ -246,6 +292,32 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		plain, close = z, z.Close
 	}
 	return newReadAhead(plain, close), nil
+}
+
+// A tar is of blocks of 512 bytes. A header has, at 148, a checksum: the sum of
+// its bytes, those of the checksum taken as spaces, in octal.
+const (
+	tarBlock    = 512
+	tarSum      = 148
+	tarSumBytes = 8
+)
+
+// isTar says whether head is a header with a checksum that is right.
+func isTar(head []byte) bool {
+	if len(head) < tarBlock {
+		return false
+	}
+	want, err := strconv.ParseUint(strings.Trim(string(head[tarSum:tarSum+tarSumBytes]), " \x00"), 8, 32)
+	if err != nil {
+		return false
+	}
+	sum := uint64(tarSumBytes * ' ')
+	for i, c := range head[:tarBlock] {
+		if i < tarSum || i >= tarSum+tarSumBytes {
+			sum += uint64(c)
+		}
+	}
+	return sum == want
 }
 
 // readAhead decompresses on a goroutine of its own, a few blocks ahead of who

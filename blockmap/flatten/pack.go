@@ -138,7 +138,7 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 			return nil, err
 		}
 	}
-	full := len(*p.chunk) >= p.size/2 && p.sum%4 == 0
+	full := len(p.runs) > 0 && len(*p.chunk) >= p.size/2 && p.sum%4 == 0
 	if p.large || full {
 		if err := p.cut(); err != nil {
 			return nil, err
@@ -208,6 +208,9 @@ func (p *packer) Write(b []byte) (int, error) {
 
 // cut ends the chunk, if there is anything in it.
 func (p *packer) cut() error {
+	if p.ctx.Err() != nil {
+		return context.Cause(p.ctx)
+	}
 	if len(*p.chunk) == 0 {
 		return nil
 	}
@@ -291,8 +294,11 @@ func (p *packer) close(cause error) (*blockmap.Table, error) {
 		tail = binary.LittleEndian.AppendUint32(tail, 0x8F92EAB1)
 		p.put(tail)
 	}
-	if err := errors.Join(cause, p.err); err != nil {
-		return nil, err
+	if cause == nil {
+		cause = p.err
+	}
+	if cause != nil {
+		return nil, cause
 	}
 	p.sha.Sum(p.table.Blob[:0])
 	return &p.table, nil

@@ -21,7 +21,6 @@ import (
 type tree struct {
 	root  *node
 	layer int // being applied, from 1
-	count int
 }
 
 // node is a name in the tree. Hard links are several nodes of one inode.
@@ -55,19 +54,15 @@ func (t *tree) apply(e *entry, stream uint32) error {
 		if err != nil || parent == nil {
 			return err
 		}
-		if n := parent.names[base]; n != nil && t.hideLower(n) {
-			delete(parent.names, base)
-		}
+		t.hideLower(parent, base)
 		return nil
 	case kindOpaque:
 		dir, err := t.walk(e.name, false)
 		if err != nil || dir == nil {
 			return err
 		}
-		for name, n := range dir.names {
-			if t.hideLower(n) {
-				delete(dir.names, name)
-			}
+		for name := range dir.names {
+			t.hideLower(dir, name)
 		}
 		return nil
 	case kindHardLink:
@@ -106,7 +101,6 @@ func (t *tree) put(parent *node, base string, n *node) {
 		parent.names = make(map[string]*node)
 	}
 	parent.names[strings.Clone(base)] = n
-	t.count++
 }
 
 // link makes another name for a file that is there already.
@@ -138,15 +132,25 @@ func (t *tree) link(e *entry) error {
 	return nil
 }
 
-// hideLower removes what lower layers have put at and under n, and says
-// whether nothing is left: a layer's whiteouts do not touch its own files.
-func (t *tree) hideLower(n *node) bool {
-	for name, child := range n.names {
-		if t.hideLower(child) {
-			delete(n.names, name)
-		}
+// hideLower removes what lower layers have put at and under a name: a layer's
+// whiteouts do not touch its own files. A directory that stays for what the
+// layer has put in it, and that the layer does not list, is made anew: so it
+// does not matter where in the layer the whiteout stands.
+func (t *tree) hideLower(dir *node, name string) {
+	n := dir.names[name]
+	if n == nil {
+		return
 	}
-	return n.layer < t.layer && len(n.names) == 0
+	for name := range n.names {
+		t.hideLower(n, name)
+	}
+	switch {
+	case n.layer == t.layer:
+	case len(n.names) == 0:
+		delete(dir.names, name)
+	default:
+		n.inode, n.layer = newDir(t.layer).inode, t.layer
+	}
 }
 
 // walk finds the directory at a clean path, following symbolic links in every
