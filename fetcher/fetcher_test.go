@@ -90,11 +90,11 @@ func TestConforms(t *testing.T) {
 func TestConformsOverABadOrigin(t *testing.T) {
 	m := blocktest.NewImage(t, 2, 600)
 	for name, f := range map[string]blocktest.Faults{
-		"errors":   {Err: blocktest.ErrInjected, ErrEach: 3},
-		"cut":      {Cut: true, Left: 5},
-		"breaks":   {Break: blocktest.ErrInjected, Left: 5},
-		"lies":     {Flip: true, Left: 3},
-		"is slow":  {Delay: time.Millisecond},
+		"errors":  {Err: blocktest.ErrInjected, ErrEach: 3},
+		"cut":     {Cut: true, Left: 5},
+		"breaks":  {Break: blocktest.ErrInjected, Left: 5},
+		"lies":    {Flip: true, Left: 3},
+		"is slow": {Delay: time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			blocktest.TestDevice(t, m.Content, func(t *testing.T) blockmap.Device {
