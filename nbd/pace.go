@@ -15,6 +15,7 @@ import (
 type pace struct {
 	spinners *atomic.Int32 // of the server, at most half the processors
 
+	lone    int              // reads in a row that had to wait and brought one request
 	mean    [2]time.Duration // of the waits, by mode; 0: never tried
 	waits   int
 	mode    waitMode // of the wait at hand
@@ -30,6 +31,7 @@ const (
 )
 
 const (
+	loneReads = 16                     // so many in a row are a client of depth 1
 	spinTime  = 20 * time.Microsecond  // what a spin lasts at most
 	spinWorth = 100 * time.Microsecond // waits longer than this are not worth a spin
 	tryOther  = 32                     // one wait in so many is in the mode that seems worse
@@ -38,7 +40,11 @@ const (
 // begin starts a wait and reports whether to spin. The caller calls spun when
 // it has, and end when the wait is over.
 func (p *pace) begin() (spin bool) {
-	p.began, p.waiting = time.Now(), true
+	p.waiting = true
+	if p.lone < loneReads {
+		return false // requests gather while we sleep, and are answered together
+	}
+	p.began = time.Now()
 	p.waits++
 	p.mode = parked
 	if p.mean[parked] == 0 || p.mean[parked] > spinWorth {
@@ -62,12 +68,18 @@ func (p *pace) more() bool { return time.Since(p.began) < spinTime }
 
 func (p *pace) spun() { p.spinners.Add(-1) }
 
-// end notes how long the wait has been.
-func (p *pace) end() {
-	if !p.waiting {
+// end notes how long the wait has been, if there was one, and whether it was
+// for a request that came alone.
+func (p *pace) end(alone bool) {
+	if !p.waiting || !alone {
+		p.waiting, p.lone = false, 0
 		return
 	}
 	p.waiting = false
+	if p.lone < loneReads {
+		p.lone++
+		return
+	}
 	wait := min(time.Since(p.began), 10*spinWorth) // a pause says nothing more
 	if m := &p.mean[p.mode]; *m == 0 {
 		*m = max(wait, 1)

@@ -22,7 +22,7 @@ func TestPace(t *testing.T) {
 					p.spun()
 				}
 				time.Sleep(d)
-				p.end()
+				p.end(true)
 			}
 			return spins
 		}
@@ -42,6 +42,15 @@ func TestPace(t *testing.T) {
 		}
 		if n := spinners.Load(); n != 0 {
 			t.Errorf("%d spinners left", n)
+		}
+
+		// Not for a client that has more than one request in flight.
+		for range 1000 {
+			p.end(false)
+			if p.begin() {
+				t.Fatal("spins for a deep queue")
+			}
+			p.end(true)
 		}
 
 		// No more than half the processors.

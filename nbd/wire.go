@@ -48,7 +48,6 @@ type socket struct {
 	in            []byte
 	nread         int
 	rerr          syscall.Errno
-	single        bool // the last read brought one request
 	pace          pace
 
 	// For the writer.
@@ -101,15 +100,14 @@ func (s *socket) readWith(p []byte, f func(uintptr) bool) (int, error) {
 
 func (s *socket) readOnce(fd uintptr) (done bool) {
 	e := s.sysRead(fd)
-	if e == unix.EAGAIN && s.single && !s.pace.waiting && s.pace.begin() {
+	if e == unix.EAGAIN && !s.pace.waiting && s.pace.begin() {
 		for e == unix.EAGAIN && s.pace.more() {
 			e = s.sysRead(fd)
 		}
 		s.pace.spun()
 	}
 	if e == 0 {
-		s.pace.end()
-		s.single = s.nread == requestLen
+		s.pace.end(s.nread == requestLen)
 	}
 	s.rerr = e
 	return e != unix.EAGAIN
