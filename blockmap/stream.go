@@ -206,7 +206,8 @@ func (s *Stream) Fill(i int, p []byte) error {
 	}
 	off := int64(c.Block) * BlockSize
 	_, err := s.data.WriteAt(p, off)
-	if errors.Is(err, unix.ENOSPC) && s.cache.evict(int64(len(p))) > 0 {
+	// What is freed may be another's by the time that it is written to.
+	for try := 0; errors.Is(err, unix.ENOSPC) && try < 16 && s.cache.evict(int64(len(p))) > 0; try++ {
 		_, err = s.data.WriteAt(p, off)
 	}
 	if err != nil {

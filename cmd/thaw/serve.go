@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,13 +31,22 @@ type serveOptions struct {
 	quota    size
 	grace    time.Duration
 	readOnly bool
+	allow    []string
 	exposed  bool
+
+	tlsCert, tlsKey, tlsClientCA string
+	tlsOptional                  bool
+	clients                      []string
+
+	maxConns    int
+	maxInFlight size
+	handshake   time.Duration
 }
 
 func serveCommand(a *app) *cobra.Command {
-	o := serveOptions{cache: defaultCache()}
+	o := serveOptions{cache: defaultCache(), maxInFlight: nbd.DefaultMaxInFlightBytes}
 	c := &cobra.Command{
-		Use:   "serve IMAGE...",
+		Use:   "serve [IMAGE...]",
 		Short: "Serve images as network block devices",
 		Long: `serve exports block images over NBD. A block is fetched when it is first read,
 and kept in the cache; before the export is ready only its manifest and index
@@ -44,16 +55,27 @@ are fetched.
 An IMAGE is a block image, or an image that has one beside it. Its name as given
 is the name of the export; a single image is the default export as well.
 
+With --allow, clients open what they name: the export's name is the reference.
+
 When it is ready, one line on stdout says so, and systemd is notified where it
 asked for that. Sockets passed by systemd are listened on instead of the default
 one. SIGTERM and SIGINT finish what is in flight.`,
 		Example: `  thaw serve registry.example/team/app:v1
   thaw serve oci:/srv/images:app --listen unix:/run/app.sock --cache /var/cache/thaw
   thaw serve registry.example/a:1 registry.example/b:2 --listen tcp:127.0.0.1:10809
+  thaw serve --allow 'registry.example/team/*' --listen unix:/run/team.sock
+  thaw serve registry.example/a:1 --listen tcp:0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem \
+    --tls-client-ca clients.pem --client host-7.example
 
   nbd-client -unix /run/app.sock /dev/nbd0
-  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/app.sock,format=raw,readonly=on …`,
-		Args: args(cobra.MinimumNArgs(1)),
+  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/app.sock,format=raw,readonly=on …
+  qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 && len(o.allow) == 0 {
+				return usageError{errors.New("name an image to serve, or --allow clients to name them")}
+			}
+			return nil
+		},
 		RunE: func(c *cobra.Command, args []string) error { return a.serve(c.Context(), args, o) },
 	}
 	f := c.Flags()
@@ -62,7 +84,16 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 	f.Var(&o.quota, "cache-size", "bound on what is kept there; the longest unused goes first (default: the disk)")
 	f.DurationVar(&o.grace, "grace", 30*time.Second, "for what is in flight when it is told to stop")
 	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode there is")
+	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references like this: * is anything but a slash, ** at the end anything (repeatable)")
 	f.BoolVar(&o.exposed, "allow-plaintext", false, "listen beyond this host without TLS")
+	f.StringVar(&o.tlsCert, "tls-cert", "", "file with the server's certificate chain; TLS is required then")
+	f.StringVar(&o.tlsKey, "tls-key", "", "file with its key")
+	f.StringVar(&o.tlsClientCA, "tls-client-ca", "", "file with the authorities that clients' certificates have to be of")
+	f.BoolVar(&o.tlsOptional, "tls-optional", false, "serve clients without TLS, too")
+	f.StringArrayVar(&o.clients, "client", nil, "serve only clients whose certificate has this name (repeatable)")
+	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "at a time")
+	f.Var(&o.maxInFlight, "max-in-flight", "bytes of requests that a connection may have waiting")
+	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "for a client to say what it wants")
 	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
 	return c
 }
@@ -92,6 +123,13 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if !o.readOnly {
 		return usageError{errors.New("--read-only=false: writable devices are not there yet")}
 	}
+	if err := patterns(o.allow).check(); err != nil {
+		return err
+	}
+	tlsConfig, err := o.tls()
+	if err != nil {
+		return err
+	}
 	log, err := a.log()
 	if err != nil {
 		return err
@@ -117,6 +155,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	defer f.Close()
 
 	open := &opener{client: client, cache: cache, fetcher: f, platform: platform, log: log}
+	offered := newExports(o.allow, o.clients, open.open)
 	images := make([]*blockmap.Image, len(names))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, name := range names {
@@ -128,31 +167,25 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	exports := make(nbd.Static, len(names))
 	for i, name := range names {
-		exports[i] = nbd.Export{Name: name, Description: "read-only block image", Device: images[i], ReadOnly: true}
+		if err := offered.add(name, images[i]); err != nil {
+			return err
+		}
 	}
 	listeners, err := listen(ctx, o)
 	if err != nil {
 		return err
 	}
-	server := &nbd.Server{Exports: named{exports}, Log: log}
-	if err := a.announce(exports, listeners); err != nil {
+	server := &nbd.Server{
+		Exports: offered, Log: log, TLS: tlsConfig, RequireTLS: tlsConfig != nil && !o.tlsOptional,
+		MaxConns: o.maxConns, MaxInFlightBytes: int64(o.maxInFlight), HandshakeTimeout: o.handshake,
+	}
+	if err := a.announce(offered, listeners); err != nil {
 		return errors.Join(err, server.Close())
 	}
 	err = serveUntil(ctx, server, listeners, o.grace)
 	summary(log, f.Stats(), cache, images)
 	return err
-}
-
-// named is a list of exports of which a single one is the default.
-type named struct{ nbd.Static }
-
-func (n named) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd.Export, func(), error) {
-	if name == "" && len(n.Static) > 1 {
-		return nil, nil, nbd.ErrUnknownExport
-	}
-	return n.Static.Open(ctx, name, c)
 }
 
 // bootID tells this run of the kernel from others. Without one the cache
@@ -193,8 +226,8 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 		ls = append(ls, l)
 	}
 	for _, l := range ls {
-		if nbd.Exposed(l) && !o.exposed {
-			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; say --allow-plaintext if that is meant", l.Addr())}
+		if nbd.Exposed(l) && !o.exposed && (o.tlsCert == "" || o.tlsOptional) {
+			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; give it a --tls-cert, or say --allow-plaintext if that is meant", l.Addr())}
 		}
 	}
 	return ls, nil
@@ -213,20 +246,23 @@ type announceExport struct {
 	URI  string `json:"uri"`
 }
 
-func (a *app) announce(exports nbd.Static, ls []net.Listener) error {
-	var out announced
-	out.Type = "ready"
+func (a *app) announce(offered *exports, ls []net.Listener) error {
+	out := announced{Type: "ready", Exports: []announceExport{}}
 	for _, l := range ls {
 		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
 	}
-	uris := make([]string, len(exports))
-	for i, e := range exports {
-		name := e.Name
-		if len(exports) == 1 {
-			name = ""
+	names, images := offered.all()
+	var uris []string
+	for i, name := range names {
+		export := name
+		if len(names) == 1 {
+			export = ""
 		}
-		uris[i] = uri(ls[0].Addr(), name)
-		out.Exports = append(out.Exports, announceExport{e.Name, e.Device.Size(), uris[i]})
+		uris = append(uris, uri(ls[0].Addr(), export))
+		out.Exports = append(out.Exports, announceExport{name, images[i].Size(), uris[i]})
+	}
+	if len(uris) == 0 {
+		uris = out.Listen
 	}
 	if a.json {
 		if err := a.printJSON(out); err != nil {
@@ -248,6 +284,36 @@ func uri(addr net.Addr, export string) string {
 		return "nbd+unix://" + u.EscapedPath() + "?socket=" + strings.ReplaceAll(url.QueryEscape(addr.String()), "%2F", "/")
 	}
 	return u.String()
+}
+
+// tls reads the certificates, and says what does not go together.
+func (o *serveOptions) tls() (*tls.Config, error) {
+	if o.tlsCert == "" {
+		if o.tlsKey != "" || o.tlsClientCA != "" || o.tlsOptional || len(o.clients) > 0 {
+			return nil, usageError{errors.New("TLS needs a --tls-cert")}
+		}
+		return nil, nil
+	}
+	if len(o.clients) > 0 && o.tlsClientCA == "" {
+		return nil, usageError{errors.New("--client needs a --tls-client-ca: names are believed of certificates alone")}
+	}
+	cert, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
+	if err != nil {
+		return nil, fmt.Errorf("TLS certificate: %w", err)
+	}
+	c := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}
+	if o.tlsClientCA != "" {
+		b, err := os.ReadFile(o.tlsClientCA)
+		if err != nil {
+			return nil, fmt.Errorf("TLS client authorities: %w", err)
+		}
+		c.ClientCAs = x509.NewCertPool()
+		if !c.ClientCAs.AppendCertsFromPEM(b) {
+			return nil, fmt.Errorf("TLS client authorities: %s has no certificate", o.tlsClientCA)
+		}
+		c.ClientAuth = tls.RequireAndVerifyClientCert
+	}
+	return c, nil
 }
 
 // serveUntil serves until ctx ends, which is the orderly end, or a listener

@@ -275,14 +275,14 @@ func TestFullCacheDisk(t *testing.T) {
 	// The disk of 3 MiB makes room again and again: nothing is lost, since
 	// what was read longest ago goes.
 	tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 4096", s.uri())
-	if out, err := exec.Command("nbdcopy", s.uri(), "null:").CombinedOutput(); err != nil {
-		if !strings.Contains(s.stderr.String(), "the disk of the cache is full") {
-			t.Errorf("%s\n%s", out, s.stderr.String())
-		}
-	}
+	out, err := exec.Command("nbdcopy", s.uri(), "null:").CombinedOutput()
 	tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 4096", s.uri())
 	if _, code := s.term(); code != exitOK {
 		t.Errorf("exit %d:\n%s", code, s.stderr.String())
+	}
+	// With many reads at once there may have been no room for one of them.
+	if err != nil && !strings.Contains(s.stderr.String(), "the disk of the cache is full") {
+		t.Errorf("%s\n%s", out, s.stderr.String())
 	}
 }
 

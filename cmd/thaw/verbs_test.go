@@ -143,7 +143,7 @@ func TestSentences(t *testing.T) {
 		{[]string{"serve", built, "--cache", dir + "/c", "--listen", "udp:1"}, 1, "want unix:PATH or tcp:HOST:PORT"},
 		{[]string{"serve", built, "--cache", "/proc/none"}, 1, "/proc/none"},
 		{[]string{"serve", built, "--read-only=false"}, 2, "not there yet"},
-		{[]string{"serve"}, 2, "requires at least 1 arg"},
+		{[]string{"serve"}, 2, "name an image to serve"},
 		{[]string{"build"}, 2, "arg"},
 		{[]string{"build", plain, reg.addr + "/team/x@sha256:" + strings.Repeat("0", 64)}, 2, "give a tag"},
 		{[]string{"build", plain, "oci:" + dir + "/o"}, 2, "needs a tag"},
