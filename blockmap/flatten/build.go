@@ -56,7 +56,7 @@ type Options struct {
 	ChunkSize int   // bytes of a full chunk, a power of two
 	Level     int   // zstd, 1 to 22
 
-	Jobs     int    // layers converted at once; 0: as many as processors
+	Jobs     int    // layers converted at once; 0: as many as processors, 8 at most
 	TempDir  string // for the streams until they are pushed; "": the system's
 	Tag      string // of the block image; "": none
 	Progress Progress
@@ -70,6 +70,9 @@ const (
 	DefaultChunkSize = 256 << 10
 	DefaultLevel     = 3
 )
+
+// Decompressing 8 layers keeps the compressors of many processors busy.
+const maxJobs = 8
 
 // Progress hears how a build goes. Its methods are called from several
 // goroutines, layer by layer in order.
@@ -111,11 +114,11 @@ type converted struct {
 
 type builder struct {
 	Options
-	src        *Source
-	dst        Target
-	diffIDs    []v1.Hash
-	compressor *compressor
-	temp       string
+	src       *Source
+	dst       Target
+	diffIDs   []v1.Hash
+	converter *converter
+	temp      string
 }
 
 // Build flattens src and pushes the result to dst. The manifest goes last: a
@@ -126,7 +129,7 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 		return nil, err
 	}
 	if o.Jobs <= 0 {
-		o.Jobs = runtime.GOMAXPROCS(0)
+		o.Jobs = min(runtime.GOMAXPROCS(0), maxJobs)
 	}
 	if o.Progress == nil {
 		o.Progress = silent{}
@@ -139,7 +142,7 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 	if b.diffIDs, err = diffIDs(src); err != nil {
 		return nil, err
 	}
-	if b.compressor, err = newCompressor(o.ChunkSize, o.Level, runtime.GOMAXPROCS(0)); err != nil {
+	if b.converter, err = newConverter(o.ChunkSize, o.Level, o.Log); err != nil {
 		return nil, err
 	}
 	if b.temp, err = os.MkdirTemp(o.TempDir, "thaw-build-"); err != nil {
@@ -243,7 +246,7 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 		return nil, err
 	}
 	c = new(converted)
-	c.table, c.toc, err = convertLayer(ctx, b.compressor, b.ChunkSize, &counter{in, b.Progress, i}, diffID, out, b.Log)
+	c.table, c.toc, err = b.converter.convert(ctx, &counter{in, b.Progress, i}, diffID, out)
 	if err != nil {
 		return nil, err
 	}
@@ -374,7 +377,7 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 	}
 	fs, err := ext4.Layout(t.inodes(), b.ext4Options())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
 	}
 	meta, err := b.metadata(ctx, fs)
 	if err != nil {
@@ -458,7 +461,7 @@ func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.
 		return nil, err
 	}
 	defer out.Close()
-	p := newPacker(ctx, b.compressor, b.ChunkSize, out)
+	p := newPacker(ctx, b.converter.compressor, out)
 	table, err := p.close(fs.WriteMeta(p))
 	if err == nil {
 		err = out.Close()

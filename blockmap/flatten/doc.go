@@ -1,7 +1,7 @@
 // Package flatten makes a block image of a container image: the layers, which
 // are tar archives, become one ext4 filesystem whose blocks lie in streams.
 //
-//	layer tar ──convertLayer──▶ stream: the contents of its files, in chunks  ──▶ target
+//	layer tar ────convert─────▶ stream: the contents of its files, in chunks  ──▶ target
 //	                       └──▶ TOC: its entries, and where their contents are ──▶ target
 //	TOCs, lowest first ──tree──▶ file tree ──ext4.Layout──▶ stream 0: metadata ──▶ target
 //	                                                    └──▶ Index, manifest   ──▶ target

@@ -14,6 +14,7 @@ import (
 	"math"
 	"net/url"
 	"path"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,13 +22,18 @@ import (
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/semaphore"
 
 	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
 
-// maxSymlink is the longest target that Linux has.
-const maxSymlink = 4095
+// What Linux takes at most, in bytes.
+const (
+	maxName      = 255
+	maxSymlink   = 4095 // of the target
+	maxXattrName = 255
+)
 
 // The types of a file in its mode, as in stat(2).
 const (
@@ -47,19 +53,34 @@ const (
 	whiteoutOpaque = ".wh..wh..opq"
 )
 
-// convertLayer reads the tar of a layer, compressed or not, and writes the
-// contents of its files to out as a stream. It returns the TOC of the layer.
-// diffID is what the uncompressed tar is to hash to.
-func convertLayer(ctx context.Context, c *compressor, chunkSize int, r io.Reader, diffID blockmap.Digest, out io.Writer, log *slog.Logger) (*blockmap.Table, []byte, error) {
-	plain, err := decompress(r)
+// converter converts layers, several at once.
+type converter struct {
+	*compressor
+	windows *semaphore.Weighted // bytes of memory for the windows of zstd layers
+	log     *slog.Logger
+}
+
+func newConverter(chunkSize, level int, log *slog.Logger) (*converter, error) {
+	c, err := newCompressor(chunkSize, level, runtime.GOMAXPROCS(0))
+	if err != nil {
+		return nil, err
+	}
+	return &converter{c, semaphore.NewWeighted(maxWindow), log}, nil
+}
+
+// convert reads the tar of a layer, compressed or not, and writes the contents
+// of its files to out as a stream. It returns the TOC of the layer. diffID is
+// what the uncompressed tar is to hash to.
+func (c *converter) convert(ctx context.Context, r io.Reader, diffID blockmap.Digest, out io.Writer) (*blockmap.Table, []byte, error) {
+	plain, err := decompress(ctx, r, c.windows)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer plain.Close()
 	sum := sha256.New()
-	p := newPacker(ctx, c, chunkSize, out)
+	p := newPacker(ctx, c.compressor, out)
 	var toc tocWriter
-	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc, log)
+	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc, c.log)
 	if err == nil && blockmap.Digest(sum.Sum(nil)) != diffID {
 		err = fmt.Errorf("the layer is not the one that the image config names: its content has digest sha256:%x, not %v", sum.Sum(nil), diffID)
 	}
@@ -148,8 +169,8 @@ func fromHeader(h *tar.Header) (*entry, error) {
 		return e, nil
 	}
 	for _, part := range strings.Split(e.name, "/") {
-		if len(part) > 255 {
-			return nil, errors.New("a name of more than 255 bytes")
+		if len(part) > maxName {
+			return nil, fmt.Errorf("a name of more than %d bytes", maxName)
 		}
 		if strings.IndexByte(part, 0) >= 0 {
 			return nil, errors.New("a name with a NUL in it")
@@ -238,6 +259,9 @@ func xattrs(h *tar.Header, in *ext4.Inode) error {
 		}
 	}
 	for name, v := range values {
+		if len(name) > maxXattrName {
+			return fmt.Errorf("the name of extended attribute %q has %d bytes: it can have %d", name[:40]+"…", len(name), maxXattrName)
+		}
 		if len(v) > maxXattr {
 			return fmt.Errorf("extended attribute %q has %d bytes: it can have %d", name, len(v), maxXattr)
 		}
@@ -251,8 +275,8 @@ func xattrs(h *tar.Header, in *ext4.Inode) error {
 // other programs that unpack images do. seen are the names that log has heard of.
 func dropXattrs(e *entry, seen map[string]bool, log *slog.Logger) {
 	e.inode.Xattrs = slices.DeleteFunc(e.inode.Xattrs, func(x ext4.Xattr) bool {
-		switch name, _, _ := strings.Cut(x.Name, "."); name {
-		case "user", "trusted", "security":
+		space, name, _ := strings.Cut(x.Name, ".")
+		if name != "" && (space == "user" || space == "trusted" || space == "security") {
 			return false
 		}
 		if x.Name == "system.posix_acl_access" || x.Name == "system.posix_acl_default" {
@@ -266,9 +290,17 @@ func dropXattrs(e *entry, seen map[string]bool, log *slog.Logger) {
 	})
 }
 
+// The window of a zstd layer: the most that is read, and what most layers have
+// at most. Layers with larger ones are converted one by one.
+const (
+	maxWindow    = 128 << 20
+	commonWindow = 8 << 20
+)
+
 // decompress looks at the first bytes of a layer, which are believed before its
-// media type: images whose media types are wrong are in use.
-func decompress(r io.Reader) (io.ReadCloser, error) {
+// media type: images whose media types are wrong are in use. windows is what
+// memory there is for the windows of all zstd layers.
+func decompress(ctx context.Context, r io.Reader, windows *semaphore.Weighted) (io.ReadCloser, error) {
 	b := bufio.NewReaderSize(r, 1<<20)
 	head, err := b.Peek(tarBlock)
 	if err != nil && err != io.EOF {
@@ -285,11 +317,20 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		}
 		plain = z
 	case len(head) >= 4 && (string(head[:4]) == "\x28\xb5\x2f\xfd" || head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18"):
-		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(128<<20))
+		memory := int64(commonWindow)
+		var h zstd.Header
+		if h.Decode(head) == nil && !h.Skippable && h.WindowSize > commonWindow {
+			memory = maxWindow
+		}
+		if err := windows.Acquire(ctx, memory); err != nil {
+			return nil, context.Cause(ctx)
+		}
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
+			windows.Release(memory)
 			return nil, fmt.Errorf("read the zstd layer: %w", err)
 		}
-		plain, close = z, z.Close
+		plain, close = z, func() { z.Close(); windows.Release(memory) }
 	}
 	return newReadAhead(plain, close), nil
 }

@@ -67,7 +67,7 @@ func ParseImage(raw []byte) (*Image, error) {
 		return nil, fmt.Errorf("%w: its manifest has no index", blockmap.ErrCorrupt)
 	}
 	m.Index = m.Layers[0]
-	if m.Index.Size > maxIndex {
+	if m.Index.Size < 0 || m.Index.Size > maxIndex {
 		return nil, fmt.Errorf("%w: an index of %d bytes", blockmap.ErrCorrupt, m.Index.Size)
 	}
 	for _, d := range m.Layers[1:] {

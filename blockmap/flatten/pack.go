@@ -40,12 +40,32 @@ const (
 // compressor compresses chunks for all streams of a build, as many at once as
 // there are processors.
 type compressor struct {
-	enc   *zstd.Encoder
-	slots chan struct{}
-	bufs  sync.Pool
+	size   int // of a full chunk
+	enc    *zstd.Encoder
+	slots  chan struct{} // taken by chunks under compression
+	flight chan struct{} // taken by chunks that are not written yet
+	bufs   sync.Pool
+	frames sync.Pool
+}
+
+// However many processors there are, encoders take this much memory together,
+// and so do chunks in flight with their frames.
+const compressorMemory = 64 << 20
+
+// encoderMemory is about what one encoder takes, most of it hash tables.
+func encoderMemory(level zstd.EncoderLevel, chunkSize int) int {
+	n := 2 << 20
+	switch level {
+	case zstd.SpeedBetterCompression:
+		n = 8 << 20
+	case zstd.SpeedBestCompression:
+		n = 40 << 20
+	}
+	return n + 2*chunkSize
 }
 
 func newCompressor(chunkSize, level, workers int) (*compressor, error) {
+	workers = min(workers, max(compressorMemory/encoderMemory(zstd.EncoderLevelFromZstd(level), chunkSize), 2))
 	enc, err := zstd.NewWriter(nil,
 		zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(level)),
 		zstd.WithEncoderConcurrency(workers),
@@ -56,8 +76,10 @@ func newCompressor(chunkSize, level, workers int) (*compressor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("compression level %d: %w", level, err)
 	}
-	c := &compressor{enc: enc, slots: make(chan struct{}, workers)}
+	flight := max(workers+1, min(4*workers, compressorMemory/(2*chunkSize)))
+	c := &compressor{size: chunkSize, enc: enc, slots: make(chan struct{}, workers), flight: make(chan struct{}, flight)}
 	c.bufs.New = func() any { b := make([]byte, 0, chunkSize); return &b }
+	c.frames.New = func() any { return new([]byte) }
 	return c, nil
 }
 
@@ -85,8 +107,7 @@ type packer struct {
 	at    int64 // in the file
 	runs  []ext4.Run
 
-	// pending holds the chunks under compression in stream order; its
-	// capacity bounds them.
+	// pending holds the chunks in flight in stream order.
 	pending chan *compressed
 	done    chan struct{} // closed when all of pending has been written
 	err     error         // of writing; to be read when done is closed
@@ -99,16 +120,16 @@ type packer struct {
 type compressed struct {
 	count  uint32
 	digest blockmap.Digest
-	frame  []byte
+	frame  *[]byte
 	buf    *[]byte
 	ready  chan struct{}
 }
 
 // newPacker starts a stream that is written to w. close ends it, in any case.
-func newPacker(ctx context.Context, c *compressor, chunkSize int, w io.Writer) *packer {
+func newPacker(ctx context.Context, c *compressor, w io.Writer) *packer {
 	p := &packer{
-		ctx: ctx, c: c, size: chunkSize, w: w, sha: sha256.New(),
-		pending: make(chan *compressed, 2*cap(c.slots)),
+		ctx: ctx, c: c, size: c.size, w: w, sha: sha256.New(),
+		pending: make(chan *compressed, cap(c.flight)),
 		done:    make(chan struct{}),
 		failed:  make(chan struct{}),
 	}
@@ -218,16 +239,20 @@ func (p *packer) cut() error {
 	if int64(p.block)+int64(x.count) > 1<<32-1 {
 		return errors.New("a layer of more than 16 TiB")
 	}
+	// A chunk in flight waits for chunks of its stream alone that came before
+	// it, so the one that came first goes on.
 	select {
-	case p.c.slots <- struct{}{}:
+	case p.c.flight <- struct{}{}:
 	case <-p.failed:
 		return p.err
 	case <-p.ctx.Done():
 		return context.Cause(p.ctx)
 	}
 	go func() {
+		p.c.slots <- struct{}{}
 		x.digest = sha256.Sum256(*x.buf)
-		x.frame = p.c.enc.EncodeAll(*x.buf, make([]byte, 0, len(*x.buf)/2))
+		x.frame = p.c.frames.Get().(*[]byte)
+		*x.frame = p.c.enc.EncodeAll(*x.buf, (*x.frame)[:0])
 		*x.buf = (*x.buf)[:0]
 		p.c.bufs.Put(x.buf)
 		x.buf = nil
@@ -246,17 +271,23 @@ func (p *packer) write() {
 	defer close(p.done)
 	for x := range p.pending {
 		<-x.ready
-		if p.err != nil {
-			continue
+		if p.err == nil {
+			p.add(x)
 		}
-		p.table.Chunks = append(p.table.Chunks, blockmap.Chunk{
-			Digest: x.digest, Offset: p.table.BlobSize, Stored: uint32(len(x.frame)),
-			Block: p.table.Blocks(), Count: x.count,
-		})
-		p.seek = binary.LittleEndian.AppendUint32(p.seek, uint32(len(x.frame)))
-		p.seek = binary.LittleEndian.AppendUint32(p.seek, x.count*blockSize)
-		p.put(x.frame)
+		p.c.frames.Put(x.frame)
+		<-p.c.flight
 	}
+}
+
+func (p *packer) add(x *compressed) {
+	stored := uint32(len(*x.frame))
+	p.table.Chunks = append(p.table.Chunks, blockmap.Chunk{
+		Digest: x.digest, Offset: p.table.BlobSize, Stored: stored,
+		Block: p.table.Blocks(), Count: x.count,
+	})
+	p.seek = binary.LittleEndian.AppendUint32(p.seek, stored)
+	p.seek = binary.LittleEndian.AppendUint32(p.seek, x.count*blockSize)
+	p.put(*x.frame)
 }
 
 func (p *packer) put(b []byte) {

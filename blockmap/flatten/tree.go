@@ -105,6 +105,9 @@ func (t *tree) put(parent *node, base string, n *node) {
 
 // link makes another name for a file that is there already.
 func (t *tree) link(e *entry) error {
+	if e.link == "" {
+		return errors.New("a hard link to the root, which is a directory")
+	}
 	dir, base := split(e.link)
 	from, err := t.walk(dir, false)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,8 +23,9 @@ import (
 type Opener func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
 
 // Verify fetches all of an image and checks it: every blob and every chunk
-// against its digest, and the file system against itself. It returns the first
-// fault. temp is a directory for the metadata, "" the system's.
+// against its digest, the map of the device against the order that it has, the
+// streams against the config, and the file system against itself. It returns
+// the first fault. temp is a directory for the metadata, "" the system's.
 func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp string) error {
 	f, err := os.CreateTemp(temp, "thaw-verify-")
 	if err != nil {
@@ -35,6 +37,9 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp
 	}
 	if len(ix.Streams) == 0 {
 		return fmt.Errorf("index: %w: it has no streams", blockmap.ErrCorrupt)
+	}
+	if err := verifyRuns(ix); err != nil {
+		return fmt.Errorf("index: %w: %w", blockmap.ErrCorrupt, err)
 	}
 	descriptors := make(map[v1.Hash]v1.Descriptor)
 	for _, d := range m.Layers[1:] {
@@ -56,7 +61,10 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp
 		})
 	}
 	g.Go(func() error {
-		return drain(gctx, m.Config, open)
+		if err := verifyConfig(gctx, m, open); err != nil {
+			return fmt.Errorf("config: %w", err)
+		}
+		return nil
 	})
 	if err := g.Wait(); err != nil {
 		return err
@@ -67,14 +75,70 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp
 	return nil
 }
 
-func drain(ctx context.Context, d v1.Descriptor, open Opener) error {
-	r, err := open(ctx, d)
+// verifyRuns holds the map of the device to the order of ext4.Layout: all of
+// stream 0, then contents of files without a gap, in the order of the streams.
+// The file system does not know what its files are to contain, so nothing else
+// would find two runs that have changed places.
+func verifyRuns(ix *blockmap.Index) error {
+	var meta uint32 // blocks of stream 0 so far
+	var last *blockmap.Run
+	for i := range ix.Runs {
+		r := &ix.Runs[i]
+		switch {
+		case r.Stream == 0 && last != nil:
+			return fmt.Errorf("metadata at block %d of the device, behind contents of files", r.Device)
+		case r.Stream == 0 && r.Block != meta:
+			return fmt.Errorf("block %d of the metadata is at block %d of the device, where block %d belongs", r.Block, r.Device, meta)
+		case r.Stream == 0:
+			meta += r.Count
+			continue
+		case last == nil:
+		case r.Device != last.Device+last.Count:
+			return fmt.Errorf("a gap in the contents of files at block %d of the device", last.Device+last.Count)
+		case r.Stream < last.Stream || r.Stream == last.Stream && r.Block < last.Block+last.Count:
+			return fmt.Errorf("block %d of stream %d is at block %d of the device, behind block %d of stream %d",
+				r.Block, r.Stream, r.Device, last.Block+last.Count-1, last.Stream)
+		}
+		last = r
+	}
+	if n := ix.Streams[0].Blocks(); meta != n {
+		return fmt.Errorf("%d of %d blocks of metadata are on the device", meta, n)
+	}
+	return nil
+}
+
+// maxConfig is far beyond what registries take.
+const maxConfig = 64 << 20
+
+// verifyConfig reads the config of the source image, which is to list the
+// layers that the streams come from.
+func verifyConfig(ctx context.Context, m *Image, open Opener) error {
+	if m.Config.Size < 0 || m.Config.Size > maxConfig {
+		return fmt.Errorf("%w: it has %d bytes", blockmap.ErrCorrupt, m.Config.Size)
+	}
+	r, err := open(ctx, m.Config)
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	_, err = io.Copy(io.Discard, r)
-	return err
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return err
+	}
+	var c v1.ConfigFile
+	if err := json.Unmarshal(b, &c); err != nil {
+		return fmt.Errorf("%w: %w", blockmap.ErrCorrupt, err)
+	}
+	listed := make(map[string]bool)
+	for _, id := range c.RootFS.DiffIDs {
+		listed[id.String()] = true
+	}
+	for _, d := range m.Layers[1:] {
+		if id, ok := d.Annotations[AnnotationDiffID]; ok && !listed[id] {
+			return fmt.Errorf("%w: it does not list the layer %s, of which the image has the stream", blockmap.ErrCorrupt, id)
+		}
+	}
+	return nil
 }
 
 // verifyStream reads a stream's blob from its beginning to its end, and writes

@@ -1,0 +1,72 @@
+package flatten
+
+import (
+	"context"
+	"io"
+	"os"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/semaphore"
+)
+
+// discard is a Target that keeps nothing.
+type discard struct{}
+
+func (discard) HasBlob(context.Context, v1.Descriptor) (bool, error)               { return false, nil }
+func (discard) Blob(context.Context, v1.Descriptor) ([]byte, error)                { return nil, os.ErrNotExist }
+func (discard) PushBytes(context.Context, v1.Descriptor, []byte) error             { return nil }
+func (discard) Tagged(context.Context, string) ([]byte, error)                     { return nil, nil }
+func (discard) PushManifest(context.Context, v1.Descriptor, []byte, string) error  { return nil }
+func (discard) PushFile(context.Context, v1.Descriptor, string, func(int64)) error { return nil }
+
+// BenchmarkBuild builds real images, to a target that keeps nothing.
+func BenchmarkBuild(b *testing.B) {
+	for _, name := range []string{"flask", "torch"} {
+		b.Run(name, func(b *testing.B) {
+			src, _ := realImage(b, name)
+			for b.Loop() {
+				res, err := Build(b.Context(), src, discard{}, Options{
+					Size: DefaultSize, ChunkSize: DefaultChunkSize, Level: DefaultLevel, TempDir: b.TempDir(),
+				})
+				if err != nil {
+					b.Fatal(err)
+				}
+				var content, stored int64
+				for _, l := range res.Layers {
+					content, stored = content+l.Content, stored+l.Stored
+				}
+				b.SetBytes(content)
+				b.ReportMetric(float64(stored), "stored-B")
+			}
+		})
+	}
+}
+
+// BenchmarkConvert converts the largest layer of a real image, in parts.
+func BenchmarkConvert(b *testing.B) {
+	src, _ := realImage(b, "torch")
+	open := func() io.ReadCloser {
+		r, err := src.Layers[1].Open(b.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		return r
+	}
+	b.Run("decompress", func(b *testing.B) {
+		for b.Loop() {
+			in := open()
+			r, err := decompress(b.Context(), in, semaphore.NewWeighted(maxWindow))
+			if err != nil {
+				b.Fatal(err)
+			}
+			n, err := io.Copy(io.Discard, struct{ io.Reader }{r})
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(n)
+			r.Close()
+			in.Close()
+		}
+	})
+}

@@ -1,0 +1,247 @@
+package flatten
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
+)
+
+// threeLayers are as different as their number.
+func threeLayers(t testing.TB) *testSource {
+	t.Helper()
+	var tars [][]byte
+	for i := range uint64(3) {
+		tars = append(tars, tarball(t, reg(fmt.Sprint("f", i), noise(i, 300_000))))
+	}
+	return newSource(t, gzipped, tars...)
+}
+
+var errPush = errors.New("the registry is on fire")
+
+// TestPushFails lets each push of a build fail once, and builds again: nothing
+// is left that is taken for whole, and no layer that was is opened again.
+func TestPushFails(t *testing.T) {
+	o := testOptions
+	o.Jobs, o.Tag = 1, "tag"
+	src := threeLayers(t)
+	whole := newTarget(t)
+	want := build(t, src, whole, o).Manifest.Digest
+	pushes := 0
+	count := newTarget(t)
+	count.before = func(string, v1.Descriptor) error { pushes++; return nil }
+	build(t, src, count, o)
+	if pushes < 3*4+4 {
+		t.Fatalf("%d pushes", pushes)
+	}
+	for fail := range pushes {
+		dst := newTarget(t)
+		n := 0
+		dst.before = func(string, v1.Descriptor) error {
+			if n++; n == fail+1 {
+				return errPush
+			}
+			return nil
+		}
+		if _, err := Build(t.Context(), &src.Source, dst, o); !errors.Is(err, errPush) {
+			t.Fatalf("push %d: %v", fail, err)
+		} else if done := dst.manifests(ArtifactTypeLayer); done < 3 && !strings.Contains(err.Error(), fmt.Sprintf("layer %d of 3 (%v)", done+1, src.Layers[done].Digest)) {
+			t.Errorf("push %d: the error does not name layer %d: %v", fail, done+1, err)
+		}
+		if n := dst.manifests(ArtifactTypeImage); n != 0 {
+			t.Errorf("push %d: a manifest is there", fail)
+		}
+		if raw, _ := dst.Tagged(t.Context(), "tag"); raw != nil {
+			t.Errorf("push %d: the tag is there", fail)
+		}
+		done := int32(dst.manifests(ArtifactTypeLayer))
+		dst.before = nil
+		src.opened.Store(0)
+		res := build(t, src, dst, o)
+		if opened := src.opened.Load(); opened != 3-done {
+			t.Errorf("push %d: %d layers were whole, and %d were opened again", fail, done, opened)
+		}
+		if res.Manifest.Digest != want {
+			t.Errorf("push %d: the second build gives %v, want %v", fail, res.Manifest.Digest, want)
+		}
+	}
+}
+
+// TestReuse builds again, after this and that has happened to the target.
+func TestReuse(t *testing.T) {
+	o := testOptions
+	o.Tag = "tag"
+	src := threeLayers(t)
+	blob := func(dst *dirTarget, res *Result, layer int) string {
+		return dst.path("blobs", res.Index.Streams[layer+1].Blob.String())
+	}
+	tag := func(layer int) string {
+		var c v1.ConfigFile
+		if err := json.Unmarshal(src.Config, &c); err != nil {
+			t.Fatal(err)
+		}
+		b := &builder{Options: o, diffIDs: c.RootFS.DiffIDs}
+		return b.layerTag(layer)
+	}
+	// retag puts a conversion with another TOC in the place of layer 1's.
+	retag := func(t *testing.T, dst *dirTarget, media, artifact string, change func(toc []byte) []byte) {
+		raw, err := dst.Tagged(t.Context(), tag(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m v1.Manifest
+		if err := json.Unmarshal(raw, &m); err != nil {
+			t.Fatal(err)
+		}
+		toc, err := dst.Blob(t.Context(), m.Layers[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		toc = change(toc)
+		m.Layers[0] = describe(m.Layers[0].MediaType, toc)
+		m.ArtifactType = artifact
+		if err := dst.PushBytes(t.Context(), m.Layers[0], toc); err != nil {
+			t.Fatal(err)
+		}
+		if raw, err = json.Marshal(m); err != nil {
+			t.Fatal(err)
+		}
+		if err := dst.PushManifest(t.Context(), describe("", raw), raw, tag(1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		happen func(t *testing.T, dst *dirTarget, res *Result)
+		opened int32
+	}{
+		{"nothing", func(*testing.T, *dirTarget, *Result) {}, 0},
+		{"a stream is gone", func(t *testing.T, dst *dirTarget, res *Result) {
+			if err := os.Remove(blob(dst, res, 1)); err != nil {
+				t.Fatal(err)
+			}
+		}, 1},
+		{"a stream is cut short", func(t *testing.T, dst *dirTarget, res *Result) {
+			if err := os.Truncate(blob(dst, res, 2), 1000); err != nil {
+				t.Fatal(err)
+			}
+			// A registry tells by the digest, and would not have it.
+			if err := os.Remove(blob(dst, res, 2)); err != nil {
+				t.Fatal(err)
+			}
+		}, 1},
+		{"a tag is gone", func(t *testing.T, dst *dirTarget, res *Result) {
+			if err := os.Remove(dst.path("tags", tag(0))); err != nil {
+				t.Fatal(err)
+			}
+		}, 1},
+		{"a tag names an image", func(t *testing.T, dst *dirTarget, res *Result) {
+			retag(t, dst, "", ArtifactTypeImage, func(b []byte) []byte { return b })
+		}, 1},
+		{"a TOC is cut short", func(t *testing.T, dst *dirTarget, res *Result) {
+			retag(t, dst, "", ArtifactTypeLayer, func(b []byte) []byte { return b[:len(b)/2] })
+		}, 1},
+		{"a TOC lies about where a file is", func(t *testing.T, dst *dirTarget, res *Result) {
+			retag(t, dst, "", ArtifactTypeLayer, func([]byte) []byte {
+				var w tocWriter
+				e := regularEntry("f1", 1<<20)
+				e.inode.Data[0].Block = 1 << 20
+				w.add(e)
+				b, err := w.close(&res.Index.Streams[2])
+				if err != nil {
+					t.Fatal(err)
+				}
+				return b
+			})
+		}, 1},
+		{"a TOC is of another stream", func(t *testing.T, dst *dirTarget, res *Result) {
+			retag(t, dst, "", ArtifactTypeLayer, func([]byte) []byte {
+				b, err := new(tocWriter).close(&res.Index.Streams[1])
+				if err != nil {
+					t.Fatal(err)
+				}
+				return b
+			})
+		}, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dst := newTarget(t)
+			first := build(t, src, dst, o)
+			c.happen(t, dst, first)
+			src.opened.Store(0)
+			second := build(t, src, dst, o)
+			if n := src.opened.Load(); n != c.opened {
+				t.Errorf("%d layers were opened, want %d", n, c.opened)
+			}
+			if !bytes.Equal(first.Raw, second.Raw) {
+				t.Error("the manifests differ")
+			}
+		})
+	}
+}
+
+// TestFullDisk builds with a temporary directory of one MiB.
+func TestFullDisk(t *testing.T) {
+	need(t, "root", "mount")
+	temp := t.TempDir()
+	run(t, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", temp)
+	t.Cleanup(func() { run(t, "umount", temp) })
+	src := newSource(t, plain, tarball(t, reg("small", "x")), tarball(t, reg("large", noise(1, 3<<20))))
+	dst := newTarget(t)
+	o := testOptions
+	o.TempDir, o.Jobs = temp, 1
+	_, err := Build(t.Context(), &src.Source, dst, o)
+	if !errors.Is(err, unix.ENOSPC) || strings.Count(err.Error(), "no space left") != 1 || !strings.Contains(err.Error(), "layer 2 of 2") || !strings.Contains(err.Error(), temp) {
+		t.Errorf("error %v", err)
+	}
+	if dst.manifests(ArtifactTypeLayer) != 1 || dst.manifests(ArtifactTypeImage) != 0 {
+		t.Errorf("in the target: %v", dst.pushed)
+	}
+	if left, err := os.ReadDir(temp); err != nil || len(left) > 0 {
+		t.Errorf("left on the full disk: %v, %v", left, err)
+	}
+	o.TempDir = filepath.Join(temp, "nowhere")
+	if _, err := Build(t.Context(), &src.Source, dst, o); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a temporary directory that is not there: %v", err)
+	}
+}
+
+// TestCancel ends builds at each read of a layer.
+func TestCancel(t *testing.T) {
+	tarred := tarball(t, reg("a", noise(1, 1<<20)), reg("b", noise(2, 1<<20)))
+	for after := range 4 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		src := newSource(t, plain, tarred)
+		src.Layers[0].Open = func(context.Context) (io.ReadCloser, error) {
+			return io.NopCloser(io.MultiReader(bytes.NewReader(tarred[:after<<19]), cancelling{cancel}, bytes.NewReader(tarred[after<<19:]))), nil
+		}
+		dst := newTarget(t)
+		o := testOptions
+		o.TempDir = t.TempDir()
+		if _, err := Build(ctx, &src.Source, dst, o); !errors.Is(err, errPush) {
+			t.Errorf("error %v, want the cause", err)
+		}
+		if len(dst.pushed) > 0 {
+			t.Errorf("pushed: %v", dst.pushed)
+		}
+		if left, err := os.ReadDir(o.TempDir); err != nil || len(left) > 0 {
+			t.Errorf("left in the temporary directory: %v, %v", left, err)
+		}
+	}
+}
+
+type cancelling struct{ cancel context.CancelCauseFunc }
+
+func (c cancelling) Read([]byte) (int, error) {
+	c.cancel(errPush)
+	return 0, io.EOF
+}
