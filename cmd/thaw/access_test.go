@@ -46,7 +46,7 @@ func TestOpenByReference(t *testing.T) {
 			t.Errorf("%q: %v\n%s", ref, err, out)
 		}
 	}
-	if !strings.Contains(s.stderr.String(), "make one with: thaw build "+plain) {
+	if !s.said("make one with: thaw build " + plain) {
 		t.Errorf("the log does not say what to do for an image that has no block image:\n%s", s.stderr.String())
 	}
 	// LIST shows what is open.

@@ -197,7 +197,7 @@ func TestServeWithoutTheRegistry(t *testing.T) {
 	reg.stop()
 
 	s = serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache)
-	if !strings.Contains(s.stderr.String(), "serving from the cache alone") {
+	if !s.said("serving from the cache alone") {
 		t.Errorf("it does not say so:\n%s", s.stderr.String())
 	}
 	back := startRegistry(t, reg.addr, storage, "")
@@ -221,7 +221,7 @@ func TestServeWithoutTheRegistry(t *testing.T) {
 	s.term()
 	if s := start(t, nil, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir()); s.isReady() {
 		t.Error("an image that may not be read is served from an empty cache")
-	} else if <-s.done; !strings.Contains(s.stderr.String(), "not authorized") {
+	} else if <-s.done; !s.said("not authorized") {
 		t.Errorf("unauthorised: %s", s.stderr.String())
 	}
 }

@@ -174,6 +174,17 @@ func (s *server) term() (summary map[string]any, code int) {
 	return summary, s.cmd.ProcessState.ExitCode()
 }
 
+// said waits for a word in the server's log, which comes by a pipe.
+func (s *server) said(word string) bool {
+	for range 500 {
+		if strings.Contains(s.stderr.String(), word) {
+			return true
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return false
+}
+
 func (s *server) uri() string { return s.ready.Exports[0].URI }
 
 // registryProcess is Debian's docker-registry on a loopback port.
