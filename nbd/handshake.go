@@ -238,12 +238,9 @@ func (h *handshake) open(ctx context.Context, name string) error {
 		return errBadString
 	}
 	srv := h.c.srv
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(srv.FaultTimeout, DefaultFaultTimeout))
-	defer cancel()
-	begin := time.Now()
+	ctx, done := h.ourTime(ctx)
 	e, release, err := srv.Exports.Open(ctx, name, h.client)
-	// What we take is not taken from the client's time.
-	h.c.extendHandshake(time.Since(begin))
+	done()
 	if err != nil {
 		return err
 	}
@@ -259,6 +256,17 @@ func (h *handshake) open(ctx context.Context, name string) error {
 	}
 	h.export, h.exportName, h.release = e, name, release
 	return nil
+}
+
+// ourTime bounds a call of Exports. What it takes, until done, is not taken from
+// the client's time for the handshake.
+func (h *handshake) ourTime(ctx context.Context) (_ context.Context, done func()) {
+	begin := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(h.c.srv.FaultTimeout, DefaultFaultTimeout))
+	return ctx, func() {
+		cancel()
+		h.c.extendHandshake(time.Since(begin))
+	}
 }
 
 // drop gives back the export opened last.
@@ -336,7 +344,9 @@ func (h *handshake) list(ctx context.Context) error {
 	if len(h.data) != 0 {
 		return h.fail(optList, repErrInvalid, "LIST takes no data")
 	}
+	ctx, done := h.ourTime(ctx)
 	all, err := h.c.srv.Exports.List(ctx, h.client)
+	done()
 	if err != nil {
 		return h.fail(optList, repErrPolicy, err.Error())
 	}

@@ -50,7 +50,7 @@ func (p *pace) begin() (spin bool) {
 	if p.mean[parked] == 0 || p.mean[parked] > spinWorth {
 		return false
 	}
-	if p.mean[spinning] < p.mean[parked] {
+	if p.mean[spinning] < min(p.mean[parked], spinTime) { // most spins end with a request
 		p.mode = spinning
 	}
 	if p.waits%tryOther == 0 {

@@ -31,7 +31,7 @@ var ErrServerClosed = errors.New("nbd: server closed")
 // Shutdown or Close it stays closed.
 //
 // What a client can cost is bounded: its connection takes one goroutine and
-// some 100 KiB, plus MaxWaiters goroutines and MaxInFlightBytes of payload and
+// some 200 KiB, plus MaxWaiters goroutines and MaxInFlightBytes of payload and
 // pinned views while its requests wait for the device or for the client to
 // take the replies. At a bound the server stops reading from the connection.
 type Server struct {
@@ -48,7 +48,7 @@ type Server struct {
 	MaxConns         int           // connections at a time, 0: DefaultMaxConns; more are closed as they come
 	HandshakeTimeout time.Duration // for the client's part of the handshake, 0: DefaultHandshakeTimeout
 	WriteTimeout     time.Duration // without the client taking a byte of what it asked for, 0: DefaultWriteTimeout
-	FaultTimeout     time.Duration // for a request that waits for the device, 0: DefaultFaultTimeout
+	FaultTimeout     time.Duration // for a request that waits for the device, and a call of Exports, 0: DefaultFaultTimeout
 
 	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
 	MaxInFlightBytes int64 // their bytes, 0: DefaultMaxInFlightBytes; one request is always let in
