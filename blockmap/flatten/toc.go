@@ -1,6 +1,7 @@
 package flatten
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -118,16 +119,26 @@ func (w *tocWriter) add(e *entry) {
 
 // close returns the TOC blob of a layer whose stream is t.
 func (w *tocWriter) close(t *blockmap.Table) ([]byte, error) {
-	body := append(t.Append(nil), w.b...)
+	entries := append(w.b, tocEnd)
 	w.b = nil
-	body = append(body, tocEnd)
-	b := append([]byte(tocMagic), 0, 0, 0, 0)
-	binary.LittleEndian.PutUint32(b[8:], crc32.Checksum(body, castagnoli))
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
+	table := t.Append(nil)
+	head := append([]byte(tocMagic), 0, 0, 0, 0)
+	binary.LittleEndian.PutUint32(head[8:], crc32.Update(crc32.Checksum(table, castagnoli), castagnoli, entries))
+	var out bytes.Buffer
+	enc, err := zstd.NewWriter(&out, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))
 	if err != nil {
 		return nil, err
 	}
-	return enc.EncodeAll(append(b, body...), nil), nil
+	// In pieces: together they can be a hundred MiB.
+	for _, b := range [][]byte{head, table, entries} {
+		if _, err := enc.Write(b); err != nil {
+			return nil, err
+		}
+	}
+	if err := enc.Close(); err != nil {
+		return nil, err
+	}
+	return out.Bytes(), nil
 }
 
 // toc reads a TOC without trusting it.
