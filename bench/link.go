@@ -1,0 +1,220 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// LinkOptions are the properties of a link.
+type LinkOptions struct {
+	RTT  time.Duration // of a byte there and one back, on an idle link
+	Rate int64         // bits a second, in each direction, shared by all connections; 0: no bound
+	// Dial connects to what is behind the link.
+	Dial func(ctx context.Context) (net.Conn, error)
+}
+
+// Link is a slow wire: a TCP proxy that hands bytes on when a link of that
+// round trip and rate would have. Kernels without netem have no other.
+//
+// Opening a connection costs a round trip, as a handshake does. A direction
+// carries one piece after the other, whichever connection they are of, behind
+// a short queue, so connections share it as they would a router without bloat.
+// It has no loss and no slow start: what a connection that is warm would see.
+type Link struct {
+	o      LinkOptions
+	l      net.Listener
+	up     lane // to what is behind it
+	down   lane
+	conns  atomic.Int64
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+// Pieces are small enough that connections take turns, and large enough that
+// sleeping for each is precise.
+const (
+	pieceBytes = 16 << 10
+	queueTime  = 2 * time.Millisecond
+	queueLen   = 1 << 10 // pieces on their way, of a connection
+)
+
+// NewLink serves connections to l until Close.
+func NewLink(l net.Listener, o LinkOptions) *Link {
+	ctx, cancel := context.WithCancel(context.Background())
+	k := &Link{o: o, l: l, cancel: cancel, up: newLane(o), down: newLane(o)}
+	k.wg.Go(func() { k.accept(ctx) })
+	return k
+}
+
+// ListenLink is a link on a loopback port to a TCP address.
+func ListenLink(to string, rtt time.Duration, rate int64) (*Link, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	return NewLink(l, LinkOptions{RTT: rtt, Rate: rate, Dial: func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "tcp", to)
+	}}), nil
+}
+
+// Addr is where clients connect to.
+func (k *Link) Addr() net.Addr { return k.l.Addr() }
+
+// LinkStats counts what a Link has carried so far.
+type LinkStats struct {
+	Connections int64
+	Up, Down    int64 // bytes to and from what is behind it, headers included
+}
+
+// Stats may be called at any time.
+func (k *Link) Stats() LinkStats {
+	return LinkStats{Connections: k.conns.Load(), Up: k.up.carried.Load(), Down: k.down.carried.Load()}
+}
+
+// Close ends all connections and waits until nothing of the link is left.
+func (k *Link) Close() error {
+	k.cancel()
+	err := k.l.Close()
+	k.wg.Wait()
+	return err
+}
+
+func (k *Link) accept(ctx context.Context) {
+	for {
+		c, err := k.l.Accept()
+		if err != nil {
+			return
+		}
+		k.conns.Add(1)
+		k.wg.Go(func() { k.connection(ctx, c) })
+	}
+}
+
+func (k *Link) connection(ctx context.Context, client net.Conn) {
+	defer client.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { client.Close() })()
+	if sleep(ctx, k.o.RTT) != nil {
+		return
+	}
+	server, err := k.o.Dial(ctx)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	defer context.AfterFunc(ctx, func() { server.Close() })()
+	var both sync.WaitGroup
+	both.Go(func() { k.up.carry(ctx, cancel, server, client) })
+	both.Go(func() { k.down.carry(ctx, cancel, client, server) })
+	both.Wait()
+}
+
+// lane is one direction of a link.
+type lane struct {
+	delay   time.Duration
+	rate    int64
+	line    chan struct{} // holds one token: who has it may send
+	free    time.Time     // when all that was sent has left; guarded by line
+	carried atomic.Int64
+}
+
+func newLane(o LinkOptions) lane {
+	return lane{delay: o.RTT / 2, rate: o.Rate, line: make(chan struct{}, 1)}
+}
+
+// piece is bytes on their way.
+type piece struct {
+	b   []byte
+	due time.Time
+}
+
+// carry hands on what src sends until its end, which it hands on too. An error
+// ends the connection, both ways.
+func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn) {
+	flying := make(chan piece, queueLen)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		for p := range flying {
+			if sleep(ctx, time.Until(p.due)) != nil {
+				continue
+			}
+			if _, err := dst.Write(p.b); err != nil {
+				cancel()
+				continue
+			}
+			l.carried.Add(int64(len(p.b)))
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if c, ok := dst.(interface{ CloseWrite() error }); !ok || c.CloseWrite() != nil {
+			cancel()
+		}
+	})
+	defer close(flying)
+	for {
+		b := make([]byte, pieceBytes)
+		n, err := src.Read(b)
+		if n > 0 {
+			due, err := l.send(ctx, n)
+			if err != nil {
+				return
+			}
+			select {
+			case flying <- piece{b[:n], due}:
+			case <-ctx.Done():
+				return
+			}
+		}
+		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				cancel()
+			}
+			return
+		}
+	}
+}
+
+// send waits until n bytes fit into the queue before the line, and returns
+// when they will have arrived.
+func (l *lane) send(ctx context.Context, n int) (time.Time, error) {
+	if l.rate <= 0 {
+		return time.Now().Add(l.delay), nil
+	}
+	select {
+	case l.line <- struct{}{}:
+	case <-ctx.Done():
+		return time.Time{}, ctx.Err()
+	}
+	defer func() { <-l.line }()
+	if err := sleep(ctx, time.Until(l.free.Add(-queueTime))); err != nil {
+		return time.Time{}, err
+	}
+	if now := time.Now(); l.free.Before(now) {
+		l.free = now
+	}
+	l.free = l.free.Add(time.Duration(int64(n) * 8 * int64(time.Second) / l.rate))
+	return l.free.Add(l.delay), nil
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,196 @@
+// Command nbd measures NBD servers with fio, all of them over the same bytes and
+// in the same run: thaw, nbdkit (file and memory), qemu-nbd and go-nbd.
+//
+//	go run ./bench/nbd -thaw PATH-OF-THAW
+//
+// Each round measures every server after the other for each row of the table,
+// on a unix socket and on TCP loopback. The processor time of a server is its
+// own, from /proc, while fio ran. The lines of the rounds go to stdout in the
+// format that benchstat reads; the table, in Markdown, behind them.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"thaw/bench"
+)
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == serveVerb {
+		if err := serveMain(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench/nbd:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench/nbd:", err)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	thaw    string
+	dir     string
+	rounds  int
+	runtime time.Duration
+	sizeMiB int
+	only    string
+}
+
+func run(ctx context.Context) error {
+	var o options
+	flag.StringVar(&o.thaw, "thaw", "thaw", "the program to measure")
+	flag.StringVar(&o.dir, "dir", "", "directory for the image and the cache; made and removed if empty")
+	flag.IntVar(&o.rounds, "rounds", 5, "of each measurement")
+	flag.DurationVar(&o.runtime, "runtime", 3*time.Second, "of each fio")
+	flag.IntVar(&o.sizeMiB, "size", 1024, "MiB of content that are read")
+	flag.StringVar(&o.only, "only", "", "only rows whose name contains this")
+	flag.Parse()
+	tools := []bench.Program{
+		{Name: "fio", Package: "fio", Version: []string{"--version"}},
+		{Name: "nbdkit", Package: "nbdkit", Version: []string{"--version"}},
+		{Name: "qemu-nbd", Package: "qemu-utils", Version: []string{"--version"}},
+		{Name: "nbdcopy", Package: "libnbd-bin"},
+	}
+	if err := bench.Need(tools...); err != nil {
+		return err
+	}
+	machine, err := bench.ThisMachine()
+	if err != nil {
+		return err
+	}
+	versions, err := bench.Versions(ctx, tools...)
+	if err != nil {
+		return err
+	}
+	if o.dir == "" {
+		if o.dir, err = os.MkdirTemp("", "bench-nbd-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(o.dir)
+	}
+	if o.dir, err = filepath.Abs(o.dir); err != nil {
+		return err
+	}
+	b := &benchmark{options: o, rec: bench.NewRecorder(os.Stdout)}
+	facts := append(versions, bench.Fact{Key: "go-nbd", Value: "v0.3.2"},
+		bench.Fact{Key: "command", Value: "go run ./bench/nbd " + strings.Join(os.Args[1:], " ")})
+	if err := b.rec.Header("thaw/bench/nbd", machine, facts...); err != nil {
+		return err
+	}
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	for _, transport := range []string{"unix", "tcp"} {
+		if err := b.measure(ctx, transport); err != nil {
+			return err
+		}
+	}
+	if err := b.measureMixed(ctx); err != nil {
+		return err
+	}
+	return b.report(os.Stdout)
+}
+
+// row is a line of the table: a load.
+type row struct {
+	name string
+	job  job
+	// delayed rows run against devices that take 5 ms a read.
+	delayed bool
+}
+
+var rows = []row{
+	{name: "4k-QD1", job: job{bs: "4k", depth: 1, rw: "randread"}},
+	{name: "4k-QD32", job: job{bs: "4k", depth: 32, rw: "randread"}},
+	{name: "4k-QD128", job: job{bs: "4k", depth: 128, rw: "randread"}},
+	{name: "4k-QD32-4conn", job: job{bs: "4k", depth: 32, jobs: 4, rw: "randread"}},
+	{name: "64k-QD32", job: job{bs: "64k", depth: 32, rw: "randread"}},
+	{name: "1M-seq", job: job{bs: "1M", depth: 8, rw: "read"}},
+	{name: "4k-QD32-5ms", job: job{bs: "4k", depth: 32, rw: "randread"}, delayed: true},
+}
+
+const (
+	iops      = "iops"
+	cpuPerIO  = "cpu-ns/io"
+	bandwidth = "B/s"
+	p99       = "p99-ns"
+)
+
+func (b *benchmark) wanted(name string) bool { return strings.Contains(name, b.only) }
+
+// measure runs all rows on a transport.
+func (b *benchmark) measure(ctx context.Context, transport string) error {
+	for _, r := range rows {
+		name := transport + "/" + r.name
+		if !b.wanted(name) || r.delayed && transport != "unix" {
+			continue
+		}
+		servers, err := b.start(ctx, transport, r.delayed)
+		if err != nil {
+			return errors.Join(err, stopAll(servers))
+		}
+		sides := make([]func(context.Context, int) error, len(servers))
+		for i, s := range servers {
+			sides[i] = func(ctx context.Context, _ int) error {
+				res, err := b.fio(ctx, s, r.job)
+				if err != nil {
+					return fmt.Errorf("%s, %s: %w", name, s.name, err)
+				}
+				return b.rec.Add("NBD/"+name+"/server="+s.name,
+					bench.Measure{Value: float64(b.runtime.Nanoseconds()) / max(res.ios, 1), Unit: bench.Wall},
+					bench.Measure{Value: res.iops, Unit: iops},
+					bench.Measure{Value: res.bandwidth, Unit: bandwidth},
+					bench.Measure{Value: res.cpu.Seconds() * 1e9 / max(res.ios, 1), Unit: cpuPerIO},
+					bench.Measure{Value: res.p99, Unit: p99})
+			}
+		}
+		err = bench.Alternate(ctx, b.rounds, sides...)
+		if err := errors.Join(err, stopAll(servers)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// measureMixed reads on one connection what is resident, alone and mixed with
+// reads that take 5 ms, and compares the latency of the former.
+func (b *benchmark) measureMixed(ctx context.Context) error {
+	if !b.wanted("mixed") {
+		return nil
+	}
+	alone := job{bs: "4k", depth: 32, rw: "randread", offset: 0, size: mixedHits}
+	mixed := job{bs: "4k", depth: 32, rw: "randread", offset: 0, size: mixedHits + mixedMisses}
+	s, err := b.startMixed(ctx)
+	if err != nil {
+		return err
+	}
+	err = bench.Alternate(ctx, b.rounds, func(ctx context.Context, _ int) error {
+		for name, j := range map[string]job{"hits-alone": alone, "hits-mixed": mixed} {
+			res, err := b.fioLatencies(ctx, s, j, mixedHits)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			if err := b.rec.Add("NBD/mixed/"+name+"/server=thaw",
+				bench.Measure{Value: res.p99, Unit: p99}, bench.Measure{Value: res.median, Unit: "p50-ns"},
+				bench.Measure{Value: res.iops, Unit: iops}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return errors.Join(err, s.stop())
+}

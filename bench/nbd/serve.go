@@ -1,0 +1,131 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/edsrzf/mmap-go"
+	"github.com/pojntfx/go-nbd/pkg/backend"
+	gonbd "github.com/pojntfx/go-nbd/pkg/server"
+
+	"thaw/blockmap"
+	"thaw/nbd"
+)
+
+// serveVerb makes this program one of the servers.
+const serveVerb = "serve"
+
+const (
+	delay = 5 * time.Millisecond
+
+	// Of the device "mixed", reads below mixedHits are answered at once, and
+	// those behind take their time.
+	mixedHits   = 64 << 20
+	mixedMisses = 8 << 20
+)
+
+// serveMain is a server until SIGTERM: KIND LISTEN FILE.
+func serveMain(args []string) error {
+	if len(args) != 3 {
+		return fmt.Errorf("want KIND LISTEN FILE")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	l, err := nbd.Listen(ctx, args[1])
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(args[2])
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	switch args[0] {
+	case "go-nbd":
+		return serveGoNBD(ctx, l, backend.NewFileBackend(f))
+	case "go-nbd-delayed":
+		return serveGoNBD(ctx, l, slowBackend{backend.NewFileBackend(f)})
+	case "delayed", "mixed":
+		d := &slowDevice{}
+		if args[0] == "mixed" {
+			d.fast = mixedHits
+		}
+		if d.m, err = mmap.Map(f, mmap.RDONLY, 0); err != nil {
+			return err
+		}
+		s := &nbd.Server{Exports: nbd.Static{{Device: d, ReadOnly: true}}}
+		context.AfterFunc(ctx, func() { s.Close() })
+		if err := s.Serve(l); ctx.Err() == nil {
+			return err
+		}
+		return nil
+	}
+	return fmt.Errorf("no server is called %q", args[0])
+}
+
+func serveGoNBD(ctx context.Context, l net.Listener, b backend.Backend) error {
+	context.AfterFunc(ctx, func() { l.Close() })
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			// An error is a client that leaves without a word.
+			_ = gonbd.Handle(c, []*gonbd.Export{{Backend: b}}, &gonbd.Options{ReadOnly: true, SupportsMultiConn: true})
+		}()
+	}
+}
+
+// slowBackend takes 5 ms a read.
+type slowBackend struct{ backend.Backend }
+
+func (b slowBackend) ReadAt(p []byte, off int64) (int, error) {
+	time.Sleep(delay)
+	return b.Backend.ReadAt(p, off)
+}
+
+// slowDevice has nothing resident from fast on: each read of that waits 5 ms,
+// whatever was read before.
+type slowDevice struct {
+	m    mmap.MMap
+	fast int64
+	came pool
+}
+
+// pool remembers, for each block, the faults that a View has not taken up yet.
+type pool struct{ ch [1024]chan struct{} }
+
+func (d *slowDevice) Size() int64 { return int64(len(d.m)) &^ (blockmap.BlockSize - 1) }
+
+func (d *slowDevice) View(e blockmap.Extent) (v blockmap.View, ok bool) {
+	if e.Check(d.Size()) != nil {
+		return v, false
+	}
+	if e.End > d.fast && !d.came.take(e) {
+		return v, false
+	}
+	v.Append(d.m[e.Start:e.End], nil, 0)
+	return v, true
+}
+
+func (d *slowDevice) Fault(ctx context.Context, e blockmap.Extent) error {
+	t := time.NewTimer(delay)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		d.came.put(e)
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

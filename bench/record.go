@@ -1,0 +1,198 @@
+package bench
+
+import (
+	"fmt"
+	"io"
+	"math"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Measure is a value in a unit of the Go benchmark format: "ns/op", "peak-RSS-B".
+type Measure struct {
+	Value float64
+	Unit  string
+}
+
+// Recorder writes rounds as lines of the Go benchmark format, as they come, and
+// keeps them for a summary:
+//
+//	goos: linux
+//	cpu: Some Processor
+//	BenchmarkBuild/image=flask/tool=thaw 1 2339541144 ns/op 47054848 peak-RSS-B
+//
+// See https://go.dev/design/14313-benchmark-format.
+type Recorder struct {
+	w      io.Writer
+	series map[string]map[string][]float64 // name, unit: rounds in order
+}
+
+// NewRecorder returns a Recorder that writes to w.
+func NewRecorder(w io.Writer) *Recorder {
+	return &Recorder{w: w, series: make(map[string]map[string][]float64)}
+}
+
+// Header writes what the figures depend on, before them.
+func (r *Recorder) Header(pkg string, m Machine, more ...Fact) error {
+	facts := []Fact{
+		{"goos", runtime.GOOS}, {"goarch", runtime.GOARCH}, {"pkg", pkg}, {"cpu", m.CPU},
+		{"cores", strconv.Itoa(m.Cores)}, {"memory", Bytes(m.Memory)}, {"kernel", m.Kernel},
+		{"go", runtime.Version()}, {"load", m.Load}, {"date", m.Date.UTC().Format(time.DateOnly)},
+	}
+	for _, f := range append(facts, more...) {
+		if _, err := fmt.Fprintf(r.w, "%s: %s\n", f.Key, oneLine(f.Value)); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintln(r.w)
+	return err
+}
+
+// Fact is a line of a header. Its key has no capitals and no spaces.
+type Fact struct{ Key, Value string }
+
+// Add records a round. The name is without the word Benchmark:
+// "Build/image=flask/tool=thaw".
+func (r *Recorder) Add(name string, ms ...Measure) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Benchmark%s 1", strings.ReplaceAll(oneLine(name), " ", "_"))
+	if r.series[name] == nil {
+		r.series[name] = make(map[string][]float64)
+	}
+	for _, m := range ms {
+		fmt.Fprintf(&b, " %s %s", strconv.FormatFloat(m.Value, 'f', -1, 64), m.Unit)
+		r.series[name][m.Unit] = append(r.series[name][m.Unit], m.Value)
+	}
+	_, err := fmt.Fprintln(r.w, b.String())
+	return err
+}
+
+// Rounds is how many rounds a series has.
+func (r *Recorder) Rounds(name, unit string) int { return len(r.series[name][unit]) }
+
+// Median of all rounds of a series; NaN without any.
+func (r *Recorder) Median(name, unit string) float64 { return Median(r.series[name][unit]) }
+
+// Max of all rounds of a series; NaN without any.
+func (r *Recorder) Max(name, unit string) float64 {
+	if len(r.series[name][unit]) == 0 {
+		return math.NaN()
+	}
+	return slices.Max(r.series[name][unit])
+}
+
+// Ratio is the median of a/b, round by round.
+func (r *Recorder) Ratio(a, b, unit string) float64 {
+	return MedianRatio(r.series[a][unit], r.series[b][unit])
+}
+
+// Median is the middle value, or the mean of the two in the middle; NaN of none.
+func Median(v []float64) float64 {
+	if len(v) == 0 {
+		return math.NaN()
+	}
+	v = slices.Sorted(slices.Values(v))
+	if n := len(v); n%2 == 0 {
+		return (v[n/2-1] + v[n/2]) / 2
+	}
+	return v[len(v)/2]
+}
+
+// MedianRatio is the median of a[i]/b[i], as far as both go. What made one
+// round slow was likely there for its neighbour too.
+func MedianRatio(a, b []float64) float64 {
+	n := min(len(a), len(b))
+	ratios := make([]float64, n)
+	for i := range n {
+		ratios[i] = a[i] / b[i]
+	}
+	return Median(ratios)
+}
+
+// Table is a table in Markdown.
+type Table struct {
+	Columns []string
+	rows    [][]string
+}
+
+// Row adds a row. Columns that are missing stay empty.
+func (t *Table) Row(cells ...string) { t.rows = append(t.rows, cells) }
+
+// WriteTo writes the table, aligned for those who read it as it is: the first
+// column to the left, the others to the right.
+func (t *Table) WriteTo(w io.Writer) (int64, error) {
+	width := make([]int, len(t.Columns))
+	for _, row := range append([][]string{t.Columns}, t.rows...) {
+		for i := range width {
+			width[i] = max(width[i], len([]rune(cell(row, i))), 3)
+		}
+	}
+	var b strings.Builder
+	line := func(row []string) {
+		for i, n := range width {
+			c := cell(row, i)
+			pad := strings.Repeat(" ", n-len([]rune(c)))
+			if i == 0 {
+				c += pad
+			} else {
+				c = pad + c
+			}
+			b.WriteString("| " + c + " ")
+		}
+		b.WriteString("|\n")
+	}
+	line(t.Columns)
+	for i, n := range width {
+		if i == 0 {
+			b.WriteString("|:" + strings.Repeat("-", n+1))
+		} else {
+			b.WriteString("|" + strings.Repeat("-", n+1) + ":")
+		}
+	}
+	b.WriteString("|\n")
+	for _, row := range t.rows {
+		line(row)
+	}
+	n, err := io.WriteString(w, b.String())
+	return int64(n), err
+}
+
+func cell(row []string, i int) string {
+	if i >= len(row) {
+		return ""
+	}
+	return strings.ReplaceAll(oneLine(row[i]), "|", `\|`)
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+// Seconds is a time in nanoseconds for reading: 2.34 s.
+func Seconds(ns float64) string {
+	s := ns / 1e9
+	switch {
+	case math.IsNaN(s):
+		return "-"
+	case math.Abs(s) < 10:
+		return fmt.Sprintf("%.2f s", s)
+	}
+	return fmt.Sprintf("%.1f s", s)
+}
+
+// Bytes is a number of bytes for reading: 1.23 GiB.
+func Bytes[N int64 | float64](n N) string {
+	b := float64(n)
+	switch {
+	case math.IsNaN(b):
+		return "-"
+	case math.Abs(b) >= 1<<30:
+		return fmt.Sprintf("%.2f GiB", b/(1<<30))
+	case math.Abs(b) >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", b/(1<<20))
+	case math.Abs(b) >= 1<<10:
+		return fmt.Sprintf("%.1f KiB", b/(1<<10))
+	}
+	return fmt.Sprintf("%.0f B", b)
+}
