@@ -381,9 +381,9 @@ func TestDeviceErrors(t *testing.T) {
 		read, write errno
 	}{
 		{errBroken, eIO, eIO},
-		{fmt.Errorf("write: %w", blockmap.ErrNoSpace), eNoSpace, eNoSpace},
-		{&errWrap{syscall.ENOSPC}, eNoSpace, eNoSpace},
-		{syscall.EDQUOT, eNoSpace, eNoSpace},
+		{fmt.Errorf("write: %w", blockmap.ErrNoSpace), eIO, eNoSpace},
+		{&errWrap{syscall.ENOSPC}, eIO, eNoSpace},
+		{syscall.EDQUOT, eIO, eNoSpace},
 		{blockmap.ErrReadOnly, ePerm, ePerm},
 		{blockmap.ErrOutOfRange, eInval, eNoSpace},
 		{blockmap.ErrClosed, eShutdown, eShutdown},

@@ -173,6 +173,9 @@ func (s *session) do(ctx context.Context, t *task) {
 	if t.errno == eInval && (r.cmd == cmdWrite || r.cmd == cmdWriteZeroes) {
 		t.errno = eNoSpace // what the spec wants for a write beyond the end
 	}
+	if t.errno == eNoSpace && r.cmd == cmdRead {
+		t.errno = eIO // the cache is full, not the device; readers know no ENOSPC
+	}
 	if r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported) {
 		t.errno = eNotSup
 	}

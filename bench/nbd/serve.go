@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -58,6 +59,7 @@ func serveMain(args []string) error {
 		if d.m, err = mmap.Map(f, mmap.RDONLY, 0); err != nil {
 			return err
 		}
+		d.came = make([]atomic.Int32, d.Size()/blockmap.BlockSize)
 		s := &nbd.Server{Exports: nbd.Static{{Device: d, ReadOnly: true}}}
 		context.AfterFunc(ctx, func() { s.Close() })
 		if err := s.Serve(l); ctx.Err() == nil {
@@ -99,11 +101,8 @@ func (b slowBackend) ReadAt(p []byte, off int64) (int, error) {
 type slowDevice struct {
 	m    mmap.MMap
 	fast int64
-	came pool
+	came []atomic.Int32 // by first block: faults that no View has taken up yet
 }
-
-// pool remembers, for each block, the faults that a View has not taken up yet.
-type pool struct{ ch [1024]chan struct{} }
 
 func (d *slowDevice) Size() int64 { return int64(len(d.m)) &^ (blockmap.BlockSize - 1) }
 
@@ -111,11 +110,21 @@ func (d *slowDevice) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	if e.Check(d.Size()) != nil {
 		return v, false
 	}
-	if e.End > d.fast && !d.came.take(e) {
+	if e.End > d.fast && !d.take(e) {
 		return v, false
 	}
 	v.Append(d.m[e.Start:e.End], nil, 0)
 	return v, true
+}
+
+func (d *slowDevice) take(e blockmap.Extent) bool {
+	c := &d.came[e.Start/blockmap.BlockSize]
+	for n := c.Load(); n > 0; n = c.Load() {
+		if c.CompareAndSwap(n, n-1) {
+			return true
+		}
+	}
+	return false
 }
 
 func (d *slowDevice) Fault(ctx context.Context, e blockmap.Extent) error {
@@ -123,7 +132,7 @@ func (d *slowDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 	defer t.Stop()
 	select {
 	case <-t.C:
-		d.came.put(e)
+		d.came[e.Start/blockmap.BlockSize].Add(1)
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
