@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -362,5 +363,36 @@ func TestTermFinishesWhatIsInFlight(t *testing.T) {
 	<-s.done
 	if code := s.cmd.ProcessState.ExitCode(); code != exitOK {
 		t.Errorf("exit %d", code)
+	}
+}
+
+// With an origin that takes 5 ms, the 32 requests that a client has under way
+// on one connection are under way at the origin as well.
+func TestManyInFlightOnOneConnection(t *testing.T) {
+	need(t, "fio")
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	ref := p.host() + "/team/app:v1"
+	const size = 48 << 20
+	push(t, ref, imageOf(t, layerOf(t, file{name: "big", data: random(1, size)})))
+	must(t, "build", "--size", "128M", "--chunk-size", "64K", ref)
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	var now, most atomic.Int64
+	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Range") != "" {
+			n := now.Add(1)
+			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+			}
+			time.Sleep(5 * time.Millisecond)
+			now.Add(-1)
+		}
+		return true
+	})
+	// A block of each chunk, in no order: the content lies at the end of what
+	// the device has, and at most 16 MiB in.
+	tool(t, "fio", "--name=x", "--ioengine=nbd", "--uri="+s.uri(), "--rw=randread", "--bs=4k", "--blockalign=64k",
+		"--iodepth=32", "--offset=16M", "--size=32M", "--io_size=2M", "--minimal")
+	if n := most.Load(); n < 28 {
+		t.Errorf("at most %d requests were under way at the origin", n)
 	}
 }
