@@ -106,7 +106,9 @@ func (l *lister) add(path string, st *unix.Stat_t, at int, name string) {
 		}
 		i.size, i.target = st.Size, string(b[:n])
 	case modeRegular:
-		i.size = st.Size
+		if i.size = st.Size; i.size == 0 {
+			break
+		}
 		fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 		if err != nil {
 			l.t.Fatalf("open %q: %v", path, err)

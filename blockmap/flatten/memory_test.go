@@ -90,26 +90,34 @@ func peak(t testing.TB) (bytes int64) {
 	return bytes << 10
 }
 
-// TestPeakMemory builds an image of 500,000 files, in a process of its own and
-// without the race detector, which has memory of its own.
-func TestPeakMemory(t *testing.T) {
+// alone runs a test in a process of its own and without the race detector, which
+// takes memory and time of its own. It returns true in that process.
+func alone(t *testing.T) bool {
+	t.Helper()
 	if os.Getenv(childVariable) != "" {
-		buildMany(t)
-		return
-	}
-	if testing.Short() {
-		t.Skip("builds an image of 500,000 files")
+		return true
 	}
 	need(t, "go")
 	binary := filepath.Join(t.TempDir(), "flatten.test")
 	run(t, "go", "test", "-c", "-race=false", "-o", binary, ".")
-	cmd := exec.Command(binary, "-test.run=^TestPeakMemory$", "-test.v")
+	cmd := exec.Command(binary, "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), childVariable+"=1")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	t.Logf("%s", out)
+	return false
+}
+
+// TestPeakMemory builds an image of 500,000 files.
+func TestPeakMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds an image of 500,000 files")
+	}
+	if alone(t) {
+		buildMany(t)
+	}
 }
 
 func buildMany(t testing.TB) {

@@ -32,6 +32,17 @@
 // What is small or made of several requests is retried here. OpenRange is
 // not: it is the hot path, and its caller knows the deadline.
 //
+// # What is ours and why
+//
+// Names, descriptors and manifests are go-containerregistry's, and docker's
+// config and its helpers are read through its keychain. The requests are made
+// here, because three things matter to who serves disks for weeks that its
+// transport does otherwise: many readers that wait for a token get one token,
+// and not one each; credentials are read anew whenever a token is; and where a
+// registry redirects to is remembered, so that a range costs one round trip.
+// Its layers of an archive are recompressed, which changes their digests, so
+// archives are read here as well.
+//
 // # Layouts
 //
 // An OCI layout is written so that a reader never sees half of anything: blobs
