@@ -5,9 +5,11 @@ import (
 	"io"
 	"os"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 )
 
 // discard is a Target that keeps nothing.
@@ -25,6 +27,7 @@ func BenchmarkBuild(b *testing.B) {
 	for _, name := range []string{"flask", "torch"} {
 		b.Run(name, func(b *testing.B) {
 			src, _ := realImage(b, name)
+			began := cpu(b)
 			for b.Loop() {
 				res, err := Build(b.Context(), src, discard{}, Options{
 					Size: DefaultSize, ChunkSize: DefaultChunkSize, Level: DefaultLevel, TempDir: b.TempDir(),
@@ -39,8 +42,19 @@ func BenchmarkBuild(b *testing.B) {
 				b.SetBytes(content)
 				b.ReportMetric(float64(stored), "stored-B")
 			}
+			b.ReportMetric((cpu(b)-began).Seconds()/float64(b.N), "cpu-s/op")
 		})
 	}
+}
+
+// cpu is the time that all processors have spent on this process.
+func cpu(t testing.TB) time.Duration {
+	t.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // BenchmarkConvert converts the largest layer of a real image, in parts.

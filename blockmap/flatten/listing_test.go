@@ -54,6 +54,7 @@ type lister struct {
 	t     testing.TB
 	items map[string]item
 	first map[[2]uint64]string
+	buf   [1 << 16]byte
 }
 
 // dir lists what is in fd, and closes it.
@@ -99,12 +100,11 @@ func (l *lister) add(path string, st *unix.Stat_t, at int, name string) {
 	}
 	switch st.Mode & modeType {
 	case modeSymlink:
-		b := make([]byte, 1<<13)
-		n, err := unix.Readlinkat(at, name, b)
+		n, err := unix.Readlinkat(at, name, l.buf[:])
 		if err != nil {
 			l.t.Fatalf("readlink %q: %v", path, err)
 		}
-		i.size, i.target = st.Size, string(b[:n])
+		i.size, i.target = st.Size, string(l.buf[:n])
 	case modeRegular:
 		if i.size = st.Size; i.size == 0 {
 			break
@@ -121,10 +121,13 @@ func (l *lister) add(path string, st *unix.Stat_t, at int, name string) {
 }
 
 func (l *lister) xattrs(path string) string {
-	b := make([]byte, 1<<16)
+	b := l.buf[:]
 	n, err := unix.Llistxattr(path, b)
 	if err != nil {
 		l.t.Fatalf("listxattr %q: %v", path, err)
+	}
+	if n == 0 {
+		return ""
 	}
 	names := strings.FieldsFunc(string(b[:n]), func(r rune) bool { return r == 0 })
 	slices.Sort(names)

@@ -202,7 +202,7 @@ func TestSameFileSameChunks(t *testing.T) {
 func TestChunksFallIntoStep(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 3))
 	var files []named
-	for i := range 3000 {
+	for i := range 1500 {
 		files = append(files, named{fmt.Sprint(i), noise(uint64(i), rng.IntN(12_000))})
 	}
 	base := pack(t, DefaultChunkSize, files)

@@ -110,6 +110,8 @@ func TestVerifyFinds(t *testing.T) {
 	src := newSource(t, gzipped,
 		tarball(t, append(many, reg("large", noise(1, 900_000)), reg("hidden", noise(2, 5000)), reg("behind", noise(3, 5000)))...),
 		tarball(t, whiteout("hidden"), reg("upper", noise(4, 500_000)), reg("attr", "x").with(pax("SCHILY.xattr.user.x", strings.Repeat("x", 500)))))
+	whole := newTarget(t)
+	res := build(t, src, whole, testOptions)
 	for _, c := range []struct {
 		name  string
 		plant func(f *fakeImage)
@@ -198,16 +200,15 @@ func TestVerifyFinds(t *testing.T) {
 		}, blockmap.ErrCorrupt, "does not list the layer"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			dst := newTarget(t)
-			res, err := Build(t.Context(), &src.Source, dst, testOptions)
-			if err != nil {
+			dst := &dirTarget{dir: t.TempDir()}
+			if err := os.CopyFS(dst.dir, os.DirFS(whole.dir)); err != nil {
 				t.Fatal(err)
 			}
 			f := &fakeImage{t: t, dst: dst}
 			f.m, f.ix = readBack(t, res, dst)
 			c.plant(f)
 			temp := t.TempDir()
-			err = Verify(t.Context(), f.m, f.ix, dst.open, temp)
+			err := Verify(t.Context(), f.m, f.ix, dst.open, temp)
 			if c.says == "" {
 				if err != nil {
 					t.Fatal(err)
