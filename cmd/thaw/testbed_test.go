@@ -295,6 +295,13 @@ func (p *proxy) take() []string {
 	return seen
 }
 
+// fetched is how many bytes of ranges have gone through.
+func (p *proxy) fetched() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.bytes
+}
+
 // file is an entry of a made-up layer.
 type file struct {
 	name string
