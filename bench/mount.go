@@ -1,0 +1,252 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// isolated is what a process calls itself that has mounts of its own.
+const isolated = "bench-isolated"
+
+// Isolate runs this program again in a mount namespace of its own, and returns
+// its exit code; done is false in the one that is there already. So whatever
+// happens to a benchmark, its mounts end with its processes, and nobody else
+// sees them.
+func Isolate(ctx context.Context) (code int, done bool, err error) {
+	if os.Args[0] == isolated {
+		return 0, false, nil
+	}
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = isolated
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// Unshare makes the mounts private too, so none spreads to the host.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = time.Minute
+	dieWithUs(cmd)
+	err = cmd.Run()
+	if code := cmd.ProcessState.ExitCode(); code >= 0 {
+		return code, true, nil
+	}
+	return 1, true, err
+}
+
+// Root is an ext4 filesystem from an NBD export, mounted read-only with what
+// programs expect in it: /proc, /dev, /tmp, /run. The kernel sees the export
+// through nbdfuse and a loop device, where it has no nbd of its own. Mount
+// needs [Isolate].
+type Root struct {
+	Dir string
+
+	fuseDir string
+	fuse    *exec.Cmd
+	said    tail
+	ended   chan struct{}
+	mounts  []string // in the order of mounting
+}
+
+// Mount attaches the default export behind a unix socket and mounts it below
+// dir. readAhead is that of the block device in KiB: the kernel gives a loop
+// device one of its own, while /dev/nbd and virtio have 128.
+func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err error) {
+	r = &Root{Dir: filepath.Join(dir, "root"), fuseDir: filepath.Join(dir, "nbd"), ended: make(chan struct{})}
+	for _, d := range []string{r.Dir, r.fuseDir} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	r.fuse = exec.Command("nbdfuse", "-r", r.fuseDir, "--unix", socket)
+	r.fuse.Stderr = &r.said
+	dieWithUs(r.fuse)
+	if err := r.fuse.Start(); err != nil {
+		return nil, err
+	}
+	go func() {
+		r.fuse.Wait()
+		close(r.ended)
+	}()
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("mount %s: %w", socket, err), r.Close())
+		}
+	}()
+	file := filepath.Join(r.fuseDir, "nbd")
+	if err := r.waitFor(ctx, file); err != nil {
+		return r, err
+	}
+	device, err := Output(exec.CommandContext(ctx, "losetup", "-f", "--show", "-r", file))
+	if err != nil {
+		return r, err
+	}
+	err = setReadAhead(device, readAhead)
+	if err == nil {
+		err = r.mount(device, "", "ext4", unix.MS_RDONLY)
+	}
+	// Detached now, it goes when its last user does: the mount, if there is
+	// one.
+	if _, e := Output(exec.Command("losetup", "-d", device)); err != nil || e != nil {
+		return r, errors.Join(err, e)
+	}
+	return r, r.furnish()
+}
+
+func (r *Root) waitFor(ctx context.Context, file string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		if _, err := os.Stat(file); err == nil {
+			return nil
+		}
+		select {
+		case <-r.ended:
+			return fmt.Errorf("nbdfuse ended%s", r.said.lines())
+		default:
+		}
+		if err := sleep(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("nbdfuse does not mount: %w", err)
+		}
+	}
+}
+
+func setReadAhead(device string, kib int) error {
+	return os.WriteFile(filepath.Join("/sys/block", filepath.Base(device), "queue/read_ahead_kb"), []byte(strconv.Itoa(kib)), 0)
+}
+
+func (r *Root) mount(source, at, kind string, flags uintptr) error {
+	to := filepath.Join(r.Dir, at)
+	if err := unix.Mount(source, to, kind, flags, ""); err != nil {
+		return fmt.Errorf("mount a %s at %s: %w", kind, to, err)
+	}
+	r.mounts = append(r.mounts, to)
+	return nil
+}
+
+// furnish mounts what a container would have, as far as the image has the
+// directories.
+func (r *Root) furnish() error {
+	for _, m := range []struct{ at, kind string }{
+		{"proc", "proc"}, {"dev", "tmpfs"}, {"tmp", "tmpfs"}, {"run", "tmpfs"}, {"var/tmp", "tmpfs"},
+	} {
+		if _, err := os.Lstat(filepath.Join(r.Dir, m.at)); errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err := r.mount(m.kind, m.at, m.kind, 0); err != nil {
+			return err
+		}
+	}
+	dev := filepath.Join(r.Dir, "dev")
+	if !slices.Contains(r.mounts, dev) {
+		return nil
+	}
+	for name, minor := range map[string]uint32{"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9} {
+		path := filepath.Join(dev, name)
+		if err := errors.Join(unix.Mknod(path, unix.S_IFCHR|0o666, int(unix.Mkdev(1, minor))), os.Chmod(path, 0o666)); err != nil {
+			return fmt.Errorf("make %s: %w", path, err)
+		}
+	}
+	for name, to := range map[string]string{"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"} {
+		if err := os.Symlink(to, filepath.Join(dev, name)); err != nil {
+			return err
+		}
+	}
+	return os.Mkdir(filepath.Join(dev, "shm"), 0o1777)
+}
+
+// Run runs a program of the root in it, to its end, and ends what it left
+// running.
+func (r *Root) Run(ctx context.Context, program string, args ...string) (out string, u Usage, err error) {
+	var stdout, stderr bytes.Buffer
+	// By another program, not by SysProcAttr.Chroot: this process waits for the
+	// exec of a child with a processor in hand, which no collection of garbage
+	// gets by, and the exec waits for blocks that a [Link] here may carry.
+	cmd := exec.CommandContext(ctx, "chroot", append([]string{r.Dir, program}, args...)...)
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LANG=C.UTF-8"}
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.WaitDelay = 10 * time.Second // for what holds its pipes still
+	u, err = Run(cmd)
+	if e := r.killAll(); err == nil {
+		err = e
+	}
+	if err != nil {
+		err = fmt.Errorf("%w\n%s", err, strings.TrimSpace(stderr.String()))
+	}
+	return strings.TrimSpace(stdout.String()), u, err
+}
+
+// killAll ends the processes whose root is this one, by their IDs.
+func (r *Root) killAll() error {
+	for range 100 {
+		left := 0
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			pid, err := strconv.Atoi(e.Name())
+			if err != nil {
+				continue
+			}
+			if root, err := os.Readlink(filepath.Join("/proc", e.Name(), "root")); err == nil && root == r.Dir {
+				left++
+				syscall.Kill(pid, syscall.SIGKILL) // fails only if it has ended
+			}
+		}
+		if left == 0 {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("processes in %s do not end", r.Dir)
+}
+
+// Close unmounts all and lets go of the export.
+func (r *Root) Close() error {
+	err := r.killAll()
+	for _, m := range slices.Backward(r.mounts) {
+		err = errors.Join(err, unmount(m))
+	}
+	r.mounts = nil
+	select {
+	case <-r.ended:
+		return err
+	default:
+	}
+	if e := unmount(r.fuseDir); e != nil {
+		err = errors.Join(err, e)
+		r.fuse.Process.Kill() // fails only if it has ended
+	}
+	select {
+	case <-r.ended:
+	case <-time.After(10 * time.Second):
+		r.fuse.Process.Kill()
+		<-r.ended
+	}
+	return err
+}
+
+// unmount waits for the last user to let go, for a while.
+func unmount(dir string) error {
+	var err error
+	for range 500 {
+		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err == nil {
+		return nil
+	}
+	return errors.Join(fmt.Errorf("unmount %s: %w", dir, err), unix.Unmount(dir, unix.MNT_DETACH))
+}
