@@ -1,0 +1,169 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/bench"
+)
+
+// side makes a filesystem of an image in dir, and says how large it is there.
+type side struct {
+	tool  string
+	build func(ctx context.Context, m image, dir string) (bench.Usage, int64, error)
+}
+
+const (
+	onDisk = "on-disk-ns" // wall time, with a sync of the file system behind it
+	output = "output-B"
+)
+
+// against compares thaw with what there is: unpacking the image, and making a
+// filesystem of that. umoci comes twice: unpack writes a runtime bundle, of
+// which an mtree manifest takes a good part, raw unpack writes the files alone.
+func (b *benchmark) against(ctx context.Context, images []image) error {
+	sides := []side{
+		{"thaw", b.buildThaw},
+		{"umoci-unpack+mke2fs", func(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+			bundle := filepath.Join(dir, "bundle")
+			return b.buildPeer(ctx, m, dir, filepath.Join(bundle, "rootfs"), "unpack", "--image", m.ref(), bundle)
+		}},
+		{"umoci-raw-unpack+mke2fs", func(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+			root := filepath.Join(dir, "rootfs")
+			return b.buildPeer(ctx, m, dir, root, "raw", "unpack", "--image", m.ref(), root)
+		}},
+	}
+	for _, m := range images {
+		if _, err := read(m.dir); err != nil {
+			return err
+		}
+		var alternating []func(context.Context, int) error
+		for _, s := range sides {
+			alternating = append(alternating, func(ctx context.Context, round int) error {
+				return b.round(ctx, m, s, round)
+			})
+		}
+		if err := bench.Alternate(ctx, b.rounds, alternating...); err != nil {
+			return err
+		}
+	}
+	return b.againstTable(images, sides)
+}
+
+func buildName(m image, tool string) string { return "Build/image=" + m.name + "/tool=" + tool }
+
+// round runs a side once, in a directory that is new, with nothing left to be
+// written of what was before.
+func (b *benchmark) round(ctx context.Context, m image, s side, round int) (err error) {
+	dir := filepath.Join(b.dir, "round")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	unix.Sync()
+	u, size, err := s.build(ctx, m, dir)
+	if err != nil {
+		return err
+	}
+	flush, err := syncDir(dir)
+	if err != nil {
+		return err
+	}
+	if s.tool == "thaw" && round == 0 {
+		if _, err := bench.Run(exec.CommandContext(ctx, b.thaw, "verify", "oci:"+filepath.Join(dir, "oci")+":thaw")); err != nil {
+			return err
+		}
+	}
+	progress("%s %d: %s %.1f s, then %.1f s to disk", m.name, round+1, s.tool, u.Wall.Seconds(), flush.Seconds())
+	return b.rec.Add(buildName(m, s.tool), append(u.Measures(),
+		bench.Measure{Value: float64(u.Wall + flush), Unit: onDisk}, bench.Measure{Value: float64(size), Unit: output})...)
+}
+
+func (b *benchmark) buildThaw(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+	oci := filepath.Join(dir, "oci")
+	// Its temporary files stand beside what it makes, as the peers' do.
+	u, err := bench.Run(exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.ref(), "oci:"+oci+":thaw", "--size", b.size, "--temp", dir))
+	if err != nil {
+		return u, 0, err
+	}
+	size, err := allocated(oci)
+	return u, size, err
+}
+
+// buildPeer unpacks with umoci to root, and makes an ext4 of that.
+func (b *benchmark) buildPeer(ctx context.Context, _ image, dir, root string, unpack ...string) (bench.Usage, int64, error) {
+	u, err := bench.Run(exec.CommandContext(ctx, umoci.Name, unpack...))
+	if err != nil {
+		return u, 0, err
+	}
+	img := filepath.Join(dir, "image")
+	v, err := bench.Run(exec.CommandContext(ctx, mke2fs.Name, "-q", "-t", "ext4", "-b", "4096", "-d", root, img, b.size))
+	if err != nil {
+		return u, 0, err
+	}
+	size, err := allocated(img)
+	return u.Then(v), size, err
+}
+
+// allocated is what a file, or all files below a directory, take on disk.
+func allocated(path string) (int64, error) {
+	var total int64
+	err := filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			return errors.New("a file without a count of blocks")
+		}
+		total += st.Blocks * 512
+		return nil
+	})
+	return total, err
+}
+
+// syncDir writes out the file system that dir is on, and says how long it
+// took.
+func syncDir(dir string) (time.Duration, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	began := time.Now()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return 0, fmt.Errorf("sync %s: %w", dir, err)
+	}
+	return time.Since(began), nil
+}
+
+func (b *benchmark) againstTable(images []image, sides []side) error {
+	t := bench.Table{Columns: []string{"image", "tool", "rounds", "time", "times thaw's", "until on disk", "times thaw's", "CPU", "peak memory", "output", "others' CPU, at most"}}
+	for _, m := range images {
+		thaw := buildName(m, sides[0].tool)
+		for _, s := range sides {
+			name := buildName(m, s.tool)
+			t.Row(m.name, s.tool, fmt.Sprint(b.rec.Rounds(name, bench.Wall)),
+				bench.Seconds(b.rec.Median(name, bench.Wall)), fmt.Sprintf("%.2f", b.rec.Ratio(name, thaw, bench.Wall)),
+				bench.Seconds(b.rec.Median(name, onDisk)), fmt.Sprintf("%.2f", b.rec.Ratio(name, thaw, onDisk)),
+				bench.Seconds(b.rec.Median(name, bench.CPU)), bench.Bytes(b.rec.Max(name, bench.RSS)), bench.Bytes(b.rec.Median(name, output)),
+				bench.Seconds(b.rec.Max(name, bench.Others)))
+		}
+	}
+	fmt.Fprintln(b.out)
+	_, err := t.WriteTo(b.out)
+	return err
+}

@@ -1,0 +1,201 @@
+// Command build measures `thaw build`: against umoci and mke2fs, which make an
+// ext4 of an image too, and with chunks of several sizes.
+//
+//	go run ./bench/build -images DIR            thaw build against umoci unpack + mke2fs -d
+//	go run ./bench/build -images DIR -chunks    chunk sizes: what is stored, and what a first run fetches
+//
+// DIR has OCI layouts as scripts/workloads makes them, each with an image
+// tagged latest whose program is /app/run. A line a round goes to stdout, in
+// the format that benchstat reads, and a table at the end; progress goes to
+// stderr.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"thaw/bench"
+)
+
+type options struct {
+	images    string
+	only      string
+	rounds    int
+	dir       string
+	size      string
+	chunks    bool
+	sizes     string
+	rtt       time.Duration
+	mbits     int64
+	readAhead int
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, by scripts/workloads")
+	flag.StringVar(&o.only, "only", "", "only these images of it, with commas between")
+	flag.IntVar(&o.rounds, "rounds", 5, "of every side")
+	flag.StringVar(&o.dir, "dir", os.TempDir(), "where to work: on a disk, with room for twice the largest image unpacked")
+	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
+	flag.BoolVar(&o.chunks, "chunks", false, "compare chunk sizes")
+	flag.StringVar(&o.sizes, "sizes", "64K,128K,256K,512K,1M", "with -chunks: the chunk sizes")
+	flag.DurationVar(&o.rtt, "rtt", 20*time.Millisecond, "with -chunks: round trip of the link to the registry")
+	flag.Int64Var(&o.mbits, "mbits", 200, "with -chunks: rate of the link in Mbit/s")
+	flag.IntVar(&o.readAhead, "readahead", 128, "with -chunks: KiB that the kernel reads ahead")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code, err := run(ctx, o)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench/build:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+var (
+	umoci    = bench.Program{Name: "umoci", Package: "umoci", Version: []string{"--version"}}
+	mke2fs   = bench.Program{Name: "mke2fs", Package: "e2fsprogs", Version: []string{"-V"}}
+	nbdfuse  = bench.Program{Name: "nbdfuse", Package: "libnbd-bin", Version: []string{"--version"}}
+	fuse3    = bench.Program{Name: "fusermount3", Package: "fuse3"}
+	losetup  = bench.Program{Name: "losetup", Package: "mount"}
+	registry = bench.Program{Name: "docker-registry", Package: "docker-registry", Version: []string{"--version"}}
+)
+
+func run(ctx context.Context, o options) (code int, err error) {
+	if o.images == "" || flag.NArg() > 0 || o.rounds < 1 {
+		return 2, errors.New("usage: go run ./bench/build [flags] -images DIR; -help lists the flags")
+	}
+	needs := []bench.Program{umoci, mke2fs}
+	if o.chunks {
+		needs = []bench.Program{nbdfuse, fuse3, losetup, registry}
+	}
+	if err := bench.Need(needs...); err != nil {
+		return 1, err
+	}
+	if o.chunks {
+		if code, done, err := bench.Isolate(ctx); done || err != nil {
+			return code, err
+		}
+	}
+	images, err := findImages(o.images, o.only)
+	if err != nil {
+		return 1, err
+	}
+	machine, err := bench.ThisMachine()
+	if err != nil {
+		return 1, err
+	}
+	facts, err := bench.Versions(ctx, needs...)
+	if err != nil {
+		return 1, err
+	}
+	facts = append(facts, bench.Fact{Key: "command", Value: commandLine()})
+	dir, err := os.MkdirTemp(o.dir, "thaw-bench-")
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	b := &benchmark{options: o, dir: dir, rec: bench.NewRecorder(os.Stdout), out: os.Stdout}
+	if b.thaw, err = bench.BuildThaw(ctx, dir); err != nil {
+		return 1, err
+	}
+	if err := b.rec.Header("thaw/bench/build", machine, facts...); err != nil {
+		return 1, err
+	}
+	if o.chunks {
+		return 0, b.chunkSizes(ctx, images)
+	}
+	return 0, b.against(ctx, images)
+}
+
+// commandLine is what was typed, as far as one can know.
+func commandLine() string {
+	return "go run ./bench/" + bench.Command(&exec.Cmd{Args: append([]string{"build"}, os.Args[1:]...)})
+}
+
+// benchmark is what both comparisons work with.
+type benchmark struct {
+	options
+	dir  string // of its own
+	thaw string // the program
+	rec  *bench.Recorder
+	out  io.Writer
+}
+
+// image is an OCI layout with an image tagged latest.
+type image struct{ name, dir string }
+
+func (m image) ref() string { return m.dir + ":latest" }
+
+// answers are what the workloads print, at least.
+var answers = map[string]string{
+	"flask":    "hello from flask",
+	"sklearn":  "score 0.9",
+	"torch":    "class ",
+	"chromium": "hello from chromium",
+}
+
+func findImages(dir, only string) ([]image, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	var images []image
+	if only != "" {
+		for name := range strings.SplitSeq(only, ",") {
+			images = append(images, image{name, filepath.Join(dir, name)})
+		}
+	} else {
+		found, err := filepath.Glob(filepath.Join(dir, "*", "oci-layout"))
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range found {
+			images = append(images, image{filepath.Base(filepath.Dir(f)), filepath.Dir(f)})
+		}
+	}
+	if len(images) == 0 {
+		return nil, fmt.Errorf("no OCI layouts in %s: scripts/workloads makes some", dir)
+	}
+	for _, m := range images {
+		if _, err := os.Stat(filepath.Join(m.dir, "oci-layout")); err != nil {
+			return nil, fmt.Errorf("no image %s: %w", m.name, err)
+		}
+	}
+	return images, nil
+}
+
+// read brings a directory into the page cache, and says how large its files
+// are.
+func read(dir string) (int64, error) {
+	var total int64
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		n, err := io.Copy(io.Discard, f)
+		total += n
+		return err
+	})
+	return total, err
+}
+
+func progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s "+format+"\n", append([]any{time.Now().Format(time.TimeOnly)}, args...)...)
+}
