@@ -219,6 +219,7 @@ const (
 	queued  state = iota
 	running       // within a request
 	waiting       // for its next try
+	forgotten
 )
 
 // source says where the compressed bytes of a chunk are.
@@ -553,6 +554,18 @@ func (f *Fetcher) retryAfter(fl *flight, pause time.Duration) {
 	if fl.state == waiting && !f.mu.closed {
 		f.enqueue(fl)
 		f.dispatch()
+	}
+}
+
+// forget ends the flights that nobody waits for and that have not started.
+func (f *Fetcher) forget(flights []*flight, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, fl := range flights {
+		if !fl.demand && fl.state != running {
+			fl.state = forgotten
+			f.end(fl, err)
+		}
 	}
 }
 
