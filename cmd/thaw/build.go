@@ -63,14 +63,6 @@ const buildMemory = 384 << 20
 func (a *app) build(ctx context.Context, args []string, o flatten.Options) error {
 	debug.SetMemoryLimit(buildMemory)
 	began := time.Now()
-	log, err := a.log()
-	if err != nil {
-		return err
-	}
-	platform, err := a.wantedPlatform()
-	if err != nil {
-		return err
-	}
 	srcRef, err := registry.ParseRef(args[0])
 	if err != nil {
 		return usageError{err}
@@ -89,7 +81,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options) error
 	} else if srcRef.Archive != "" {
 		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
 	}
-	client, err := a.client(log)
+	log, platform, client, err := a.access()
 	if err != nil {
 		return err
 	}

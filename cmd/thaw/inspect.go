@@ -58,15 +58,7 @@ type inspectedStream struct {
 }
 
 func (a *app) inspect(ctx context.Context, names []string) error {
-	log, err := a.log()
-	if err != nil {
-		return err
-	}
-	platform, err := a.wantedPlatform()
-	if err != nil {
-		return err
-	}
-	client, err := a.client(log)
+	_, platform, client, err := a.access()
 	if err != nil {
 		return err
 	}

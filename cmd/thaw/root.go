@@ -81,6 +81,21 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
+// access is what every verb that reads images begins with. The client is to be
+// closed.
+func (a *app) access() (*slog.Logger, *v1.Platform, *registry.Client, error) {
+	log, err := a.log()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	platform, err := a.wantedPlatform()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	client, err := a.client(log)
+	return log, platform, client, err
+}
+
 func (a *app) log() (*slog.Logger, error) {
 	o := &slog.HandlerOptions{Level: slog.LevelInfo}
 	if a.verbose {

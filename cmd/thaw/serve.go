@@ -130,15 +130,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if err != nil {
 		return err
 	}
-	log, err := a.log()
-	if err != nil {
-		return err
-	}
-	platform, err := a.wantedPlatform()
-	if err != nil {
-		return err
-	}
-	client, err := a.client(log)
+	log, platform, client, err := a.access()
 	if err != nil {
 		return err
 	}

@@ -42,15 +42,7 @@ type verified struct {
 
 func (a *app) verify(ctx context.Context, name, temp string) error {
 	began := time.Now()
-	log, err := a.log()
-	if err != nil {
-		return err
-	}
-	platform, err := a.wantedPlatform()
-	if err != nil {
-		return err
-	}
-	client, err := a.client(log)
+	_, platform, client, err := a.access()
 	if err != nil {
 		return err
 	}
