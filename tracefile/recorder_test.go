@@ -294,6 +294,7 @@ func TestEnds(t *testing.T) {
 // gate is a writer that waits, or fails.
 type gate struct {
 	bytes.Buffer
+	mu   sync.Mutex
 	open chan struct{}
 	fail error
 	left int // bytes until fail
@@ -303,10 +304,19 @@ func (g *gate) Write(p []byte) (int, error) {
 	if g.open != nil {
 		<-g.open
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	if g.fail != nil && g.Len()+len(p) > g.left {
 		return 0, g.fail
 	}
 	return g.Buffer.Write(p)
+}
+
+// file is what has been written so far.
+func (g *gate) file() []byte {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return bytes.Clone(g.Bytes())
 }
 
 // A writer that hangs holds up no read. What the buffer does not hold is counted.
@@ -375,7 +385,7 @@ func TestFlushes(t *testing.T) {
 			view(r, 10*i, 1)
 			time.Sleep(100 * time.Millisecond)
 			if i%10 == 9 {
-				if tr := decode(t, bytes.Clone(g.Bytes())); len(tr.Touches) < int(i)-10 {
+				if tr := decode(t, g.file()); len(tr.Touches) < int(i)-10 {
 					t.Errorf("%d of %d touches are in the file", len(tr.Touches), i+1)
 				}
 			}
