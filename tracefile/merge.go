@@ -1,0 +1,123 @@
+package tracefile
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// maxMerge bounds the ranges that Merge takes, and so its memory: some 200
+// bytes for each.
+const maxMerge = 1 << 21
+
+// Merge makes one trace of several of the same image, whose merged traces count
+// for as many starts as they are of. What most starts touch comes first, by its
+// median time; then what fewer touch, the fewer the later, so that what one of
+// ten has touched comes last. The times stay the medians, so time goes back
+// where that begins. It fails with ErrOtherImage where the traces are not all
+// of one image.
+func Merge(traces ...*Trace) (*Trace, error) {
+	if len(traces) == 0 {
+		return nil, errors.New("merge traces: there are none")
+	}
+	m := &Trace{Header: traces[0].Header, End: End{Why: Merged}}
+	m.Starts = 0
+	ranges := 0
+	for i, t := range traces {
+		if t.Index != m.Index || t.Blocks != m.Blocks {
+			return nil, fmt.Errorf("merge traces: %w: of index sha256:%.12s…, the first one of sha256:%.12s…",
+				ErrOtherImage, t.Index, m.Index)
+		}
+		if err := t.check(); err != nil {
+			return nil, fmt.Errorf("merge traces: number %d: %w", i+1, err)
+		}
+		ranges += len(t.Touches)
+		if ranges > maxMerge || int(m.Starts)+int(t.Starts) > maxStarts {
+			return nil, fmt.Errorf("merge traces: more than %d ranges or %d starts", maxMerge, maxStarts)
+		}
+		m.Starts += t.Starts
+		m.After = max(m.After, t.After)
+		m.Dropped += t.Dropped
+	}
+	m.Touches = overlay(traces, ranges)
+	// Where more than half of the starts agree, time decides; a block that
+	// nine of ten touch at once is not to wait for one that all of them
+	// touch in the end.
+	few := func(t Touch) uint32 {
+		if t.Starts > m.Starts/2 {
+			return 0
+		}
+		return m.Starts - t.Starts
+	}
+	slices.SortFunc(m.Touches, func(a, b Touch) int {
+		return cmp.Or(cmp.Compare(few(a), few(b)), cmp.Compare(a.At, b.At), cmp.Compare(a.Block, b.Block))
+	})
+	return m, nil
+}
+
+// overlay cuts the device where a touch of any trace begins or ends, and returns
+// the pieces that some touch covers, sorted by block, each with the median of
+// its times. Pieces that are alike are merged again.
+func overlay(traces []*Trace, ranges int) []Touch {
+	all := make([]Touch, 0, ranges)
+	cuts := make([]uint64, 0, 2*ranges)
+	for _, t := range traces {
+		for _, x := range t.Touches {
+			x.Starts = max(x.Starts, 1)
+			all = append(all, x)
+			cuts = append(cuts, uint64(x.Block), x.end())
+		}
+	}
+	slices.SortStableFunc(all, func(a, b Touch) int { return cmp.Compare(a.Block, b.Block) })
+	slices.Sort(cuts)
+	cuts = slices.Compact(cuts)
+	var pieces []Touch
+	var here []Touch // the touches that cover the piece, one of a trace at most
+	for i := 0; i+1 < len(cuts); i++ {
+		from, to := cuts[i], cuts[i+1]
+		here = slices.DeleteFunc(here, func(x Touch) bool { return x.end() <= from })
+		for len(all) > 0 && uint64(all[0].Block) == from {
+			here = append(here, all[0])
+			all = all[1:]
+		}
+		if len(here) == 0 {
+			continue
+		}
+		p := median(here)
+		p.Block, p.Count = uint32(from), uint32(to-from)
+		if n := len(pieces); n > 0 && alike(pieces[n-1], p) {
+			pieces[n-1].Count += p.Count
+			continue
+		}
+		pieces = append(pieces, p)
+	}
+	return pieces
+}
+
+// alike says that b goes on where a ends, at nearly the same time.
+func alike(a, b Touch) bool {
+	return a.end() == uint64(b.Block) && a.Starts == b.Starts && a.Miss == b.Miss && (b.At-a.At).Abs() <= joinTime
+}
+
+// median sums up touches of the same blocks. It sorts them.
+func median(touches []Touch) (m Touch) {
+	slices.SortFunc(touches, func(a, b Touch) int { return cmp.Compare(a.At, b.At) })
+	var misses uint32
+	for _, x := range touches {
+		m.Starts += x.Starts
+		if x.Miss {
+			misses += x.Starts
+		}
+	}
+	m.Miss = misses > m.Starts/2
+	var n uint32
+	for _, x := range touches {
+		if n += x.Starts; 2*n >= m.Starts {
+			m.At = x.At.Truncate(time.Microsecond)
+			break
+		}
+	}
+	return m
+}
