@@ -59,6 +59,16 @@ func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 
 func (d *direct) Prefetch(wants []blockmap.Want) { _ = d.Fetch(context.Background(), wants) }
 
+func newDirect(t testing.TB, m *blocktest.Image) *direct {
+	t.Helper()
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(dec.Close)
+	return &direct{origin: blocktest.NewOrigin(m), dec: dec}
+}
+
 func newImage(t testing.TB, m *blocktest.Image) (*blockmap.Image, *blockmap.Cache) {
 	t.Helper()
 	c, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{})
@@ -70,12 +80,7 @@ func newImage(t testing.TB, m *blocktest.Image) (*blockmap.Image, *blockmap.Cach
 			t.Error(err)
 		}
 	})
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(dec.Close)
-	image, err := blockmap.NewImage(m.Index, c, &direct{origin: blocktest.NewOrigin(m), dec: dec})
+	image, err := blockmap.NewImage(m.Index, c, newDirect(t, m))
 	if err != nil {
 		t.Fatal(err)
 	}
