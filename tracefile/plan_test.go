@@ -130,6 +130,8 @@ func TestPlanRefuses(t *testing.T) {
 	for name, f := range map[string]func() error{
 		"plan":      func() error { _, err := tracefile.NewPlan(tr, b.Index); return err },
 		"translate": func() error { _, _, err := tracefile.Translate(tr, b.Index, a.Index); return err },
+		"summary":   func() error { _, err := tr.Summarize(b.Index); return err },
+		"points":    func() error { _, err := tr.Points(b.Index); return err },
 	} {
 		if err := f(); !errors.Is(err, tracefile.ErrOtherImage) || !strings.Contains(err.Error(), tr.Index.String()[:12]) {
 			t.Errorf("%s with the index of another image: %v", name, err)
