@@ -3,6 +3,7 @@ package bench
 import (
 	"bufio"
 	"context"
+	"debug/buildinfo"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +20,24 @@ func BuildThaw(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "thaw")
 	_, err = Run(exec.CommandContext(ctx, "go", "build", "-o", path, "thaw/cmd/thaw"))
 	return path, err
+}
+
+// Commit says which commit a Go program is of, as far as it knows.
+func Commit(program string) (string, error) {
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		return "", fmt.Errorf("commit of %s: %w", program, err)
+	}
+	commit, more := "unknown commit", ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			commit = s.Value[:min(len(s.Value), 12)]
+		case s.Key == "vcs.modified" && s.Value == "true":
+			more = " and changes"
+		}
+	}
+	return commit + more, nil
 }
 
 // Server is a `thaw serve` in a process of its own.

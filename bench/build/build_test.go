@@ -135,7 +135,7 @@ func testBenchmark(t *testing.T, out io.Writer, needs ...bench.Program) *benchma
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	b := &benchmark{
 		options: options{rounds: 2, size: "64M", sizes: "64K,128K", rtt: 2 * time.Millisecond, mbits: 1000, readAhead: 128},
-		dir:     dir, rec: bench.NewRecorder(out), out: out,
+		dir:     dir, rec: bench.NewRecorder(out), out: out, verified: make(map[string]bool),
 	}
 	if b.thaw, err = bench.BuildThaw(t.Context(), dir); err != nil {
 		t.Fatal(err)

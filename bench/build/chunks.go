@@ -155,6 +155,9 @@ func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	if err := b.calm(ctx); err != nil {
+		return nil, err
+	}
 	began := time.Now()
 	s, err := bench.Serve(ctx, b.thaw, ref, dir)
 	if err != nil {
@@ -192,7 +195,6 @@ func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []
 		{Value: float64(took), Unit: bench.Wall}, {Value: float64(s.Ready), Unit: "ready-ns"}, {Value: float64(mounted), Unit: "mounted-ns"},
 		{Value: float64(u.Wall), Unit: "run-ns"}, {Value: float64(served.FetchedBytes), Unit: fetched}, {Value: float64(served.Requests), Unit: requests},
 		{Value: float64(served.CachedBytes), Unit: "cached-B"}, {Value: float64(served.Usage.User + served.Usage.Sys), Unit: "serve-cpu-ns"},
-		{Value: float64(u.Others), Unit: bench.Others},
 	}
 	if name != "" {
 		err = b.rec.Add(name, ms...)

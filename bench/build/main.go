@@ -38,6 +38,7 @@ type options struct {
 	rtt       time.Duration
 	mbits     int64
 	readAhead int
+	quiet     time.Duration
 }
 
 func main() {
@@ -52,6 +53,7 @@ func main() {
 	flag.DurationVar(&o.rtt, "rtt", 20*time.Millisecond, "with -chunks: round trip of the link to the registry")
 	flag.Int64Var(&o.mbits, "mbits", 200, "with -chunks: rate of the link in Mbit/s")
 	flag.IntVar(&o.readAhead, "readahead", 128, "with -chunks: KiB that the kernel reads ahead")
+	flag.DurationVar(&o.quiet, "quiet", 0, "before each round wait for the machine to be idle, at most this long, and repeat builds that others disturb")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code, err := run(ctx, o)
@@ -106,10 +108,15 @@ func run(ctx context.Context, o options) (code int, err error) {
 		return 1, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	b := &benchmark{options: o, dir: dir, rec: bench.NewRecorder(os.Stdout), out: os.Stdout}
+	b := &benchmark{options: o, dir: dir, rec: bench.NewRecorder(os.Stdout), out: os.Stdout, verified: make(map[string]bool)}
 	if b.thaw, err = bench.BuildThaw(ctx, dir); err != nil {
 		return 1, err
 	}
+	commit, err := bench.Commit(b.thaw)
+	if err != nil {
+		return 1, err
+	}
+	facts = append(facts, bench.Fact{Key: "thaw", Value: commit})
 	if err := b.rec.Header("thaw/bench/build", machine, facts...); err != nil {
 		return 1, err
 	}
@@ -131,6 +138,8 @@ type benchmark struct {
 	thaw string // the program
 	rec  *bench.Recorder
 	out  io.Writer
+
+	verified map[string]bool // images of which thaw's result was verified
 }
 
 // image is an OCI layout with an image tagged latest.
@@ -194,6 +203,15 @@ func read(dir string) (int64, error) {
 		return err
 	})
 	return total, err
+}
+
+// calm waits for others to be done with the machine, where that is wanted.
+func (b *benchmark) calm(ctx context.Context) error {
+	waited, err := bench.Quiet(ctx, b.quiet)
+	if waited > 10*time.Second {
+		progress("waited %.0f s for others", waited.Seconds())
+	}
+	return err
 }
 
 func progress(format string, args ...any) {
