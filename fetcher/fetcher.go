@@ -60,15 +60,15 @@ type Options struct {
 
 // Stats counts what a Fetcher has done so far.
 type Stats struct {
-	Requests  int64 // ranges asked of origins
-	Bytes     int64 // received from origins
-	Chunks    int64 // brought from origins
-	Local     int64 // chunks that another stream held already
-	Retries   int64 // tries after a first one
-	Wrong     int64 // chunks that came and did not match their digest
-	Failed    int64 // chunks given up
-	InFlight  int64 // requests now
-	MostAlive int64 // the most requests that were in flight at once
+	Requests  int64 `json:"requests"`       // ranges asked of origins
+	Bytes     int64 `json:"fetched_bytes"`  // received from origins
+	Chunks    int64 `json:"fetched_chunks"` // brought from origins
+	Local     int64 `json:"local_chunks"`   // chunks that another stream held already
+	Retries   int64 `json:"retries"`        // tries after a first one
+	Wrong     int64 `json:"wrong_chunks"`   // chunks that came and did not match their digest
+	Failed    int64 `json:"failed_chunks"`  // chunks given up
+	InFlight  int64 `json:"in_flight"`      // requests now
+	MostAlive int64 `json:"most_in_flight"` // the most requests that were in flight at once
 }
 
 // wrongTries bounds how often wrong bytes are asked for again: an origin that

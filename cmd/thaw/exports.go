@@ -19,7 +19,7 @@ import (
 // exports are what a server offers: the images that it was started with, and
 // those that clients may open by their reference.
 type exports struct {
-	open    func(ctx context.Context, name string) (*blockmap.Image, error)
+	open    func(ctx context.Context, name string) (blockmap.Device, error)
 	allow   patterns
 	clients []string // who may open anything, by certificate; nobody: everybody
 
@@ -32,38 +32,38 @@ type exports struct {
 
 // opened is an image, open or about to be.
 type opened struct {
-	ready chan struct{} // closed when image or err is there
-	image *blockmap.Image
-	err   error
-	users int // 0 for ever with one of the fixed
-	fixed bool
+	ready  chan struct{} // closed when device or err is there
+	device blockmap.Device
+	err    error
+	users  int // 0 for ever with one of the fixed
+	fixed  bool
 }
 
 // openTimeout bounds the opening of an image that clients wait for.
 const openTimeout = time.Minute
 
-func newExports(allow patterns, clients []string, open func(context.Context, string) (*blockmap.Image, error)) *exports {
+func newExports(allow patterns, clients []string, open func(context.Context, string) (blockmap.Device, error)) *exports {
 	x := &exports{open: open, allow: allow, clients: clients}
 	x.mu.images = make(map[string]*opened)
 	return x
 }
 
 // add offers an image for good.
-func (x *exports) add(name string, image *blockmap.Image) error {
+func (x *exports) add(name string, device blockmap.Device) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.mu.images[name] != nil {
 		return usageError{fmt.Errorf("%s is given twice", name)}
 	}
-	o := &opened{ready: make(chan struct{}), image: image, fixed: true}
+	o := &opened{ready: make(chan struct{}), device: device, fixed: true}
 	close(o.ready)
 	x.mu.images[name] = o
 	x.mu.fixed = append(x.mu.fixed, name)
 	return nil
 }
 
-func (x *exports) export(name string, image *blockmap.Image) *nbd.Export {
-	return &nbd.Export{Name: name, Description: "read-only block image", Device: image, ReadOnly: true, Clients: x.clients}
+func (x *exports) export(name string, device blockmap.Device) *nbd.Export {
+	return &nbd.Export{Name: name, Description: "read-only block image", Device: device, ReadOnly: true, Clients: x.clients}
 }
 
 // Open implements nbd.Exports. An image that several clients ask for at once
@@ -88,7 +88,7 @@ func (x *exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd
 		x.mu.Unlock()
 		// For all who wait for it, so not ended by the first one's leaving.
 		shared, cancel := context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
-		o.image, o.err = x.open(shared, name)
+		o.device, o.err = x.open(shared, name)
 		cancel()
 		close(o.ready)
 	} else {
@@ -109,7 +109,7 @@ func (x *exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd
 		}
 		return nil, nil, o.err
 	}
-	return x.export(name, o.image), release, nil
+	return x.export(name, o.device), release, nil
 }
 
 func (x *exports) release(name string, o *opened) {
@@ -137,19 +137,19 @@ func (x *exports) List(context.Context, nbd.ClientInfo) ([]nbd.Export, error) {
 	}
 	list := make([]nbd.Export, 0, len(names))
 	for _, name := range names {
-		list = append(list, *x.export(name, x.mu.images[name].image))
+		list = append(list, *x.export(name, x.mu.images[name].device))
 	}
 	return list, nil
 }
 
 // all are the images that are open for good.
-func (x *exports) all() (names []string, images []*blockmap.Image) {
+func (x *exports) all() (names []string, devices []blockmap.Device) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, name := range x.mu.fixed {
-		images = append(images, x.mu.images[name].image)
+		devices = append(devices, x.mu.images[name].device)
 	}
-	return slices.Clone(x.mu.fixed), images
+	return slices.Clone(x.mu.fixed), devices
 }
 
 // patterns say which references clients may open: as path.Match has it, so that

@@ -22,6 +22,7 @@ type blockImage struct {
 	name     string
 	repo     *registry.Repo
 	digest   v1.Hash
+	size     int64 // of the manifest
 	manifest *flatten.Image
 	index    *blockmap.Index
 }
@@ -63,7 +64,7 @@ func findImage(ctx context.Context, client *registry.Client, name string, platfo
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: d.Digest}
+	b := &blockImage{name: name, repo: repo, digest: d.Digest, size: d.Size}
 	if b.manifest, err = flatten.ParseImage(raw); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -93,39 +94,40 @@ type remembered struct {
 	Manifest v1.Hash `json:"manifest"` // of the block image
 }
 
-func (o *opener) open(ctx context.Context, name string) (*blockmap.Image, error) {
+func (o *opener) open(ctx context.Context, name string) (*blockImage, *blockmap.Image, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
-		return nil, usageError{err}
+		return nil, nil, usageError{err}
 	}
 	repo, err := o.client.Open(ref)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	b, err := o.resolve(ctx, repo, name)
 	if err == nil {
-		return blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
+		image, err := blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
+		return b, image, err
 	}
 	refused := errors.Is(err, registry.ErrUnauthorized)
 	if !refused && !errors.Is(err, registry.ErrUnavailable) {
-		return nil, err
+		return nil, nil, err
 	}
 	// The registry cannot be asked. What is here can be served: in part where
 	// it may come back, only as a whole where it refuses us.
 	b, kept := o.recall(repo, name)
 	if kept != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	image, openErr := blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
 	if openErr != nil {
-		return nil, openErr
+		return nil, nil, openErr
 	}
 	missing := absent(image)
 	if refused && missing > 0 {
-		return nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
+		return nil, nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
 	}
 	o.log.Warn("serving from the cache alone", "image", name, "missing_bytes", missing, "cause", err)
-	return image, nil
+	return b, image, nil
 }
 
 // resolve asks the registry, and checks on the way that it can be read.
@@ -134,7 +136,7 @@ func (o *opener) resolve(ctx context.Context, repo *registry.Repo, name string) 
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: d.Digest}
+	b := &blockImage{name: name, repo: repo, digest: d.Digest, size: int64(len(raw))}
 	if b.manifest, err = flatten.ParseImage(raw); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -181,7 +183,7 @@ func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: r.Manifest}
+	b := &blockImage{name: name, repo: repo, digest: r.Manifest, size: int64(len(raw))}
 	if b.manifest, err = flatten.ParseImage(raw); err != nil {
 		return nil, err
 	}

@@ -67,7 +67,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line a registry, 'HOST MIRROR-URL...'")
 	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "of an image that is there for several: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a))
+	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
 	return root
 }
 

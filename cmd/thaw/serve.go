@@ -38,6 +38,8 @@ type serveOptions struct {
 	tlsOptional                  bool
 	clients                      []string
 
+	trace traceOptions
+
 	maxConns    int
 	maxInFlight size
 	handshake   time.Duration
@@ -63,6 +65,7 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 		Example: `  thaw serve registry.example/team/app:v1
   thaw serve oci:/srv/images:app --listen unix:/run/app.sock --cache /var/cache/thaw
   thaw serve registry.example/a:1 registry.example/b:2 --listen tcp:127.0.0.1:10809
+  thaw serve registry.example/team/app:v1 --trace auto --trace-push
   thaw serve --allow 'registry.example/team/*' --listen unix:/run/team.sock
   thaw serve registry.example/a:1 --listen tcp:0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem \
     --tls-client-ca clients.pem --client host-7.example
@@ -94,6 +97,14 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "at a time")
 	f.Var(&o.maxInFlight, "max-in-flight", "bytes of requests that a connection may have waiting")
 	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "for a client to say what it wants")
+	f.StringVar(&o.trace.record, "record", "", "record the start of the image to this file")
+	f.DurationVar(&o.trace.recordFor, "record-for", 5*time.Minute, "how long a recording lasts from the first read")
+	f.Var(&o.trace.recordBytes, "record-bytes", "how many bytes it may touch (default: any number)")
+	f.DurationVar(&o.trace.recordQuiet, "record-quiet", 10*time.Second, "after which it ends when nothing new is read")
+	f.StringArrayVar(&o.trace.use, "trace", nil, "fetch ahead what a trace says: a file, another version of the image, or auto for those beside the image, else recording one (repeatable)")
+	f.BoolVar(&o.trace.push, "trace-push", false, "store what was recorded beside the image")
+	f.Var(&o.trace.rate, "prefetch-rate", "bound on what is fetched ahead, bytes a second (default: the link)")
+	f.IntVar(&o.trace.wait, "prefetch-wait", 0, "be ready only when so many percent of a trace are here")
 	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
 	return c
 }
@@ -126,6 +137,9 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if err := patterns(o.allow).check(); err != nil {
 		return err
 	}
+	if err := o.trace.check(len(names)); err != nil {
+		return usageError{err}
+	}
 	tlsConfig, err := o.tls()
 	if err != nil {
 		return err
@@ -147,20 +161,29 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	defer f.Close()
 
 	open := &opener{client: client, cache: cache, fetcher: f, platform: platform, log: log}
-	offered := newExports(o.allow, o.clients, open.open)
-	images := make([]*blockmap.Image, len(names))
+	offered := newExports(o.allow, o.clients, func(ctx context.Context, name string) (blockmap.Device, error) {
+		_, image, err := open.open(ctx, name)
+		return image, err
+	})
+	found, images := make([]*blockImage, len(names)), make([]*blockmap.Image, len(names))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, name := range names {
 		g.Go(func() (err error) {
-			images[i], err = open.open(gctx, name)
+			found[i], images[i], err = open.open(gctx, name)
 			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
+	traces := &tracer{traceOptions: o.trace, opener: open, log: log}
+	defer traces.stop()
 	for i, name := range names {
-		if err := offered.add(name, images[i]); err != nil {
+		device, err := traces.attach(ctx, found[i], images[i])
+		if err != nil {
+			return err
+		}
+		if err := offered.add(name, device); err != nil {
 			return err
 		}
 	}
@@ -168,6 +191,9 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if err != nil {
 		return err
 	}
+	ctl := startControl(ctx, o.cache, log, traces.stopRecording, func() any { return f.Stats() })
+	defer ctl.stop()
+	traces.await(ctx)
 	server := &nbd.Server{
 		Exports: offered, Log: log, TLS: tlsConfig, RequireTLS: tlsConfig != nil && !o.tlsOptional,
 		MaxConns: o.maxConns, MaxInFlightBytes: int64(o.maxInFlight), HandshakeTimeout: o.handshake,
@@ -176,6 +202,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 		return errors.Join(err, server.Close())
 	}
 	err = serveUntil(ctx, server, listeners, o.grace)
+	traces.stop()
 	summary(log, f.Stats(), cache, images)
 	return err
 }
@@ -243,7 +270,7 @@ func (a *app) announce(offered *exports, ls []net.Listener) error {
 	for _, l := range ls {
 		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
 	}
-	names, images := offered.all()
+	names, devices := offered.all()
 	var uris []string
 	for i, name := range names {
 		export := name
@@ -251,7 +278,7 @@ func (a *app) announce(offered *exports, ls []net.Listener) error {
 			export = ""
 		}
 		uris = append(uris, uri(ls[0].Addr(), export))
-		out.Exports = append(out.Exports, announceExport{name, images[i].Size(), uris[i]})
+		out.Exports = append(out.Exports, announceExport{name, devices[i].Size(), uris[i]})
 	}
 	if len(uris) == 0 {
 		uris = out.Listen

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"thaw/tracefile"
+)
+
+func traceCommand(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "trace",
+		Short: "Look at recorded starts, and keep them beside their images",
+		Long: `A trace is which blocks a start read, and when. "thaw serve --record FILE"
+makes one; "thaw serve --trace auto" uses those that are stored beside an image,
+and records where there is none.`,
+		Example: `  thaw serve registry.example/team/app:v1 --record app.trace
+  thaw trace show app.trace
+  thaw trace push registry.example/team/app:v1 app.trace
+  thaw serve registry.example/team/app:v1 --trace auto`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("there is no verb %q of trace", args[0])}
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	c.AddCommand(traceShowCommand(a), traceExportCommand(a), tracePushCommand(a), traceStopCommand(a))
+	return c
+}
+
+// readTrace reads a trace file, or with "-" what comes on stdin.
+func readTrace(path string) (*tracefile.Trace, error) {
+	if path == "-" {
+		return tracefile.Read(os.Stdin)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	t, err := tracefile.Read(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return t, nil
+}
+
+func traceShowCommand(a *app) *cobra.Command {
+	var image string
+	c := &cobra.Command{
+		Use:   "show FILE",
+		Short: "Sum a trace up",
+		Example: `  thaw trace show app.trace
+  thaw trace show app.trace --image registry.example/team/app:v1    # and what lies in which layer`,
+		Args: args(cobra.ExactArgs(1)),
+		RunE: func(c *cobra.Command, args []string) error { return a.traceShow(c.Context(), args[0], image) },
+	}
+	c.Flags().StringVar(&image, "image", "", "the image that it is of, to tell layers apart")
+	c.Flags().BoolVar(&a.json, "json", false, "print JSON")
+	return c
+}
+
+func (a *app) traceShow(ctx context.Context, path, image string) error {
+	t, err := readTrace(path)
+	if err != nil {
+		return err
+	}
+	var b *blockImage
+	var s *tracefile.Summary
+	if image == "" {
+		s, err = t.Summarize(nil)
+	} else {
+		_, platform, client, accessErr := a.access()
+		if accessErr != nil {
+			return accessErr
+		}
+		defer client.Close()
+		if b, err = findImage(ctx, client, image, platform); err != nil {
+			return err
+		}
+		s, err = t.Summarize(b.index)
+	}
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(s)
+	}
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1e3) }
+	fmt.Fprintf(a.stdout, "starts   %d, index sha256:%.12s…\n", s.Starts, s.Index)
+	fmt.Fprintf(a.stdout, "touched  %s of a device of %s, in %d ranges; %s were not there\n",
+		bytesString(s.Bytes), bytesString(s.Device), s.Ranges, bytesString(s.Misses))
+	fmt.Fprintf(a.stdout, "time     %s to the last first touch; recording: %s after %s\n", ms(s.Duration), s.Ended, ms(s.Recorded))
+	if s.Dropped > 0 {
+		fmt.Fprintf(a.stdout, "dropped  %s came too fast to be recorded\n", bytesString(s.Dropped))
+	}
+	if s.Cut != "" {
+		fmt.Fprintf(a.stdout, "cut      %s\n", s.Cut)
+	}
+	for _, p := range s.Times {
+		fmt.Fprintf(a.stdout, "%6d %% of it by %s\n", p.Percent, ms(p.At))
+	}
+	for _, l := range s.Streams {
+		name := fmt.Sprintf("stream %d", l.Stream)
+		switch l.Stream {
+		case tracefile.Hole:
+			name = "holes"
+		case 0:
+			name = "metadata"
+		}
+		fmt.Fprintf(a.stdout, "%-10s %s of %s, in %d chunks of %s\n", name, bytesString(l.Bytes), bytesString(l.Size), l.Chunks, bytesString(l.Stored))
+	}
+	return nil
+}
+
+func traceExportCommand(a *app) *cobra.Command {
+	var format, out, device string
+	c := &cobra.Command{
+		Use:   "export FILE",
+		Short: "Write a trace in the form of other programs",
+		Long: `export writes a trace as an iolog that fio replays against any device, or as text
+like blkparse's.`,
+		Example: `  thaw trace export app.trace --format fio --device /dev/nbd0 -o app.log
+  fio --name=start --ioengine=psync --direct=1 --readonly --read_iolog=app.log`,
+		Args: args(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) (err error) {
+			t, err := readTrace(args[0])
+			if err != nil {
+				return err
+			}
+			w := a.stdout
+			if out != "" {
+				f, err := os.Create(out)
+				if err != nil {
+					return err
+				}
+				defer func() { err = errors.Join(err, f.Close()) }()
+				w = f
+			}
+			return exportTrace(t, w, format, device)
+		},
+	}
+	c.Flags().StringVar(&format, "format", "fio", "fio or blkparse")
+	c.Flags().StringVarP(&out, "output", "o", "", "file to write (default: stdout)")
+	c.Flags().StringVar(&device, "device", "/dev/nbd0", "that a fio log names")
+	return c
+}
+
+func exportTrace(t *tracefile.Trace, w io.Writer, format, device string) error {
+	switch format {
+	case "fio":
+		return t.WriteFio(w, device)
+	case "blkparse":
+		return t.WriteBlkparse(w)
+	}
+	return usageError{fmt.Errorf("a format %q: it is fio or blkparse", format)}
+}
+
+func tracePushCommand(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use:     "push IMAGE FILE",
+		Short:   "Store a trace beside its image",
+		Example: `  thaw trace push registry.example/team/app:v1 app.trace`,
+		Args:    args(cobra.ExactArgs(2)),
+		RunE:    func(c *cobra.Command, args []string) error { return a.tracePush(c.Context(), args[0], args[1]) },
+	}
+	return c
+}
+
+func (a *app) tracePush(ctx context.Context, image, path string) error {
+	t, err := readTrace(path)
+	if err != nil {
+		return err
+	}
+	_, platform, client, err := a.access()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	b, err := findImage(ctx, client, image, platform)
+	if err != nil {
+		return err
+	}
+	if t.Index != digestOf(b.manifest.Index.Digest) {
+		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.manifest.Index.Digest)
+	}
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	d, err := pushTrace(ctx, b, file)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(a.stdout, b.repo.Ref().WithDigest(d.Digest))
+	return err
+}
+
+func traceStopCommand(a *app) *cobra.Command {
+	cache := defaultCache()
+	c := &cobra.Command{
+		Use:     "stop",
+		Short:   "End the recordings of a server that is running",
+		Example: `  thaw trace stop --cache /var/cache/thaw`,
+		Args:    args(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			var answer struct {
+				Stopped int `json:"stopped"`
+			}
+			if err := ask(c.Context(), cache, "POST", "/trace/stop", &answer); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(a.stdout, "%d recordings have ended\n", answer.Stopped)
+			return err
+		},
+	}
+	c.Flags().StringVar(&cache, "cache", cache, "directory of the server's cache")
+	return c
+}
