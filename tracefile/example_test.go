@@ -49,7 +49,7 @@ func replay(files [][]byte, ix *blockmap.Index, cache *blockmap.Cache, f prefetc
 // the next.
 func Example() {
 	var image blockmap.Device = &memory{blocks: 1000, resident: 100} // a *blockmap.Image
-	index := blockmap.Digest{}                                      // tracefile.IndexDigest(image.Index())
+	index := blockmap.Digest{}                                       // tracefile.IndexDigest(image.Index())
 
 	var file bytes.Buffer
 	recorder := tracefile.NewRecorder(image, index, &file, tracefile.Options{Bytes: 1 << 30})
@@ -76,5 +76,3 @@ func Example() {
 	}
 	// Output: 0s [655360, 720896) true
 }
-
-var _ = replay // shown in the documentation; the tests of plans run these steps

@@ -55,9 +55,9 @@ const (
 	kindTouches = 1
 	kindEnd     = 2
 
-	// MaxSize bounds a trace file: some three million ranges. A start of
-	// 500 MB takes less than 64 KiB.
-	MaxSize = 16 << 20
+	// MaxSize bounds a trace file: some 800,000 ranges. A start of 500 MB
+	// takes less than 64 KiB.
+	MaxSize = 4 << 20
 
 	// A frame is closed at this length of its body. No number is longer than
 	// a varint of 64 bits.

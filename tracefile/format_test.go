@@ -274,7 +274,7 @@ func TestWriterRefuses(t *testing.T) {
 // still be closed.
 func TestMaxSize(t *testing.T) {
 	if testing.Short() {
-		t.Skip("writes 16 MiB")
+		t.Skip("writes 4 MiB")
 	}
 	var b bytes.Buffer
 	w, err := tracefile.NewWriter(&b, tracefile.Header{Blocks: 1<<32 - 1, Starts: 1})

@@ -96,21 +96,8 @@ func TestPlanServesTheNextStart(t *testing.T) {
 	}
 	again := &blocktest.Image{Index: ix, Blobs: m.Blobs, Content: m.Content}
 	image, cache := newImage(t, again)
-	merged, err := tracefile.Merge(tr)
-	if err != nil {
+	if err := replay([][]byte{b.Bytes(), b.Bytes()[:b.Len()-1]}, ix, cache, newDirect(t, again)); err != nil {
 		t.Fatal(err)
-	}
-	p, err := tracefile.NewPlan(merged, ix)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wants, err := p.Wants(cache.Stream)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fetch := newDirect(t, again)
-	for batch := range slices.Chunk(wants, 16) {
-		fetch.Prefetch(batch)
 	}
 	for _, e := range reads {
 		if v, ok := image.View(e); !ok {
@@ -118,6 +105,10 @@ func TestPlanServesTheNextStart(t *testing.T) {
 		} else {
 			v.Release()
 		}
+	}
+	p, err := tracefile.NewPlan(tr, ix)
+	if err != nil {
+		t.Fatal(err)
 	}
 	if _, err := p.Wants(func(*blockmap.Table) (*blockmap.Stream, error) { return nil, blocktest.ErrDiskFull }); !errors.Is(err, blocktest.ErrDiskFull) {
 		t.Errorf("streams that cannot be opened: %v", err)

@@ -117,7 +117,8 @@ func IndexDigest(ix *blockmap.Index) blockmap.Digest { return sha256.Sum256(ix.E
 // Read reads a whole trace, of at most MaxSize bytes, without trusting it. It
 // fails with blockmap.ErrCorrupt where nothing can be read; where the file ends
 // early or has been altered, the trace is what lies before that, and its Cut
-// says so. It allocates at most some ten bytes for each byte that it reads.
+// says so. It allocates at most some thirty bytes for each byte that it reads,
+// and for an honest trace ten.
 func Read(r io.Reader) (*Trace, error) {
 	in, err := NewReader(r)
 	if err != nil {
