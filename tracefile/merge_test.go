@@ -147,6 +147,17 @@ func TestMergeAgainstBlocks(t *testing.T) {
 	}
 }
 
+// A touch that does not say by how many starts it is of one.
+func TestMergeCountsOne(t *testing.T) {
+	a, b := traceOf(10), traceOf(10)
+	a.Touches = []tracefile.Touch{{Block: 1, Count: 1}}
+	b.Touches = []tracefile.Touch{{Block: 1, Count: 1}}
+	m, err := tracefile.Merge(a, b)
+	if err != nil || len(m.Touches) != 1 || m.Touches[0].Starts != 2 {
+		t.Errorf("merged to %+v, %v", m, err)
+	}
+}
+
 func TestMergeRefuses(t *testing.T) {
 	if _, err := tracefile.Merge(); err == nil {
 		t.Error("no traces were merged")

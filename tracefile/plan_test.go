@@ -138,16 +138,21 @@ func TestPlanRefuses(t *testing.T) {
 }
 
 // lettered is the index of an image whose streams are lists of chunks of ten
-// blocks, a letter each.
+// blocks, a letter each. A small letter is a lie: a chunk of five with the
+// digest of the large one.
 func lettered(t *testing.T, runs []blockmap.Run, streams ...string) *blockmap.Index {
 	t.Helper()
 	ix := &blockmap.Index{Runs: runs}
 	for _, s := range streams {
 		var table blockmap.Table
-		for i, letter := range s {
-			table.Chunks = append(table.Chunks, blockmap.Chunk{
-				Digest: sha256.Sum256([]byte{byte(letter)}), Offset: int64(i) * 1000, Stored: 1000, Block: uint32(i) * 10, Count: 10,
-			})
+		for i, letter := range strings.ToUpper(s) {
+			c := blockmap.Chunk{
+				Digest: sha256.Sum256([]byte{byte(letter)}), Offset: int64(i) * 1000, Stored: 1000, Block: table.Blocks(), Count: 10,
+			}
+			if s[i] != byte(letter) {
+				c.Count = 5
+			}
+			table.Chunks = append(table.Chunks, c)
 		}
 		table.BlobSize = int64(len(s)) * 1000
 		ix.Streams = append(ix.Streams, table)
@@ -216,6 +221,38 @@ func TestTranslate(t *testing.T) {
 	}
 	if s := strings.Join(letters, ""); s != "MAABCFH" || !p.Steps[2].Again {
 		t.Errorf("planned %s", s)
+	}
+}
+
+// Of several places of one content the one in the stream that both images have
+// is taken, and none where the chunk cannot be the same.
+func TestTranslateChooses(t *testing.T) {
+	runs := []blockmap.Run{
+		{Device: 0, Stream: 0, Block: 0, Count: 5},
+		{Device: 100, Stream: 1, Block: 0, Count: 20},
+		{Device: 200, Stream: 2, Block: 0, Count: 20},
+	}
+	old := lettered(t, runs, "M", "XY", "AB")
+	tr := traceOf(1000, tracefile.Touch{Block: 202, Count: 2})
+	tr.Index = tracefile.IndexDigest(old)
+	for _, c := range []struct {
+		name    string
+		streams []string
+		want    uint32 // block, 0 for lost
+	}{
+		{"the same stream", []string{"M", "ZA", "AB"}, 202},
+		{"another stream", []string{"M", "ZA", "BC"}, 112},
+		{"only a lie", []string{"M", "aZC", "BC"}, 0},
+	} {
+		got, carried, err := tracefile.Translate(tr, old, lettered(t, runs, c.streams...))
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v", c.name, err)
+		case c.want == 0 && (len(got.Touches) > 0 || carried.LostChunks != 1):
+			t.Errorf("%s: %+v, %v", c.name, got.Touches, carried)
+		case c.want > 0 && (len(got.Touches) != 1 || got.Touches[0].Block != c.want || carried.SharedChunks != 1):
+			t.Errorf("%s: %+v, %v", c.name, got.Touches, carried)
+		}
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"net"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -177,7 +178,6 @@ func TestRecords(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 		tr := stop(t, r, &b)
-		ms := time.Millisecond
 		want := &tracefile.Trace{
 			Header: tracefile.Header{Index: blockmap.Digest{9}, Blocks: 1000, Starts: 1},
 			Touches: []tracefile.Touch{
@@ -210,7 +210,7 @@ func TestRecords(t *testing.T) {
 // order several readers go about it; those that are not stay apart.
 func TestMergesNeighbours(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		d := &memory{blocks: 10000, resident: 10000}
+		d := &memory{blocks: 10000, resident: 9001}
 		var b bytes.Buffer
 		r := tracefile.NewRecorder(d, blockmap.Digest{}, &b, tracefile.Options{})
 		for i := range int64(30) { // three readers in turn: up, down, and slowly up
@@ -225,7 +225,8 @@ func TestMergesNeighbours(t *testing.T) {
 		view(r, 100+32*30, 32) // goes on too late
 		tr := stop(t, r, &b)
 		want := []tracefile.Touch{
-			{Block: 100, Count: 960, Starts: 1}, {Block: 5000 - 8*29, Count: 240, Starts: 1}, {Block: 9000, Count: 3, Starts: 1},
+			{Block: 100, Count: 960, Starts: 1}, {Block: 5000 - 8*29, Count: 240, Starts: 1}, {Block: 9000, Count: 1, Starts: 1},
+			{At: 1 * ms, Block: 9001, Count: 2, Starts: 1, Miss: true}, // the one before was a hit
 			{At: 13 * time.Millisecond, Block: 1060, Count: 32, Starts: 1},
 		}
 		if !reflect.DeepEqual(tr.Touches, want) {
@@ -234,8 +235,26 @@ func TestMergesNeighbours(t *testing.T) {
 	})
 }
 
+// Readers that touch at the same time come in any order. In the trace time does
+// not go back, nor begin before zero.
+func TestTouchesOutOfOrder(t *testing.T) {
+	var b bytes.Buffer
+	r := tracefile.NewRecorder(&memory{blocks: 1000}, blockmap.Digest{}, &b, tracefile.Options{})
+	time.Sleep(2 * ms)
+	for i, at := range []time.Duration{500 * us, 400 * us, 700 * us, 0, 900 * us} {
+		r.Put(at, uint32(10*i))
+	}
+	tr := stop(t, r, &b)
+	var times []time.Duration
+	for _, x := range tr.Touches {
+		times = append(times, x.At)
+	}
+	if want := []time.Duration{0, 0, 200 * us, 200 * us, 400 * us}; !slices.Equal(times, want) {
+		t.Errorf("the times are %v, want %v", times, want)
+	}
+}
+
 func TestEnds(t *testing.T) {
-	const ms = time.Millisecond
 	for _, c := range []struct {
 		name   string
 		o      tracefile.Options
