@@ -55,6 +55,7 @@ type Cache struct {
 		sync.RWMutex
 		streams  map[Digest]*Stream
 		byDigest map[Digest][]holder
+		unsynced []string // small files that are not durable yet
 	}
 
 	stop func()
@@ -200,18 +201,27 @@ func (c *Cache) Stream(t *Table) (*Stream, error) {
 		return nil, fmt.Errorf("make cached stream: %w", err)
 	}
 	// The table goes first: a directory without one is no stream.
-	if err := writeFile(c.fs, filepath.Join(dir, tableName), t.Append(nil)); err != nil {
+	if err := c.write(filepath.Join(dir, tableName), t.Append(nil)); err != nil {
 		return nil, fmt.Errorf("make cached stream: %w", err)
 	}
 	s, err := c.openStream(dir, t)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(c.fs.SyncDir(dir), c.fs.SyncDir(filepath.Dir(dir))); err != nil {
-		return nil, errors.Join(fmt.Errorf("make cached stream: %w", err), s.close())
-	}
 	c.add(s)
 	return s, nil
+}
+
+// write puts b at path now, and makes that durable with the next Sync: the start
+// of a device does not wait for the disk.
+func (c *Cache) write(path string, b []byte) error {
+	if err := writeFile(c.fs, path, b); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.unsynced = append(c.mu.unsynced, path)
+	return nil
 }
 
 func (c *Cache) all() []*Stream {
@@ -352,7 +362,14 @@ func (c *Cache) syncLoop(ctx context.Context, every time.Duration) {
 
 // Sync makes durable all that is here.
 func (c *Cache) Sync() error {
+	c.mu.Lock()
+	unsynced := c.mu.unsynced
+	c.mu.unsynced = nil
+	c.mu.Unlock()
 	var errs []error
+	for _, path := range unsynced {
+		errs = append(errs, syncFile(c.fs, path))
+	}
 	for _, s := range c.all() {
 		errs = append(errs, s.sync())
 	}
@@ -395,17 +412,18 @@ func (c *Cache) Blob(d Digest) ([]byte, error) {
 // PutBlob keeps b for a later Blob.
 func (c *Cache) PutBlob(b []byte) error {
 	path := filepath.Join(c.dir, "blobs/sha256", Digest(sha256.Sum256(b)).String())
-	return writeFile(c.fs, path, b)
+	return c.write(path, b)
 }
 
-// Ref returns what PutRef kept under name, or fs.ErrNotExist.
+// Ref returns what PutRef kept under name, or fs.ErrNotExist. After a power cut
+// it may be anything: whoever reads it checks it.
 func (c *Cache) Ref(name string) ([]byte, error) {
 	return readFile(c.fs, c.refPath(name), 1<<20)
 }
 
 // PutRef keeps b under a name, in place of what was there.
 func (c *Cache) PutRef(name string, b []byte) error {
-	return writeFile(c.fs, c.refPath(name), b)
+	return c.write(c.refPath(name), b)
 }
 
 func (c *Cache) refPath(name string) string {

@@ -130,8 +130,9 @@ func (f osFile) Map(n int64, writable bool) (mmap.MMap, error) {
 	return m, nil
 }
 
-// writeFile puts b at path, so that after a crash either all of it is there or
-// what was there before.
+// writeFile puts b at path, in place of what was there. A killed process leaves
+// the one or the other whole; a power cut may leave anything until the file has
+// been synced, so whoever reads it checks what it reads.
 func writeFile(fsys FS, path string, b []byte) error {
 	tmp := path + ".new"
 	if err := fsys.RemoveAll(tmp); err != nil {
@@ -142,13 +143,23 @@ func writeFile(fsys FS, path string, b []byte) error {
 		return err
 	}
 	_, err = f.WriteAt(b, 0)
-	if err == nil {
-		err = f.Sync()
-	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	if err := fsys.Rename(tmp, path); err != nil {
+	return fsys.Rename(tmp, path)
+}
+
+// syncFile makes a file and its name durable. One that has been removed
+// meanwhile needs no more.
+func syncFile(fsys FS, path string) error {
+	f, err := fsys.Open(path, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return fsys.SyncDir(filepath.Dir(path))
