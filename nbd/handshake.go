@@ -385,6 +385,7 @@ func (h *handshake) startTLS(ctx context.Context) error {
 
 	cfg := srv.TLS.Clone()
 	cfg.MinVersion = max(cfg.MinVersion, tls.VersionTLS13)
+	verified := verifyClients(cfg)
 	tc := tls.Server(h.nc, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("TLS: %w", err)
@@ -392,16 +393,8 @@ func (h *handshake) startTLS(ctx context.Context) error {
 	h.nc = tc
 	h.w.Reset(tc)
 	h.client.TLS = true
-	if chains := tc.ConnectionState().VerifiedChains; len(chains) > 0 {
-		cert := chains[0][0]
-		h.client.Names = append(h.client.Names, cert.DNSNames...)
-		h.client.Names = append(h.client.Names, cert.EmailAddresses...)
-		for _, u := range cert.URIs {
-			h.client.Names = append(h.client.Names, u.String())
-		}
-		if cn := cert.Subject.CommonName; cn != "" {
-			h.client.Names = append(h.client.Names, cn)
-		}
+	if certs := tc.ConnectionState().PeerCertificates; verified && len(certs) > 0 {
+		h.client.Names = namesOf(certs[0])
 	}
 	return nil
 }

@@ -2,9 +2,11 @@ package main
 
 import (
 	"bufio"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -115,12 +117,8 @@ func TestPatterns(t *testing.T) {
 
 // certificate makes a key and a certificate of name, signed by the authority
 // or, without one, itself an authority.
-func certificate(t *testing.T, dir, file, name string, ca *x509.Certificate, caKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
+func certificate(t *testing.T, dir, file, name string, key crypto.Signer, ca *x509.Certificate, caKey crypto.Signer) *x509.Certificate {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
 	c := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
@@ -132,7 +130,7 @@ func certificate(t *testing.T, dir, file, name string, ca *x509.Certificate, caK
 		parent, parentKey = c, key
 		c.ExtKeyUsage = nil
 	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, parentKey)
+	der, err := x509.CreateCertificate(rand.Reader, c, parent, key.Public(), parentKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +146,16 @@ func certificate(t *testing.T, dir, file, name string, ca *x509.Certificate, caK
 			t.Fatal(err)
 		}
 	}
-	return c, key
+	return c
+}
+
+func newECDSA(t *testing.T) crypto.Signer {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
 }
 
 // Over TLS, clients that show a certificate of the right name are served;
@@ -159,11 +166,12 @@ func TestTLS(t *testing.T) {
 	saveArchive(t, dir+"/src.tar", imageOf(t, layerOf(t, files(1, "a", 3)...)))
 	image := "oci:" + dir + "/dst:x"
 	must(t, "build", "--size", "64M", "docker-archive:"+dir+"/src.tar", image)
-	ca, caKey := certificate(t, dir, "ca", "test authority", nil, nil)
-	certificate(t, dir, "server", "localhost", ca, caKey)
-	client := func(name string) string {
+	caKey, serverKey := newECDSA(t), newECDSA(t)
+	ca := certificate(t, dir, "ca", "test authority", caKey, nil, nil)
+	certificate(t, dir, "server", "localhost", serverKey, ca, caKey)
+	client := func(name string, key crypto.Signer) string {
 		d := t.TempDir()
-		certificate(t, d, "client", name, ca, caKey)
+		certificate(t, d, "client", name, key, ca, caKey)
 		b, err := os.ReadFile(dir + "/ca-cert.pem")
 		if err != nil {
 			t.Fatal(err)
@@ -176,11 +184,18 @@ func TestTLS(t *testing.T) {
 	s := serving(t, image, "--listen", "tcp:127.0.0.1:0", "--cache", dir+"/cache", "--tls-cert", dir+"/server-cert.pem",
 		"--tls-key", dir+"/server-key.pem", "--tls-client-ca", dir+"/ca-cert.pem", "--client", "host-7.example")
 	addr := strings.TrimPrefix(s.ready.Listen[0], "tcp:")
-	if out := tool(t, "nbdinfo", "nbds://"+addr+"/?tls-certificates="+client("host-7.example")); !strings.Contains(out, "TLS") {
-		t.Error(out)
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Both kinds of key: to GnuTLS they are not alike.
+	for _, key := range []crypto.Signer{newECDSA(t), rsaKey} {
+		if out := tool(t, "nbdinfo", "nbds://"+addr+"/?tls-certificates="+client("host-7.example", key)); !strings.Contains(out, "TLS") {
+			t.Error(out)
+		}
 	}
 	for what, uri := range map[string]string{
-		"another name": "nbds://" + addr + "/?tls-certificates=" + client("host-8.example"),
+		"another name": "nbds://" + addr + "/?tls-certificates=" + client("host-8.example", newECDSA(t)),
 		"no TLS":       "nbd://" + addr + "/",
 	} {
 		if out, err := exec.Command("nbdinfo", uri).CombinedOutput(); err == nil {
