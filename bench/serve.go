@@ -18,7 +18,7 @@ import (
 // BuildThaw compiles the program of this checkout to a file in dir.
 func BuildThaw(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "thaw")
-	_, err = Run(exec.CommandContext(ctx, "go", "build", "-o", path, "thaw/cmd/thaw"))
+	_, err = Run(exec.CommandContext(ctx, "go", "build", "-buildvcs=auto", "-o", path, "thaw/cmd/thaw"))
 	return path, err
 }
 
