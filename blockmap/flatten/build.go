@@ -66,8 +66,10 @@ type Options struct {
 // Defaults of a build.
 const (
 	DefaultSize = 8 << 30
-	// DefaultChunkSize is what won in bench/build on four real images.
-	DefaultChunkSize = 256 << 10
+	// DefaultChunkSize is what won in bench/build on four real images: a first
+	// start over a slow link takes half the time that it takes with a quarter
+	// of this, for 13 to 30 % more bytes.
+	DefaultChunkSize = 1 << 20
 	DefaultLevel     = 3
 )
 

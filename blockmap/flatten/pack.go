@@ -159,13 +159,20 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 			return nil, err
 		}
 	}
-	full := len(p.runs) > 0 && len(*p.chunk) >= p.size/2 && p.sum%4 == 0
-	if p.large || full {
+	if p.large || len(p.runs) > 0 && len(*p.chunk) >= p.size/2 && p.marks(padded) {
 		if err := p.cut(); err != nil {
 			return nil, err
 		}
 	}
 	return p.runs, nil
+}
+
+// marks says whether the file just packed ends a pack that is half full. On
+// average one does in each quarter of a chunk's size, however large files are:
+// often enough that most packs end there and not where they overflow, and
+// seldom enough that packs which began at different files end at the same.
+func (p *packer) marks(padded int64) bool {
+	return uint64(p.sum)*uint64(p.size/4) < uint64(padded)<<32
 }
 
 var zeroWindow [holeWindow]byte

@@ -169,9 +169,12 @@ func (r *packed) checkBlob(t *testing.T, chunkSize int) {
 	}
 }
 
+// testChunk is small enough for many chunks of little content.
+const testChunk = 256 << 10
+
 // TestEmptyStream packs nothing that has content.
 func TestEmptyStream(t *testing.T) {
-	r := pack(t, DefaultChunkSize, []named{{"empty", ""}, {"zeros", strings.Repeat("\x00", 1<<20+5)}})
+	r := pack(t, testChunk, []named{{"empty", ""}, {"zeros", strings.Repeat("\x00", 1<<20+5)}})
 	if len(r.table.Chunks) != 0 || len(r.runs["empty"])+len(r.runs["zeros"]) != 0 {
 		t.Errorf("%d chunks, runs %v", len(r.table.Chunks), r.runs)
 	}
@@ -179,18 +182,18 @@ func TestEmptyStream(t *testing.T) {
 
 // TestSameFileSameChunks packs a large file among others of two kinds.
 func TestSameFileSameChunks(t *testing.T) {
-	for _, size := range []int{DefaultChunkSize, DefaultChunkSize + 1, 5*DefaultChunkSize - 1, 1_000_003} {
+	for _, size := range []int{testChunk, testChunk + 1, 5*testChunk - 1, 1_000_003} {
 		file := named{"the file", noise(7, size)}
-		a := pack(t, DefaultChunkSize, []named{{"x", noise(1, 5000)}, {"y", noise(2, 70_000)}, file, {"z", noise(3, 100)}})
-		b := pack(t, DefaultChunkSize, []named{file, {"other", noise(4, 600_000)}})
-		if got, want := a.digests("the file"), b.digests("the file"); fmt.Sprint(got) != fmt.Sprint(want) || len(got) != (size+DefaultChunkSize-1)/DefaultChunkSize {
+		a := pack(t, testChunk, []named{{"x", noise(1, 5000)}, {"y", noise(2, 70_000)}, file, {"z", noise(3, 100)}})
+		b := pack(t, testChunk, []named{file, {"other", noise(4, 600_000)}})
+		if got, want := a.digests("the file"), b.digests("the file"); fmt.Sprint(got) != fmt.Sprint(want) || len(got) != (size+testChunk-1)/testChunk {
 			t.Errorf("%d bytes: chunks %v and %v", size, got, want)
 		}
 	}
 	// A change in place changes the chunk that it is in.
-	content := noise(7, 5*DefaultChunkSize)
-	a := pack(t, DefaultChunkSize, []named{{"f", content}}).digests("f")
-	b := pack(t, DefaultChunkSize, []named{{"f", content[:2*DefaultChunkSize] + "!" + content[2*DefaultChunkSize+1:]}}).digests("f")
+	content := noise(7, 5*testChunk)
+	a := pack(t, testChunk, []named{{"f", content}}).digests("f")
+	b := pack(t, testChunk, []named{{"f", content[:2*testChunk] + "!" + content[2*testChunk+1:]}}).digests("f")
 	for i := range a {
 		if (a[i] == b[i]) == (i == 2) {
 			t.Errorf("chunk %d: same is %v", i, a[i] == b[i])
@@ -202,10 +205,10 @@ func TestSameFileSameChunks(t *testing.T) {
 func TestChunksFallIntoStep(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 3))
 	var files []named
-	for i := range 1500 {
+	for i := range 3000 {
 		files = append(files, named{fmt.Sprint(i), noise(uint64(i), rng.IntN(12_000))})
 	}
-	base := pack(t, DefaultChunkSize, files)
+	base := pack(t, testChunk, files)
 	old := make(map[blockmap.Digest]bool)
 	for _, c := range base.table.Chunks {
 		old[c.Digest] = true
@@ -215,7 +218,7 @@ func TestChunksFallIntoStep(t *testing.T) {
 		"one less at the front":   files[1:],
 		"one larger at the front": append([]named{{"0", noise(0, 20_000)}}, files[1:]...),
 	} {
-		r := pack(t, DefaultChunkSize, changed)
+		r := pack(t, testChunk, changed)
 		shared := 0
 		for _, c := range r.table.Chunks {
 			if old[c.Digest] {
@@ -228,7 +231,7 @@ func TestChunksFallIntoStep(t *testing.T) {
 		}
 	}
 	// Packs are not to be much smaller for it.
-	if mean := len(base.content) / len(base.table.Chunks); mean < DefaultChunkSize/2 {
+	if mean := len(base.content) / len(base.table.Chunks); mean < testChunk/2 {
 		t.Errorf("chunks of %d bytes in the mean", mean)
 	}
 }
@@ -242,7 +245,7 @@ func TestEmptyFilesEndNoPack(t *testing.T) {
 		files = append(files, f)
 		more = append(more, f, named{fmt.Sprint("empty ", i), ""})
 	}
-	a, b := pack(t, DefaultChunkSize, files), pack(t, DefaultChunkSize, more)
+	a, b := pack(t, testChunk, files), pack(t, testChunk, more)
 	if !bytes.Equal(a.blob, b.blob) {
 		t.Errorf("%d chunks, and %d with empty files between", len(a.table.Chunks), len(b.table.Chunks))
 	}

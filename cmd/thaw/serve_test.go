@@ -20,7 +20,6 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"thaw/blockmap"
-	"thaw/blockmap/flatten"
 )
 
 // device brings what an export reads as to a file.
@@ -139,7 +138,8 @@ func TestKillAndRestart(t *testing.T) {
 	p := startProxy(t, reg.addr)
 	ref := p.host() + "/team/app:v1"
 	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 150), file{name: "big", data: random(3, 24<<20)})...)))
-	must(t, "build", "--size", "128M", ref)
+	const chunk = 128 << 10
+	must(t, "build", "--size", "128M", "--chunk-size", "128K", ref)
 	var in inspected
 	if err := json.Unmarshal([]byte(must(t, "inspect", "--json", ref)), &in); err != nil {
 		t.Fatal(err)
@@ -166,7 +166,7 @@ func TestKillAndRestart(t *testing.T) {
 	// 256 KiB, and the rest of the chunks that it touches. What was complete
 	// does not.
 	fetched := p.fetched()
-	if most := in.Stored + kills*(256<<10+2*flatten.DefaultChunkSize); fetched > most {
+	if most := in.Stored + kills*(256<<10+2*chunk); fetched > most {
 		t.Errorf("%d bytes were fetched for an image of %d and %d kills", fetched, in.Stored, kills)
 	}
 	t.Logf("%d bytes were fetched for an image of %d and %d kills", fetched, in.Stored, kills)
