@@ -54,7 +54,7 @@ type Server struct {
 	MaxInFlightBytes int64 // their bytes, 0: DefaultMaxInFlightBytes; one request is always let in
 
 	bufs     buffers
-	spinners atomic.Int32   // connections that wait without parking
+	sleepers atomic.Int32   // connections whose thread waits, see pace
 	wg       sync.WaitGroup // connections
 
 	mu struct {

@@ -24,11 +24,11 @@ type wire interface {
 	writev(bufs [][]byte) error
 }
 
-func newWire(nc net.Conn, timeout time.Duration, spinners *atomic.Int32) wire {
+func newWire(nc net.Conn, timeout time.Duration, sleepers *atomic.Int32) wire {
 	switch nc.(type) {
 	case *net.UnixConn, *net.TCPConn:
 		if rc, err := nc.(syscall.Conn).SyscallConn(); err == nil {
-			return newSocket(nc, rc, timeout, spinners)
+			return newSocket(nc, rc, timeout, sleepers)
 		}
 	}
 	return &stream{nc: nc, timeout: timeout}
@@ -49,6 +49,8 @@ type socket struct {
 	nread         int
 	rerr          syscall.Errno
 	pace          pace
+	parked        bool // the read at hand has been
+	poll          [1]unix.PollFd
 
 	// For the writer.
 	writeFn func(fd uintptr) bool
@@ -65,9 +67,9 @@ const unixSendBuffer = 512 << 10
 // maxIov is UIO_MAXIOV of Linux.
 const maxIov = 1024
 
-func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, spinners *atomic.Int32) *socket {
+func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, sleepers *atomic.Int32) *socket {
 	s := &socket{nc: nc, rc: rc, timeout: timeout}
-	s.pace.spinners = spinners
+	s.pace.sleepers = sleepers
 	if u, ok := nc.(*net.UnixConn); ok {
 		// Room for two replies of a large read. TCP finds its own size.
 		u.SetWriteBuffer(unixSendBuffer)
@@ -98,19 +100,28 @@ func (s *socket) readWith(p []byte, f func(uintptr) bool) (int, error) {
 	return s.nread, nil
 }
 
+// readOnce is called until it is done, and waited for between the calls.
 func (s *socket) readOnce(fd uintptr) (done bool) {
-	e := s.sysRead(fd)
-	if e == unix.EAGAIN && !s.pace.waiting && s.pace.begin() {
-		for e == unix.EAGAIN && s.pace.more() {
+	e, slept := s.sysRead(fd), false
+	if e == unix.EAGAIN && !s.parked && s.pace.stay() {
+		s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+		// An error is as good as a timeout: then it is parked.
+		if n, _ := unix.Poll(s.poll[:], sleepMillis); n > 0 {
 			e = s.sysRead(fd)
 		}
-		s.pace.spun()
+		s.pace.leave()
+		slept = true
+	}
+	if e == unix.EAGAIN {
+		s.parked = true
+		return false
 	}
 	if e == 0 {
-		s.pace.end(s.nread == requestLen)
+		s.pace.got((slept || s.parked) && s.nread == requestLen)
 	}
+	s.parked = false
 	s.rerr = e
-	return e != unix.EAGAIN
+	return true
 }
 
 func (s *socket) sysRead(fd uintptr) syscall.Errno {

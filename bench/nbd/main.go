@@ -55,7 +55,7 @@ func run(ctx context.Context) error {
 	flag.StringVar(&o.thaw, "thaw", "thaw", "the program to measure")
 	flag.StringVar(&o.dir, "dir", "", "directory for the image and the cache; made and removed if empty")
 	flag.IntVar(&o.rounds, "rounds", 5, "of each measurement")
-	flag.DurationVar(&o.runtime, "runtime", 3*time.Second, "of each fio")
+	flag.DurationVar(&o.runtime, "runtime", 2*time.Second, "of each fio, whole seconds")
 	flag.IntVar(&o.sizeMiB, "size", 1024, "MiB of content that are read")
 	flag.StringVar(&o.only, "only", "", "only rows whose name contains this")
 	flag.Parse()
@@ -151,7 +151,7 @@ func (b *benchmark) measure(ctx context.Context, transport string) error {
 					return fmt.Errorf("%s, %s: %w", name, s.name, err)
 				}
 				return b.rec.Add("NBD/"+name+"/server="+s.name,
-					bench.Measure{Value: float64(b.runtime.Nanoseconds()) / max(res.ios, 1), Unit: bench.Wall},
+					bench.Measure{Value: 1e9 / max(res.iops, 1), Unit: bench.Wall},
 					bench.Measure{Value: res.iops, Unit: iops},
 					bench.Measure{Value: res.bandwidth, Unit: bandwidth},
 					bench.Measure{Value: res.cpu.Seconds() * 1e9 / max(res.ios, 1), Unit: cpuPerIO},
