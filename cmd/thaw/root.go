@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -117,6 +118,10 @@ func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 		Insecure:    a.insecure,
 		Proxy:       http.ProxyFromEnvironment,
 		Log:         log,
+		// So that a connection that hangs leaves time, within the half minute
+		// that a reader waits, for another try.
+		HeaderTimeout: 8 * time.Second,
+		StallTimeout:  8 * time.Second,
 	}
 	if a.hosts != "" {
 		f, err := os.Open(a.hosts)
