@@ -26,21 +26,24 @@ type LinkOptions struct {
 // a short queue, so connections share it as they would a router without bloat.
 // It has no loss and no slow start: what a connection that is warm would see.
 type Link struct {
-	o      LinkOptions
-	l      net.Listener
-	up     lane // to what is behind it
-	down   lane
-	conns  atomic.Int64
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	o        LinkOptions
+	l        net.Listener
+	up       lane // to what is behind it
+	down     lane
+	conns    atomic.Int64
+	requests atomic.Int64
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
 }
 
 // Pieces are small enough that connections take turns, and large enough that
-// sleeping for each is precise.
+// sleeping for each is precise, and cheap at a high rate.
 const (
-	pieceBytes = 16 << 10
-	queueTime  = 2 * time.Millisecond
-	queueLen   = 1 << 10 // pieces on their way, of a connection
+	minPiece  = 16 << 10
+	maxPiece  = 64 << 10
+	pieceTime = 500 * time.Microsecond // of the line, that one takes between those bounds
+	queueTime = 2 * time.Millisecond
+	queueLen  = 1 << 10 // pieces on their way, of a connection
 )
 
 // NewLink serves connections to l until Close.
@@ -69,12 +72,20 @@ func (k *Link) Addr() net.Addr { return k.l.Addr() }
 // LinkStats counts what a Link has carried so far.
 type LinkStats struct {
 	Connections int64
-	Up, Down    int64 // bytes to and from what is behind it, headers included
+	// Requests that came from clients, of HTTP/1.1 without bodies: what ends a
+	// header is counted. It means nothing on a link that carries other things.
+	Requests int64
+	Up, Down int64 // bytes to and from what is behind it, headers included
+}
+
+// Sub is what was carried between an earlier time and s.
+func (s LinkStats) Sub(earlier LinkStats) LinkStats {
+	return LinkStats{s.Connections - earlier.Connections, s.Requests - earlier.Requests, s.Up - earlier.Up, s.Down - earlier.Down}
 }
 
 // Stats may be called at any time.
 func (k *Link) Stats() LinkStats {
-	return LinkStats{Connections: k.conns.Load(), Up: k.up.carried.Load(), Down: k.down.carried.Load()}
+	return LinkStats{Connections: k.conns.Load(), Requests: k.requests.Load(), Up: k.up.carried.Load(), Down: k.down.carried.Load()}
 }
 
 // Close ends all connections and waits until nothing of the link is left.
@@ -111,8 +122,8 @@ func (k *Link) connection(ctx context.Context, client net.Conn) {
 	defer server.Close()
 	defer context.AfterFunc(ctx, func() { server.Close() })()
 	var both sync.WaitGroup
-	both.Go(func() { k.up.carry(ctx, cancel, server, client) })
-	both.Go(func() { k.down.carry(ctx, cancel, client, server) })
+	both.Go(func() { k.up.carry(ctx, cancel, server, client, &headers{count: &k.requests}) })
+	both.Go(func() { k.down.carry(ctx, cancel, client, server, nil) })
 	both.Wait()
 }
 
@@ -120,25 +131,33 @@ func (k *Link) connection(ctx context.Context, client net.Conn) {
 type lane struct {
 	delay   time.Duration
 	rate    int64
+	piece   int           // bytes that one has at most
 	line    chan struct{} // holds one token: who has it may send
 	free    time.Time     // when all that was sent has left; guarded by line
 	carried atomic.Int64
 }
 
 func newLane(o LinkOptions) lane {
-	return lane{delay: o.RTT / 2, rate: o.Rate, line: make(chan struct{}, 1)}
+	piece := int64(maxPiece)
+	if o.Rate > 0 {
+		piece = min(max(o.Rate/8*int64(pieceTime)/int64(time.Second), minPiece), maxPiece)
+	}
+	return lane{delay: o.RTT / 2, rate: o.Rate, piece: int(piece), line: make(chan struct{}, 1)}
 }
 
 // piece is bytes on their way.
 type piece struct {
-	b   []byte
-	due time.Time
+	from *[]byte // to be used again
+	b    []byte
+	due  time.Time
 }
 
 // carry hands on what src sends until its end, which it hands on too. An error
-// ends the connection, both ways.
-func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn) {
+// ends the connection, both ways. What passes is shown to seen, if that is not
+// nil.
+func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn, seen *headers) {
 	flying := make(chan piece, queueLen)
+	free := sync.Pool{New: func() any { b := make([]byte, l.piece); return &b }}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
@@ -151,6 +170,7 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 				continue
 			}
 			l.carried.Add(int64(len(p.b)))
+			free.Put(p.from)
 		}
 		if ctx.Err() != nil {
 			return
@@ -161,15 +181,17 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 	})
 	defer close(flying)
 	for {
-		b := make([]byte, pieceBytes)
+		from := free.Get().(*[]byte)
+		b := *from
 		n, err := src.Read(b)
 		if n > 0 {
+			seen.look(b[:n])
 			due, err := l.send(ctx, n)
 			if err != nil {
 				return
 			}
 			select {
-			case flying <- piece{b[:n], due}:
+			case flying <- piece{from, b[:n], due}:
 			case <-ctx.Done():
 				return
 			}
@@ -203,6 +225,35 @@ func (l *lane) send(ctx context.Context, n int) (time.Time, error) {
 	}
 	l.free = l.free.Add(time.Duration(int64(n) * 8 * int64(time.Second) / l.rate))
 	return l.free.Add(l.delay), nil
+}
+
+// headers counts the ends of HTTP headers in what a connection sends, wherever
+// it is cut.
+type headers struct {
+	count *atomic.Int64
+	at    int // how much of an end was seen last
+}
+
+const headerEnd = "\r\n\r\n"
+
+func (h *headers) look(b []byte) {
+	if h == nil {
+		return
+	}
+	for _, c := range b {
+		switch {
+		case c == headerEnd[h.at]:
+			h.at++
+		case c == '\r':
+			h.at = 1
+		default:
+			h.at = 0
+		}
+		if h.at == len(headerEnd) {
+			h.count.Add(1)
+			h.at = 0
+		}
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -43,15 +43,15 @@ func Isolate(ctx context.Context) (code int, done bool, err error) {
 	return 1, true, err
 }
 
-// Root is an ext4 filesystem from an NBD export, mounted read-only with what
-// programs expect in it: /proc, /dev, /tmp, /run. The kernel sees the export
-// through nbdfuse and a loop device, where it has no nbd of its own. Mount
-// needs [Isolate].
+// Root is a root filesystem with what programs expect in it: /proc, /dev, /tmp,
+// /run. It is an ext4 from an NBD export or in a file, mounted read-only, or a
+// directory as it is. The kernel sees an export through nbdfuse and a loop
+// device, where it has no nbd of its own. All of them need [Isolate].
 type Root struct {
 	Dir string
 
 	fuseDir string
-	fuse    *exec.Cmd
+	fuse    *exec.Cmd // nil without an export
 	said    tail
 	ended   chan struct{}
 	mounts  []string // in the order of mounting
@@ -86,9 +86,35 @@ func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err
 	if err := r.waitFor(ctx, file); err != nil {
 		return r, err
 	}
+	return r, r.mountFile(ctx, file, readAhead)
+}
+
+// MountFile mounts the filesystem that is in a file below dir, as [Mount] does
+// that of an export.
+func MountFile(ctx context.Context, file, dir string, readAhead int) (*Root, error) {
+	r := &Root{Dir: filepath.Join(dir, "root")}
+	if err := os.Mkdir(r.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	if err := r.mountFile(ctx, file, readAhead); err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", file, err), r.Close())
+	}
+	return r, nil
+}
+
+// Furnish makes a Root of a directory, such as an unpacked image.
+func Furnish(dir string) (*Root, error) {
+	r := &Root{Dir: dir}
+	if err := r.furnish(); err != nil {
+		return nil, errors.Join(fmt.Errorf("furnish %s: %w", dir, err), r.Close())
+	}
+	return r, nil
+}
+
+func (r *Root) mountFile(ctx context.Context, file string, readAhead int) error {
 	device, err := Output(exec.CommandContext(ctx, "losetup", "-f", "--show", "-r", file))
 	if err != nil {
-		return r, err
+		return err
 	}
 	err = setReadAhead(device, readAhead)
 	if err == nil {
@@ -97,9 +123,9 @@ func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err
 	// Detached now, it goes when its last user does: the mount, if there is
 	// one.
 	if _, e := Output(exec.Command("losetup", "-d", device)); err != nil || e != nil {
-		return r, errors.Join(err, e)
+		return errors.Join(err, e)
 	}
-	return r, r.furnish()
+	return r.furnish()
 }
 
 func (r *Root) waitFor(ctx context.Context, file string) error {
@@ -218,6 +244,9 @@ func (r *Root) Close() error {
 		err = errors.Join(err, unmount(m))
 	}
 	r.mounts = nil
+	if r.fuse == nil {
+		return err
+	}
 	select {
 	case <-r.ended:
 		return err

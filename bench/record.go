@@ -1,8 +1,10 @@
 package bench
 
 import (
+	"bufio"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"runtime"
 	"slices"
@@ -59,16 +61,71 @@ type Fact struct{ Key, Value string }
 func (r *Recorder) Add(name string, ms ...Measure) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Benchmark%s 1", strings.ReplaceAll(oneLine(name), " ", "_"))
+	for _, m := range ms {
+		fmt.Fprintf(&b, " %s %s", strconv.FormatFloat(m.Value, 'f', -1, 64), m.Unit)
+	}
+	r.keep(name, ms)
+	_, err := fmt.Fprintln(r.w, b.String())
+	return err
+}
+
+func (r *Recorder) keep(name string, ms []Measure) {
 	if r.series[name] == nil {
 		r.series[name] = make(map[string][]float64)
 	}
 	for _, m := range ms {
-		fmt.Fprintf(&b, " %s %s", strconv.FormatFloat(m.Value, 'f', -1, 64), m.Unit)
 		r.series[name][m.Unit] = append(r.series[name][m.Unit], m.Value)
 	}
-	_, err := fmt.Fprintln(r.w, b.String())
-	return err
 }
+
+// Read adds the rounds that a Recorder wrote earlier, and hands every other
+// line to more, unless that is nil.
+func (r *Recorder) Read(from io.Reader, more func(line string) error) error {
+	in := bufio.NewScanner(from)
+	in.Buffer(nil, maxLine)
+	for n := 1; in.Scan(); n++ {
+		name, ms, ok, err := parseRound(in.Text())
+		switch {
+		case err != nil:
+		case ok:
+			r.keep(name, ms)
+		case more != nil:
+			err = more(in.Text())
+		}
+		if err != nil {
+			return fmt.Errorf("line %d: %w", n, err)
+		}
+	}
+	return in.Err()
+}
+
+const maxLine = 16 << 20
+
+// parseRound reads a line that Add wrote; ok is false of other lines.
+func parseRound(line string) (name string, ms []Measure, ok bool, err error) {
+	name, ok = strings.CutPrefix(line, "Benchmark")
+	fields := strings.Fields(name)
+	if !ok || len(fields) < 2 {
+		return "", nil, false, nil
+	}
+	if len(fields)%2 != 0 {
+		return "", nil, false, fmt.Errorf("a value without a unit in %q", line)
+	}
+	for i := 2; i < len(fields); i += 2 {
+		v, err := strconv.ParseFloat(fields[i], 64)
+		if err != nil {
+			return "", nil, false, fmt.Errorf("value of %s in %q: %w", fields[i+1], line, err)
+		}
+		ms = append(ms, Measure{v, fields[i+1]})
+	}
+	return fields[0], ms, true, nil
+}
+
+// Names are the series that there are, sorted.
+func (r *Recorder) Names() []string { return slices.Sorted(maps.Keys(r.series)) }
+
+// Values are the rounds of a series, in order.
+func (r *Recorder) Values(name, unit string) []float64 { return slices.Clone(r.series[name][unit]) }
 
 // Rounds is how many rounds a series has.
 func (r *Recorder) Rounds(name, unit string) int { return len(r.series[name][unit]) }

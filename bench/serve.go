@@ -53,10 +53,11 @@ type Server struct {
 }
 
 // Serve starts thaw serving one image on a unix socket, with its cache and
-// socket in dir, and returns when it is ready.
-func Serve(ctx context.Context, thaw, image, dir string) (*Server, error) {
+// socket in dir, and returns when it is ready. More arguments are for `thaw
+// serve`; a later flag takes the place of an earlier one.
+func Serve(ctx context.Context, thaw, image, dir string, more ...string) (*Server, error) {
 	s := &Server{Socket: filepath.Join(dir, "sock"), done: make(chan struct{})}
-	s.cmd = exec.Command(thaw, "serve", image, "--listen", "unix:"+s.Socket, "--cache", filepath.Join(dir, "cache"), "--json", "--log-format", "json")
+	s.cmd = exec.Command(thaw, append([]string{"serve", image, "--listen", "unix:" + s.Socket, "--cache", filepath.Join(dir, "cache"), "--json", "--log-format", "json"}, more...)...)
 	s.cmd.Stderr = &s.said
 	dieWithUs(s.cmd)
 	out, err := s.cmd.StdoutPipe()

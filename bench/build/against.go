@@ -19,7 +19,7 @@ import (
 // side makes a filesystem of an image in dir, and says how large it is there.
 type side struct {
 	tool  string
-	build func(ctx context.Context, m image, dir string) (bench.Usage, int64, error)
+	build func(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error)
 }
 
 const (
@@ -30,20 +30,20 @@ const (
 // against compares thaw with what there is: unpacking the image, and making a
 // filesystem of that. umoci comes twice: unpack writes a runtime bundle, of
 // which an mtree manifest takes a good part, raw unpack writes the files alone.
-func (b *benchmark) against(ctx context.Context, images []image) error {
+func (b *benchmark) against(ctx context.Context, images []bench.Workload) error {
 	sides := []side{
 		{"thaw", b.buildThaw},
-		{"umoci-unpack+mke2fs", func(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+		{"umoci-unpack+mke2fs", func(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error) {
 			bundle := filepath.Join(dir, "bundle")
-			return b.buildPeer(ctx, m, dir, filepath.Join(bundle, "rootfs"), "unpack", "--image", m.ref(), bundle)
+			return b.buildPeer(ctx, m, dir, filepath.Join(bundle, "rootfs"), "unpack", "--image", m.Ref(), bundle)
 		}},
-		{"umoci-raw-unpack+mke2fs", func(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+		{"umoci-raw-unpack+mke2fs", func(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error) {
 			root := filepath.Join(dir, "rootfs")
-			return b.buildPeer(ctx, m, dir, root, "raw", "unpack", "--image", m.ref(), root)
+			return b.buildPeer(ctx, m, dir, root, "raw", "unpack", "--image", m.Ref(), root)
 		}},
 	}
 	for _, m := range images {
-		if _, err := read(m.dir); err != nil {
+		if _, err := bench.ReadAll(m.Dir); err != nil {
 			return err
 		}
 		var alternating []func(context.Context, int) error
@@ -59,21 +59,23 @@ func (b *benchmark) against(ctx context.Context, images []image) error {
 	return b.againstTable(images, sides)
 }
 
-func buildName(m image, tool string) string { return "Build/image=" + m.name + "/tool=" + tool }
+func buildName(m bench.Workload, tool string) string {
+	return "Build/image=" + m.Name + "/tool=" + tool
+}
 
 // round runs a side once, and again where others had the machine meanwhile and
 // -quiet is set.
-func (b *benchmark) round(ctx context.Context, m image, s side, round int) error {
+func (b *benchmark) round(ctx context.Context, m bench.Workload, s side, round int) error {
 	for try := 1; ; try++ {
 		u, ms, err := b.once(ctx, m, s)
 		if err != nil {
 			return err
 		}
 		if busy := u.Others > u.Wall/10; b.quiet == 0 || !busy || try == mostTries {
-			progress("%s %d: %s %.1f s", m.name, round+1, s.tool, u.Wall.Seconds())
+			progress("%s %d: %s %.1f s", m.Name, round+1, s.tool, u.Wall.Seconds())
 			return b.rec.Add(buildName(m, s.tool), ms...)
 		}
-		progress("%s %d: %s %.1f s, while others took %.1f s of processor time; once more", m.name, round+1, s.tool, u.Wall.Seconds(), u.Others.Seconds())
+		progress("%s %d: %s %.1f s, while others took %.1f s of processor time; once more", m.Name, round+1, s.tool, u.Wall.Seconds(), u.Others.Seconds())
 	}
 }
 
@@ -82,7 +84,7 @@ const mostTries = 5
 
 // once runs a side in a directory that is new, with nothing left to be written
 // of what was before.
-func (b *benchmark) once(ctx context.Context, m image, s side) (u bench.Usage, ms []bench.Measure, err error) {
+func (b *benchmark) once(ctx context.Context, m bench.Workload, s side) (u bench.Usage, ms []bench.Measure, err error) {
 	dir := filepath.Join(b.dir, "round")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return u, nil, err
@@ -100,19 +102,19 @@ func (b *benchmark) once(ctx context.Context, m image, s side) (u bench.Usage, m
 	if err != nil {
 		return u, nil, err
 	}
-	if !b.verified[m.name] && s.tool == "thaw" {
+	if !b.verified[m.Name] && s.tool == "thaw" {
 		if _, err := bench.Run(exec.CommandContext(ctx, b.thaw, "verify", "oci:"+filepath.Join(dir, "oci")+":thaw")); err != nil {
 			return u, nil, err
 		}
-		b.verified[m.name] = true
+		b.verified[m.Name] = true
 	}
 	return u, append(u.Measures(), bench.Measure{Value: float64(u.Wall + flush), Unit: onDisk}, bench.Measure{Value: float64(size), Unit: output}), nil
 }
 
-func (b *benchmark) buildThaw(ctx context.Context, m image, dir string) (bench.Usage, int64, error) {
+func (b *benchmark) buildThaw(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error) {
 	oci := filepath.Join(dir, "oci")
 	// Its temporary files stand beside what it makes, as the peers' do.
-	u, err := bench.Run(exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.ref(), "oci:"+oci+":thaw", "--size", b.size, "--temp", dir))
+	u, err := bench.Run(exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.Ref(), "oci:"+oci+":thaw", "--size", b.size, "--temp", dir))
 	if err != nil {
 		return u, 0, err
 	}
@@ -121,7 +123,7 @@ func (b *benchmark) buildThaw(ctx context.Context, m image, dir string) (bench.U
 }
 
 // buildPeer unpacks with umoci to root, and makes an ext4 of that.
-func (b *benchmark) buildPeer(ctx context.Context, _ image, dir, root string, unpack ...string) (bench.Usage, int64, error) {
+func (b *benchmark) buildPeer(ctx context.Context, _ bench.Workload, dir, root string, unpack ...string) (bench.Usage, int64, error) {
 	u, err := bench.Run(exec.CommandContext(ctx, umoci.Name, unpack...))
 	if err != nil {
 		return u, 0, err
@@ -171,13 +173,13 @@ func syncDir(dir string) (time.Duration, error) {
 	return time.Since(began), nil
 }
 
-func (b *benchmark) againstTable(images []image, sides []side) error {
+func (b *benchmark) againstTable(images []bench.Workload, sides []side) error {
 	t := bench.Table{Columns: []string{"image", "tool", "rounds", "time", "times thaw's", "until on disk", "times thaw's", "CPU", "peak memory", "output", "others' CPU"}}
 	for _, m := range images {
 		thaw := buildName(m, sides[0].tool)
 		for _, s := range sides {
 			name := buildName(m, s.tool)
-			t.Row(m.name, s.tool, fmt.Sprint(b.rec.Rounds(name, bench.Wall)),
+			t.Row(m.Name, s.tool, fmt.Sprint(b.rec.Rounds(name, bench.Wall)),
 				bench.Seconds(b.rec.Median(name, bench.Wall)), fmt.Sprintf("%.2f", b.rec.Ratio(name, thaw, bench.Wall)),
 				bench.Seconds(b.rec.Median(name, onDisk)), fmt.Sprintf("%.2f", b.rec.Ratio(name, thaw, onDisk)),
 				bench.Seconds(b.rec.Median(name, bench.CPU)), bench.Bytes(b.rec.Max(name, bench.RSS)), bench.Bytes(b.rec.Median(name, output)),

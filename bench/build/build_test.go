@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 
 // testImage makes a layout of a static program that prints what it finds in a
 // file of the layer below.
-func testImage(t *testing.T) image {
+func testImage(t *testing.T) bench.Workload {
 	t.Helper()
 	dir := t.TempDir()
 	src := filepath.Join(dir, "run.go")
@@ -119,7 +119,7 @@ func main() {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return image{"small", oci}
+	return bench.Workload{Name: "small", Dir: oci, Answer: "hello"}
 }
 
 func testBenchmark(t *testing.T, out io.Writer, needs ...bench.Program) *benchmark {
@@ -146,7 +146,7 @@ func testBenchmark(t *testing.T, out io.Writer, needs ...bench.Program) *benchma
 func TestAgainst(t *testing.T) {
 	var out bytes.Buffer
 	b := testBenchmark(t, &out, umoci, mke2fs)
-	if err := b.against(t.Context(), []image{testImage(t)}); err != nil {
+	if err := b.against(t.Context(), []bench.Workload{testImage(t)}); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"BenchmarkBuild/image=small/tool=thaw 1 ", "BenchmarkBuild/image=small/tool=umoci-unpack+mke2fs 1 ", "\n| small |"} {
@@ -161,9 +161,7 @@ func TestChunkSizes(t *testing.T) {
 	var out bytes.Buffer
 	b := testBenchmark(t, &out, nbdfuse, fuse3, losetup, registry)
 	m := testImage(t)
-	answers[m.name] = "hello"
-	defer delete(answers, m.name)
-	if err := b.chunkSizes(t.Context(), []image{m}); err != nil {
+	if err := b.chunkSizes(t.Context(), []bench.Workload{m}); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{"BenchmarkChunks/image=small/chunk=64K 1 ", "BenchmarkStart/image=small/chunk=128K/origin=link 1 ", "\n| all   |"} {
@@ -185,9 +183,8 @@ func TestChunkSizes(t *testing.T) {
 func TestWrongAnswer(t *testing.T) {
 	b := testBenchmark(t, io.Discard, nbdfuse, fuse3, losetup, registry)
 	m := testImage(t)
-	answers[m.name] = "something else"
-	defer delete(answers, m.name)
-	err := b.chunkSizes(t.Context(), []image{m})
+	m.Answer = "something else"
+	err := b.chunkSizes(t.Context(), []bench.Workload{m})
 	if err == nil || !strings.Contains(err.Error(), `printed "hello"`) {
 		t.Errorf("error %v", err)
 	}

@@ -11,10 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-
 	"thaw/bench"
 )
 
@@ -30,24 +26,26 @@ const (
 // chunkSizes builds each image with each chunk size, and runs its program from
 // what came of it, from an empty cache, with the layout as the origin and with
 // a registry behind a slow link.
-func (b *benchmark) chunkSizes(ctx context.Context, images []image) error {
+func (b *benchmark) chunkSizes(ctx context.Context, images []bench.Workload) error {
 	sizes := strings.Split(b.sizes, ",")
 	for _, m := range images {
 		if err := b.chunkSizesOf(ctx, m, sizes); err != nil {
-			return fmt.Errorf("%s: %w", m.name, err)
+			return fmt.Errorf("%s: %w", m.Name, err)
 		}
 	}
 	return b.chunkTables(images, sizes)
 }
 
-func chunkName(m image, size string) string { return "Chunks/image=" + m.name + "/chunk=" + size }
-
-func startName(m image, size, origin string) string {
-	return "Start/image=" + m.name + "/chunk=" + size + "/origin=" + origin
+func chunkName(m bench.Workload, size string) string {
+	return "Chunks/image=" + m.Name + "/chunk=" + size
 }
 
-func (b *benchmark) chunkSizesOf(ctx context.Context, m image, sizes []string) (err error) {
-	dir := filepath.Join(b.dir, m.name)
+func startName(m bench.Workload, size, origin string) string {
+	return "Start/image=" + m.Name + "/chunk=" + size + "/origin=" + origin
+}
+
+func (b *benchmark) chunkSizesOf(ctx context.Context, m bench.Workload, sizes []string) (err error) {
+	dir := filepath.Join(b.dir, m.Name)
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
@@ -67,10 +65,10 @@ func (b *benchmark) chunkSizesOf(ctx context.Context, m image, sizes []string) (
 		if err := b.buildChunks(ctx, m, size, oci); err != nil {
 			return err
 		}
-		if err := push(ctx, oci, tagOf(reg.Addr, m, size)); err != nil {
+		if _, err := bench.Push(ctx, oci, "thaw", tagOf(reg.Addr, m, size)); err != nil {
 			return err
 		}
-		if _, err := read(oci); err != nil {
+		if _, err := bench.ReadAll(oci); err != nil {
 			return err
 		}
 	}
@@ -93,13 +91,13 @@ func (b *benchmark) chunkSizesOf(ctx context.Context, m image, sizes []string) (
 	return bench.Alternate(ctx, b.rounds, sides...)
 }
 
-func tagOf(addr string, m image, size string) string {
-	return addr + "/" + m.name + ":" + strings.ToLower(size)
+func tagOf(addr string, m bench.Workload, size string) string {
+	return addr + "/" + m.Name + ":" + strings.ToLower(size)
 }
 
 // buildChunks makes the block image.
-func (b *benchmark) buildChunks(ctx context.Context, m image, size, oci string) error {
-	cmd := exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.ref(), "oci:"+oci+":thaw", "--size", b.size, "--chunk-size", size, "--temp", b.dir, "--json")
+func (b *benchmark) buildChunks(ctx context.Context, m bench.Workload, size, oci string) error {
+	cmd := exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.Ref(), "oci:"+oci+":thaw", "--size", b.size, "--chunk-size", size, "--temp", b.dir, "--json")
 	var out strings.Builder
 	cmd.Stdout = &out
 	u, err := bench.Run(cmd)
@@ -115,41 +113,15 @@ func (b *benchmark) buildChunks(ctx context.Context, m image, size, oci string) 
 	if err := json.Unmarshal([]byte(out.String()), &built); err != nil {
 		return fmt.Errorf("what thaw build says: %w", err)
 	}
-	progress("%s: built with chunks of %s in %.1f s", m.name, size, u.Wall.Seconds())
+	progress("%s: built with chunks of %s in %.1f s", m.Name, size, u.Wall.Seconds())
 	return b.rec.Add(chunkName(m, size), append(u.Measures(),
 		bench.Measure{Value: float64(built.Content), Unit: "content-B"}, bench.Measure{Value: float64(built.Stored), Unit: stored},
 		bench.Measure{Value: float64(built.Index), Unit: indexBytes}, bench.Measure{Value: float64(built.Chunks), Unit: chunkCount})...)
 }
 
-// push copies a layout's image to a registry as it is.
-func push(ctx context.Context, oci, to string) error {
-	ref, err := name.NewTag(to, name.Insecure)
-	if err != nil {
-		return err
-	}
-	ix, err := layout.ImageIndexFromPath(oci)
-	if err != nil {
-		return err
-	}
-	im, err := ix.IndexManifest()
-	if err != nil {
-		return err
-	}
-	for _, d := range im.Manifests {
-		if d.Annotations["org.opencontainers.image.ref.name"] == "thaw" {
-			img, err := ix.Image(d.Digest)
-			if err != nil {
-				return err
-			}
-			return remote.Write(ref, img, remote.WithContext(ctx))
-		}
-	}
-	return fmt.Errorf("%s has no image tagged thaw", oci)
-}
-
 // start runs the program of an image once, from an empty cache, and records it
 // under a name unless that is empty.
-func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []bench.Measure, err error) {
+func (b *benchmark) start(ctx context.Context, m bench.Workload, name, ref string) (ms []bench.Measure, err error) {
 	dir, err := os.MkdirTemp(b.dir, "start-")
 	if err != nil {
 		return nil, err
@@ -175,13 +147,13 @@ func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []
 		return nil, err
 	}
 	mounted := time.Since(began)
-	out, u, err := root.Run(ctx, "/app/run")
+	out, u, err := root.Run(ctx, bench.Start)
 	took := time.Since(began)
 	if err := errors.Join(err, root.Close()); err != nil {
 		return nil, err
 	}
-	if out == "" || !strings.Contains(out, answers[m.name]) {
-		return nil, fmt.Errorf("/app/run printed %q, want %q in it", out, answers[m.name])
+	if err := m.Check(out); err != nil {
+		return nil, err
 	}
 	served, err := s.Stop()
 	if err != nil {
@@ -190,7 +162,7 @@ func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []
 	if served.WrongChunks+served.FailedChunks > 0 {
 		return nil, fmt.Errorf("%d chunks came wrong and %d not at all", served.WrongChunks, served.FailedChunks)
 	}
-	progress("%s from %s: %.2f s, %d requests for %s", m.name, ref, took.Seconds(), served.Requests, bench.Bytes(served.FetchedBytes))
+	progress("%s from %s: %.2f s, %d requests for %s", m.Name, ref, took.Seconds(), served.Requests, bench.Bytes(served.FetchedBytes))
 	ms = []bench.Measure{
 		{Value: float64(took), Unit: bench.Wall}, {Value: float64(s.Ready), Unit: "ready-ns"}, {Value: float64(mounted), Unit: "mounted-ns"},
 		{Value: float64(u.Wall), Unit: "run-ns"}, {Value: float64(served.FetchedBytes), Unit: fetched}, {Value: float64(served.Requests), Unit: requests},
@@ -202,7 +174,7 @@ func (b *benchmark) start(ctx context.Context, m image, name, ref string) (ms []
 	return ms, err
 }
 
-func (b *benchmark) chunkTables(images []image, sizes []string) error {
+func (b *benchmark) chunkTables(images []bench.Workload, sizes []string) error {
 	t := bench.Table{Columns: []string{"image", "chunk size", "stored", "index", "of stored", "chunks", "fetched", "requests", "from the layout",
 		fmt.Sprintf("over %v, %d Mbit/s", b.rtt, b.mbits), "bytes on the link"}}
 	type sums struct{ stored, index, chunks, fetched, requests, layout, link, wire float64 }
@@ -219,7 +191,7 @@ func (b *benchmark) chunkTables(images []image, sizes []string) error {
 				med(c, stored), med(c, indexBytes), med(c, chunkCount), med(link, fetched), med(link, requests),
 				med(startName(m, size, "layout"), bench.Wall), med(link, bench.Wall), med(link, wire),
 			}
-			row(m.name, size, s)
+			row(m.Name, size, s)
 			a := &all[i]
 			*a = sums{a.stored + s.stored, a.index + s.index, a.chunks + s.chunks, a.fetched + s.fetched, a.requests + s.requests,
 				a.layout + s.layout, a.link + s.link, a.wire + s.wire}

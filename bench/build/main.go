@@ -19,8 +19,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
@@ -90,7 +88,7 @@ func run(ctx context.Context, o options) (code int, err error) {
 			return code, err
 		}
 	}
-	images, err := findImages(o.images, o.only)
+	images, err := bench.FindWorkloads(o.images, o.only)
 	if err != nil {
 		return 1, err
 	}
@@ -140,69 +138,6 @@ type benchmark struct {
 	out  io.Writer
 
 	verified map[string]bool // images of which thaw's result was verified
-}
-
-// image is an OCI layout with an image tagged latest.
-type image struct{ name, dir string }
-
-func (m image) ref() string { return m.dir + ":latest" }
-
-// answers are what the workloads print, at least.
-var answers = map[string]string{
-	"flask":    "hello from flask",
-	"sklearn":  "score 0.9",
-	"torch":    "class ",
-	"chromium": "hello from chromium",
-}
-
-func findImages(dir, only string) ([]image, error) {
-	dir, err := filepath.Abs(dir)
-	if err != nil {
-		return nil, err
-	}
-	var images []image
-	if only != "" {
-		for name := range strings.SplitSeq(only, ",") {
-			images = append(images, image{name, filepath.Join(dir, name)})
-		}
-	} else {
-		found, err := filepath.Glob(filepath.Join(dir, "*", "oci-layout"))
-		if err != nil {
-			return nil, err
-		}
-		for _, f := range found {
-			images = append(images, image{filepath.Base(filepath.Dir(f)), filepath.Dir(f)})
-		}
-	}
-	if len(images) == 0 {
-		return nil, fmt.Errorf("no OCI layouts in %s: scripts/workloads makes some", dir)
-	}
-	for _, m := range images {
-		if _, err := os.Stat(filepath.Join(m.dir, "oci-layout")); err != nil {
-			return nil, fmt.Errorf("no image %s: %w", m.name, err)
-		}
-	}
-	return images, nil
-}
-
-// read brings a directory into the page cache, and says how large its files
-// are.
-func read(dir string) (int64, error) {
-	var total int64
-	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		n, err := io.Copy(io.Discard, f)
-		total += n
-		return err
-	})
-	return total, err
 }
 
 // calm waits for others to be done with the machine, where that is wanted.
