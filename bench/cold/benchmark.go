@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/bench"
+)
+
+// benchmark is one run of this command.
+type benchmark struct {
+	options
+	results *results
+	dir     string // of its own
+	chosen  []row
+	out     io.Writer
+	warm    []string // files of the programs that the host has
+}
+
+// site is an image that is prepared, behind a link.
+type site struct {
+	*prepared
+	*wires
+}
+
+// image measures all rows of an image over all links.
+func (b *benchmark) image(ctx context.Context, w bench.Workload) (err error) {
+	if b.warm == nil {
+		if b.warm, err = b.hostFiles(ctx); err != nil {
+			return err
+		}
+	}
+	p, err := b.prepare(ctx, w)
+	if p != nil {
+		defer func() { err = errors.Join(err, p.close()) }()
+	}
+	if err != nil {
+		return err
+	}
+	for _, l := range b.links {
+		if err := b.overLink(ctx, p, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *benchmark) overLink(ctx context.Context, p *prepared, l link) (err error) {
+	w, err := openWires(l, p.registry.Addr, p.files.Addr())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.close()) }()
+	if err := b.results.addLink(l); err != nil {
+		return err
+	}
+	s := &site{p, w}
+	var sides []func(context.Context, int) error
+	for _, r := range b.chosen {
+		if why := p.lacks[r.name]; why != "" {
+			progress("%s: no row %s: %s", p.Name, r.name, why)
+			continue
+		}
+		sides = append(sides, func(ctx context.Context, round int) error {
+			if err := b.round(ctx, s, r, round); err != nil {
+				return fmt.Errorf("%s over %v: %w", r.name, l, err)
+			}
+			return nil
+		})
+	}
+	return bench.Alternate(ctx, b.rounds, sides...)
+}
+
+// round starts the image once, and records it.
+func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err error) {
+	dir := filepath.Join(b.dir, "start")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	if _, err := bench.Quiet(ctx, b.quiet); err != nil {
+		return err
+	}
+	if err := b.forget(); err != nil {
+		return err
+	}
+	c := &clock{w: s.wires}
+	defer c.abandon()
+	more, err := r.start(ctx, b, s, dir, c)
+	if err != nil {
+		return err
+	}
+	progress("%s %s %d: %s %.2f s, %d requests, %s", s.Name, s.link.name, round+1, r.name, c.end.Seconds(), c.used.Requests, bench.Bytes(c.used.Down))
+	name := startName(s.Name, s.link.name, r.name)
+	if err := b.results.rec.Add(name, append(c.measures(), more...)...); err != nil {
+		return err
+	}
+	if r.timeline && round == b.rounds-1 {
+		return b.results.addTimeline(c.timeline(s.Name, s.link.name, r.name))
+	}
+	return nil
+}
+
+// forget makes the kernel's memory of files what it is on a host that never saw
+// the image: nothing of it, but the programs that start images all day.
+func (b *benchmark) forget() error {
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+		return err
+	}
+	for _, f := range b.warm {
+		if err := readFile(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// hostFiles are the programs that the chosen rows run on the host, with the
+// libraries that they are linked to.
+func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
+	files := []string{b.thaw}
+	for _, p := range append(needsOf(b.chosen), bench.Program{Name: "chroot"}) {
+		path, err := exec.LookPath(p.Name)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, path)
+		// It fails on programs that are linked to nothing.
+		out, _ := exec.CommandContext(ctx, "ldd", path).Output()
+		for field := range strings.FieldsSeq(string(out)) {
+			if strings.HasPrefix(field, "/") {
+				files = append(files, field)
+			}
+		}
+	}
+	return files, nil
+}
+
+func readFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, f)
+	return err
+}

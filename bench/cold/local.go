@@ -1,0 +1,49 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"thaw/bench"
+)
+
+// startCold starts from the flat image on the local disk.
+func startCold(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
+	c.start()
+	root, err := bench.MountFile(ctx, s.flat, dir, b.readAhead)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	c.mark(mounted)
+	return s.answer(ctx, root, c)
+}
+
+// startWarm starts a second time, from what is mounted already.
+func startWarm(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
+	root, err := bench.MountFile(ctx, s.flat, dir, b.readAhead)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	if _, _, err := root.Run(ctx, bench.Start); err != nil {
+		return nil, err
+	}
+	c.start()
+	return s.answer(ctx, root, c)
+}
+
+// answer runs the program, and stops the clock.
+func (p *prepared) answer(ctx context.Context, root *bench.Root, c *clock) ([]bench.Measure, error) {
+	before := c.sofar()
+	out, u, err := root.Run(ctx, bench.Start)
+	// Behind the answer it looks for processes that are left.
+	c.stop(before + u.Wall)
+	if err == nil {
+		err = p.Check(out)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return []bench.Measure{{Value: float64(u.Wall), Unit: runTime}, {Value: float64(u.User + u.Sys), Unit: "run-cpu-ns"}}, nil
+}

@@ -1,0 +1,208 @@
+// Command cold measures cold starts: how long it takes from nothing on the host
+// to a program's answer, for thaw, for its peers, and for what no one can beat.
+//
+//	go run ./bench/cold -images DIR                    every image, link and row: hours
+//	go run ./bench/cold -images DIR -only flask -links slow -out flask.txt
+//	go run ./bench/cold -table flask.txt torch.txt     tables of earlier runs
+//
+// DIR has OCI layouts by scripts/workloads. Each is pushed to a registry of its
+// own, built, recorded, and so on; that is not timed. Then every row of the
+// table starts the image once a round, in turn: what is cached on the host and
+// the kernel's page cache are dropped, the clock runs from the launch of the
+// first process until the program has printed its answer and ended, and a
+// [bench.Link] between the host and the registry counts what goes over it.
+//
+// The rows:
+//
+//	local-warm    the flat ext4 image on a local disk, all of it in memory
+//	local-cold    the same, nothing in memory
+//	resident      thaw with all in its cache that the start reads, in memory
+//	full-pull     skopeo copy, umoci unpack, run
+//	stargz        containerd with stargz-snapshotter, eStargz
+//	nbdkit-curl   the flat ext4 image over HTTP, by nbdkit
+//	thaw          thaw serve on an empty cache
+//	thaw-trace    the same, with a trace of an earlier start beside the image
+//	thaw-bundle   the same, with a bundle beside it
+//
+// The limit, which no start by this transport over this link can beat, is the
+// longer of two times: that of resident, and what the line takes for the
+// compressed bytes of the trace's plan, plus two round trips.
+//
+// A line a round goes to stdout as it comes, in the format that benchstat reads,
+// and tables at the end. A run may be made in parts, by image, link or round:
+// -table takes the lines of them all.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"thaw/bench"
+)
+
+type options struct {
+	images    string
+	only      string
+	links     []link
+	rows      string
+	rounds    int
+	dir       string
+	out       string
+	plots     string
+	table     bool
+	thaw      string
+	thawArgs  string
+	buildArgs string
+	variants  []variant
+	stargz    string
+	size      string
+	readAhead int
+	quiet     time.Duration
+}
+
+func main() {
+	o := options{links: []link{slow, fast}}
+	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, by scripts/workloads")
+	flag.StringVar(&o.only, "only", "", "only these images of it, with commas between")
+	flag.Func("links", "slow (20 ms, 200 Mbit/s), fast (2 ms, 2 Gbit/s) or own ones as NAME=RTT:MBITS, with commas between (default slow,fast)", func(s string) (err error) {
+		o.links, err = parseLinks(s)
+		return err
+	})
+	flag.StringVar(&o.rows, "rows", "", "only these rows, with commas between")
+	flag.IntVar(&o.rounds, "rounds", 5, "of every row")
+	flag.StringVar(&o.dir, "dir", os.TempDir(), "where to work: on the disk that is measured, with room for six times the largest image unpacked")
+	flag.StringVar(&o.out, "out", "", "file to append all lines to, besides stdout")
+	flag.StringVar(&o.plots, "plots", "", "directory for plots, as SVG and PNG")
+	flag.BoolVar(&o.table, "table", false, "measure nothing: tables and plots of the files named, which earlier runs wrote")
+	flag.StringVar(&o.thaw, "thaw", "", "program to measure (default: that of this checkout)")
+	flag.StringVar(&o.thawArgs, "thaw-args", "", "more arguments for thaw serve, in all rows of thaw's")
+	flag.StringVar(&o.buildArgs, "build-args", "", "more arguments for thaw build")
+	flag.Func("variant", "one more row, `NAME=ROW ARGS`: that row of thaw's with more arguments for thaw serve (repeatable)", func(s string) error {
+		v, err := parseVariant(s)
+		o.variants = append(o.variants, v)
+		return err
+	})
+	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
+	flag.IntVar(&o.readAhead, "readahead", 128, "KiB that the kernel reads ahead")
+	flag.DurationVar(&o.quiet, "quiet", 0, "before each start wait for the machine to be idle, at most this long")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code, err := run(ctx, o, flag.Args())
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench/cold:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+func run(ctx context.Context, o options, args []string) (code int, err error) {
+	if o.table {
+		if len(args) == 0 {
+			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILE...")
+		}
+		r, err := readResults(args)
+		if err != nil {
+			return 1, err
+		}
+		return 0, r.report(os.Stdout, o.plots)
+	}
+	if o.images == "" || len(args) > 0 || o.rounds < 1 {
+		return 2, errors.New("usage: go run ./bench/cold [flags] -images DIR; -help lists the flags")
+	}
+	rows, err := chooseRows(o)
+	if err != nil {
+		return 2, err
+	}
+	needs := needsOf(rows)
+	if err := bench.Need(needs...); err != nil {
+		return 1, err
+	}
+	if code, done, err := bench.Isolate(ctx); done || err != nil {
+		return code, err
+	}
+	images, err := bench.FindWorkloads(o.images, o.only)
+	if err != nil {
+		return 1, err
+	}
+	out, err := openOut(o.out)
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	dir, err := os.MkdirTemp(o.dir, "cold-")
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	b := &benchmark{options: o, dir: dir, chosen: rows, out: out, results: newResults(out)}
+	if b.options.thaw == "" {
+		if b.options.thaw, err = bench.BuildThaw(ctx, dir); err != nil {
+			return 1, err
+		}
+	}
+	if err := b.header(ctx, needs); err != nil {
+		return 1, err
+	}
+	for _, w := range images {
+		if err := b.image(ctx, w); err != nil {
+			return 1, fmt.Errorf("%s: %w", w.Name, err)
+		}
+	}
+	return 0, b.results.report(out, o.plots)
+}
+
+// header writes what the figures depend on.
+func (b *benchmark) header(ctx context.Context, needs []bench.Program) error {
+	machine, err := bench.ThisMachine()
+	if err != nil {
+		return err
+	}
+	facts, err := bench.Versions(ctx, needs...)
+	if err != nil {
+		return err
+	}
+	commit, err := bench.Commit(b.thaw)
+	if err != nil {
+		return err
+	}
+	command := "go run ./bench/" + bench.Command(&exec.Cmd{Args: append([]string{"cold"}, os.Args[1:]...)})
+	facts = append(facts, bench.Fact{Key: "thaw", Value: commit}, bench.Fact{Key: "command", Value: command})
+	return b.results.rec.Header("thaw/bench/cold", machine, facts...)
+}
+
+// openOut is stdout, and a file that is appended to.
+func openOut(file string) (io.WriteCloser, error) {
+	if file == "" {
+		return tee{os.Stdout, nil}, nil
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	return tee{io.MultiWriter(os.Stdout, f), f}, nil
+}
+
+type tee struct {
+	io.Writer
+	f *os.File // nil: there is none
+}
+
+func (t tee) Close() error {
+	if t.f == nil {
+		return nil
+	}
+	return t.f.Close()
+}
+
+func progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s "+format+"\n", append([]any{time.Now().Format(time.TimeOnly)}, args...)...)
+}

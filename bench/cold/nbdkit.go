@@ -1,0 +1,75 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"thaw/bench"
+)
+
+// startNBDKit starts from the flat image on an HTTP server.
+func startNBDKit(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
+	socket := filepath.Join(dir, "sock")
+	c.start()
+	stop, err := serveNBDKit(ctx, socket, "http://"+s.wires.files.Addr().String()+"/flat")
+	if err != nil {
+		return nil, err
+	}
+	defer stop()
+	c.mark(ready)
+	root, err := bench.Mount(ctx, socket, dir, b.readAhead)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	c.mark(mounted)
+	return s.answer(ctx, root, c)
+}
+
+// serveNBDKit runs nbdkit's curl plugin on a unix socket, and returns when it
+// is ready.
+func serveNBDKit(ctx context.Context, socket, url string) (stop func(), err error) {
+	var said bytes.Buffer
+	pid := socket + ".pid"
+	cmd := exec.Command(nbdkit.Name, "-f", "-r", "-U", socket, "-P", pid, "--filter=cache", "curl", url,
+		"cache-on-read=true", "cache-min-block-size=256K")
+	cmd.Stderr = &said
+	cmd.Env = append(os.Environ(), "TMPDIR="+filepath.Dir(socket))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	stop = func() {
+		cmd.Process.Kill() // fails only if it has ended
+		<-ended
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		if b, err := os.ReadFile(pid); err == nil && len(b) > 0 {
+			return stop, nil
+		}
+		select {
+		case <-ended:
+			return nil, fmt.Errorf("%s ended: %s", bench.Command(cmd), bytes.TrimSpace(said.Bytes()))
+		case <-ctx.Done():
+			stop()
+			return nil, fmt.Errorf("%s: %w", bench.Command(cmd), ctx.Err())
+		case <-tick.C:
+		}
+	}
+}

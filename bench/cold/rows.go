@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"thaw/bench"
+)
+
+// row is a way to start an image.
+type row struct {
+	name     string
+	needs    []bench.Program
+	timeline bool // of what the link carries
+	// start gets the host ready, starts the clock, and stops it with the answer.
+	start func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error)
+}
+
+// The rows' names.
+const (
+	localWarm  = "local-warm"
+	localCold  = "local-cold"
+	resident   = "resident"
+	fullPull   = "full-pull"
+	stargzRow  = "stargz"
+	nbdkitCurl = "nbdkit-curl"
+	thawPlain  = "thaw"
+	thawTrace  = "thaw-trace"
+	thawBundle = "thaw-bundle"
+)
+
+var (
+	nbdfuse  = bench.Program{Name: "nbdfuse", Package: "libnbd-bin", Version: []string{"--version"}}
+	nbdcopy  = bench.Program{Name: "nbdcopy", Package: "libnbd-bin"}
+	fuse3    = bench.Program{Name: "fusermount3", Package: "fuse3"}
+	losetup  = bench.Program{Name: "losetup", Package: "mount"}
+	registry = bench.Program{Name: "docker-registry", Package: "docker-registry", Version: []string{"--version"}}
+	skopeo   = bench.Program{Name: "skopeo", Package: "skopeo", Version: []string{"--version"}}
+	umoci    = bench.Program{Name: "umoci", Package: "umoci", Version: []string{"--version"}}
+	nbdkit   = bench.Program{Name: "nbdkit", Package: "nbdkit", Version: []string{"--version"}}
+)
+
+// rows are all there are, in the order of the table.
+func rows() []row {
+	return []row{
+		{name: localWarm, start: startWarm},
+		{name: localCold, start: startCold},
+		{name: resident, start: startResident},
+		{name: fullPull, needs: []bench.Program{skopeo, umoci}, start: startPull},
+		{name: stargzRow, start: startStargz, timeline: true},
+		{name: nbdkitCurl, needs: []bench.Program{nbdkit}, start: startNBDKit, timeline: true},
+		{name: thawPlain, start: startThaw(plainName), timeline: true},
+		{name: thawTrace, start: startThaw(traceName, "--trace", "auto"), timeline: true},
+		{name: thawBundle, start: startThaw(bundleName, "--trace", "auto"), timeline: true},
+	}
+}
+
+// bases are the rows that a variant may be of.
+var bases = map[string]string{thawPlain: plainName, thawTrace: traceName, thawBundle: bundleName}
+
+// variant is a row of thaw's with more arguments.
+type variant struct {
+	name, base string
+	args       []string
+}
+
+func parseVariant(s string) (variant, error) {
+	name, rest, _ := strings.Cut(s, "=")
+	words := strings.Fields(rest)
+	if name == "" || strings.ContainsAny(name, "/ ") || len(words) < 2 || bases[words[0]] == "" {
+		return variant{}, fmt.Errorf("%q: it is NAME=ROW ARGS, as in limited=thaw-trace --prefetch-rate 10M", s)
+	}
+	return variant{name, words[0], words[1:]}, nil
+}
+
+// chooseRows are the rows that were asked for, with the variants.
+func chooseRows(o options) ([]row, error) {
+	all := rows()
+	for _, v := range o.variants {
+		args := v.args
+		if v.base != thawPlain {
+			args = append([]string{"--trace", "auto"}, args...)
+		}
+		all = append(all, row{name: v.name, start: startThaw(bases[v.base], args...), timeline: true})
+	}
+	if o.rows == "" {
+		return all, nil
+	}
+	wanted := strings.Split(o.rows, ",")
+	for _, w := range wanted {
+		if !slices.ContainsFunc(all, func(r row) bool { return r.name == w }) {
+			return nil, fmt.Errorf("there is no row %q", w)
+		}
+	}
+	return slices.DeleteFunc(all, func(r row) bool { return !slices.Contains(wanted, r.name) }), nil
+}
+
+// needsOf are the programs that rows need, beside what preparing takes.
+func needsOf(rows []row) []bench.Program {
+	needs := []bench.Program{registry, nbdfuse, nbdcopy, fuse3, losetup}
+	for _, r := range rows {
+		needs = append(needs, r.needs...)
+	}
+	return needs
+}
+
+// wants tells whether a bundle, say, is of use to a row that was chosen.
+func (b *benchmark) wants(name string) bool {
+	return slices.ContainsFunc(b.chosen, func(r row) bool { return r.name == name }) ||
+		slices.ContainsFunc(b.variants, func(v variant) bool { return v.base == name })
+}

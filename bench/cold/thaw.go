@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/bench"
+)
+
+// startThaw starts from one of the image's names, on an empty cache.
+func startThaw(name string, args ...string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
+	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error) {
+		args := append(strings.Fields(b.thawArgs), args...)
+		return b.serveAndRun(ctx, s.prepared, s.at(s.wires.registry.Addr().String(), name), dir, c, args...)
+	}
+}
+
+// startResident starts with all in the cache, and in memory, that is going to be
+// read. It asks the registry nothing over the link.
+func startResident(ctx context.Context, b *benchmark, s *site, _ string, c *clock) ([]bench.Measure, error) {
+	if err := readData(s.resident); err != nil {
+		return nil, err
+	}
+	return b.serveAndRun(ctx, s.prepared, s.direct(traceName), s.resident, c, strings.Fields(b.thawArgs)...)
+}
+
+// serveAndRun serves an image with its cache in dir, mounts it, and runs it.
+func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir string, c *clock, args ...string) (ms []bench.Measure, err error) {
+	c.start()
+	server, err := bench.Serve(ctx, b.thaw, ref, dir, args...)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		server.Kill()
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, server.Said())
+		}
+	}()
+	c.mark(ready)
+	root, err := bench.Mount(ctx, server.Socket, dir, b.readAhead)
+	if err != nil {
+		return nil, err
+	}
+	c.mark(mounted)
+	ms, err = p.answer(ctx, root, c)
+	err = errors.Join(err, root.Close(), os.Remove(filepath.Join(dir, "root")), os.Remove(filepath.Join(dir, "nbd")))
+	if err != nil {
+		return nil, err
+	}
+	served, err := server.Stop()
+	if err != nil {
+		return nil, err
+	}
+	if served.WrongChunks+served.FailedChunks > 0 {
+		return nil, fmt.Errorf("%d chunks came wrong and %d not at all", served.WrongChunks, served.FailedChunks)
+	}
+	return append(ms, bench.Measure{Value: float64(served.Usage.User + served.Usage.Sys), Unit: "serve-cpu-ns"}), nil
+}
+
+// readData brings what files of a directory have into the page cache, without
+// their holes.
+func readData(dir string) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		for at := int64(0); ; {
+			from, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) {
+				return nil // no more data
+			}
+			if err != nil {
+				return err
+			}
+			if at, err = unix.Seek(int(f.Fd()), from, unix.SEEK_HOLE); err != nil {
+				return err
+			}
+			if _, err := io.Copy(io.Discard, io.NewSectionReader(f, from, at-from)); err != nil {
+				return err
+			}
+		}
+	})
+}
