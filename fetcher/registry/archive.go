@@ -318,6 +318,6 @@ func (a *archive) stat(_ context.Context, digest v1.Hash) (int64, error) {
 	return m.size, err
 }
 
-func (a *archive) referrers(context.Context, v1.Descriptor, string) ([]v1.Descriptor, error) {
+func (a *archive) referrers(context.Context, v1.Descriptor, []string) ([]v1.Descriptor, error) {
 	return nil, nil // there is no place for them
 }

@@ -174,7 +174,7 @@ func (l *layout) stat(_ context.Context, digest v1.Hash) (int64, error) {
 }
 
 // referrers looks into the manifests that index.json lists.
-func (l *layout) referrers(ctx context.Context, subject v1.Descriptor, _ string) ([]v1.Descriptor, error) {
+func (l *layout) referrers(ctx context.Context, subject v1.Descriptor, _ []string) ([]v1.Descriptor, error) {
 	index, err := l.index()
 	if err != nil {
 		return nil, err

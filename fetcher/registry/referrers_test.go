@@ -78,7 +78,7 @@ func TestReferrersGone(t *testing.T) {
 		return true
 	})
 	a := push(t, ctx, r, "", artifact(img, "application/vnd.test", nil))
-	found, err := r.Referrers(ctx, img, "")
+	found, err := r.Referrers(ctx, img)
 	if err != nil || len(found) != 1 || found[0].Digest != a.Digest {
 		t.Errorf("%v, %v", found, err)
 	}
@@ -117,7 +117,7 @@ func TestReferrersAPI(t *testing.T) {
 		}
 	})
 	r := openRepo(t, newClient(t, Options{}), hostOf(serve(t, h))+"/app:v1")
-	if found, err := r.Referrers(ctx, subject, ""); err != nil || len(found) != 25 {
+	if found, err := r.Referrers(ctx, subject); err != nil || len(found) != 25 {
 		t.Errorf("%d, %v", len(found), err)
 	}
 	found, err := r.Referrers(ctx, subject, "application/vnd.test.1")
@@ -129,7 +129,7 @@ func TestReferrersAPI(t *testing.T) {
 		t.Errorf("put %v", puts)
 	}
 	loop = true
-	if _, err := r.Referrers(ctx, subject, ""); err == nil || !strings.Contains(err.Error(), "pages") {
+	if _, err := r.Referrers(ctx, subject); err == nil || !strings.Contains(err.Error(), "pages") {
 		t.Errorf("pages without end: %v", err)
 	}
 }

@@ -269,12 +269,12 @@ func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, 
 
 // referrers asks each source in turn. A mirror that knows of none is not
 // believed: it may be older than they are, or not know the API.
-func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactType string) (found []v1.Descriptor, err error) {
+func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) (found []v1.Descriptor, err error) {
 	err = m.client.retry(ctx, func() error {
 		return m.try(ctx, v1.Hash{}, func(e *endpoint) error {
 			found, err = e.referrers(ctx, subject.Digest)
 			if err == nil && e != m.origin && !slices.ContainsFunc(found, func(d v1.Descriptor) bool {
-				return artifactType == "" || d.ArtifactType == artifactType || untyped(d)
+				return len(artifactTypes) == 0 || slices.Contains(artifactTypes, d.ArtifactType) || untyped(d)
 			}) {
 				return ErrNotFound
 			}

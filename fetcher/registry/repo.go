@@ -42,7 +42,7 @@ type (
 	}
 	finder interface {
 		// referrers are the manifests whose subject it is.
-		referrers(ctx context.Context, subject v1.Descriptor, artifactType string) ([]v1.Descriptor, error)
+		referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) ([]v1.Descriptor, error)
 		// stat is the size of a blob.
 		stat(ctx context.Context, digest v1.Hash) (int64, error)
 	}
@@ -252,14 +252,14 @@ func suits(have, want *v1.Platform) int {
 	return 0
 }
 
-// Referrers gives the manifests whose subject is the one given, those of
-// artifactType if that is not empty, with their annotations. It asks the
-// referrers API, or reads the fallback tag where a registry has no such API.
-func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactType string) ([]v1.Descriptor, error) {
+// Referrers gives the manifests whose subject is the one given, those of the
+// given types if there are any, with their annotations. It asks the referrers
+// API, or reads the fallback tag where a registry has no such API.
+func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTypes ...string) ([]v1.Descriptor, error) {
 	fail := func(err error) ([]v1.Descriptor, error) {
 		return nil, fmt.Errorf("find referrers of %s in %s: %w", subject.Digest, r, err)
 	}
-	all, err := r.finder.referrers(ctx, subject, artifactType)
+	all, err := r.finder.referrers(ctx, subject, artifactTypes)
 	if err != nil {
 		return fail(err)
 	}
@@ -270,7 +270,7 @@ func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTyp
 			continue
 		}
 		seen[d.Digest] = true
-		if artifactType != "" && untyped(d) && len(seen) <= maxLooks {
+		if len(artifactTypes) > 0 && untyped(d) && len(seen) <= maxLooks {
 			raw, err := r.Manifest(ctx, d)
 			if errors.Is(err, ErrNotFound) {
 				continue
@@ -282,7 +282,7 @@ func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTyp
 				d = full
 			}
 		}
-		if artifactType == "" || d.ArtifactType == artifactType {
+		if len(artifactTypes) == 0 || slices.Contains(artifactTypes, d.ArtifactType) {
 			found = append(found, d)
 		}
 	}

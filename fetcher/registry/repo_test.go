@@ -129,13 +129,13 @@ func TestMedia(t *testing.T) {
 			if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
 				t.Fatal(err)
 			}
-			if found, err := r.Referrers(ctx, img, ""); err != nil || len(found) != 0 {
+			if found, err := r.Referrers(ctx, img); err != nil || len(found) != 0 {
 				t.Fatalf("before there are any: %v, %v", found, err)
 			}
 			a := push(t, ctx, r, "", artifact(img, "application/vnd.test.a", map[string]string{"k": "v"}))
 			b := push(t, ctx, r, "", artifact(img, "application/vnd.test.b", nil))
 			push(t, ctx, r, "", artifact(img, "application/vnd.test.a", map[string]string{"k": "v"})) // again
-			all, err := r.Referrers(ctx, img, "")
+			all, err := r.Referrers(ctx, img)
 			if err != nil || len(all) != 2 {
 				t.Fatalf("%v, %v", all, err)
 			}
