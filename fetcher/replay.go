@@ -1,8 +1,10 @@
 package fetcher
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +21,9 @@ type ReplayOptions struct {
 	// Window is how many compressed bytes are asked for ahead of what has
 	// come; 16 MiB if zero.
 	Window int64
+	// Bundle, if there is one, is downloaded first. Its chunks need not be in
+	// the list as well.
+	Bundle *Bundle
 }
 
 // Replay fetches a list of chunks in its order, ahead of readers. What a reader
@@ -36,7 +41,7 @@ type Replay struct {
 
 // ReplayProgress says how far a Replay is. Bytes are compressed ones.
 type ReplayProgress struct {
-	Chunks, Bytes         int64 // of the list
+	Chunks, Bytes         int64 // of the list, the bundle's included
 	DoneChunks, DoneBytes int64 // here, whoever brought them
 	Failed                int64 // chunks that could not be had
 	Err                   error // of the first of them
@@ -53,6 +58,9 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	r := &Replay{cancel: cancel, done: make(chan struct{})}
 	r.mu.changed = make(chan struct{})
 	r.mu.p.Began = time.Now()
+	if o.Bundle != nil {
+		wants = o.Bundle.before(wants)
+	}
 	r.mu.p.Chunks = int64(len(wants))
 	for _, w := range wants {
 		r.mu.p.Bytes += stored(w)
@@ -74,66 +82,136 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	if o.Rate > 0 {
 		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, blockmap.MaxChunkBlocks*blockmap.BlockSize*2)))
 	}
-	type part struct {
-		flights []*flight
-		wants   []blockmap.Want
-		bytes   int64
+	if o.Bundle != nil {
+		wants = r.carry(ctx, b, o.Bundle, limit, wants)
 	}
-	var window []part
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	pace := newPace(o.Window, time.Now())
+	landed := make(chan landing)
+	flying := make(map[*flight]bool)
 	var ahead int64
-	// What is asked for at once can share a request with its neighbours.
-	const partBytes = 2 << 20
-	for len(wants) > 0 || len(window) > 0 {
-		for len(wants) > 0 && (ahead < o.Window || len(window) == 0) {
-			var p part
-			n := 0
-			for ; n < len(wants) && p.bytes < partBytes; n++ {
-				p.bytes += stored(wants[n])
-			}
-			p.wants, wants = wants[:n], wants[n:]
-			if err := limit.WaitN(ctx, int(p.bytes)); err != nil {
-				return
-			}
-			p.flights = b.f.join(p.wants, b.origin, false)
-			window = append(window, p)
-			ahead += p.bytes
-		}
-		p := window[0]
-		window = window[1:]
-		ahead -= p.bytes
-		var failed int64
-		var cause error
-		for _, fl := range p.flights {
-			select {
-			case <-fl.done:
-			case <-ctx.Done():
-				b.f.forget(p.flights, context.Cause(ctx))
-				for _, q := range window {
-					b.f.forget(q.flights, context.Cause(ctx))
-				}
-				return
-			}
-			if fl.err != nil {
-				failed++
-				cause = fl.err
+	ask := func(n int) error {
+		var bytes int64
+		for _, w := range wants[:n] {
+			if err := limit.WaitN(ctx, int(stored(w))); err != nil {
+				return err
 			}
 		}
-		var here, bytes int64
-		for _, w := range p.wants {
-			if w.Stream.Has(w.Chunk) {
-				here++
-				bytes += stored(w)
+		for i, fl := range b.f.join(wants[:n], b.origin, false) {
+			l := landing{wants[i], fl}
+			bytes += stored(l.want)
+			if fl != nil {
+				flying[fl] = true
 			}
+			wg.Go(func() { l.await(ctx, landed) })
 		}
-		r.update(func(g *ReplayProgress) {
-			g.DoneChunks += here
-			g.DoneBytes += bytes
-			g.Failed += failed
-			if g.Err == nil && cause != nil {
-				g.Err = cause
-			}
-		})
+		wants = wants[n:]
+		ahead += bytes
+		return nil
 	}
+	for len(wants) > 0 || ahead > 0 {
+		// A good part of the window at once, so that neighbours among it share
+		// a request.
+		if room := pace.window() - ahead; len(wants) > 0 && (room >= pace.window()/4 || ahead == 0) {
+			n := 0
+			for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n]) <= room); n++ {
+				bytes += stored(wants[n])
+			}
+			if ask(n) == nil {
+				continue
+			}
+		}
+		select {
+		case l := <-landed:
+			n := stored(l.want)
+			ahead -= n
+			delete(flying, l.flight)
+			if l.flight != nil {
+				pace.landed(n, time.Now())
+			}
+			r.update(l.count)
+		case <-ctx.Done():
+			b.f.forget(flying, context.Cause(ctx))
+			return
+		}
+	}
+}
+
+// landing is the end of the way of one chunk; flight is nil where it was here
+// before.
+type landing struct {
+	want   blockmap.Want
+	flight *flight
+}
+
+func (l landing) await(ctx context.Context, landed chan<- landing) {
+	if l.flight != nil {
+		select {
+		case <-l.flight.done:
+		case <-ctx.Done():
+			return
+		}
+	}
+	select {
+	case landed <- l:
+	case <-ctx.Done():
+	}
+}
+
+func (l landing) count(p *ReplayProgress) {
+	switch {
+	case l.want.Stream.Has(l.want.Chunk):
+		p.DoneChunks++
+		p.DoneBytes += stored(l.want)
+	case l.flight != nil && l.flight.err != nil:
+		p.Failed++
+		p.Err = cmp.Or(p.Err, l.flight.err)
+	}
+}
+
+// carry downloads the bundle, and returns those of wants that it did not bring.
+func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) []blockmap.Want {
+	var mu sync.Mutex
+	came := make(map[key]bool)
+	err := b.carry(ctx, bundle, limit, func(p Part) {
+		var bytes int64
+		mu.Lock()
+		for _, w := range p.Wants {
+			came[key{w.Stream, w.Chunk}] = true
+			bytes += stored(w)
+		}
+		mu.Unlock()
+		r.update(func(g *ReplayProgress) {
+			g.DoneChunks += int64(len(p.Wants))
+			g.DoneBytes += bytes
+		})
+	})
+	left := slices.DeleteFunc(slices.Clone(wants), func(w blockmap.Want) bool { return came[key{w.Stream, w.Chunk}] })
+	if err != nil && ctx.Err() == nil {
+		b.f.log.Warn("the bundle is of no more use; what it did not bring is fetched chunk by chunk",
+			"cause", err, "came", len(came), "left", len(left))
+	}
+	return left
+}
+
+// before lists the wants of a bundle, and then those of rest that are not in it.
+func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
+	seen := make(map[key]bool)
+	for _, p := range b.Parts {
+		for _, w := range p.Wants {
+			seen[key{w.Stream, w.Chunk}] = true
+			all = append(all, w)
+		}
+	}
+	for _, w := range rest {
+		if !seen[key{w.Stream, w.Chunk}] {
+			all = append(all, w)
+		}
+	}
+	return all
 }
 
 func (r *Replay) update(f func(p *ReplayProgress)) {

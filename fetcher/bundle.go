@@ -1,0 +1,288 @@
+package fetcher
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"thaw/blockmap"
+)
+
+// Bundle is chunks that come in one download, in the order in which a start wants
+// them.
+type Bundle struct {
+	Parts []Part
+	// Open reads the frames of all parts, one behind the other, from byte off
+	// of them to their end.
+	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
+}
+
+// Part is one chunk's content in a Bundle.
+type Part struct {
+	Stored int64 // bytes of its zstd frame
+	// Wants are all places that the content belongs to. They may be none.
+	Wants []blockmap.Want
+}
+
+// A bundle that breaks is taken up again where it broke, this often.
+const carryTries = 3
+
+// While a bundle is on its way it takes this much of MaxBytes, for the parts
+// that are being read and decompressed.
+const carryBytes = 8 << 20
+
+// carrier is a bundle on its way. A chunk in it is a flight like any other, but
+// for its state: whoever asks for it waits for the download if that will have
+// it soon, and else has it fetched on its own.
+type carrier struct {
+	asked time.Time // for the download
+	first time.Time // when its first part had come; zero until then
+	base  int64     // bytes that had come by then
+	got   int64     // bytes that have come by now
+}
+
+// soon says whether the frame that ends at byte at, of so many bytes, comes about
+// as soon as it would alone, and how long is too long to wait for it then.
+func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration, ok bool) {
+	if c.first.IsZero() {
+		// What a start reads first is what a bundle begins with.
+		return 250 * time.Millisecond, at <= 2<<20
+	}
+	latency := c.first.Sub(c.asked)
+	perByte := float64(max(now.Sub(c.first), time.Millisecond)) / float64(max(c.got-c.base, 64<<10))
+	eta := time.Duration(float64(at-c.got) * perByte)
+	// Alone it would share the line with the download.
+	alone := latency + time.Duration(2*float64(stored)*perByte)
+	return 2*eta + latency + 20*time.Millisecond, eta <= 2*alone
+}
+
+// awaitCarrier decides what a reader of a carried chunk waits for. f.mu is held,
+// and dispatch is called behind it.
+func (f *Fetcher) awaitCarrier(fl *flight) {
+	patience, ok := fl.carrier.soon(time.Now(), fl.at, int64(fl.chunk().Stored))
+	if !ok {
+		f.enqueue(fl)
+		return
+	}
+	fl.late = time.AfterFunc(patience, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if fl.state == carried && !f.mu.closed {
+			f.enqueue(fl)
+			f.dispatch()
+		}
+	})
+}
+
+// carry downloads a bundle and fills its chunks. It calls done for each part that
+// is here, from several goroutines. When it returns, nothing is carried any
+// more: what the bundle did not bring is queued. A bundle of which most is here
+// already is left alone.
+func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
+	f := b.f
+	missing := make([]bool, len(bundle.Parts))
+	var total, lacking int64
+	for i, p := range bundle.Parts {
+		total += p.Stored
+		for _, w := range p.Wants {
+			if !w.Stream.Has(w.Chunk) && !w.Stream.FillLocal(w.Chunk) {
+				missing[i] = true
+			}
+		}
+		if missing[i] {
+			lacking += p.Stored
+		} else {
+			done(p)
+		}
+	}
+	if lacking <= total/2 {
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(f.ctx, cancel)()
+	c := &carrier{asked: time.Now()}
+	flights := f.embark(c, bundle, missing, b.origin)
+	err := f.download(ctx, c, bundle, missing, limit, done)
+	f.disembark(flights, ctx.Err() != nil)
+	return err
+}
+
+// embark makes flights of the chunks that a bundle is to bring.
+func (f *Fetcher) embark(c *carrier, bundle *Bundle, missing []bool, o Origin) (flights []*flight) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.active.add(1, carryBytes)
+	f.mu.ahead.add(1, carryBytes)
+	var at int64
+	for i, p := range bundle.Parts {
+		at += p.Stored
+		if !missing[i] || f.mu.closed {
+			continue
+		}
+		for _, w := range p.Wants {
+			k := key{w.Stream, w.Chunk}
+			if f.mu.flights[k] != nil || w.Stream.Has(w.Chunk) {
+				continue
+			}
+			fl := &flight{key: k, source: source{o, w.Table}, state: carried, carrier: c, at: at, began: time.Now(), done: make(chan struct{})}
+			f.mu.flights[k] = fl
+			flights = append(flights, fl)
+			if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
+				f.mu.contents[digest] = fl
+			}
+		}
+	}
+	return flights
+}
+
+// disembark queues what the bundle did not bring: all of it, or what somebody
+// waits for where nobody is to prefetch any more.
+func (f *Fetcher) disembark(flights []*flight, stopped bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.active.add(-1, -carryBytes)
+	f.mu.ahead.add(-1, -carryBytes)
+	for _, fl := range flights {
+		if fl.state != carried {
+			continue
+		}
+		if stopped && !fl.demand {
+			f.end(fl, context.Canceled)
+		} else {
+			f.enqueue(fl)
+		}
+	}
+	f.dispatch()
+}
+
+// download reads the bundle from beginning to end, over connections that break if
+// need be, and gives up at the first part that is not what it should be: who
+// made one wrong part may have made them all.
+func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
+	var off int64
+	next := 0
+	for try := 0; ; try++ {
+		began := next
+		err := f.downloadFrom(ctx, c, bundle, missing, limit, done, &next, &off)
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.Is(err, blockmap.ErrNoSpace) || ctx.Err() != nil {
+			return err
+		}
+		if next > began {
+			try = 0
+		}
+		if try == carryTries-1 || f.o.Temporary != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !f.o.Temporary(err) {
+			return err
+		}
+		f.retries.Add(1)
+		f.log.Debug("the bundle broke off; it is taken up again", "cause", err, "part", next, "of", len(bundle.Parts))
+		select {
+		case <-time.After(f.o.Backoff << try):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// downloadFrom reads the parts from number *next on, which begins at *off, in one
+// request, and moves both.
+func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	f.requests.Add(1)
+	body, err := bundle.Open(ctx, *off)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	var decoding sync.WaitGroup
+	defer decoding.Wait()
+	for ; *next < len(bundle.Parts); *next++ {
+		p := bundle.Parts[*next]
+		if err := limit.WaitN(ctx, int(p.Stored)); err != nil {
+			return cmp.Or(context.Cause(ctx), err)
+		}
+		var frame *[]byte
+		var n int64
+		if missing[*next] {
+			frame = f.buffer(int(p.Stored))
+			var m int
+			m, err = io.ReadFull(body, *frame)
+			n = int64(m)
+		} else {
+			n, err = io.CopyN(io.Discard, body, p.Stored)
+		}
+		f.bytes.Add(n)
+		if err != nil {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			if ctx.Err() != nil {
+				err = context.Cause(ctx)
+			}
+			return fmt.Errorf("part %d: %w", *next, err)
+		}
+		*off += p.Stored
+		f.mu.Lock()
+		if c.first.IsZero() {
+			c.first, c.base = time.Now(), *off
+		}
+		c.got = *off
+		f.mu.Unlock()
+		if frame == nil {
+			continue
+		}
+		i := *next
+		f.decode <- struct{}{}
+		decoding.Go(func() {
+			defer func() { <-f.decode }()
+			defer f.buffers.Put(frame)
+			if err := f.deliver(p, *frame); err != nil {
+				if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
+					b.Distrust()
+				}
+				cancel(fmt.Errorf("part %d: %w", i, err))
+				return
+			}
+			done(p)
+		})
+	}
+	decoding.Wait()
+	return context.Cause(ctx)
+}
+
+// deliver stores a part wherever it is wanted, and wakes who waits for it.
+func (f *Fetcher) deliver(p Part, frame []byte) error {
+	size := p.Wants[0].Table.Chunks[p.Wants[0].Chunk].Size()
+	buf := f.buffer(size)
+	defer f.buffers.Put(buf)
+	content, err := f.zstd.DecodeAll(frame, (*buf)[:0:size])
+	if err != nil {
+		f.wrong.Add(1)
+		return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
+	}
+	for _, w := range p.Wants {
+		if !w.Stream.Has(w.Chunk) {
+			if err := w.Stream.Fill(w.Chunk, content); err != nil {
+				if errors.Is(err, blockmap.ErrDigest) {
+					f.wrong.Add(1)
+				}
+				return err
+			}
+			f.chunks.Add(1)
+		}
+		f.mu.Lock()
+		if fl := f.mu.flights[key{w.Stream, w.Chunk}]; fl != nil {
+			f.end(fl, nil)
+			f.dispatch()
+		}
+		f.mu.Unlock()
+	}
+	return nil
+}

@@ -1,0 +1,272 @@
+package fetcher
+
+import (
+	"time"
+
+	"thaw/blockmap"
+)
+
+// flight is one chunk on its way.
+type flight struct {
+	key
+	source source
+	others []source // further places that readers who joined know of
+	demand bool     // somebody waits
+	state  state
+	began  time.Time
+	tries  int
+	wrong  int
+
+	followers []*flight // of the same content, for other places
+
+	carrier *carrier    // whose download brings it, while state is carried
+	at      int64       // where its frame ends in there
+	late    *time.Timer // runs while a reader waits for the carrier
+
+	done chan struct{} // closed when err is final
+	err  error
+}
+
+type state uint8
+
+const (
+	queued    state = iota
+	running         // within a request
+	waiting         // for its next try
+	carried         // within a bundle that is on its way
+	following       // behind a flight of the same content, to copy it then
+	ended
+)
+
+// source says where the compressed bytes of a chunk are.
+type source struct {
+	origin Origin
+	table  *blockmap.Table
+}
+
+func (fl *flight) chunk() *blockmap.Chunk { return &fl.source.table.Chunks[fl.key.chunk] }
+
+// cost is what the flight takes of MaxBytes.
+func (fl *flight) cost() int64 { return int64(fl.chunk().Stored) + int64(fl.chunk().Size()) }
+
+// join finds or makes the flights of wants, one for each. Those that are resident
+// by now have nil.
+func (f *Fetcher) join(wants []blockmap.Want, o Origin, demand bool) []*flight {
+	flights := make([]*flight, len(wants))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i, w := range wants {
+		k := key{w.Stream, w.Chunk}
+		src := source{o, w.Table}
+		fl := f.mu.flights[k]
+		switch {
+		case fl != nil:
+			if fl.source != src && len(fl.others) < 4 {
+				fl.others = append(fl.others, src)
+			}
+			if demand {
+				f.promote(fl)
+			}
+		case w.Stream.Has(w.Chunk):
+			continue
+		default:
+			fl = &flight{key: k, source: src, demand: demand, began: time.Now(), done: make(chan struct{})}
+			if f.mu.closed {
+				fl.err = blockmap.ErrClosed
+				close(fl.done)
+				break
+			}
+			f.mu.flights[k] = fl
+			digest := fl.chunk().Digest
+			if leader := f.mu.contents[digest]; leader != nil {
+				fl.state = following
+				leader.followers = append(leader.followers, fl)
+				if demand {
+					f.promote(leader)
+				}
+			} else {
+				f.mu.contents[digest] = fl
+				f.enqueue(fl)
+			}
+		}
+		flights[i] = fl
+	}
+	f.dispatch()
+	return flights
+}
+
+// promote makes a flight, and the one that it follows, one that somebody waits
+// for. f.mu is held, and dispatch is called behind it.
+func (f *Fetcher) promote(fl *flight) {
+	if fl.demand {
+		return
+	}
+	fl.demand = true
+	switch fl.state {
+	case queued:
+		f.mu.demand = append(f.mu.demand, fl)
+	case carried:
+		f.awaitCarrier(fl)
+	case following:
+		if leader := f.mu.contents[fl.chunk().Digest]; leader != nil {
+			f.promote(leader)
+		}
+	}
+}
+
+func (f *Fetcher) enqueue(fl *flight) {
+	fl.state = queued
+	if fl.demand {
+		f.mu.demand = append(f.mu.demand, fl)
+	} else {
+		f.mu.prefetch = append(f.mu.prefetch, fl)
+	}
+}
+
+// dispatch starts requests while the bounds allow. f.mu is held.
+func (f *Fetcher) dispatch() {
+	for !f.mu.closed {
+		demand := true
+		q := &f.mu.demand
+		skipStarted(q)
+		if len(*q) == 0 {
+			demand, q = false, &f.mu.prefetch
+			skipStarted(q)
+			if len(*q) == 0 {
+				return
+			}
+		}
+		batch := f.gather((*q)[0])
+		var bytes int64
+		for _, fl := range batch {
+			bytes += fl.cost()
+		}
+		// One request is always let through, however large its chunk is.
+		if a := &f.mu.active; a.requests > 0 && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
+			return
+		}
+		if a := &f.mu.ahead; !demand && a.requests > 0 &&
+			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
+				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare) {
+			return
+		}
+		f.mu.active.add(1, bytes)
+		if !demand {
+			f.mu.ahead.add(1, bytes)
+		}
+		f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.active.requests)))
+		for _, fl := range batch {
+			fl.state = running
+		}
+		f.wg.Go(func() {
+			f.request(batch)
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.mu.active.add(-1, -bytes)
+			if !demand {
+				f.mu.ahead.add(-1, -bytes)
+			}
+			f.dispatch()
+		})
+	}
+}
+
+// skipStarted drops the flights at the head of q that need not start from
+// there: they went along with a neighbour, or were promoted and have ended.
+func skipStarted(q *[]*flight) {
+	for len(*q) > 0 && (*q)[0].state != queued {
+		(*q)[0] = nil
+		*q = (*q)[1:]
+	}
+}
+
+// gather collects the flights that can share a request with first: its queued
+// neighbours in the blob. Those that nobody waits for only come behind it, so
+// that they hold up nothing.
+func (f *Fetcher) gather(first *flight) []*flight {
+	batch := []*flight{first}
+	bytes := int64(first.chunk().Stored)
+	neighbour := func(of *flight, step int) *flight {
+		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
+		if fl == nil || fl.state != queued || fl.source != first.source || bytes+int64(fl.chunk().Stored) > f.o.MaxRequest {
+			return nil
+		}
+		a, b := of.chunk(), fl.chunk()
+		if step < 0 {
+			a, b = b, a
+		}
+		if a.Offset+int64(a.Stored) != b.Offset {
+			return nil
+		}
+		return fl
+	}
+	for fl := neighbour(first, 1); fl != nil; fl = neighbour(batch[len(batch)-1], 1) {
+		batch = append(batch, fl)
+		bytes += int64(fl.chunk().Stored)
+	}
+	before := 0
+	for fl := neighbour(first, -1); fl != nil && fl.demand == first.demand; fl = neighbour(fl, -1) {
+		batch = append(batch, fl)
+		bytes += int64(fl.chunk().Stored)
+		before++
+	}
+	if before > 0 {
+		ordered := make([]*flight, 0, len(batch))
+		for i := len(batch) - 1; i >= len(batch)-before; i-- {
+			ordered = append(ordered, batch[i])
+		}
+		batch = append(ordered, batch[:len(batch)-before]...)
+	}
+	return batch
+}
+
+// forget ends the flights that nobody waits for and that have not started.
+func (f *Fetcher) forget(flights map[*flight]bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for fl := range flights {
+		if !fl.demand && fl.state != running {
+			f.end(fl, err)
+		}
+	}
+	f.dispatch()
+}
+
+// end makes err final and wakes who waits. f.mu is held.
+func (f *Fetcher) end(fl *flight, err error) {
+	if f.mu.flights[fl.key] != fl {
+		return
+	}
+	delete(f.mu.flights, fl.key)
+	fl.state = ended
+	if fl.late != nil {
+		fl.late.Stop()
+	}
+	fl.err = err
+	close(fl.done)
+	if digest := fl.chunk().Digest; f.mu.contents[digest] == fl {
+		delete(f.mu.contents, digest)
+	}
+	if f.mu.closed {
+		return // Close ends them all
+	}
+	// Their content is here now, to be copied; or else they try themselves,
+	// the first of them for all.
+	for i, follower := range fl.followers {
+		if follower.state != following {
+			continue
+		}
+		if err == nil {
+			f.enqueue(follower)
+			continue
+		}
+		follower.followers = fl.followers[i+1:]
+		for _, x := range follower.followers {
+			follower.demand = follower.demand || x.demand && x.state == following
+		}
+		f.mu.contents[follower.chunk().Digest] = follower
+		f.enqueue(follower)
+		break
+	}
+	fl.followers = nil
+}
