@@ -19,7 +19,7 @@ import (
 // exports are what a server offers: the images that it was started with, and
 // those that clients may open by their reference.
 type exports struct {
-	open    func(ctx context.Context, name string) (blockmap.Device, error)
+	open    func(ctx context.Context, name string) (device blockmap.Device, done func(), err error)
 	allow   patterns
 	clients []string // who may open anything, by certificate; nobody: everybody
 
@@ -34,6 +34,7 @@ type exports struct {
 type opened struct {
 	ready  chan struct{} // closed when device or err is there
 	device blockmap.Device
+	done   func() // lets go of device
 	err    error
 	users  int // 0 for ever with one of the fixed
 	fixed  bool
@@ -42,7 +43,7 @@ type opened struct {
 // openTimeout bounds the opening of an image that clients wait for.
 const openTimeout = time.Minute
 
-func newExports(allow patterns, clients []string, open func(context.Context, string) (blockmap.Device, error)) *exports {
+func newExports(allow patterns, clients []string, open func(context.Context, string) (blockmap.Device, func(), error)) *exports {
 	x := &exports{open: open, allow: allow, clients: clients}
 	x.mu.images = make(map[string]*opened)
 	return x
@@ -88,7 +89,7 @@ func (x *exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd
 		x.mu.Unlock()
 		// For all who wait for it, so not ended by the first one's leaving.
 		shared, cancel := context.WithTimeout(context.WithoutCancel(ctx), openTimeout)
-		o.device, o.err = x.open(shared, name)
+		o.device, o.done, o.err = x.open(shared, name)
 		cancel()
 		close(o.ready)
 	} else {
@@ -114,9 +115,15 @@ func (x *exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd
 
 func (x *exports) release(name string, o *opened) {
 	x.mu.Lock()
-	defer x.mu.Unlock()
-	if o.users--; o.users == 0 && !o.fixed && x.mu.images[name] == o {
+	o.users--
+	last := o.users == 0 && !o.fixed
+	if last && x.mu.images[name] == o {
 		delete(x.mu.images, name)
+	}
+	x.mu.Unlock()
+	// Whoever opens first waits for no one, so it has opened by now.
+	if last && o.err == nil {
+		o.done()
 	}
 }
 

@@ -22,9 +22,11 @@ type blockImage struct {
 	name     string
 	repo     *registry.Repo
 	digest   v1.Hash
-	size     int64 // of the manifest
+	size     int64  // of the manifest
+	raw      []byte // the manifest
 	manifest *flatten.Image
 	index    *blockmap.Index
+	recalled bool // from the cache: the registry could not be asked
 }
 
 // findManifest finds the manifest of the block image that ref names: itself, or
@@ -94,79 +96,97 @@ type remembered struct {
 	Manifest v1.Hash `json:"manifest"` // of the block image
 }
 
-func (o *opener) open(ctx context.Context, name string) (*blockImage, *blockmap.Image, error) {
+// open opens an image. It calls found as soon as the manifest is known, or not at
+// all where it fails before.
+func (o *opener) open(ctx context.Context, name string, found func(*blockImage)) (*blockmap.Image, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
-		return nil, nil, usageError{err}
+		return nil, usageError{err}
 	}
 	repo, err := o.client.Open(ref)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	b, err := o.resolve(ctx, repo, name)
 	if err == nil {
-		image, err := blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
-		return b, image, err
+		found(b)
+		err = o.load(ctx, b)
+	}
+	if err == nil {
+		return o.image(b)
 	}
 	refused := errors.Is(err, registry.ErrUnauthorized)
 	if !refused && !errors.Is(err, registry.ErrUnavailable) {
-		return nil, nil, err
+		return nil, err
 	}
 	// The registry cannot be asked. What is here can be served: in part where
 	// it may come back, only as a whole where it refuses us.
-	b, kept := o.recall(repo, name)
-	if kept != nil {
-		return nil, nil, err
+	kept, recallErr := o.recall(repo, name)
+	if recallErr != nil {
+		return nil, err
 	}
-	image, openErr := blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{repo}))
+	image, openErr := o.image(kept)
 	if openErr != nil {
-		return nil, nil, openErr
+		return nil, openErr
 	}
 	missing := absent(image)
 	if refused && missing > 0 {
-		return nil, nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
+		return nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
 	}
 	o.log.Warn("serving from the cache alone", "image", name, "missing_bytes", missing, "cause", err)
-	return b, image, nil
+	if b == nil {
+		found(kept)
+	}
+	return image, nil
 }
 
-// resolve asks the registry, and checks on the way that it can be read.
+func (o *opener) image(b *blockImage) (*blockmap.Image, error) {
+	return blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{b.repo}))
+}
+
+// resolve asks the registry for the manifest.
 func (o *opener) resolve(ctx context.Context, repo *registry.Repo, name string) (*blockImage, error) {
 	d, raw, err := findManifest(ctx, repo, o.platform)
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: d.Digest, size: int64(len(raw))}
+	b := &blockImage{name: name, repo: repo, digest: d.Digest, size: int64(len(raw)), raw: raw}
 	if b.manifest, err = flatten.ParseImage(raw); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	encoded, err := o.cache.Blob(digestOf(b.manifest.Index.Digest))
-	if err != nil {
-		if encoded, err = repo.Blob(ctx, b.manifest.Index); err != nil {
-			return nil, err
-		}
-		if err := o.cache.PutBlob(encoded); err != nil {
-			return nil, fmt.Errorf("keep the index of %s: %w", name, err)
-		}
-	} else if ok, err := repo.HasBlob(ctx, b.manifest.Layers[1]); err != nil {
-		return nil, err
-	} else if !ok {
-		o.log.Warn("the registry has lost a part of the image", "image", name, "blob", b.manifest.Layers[1].Digest.String())
-	}
-	if b.index, err = b.manifest.ParseIndex(encoded); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	ref, err := json.Marshal(remembered{name, d.Digest})
-	if err != nil {
-		return nil, err
-	}
-	if err := errors.Join(o.cache.PutBlob(raw), o.cache.PutRef(o.key(name), ref)); err != nil {
-		return nil, fmt.Errorf("keep the manifest of %s: %w", name, err)
 	}
 	return b, nil
 }
 
-// recall finds what resolve has kept.
+// load gets the index, from the cache if it can.
+func (o *opener) load(ctx context.Context, b *blockImage) error {
+	encoded, err := o.cache.Blob(digestOf(b.manifest.Index.Digest))
+	if err != nil {
+		if encoded, err = b.repo.Blob(ctx, b.manifest.Index); err != nil {
+			return err
+		}
+		if err := o.cache.PutBlob(encoded); err != nil {
+			return fmt.Errorf("keep the index of %s: %w", b.name, err)
+		}
+	} else if ok, err := b.repo.HasBlob(ctx, b.manifest.Layers[1]); err != nil {
+		return err
+	} else if !ok {
+		o.log.Warn("the registry has lost a part of the image", "image", b.name, "blob", b.manifest.Layers[1].Digest.String())
+	}
+	if b.index, err = b.manifest.ParseIndex(encoded); err != nil {
+		return fmt.Errorf("%s: %w", b.name, err)
+	}
+	// Now that all of it is here, the name means this image.
+	ref, err := json.Marshal(remembered{b.name, b.digest})
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(o.cache.PutBlob(b.raw), o.cache.PutRef(o.key(b.name), ref)); err != nil {
+		return fmt.Errorf("keep the manifest of %s: %w", b.name, err)
+	}
+	return nil
+}
+
+// recall finds what resolve and load have kept.
 func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
 	ref, err := o.cache.Ref(o.key(name))
 	if err != nil {
@@ -183,7 +203,7 @@ func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: r.Manifest, size: int64(len(raw))}
+	b := &blockImage{name: name, repo: repo, digest: r.Manifest, size: int64(len(raw)), recalled: true}
 	if b.manifest, err = flatten.ParseImage(raw); err != nil {
 		return nil, err
 	}

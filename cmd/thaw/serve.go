@@ -161,25 +161,29 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	defer f.Close()
 
 	open := &opener{client: client, cache: cache, fetcher: f, platform: platform, log: log}
-	offered := newExports(o.allow, o.clients, func(ctx context.Context, name string) (blockmap.Device, error) {
-		_, image, err := open.open(ctx, name)
-		return image, err
+	traces := newTracer(o.trace, open, log)
+	defer traces.stop()
+	offered := newExports(o.allow, o.clients, func(ctx context.Context, name string) (blockmap.Device, func(), error) {
+		start, image, err := traces.open(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		device, err := start.attach(image)
+		return device, start.stop, err
 	})
-	found, images := make([]*blockImage, len(names)), make([]*blockmap.Image, len(names))
+	starts, images := make([]*start, len(names)), make([]*blockmap.Image, len(names))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, name := range names {
 		g.Go(func() (err error) {
-			found[i], images[i], err = open.open(gctx, name)
+			starts[i], images[i], err = traces.open(gctx, name)
 			return err
 		})
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	traces := &tracer{traceOptions: o.trace, opener: open, log: log}
-	defer traces.stop()
 	for i, name := range names {
-		device, err := traces.attach(ctx, found[i], images[i])
+		device, err := starts[i].attach(images[i])
 		if err != nil {
 			return err
 		}
@@ -193,7 +197,9 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	}
 	ctl := startControl(ctx, o.cache, log, traces.stopRecording, func() any { return f.Stats() })
 	defer ctl.stop()
-	traces.await(ctx)
+	for _, s := range starts {
+		s.await(ctx)
+	}
 	server := &nbd.Server{
 		Exports: offered, Log: log, TLS: tlsConfig, RequireTLS: tlsConfig != nil && !o.tlsOptional,
 		MaxConns: o.maxConns, MaxInFlightBytes: int64(o.maxInFlight), HandshakeTimeout: o.handshake,

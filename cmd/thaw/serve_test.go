@@ -220,7 +220,7 @@ func TestServeWithoutTheRegistry(t *testing.T) {
 	s = serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache)
 	tool(t, "nbdcopy", s.uri(), "null:")
 	s.term()
-	if s := start(t, nil, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir()); s.isReady() {
+	if s := launch(t, nil, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir()); s.isReady() {
 		t.Error("an image that may not be read is served from an empty cache")
 	} else if <-s.done; !s.said("not authorized") {
 		t.Errorf("unauthorised: %s", s.stderr.String())
@@ -299,7 +299,7 @@ func TestReadyIsAnnounced(t *testing.T) {
 	}
 	defer l.Close()
 	sock := socket(t)
-	s := start(t, []string{"NOTIFY_SOCKET=" + notify}, oci, "--listen", "unix:"+sock, "--listen", "tcp:127.0.0.1:0", "--cache", filepath.Join(dir, "cache"))
+	s := launch(t, []string{"NOTIFY_SOCKET=" + notify}, oci, "--listen", "unix:"+sock, "--listen", "tcp:127.0.0.1:0", "--cache", filepath.Join(dir, "cache"))
 	if !s.isReady() || len(s.ready.Listen) != 2 || s.ready.Listen[0] != "unix:"+sock {
 		t.Errorf("%+v\n%s", s.ready, s.stderr.String())
 	}

@@ -106,8 +106,8 @@ func (s *syncBuffer) Write(p []byte) (int, error) {
 }
 func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return s.b.String() }
 
-// start runs `thaw serve` until it is ready or has ended.
-func start(t testing.TB, env []string, args ...string) *server {
+// launch runs `thaw serve` until it is ready or has ended.
+func launch(t testing.TB, env []string, args ...string) *server {
 	t.Helper()
 	s := &server{t: t, done: make(chan struct{})}
 	s.cmd = exec.Command(os.Args[0], append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
@@ -140,7 +140,7 @@ func (s *server) isReady() bool { return s.ready.Type == "ready" }
 // serving starts a server that is to become ready.
 func serving(t testing.TB, args ...string) *server {
 	t.Helper()
-	s := start(t, nil, args...)
+	s := launch(t, nil, args...)
 	if !s.isReady() {
 		<-s.done
 		t.Fatalf("thaw serve %s: %v\n%s", strings.Join(args, " "), s.err, s.stderr.String())

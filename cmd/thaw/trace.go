@@ -32,7 +32,7 @@ and records where there is none.`,
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), traceStopCommand(a))
+	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), tracePackCommand(a), traceStopCommand(a))
 	return c
 }
 

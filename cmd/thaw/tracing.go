@@ -1,33 +1,19 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-
 	"thaw/blockmap"
 	"thaw/fetcher"
-	"thaw/fetcher/registry"
 	"thaw/tracefile"
-)
-
-// A trace in a registry is a manifest of artifactTypeTrace whose one layer is
-// the trace file, and whose subject is the block image that it is of.
-const (
-	artifactTypeTrace = "application/vnd.thaw.trace.v1"
-	mediaTypeTrace    = types.MediaType("application/vnd.thaw.trace.v1")
-
-	// maxTraces is how many traces of an image are looked at, the last ones.
-	maxTraces = 32
 )
 
 // traceOptions say what serving does about traces.
@@ -42,14 +28,7 @@ type traceOptions struct {
 	wait        int  // percent
 }
 
-func (o *traceOptions) auto() bool {
-	for _, u := range o.use {
-		if u == "auto" {
-			return true
-		}
-	}
-	return false
-}
+func (o *traceOptions) auto() bool { return slices.Contains(o.use, "auto") }
 
 // check says what does not go together.
 func (o *traceOptions) check(images int) error {
@@ -64,16 +43,39 @@ func (o *traceOptions) check(images int) error {
 	return nil
 }
 
-// tracer records and replays the starts of the images that a server begins
-// with.
+// tracer records the starts of devices, and fetches ahead what they will read.
 type tracer struct {
 	traceOptions
 	opener *opener
 	log    *slog.Logger
 
-	mu         sync.Mutex // of what follows
-	recordings []*recording
-	replays    []*fetcher.Replay
+	mu     sync.Mutex // of what follows
+	starts map[*start]struct{}
+}
+
+func newTracer(o traceOptions, opener *opener, log *slog.Logger) *tracer {
+	return &tracer{traceOptions: o, opener: opener, log: log, starts: make(map[*start]struct{})}
+}
+
+// findTimeout bounds how long a device waits for word of its traces.
+const findTimeout = 10 * time.Second
+
+// start is the start of one device.
+type start struct {
+	t      *tracer
+	image  *blockImage
+	ctx    context.Context // ends with the device
+	cancel context.CancelFunc
+
+	listed  chan struct{} // closed when beside and listErr are there
+	beside  beside
+	listErr error
+
+	attached bool // by attach, which begins all that follows
+
+	rec    *recording
+	loaded chan struct{}   // closed when replay is there, or will not be
+	replay *fetcher.Replay // nil: nothing says what will be read
 }
 
 // recording is a start that is being recorded.
@@ -85,27 +87,124 @@ type recording struct {
 	ended chan struct{}
 }
 
-// attach makes of an image the device to serve: itself, with what its traces
-// say being fetched ahead, or a recorder of it. What goes wrong with traces
-// costs speed, and no more.
-func (t *tracer) attach(ctx context.Context, b *blockImage, image *blockmap.Image) (blockmap.Device, error) {
-	trace := t.find(ctx, b)
-	if trace != nil {
-		t.replay(ctx, b, image, trace)
+// open opens an image, and begins its start.
+func (t *tracer) open(ctx context.Context, name string) (s *start, image *blockmap.Image, err error) {
+	image, err = t.opener.open(ctx, name, func(b *blockImage) { s = t.begin(b) })
+	if err != nil && s != nil {
+		s.stop()
 	}
-	if t.record == "" && (trace != nil || !t.auto()) {
-		return image, nil
-	}
-	return t.startRecording(b, image)
+	return s, image, err
 }
 
-// find collects the traces that are to be used for an image, and merges them.
-func (t *tracer) find(ctx context.Context, b *blockImage) *tracefile.Trace {
-	var traces []*tracefile.Trace
-	for _, use := range t.use {
-		found, err := t.load(ctx, use, b)
+// begin looks for what is known of an image's starts, from the moment on that its
+// manifest is known: the index is fetched meanwhile.
+func (t *tracer) begin(b *blockImage) *start {
+	s := &start{t: t, image: b, listed: make(chan struct{}), loaded: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	t.mu.Lock()
+	t.starts[s] = struct{}{}
+	t.mu.Unlock()
+	go func() {
+		defer close(s.listed)
+		if t.auto() && !b.recalled {
+			ctx, cancel := context.WithTimeout(s.ctx, findTimeout)
+			defer cancel()
+			s.beside, s.listErr = findBeside(ctx, b)
+		}
+	}()
+	return s
+}
+
+// attach makes of an image the device to serve: itself, with what its start will
+// read being fetched ahead, or a recorder of it. What goes wrong with traces
+// costs speed, and no more.
+func (s *start) attach(image *blockmap.Image) (blockmap.Device, error) {
+	t := s.t
+	s.attached = true
+	<-s.listed
+	if s.listErr != nil {
+		t.log.Warn("what is beside the image cannot be found", "image", s.image.name, "cause", s.listErr)
+	}
+	known := len(s.beside.traces)+len(s.beside.bundles) > 0
+	load := func() {
+		defer close(s.loaded)
+		s.load(image)
+		if s.replay == nil {
+			s.guess(image)
+		}
+	}
+	if t.record == "" && (known || !t.auto()) {
+		go load() // which asks the registry again; the device can be mounted meanwhile
+		return image, nil
+	}
+	if load(); s.replay != nil && t.record == "" {
+		return image, nil
+	}
+	return s.startRecording(image)
+}
+
+// load starts to fetch what bundles and traces say.
+func (s *start) load(image *blockmap.Image) {
+	t, log := s.t, s.t.log.With("image", s.image.name)
+	o := fetcher.ReplayOptions{Rate: int64(t.rate)}
+	what := []any{}
+	if bundle := s.bundle(image); bundle != nil {
+		o.Bundle = bundle
+		what = append(what, "bundle_parts", len(bundle.Parts))
+	}
+	var wants []blockmap.Want
+	if trace := s.trace(o.Bundle == nil); trace != nil {
+		plan, err := tracefile.NewPlan(trace, image.Index())
+		if err == nil {
+			wants, err = plan.Wants(t.opener.cache.Stream)
+		}
 		if err != nil {
-			t.log.Warn("a trace is of no use", "trace", use, "image", b.name, "cause", err)
+			log.Warn("the trace cannot be replayed", "cause", err)
+		} else {
+			what = append(what, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
+		}
+	}
+	if o.Bundle == nil && wants == nil || s.ctx.Err() != nil {
+		return
+	}
+	s.replay = t.opener.fetcher.From(origin{s.image.repo}).Replay(s.ctx, wants, o)
+	log.Info("replaying a trace", what...)
+}
+
+// bundle opens the last bundle beside the image.
+func (s *start) bundle(image *blockmap.Image) *fetcher.Bundle {
+	for _, d := range slices.Backward(s.beside.bundles) {
+		stored, err := openBundle(s.ctx, s.image, d)
+		if err == nil {
+			var b *fetcher.Bundle
+			if b, err = stored.of(image.Index(), s.t.opener.cache); err == nil {
+				return b
+			}
+			stored.close()
+		}
+		s.t.log.Warn("a bundle is of no use", "image", s.image.name, "manifest", d.Digest.String(), "cause", err)
+	}
+	return nil
+}
+
+// guess fetches ahead what any start reads, where nothing says what this one
+// will.
+func (s *start) guess(image *blockmap.Image) {}
+
+// trace collects the traces that are to be used, and merges them. Those that are
+// stored beside the image are in its bundle, if it has one.
+func (s *start) trace(stored bool) *tracefile.Trace {
+	var traces []*tracefile.Trace
+	for _, use := range s.t.use {
+		if use == "auto" {
+			if stored {
+				traces = append(traces, storedTraces(s.ctx, s.image, s.beside.traces, s.t.log)...)
+			}
+			continue
+		}
+		found, err := s.t.read(s.ctx, use, s.image)
+		if err != nil {
+			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.name, "cause", err)
 		}
 		traces = append(traces, found...)
 	}
@@ -114,18 +213,15 @@ func (t *tracer) find(ctx context.Context, b *blockImage) *tracefile.Trace {
 	}
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
-		t.log.Warn("the traces cannot be merged", "image", b.name, "cause", err)
+		s.t.log.Warn("the traces cannot be merged", "image", s.image.name, "cause", err)
 		return nil
 	}
 	return merged
 }
 
-// load reads what one --trace names: those stored beside the image, a file, or
-// those stored beside another version of the image.
-func (t *tracer) load(ctx context.Context, use string, b *blockImage) ([]*tracefile.Trace, error) {
-	if use == "auto" {
-		return storedTraces(ctx, b, t.log)
-	}
+// read reads what one --trace names: a file, or the traces beside another
+// version of the image.
+func (t *tracer) read(ctx context.Context, use string, b *blockImage) ([]*tracefile.Trace, error) {
 	if f, err := os.Open(use); err == nil {
 		defer f.Close()
 		trace, err := tracefile.Read(f)
@@ -138,9 +234,9 @@ func (t *tracer) load(ctx context.Context, use string, b *blockImage) ([]*tracef
 	if err != nil {
 		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
 	}
-	found, err := storedTraces(ctx, other, t.log)
+	found, err := findBeside(ctx, other)
 	var traces []*tracefile.Trace
-	for _, trace := range found {
+	for _, trace := range storedTraces(ctx, other, found.traces, t.log) {
 		fitting, fitErr := t.fit(trace, other.index, b)
 		err = errors.Join(err, fitErr)
 		traces = append(traces, fitting...)
@@ -174,99 +270,9 @@ func (t *tracer) fit(trace *tracefile.Trace, old *blockmap.Index, b *blockImage)
 	return []*tracefile.Trace{translated}, nil
 }
 
-// storedTraces reads the traces that are beside an image.
-func storedTraces(ctx context.Context, b *blockImage, log *slog.Logger) ([]*tracefile.Trace, error) {
-	all, err := b.repo.Referrers(ctx, v1.Descriptor{Digest: b.digest}, artifactTypeTrace)
-	if err != nil {
-		return nil, err
-	}
-	var traces []*tracefile.Trace
-	for _, d := range all[max(0, len(all)-maxTraces):] {
-		trace, err := storedTrace(ctx, b.repo, d)
-		if err == nil && trace.Index != digestOf(b.manifest.Index.Digest) {
-			err = tracefile.ErrOtherImage
-		}
-		if err != nil {
-			log.Warn("a stored trace is of no use", "image", b.name, "manifest", d.Digest.String(), "cause", err)
-			continue
-		}
-		traces = append(traces, trace)
-	}
-	return traces, nil
-}
-
-func storedTrace(ctx context.Context, repo *registry.Repo, d v1.Descriptor) (*tracefile.Trace, error) {
-	raw, err := repo.Manifest(ctx, d)
-	if err != nil {
-		return nil, err
-	}
-	var m v1.Manifest
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return nil, err
-	}
-	if len(m.Layers) != 1 || m.Layers[0].MediaType != mediaTypeTrace || m.Layers[0].Size > tracefile.MaxSize {
-		return nil, errors.New("its manifest is not that of a trace")
-	}
-	blob, err := repo.Blob(ctx, m.Layers[0])
-	if err != nil {
-		return nil, err
-	}
-	return tracefile.Read(bytes.NewReader(blob))
-}
-
-// pushTrace stores a trace beside its image.
-func pushTrace(ctx context.Context, b *blockImage, file []byte) (v1.Descriptor, error) {
-	layer, err := b.repo.PushBytes(ctx, file, mediaTypeTrace)
-	if err != nil {
-		return v1.Descriptor{}, err
-	}
-	config, err := b.repo.PushBytes(ctx, []byte("{}"), "application/vnd.oci.empty.v1+json")
-	if err != nil {
-		return v1.Descriptor{}, err
-	}
-	raw, err := json.Marshal(v1.Manifest{
-		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactTypeTrace, Config: config,
-		Layers:  []v1.Descriptor{layer},
-		Subject: &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: b.digest, Size: b.size},
-	})
-	if err != nil {
-		return v1.Descriptor{}, err
-	}
-	return b.repo.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
-}
-
-// replay starts to fetch what a trace says.
-func (t *tracer) replay(ctx context.Context, b *blockImage, image *blockmap.Image, trace *tracefile.Trace) {
-	plan, err := tracefile.NewPlan(trace, image.Index())
-	if err == nil {
-		var wants []blockmap.Want
-		if wants, err = plan.Wants(t.opener.cache.Stream); err == nil {
-			r := t.opener.fetcher.From(origin{b.repo}).Replay(ctx, wants, fetcher.ReplayOptions{Rate: int64(t.rate)})
-			t.mu.Lock()
-			t.replays = append(t.replays, r)
-			t.mu.Unlock()
-			t.log.Info("replaying a trace", "image", b.name, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
-			return
-		}
-	}
-	t.log.Warn("the trace cannot be replayed", "image", b.name, "cause", err)
-}
-
-// await returns when enough has been prefetched. When it cannot be, the start
-// goes on without.
-func (t *tracer) await(ctx context.Context) {
-	if t.wait == 0 {
-		return
-	}
-	for _, r := range t.replays {
-		if err := r.Wait(ctx, float64(t.wait)/100); err != nil && ctx.Err() == nil {
-			t.log.Warn("ready, though less than asked for was prefetched", "cause", err)
-		}
-	}
-}
-
-func (t *tracer) startRecording(b *blockImage, image *blockmap.Image) (blockmap.Device, error) {
-	rec := &recording{image: b, keep: t.record != "", ended: make(chan struct{})}
+func (s *start) startRecording(image *blockmap.Image) (blockmap.Device, error) {
+	t := s.t
+	rec := &recording{image: s.image, keep: t.record != "", ended: make(chan struct{})}
 	var err error
 	if rec.keep {
 		rec.file, err = os.Create(t.record)
@@ -276,12 +282,10 @@ func (t *tracer) startRecording(b *blockImage, image *blockmap.Image) (blockmap.
 	if err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
-	rec.Recorder = tracefile.NewRecorder(image, digestOf(b.manifest.Index.Digest), rec.file, tracefile.Options{
+	rec.Recorder = tracefile.NewRecorder(image, digestOf(s.image.manifest.Index.Digest), rec.file, tracefile.Options{
 		For: t.recordFor, Bytes: int64(t.recordBytes), Quiet: t.recordQuiet,
 	})
-	t.mu.Lock()
-	t.recordings = append(t.recordings, rec)
-	t.mu.Unlock()
+	s.rec = rec
 	go func() {
 		defer close(rec.ended)
 		<-rec.Done()
@@ -319,37 +323,90 @@ func (t *tracer) finish(rec *recording) {
 	log.Info("stored the recording beside its image")
 }
 
+// await returns when enough has been fetched ahead. When it cannot be, the start
+// goes on without.
+func (s *start) await(ctx context.Context) {
+	if s.t.wait == 0 {
+		return
+	}
+	select {
+	case <-s.loaded:
+	case <-ctx.Done():
+		return
+	}
+	if s.replay == nil {
+		return
+	}
+	if err := s.replay.Wait(ctx, float64(s.t.wait)/100); err != nil && ctx.Err() == nil {
+		s.t.log.Warn("ready, though less than asked for was prefetched", "cause", err)
+	}
+}
+
+// stopRecording ends the recording of the start, if there is one and it has not
+// ended.
+func (s *start) stopRecording() (stopped bool) {
+	if s.rec == nil {
+		return false
+	}
+	select {
+	case <-s.rec.ended:
+		return false
+	default:
+	}
+	err := s.rec.Stop()
+	<-s.rec.ended
+	return err == nil
+}
+
+// stop ends all of it, and says what was lost. It is not called while attach is.
+func (s *start) stop() {
+	s.t.mu.Lock()
+	_, first := s.t.starts[s]
+	delete(s.t.starts, s)
+	s.t.mu.Unlock()
+	if !first {
+		return
+	}
+	s.cancel()
+	<-s.listed
+	if !s.attached {
+		return
+	}
+	s.stopRecording()
+	<-s.loaded
+	if s.replay == nil {
+		return
+	}
+	s.replay.Stop()
+	p := s.replay.Progress()
+	log := s.t.log.Info
+	if p.Failed > 0 {
+		log = s.t.log.Warn
+	}
+	log("replayed", "image", s.image.name, "chunks", p.DoneChunks, "of", p.Chunks, "bytes", p.DoneBytes, "failed", p.Failed,
+		"seconds", p.Ended.Sub(p.Began).Seconds())
+}
+
+// stop ends all starts.
+func (t *tracer) stop() {
+	for _, s := range t.all() {
+		s.stop()
+	}
+}
+
+func (t *tracer) all() []*start {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Collect(maps.Keys(t.starts))
+}
+
 // stopRecording ends what is being recorded, and says how many recordings that
 // were.
 func (t *tracer) stopRecording() (n int) {
-	t.mu.Lock()
-	recordings := t.recordings
-	t.recordings = nil
-	t.mu.Unlock()
-	for _, rec := range recordings {
-		if err := rec.Stop(); err == nil {
+	for _, s := range t.all() {
+		if s.stopRecording() {
 			n++
 		}
-		<-rec.ended
 	}
 	return n
-}
-
-// stop ends all of it, and says what was lost.
-func (t *tracer) stop() {
-	t.stopRecording()
-	t.mu.Lock()
-	replays := t.replays
-	t.replays = nil
-	t.mu.Unlock()
-	for _, r := range replays {
-		r.Stop()
-		p := r.Progress()
-		log := t.log.Info
-		if p.Failed > 0 {
-			log = t.log.Warn
-		}
-		log("replayed", "chunks", p.DoneChunks, "of", p.Chunks, "bytes", p.DoneBytes, "failed", p.Failed,
-			"seconds", p.Ended.Sub(p.Began).Seconds())
-	}
 }

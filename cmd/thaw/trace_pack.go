@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"thaw/tracefile"
+)
+
+func tracePackCommand(a *app) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "pack IMAGE [TRACE...]",
+		Short: "Put all that a start reads into one blob beside the image",
+		Long: `pack makes a bundle: the chunks that the traces touch, in the order in which they
+are wanted, in one blob beside the image. "thaw serve --trace auto" uses it, so
+that a start is one download from beginning to end.
+
+The traces are those that are stored beside the image, or the files given. Pack
+again when there are better ones: the last bundle is used.`,
+		Example: `  thaw trace pack registry.example/team/app:v1
+  thaw trace pack registry.example/team/app:v1 start.trace`,
+		Args: args(cobra.MinimumNArgs(1)),
+		RunE: func(c *cobra.Command, args []string) error { return a.tracePack(c.Context(), args[0], args[1:]) },
+	}
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
+	return c
+}
+
+// packed is the result as --json prints it.
+type packed struct {
+	Type    string  `json:"type"`
+	Target  string  `json:"target"`
+	Starts  uint32  `json:"starts"` // that the plan is of
+	Chunks  int     `json:"chunks"`
+	Wanted  int64   `json:"wanted_bytes"`  // that the traces touch
+	Content int64   `json:"content_bytes"` // of the chunks
+	Bytes   int64   `json:"bytes"`         // of the bundle
+	Seconds float64 `json:"seconds"`
+}
+
+func (a *app) tracePack(ctx context.Context, image string, paths []string) error {
+	began := time.Now()
+	log, platform, client, err := a.access()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	b, err := findImage(ctx, client, image, platform)
+	if err != nil {
+		return err
+	}
+	var traces []*tracefile.Trace
+	for _, path := range paths {
+		t, err := readTrace(path)
+		if err != nil {
+			return err
+		}
+		traces = append(traces, t)
+	}
+	if len(paths) == 0 {
+		found, err := findBeside(ctx, b)
+		if err != nil {
+			return err
+		}
+		if traces = storedTraces(ctx, b, found.traces, log); len(traces) == 0 {
+			return fmt.Errorf("%s has no traces beside it: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
+		}
+	}
+	p, err := packTraces(ctx, b, traces)
+	if err != nil {
+		return fmt.Errorf("pack %s: %w", image, err)
+	}
+	p.Seconds = time.Since(began).Seconds()
+	if a.json {
+		return a.printJSON(p)
+	}
+	_, err = fmt.Fprintf(a.stdout, "%s\nbundle   %d chunks of %d starts, %s for the %s that they touch; %s stored\n",
+		p.Target, p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+	return err
+}
+
+// packTraces makes the bundle of traces of an image, and stores it beside it.
+func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace) (*packed, error) {
+	merged, err := tracefile.Merge(traces...)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := tracefile.NewPlan(merged, b.index)
+	if err != nil {
+		return nil, err
+	}
+	if len(plan.Steps) == 0 {
+		return nil, errors.New("the traces touch nothing")
+	}
+	d, size, err := pushBundle(ctx, b, plan)
+	if err != nil {
+		return nil, err
+	}
+	return &packed{
+		Type: "packed", Target: b.repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(plan.Bundle().Parts),
+		Wanted: plan.Wanted, Content: plan.Size, Bytes: size,
+	}, nil
+}
