@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,6 +22,8 @@ type Bundle struct {
 	// Open reads the frames of all parts, one behind the other, from byte off
 	// of them to their end.
 	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
+	// Close, if not nil, is called when Open will not be any more.
+	Close func()
 }
 
 // Part is one chunk's content in a Bundle.
@@ -83,63 +86,81 @@ func (f *Fetcher) awaitCarrier(fl *flight) {
 // carry downloads a bundle and fills its chunks. It calls done for each part that
 // is here, from several goroutines. When it returns, nothing is carried any
 // more: what the bundle did not bring is queued. A bundle of which most is here
-// already is left alone.
+// already, or on its way, is left alone.
 func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
 	f := b.f
-	missing := make([]bool, len(bundle.Parts))
-	var total, lacking int64
-	for i, p := range bundle.Parts {
-		total += p.Stored
+	if bundle.Close != nil {
+		defer bundle.Close()
+	}
+	for _, p := range bundle.Parts {
+		here := true
 		for _, w := range p.Wants {
-			if !w.Stream.Has(w.Chunk) && !w.Stream.FillLocal(w.Chunk) {
-				missing[i] = true
-			}
+			here = (w.Stream.Has(w.Chunk) || w.Stream.FillLocal(w.Chunk)) && here
 		}
-		if missing[i] {
-			lacking += p.Stored
-		} else {
+		if here {
 			done(p)
 		}
-	}
-	if lacking <= total/2 {
-		return nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
 	c := &carrier{asked: time.Now()}
-	flights := f.embark(c, bundle, missing, b.origin)
+	flights, missing := f.embark(c, bundle, b.origin)
+	if flights == nil {
+		return nil
+	}
 	err := f.download(ctx, c, bundle, missing, limit, done)
 	f.disembark(flights, ctx.Err() != nil)
 	return err
 }
 
-// embark makes flights of the chunks that a bundle is to bring.
-func (f *Fetcher) embark(c *carrier, bundle *Bundle, missing []bool, o Origin) (flights []*flight) {
+// embark makes flights of the chunks that a bundle is to bring, and says which
+// parts these are in; or does nothing where they are less than half of it.
+func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*flight, missing []bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mu.active.add(1, carryBytes)
-	f.mu.ahead.add(1, carryBytes)
-	var at int64
+	if f.mu.closed {
+		return nil, nil
+	}
+	lacks := func(w blockmap.Want) bool {
+		fl := f.mu.flights[key{w.Stream, w.Chunk}]
+		return (fl == nil || fl.state == queued && !fl.demand) && !w.Stream.Has(w.Chunk)
+	}
+	missing = make([]bool, len(bundle.Parts))
+	var at, lacking int64
 	for i, p := range bundle.Parts {
 		at += p.Stored
-		if !missing[i] || f.mu.closed {
-			continue
-		}
-		for _, w := range p.Wants {
-			k := key{w.Stream, w.Chunk}
-			if f.mu.flights[k] != nil || w.Stream.Has(w.Chunk) {
-				continue
-			}
-			fl := &flight{key: k, source: source{o, w.Table}, state: carried, carrier: c, at: at, began: time.Now(), done: make(chan struct{})}
-			f.mu.flights[k] = fl
-			flights = append(flights, fl)
-			if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
-				f.mu.contents[digest] = fl
-			}
+		if missing[i] = slices.ContainsFunc(p.Wants, lacks); missing[i] {
+			lacking += p.Stored
 		}
 	}
-	return flights
+	if lacking <= at/2 {
+		return nil, nil
+	}
+	f.mu.active.add(1, carryBytes)
+	f.mu.ahead.add(1, carryBytes)
+	flights = make([]*flight, 0, len(bundle.Parts))
+	at = 0
+	for i, p := range bundle.Parts {
+		at += p.Stored
+		for _, w := range p.Wants {
+			if !missing[i] || !lacks(w) {
+				continue
+			}
+			k := key{w.Stream, w.Chunk}
+			fl := f.mu.flights[k]
+			if fl == nil {
+				fl = &flight{key: k, source: source{o, w.Table}, began: time.Now(), done: make(chan struct{})}
+				f.mu.flights[k] = fl
+				if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
+					f.mu.contents[digest] = fl
+				}
+			}
+			fl.state, fl.carrier, fl.at = carried, c, at
+			flights = append(flights, fl)
+		}
+	}
+	return flights, missing
 }
 
 // disembark queues what the bundle did not bring: all of it, or what somebody

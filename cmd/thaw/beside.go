@@ -149,7 +149,7 @@ func (s *storedBundle) of(ix *blockmap.Index, cache *blockmap.Cache) (*fetcher.B
 	if err != nil {
 		return nil, err
 	}
-	f := &fetcher.Bundle{Open: s.open}
+	f := &fetcher.Bundle{Open: s.open, Close: s.close}
 	for i, p := range s.head.Parts {
 		f.Parts = append(f.Parts, fetcher.Part{Stored: int64(p.Stored), Wants: wants[i]})
 	}
