@@ -113,9 +113,9 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 		return nil
 	}
 	for len(wants) > 0 || ahead > 0 {
-		// A good part of the window at once, so that neighbours among it share
+		// Half of the window at once, so that neighbours among it share
 		// a request.
-		if room := pace.window() - ahead; len(wants) > 0 && (room >= pace.window()/4 || ahead == 0) {
+		if room := pace.window() - ahead; len(wants) > 0 && (room >= pace.window()/2 || ahead == 0) {
 			n := 0
 			for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n]) <= room); n++ {
 				bytes += stored(wants[n])
