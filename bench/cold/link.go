@@ -28,7 +28,7 @@ func (l link) String() string {
 	if l.rate >= 1e9 {
 		rate = strconv.FormatFloat(float64(l.rate)/1e9, 'g', 3, 64) + " Gbit/s"
 	}
-	return fmt.Sprintf("%v, %s", l.rtt, rate)
+	return fmt.Sprintf("%s ms, %s", strconv.FormatFloat(float64(l.rtt)/1e6, 'g', 4, 64), rate)
 }
 
 // carries is how long n bytes take at least, with two round trips: one for the

@@ -62,7 +62,7 @@ type options struct {
 	thawArgs  string
 	buildArgs string
 	variants  []variant
-	stargz    string
+	nbdkit    string
 	size      string
 	readAhead int
 	quiet     time.Duration
@@ -90,6 +90,7 @@ func main() {
 		o.variants = append(o.variants, v)
 		return err
 	})
+	flag.StringVar(&o.nbdkit, "nbdkit-args", nbdkitArgs, "arguments for nbdkit and its curl plugin, besides what is served and where")
 	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
 	flag.IntVar(&o.readAhead, "readahead", 128, "KiB that the kernel reads ahead")
 	flag.DurationVar(&o.quiet, "quiet", 0, "before each start wait for the machine to be idle, at most this long")

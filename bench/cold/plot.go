@@ -1,3 +1,0 @@
-package main
-
-func (r *results) draw(dir string) error { return nil }
