@@ -47,14 +47,18 @@ type Target interface {
 	// PushManifest puts it under its digest, and under tag unless that is
 	// empty.
 	PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error
+	// OpenRange reads n bytes of a blob from off, or ends in an error. They are
+	// checked by who reads them.
+	OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error)
 }
 
-// Options are the settings of a build. What is built depends on the first three
+// Options are the settings of a build. What is built depends on the first four
 // and the source alone.
 type Options struct {
 	Size      int64 // of the device in bytes; grown where the content needs more
 	ChunkSize int   // bytes of a full chunk, a power of two
 	Level     int   // zstd, 1 to 22
+	NoGuess   bool  // do without AnnotationGuess
 
 	Jobs     int    // layers converted at once; 0: as many as processors, 8 at most
 	TempDir  string // for the streams until they are pushed; "": the system's
@@ -96,6 +100,7 @@ type Result struct {
 	Index      *blockmap.Index
 	IndexBytes int64
 	Layers     []LayerResult
+	Guess      GuessReport
 }
 
 // LayerResult says what became of a layer.
@@ -377,6 +382,13 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 		})
 		twice[c] = true
 	}
+	var wants []want
+	if !b.NoGuess {
+		var err error
+		if wants, err = b.guess(ctx, t, ix.Streams); err != nil {
+			return nil, err
+		}
+	}
 	fs, err := ext4.Layout(t.inodes(), b.ext4Options())
 	if err != nil {
 		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
@@ -388,6 +400,11 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 	ix.Blocks, ix.Runs, ix.Streams[0] = fs.Blocks(), fs.Runs(), *meta
 	if err := ix.Seal(); err != nil {
 		return nil, err
+	}
+	if len(wants) > 0 {
+		var g *guess
+		g, res.Guess = locate(ix, wants)
+		m.Annotations = map[string]string{AnnotationGuess: g.encode()}
 	}
 	encoded := ix.Encode()
 	m.Layers[0] = describe(MediaTypeIndex, encoded)
@@ -405,31 +422,6 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 	res.Manifest.ArtifactType = ArtifactTypeImage
 	res.Index, res.IndexBytes = ix, int64(len(encoded))
 	return res, nil
-}
-
-// applyLayer puts a layer over those that are there. stream is the number of
-// its stream.
-func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32) error {
-	toc, err := openTOC(blob)
-	if err != nil {
-		return err
-	}
-	t.layer++
-	for n := 0; ; n++ {
-		if n%4096 == 0 && ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		e, err := toc.read()
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := t.apply(e, stream); err != nil {
-			return fmt.Errorf("layer entry %q: %w", e.name, err)
-		}
-	}
 }
 
 // ext4Options are a function of the image, so that every build of it gives the

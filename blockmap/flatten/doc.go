@@ -11,5 +11,9 @@
 // Contents go through once and are never unpacked: only the names and where
 // contents lie are kept in memory.
 //
+// Once all layers are there, the program of the image's config is looked up in
+// the file tree and, with what a linker or an interpreter reads for it, becomes
+// the guess of what a start will read: [AnnotationGuess] on the manifest.
+//
 // [Build] is the whole; [ParseImage] reads what it has made.
 package flatten

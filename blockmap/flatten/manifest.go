@@ -17,7 +17,8 @@ import (
 // A block image is an OCI image manifest of ArtifactTypeImage. Its config is
 // that of the source image, its subject the manifest of the source image, and
 // its layers are, in this order: the index, stream 0, and the streams of the
-// layers, which carry the annotation AnnotationDiffID.
+// layers, which carry the annotation AnnotationDiffID. AnnotationGuess is a hint
+// at what to fetch first, and need not be there.
 //
 // A converted layer is a manifest of ArtifactTypeLayer with the layer's TOC and
 // its stream, under a tag that is made of what the conversion depends on. It

@@ -1,8 +1,10 @@
 package flatten
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"thaw/blockmap/ext4"
@@ -43,6 +45,31 @@ func newDir(layer int) *node {
 const maxFollow = 40
 
 var errFollow = errors.New("too many levels of symbolic links")
+
+// applyLayer puts a layer over those that are there. stream is the number of
+// its stream.
+func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32) error {
+	toc, err := openTOC(blob)
+	if err != nil {
+		return err
+	}
+	t.layer++
+	for n := 0; ; n++ {
+		if n%4096 == 0 && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		e, err := toc.read()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := t.apply(e, stream); err != nil {
+			return fmt.Errorf("layer entry %q: %w", e.name, err)
+		}
+	}
+}
 
 // apply adds an entry of the current layer. stream is the number of the
 // layer's stream.
@@ -198,6 +225,45 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 		stack = append(stack, n)
 	}
 	return stack[len(stack)-1], nil
+}
+
+// find gives what a path leads to when symbolic links are followed to the end,
+// never out of the root, and the path that it has without them; nil where
+// nothing is.
+func (t *tree) find(path string) (real string, n *node) {
+	stack, names, followed := []*node{t.root}, []string{}, 0
+	for rest := path; rest != ""; {
+		var part string
+		part, rest, _ = strings.Cut(rest, "/")
+		at := stack[len(stack)-1]
+		switch {
+		case part == "" || part == ".":
+			continue
+		case !at.isDir():
+			return "", nil
+		case part == "..":
+			k := max(0, len(names)-1)
+			stack, names = stack[:k+1], names[:k]
+			continue
+		}
+		n := at.names[part]
+		switch {
+		case n == nil:
+			return "", nil
+		case n.isSymlink():
+			target := n.inode.Target
+			if followed++; followed > maxFollow || len(target)+len(rest) > maxPath {
+				return "", nil
+			}
+			if strings.HasPrefix(target, "/") {
+				stack, names = stack[:1], names[:0]
+			}
+			rest = target + "/" + rest
+			continue
+		}
+		stack, names = append(stack, n), append(names, part)
+	}
+	return "/" + strings.Join(names, "/"), stack[len(stack)-1]
 }
 
 func split(name string) (dir, base string) {

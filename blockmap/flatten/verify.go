@@ -24,8 +24,8 @@ type Opener func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
 
 // Verify fetches all of an image and checks it: every blob and every chunk
 // against its digest, the map of the device against the order that it has, the
-// streams against the config, and the file system against itself. It returns
-// the first fault. temp is a directory for the metadata, "" the system's.
+// streams against the config, and the file system against itself; the guess only
+// for being one of this device. It returns the first fault. temp is a directory for the metadata, "" the system's.
 func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp string) error {
 	f, err := os.CreateTemp(temp, "thaw-verify-")
 	if err != nil {
@@ -40,6 +40,9 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp
 	}
 	if err := verifyRuns(ix); err != nil {
 		return fmt.Errorf("index: %w: %w", blockmap.ErrCorrupt, err)
+	}
+	if _, err := m.Guess(ix.Blocks); err != nil {
+		return err
 	}
 	descriptors := make(map[v1.Hash]v1.Descriptor)
 	for _, d := range m.Layers[1:] {

@@ -1,0 +1,174 @@
+package flatten
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sort"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/klauspost/compress/zstd"
+
+	"thaw/blockmap"
+	"thaw/blockmap/ext4"
+)
+
+// contents reads in files of the image that is being built. Layers are in the
+// target by then, and those that are reused are nowhere else, so it is asked
+// for the chunks that hold what is wanted.
+type contents struct {
+	src interface {
+		OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error)
+	}
+	streams []blockmap.Table // not sealed yet
+	dec     *zstd.Decoder
+	held    []heldChunk // the one used last comes first
+	budget  int64       // bytes of chunks that may still be read
+	failed  error       // of the target: what it did not give is not known to be absent
+}
+
+type heldChunk struct {
+	stream, chunk int
+	b             []byte
+}
+
+const (
+	// maxHeld bounds the chunks that are kept, in bytes of content.
+	maxHeld = 16 << 20
+
+	// maxGuessReads bounds what is read to make a guess, in bytes of content.
+	// Chromium with its hundred libraries takes a fifth of it.
+	maxGuessReads = 1 << 30
+)
+
+// errBudget says that a guess is as good as it gets for what it may cost.
+var errBudget = errors.New("too much was read already")
+
+func newContents(src Target, streams []blockmap.Table) (*contents, error) {
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true))
+	if err != nil {
+		return nil, err
+	}
+	return &contents{src: src, streams: streams, dec: dec, budget: maxGuessReads}, nil
+}
+
+func (c *contents) close() { c.dec.Close() }
+
+// read returns n bytes of a file from off, fewer where it ends before.
+func (c *contents) read(ctx context.Context, in *ext4.Inode, off int64, n int) ([]byte, error) {
+	if off < 0 || off >= in.Size {
+		return nil, nil
+	}
+	p := make([]byte, min(int64(n), in.Size-off))
+	end := off + int64(len(p))
+	for _, r := range runsFrom(in, off/blockSize) {
+		start := int64(r.FileBlock) * blockSize
+		if start >= end {
+			break
+		}
+		at, to := max(off, start), min(end, start+int64(r.Count)*blockSize)
+		for at < to {
+			b, err := c.from(ctx, r.Stream, r.Block+uint32((at-start)/blockSize))
+			if err != nil {
+				return nil, err
+			}
+			if skip := int(at % blockSize); skip < len(b) {
+				at += int64(copy(p[at-off:to-off], b[skip:]))
+			}
+		}
+	}
+	return p, nil
+}
+
+// runsFrom are the runs of a file that end behind a block of it.
+func runsFrom(in *ext4.Inode, block int64) []ext4.Run {
+	return in.Data[sort.Search(len(in.Data), func(i int) bool {
+		return int64(in.Data[i].FileBlock)+int64(in.Data[i].Count) > block
+	}):]
+}
+
+// from returns what a chunk holds from a block of its stream on.
+func (c *contents) from(ctx context.Context, stream, block uint32) ([]byte, error) {
+	t := &c.streams[stream]
+	i, ok := slices.BinarySearchFunc(t.Chunks, block, func(c blockmap.Chunk, block uint32) int {
+		switch {
+		case block < c.Block:
+			return 1
+		case block >= c.Block+c.Count:
+			return -1
+		}
+		return 0
+	})
+	if !ok {
+		return nil, fmt.Errorf("%w: block %d is not in stream %d", blockmap.ErrCorrupt, block, stream)
+	}
+	b, err := c.chunk(ctx, int(stream), i)
+	if err != nil {
+		return nil, err
+	}
+	return b[int(block-t.Chunks[i].Block)*blockSize:], nil
+}
+
+func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
+	for k, h := range c.held {
+		if h.stream == stream && h.chunk == i {
+			copy(c.held[1:k+1], c.held[:k])
+			c.held[0] = h
+			return h.b, nil
+		}
+	}
+	t := &c.streams[stream]
+	x := &t.Chunks[i]
+	if c.failed != nil {
+		return nil, c.failed
+	}
+	if c.budget -= int64(x.Size()); c.budget < 0 {
+		c.budget = 0 // smaller ones are not to slip through
+		return nil, errBudget
+	}
+	var b []byte
+	var err error
+	// A mirror that is wrong or a connection that breaks is not asked for the
+	// same thing twice.
+	for range 3 {
+		if b, err = c.fetch(ctx, t, x); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
+		c.failed = fmt.Errorf("chunk %d of blob %v: %w", i, t.Blob, err)
+		return nil, c.failed
+	}
+	c.held = slices.Insert(c.held, 0, heldChunk{stream, i, b})
+	total := 0
+	for k, h := range c.held {
+		if total += len(h.b); total > maxHeld && k > 0 {
+			c.held = slices.Delete(c.held, k, len(c.held))
+			break
+		}
+	}
+	return b, nil
+}
+
+func (c *contents) fetch(ctx context.Context, t *blockmap.Table, x *blockmap.Chunk) ([]byte, error) {
+	r, err := c.src.OpenRange(ctx, hashOf(t.Blob), x.Offset, int64(x.Stored))
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	stored := make([]byte, x.Stored)
+	if _, err := io.ReadFull(r, stored); err != nil {
+		return nil, unexpected(err)
+	}
+	b, err := c.dec.DecodeAll(stored, make([]byte, 0, x.Size()))
+	if err == nil && len(b) == x.Size() && sha256.Sum256(b) == x.Digest {
+		return b, nil
+	}
+	if d, ok := r.(interface{ Distrust() }); ok {
+		d.Distrust()
+	}
+	return nil, blockmap.ErrDigest
+}
