@@ -30,7 +30,11 @@ the block image goes beside SRC as its referrer, under no tag of its own: the
 name of SRC finds it from then on.
 
 Layers are converted beside each other. One whose stream is in the target
-already is neither read nor sent; it is found by the tag "thaw-layer-…".`,
+already is neither read nor sent; it is found by the tag "thaw-layer-…".
+
+What a start will read first is guessed from the program that the image runs,
+the libraries that it is linked with and the interpreter of a script. The guess
+is a part of the block image, for starts that have no trace.`,
 		Example: `  thaw build registry.example/team/app:v1
   thaw build registry.example/team/app:v1 oci:/srv/images:app
   thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G`,
@@ -51,6 +55,7 @@ already is neither read nor sent; it is found by the tag "thaw-layer-…".`,
 	f.Var(&chunkSize, "chunk-size", "of what is fetched at once: a power of two")
 	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "of zstd compression, 1 to 22")
 	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
+	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
 	f.StringVar(&o.TempDir, "temp", "", "directory for streams until they are pushed (default: the system's)")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
@@ -175,7 +180,16 @@ type built struct {
 	Content    int64        `json:"content_bytes"`
 	Stored     int64        `json:"stored_bytes"`
 	Layers     []builtLayer `json:"layers"`
+	Guess      builtGuess   `json:"guess"`
 	Seconds    float64      `json:"seconds"`
+}
+
+// builtGuess is what a start is guessed to read: nothing where no guess was made.
+type builtGuess struct {
+	Files  int   `json:"files"`
+	Bytes  int64 `json:"bytes"`
+	Chunks int   `json:"chunks"`
+	Stored int64 `json:"stored_bytes"`
 }
 
 type builtLayer struct {
@@ -193,6 +207,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	b := built{
 		Type: "built", Source: src.String(), Target: place.String(), Digest: res.Manifest.Digest.String(),
 		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
+		Guess: builtGuess(res.Guess),
 	}
 	reused := 0
 	for _, l := range res.Layers {
@@ -215,6 +230,14 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	fmt.Fprintf(a.stdout, "layers   %d, of which %d were there already\n", len(b.Layers), reused)
 	fmt.Fprintf(a.stdout, "content  %s in %d chunks, stored as %s; index %s\n",
 		bytesString(b.Content), b.Chunks, bytesString(b.Stored), bytesString(b.IndexBytes))
+	if g := b.Guess; g.Files > 0 {
+		files := "1 file"
+		if g.Files > 1 {
+			files = fmt.Sprintf("%d files", g.Files)
+		}
+		fmt.Fprintf(a.stdout, "guess    a start reads %s: %s in %d chunks, stored as %s\n",
+			files, bytesString(g.Bytes), g.Chunks, bytesString(g.Stored))
+	}
 	fmt.Fprintf(a.stdout, "time     %.1f s\n", b.Seconds)
 	if tag == "" {
 		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", src)
