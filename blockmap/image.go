@@ -96,6 +96,23 @@ func (m *Image) Prefetch(e Extent) {
 	}
 }
 
+// PrefetchMetadata asks for all of the filesystem's metadata, if that is at most
+// so many bytes as it is stored: whatever is read later, some of it is read
+// first.
+func (m *Image) PrefetchMetadata(limit int64) {
+	s, t := m.streams[0], &m.ix.Streams[0]
+	if t.BlobSize > limit {
+		return
+	}
+	wants := make([]Want, 0, len(t.Chunks))
+	for i := range t.Chunks {
+		if !s.Has(i) {
+			wants = append(wants, Want{s, t, i})
+		}
+	}
+	m.fetch.Prefetch(wants)
+}
+
 // missing lists the chunks of e that are not resident.
 func (m *Image) missing(e Extent) (wants []Want) {
 	for p := range m.pieces(e) {

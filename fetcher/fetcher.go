@@ -173,15 +173,24 @@ func (f *Fetcher) Stats() Stats {
 type Bound struct {
 	f      *Fetcher
 	origin Origin
+	ahead  atomic.Pointer[readahead]
 }
 
 // From binds f to an origin.
-func (f *Fetcher) From(o Origin) *Bound { return &Bound{f, o} }
+func (f *Fetcher) From(o Origin) *Bound { return &Bound{f: f, origin: o} }
+
+// ReadAhead has chunks fetched that are likely to be demanded next, going by those
+// that have been. It is for where no Replay knows.
+func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
 
 // Fetch returns when all of wants are resident, or with the first error: that
 // of a chunk given up, or that of ctx.
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
-	for _, fl := range b.f.join(wants, b.origin, true) {
+	var ahead []blockmap.Want
+	if r := b.ahead.Load(); r != nil {
+		ahead = r.after(wants)
+	}
+	for _, fl := range b.f.join(wants, ahead, b.origin) {
 		if fl == nil {
 			continue
 		}
@@ -198,4 +207,4 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 }
 
 // Prefetch has wants fetched when nobody waits for anything else.
-func (b *Bound) Prefetch(wants []blockmap.Want) { b.f.join(wants, b.origin, false) }
+func (b *Bound) Prefetch(wants []blockmap.Want) { b.f.join(nil, wants, b.origin) }

@@ -49,50 +49,60 @@ func (fl *flight) chunk() *blockmap.Chunk { return &fl.source.table.Chunks[fl.ke
 // cost is what the flight takes of MaxBytes.
 func (fl *flight) cost() int64 { return int64(fl.chunk().Stored) + int64(fl.chunk().Size()) }
 
-// join finds or makes the flights of wants, one for each. Those that are resident
-// by now have nil.
-func (f *Fetcher) join(wants []blockmap.Want, o Origin, demand bool) []*flight {
-	flights := make([]*flight, len(wants))
+// join finds or makes the flights of chunks, one for each of demanded and then of
+// ahead, which nobody waits for. Those that are resident by now have nil. They
+// start together, so that neighbours share a request.
+func (f *Fetcher) join(demanded, ahead []blockmap.Want, o Origin) []*flight {
+	flights := make([]*flight, 0, len(demanded)+len(ahead))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for i, w := range wants {
-		k := key{w.Stream, w.Chunk}
-		src := source{o, w.Table}
-		fl := f.mu.flights[k]
-		switch {
-		case fl != nil:
-			if fl.source != src && len(fl.others) < 4 {
-				fl.others = append(fl.others, src)
-			}
-			if demand {
-				f.promote(fl)
-			}
-		case w.Stream.Has(w.Chunk):
-			continue
-		default:
-			fl = &flight{key: k, source: src, demand: demand, began: time.Now(), done: make(chan struct{})}
-			if f.mu.closed {
-				fl.err = blockmap.ErrClosed
-				close(fl.done)
-				break
-			}
-			f.mu.flights[k] = fl
-			digest := fl.chunk().Digest
-			if leader := f.mu.contents[digest]; leader != nil {
-				fl.state = following
-				leader.followers = append(leader.followers, fl)
-				if demand {
-					f.promote(leader)
-				}
-			} else {
-				f.mu.contents[digest] = fl
-				f.enqueue(fl)
-			}
-		}
-		flights[i] = fl
+	for _, w := range demanded {
+		flights = append(flights, f.flight(w, o, true))
+	}
+	for _, w := range ahead {
+		flights = append(flights, f.flight(w, o, false))
 	}
 	f.dispatch()
 	return flights
+}
+
+// flight finds or makes the flight of a chunk, or returns nil where it is
+// resident. f.mu is held.
+func (f *Fetcher) flight(w blockmap.Want, o Origin, demand bool) *flight {
+	k := key{w.Stream, w.Chunk}
+	src := source{o, w.Table}
+	if fl := f.mu.flights[k]; fl != nil {
+		if fl.source != src && len(fl.others) < 4 {
+			fl.others = append(fl.others, src)
+		}
+		if demand {
+			f.promote(fl)
+		}
+		return fl
+	}
+	if w.Stream.Has(w.Chunk) {
+		return nil
+	}
+	fl := &flight{key: k, source: src, demand: demand, began: time.Now(), done: make(chan struct{})}
+	if f.mu.closed {
+		fl.err = blockmap.ErrClosed
+		close(fl.done)
+		return fl
+	}
+	f.mu.flights[k] = fl
+	digest := fl.chunk().Digest
+	leader := f.mu.contents[digest]
+	if leader == nil {
+		f.mu.contents[digest] = fl
+		f.enqueue(fl)
+		return fl
+	}
+	fl.state = following
+	leader.followers = append(leader.followers, fl)
+	if demand {
+		f.promote(leader)
+	}
+	return fl
 }
 
 // promote makes a flight, and the one that it follows, one that somebody waits

@@ -100,7 +100,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 				return err
 			}
 		}
-		for i, fl := range b.f.join(wants[:n], b.origin, false) {
+		for i, fl := range b.f.join(nil, wants[:n], b.origin) {
 			l := landing{wants[i], fl}
 			bytes += stored(l.want)
 			if fl != nil {

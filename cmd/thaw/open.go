@@ -98,7 +98,7 @@ type remembered struct {
 
 // open opens an image. It calls found as soon as the manifest is known, or not at
 // all where it fails before.
-func (o *opener) open(ctx context.Context, name string, found func(*blockImage)) (*blockmap.Image, error) {
+func (o *opener) open(ctx context.Context, name string, found func(*blockImage)) (*openImage, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
 		return nil, usageError{err}
@@ -129,7 +129,7 @@ func (o *opener) open(ctx context.Context, name string, found func(*blockImage))
 	if openErr != nil {
 		return nil, openErr
 	}
-	missing := absent(image)
+	missing := absent(image.Image)
 	if refused && missing > 0 {
 		return nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
 	}
@@ -140,8 +140,16 @@ func (o *opener) open(ctx context.Context, name string, found func(*blockImage))
 	return image, nil
 }
 
-func (o *opener) image(b *blockImage) (*blockmap.Image, error) {
-	return blockmap.NewImage(b.index, o.cache, o.fetcher.From(origin{b.repo}))
+// openImage is an image in the cache, with what fetches for it.
+type openImage struct {
+	*blockmap.Image
+	fetcher *fetcher.Bound
+}
+
+func (o *opener) image(b *blockImage) (*openImage, error) {
+	f := o.fetcher.From(origin{b.repo})
+	image, err := blockmap.NewImage(b.index, o.cache, f)
+	return &openImage{image, f}, err
 }
 
 // resolve asks the registry for the manifest.

@@ -104,6 +104,8 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 	f.StringArrayVar(&o.trace.use, "trace", nil, "fetch ahead what a trace says: a file, another version of the image, or auto for those beside the image, else recording one (repeatable)")
 	f.BoolVar(&o.trace.push, "trace-push", false, "store what was recorded beside the image")
 	f.Var(&o.trace.rate, "prefetch-rate", "bound on what is fetched ahead, bytes a second (default: the link)")
+	o.trace.ahead = aheadOptions{metadata: true, readahead: true, program: true}
+	f.Var(&o.trace.ahead, "fetch-ahead", "what to fetch ahead without a trace: metadata, readahead, program (what the image's program is made of), or none")
 	f.IntVar(&o.trace.wait, "prefetch-wait", 0, "be ready only when so many percent of a trace are here")
 	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
 	return c
@@ -171,7 +173,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 		device, err := start.attach(image)
 		return device, start.stop, err
 	})
-	starts, images := make([]*start, len(names)), make([]*blockmap.Image, len(names))
+	starts, images := make([]*start, len(names)), make([]*openImage, len(names))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, name := range names {
 		g.Go(func() (err error) {
@@ -370,7 +372,7 @@ func serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, grac
 }
 
 // summary says what serving took.
-func summary(log *slog.Logger, st fetcher.Stats, cache *blockmap.Cache, images []*blockmap.Image) {
+func summary(log *slog.Logger, st fetcher.Stats, cache *blockmap.Cache, images []*openImage) {
 	var stored, content int64
 	for _, m := range images {
 		for i := range m.Index().Streams {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,6 +27,53 @@ type traceOptions struct {
 	push        bool
 	rate        size // of prefetching, bytes a second
 	wait        int  // percent
+	ahead       aheadOptions
+}
+
+// aheadOptions say what is fetched ahead without a trace.
+type aheadOptions struct{ metadata, readahead, program bool }
+
+// String, Set and Type make it a flag: a list of what to do.
+func (o *aheadOptions) String() string {
+	var on []string
+	for _, x := range o.all() {
+		if *x.on {
+			on = append(on, x.name)
+		}
+	}
+	if on == nil {
+		return "none"
+	}
+	return strings.Join(on, ",")
+}
+
+func (o *aheadOptions) Set(s string) error {
+	*o = aheadOptions{}
+	if s == "none" {
+		return nil
+	}
+next:
+	for _, word := range strings.Split(s, ",") {
+		for _, x := range o.all() {
+			if word == x.name {
+				*x.on = true
+				continue next
+			}
+		}
+		return fmt.Errorf("%q: it is none, or some of metadata, readahead and program, with commas between", word)
+	}
+	return nil
+}
+
+func (o *aheadOptions) Type() string { return "list" }
+
+type aheadOption struct {
+	name string
+	on   *bool
+}
+
+func (o *aheadOptions) all() []aheadOption {
+	return []aheadOption{{"metadata", &o.metadata}, {"readahead", &o.readahead}, {"program", &o.program}}
 }
 
 func (o *traceOptions) auto() bool { return slices.Contains(o.use, "auto") }
@@ -88,7 +136,7 @@ type recording struct {
 }
 
 // open opens an image, and begins its start.
-func (t *tracer) open(ctx context.Context, name string) (s *start, image *blockmap.Image, err error) {
+func (t *tracer) open(ctx context.Context, name string) (s *start, image *openImage, err error) {
 	image, err = t.opener.open(ctx, name, func(b *blockImage) { s = t.begin(b) })
 	if err != nil && s != nil {
 		s.stop()
@@ -118,7 +166,7 @@ func (t *tracer) begin(b *blockImage) *start {
 // attach makes of an image the device to serve: itself, with what its start will
 // read being fetched ahead, or a recorder of it. What goes wrong with traces
 // costs speed, and no more.
-func (s *start) attach(image *blockmap.Image) (blockmap.Device, error) {
+func (s *start) attach(image *openImage) (blockmap.Device, error) {
 	t := s.t
 	s.attached = true
 	<-s.listed
@@ -135,16 +183,16 @@ func (s *start) attach(image *blockmap.Image) (blockmap.Device, error) {
 	}
 	if t.record == "" && (known || !t.auto()) {
 		go load() // which asks the registry again; the device can be mounted meanwhile
-		return image, nil
+		return image.Image, nil
 	}
 	if load(); s.replay != nil && t.record == "" {
-		return image, nil
+		return image.Image, nil
 	}
 	return s.startRecording(image)
 }
 
 // load starts to fetch what bundles and traces say.
-func (s *start) load(image *blockmap.Image) {
+func (s *start) load(image *openImage) {
 	t, log := s.t, s.t.log.With("image", s.image.name)
 	o := fetcher.ReplayOptions{Rate: int64(t.rate)}
 	what := []any{}
@@ -167,12 +215,12 @@ func (s *start) load(image *blockmap.Image) {
 	if o.Bundle == nil && wants == nil || s.ctx.Err() != nil {
 		return
 	}
-	s.replay = t.opener.fetcher.From(origin{s.image.repo}).Replay(s.ctx, wants, o)
+	s.replay = image.fetcher.Replay(s.ctx, wants, o)
 	log.Info("replaying a trace", what...)
 }
 
 // bundle opens the last bundle beside the image.
-func (s *start) bundle(image *blockmap.Image) *fetcher.Bundle {
+func (s *start) bundle(image *openImage) *fetcher.Bundle {
 	for _, d := range slices.Backward(s.beside.bundles) {
 		stored, err := openBundle(s.ctx, s.image, d)
 		if err == nil {
@@ -187,9 +235,20 @@ func (s *start) bundle(image *blockmap.Image) *fetcher.Bundle {
 	return nil
 }
 
-// guess fetches ahead what any start reads, where nothing says what this one
-// will.
-func (s *start) guess(image *blockmap.Image) {}
+// guess fetches ahead what any start is likely to read, where nothing says what
+// this one will.
+func (s *start) guess(image *openImage) {
+	if s.t.ahead.metadata {
+		image.PrefetchMetadata(smallMetadata)
+	}
+	if s.t.ahead.readahead {
+		image.fetcher.ReadAhead()
+	}
+}
+
+// smallMetadata is how much metadata is fetched whole, as it is stored: that of
+// some hundred thousand files.
+const smallMetadata = 4 << 20
 
 // trace collects the traces that are to be used, and merges them. Those that are
 // stored beside the image are in its bundle, if it has one.
@@ -270,7 +329,7 @@ func (t *tracer) fit(trace *tracefile.Trace, old *blockmap.Index, b *blockImage)
 	return []*tracefile.Trace{translated}, nil
 }
 
-func (s *start) startRecording(image *blockmap.Image) (blockmap.Device, error) {
+func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	t := s.t
 	rec := &recording{image: s.image, keep: t.record != "", ended: make(chan struct{})}
 	var err error
@@ -282,7 +341,7 @@ func (s *start) startRecording(image *blockmap.Image) (blockmap.Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("record: %w", err)
 	}
-	rec.Recorder = tracefile.NewRecorder(image, digestOf(s.image.manifest.Index.Digest), rec.file, tracefile.Options{
+	rec.Recorder = tracefile.NewRecorder(image.Image, digestOf(s.image.manifest.Index.Digest), rec.file, tracefile.Options{
 		For: t.recordFor, Bytes: int64(t.recordBytes), Quiet: t.recordQuiet,
 	})
 	s.rec = rec
