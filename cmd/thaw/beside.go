@@ -112,6 +112,65 @@ func storedTrace(ctx context.Context, b *blockImage, d v1.Descriptor) (*tracefil
 	return trace, err
 }
 
+// recordedTrace is a trace with what is known of the image that it is of.
+type recordedTrace struct {
+	*tracefile.Trace
+	name string
+	of   *blockmap.Index // nil: not known
+}
+
+// readTraces reads the traces that words on the command line stand for: each a
+// file, or an image for those beside it.
+func readTraces(ctx context.Context, client *registry.Client, platform *v1.Platform, log *slog.Logger, names []string) (traces []recordedTrace, err error) {
+	for _, name := range names {
+		found, err := readNamed(ctx, client, platform, log, name)
+		if err != nil {
+			return nil, fmt.Errorf("trace %s: %w", name, err)
+		}
+		traces = append(traces, found...)
+	}
+	return traces, nil
+}
+
+func readNamed(ctx context.Context, client *registry.Client, platform *v1.Platform, log *slog.Logger, name string) (traces []recordedTrace, err error) {
+	if f, err := os.Open(name); err == nil {
+		defer f.Close()
+		trace, err := tracefile.Read(f)
+		if err != nil {
+			return nil, err
+		}
+		return []recordedTrace{{trace, name, nil}}, nil
+	}
+	b, err := findImage(ctx, client, name, platform)
+	if err != nil {
+		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
+	}
+	found, err := findBeside(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	for _, trace := range storedTraces(ctx, b, found.traces, log) {
+		traces = append(traces, recordedTrace{trace, name, b.index})
+	}
+	if len(traces) == 0 {
+		return nil, errors.New("there are no traces beside that image")
+	}
+	return traces, nil
+}
+
+// fit makes the trace one of b, and says what of it b has, where it was of
+// another version.
+func (r recordedTrace) fit(b *blockImage) (*tracefile.Trace, *tracefile.Carried, error) {
+	if r.Index == digestOf(b.manifest.Index.Digest) {
+		return r.Trace, nil, nil
+	}
+	if r.of == nil {
+		return nil, nil, fmt.Errorf("%s: %w: name the image that it was recorded of instead", r.name, tracefile.ErrOtherImage)
+	}
+	t, carried, err := tracefile.Translate(r.Trace, r.of, b.index)
+	return t, &carried, err
+}
+
 // storedBundle is a bundle beside an image, about to be downloaded.
 type storedBundle struct {
 	head  *tracefile.Bundle

@@ -14,11 +14,13 @@ import (
 	"thaw/blockmap"
 	"thaw/blockmap/flatten"
 	"thaw/fetcher/registry"
+	"thaw/tracefile"
 )
 
 func buildCommand(a *app) *cobra.Command {
 	deviceSize, chunkSize := size(flatten.DefaultSize), size(flatten.DefaultChunkSize)
 	var o flatten.Options
+	var traces []string
 	c := &cobra.Command{
 		Use:   "build SRC [DST]",
 		Short: "Make a block image of a container image",
@@ -34,10 +36,14 @@ already is neither read nor sent; it is found by the tag "thaw-layer-…".
 
 What a start will read first is guessed from the program that the image runs,
 the libraries that it is linked with and the interpreter of a script. The guess
-is a part of the block image, for starts that have no trace.`,
+is a part of the block image, for starts that have no trace.
+
+With --trace the starts that were recorded are packed, as by "thaw trace pack": of
+this image, when it is built again, or of an earlier version, found by content.`,
 		Example: `  thaw build registry.example/team/app:v1
   thaw build registry.example/team/app:v1 oci:/srv/images:app
-  thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G`,
+  thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G
+  thaw build registry.example/team/app:v2 --trace registry.example/team/app:v1`,
 		Args: args(cobra.RangeArgs(1, 2)),
 		RunE: func(c *cobra.Command, args []string) error {
 			o.Size, o.ChunkSize = int64(deviceSize), int(chunkSize)
@@ -47,7 +53,7 @@ is a part of the block image, for starts that have no trace.`,
 			if o.Level < 1 || o.Level > 22 {
 				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
 			}
-			return a.build(c.Context(), args, o)
+			return a.build(c.Context(), args, o, traces)
 		},
 	}
 	f := c.Flags()
@@ -56,6 +62,7 @@ is a part of the block image, for starts that have no trace.`,
 	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "of zstd compression, 1 to 22")
 	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
 	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
+	f.StringArrayVar(&traces, "trace", nil, "pack a bundle from a trace: a file, or another version of the image for those beside it (repeatable)")
 	f.StringVar(&o.TempDir, "temp", "", "directory for streams until they are pushed (default: the system's)")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
@@ -65,7 +72,7 @@ is a part of the block image, for starts that have no trace.`,
 // beside other things.
 const buildMemory = 384 << 20
 
-func (a *app) build(ctx context.Context, args []string, o flatten.Options) error {
+func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string) error {
 	debug.SetMemoryLimit(buildMemory)
 	began := time.Now()
 	srcRef, err := registry.ParseRef(args[0])
@@ -103,6 +110,10 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options) error
 	if err != nil {
 		return err
 	}
+	recorded, err := readTraces(ctx, client, platform, log, traces)
+	if err != nil {
+		return err
+	}
 	// Known now rather than after the work.
 	if err := dst.CheckPush(ctx); err != nil {
 		return err
@@ -114,7 +125,34 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options) error
 	if err != nil {
 		return fmt.Errorf("build %s: %w", srcRef, err)
 	}
-	return a.printBuilt(srcRef, dst, o.Tag, res, time.Since(began))
+	var bundle *packed
+	if len(recorded) > 0 {
+		if bundle, err = packBuilt(ctx, dst, res, recorded); err != nil {
+			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
+		}
+	}
+	return a.printBuilt(srcRef, dst, o.Tag, res, bundle, time.Since(began))
+}
+
+// packBuilt packs what was recorded for an image that was just built.
+func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []recordedTrace) (*packed, error) {
+	manifest, err := flatten.ParseImage(res.Raw)
+	if err != nil {
+		return nil, err
+	}
+	b := &blockImage{
+		name: dst.Ref().String(), repo: dst, digest: res.Manifest.Digest, size: res.Manifest.Size,
+		manifest: manifest, index: res.Index, raw: res.Raw,
+	}
+	var fitting []*tracefile.Trace
+	for _, r := range recorded {
+		trace, _, err := r.fit(b)
+		if err != nil {
+			return nil, err
+		}
+		fitting = append(fitting, trace)
+	}
+	return packTraces(ctx, b, fitting)
 }
 
 // readSource finds the image to build from.
@@ -181,6 +219,7 @@ type built struct {
 	Stored     int64        `json:"stored_bytes"`
 	Layers     []builtLayer `json:"layers"`
 	Guess      builtGuess   `json:"guess"`
+	Bundle     *packed      `json:"bundle,omitempty"`
 	Seconds    float64      `json:"seconds"`
 }
 
@@ -199,7 +238,7 @@ type builtLayer struct {
 	Stored  int64  `json:"stored_bytes"`
 }
 
-func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, took time.Duration) error {
+func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, bundle *packed, took time.Duration) error {
 	place := dst.Ref().WithDigest(res.Manifest.Digest)
 	if tag != "" {
 		place = dst.Ref().WithTag(tag)
@@ -207,7 +246,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	b := built{
 		Type: "built", Source: src.String(), Target: place.String(), Digest: res.Manifest.Digest.String(),
 		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
-		Guess: builtGuess(res.Guess),
+		Guess: builtGuess(res.Guess), Bundle: bundle,
 	}
 	reused := 0
 	for _, l := range res.Layers {
@@ -237,6 +276,9 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 		}
 		fmt.Fprintf(a.stdout, "guess    a start reads %s: %s in %d chunks, stored as %s\n",
 			files, bytesString(g.Bytes), g.Chunks, bytesString(g.Stored))
+	}
+	if bundle != nil {
+		bundle.print(a.stdout)
 	}
 	fmt.Fprintf(a.stdout, "time     %.1f s\n", b.Seconds)
 	if tag == "" {

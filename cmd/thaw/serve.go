@@ -52,7 +52,8 @@ func serveCommand(a *app) *cobra.Command {
 		Short: "Serve images as network block devices",
 		Long: `serve exports block images over NBD. A block is fetched when it is first read,
 and kept in the cache; before the export is ready only its manifest and index
-are fetched.
+are fetched. What a start is known to read, by its traces, or is likely to, is
+fetched ahead of it.
 
 An IMAGE is a block image, or an image that has one beside it. Its name as given
 is the name of the export; a single image is the default export as well.

@@ -48,7 +48,7 @@ func TestBuildAndServe(t *testing.T) {
 	must(t, "build", ref)
 	p.take()
 
-	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--fetch-ahead", "none")
 	var blobs []string
 	for _, r := range p.take() {
 		if strings.HasPrefix(r, "GET") && strings.Contains(r, "/blobs/") {

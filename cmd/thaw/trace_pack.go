@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -78,9 +79,14 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string) error
 	if a.json {
 		return a.printJSON(p)
 	}
-	_, err = fmt.Fprintf(a.stdout, "%s\nbundle   %d chunks of %d starts, %s for the %s that they touch; %s stored\n",
-		p.Target, p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
-	return err
+	fmt.Fprintln(a.stdout, p.Target)
+	p.print(a.stdout)
+	return nil
+}
+
+func (p *packed) print(w io.Writer) {
+	fmt.Fprintf(w, "bundle   %d chunks for %d starts: %s for the %s that they touch, stored as %s\n",
+		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
 // packTraces makes the bundle of traces of an image, and stores it beside it.

@@ -163,3 +163,50 @@ func TestTraceExport(t *testing.T) {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
 }
+
+// A bundle is made with the image: of the starts of that very image, or of those
+// of the version before.
+func TestBuildWithTrace(t *testing.T) {
+	need(t, "qemu-io")
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	base := layerOf(t, append(files(1, "base", 100), file{name: "big", data: random(3, 6<<20)})...)
+	one, two := p.host()+"/team/app:v1", p.host()+"/team/app:v2"
+	push(t, one, imageOf(t, base, layerOf(t, files(2, "app", 20)...)))
+	push(t, two, imageOf(t, base, layerOf(t, files(3, "app", 30)...)))
+	must(t, "build", "--size", "128M", one)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "start.trace")
+	s := serving(t, one, "--listen", "unix:"+socket(t), "--cache", dir+"/c1", "--record", path, "--fetch-ahead", "none")
+	readBlocks(t, s.uri())
+	s.term()
+
+	var b struct {
+		Bundle *packed `json:"bundle"`
+	}
+	if err := json.Unmarshal([]byte(must(t, "build", "--size", "128M", one, "--trace", path, "--json")), &b); err != nil {
+		t.Fatal(err)
+	}
+	if b.Bundle == nil || b.Bundle.Chunks == 0 || b.Bundle.Wanted == 0 {
+		t.Fatalf("%+v", b.Bundle)
+	}
+	// A file says nothing of the image that it is of; the image does.
+	if _, stderr, code := thaw(t, "build", "--size", "128M", two, "--trace", path); code != exitError ||
+		!strings.Contains(stderr, "was built") || !strings.Contains(stderr, "name the image") {
+		t.Errorf("a trace of another image is packed: exit %d, %s", code, stderr)
+	}
+	must(t, "trace", "push", one, path)
+	must(t, "build", "--size", "128M", two, "--trace", one)
+	for i, ref := range []string{one, two} {
+		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", fmt.Sprintf("%s/d%d", dir, i), "--trace", "auto", "--prefetch-wait", "100")
+		if !s.said("bundle_parts") {
+			t.Errorf("%s has no bundle:\n%s", ref, s.stderr.String())
+		}
+		s.term()
+	}
+	for _, none := range []string{filepath.Join(dir, "none"), two + "x"} {
+		if _, stderr, code := thaw(t, "build", "--size", "128M", one, "--trace", none); code != exitError || strings.Contains(stderr, "was built") {
+			t.Errorf("--trace %s: exit %d, %s", none, code, stderr)
+		}
+	}
+}

@@ -241,6 +241,15 @@ func (s *start) guess(image *openImage) {
 	if s.t.ahead.metadata {
 		image.PrefetchMetadata(smallMetadata)
 	}
+	if s.t.ahead.program {
+		extents, err := s.image.manifest.Guess(image.Index().Blocks)
+		if err != nil {
+			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.name, "cause", err)
+		}
+		for _, e := range extents {
+			image.Prefetch(e)
+		}
+	}
 	if s.t.ahead.readahead {
 		image.fetcher.ReadAhead()
 	}
@@ -278,55 +287,30 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	return merged
 }
 
-// read reads what one --trace names: a file, or the traces beside another
-// version of the image.
-func (t *tracer) read(ctx context.Context, use string, b *blockImage) ([]*tracefile.Trace, error) {
-	if f, err := os.Open(use); err == nil {
-		defer f.Close()
-		trace, err := tracefile.Read(f)
-		if err != nil {
-			return nil, err
+// read reads what one --trace names, and makes it be of b.
+func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []*tracefile.Trace, err error) {
+	found, err := readNamed(ctx, t.opener.client, t.opener.platform, t.log, use)
+	for _, r := range found {
+		if r.Cut != nil {
+			t.log.Warn("a trace ends early; what there is of it is used", "trace", use, "cause", r.Cut)
 		}
-		return t.fit(trace, nil, b)
-	}
-	other, err := findImage(ctx, t.opener.client, use, t.opener.platform)
-	if err != nil {
-		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
-	}
-	found, err := findBeside(ctx, other)
-	var traces []*tracefile.Trace
-	for _, trace := range storedTraces(ctx, other, found.traces, t.log) {
-		fitting, fitErr := t.fit(trace, other.index, b)
+		if r.of == nil {
+			// An index that was served once is still in the cache.
+			if encoded, err := t.opener.cache.Blob(r.Index); err == nil {
+				r.of, _ = blockmap.DecodeIndex(encoded) // or it is not known
+			}
+		}
+		trace, carried, fitErr := r.fit(b)
 		err = errors.Join(err, fitErr)
-		traces = append(traces, fitting...)
+		if fitErr != nil {
+			continue
+		}
+		if carried != nil {
+			t.log.Info("a trace of another version is used", "image", b.name, "what", carried.String())
+		}
+		traces = append(traces, trace)
 	}
 	return traces, err
-}
-
-// fit makes a trace be one of b, where old is the index that it is of.
-func (t *tracer) fit(trace *tracefile.Trace, old *blockmap.Index, b *blockImage) ([]*tracefile.Trace, error) {
-	if trace.Cut != nil {
-		t.log.Warn("a trace ends early; what there is of it is used", "cause", trace.Cut)
-	}
-	if trace.Index == digestOf(b.manifest.Index.Digest) {
-		return []*tracefile.Trace{trace}, nil
-	}
-	if old == nil {
-		// An index that was served once is still in the cache.
-		encoded, err := t.opener.cache.Blob(trace.Index)
-		if err != nil {
-			return nil, tracefile.ErrOtherImage
-		}
-		if old, err = blockmap.DecodeIndex(encoded); err != nil {
-			return nil, err
-		}
-	}
-	translated, carried, err := tracefile.Translate(trace, old, b.index)
-	if err != nil {
-		return nil, err
-	}
-	t.log.Info("a trace of another version is used", "image", b.name, "what", carried.String())
-	return []*tracefile.Trace{translated}, nil
 }
 
 func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
