@@ -127,7 +127,10 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	}
 	var bundle *packed
 	if len(recorded) > 0 {
-		if bundle, err = packBuilt(ctx, dst, res, recorded); err != nil {
+		bundle, err = packBuilt(ctx, dst, res, recorded)
+		if errors.Is(err, errEmptyPlan) {
+			log.Warn("no bundle was made", "cause", err)
+		} else if err != nil {
 			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
 	}

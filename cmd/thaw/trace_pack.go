@@ -89,6 +89,8 @@ func (p *packed) print(w io.Writer) {
 		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
+var errEmptyPlan = errors.New("nothing that the traces touch is in the image")
+
 // packTraces makes the bundle of traces of an image, and stores it beside it.
 func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace) (*packed, error) {
 	merged, err := tracefile.Merge(traces...)
@@ -100,7 +102,7 @@ func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace) (
 		return nil, err
 	}
 	if len(plan.Steps) == 0 {
-		return nil, errors.New("the traces touch nothing")
+		return nil, errEmptyPlan
 	}
 	d, size, err := pushBundle(ctx, b, plan)
 	if err != nil {
