@@ -4,10 +4,12 @@ import (
 	"context"
 	"debug/elf"
 	"encoding/binary"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -257,5 +259,40 @@ func TestLargeFiles(t *testing.T) {
 	}
 	if len(wants) < 3 || total > 1<<20 {
 		t.Errorf("%d bytes in %d parts", total, len(wants))
+	}
+}
+
+// TestGuessIsBounded guesses for images that make it as much work as they can.
+func TestGuessIsBounded(t *testing.T) {
+	var names, dirs []string
+	for i := range 900 {
+		names = append(names, fmt.Sprintf("none%d.so", i))
+		dirs = append(dirs, fmt.Sprintf("/d%d", i))
+	}
+	lines := []line{exe("lib/ld.so", madeELF{}.bytes())}
+	var libs, includes []string
+	for i := range 400 {
+		name := fmt.Sprintf("lib%d.so", i)
+		libs = append(libs, name)
+		m := madeELF{rpath: strings.Join(dirs, ":")}
+		for _, n := range names {
+			m.needed = append(m.needed, fmt.Sprint(i, n))
+		}
+		lines = append(lines, reg("lib/"+name, m.bytes()))
+		// Each file includes all files, many times over.
+		include := fmt.Sprintf("etc/c/%d", i)
+		lines = append(lines, reg(include, strings.Repeat("include /etc/c/*\n/x\n", 100)))
+		includes = append(includes, "include /"+include)
+	}
+	lines = append(lines, reg("etc/ld.so.conf", strings.Join(includes, "\n")))
+	lines = append(lines, exe("prog", madeELF{interp: "/lib/ld.so", needed: libs, rpath: "/lib"}.bytes()))
+	// Each shell starts eight of itself.
+	lines = append(lines, symlink("sh", "prog"), exe("run", "#!/sh\n"+strings.Repeat("exec /run\n", 20)))
+	began := time.Now()
+	if got := guessed(t, command("/run"), lines...); len(got) < 3 || got[0] != "/run" || got[1] != "/prog" {
+		t.Errorf("guessed %v", got)
+	}
+	if took := time.Since(began); took > time.Minute {
+		t.Errorf("it took %v", took)
 	}
 }
