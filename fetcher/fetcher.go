@@ -12,6 +12,9 @@
 // A chunk on its way is a flight. Whoever asks for it while it is under way
 // joins it. A flight belongs to the Fetcher, not to who asked first: a reader
 // that gives up leaves the flight to the others.
+//
+// What is fetched ahead of readers comes by [Bound.Replay], from a list of chunks
+// or from a [Bundle] of them, or by [Bound.ReadAhead], which guesses.
 package fetcher
 
 import (

@@ -13,7 +13,7 @@
 //	             ▼ Writer
 //	        trace file ──▶ Read ──▶ Trace ──┐
 //	        trace file ──▶ Read ──▶ Trace ──┼─▶ Merge ──▶ NewPlan ──▶ Plan.Wants ──▶ Prefetch
-//	older:  trace file ──▶ Read ──▶ Translate                   └───▶ Plan.Steps ──▶ a bundle
+//	older:  trace file ──▶ Read ──▶ Translate                   └───▶ Plan.Pack ──▶ a bundle
 //
 // A [Recorder] is put between a transport and the device that it serves. The
 // way of a hit through it is one look at a bitmap. Everything else happens on a
@@ -23,12 +23,13 @@
 // Several traces of one image become one by [Merge], which puts first what most
 // starts touch. A trace of another version of the image becomes one of this
 // version by [Translate], which finds the content that they share. A [Plan] is
-// the chunks that a trace needs, each once, in order.
+// the chunks that a trace needs, each once, in order; a [Bundle] has them in one
+// blob.
 //
 // To look at a trace there are a [Summary], [Trace.Points] and [Trace.Curve] to
 // draw, and exports as an iolog that fio replays and as text in the manner of
 // blkparse.
 //
-// The file format is in format.go. It is readable up to the last complete frame
+// The file format is in format.go, that of a bundle in bundle.go. It is readable up to the last complete frame
 // however it was cut, and [Read] trusts nothing in it.
 package tracefile
