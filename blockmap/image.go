@@ -79,7 +79,7 @@ func (m *Image) Fault(ctx context.Context, e Extent) error {
 	if err := e.Check(m.Size()); err != nil {
 		return err
 	}
-	missing := m.missing(e)
+	missing := m.Missing(e)
 	if len(missing) == 0 {
 		return ctx.Err()
 	}
@@ -91,30 +91,30 @@ func (m *Image) Fault(ctx context.Context, e Extent) error {
 
 // Prefetch asks for e without waiting for it, behind all who wait.
 func (m *Image) Prefetch(e Extent) {
-	if e.Check(m.Size()) == nil {
-		m.fetch.Prefetch(m.missing(e))
-	}
+	m.fetch.Prefetch(m.Missing(e))
 }
 
-// PrefetchMetadata asks for all of the filesystem's metadata, if that is at most
-// so many bytes as it is stored: whatever is read later, some of it is read
-// first.
-func (m *Image) PrefetchMetadata(limit int64) {
+// MissingMetadata lists the chunks of the filesystem's metadata that are not
+// resident, or none if together they are stored as more than limit bytes.
+func (m *Image) MissingMetadata(limit int64) (wants []Want) {
 	s, t := m.streams[0], &m.ix.Streams[0]
 	if t.BlobSize > limit {
-		return
+		return nil
 	}
-	wants := make([]Want, 0, len(t.Chunks))
 	for i := range t.Chunks {
 		if !s.Has(i) {
 			wants = append(wants, Want{s, t, i})
 		}
 	}
-	m.fetch.Prefetch(wants)
+	return wants
 }
 
-// missing lists the chunks of e that are not resident.
-func (m *Image) missing(e Extent) (wants []Want) {
+// Missing lists the chunks of e that are not resident. Of an extent that is not
+// of the device it lists none.
+func (m *Image) Missing(e Extent) (wants []Want) {
+	if e.Check(m.Size()) != nil {
+		return nil
+	}
 	for p := range m.pieces(e) {
 		if p.stream < 0 {
 			continue

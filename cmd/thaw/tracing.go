@@ -121,9 +121,10 @@ type start struct {
 
 	attached bool // by attach, which begins all that follows
 
-	rec    *recording
-	loaded chan struct{}   // closed when replay is there, or will not be
-	replay *fetcher.Replay // nil: nothing says what will be read
+	rec     *recording
+	loaded  chan struct{}   // closed when replay is there, or will not be
+	replay  *fetcher.Replay // nil: nothing says what will be read
+	guessed *fetcher.Replay // of what is likely to be read then
 }
 
 // recording is a start that is being recorded.
@@ -238,8 +239,9 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 // guess fetches ahead what any start is likely to read, where nothing says what
 // this one will.
 func (s *start) guess(image *openImage) {
+	var wants []blockmap.Want
 	if s.t.ahead.metadata {
-		image.PrefetchMetadata(smallMetadata)
+		wants = image.MissingMetadata(smallMetadata)
 	}
 	if s.t.ahead.program {
 		extents, err := s.image.manifest.Guess(image.Index().Blocks)
@@ -247,8 +249,11 @@ func (s *start) guess(image *openImage) {
 			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.name, "cause", err)
 		}
 		for _, e := range extents {
-			image.Prefetch(e)
+			wants = append(wants, image.Missing(e)...)
 		}
+	}
+	if len(wants) > 0 && s.ctx.Err() == nil {
+		s.guessed = image.fetcher.Replay(s.ctx, wants, fetcher.ReplayOptions{Rate: int64(s.t.rate)})
 	}
 	if s.t.ahead.readahead {
 		image.fetcher.ReadAhead()
@@ -417,6 +422,9 @@ func (s *start) stop() {
 	}
 	s.stopRecording()
 	<-s.loaded
+	if s.guessed != nil {
+		s.guessed.Stop()
+	}
 	if s.replay == nil {
 		return
 	}
