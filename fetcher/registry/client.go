@@ -58,6 +58,7 @@ type Options struct {
 type Client struct {
 	opts      Options
 	transport *http.Transport
+	dialer    *dialer
 	log       *slog.Logger
 
 	mu struct {
@@ -91,10 +92,10 @@ func New(o Options) *Client {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Client{opts: o, log: o.Log}
+	c := &Client{opts: o, log: o.Log, dialer: newDialer(net.Dialer{Timeout: o.DialTimeout, KeepAlive: 30 * time.Second})}
 	c.transport = &http.Transport{
 		Proxy:                  o.Proxy,
-		DialContext:            (&net.Dialer{Timeout: o.DialTimeout, KeepAlive: 30 * time.Second}).DialContext,
+		DialContext:            c.dialer.dial,
 		TLSClientConfig:        o.TLS.Clone(),
 		TLSHandshakeTimeout:    o.DialTimeout,
 		ForceAttemptHTTP2:      true,
@@ -114,7 +115,10 @@ func New(o Options) *Client {
 
 // Close closes the connections that are idle. Bodies that are still open stay
 // good until they are closed.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+func (c *Client) Close() {
+	c.dialer.close()
+	c.transport.CloseIdleConnections()
+}
 
 // Open gives the repository, layout or archive that ref is in. No request is
 // made yet, so it need not exist.

@@ -97,6 +97,7 @@ type source struct {
 
 	requests, bytes atomic.Int64
 	ignoresRange    atomic.Bool // has been logged
+	listsReferrers  atomic.Bool // has the referrers API
 
 	mu struct {
 		sync.Mutex

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -288,8 +289,34 @@ func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactT
 const maxPages = 64
 
 // referrers gives them all, of whatever type: not every registry filters as
-// the spec says.
-func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
+// the spec says. Unless the registry is known to have the API, the fallback tag
+// is asked for at the same time: a start waits for the answer.
+func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) (found []v1.Descriptor, err error) {
+	if e.src.listsReferrers.Load() {
+		if found, err = e.listReferrers(ctx, subject); errors.Is(err, errNoReferrersAPI) {
+			found, _, err = e.fallback(ctx, subject)
+		}
+		return found, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var tagged []v1.Descriptor
+	var tagErr error
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { tagged, _, tagErr = e.fallback(ctx, subject) })
+	if found, err = e.listReferrers(ctx, subject); !errors.Is(err, errNoReferrersAPI) {
+		e.src.listsReferrers.Store(err == nil)
+		return found, err
+	}
+	wg.Wait()
+	return tagged, tagErr
+}
+
+var errNoReferrersAPI = errors.New("the registry has no referrers API")
+
+// listReferrers asks the referrers API.
+func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
 	u := e.url("referrers", subject.String())
 	var all []v1.Descriptor
 	for page := 0; page < maxPages; page++ {
@@ -298,8 +325,7 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 		case http.StatusNotFound, http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable,
 			http.StatusNotImplemented:
 			if page == 0 {
-				found, _, err := e.fallback(ctx, subject)
-				return found, err
+				return nil, errNoReferrersAPI
 			}
 		}
 		if err != nil {
@@ -307,8 +333,7 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 		}
 		// Some answer everything with a page for browsers.
 		if t, _, _ := strings.Cut(h.Get("Content-Type"), ";"); page == 0 && strings.TrimSpace(t) != string(types.OCIImageIndex) {
-			found, _, err := e.fallback(ctx, subject)
-			return found, err
+			return nil, errNoReferrersAPI
 		}
 		var index v1.IndexManifest
 		if err := json.Unmarshal(raw, &index); err != nil {
