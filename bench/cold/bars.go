@@ -67,7 +67,11 @@ func (b bars) panel(image string) *plot.Plot {
 
 // DataRange is for the axes.
 func (b bars) DataRange() (xmin, xmax, ymin, ymax float64) {
-	return 0, max(slices.Max(b.seconds), b.limit), 0, float64(len(b.rows))
+	xmax = slices.Max(b.seconds)
+	if !math.IsNaN(b.limit) {
+		xmax = max(xmax, b.limit)
+	}
+	return 0, xmax, 0, float64(len(b.rows))
 }
 
 // Plot draws the bars, each with its figure, and the limit.

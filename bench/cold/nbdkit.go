@@ -17,7 +17,7 @@ import (
 
 // nbdkitArgs are what was fastest of what its manual has to offer: blocks large
 // enough that a round trip brings many of those that are read next.
-const nbdkitArgs = "--filter=cache curl cache-on-read=true cache-min-block-size=256K"
+const nbdkitArgs = "--filter=cache curl cache-on-read=true cache-min-block-size=1M"
 
 // startNBDKit starts from the flat image on an HTTP server.
 func startNBDKit(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
