@@ -16,7 +16,7 @@ type dialer struct {
 
 	mu     sync.Mutex
 	closed bool
-	spares map[string]chan net.Conn // what is left of those that were made, or are being made
+	spares map[string]chan net.Conn // those that were made and not taken
 	all    sync.WaitGroup
 	end    context.Context
 	cancel context.CancelFunc
@@ -38,7 +38,7 @@ func (d *dialer) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	d.mu.Lock()
 	spares, known := d.spares[addr]
 	if !known && !d.closed {
-		spares = make(chan net.Conn)
+		spares = make(chan net.Conn, spareConns)
 		d.spares[addr] = spares
 		for range spareConns {
 			d.all.Go(func() { d.spare(network, addr, spares) })
@@ -55,22 +55,26 @@ func (d *dialer) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return d.DialContext(ctx, network, addr)
 }
 
-// spare makes one connection, and holds it until somebody takes it.
-func (d *dialer) spare(network, addr string, spares chan<- net.Conn) {
+// spare makes one connection, and sees to it that one is closed if not all are
+// taken.
+func (d *dialer) spare(network, addr string, spares chan net.Conn) {
 	ctx, cancel := context.WithTimeout(d.end, d.Timeout+spareTime)
 	defer cancel()
 	c, err := d.DialContext(ctx, network, addr)
 	if err != nil {
 		return // who needs one will see why
 	}
+	spares <- c
 	t := time.NewTimer(spareTime)
 	defer t.Stop()
 	select {
-	case spares <- c:
 	case <-t.C:
-		c.Close()
 	case <-d.end.Done():
+	}
+	select {
+	case c := <-spares:
 		c.Close()
+	default:
 	}
 }
 

@@ -60,8 +60,7 @@ func TestSpareConnections(t *testing.T) {
 	}
 	first := dial()
 	defer first.Close()
-	eventually(t, "spare connections", func() bool { return conns.Load() == 1+spareConns })
-	time.Sleep(20 * time.Millisecond) // the spares are made; now they wait to be taken
+	eventually(t, "spare connections", func() bool { return conns.Load() == 1+spareConns && len(d.spares[addr]) == spareConns })
 	second := dial()
 	defer second.Close()
 	if n := conns.Load(); n != 1+spareConns {
@@ -77,7 +76,7 @@ func TestSpareConnections(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "spare connections", func() bool { return otherConns.Load() == 1+spareConns })
+	eventually(t, "spare connections", func() bool { return otherConns.Load() == 1+spareConns && len(d.spares[other]) == spareConns })
 	d.close()
 	eventually(t, "spare connections closed", func() bool { return otherOpen() == 1 })
 	c.Close()
