@@ -264,22 +264,17 @@ func TestGuessAgain(t *testing.T) {
 	}
 }
 
-// TestGuessFlask looks at the guess for Debian with flask, whose program is a
+// checkFlaskGuess looks at the guess for Debian with flask, whose program is a
 // script of python.
-func TestGuessFlask(t *testing.T) {
+func checkFlaskGuess(t *testing.T, res *Result, dst *dirTarget, device string) {
+	t.Helper()
 	need(t, "debugfs")
-	src, _ := realImage(t, "flask")
-	dst := newTarget(t)
-	o := testOptions
-	o.Size = 1 << 30
-	res := build(t, &testSource{Source: *src}, dst, o)
 	m, ix := readBack(t, res, dst)
 	l, err := m.Guess(ix.Blocks)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// An independent reading of the file system says where files are.
-	device := assemble(t, ix, dst)
 	last := -1
 	for _, file := range []string{
 		"/app/run", "/usr/bin/python3.11", "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "/etc/ld.so.cache",

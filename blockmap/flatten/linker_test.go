@@ -2,6 +2,7 @@ package flatten
 
 import (
 	"debug/elf"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -137,25 +138,27 @@ func TestLinkerOfThisMachine(t *testing.T) {
 		for _, env := range []string{"", "LD_LIBRARY_PATH=/opt/1:/opt/2"} {
 			root := t.TempDir()
 			lines := []line{dir("opt"), reg("etc/ld.so.conf", "include /etc/conf.d/*.conf\n"), reg("etc/conf.d/z.conf", "/opt/0\n"), reg("etc/conf.d/y.conf", "/opt/2\n/opt/1\n")}
-			put := func(name, from string, mode os.FileMode) {
+			put := func(name, from string) {
 				b, err := os.ReadFile(from)
 				if err != nil {
 					t.Fatal(err)
 				}
 				lines = append(lines, exe(name, string(b)))
 			}
-			put("bin/prog", program, 0o755)
-			put(ld[1:], ld, 0o755)
-			// Several copies of a library are in several places, and a wrong
-			// one where it would be found first.
+			put("bin/prog", program)
+			put(ld[1:], ld)
+			// They are in three places, one of them in two, and there is a
+			// wrong one of each where it may be found first.
 			for i, lib := range needs(t, ld, program, "", "") {
 				if filepath.Base(lib) == filepath.Base(ld) {
 					continue
 				}
-				for k := range 2 {
-					put(filepath.Join("opt", string(rune('0'+(i+k)%3)), filepath.Base(lib)), lib, 0o644)
+				in := func(k int) string { return fmt.Sprintf("opt/%d/%s", (i+k)%3, filepath.Base(lib)) }
+				put(in(0), lib)
+				if i == 0 {
+					put(in(1), lib)
 				}
-				lines = append(lines, reg("opt/1/"+filepath.Base(lib), madeELF{class: elf.ELFCLASS32, machine: elf.EM_386, soname: filepath.Base(lib)}.bytes()))
+				lines = append(lines, reg(in(2), madeELF{class: elf.ELFCLASS32, machine: elf.EM_386, soname: filepath.Base(lib)}.bytes()))
 			}
 			for _, l := range lines {
 				if l.Typeflag != '5' {

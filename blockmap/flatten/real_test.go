@@ -66,6 +66,7 @@ func TestRealImage(t *testing.T) {
 	res := build(t, &testSource{Source: *src}, dst, o)
 	device := assemble(t, res.Index, dst)
 	fsck(t, device)
+	checkFlaskGuess(t, res, dst, device)
 	got := listing(t, mount(t, device))
 	delete(got, "lost+found")
 	bundle := filepath.Join(t.TempDir(), "bundle")
