@@ -128,10 +128,14 @@ func (b *benchmark) forget() error {
 // libraries that they are linked to.
 func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
 	files := []string{b.thaw}
-	for _, p := range append(needsOf(b.chosen), bench.Program{Name: "chroot"}) {
-		path, err := exec.LookPath(p.Name)
+	names := append([]string{"chroot"}, stargzPrograms...)
+	for _, p := range needsOf(b.chosen) {
+		names = append(names, p.Name)
+	}
+	for _, name := range names {
+		path, err := exec.LookPath(name)
 		if err != nil {
-			return nil, err
+			continue // not needed, or Need had said so
 		}
 		files = append(files, path)
 		// It fails on programs that are linked to nothing.

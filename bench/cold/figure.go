@@ -176,7 +176,7 @@ func writeTo(path string, c vg.CanvasWriterTo) (err error) {
 // thaw is blue to green.
 var colours = map[string]color.Color{
 	localWarm: rgb(0xc4c4c4), localCold: rgb(0x969696), resident: rgb(0x5f5f5f),
-	fullPull: rgb(0xb5413a), stargzRow: rgb(0xe0872e), nbdkitCurl: rgb(0xc9a227),
+	fullPull: rgb(0xb5413a), stargzRow: rgb(0xe8a55c), stargzOptimized: rgb(0xd96f14), nbdkitCurl: rgb(0xc9a227),
 	thawPlain: rgb(0x7fb3e6), thawTrace: rgb(0x1f63b5), thawBundle: rgb(0x118a5b),
 }
 

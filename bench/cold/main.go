@@ -18,7 +18,8 @@
 //	local-cold    the same, nothing in memory
 //	resident      thaw with all in its cache that the start reads, in memory
 //	full-pull     skopeo copy, umoci unpack, run
-//	stargz        containerd with stargz-snapshotter, eStargz
+//	stargz        containerd with stargz-snapshotter (scripts/stargz), eStargz
+//	stargz-optimized   the same, made from a recorded start, as a trace is
 //	nbdkit-curl   the flat ext4 image over HTTP, by nbdkit
 //	thaw          thaw serve on an empty cache
 //	thaw-trace    the same, with a trace of an earlier start beside the image

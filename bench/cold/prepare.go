@@ -39,7 +39,6 @@ const (
 	plainName  = "plain:thaw"
 	traceName  = "trace:thaw"
 	bundleName = "bundle:thaw"
-	stargzName = "stargz:latest"
 )
 
 func (p *prepared) at(addr, name string) string { return addr + "/" + p.Name + "-" + name }

@@ -71,7 +71,7 @@ func (r *results) phases() *bench.Table {
 				name := startName(image, l.name, row)
 				first := or(r.rec.Median(name, ready+"-ns"), r.rec.Median(name, pulled+"-ns"))
 				second := or(r.rec.Median(name, mounted+"-ns"), r.rec.Median(name, unpacked+"-ns"))
-				if math.IsNaN(first) {
+				if math.IsNaN(first) && math.IsNaN(second) {
 					continue
 				}
 				cells := []string{l.name, image, row, bench.Seconds(first), bench.Seconds(second), "", "", bench.Seconds(r.seconds(image, l, row) * 1e9), bench.Seconds(r.rec.Median(name, runTime))}

@@ -20,15 +20,16 @@ type row struct {
 
 // The rows' names.
 const (
-	localWarm  = "local-warm"
-	localCold  = "local-cold"
-	resident   = "resident"
-	fullPull   = "full-pull"
-	stargzRow  = "stargz"
-	nbdkitCurl = "nbdkit-curl"
-	thawPlain  = "thaw"
-	thawTrace  = "thaw-trace"
-	thawBundle = "thaw-bundle"
+	localWarm       = "local-warm"
+	localCold       = "local-cold"
+	resident        = "resident"
+	fullPull        = "full-pull"
+	stargzRow       = "stargz"
+	stargzOptimized = "stargz-optimized"
+	nbdkitCurl      = "nbdkit-curl"
+	thawPlain       = "thaw"
+	thawTrace       = "thaw-trace"
+	thawBundle      = "thaw-bundle"
 )
 
 var (
@@ -49,7 +50,8 @@ func rows() []row {
 		{name: localCold, start: startCold},
 		{name: resident, start: startResident},
 		{name: fullPull, needs: []bench.Program{skopeo, umoci}, start: startPull},
-		{name: stargzRow, start: startStargz, timeline: true},
+		{name: stargzRow, start: startStargz(stargzRow), timeline: true},
+		{name: stargzOptimized, start: startStargz(stargzOptimized), timeline: true},
 		{name: nbdkitCurl, needs: []bench.Program{nbdkit}, start: startNBDKit, timeline: true},
 		{name: thawPlain, start: startThaw(plainName), timeline: true},
 		{name: thawTrace, start: startThaw(traceName, "--trace", "auto"), timeline: true},
@@ -75,26 +77,26 @@ func parseVariant(s string) (variant, error) {
 	return variant{name, words[0], words[1:]}, nil
 }
 
-// chooseRows are the rows that were asked for, with the variants.
+// chooseRows are the rows that were asked for, and all variants.
 func chooseRows(o options) ([]row, error) {
-	all := rows()
+	chosen := rows()
+	if o.rows != "" {
+		wanted := strings.Split(o.rows, ",")
+		for _, w := range wanted {
+			if !slices.ContainsFunc(chosen, func(r row) bool { return r.name == w }) {
+				return nil, fmt.Errorf("there is no row %q", w)
+			}
+		}
+		chosen = slices.DeleteFunc(chosen, func(r row) bool { return !slices.Contains(wanted, r.name) })
+	}
 	for _, v := range o.variants {
 		args := v.args
 		if v.base != thawPlain {
 			args = append([]string{"--trace", "auto"}, args...)
 		}
-		all = append(all, row{name: v.name, start: startThaw(bases[v.base], args...), timeline: true})
+		chosen = append(chosen, row{name: v.name, start: startThaw(bases[v.base], args...), timeline: true})
 	}
-	if o.rows == "" {
-		return all, nil
-	}
-	wanted := strings.Split(o.rows, ",")
-	for _, w := range wanted {
-		if !slices.ContainsFunc(all, func(r row) bool { return r.name == w }) {
-			return nil, fmt.Errorf("there is no row %q", w)
-		}
-	}
-	return slices.DeleteFunc(all, func(r row) bool { return !slices.Contains(wanted, r.name) }), nil
+	return chosen, nil
 }
 
 // needsOf are the programs that rows need, beside what preparing takes.
