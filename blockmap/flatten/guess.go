@@ -14,16 +14,16 @@ import (
 
 // AnnotationGuess, on the manifest of a block image, says which blocks of the
 // device a start will read first, as far as that can be told from the image
-// alone: the program of its config, what the kernel and the dynamic linker read
-// to start it, and the file system's own blocks on the way there. It is there so
-// that a start of which there is no trace need not ask for these one after the
-// other. It is a hint, in the order in which blocks will be wanted, in at most
-// 16 KiB of base64 (RFC 4648 section 4, without padding) of
+// alone: the program of its config, and what the kernel and the dynamic linker
+// read to start it. It is there so that a start of which there is no trace need
+// not ask for these one after the other. (The file system's own blocks are stream
+// 0, and need no guess.) It is a hint, in the order in which blocks will be
+// wanted, in at most 16 KiB of base64 (RFC 4648 section 4, without padding) of
 //
 //	0  1  version, 1
 //	1     ranges, at most 4096, to the end; for each
 //	          signed varint: first block, less the end of the range before
-//	          varint: blocks, not 0; at most 32768 (128 MiB) in all ranges
+//	          varint: blocks, not 0; at most 24576 (96 MiB) in all ranges
 //
 // A manifest is read before anything else, so a guess costs no request.
 const AnnotationGuess = "vnd.thaw.guess"
@@ -32,15 +32,7 @@ const (
 	guessVersion   = 1
 	maxGuessText   = 16 << 10
 	maxGuessRanges = 4096
-	maxGuessBlocks = (maxGuessFiles + maxGuessMeta) / blockSize
-
-	// maxGuessFiles bounds what is guessed of files, maxGuessMeta of the file
-	// system's own blocks, in bytes of the device. The latter compress well: all
-	// those of an image with 100,000 files are stored as one MiB, and come in one
-	// request.
-	maxGuessFiles = 96 << 20
-	maxGuessMeta  = 32 << 20
-	maxMetaStored = 2 << 20
+	maxGuessBlocks = 96 << 20 / blockSize
 )
 
 // Guess gives the guess that was made when the image was built, as extents of a
@@ -151,31 +143,17 @@ type GuessReport struct {
 	Stored int64 // bytes of these in their blobs
 }
 
-// locate turns what is wanted of files into blocks of the device, and adds the
-// file system's own.
+// locate turns what is wanted of files into blocks of the device.
 func locate(ix *blockmap.Index, wants []want) (*guess, GuessReport) {
 	g := new(guess)
 	var report GuessReport
-	// Stream 0 is the file system's, and comes first on the device.
-	meta := uint32(0)
-	for _, c := range ix.Streams[0].Chunks {
-		if n := c.Block + c.Count; n > maxGuessMeta/blockSize || c.Offset+int64(c.Stored) > maxMetaStored {
-			break
-		}
-		meta += c.Count
-	}
-	for i := 0; meta > 0 && ix.Runs[i].Stream == 0; i++ {
-		count := min(ix.Runs[i].Count, meta)
-		g.add(ix.Runs[i].Device, count)
-		meta -= count
-	}
 	// By place in the streams, which no two runs share.
 	runs := slices.Clone(ix.Runs)
 	byPlace := func(a, b blockmap.Run) int {
 		return cmp.Or(cmp.Compare(a.Stream, b.Stream), cmp.Compare(a.Block, b.Block))
 	}
 	slices.SortFunc(runs, byPlace)
-	left := uint32(maxGuessFiles / blockSize)
+	left := uint32(maxGuessBlocks)
 	files := make(map[*ext4.Inode]bool)
 	for _, w := range wants {
 		first, last := uint32(w.off/blockSize), uint32((w.off+w.n-1)/blockSize)
