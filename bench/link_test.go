@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -94,6 +95,32 @@ func TestLinkRoundTrip(t *testing.T) {
 		c.Close()
 		synctest.Wait()
 		if s := k.Stats(); s != (LinkStats{Connections: 1, Up: 2, Down: 2}) {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+// Ends of headers are counted wherever a connection's bytes are cut.
+func TestLinkCountsRequests(t *testing.T) {
+	const two = "GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nX: \r\r\n\r\n"
+	for cut := range len(two) {
+		var n atomic.Int64
+		h := headers{count: &n}
+		h.look([]byte(two[:cut]))
+		h.look([]byte(two[cut:]))
+		if n.Load() != 2 {
+			t.Errorf("%d requests when cut after %d bytes", n.Load(), cut)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		k, dial := wire(t, time.Millisecond, 1e9, answer(1))
+		c := dial()
+		go io.Copy(io.Discard, c)
+		c.Write([]byte(two))
+		time.Sleep(time.Second)
+		c.Close()
+		synctest.Wait()
+		if s := k.Stats().Sub(LinkStats{Requests: 1, Up: 10}); s.Requests != 1 || s.Up != int64(len(two)-10) {
 			t.Errorf("%+v", s)
 		}
 	})

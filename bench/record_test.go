@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -73,6 +74,38 @@ func TestRecorder(t *testing.T) {
 	}
 	if got := r.Ratio("Build/image=a b/tool=thaw", "Build/image=a b/tool=thaw", Wall); got != 1 {
 		t.Errorf("ratio %v", got)
+	}
+}
+
+func TestRead(t *testing.T) {
+	var out bytes.Buffer
+	r := NewRecorder(&out)
+	if err := r.Header("thaw/bench/x", Machine{CPU: "Some CPU"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []float64{2339541144, 1e9} {
+		if err := r.Add("Build/image=a/tool=thaw", Measure{v, Wall}, Measure{v / 8, "x-B"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := NewRecorder(&bytes.Buffer{})
+	var more []string
+	err := again.Read(strings.NewReader(out.String()+"Other line\nBenchmarkAlone\n"), func(line string) error { more = append(more, line); return nil })
+	if err != nil || !slices.Contains(more, "Other line") || !slices.Contains(more, "cpu: Some CPU") {
+		t.Fatalf("%q, %v", more, err)
+	}
+	if got := again.Names(); !slices.Equal(got, []string{"Build/image=a/tool=thaw"}) {
+		t.Errorf("names %q", got)
+	}
+	for _, unit := range []string{Wall, "x-B"} {
+		if got, want := again.Values(again.Names()[0], unit), r.Values(again.Names()[0], unit); len(got) != 2 || !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", unit, got, want)
+		}
+	}
+	for _, bad := range []string{"BenchmarkX 1 2", "BenchmarkX 1 two ns/op"} {
+		if err := again.Read(strings.NewReader("\n"+bad), nil); err == nil || !strings.Contains(err.Error(), "line 2") {
+			t.Errorf("%q: error %v", bad, err)
+		}
 	}
 }
 

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"thaw/bench"
+	"thaw/bench/benchtest"
+)
+
+func TestMain(m *testing.M) {
+	if os.Geteuid() == 0 {
+		if code, done, err := bench.Isolate(context.Background()); done || err != nil {
+			if err != nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+			os.Exit(code)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+func testBenchmark(t *testing.T, out *bytes.Buffer, o options) *benchmark {
+	t.Helper()
+	chosen, err := chooseRows(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := bench.Need(needsOf(chosen)...); err != nil {
+		t.Skip(err)
+	}
+	// Not t.TempDir: the path of a socket has at most 107 bytes.
+	dir, err := os.MkdirTemp("", "cold-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	o.links = []link{{"quick", time.Millisecond, 1e9}}
+	o.rounds, o.size, o.readAhead, o.nbdkit = 1, "64M", 128, nbdkitArgs
+	b := &benchmark{options: o, dir: dir, chosen: chosen, out: out, results: newResults(out)}
+	if b.thaw, err = bench.BuildThaw(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// All rows that need no other peer, of a small image.
+func TestRowsStart(t *testing.T) {
+	wanted := []string{localWarm, localCold, resident, fullPull, nbdkitCurl, thawPlain, thawTrace, thawBundle}
+	v, err := parseVariant("slow-ahead=thaw-trace --prefetch-rate 100M")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	b := testBenchmark(t, &out, options{rows: strings.Join(wanted, ","), variants: []variant{v}})
+	w := benchtest.Image(t)
+	if err := b.image(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range append(wanted, v.name) {
+		name := startName(w.Name, "quick", row)
+		if b.results.rec.Rounds(name, bench.Wall) != 1 || b.results.rec.Median(name, bench.Wall) <= 0 {
+			t.Errorf("no time of %s", row)
+		}
+		local := row == localWarm || row == localCold || row == resident
+		if n := b.results.rec.Median(name, requests); local != (n == 0) {
+			t.Errorf("%s: %v requests", row, n)
+		}
+	}
+	pulled, size := b.results.rec.Median(startName(w.Name, "quick", fullPull), wireBytes), b.results.rec.Median(planName(w.Name), imageUnit)
+	if pulled < size || pulled > size+10e3 {
+		t.Errorf("a full pull of %v bytes came as %v", size, pulled)
+	}
+	if b.results.timelines[startName(w.Name, "quick", thawBundle)] == nil {
+		t.Error("no timeline")
+	}
+	file := filepath.Join(t.TempDir(), "lines")
+	if err := os.WriteFile(file, out.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err := readResults([]string{file})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := again.limit(w.Name, b.links[0]), b.results.limit(w.Name, b.links[0]); got != want {
+		t.Errorf("the limit is %v, and when read again %v", want, got)
+	}
+	leftNothing(t, b)
+}
+
+// A program that answers something else fails the benchmark, which cleans up.
+func TestWrongAnswer(t *testing.T) {
+	var out bytes.Buffer
+	b := testBenchmark(t, &out, options{rows: thawPlain})
+	w := benchtest.Image(t)
+	w.Answer = "something else"
+	if err := b.image(t.Context(), w); err == nil || !strings.Contains(err.Error(), `printed "hello"`) {
+		t.Errorf("error %v", err)
+	}
+	leftNothing(t, b)
+}
+
+// leftNothing fails the test if there is more left than the program, mounts
+// among it.
+func leftNothing(t *testing.T, b *benchmark) {
+	t.Helper()
+	entries, err := os.ReadDir(b.dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != "thaw" {
+		t.Errorf("left in %s: %v, %v", b.dir, entries, err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil || strings.Contains(string(mounts), b.dir) {
+		t.Errorf("left mounted: %s, %v", mounts, err)
+	}
+}
