@@ -20,7 +20,7 @@ import (
 type Bundle struct {
 	Parts []Part
 	// Open reads the frames of all parts, one behind the other, from byte off
-	// of them to their end.
+	// of them to their end. The body lives no longer than ctx.
 	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
 	// Close, if not nil, is called when Open will not be any more.
 	Close func()
@@ -40,6 +40,9 @@ const carryTries = 3
 // that are being read and decompressed.
 const carryBytes = 8 << 20
 
+// The most that a reader waits for a bundle before its chunk is fetched alone.
+const mostPatience = 2 * time.Second
+
 // carrier is a bundle on its way. A chunk in it is a flight like any other, but
 // for its state: whoever asks for it waits for the download if that will have
 // it soon, and else has it fetched on its own.
@@ -48,11 +51,15 @@ type carrier struct {
 	first time.Time // when its first part had come; zero until then
 	base  int64     // bytes that had come by then
 	got   int64     // bytes that have come by now
+	hangs bool      // somebody has lost patience, and nothing has come since
 }
 
 // soon says whether the frame that ends at byte at, of so many bytes, comes about
 // as soon as it would alone, and how long is too long to wait for it then.
 func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration, ok bool) {
+	if c.hangs {
+		return 0, false
+	}
 	if c.first.IsZero() {
 		// What a start reads first is what a bundle begins with.
 		return 250 * time.Millisecond, at <= 2<<20
@@ -62,22 +69,25 @@ func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration,
 	eta := time.Duration(float64(at-c.got) * perByte)
 	// Alone it would share the line with the download.
 	alone := latency + time.Duration(2*float64(stored)*perByte)
-	return 2*eta + latency + 20*time.Millisecond, eta <= 2*alone
+	return min(2*eta+latency+20*time.Millisecond, mostPatience), eta <= 2*alone
 }
 
 // awaitCarrier decides what a reader of a carried chunk waits for. f.mu is held,
 // and dispatch is called behind it.
 func (f *Fetcher) awaitCarrier(fl *flight) {
-	patience, ok := fl.carrier.soon(time.Now(), fl.at, int64(fl.chunk().Stored))
+	c := fl.carrier
+	patience, ok := c.soon(time.Now(), fl.at, int64(fl.chunk().Stored))
 	if !ok {
-		f.enqueue(fl)
+		f.board(fl)
 		return
 	}
+	got := c.got
 	fl.late = time.AfterFunc(patience, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		if fl.state == carried && !f.mu.closed {
-			f.enqueue(fl)
+			c.hangs = c.got == got
+			f.board(fl)
 			f.dispatch()
 		}
 	})
@@ -92,10 +102,24 @@ func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, 
 	if bundle.Close != nil {
 		defer bundle.Close()
 	}
+	f.mu.Lock()
+	if f.mu.closed {
+		f.mu.Unlock()
+		return blockmap.ErrClosed
+	}
+	f.wg.Add(1) // Close waits for what is being decompressed
+	f.mu.Unlock()
+	defer f.wg.Done()
 	for _, p := range bundle.Parts {
 		here := true
 		for _, w := range p.Wants {
-			here = (w.Stream.Has(w.Chunk) || w.Stream.FillLocal(w.Chunk)) && here
+			switch {
+			case w.Stream.Has(w.Chunk):
+			case w.Stream.FillLocal(w.Chunk):
+				f.local.Add(1)
+			default:
+				here = false
+			}
 		}
 		if here {
 			done(p)
@@ -137,6 +161,7 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 	if lacking <= at/2 {
 		return nil, nil
 	}
+	f.mu.carriers++
 	f.mu.active.add(1, carryBytes)
 	f.mu.ahead.add(1, carryBytes)
 	flights = make([]*flight, 0, len(bundle.Parts))
@@ -150,7 +175,7 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 			k := key{w.Stream, w.Chunk}
 			fl := f.mu.flights[k]
 			if fl == nil {
-				fl = &flight{key: k, source: source{o, w.Table}, began: time.Now(), done: make(chan struct{})}
+				fl = &flight{key: k, source: source{o, w.Table}, done: make(chan struct{})}
 				f.mu.flights[k] = fl
 				if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
 					f.mu.contents[digest] = fl
@@ -164,20 +189,21 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 }
 
 // disembark queues what the bundle did not bring: all of it, or what somebody
-// waits for where nobody is to prefetch any more.
+// else wants where it was stopped.
 func (f *Fetcher) disembark(flights []*flight, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.mu.carriers--
 	f.mu.active.add(-1, -carryBytes)
 	f.mu.ahead.add(-1, -carryBytes)
 	for _, fl := range flights {
 		if fl.state != carried {
 			continue
 		}
-		if stopped && !fl.demand {
+		if stopped && !fl.demand && fl.wanted == 0 {
 			f.end(fl, context.Canceled)
 		} else {
-			f.enqueue(fl)
+			f.board(fl)
 		}
 	}
 	f.dispatch()
@@ -192,7 +218,8 @@ func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, miss
 	for try := 0; ; try++ {
 		began := next
 		err := f.downloadFrom(ctx, c, bundle, missing, limit, done, &next, &off)
-		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.Is(err, blockmap.ErrNoSpace) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.Is(err, blockmap.ErrNoSpace) || ctx.Err() != nil ||
+			next == len(bundle.Parts) {
 			return err
 		}
 		if next > began {
@@ -254,7 +281,7 @@ func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, 
 		if c.first.IsZero() {
 			c.first, c.base = time.Now(), *off
 		}
-		c.got = *off
+		c.got, c.hangs = *off, false
 		f.mu.Unlock()
 		if frame == nil {
 			continue
@@ -280,16 +307,19 @@ func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, 
 
 // deliver stores a part wherever it is wanted, and wakes who waits for it.
 func (f *Fetcher) deliver(p Part, frame []byte) error {
-	size := p.Wants[0].Table.Chunks[p.Wants[0].Chunk].Size()
-	buf := f.buffer(size)
-	defer f.buffers.Put(buf)
-	content, err := f.zstd.DecodeAll(frame, (*buf)[:0:size])
-	if err != nil {
-		f.wrong.Add(1)
-		return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
-	}
+	var content []byte
 	for _, w := range p.Wants {
 		if !w.Stream.Has(w.Chunk) {
+			if content == nil { // else somebody could not wait, and has fetched it
+				size := w.Table.Chunks[w.Chunk].Size()
+				buf := f.buffer(size)
+				defer f.buffers.Put(buf)
+				var err error
+				if content, err = f.zstd.DecodeAll(frame, (*buf)[:0:size]); err != nil {
+					f.wrong.Add(1)
+					return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
+				}
+			}
 			if err := w.Stream.Fill(w.Chunk, content); err != nil {
 				if errors.Is(err, blockmap.ErrDigest) {
 					f.wrong.Add(1)

@@ -97,6 +97,7 @@ type Fetcher struct {
 		prefetch []*flight
 		active   load
 		ahead    load // the part of active that nobody waits for
+		carriers int  // the part of both that are bundles
 	}
 }
 
@@ -193,7 +194,7 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	if r := b.ahead.Load(); r != nil {
 		ahead = r.after(wants)
 	}
-	for _, fl := range b.f.join(wants, ahead, b.origin) {
+	for _, fl := range b.f.join(wants, ahead, b.origin)[:len(wants)] { // nobody waits for the others
 		if fl == nil {
 			continue
 		}

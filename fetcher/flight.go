@@ -12,8 +12,9 @@ type flight struct {
 	source source
 	others []source // further places that readers who joined know of
 	demand bool     // somebody waits
+	wanted int      // by so many prefetches, less those that were taken back
 	state  state
-	began  time.Time
+	began  time.Time // its first try, or when somebody began to wait
 	tries  int
 	wrong  int
 
@@ -77,31 +78,25 @@ func (f *Fetcher) flight(w blockmap.Want, o Origin, demand bool) *flight {
 		}
 		if demand {
 			f.promote(fl)
+		} else {
+			fl.wanted++
 		}
 		return fl
 	}
 	if w.Stream.Has(w.Chunk) {
 		return nil
 	}
-	fl := &flight{key: k, source: src, demand: demand, began: time.Now(), done: make(chan struct{})}
+	fl := &flight{key: k, source: src, demand: demand, done: make(chan struct{})}
+	if !demand {
+		fl.wanted = 1
+	}
 	if f.mu.closed {
 		fl.err = blockmap.ErrClosed
 		close(fl.done)
 		return fl
 	}
 	f.mu.flights[k] = fl
-	digest := fl.chunk().Digest
-	leader := f.mu.contents[digest]
-	if leader == nil {
-		f.mu.contents[digest] = fl
-		f.enqueue(fl)
-		return fl
-	}
-	fl.state = following
-	leader.followers = append(leader.followers, fl)
-	if demand {
-		f.promote(leader)
-	}
+	f.board(fl)
 	return fl
 }
 
@@ -112,6 +107,7 @@ func (f *Fetcher) promote(fl *flight) {
 		return
 	}
 	fl.demand = true
+	fl.began = time.Now()
 	switch fl.state {
 	case queued:
 		f.mu.demand = append(f.mu.demand, fl)
@@ -122,6 +118,30 @@ func (f *Fetcher) promote(fl *flight) {
 			f.promote(leader)
 		}
 	}
+}
+
+// board has a flight be fetched: alone, or behind one that brings its content
+// already. A flight that a bundle was to bring has had enough of waiting for
+// such. f.mu is held, and dispatch is called behind it.
+func (f *Fetcher) board(fl *flight) {
+	digest := fl.chunk().Digest
+	leader := f.mu.contents[digest]
+	switch {
+	case leader == fl || leader == nil:
+	case leader.state == carried && fl.state == carried:
+		fl.followers = append(fl.followers, leader.followers...)
+		leader.followers = nil
+	default:
+		fl.state = following
+		leader.followers = append(append(leader.followers, fl), fl.followers...)
+		fl.followers = nil
+		if fl.demand {
+			f.promote(leader)
+		}
+		return
+	}
+	f.mu.contents[digest] = fl
+	f.enqueue(fl)
 }
 
 func (f *Fetcher) enqueue(fl *flight) {
@@ -151,11 +171,12 @@ func (f *Fetcher) dispatch() {
 		for _, fl := range batch {
 			bytes += fl.cost()
 		}
-		// One request is always let through, however large its chunk is.
-		if a := &f.mu.active; a.requests > 0 && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
+		// One request is always let through, however large its chunk is, and
+		// whatever bundle hangs.
+		if a := &f.mu.active; a.requests > f.mu.carriers && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
 			return
 		}
-		if a := &f.mu.ahead; !demand && a.requests > 0 &&
+		if a := &f.mu.ahead; !demand && a.requests > f.mu.carriers &&
 			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
 				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare) {
 			return
@@ -167,6 +188,9 @@ func (f *Fetcher) dispatch() {
 		f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.active.requests)))
 		for _, fl := range batch {
 			fl.state = running
+			if fl.tries == 0 {
+				fl.began = time.Now()
+			}
 		}
 		f.wg.Go(func() {
 			f.request(batch)
@@ -230,12 +254,14 @@ func (f *Fetcher) gather(first *flight) []*flight {
 	return batch
 }
 
-// forget ends the flights that nobody waits for and that have not started.
-func (f *Fetcher) forget(flights map[*flight]bool, err error) {
+// forget takes back prefetches, each of which joined a flight so many times. It
+// ends the flights that nobody else wants and that have not started.
+func (f *Fetcher) forget(flights map[*flight]int, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for fl := range flights {
-		if !fl.demand && fl.state != running {
+	for fl, n := range flights {
+		fl.wanted -= n
+		if fl.wanted == 0 && !fl.demand && fl.state != running && fl.state != carried {
 			f.end(fl, err)
 		}
 	}
@@ -262,21 +288,15 @@ func (f *Fetcher) end(fl *flight, err error) {
 	}
 	// Their content is here now, to be copied; or else they try themselves,
 	// the first of them for all.
-	for i, follower := range fl.followers {
-		if follower.state != following {
-			continue
-		}
-		if err == nil {
-			f.enqueue(follower)
-			continue
-		}
-		follower.followers = fl.followers[i+1:]
-		for _, x := range follower.followers {
-			follower.demand = follower.demand || x.demand && x.state == following
-		}
-		f.mu.contents[follower.chunk().Digest] = follower
-		f.enqueue(follower)
-		break
-	}
+	followers := fl.followers
 	fl.followers = nil
+	for _, follower := range followers {
+		switch {
+		case follower.state != following:
+		case err == nil:
+			f.enqueue(follower)
+		default:
+			f.board(follower)
+		}
+	}
 }

@@ -44,7 +44,7 @@ type ReplayProgress struct {
 	Chunks, Bytes         int64 // of the list, the bundle's included
 	DoneChunks, DoneBytes int64 // here, whoever brought them
 	Failed                int64 // chunks that could not be had
-	Err                   error // of the first of them
+	Err                   error // of the first of them, or why it was ended
 	Began, Ended          time.Time
 }
 
@@ -91,7 +91,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	defer cancel()
 	pace := newPace(o.Window, time.Now())
 	landed := make(chan landing)
-	flying := make(map[*flight]bool)
+	flying := make(map[*flight]int)
 	var ahead int64
 	ask := func(n int) error {
 		var bytes int64
@@ -104,7 +104,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			l := landing{wants[i], fl}
 			bytes += stored(l.want)
 			if fl != nil {
-				flying[fl] = true
+				flying[fl]++
 			}
 			wg.Go(func() { l.await(ctx, landed) })
 		}
@@ -135,6 +135,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			r.update(l.count)
 		case <-ctx.Done():
 			b.f.forget(flying, context.Cause(ctx))
+			r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, context.Cause(ctx)) })
 			return
 		}
 	}
@@ -162,14 +163,14 @@ func (l landing) await(ctx context.Context, landed chan<- landing) {
 }
 
 func (l landing) count(p *ReplayProgress) {
-	switch {
-	case l.want.Stream.Has(l.want.Chunk):
-		p.DoneChunks++
-		p.DoneBytes += stored(l.want)
-	case l.flight != nil && l.flight.err != nil:
+	if l.flight != nil && l.flight.err != nil && !l.want.Stream.Has(l.want.Chunk) {
 		p.Failed++
 		p.Err = cmp.Or(p.Err, l.flight.err)
+		return
 	}
+	// It may have had to go again, if the cache is small.
+	p.DoneChunks++
+	p.DoneBytes += stored(l.want)
 }
 
 // carry downloads the bundle, and returns those of wants that it did not bring.
