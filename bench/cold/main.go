@@ -14,16 +14,16 @@
 //
 // The rows:
 //
-//	local-warm    the flat ext4 image on a local disk, all of it in memory
-//	local-cold    the same, nothing in memory
-//	resident      thaw with all in its cache that the start reads, in memory
-//	full-pull     skopeo copy, umoci unpack, run
-//	stargz        containerd with stargz-snapshotter (scripts/stargz), eStargz
+//	local-warm         the flat ext4 image on a local disk, all of it in memory
+//	local-cold         the same, nothing in memory
+//	resident           thaw with all in its cache that the start reads, in memory
+//	full-pull          skopeo copy, umoci unpack, run
+//	stargz             containerd with stargz-snapshotter (scripts/stargz), eStargz
 //	stargz-optimized   the same, made from a recorded start, as a trace is
-//	nbdkit-curl   the flat ext4 image over HTTP, by nbdkit
-//	thaw          thaw serve on an empty cache
-//	thaw-trace    the same, with a trace of an earlier start beside the image
-//	thaw-bundle   the same, with a bundle beside it
+//	nbdkit-curl        the flat ext4 image over HTTP, by nbdkit
+//	thaw               thaw serve on an empty cache
+//	thaw-trace         the same, with a trace of an earlier start beside the image
+//	thaw-bundle        the same, with a bundle beside it
 //
 // The limit, which no start by this transport over this link can beat, is the
 // longer of two times: that of resident, and what the line takes for the
@@ -64,6 +64,7 @@ type options struct {
 	buildArgs string
 	variants  []variant
 	nbdkit    string
+	keep      string
 	size      string
 	readAhead int
 	quiet     time.Duration
@@ -91,6 +92,7 @@ func main() {
 		o.variants = append(o.variants, v)
 		return err
 	})
+	flag.StringVar(&o.keep, "keep", "", "directory where images converted to eStargz are kept for later runs: that takes minutes")
 	flag.StringVar(&o.nbdkit, "nbdkit-args", nbdkitArgs, "arguments for nbdkit and its curl plugin, besides what is served and where")
 	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
 	flag.IntVar(&o.readAhead, "readahead", 128, "KiB that the kernel reads ahead")
@@ -109,7 +111,7 @@ func main() {
 func run(ctx context.Context, o options, args []string) (code int, err error) {
 	if o.table {
 		if len(args) == 0 {
-			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILE...")
+			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILE, and more of them")
 		}
 		r, err := readResults(args)
 		if err != nil {

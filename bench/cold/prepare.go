@@ -22,6 +22,7 @@ import (
 // prepared is an image in all the forms that rows start it from.
 type prepared struct {
 	bench.Workload
+	digest   v1.Hash // of the image's manifest
 	registry *bench.Registry
 	files    *fileServer // of the flat image
 	flat     string      // the same, on the disk
@@ -63,6 +64,9 @@ func (b *benchmark) prepare(ctx context.Context, w bench.Workload) (p *prepared,
 	}
 	img, err := bench.Push(ctx, w.Dir, "latest", p.direct(sourceName))
 	if err != nil {
+		return p, err
+	}
+	if p.digest, err = img.Digest(); err != nil {
 		return p, err
 	}
 	size, err := pullSize(img)

@@ -7,6 +7,11 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
 	"thaw/bench"
 )
 
@@ -30,6 +35,21 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 		}
 		return b.results.note("left out: " + err.Error())
 	}
+	missing := false
+	for row, tag := range stargzNames {
+		if !b.wants(row) {
+			continue
+		}
+		kept := b.kept(p, row)
+		if _, err := os.Stat(filepath.Join(kept, "oci-layout")); kept == "" || err != nil {
+			missing = true
+		} else if _, err := bench.Push(ctx, kept, "latest", p.direct(tag)); err != nil {
+			return err
+		}
+	}
+	if !missing {
+		return nil
+	}
 	dir := filepath.Join(p.dir, "stargz")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
@@ -45,18 +65,64 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 		}
 	}()
 	from := p.direct(sourceName)
-	if b.wants(stargzRow) {
-		if err := s.Convert(ctx, from, p.direct(stargzNames[stargzRow])); err != nil {
+	for row, tag := range stargzNames {
+		if !b.wants(row) {
+			continue
+		}
+		to := p.direct(tag)
+		if row == stargzOptimized {
+			err = s.Optimize(ctx, from, to, bench.Start)
+		} else {
+			err = s.Convert(ctx, from, to)
+		}
+		if err == nil {
+			err = keep(ctx, to, b.kept(p, row))
+		}
+		if err != nil {
 			return err
 		}
+		progress("%s: converted for %s", p.Name, row)
 	}
-	if b.wants(stargzOptimized) {
-		if err := s.Optimize(ctx, from, p.direct(stargzNames[stargzOptimized]), bench.Start); err != nil {
-			return err
-		}
-	}
-	progress("%s: converted to eStargz", p.Name)
 	return nil
+}
+
+// kept is where a converted image is kept between runs; empty: it is not.
+func (b *benchmark) kept(p *prepared, row string) string {
+	if b.keep == "" {
+		return ""
+	}
+	return filepath.Join(b.keep, p.Name+"-"+p.digest.Hex[:12]+"-"+row)
+}
+
+// keep copies an image of the registry to a layout, unless that has no name.
+func keep(ctx context.Context, ref, dir string) error {
+	if dir == "" {
+		return nil
+	}
+	r, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		return err
+	}
+	img, err := remote.Image(r, remote.WithContext(ctx))
+	if err != nil {
+		return err
+	}
+	// Under its name only when it is whole.
+	part := dir + ".part"
+	if err := os.RemoveAll(part); err != nil {
+		return err
+	}
+	l, err := layout.Write(part, empty.Index)
+	if err != nil {
+		return err
+	}
+	if err := l.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "latest"})); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	return os.Rename(part, dir)
 }
 
 // startStargz pulls lazily, and runs. The daemons run before, as they do on a
