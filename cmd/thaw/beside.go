@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -34,6 +35,8 @@ const (
 
 	// maxTraces is how many traces of an image are looked at, the last ones.
 	maxTraces = 32
+	// maxBundles is how many of its bundles are tried, the last one first.
+	maxBundles = 8
 )
 
 // beside is what lies beside an image for its starts: descriptors of manifests,
@@ -51,6 +54,7 @@ func findBeside(ctx context.Context, b *blockImage) (beside, error) {
 		}
 	}
 	found.traces = found.traces[max(0, len(found.traces)-maxTraces):]
+	found.bundles = found.bundles[max(0, len(found.bundles)-maxBundles):]
 	return found, err
 }
 
@@ -81,6 +85,9 @@ func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, medi
 func storedTraces(ctx context.Context, b *blockImage, manifests []v1.Descriptor, log *slog.Logger) (traces []*tracefile.Trace) {
 	for _, d := range manifests {
 		trace, err := storedTrace(ctx, b, d)
+		if ctx.Err() != nil {
+			return nil // nobody has a use for any
+		}
 		if err != nil {
 			log.Warn("a stored trace is of no use", "image", b.name, "manifest", d.Digest.String(), "cause", err)
 			continue
@@ -178,11 +185,18 @@ type storedBundle struct {
 	layer v1.Descriptor
 	begin int64 // of the first frame
 	body  io.ReadCloser
+	end   context.CancelFunc // of body
 }
 
 // openBundle asks for the whole of a bundle and reads its head.
 func openBundle(ctx context.Context, b *blockImage, d v1.Descriptor) (s *storedBundle, err error) {
-	s = &storedBundle{repo: b.repo}
+	ctx, end := context.WithCancel(ctx)
+	s = &storedBundle{repo: b.repo, end: end}
+	defer func() {
+		if err != nil {
+			end()
+		}
+	}()
 	if s.layer, err = storedLayer(ctx, b.repo, d, mediaTypeBundle); err != nil {
 		return nil, err
 	}
@@ -208,6 +222,9 @@ func (s *storedBundle) of(ix *blockmap.Index, cache *blockmap.Cache) (*fetcher.B
 	if err != nil {
 		return nil, err
 	}
+	if !slices.ContainsFunc(wants, func(places []blockmap.Want) bool { return len(places) > 0 }) {
+		return nil, fmt.Errorf("none of its %d parts is in the image", len(wants))
+	}
 	f := &fetcher.Bundle{Open: s.open, Close: s.close}
 	for i, p := range s.head.Parts {
 		f.Parts = append(f.Parts, fetcher.Part{Stored: int64(p.Stored), Wants: wants[i]})
@@ -220,6 +237,7 @@ func (s *storedBundle) open(ctx context.Context, off int64) (io.ReadCloser, erro
 	if body := s.body; body != nil {
 		s.body = nil
 		if off == 0 {
+			context.AfterFunc(ctx, s.end)
 			return body, nil
 		}
 		body.Close()
@@ -232,6 +250,7 @@ func (s *storedBundle) close() {
 		s.body.Close()
 		s.body = nil
 	}
+	s.end()
 }
 
 // pushTrace stores a trace beside its image.

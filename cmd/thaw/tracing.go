@@ -189,7 +189,11 @@ func (s *start) attach(image *openImage) (blockmap.Device, error) {
 	if load(); s.replay != nil && t.record == "" {
 		return image.Image, nil
 	}
-	return s.startRecording(image)
+	device, err := s.startRecording(image)
+	if err != nil {
+		s.stop()
+	}
+	return device, err
 }
 
 // load starts to fetch what bundles and traces say.
@@ -230,6 +234,9 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 				return b
 			}
 			stored.close()
+		}
+		if s.ctx.Err() != nil {
+			return nil
 		}
 		s.t.log.Warn("a bundle is of no use", "image", s.image.name, "manifest", d.Digest.String(), "cause", err)
 	}
@@ -296,7 +303,7 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []*tracefile.Trace, err error) {
 	found, err := readNamed(ctx, t.opener.client, t.opener.platform, t.log, use)
 	for _, r := range found {
-		if r.Cut != nil {
+		if r.Cut != nil && r.of == nil { // storedTraces has said so of the others
 			t.log.Warn("a trace ends early; what there is of it is used", "trace", use, "cause", r.Cut)
 		}
 		if r.of == nil {
