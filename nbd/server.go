@@ -53,9 +53,9 @@ type Server struct {
 	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
 	MaxInFlightBytes int64 // their bytes, 0: DefaultMaxInFlightBytes; one request is always let in
 
-	bufs     buffers
-	sleepers atomic.Int32   // connections whose thread waits, see pace
-	wg       sync.WaitGroup // connections
+	bufs    buffers
+	clients atomic.Int32   // connections in mu.conns, see pace
+	wg      sync.WaitGroup // connections
 
 	mu struct {
 		sync.Mutex
@@ -164,6 +164,7 @@ func (s *Server) start(nc net.Conn) {
 	}
 	s.mu.past.Accepted++
 	s.mu.conns[c] = struct{}{}
+	s.clients.Store(int32(len(s.mu.conns)))
 	ctx := s.mu.ctx
 	s.wg.Add(1)
 	s.mu.Unlock()
@@ -174,6 +175,7 @@ func (s *Server) start(nc net.Conn) {
 		s.mu.Lock()
 		s.mu.past.add(c.counts.load())
 		delete(s.mu.conns, c)
+		s.clients.Store(int32(len(s.mu.conns)))
 		s.mu.Unlock()
 	}()
 }

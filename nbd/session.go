@@ -90,7 +90,7 @@ func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session 
 	s := &session{
 		c:          c,
 		nc:         h.nc,
-		w:          newWire(h.nc, cmp.Or(c.srv.WriteTimeout, DefaultWriteTimeout), &c.srv.sleepers),
+		w:          newWire(h.nc, cmp.Or(c.srv.WriteTimeout, DefaultWriteTimeout), &c.srv.clients),
 		log:        h.log.With("export", h.export.Name),
 		cancel:     cancel,
 		dev:        h.export.Device,

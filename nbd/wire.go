@@ -24,11 +24,11 @@ type wire interface {
 	writev(bufs [][]byte) error
 }
 
-func newWire(nc net.Conn, timeout time.Duration, sleepers *atomic.Int32) wire {
+func newWire(nc net.Conn, timeout time.Duration, clients *atomic.Int32) wire {
 	switch nc.(type) {
 	case *net.UnixConn, *net.TCPConn:
 		if rc, err := nc.(syscall.Conn).SyscallConn(); err == nil {
-			return newSocket(nc, rc, timeout, sleepers)
+			return newSocket(nc, rc, timeout, clients)
 		}
 	}
 	return &stream{nc: nc, timeout: timeout}
@@ -51,6 +51,7 @@ type socket struct {
 	pace          pace
 	parked        bool // the read at hand has been
 	poll          [1]unix.PollFd
+	sleep         unix.Timespec
 
 	// For the writer.
 	writeFn func(fd uintptr) bool
@@ -67,9 +68,9 @@ const unixSendBuffer = 512 << 10
 // maxIov is UIO_MAXIOV of Linux.
 const maxIov = 1024
 
-func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, sleepers *atomic.Int32) *socket {
+func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, clients *atomic.Int32) *socket {
 	s := &socket{nc: nc, rc: rc, timeout: timeout}
-	s.pace.sleepers = sleepers
+	s.pace.clients = clients
 	if u, ok := nc.(*net.UnixConn); ok {
 		// Room for two replies of a large read. TCP finds its own size.
 		u.SetWriteBuffer(unixSendBuffer)
@@ -106,10 +107,10 @@ func (s *socket) readOnce(fd uintptr) (done bool) {
 	if e == unix.EAGAIN && !s.parked && s.pace.stay() {
 		s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 		// An error is as good as a timeout: then it is parked.
-		if n, _ := unix.Poll(s.poll[:], sleepMillis); n > 0 {
+		s.sleep = unix.NsecToTimespec(int64(longestSleep))
+		if n, _ := unix.Ppoll(s.poll[:], &s.sleep, nil); n > 0 {
 			e = s.sysRead(fd)
 		}
-		s.pace.leave()
 		slept = true
 	}
 	if e == unix.EAGAIN {
