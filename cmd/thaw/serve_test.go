@@ -236,7 +236,7 @@ func TestReadErrors(t *testing.T) {
 	ref := p.host() + "/team/app:v1"
 	push(t, ref, sample(t))
 	must(t, "build", "--size", "128M", ref)
-	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--fetch-ahead", "none")
 	lost := true
 	p.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if lost && r.Header.Get("Range") != "" {
@@ -330,7 +330,7 @@ func TestTermFinishesWhatIsInFlight(t *testing.T) {
 	ref := p.host() + "/team/app:v1"
 	push(t, ref, sample(t))
 	must(t, "build", "--size", "128M", ref)
-	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--fetch-ahead", "none")
 	asked, release := make(chan bool, 100), make(chan bool)
 	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.Header.Get("Range") != "" {
@@ -375,7 +375,7 @@ func TestManyInFlightOnOneConnection(t *testing.T) {
 	ref := p.host() + "/team/app:v1"
 	push(t, ref, imageOf(t, layerOf(t, file{name: "big", data: random(1, 16<<20)})))
 	must(t, "build", "--size", "64M", "--chunk-size", "64K", ref)
-	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--fetch-ahead", "none")
 	var now atomic.Int64
 	enough := make(chan struct{})
 	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
