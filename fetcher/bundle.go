@@ -22,6 +22,9 @@ type Bundle struct {
 	// Open reads the frames of all parts, one behind the other, from byte off
 	// of them to their end. The body lives no longer than ctx.
 	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
+	// Asked is when the body that Open gives first was asked for; zero if that is
+	// when Open is called.
+	Asked time.Time
 	// Close, if not nil, is called when Open will not be any more.
 	Close func()
 }
@@ -128,7 +131,10 @@ func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
-	c := &carrier{asked: time.Now()}
+	c := &carrier{asked: bundle.Asked}
+	if c.asked.IsZero() {
+		c.asked = time.Now()
+	}
 	flights, missing := f.embark(c, bundle, b.origin)
 	if flights == nil {
 		return nil
@@ -162,8 +168,8 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 		return nil, nil
 	}
 	f.mu.carriers++
-	f.mu.active.add(1, carryBytes)
-	f.mu.ahead.add(1, carryBytes)
+	f.mu.active.add(1, carryBytes, 0)
+	f.mu.ahead.add(1, carryBytes, 0)
 	flights = make([]*flight, 0, len(bundle.Parts))
 	at = 0
 	for i, p := range bundle.Parts {
@@ -175,7 +181,8 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 			k := key{w.Stream, w.Chunk}
 			fl := f.mu.flights[k]
 			if fl == nil {
-				fl = &flight{key: k, source: source{o, w.Table}, done: make(chan struct{})}
+				f.mu.turns++
+				fl = &flight{key: k, source: source{o, w.Table}, turn: f.mu.turns, done: make(chan struct{})}
 				f.mu.flights[k] = fl
 				if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
 					f.mu.contents[digest] = fl
@@ -194,8 +201,8 @@ func (f *Fetcher) disembark(flights []*flight, stopped bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mu.carriers--
-	f.mu.active.add(-1, -carryBytes)
-	f.mu.ahead.add(-1, -carryBytes)
+	f.mu.active.add(-1, -carryBytes, 0)
+	f.mu.ahead.add(-1, -carryBytes, 0)
 	for _, fl := range flights {
 		if fl.state != carried {
 			continue
@@ -231,7 +238,7 @@ func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, miss
 		f.retries.Add(1)
 		f.log.Debug("the bundle broke off; it is taken up again", "cause", err, "part", next, "of", len(bundle.Parts))
 		select {
-		case <-time.After(f.o.Backoff << try):
+		case <-time.After(f.heed(err, f.o.Backoff<<try)):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

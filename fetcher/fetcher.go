@@ -75,6 +75,9 @@ type Stats struct {
 // lies twice is not believed a fourth time.
 const wrongTries = 4
 
+// spaceTries bounds how often room is looked for that a reader waits for.
+const spaceTries = 4
+
 // Fetcher is the scheduler.
 type Fetcher struct {
 	o       Options
@@ -91,13 +94,15 @@ type Fetcher struct {
 	mu struct {
 		sync.Mutex
 		closed   bool
+		turns    int64 // that were given out
 		flights  map[key]*flight
 		contents map[blockmap.Digest]*flight // the one that brings each content
 		demand   []*flight                   // in order of arrival; those that have started are skipped
 		prefetch []*flight
 		active   load
-		ahead    load // the part of active that nobody waits for
-		carriers int  // the part of both that are bundles
+		ahead    load  // the part of active that nobody waits for
+		pace     *pace // of that part
+		carriers int   // the part of both that are bundles
 	}
 }
 
@@ -110,10 +115,11 @@ type key struct {
 // load is what requests in flight take.
 type load struct {
 	requests int
-	bytes    int64
+	bytes    int64 // of memory
+	stored   int64 // on the line
 }
 
-func (l *load) add(n int, bytes int64) { l.requests += n; l.bytes += bytes }
+func (l *load) add(n int, bytes, stored int64) { l.requests += n; l.bytes += bytes; l.stored += stored }
 
 // New makes a Fetcher, to be closed.
 func New(o Options) *Fetcher {
@@ -134,6 +140,7 @@ func New(o Options) *Fetcher {
 	}
 	f := &Fetcher{o: o, log: o.Log, zstd: dec, decode: make(chan struct{}, runtime.GOMAXPROCS(0))}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
+	f.mu.pace = newPace(int64(float64(o.MaxBytes) * o.PrefetchShare))
 	f.mu.flights = make(map[key]*flight)
 	f.mu.contents = make(map[blockmap.Digest]*flight)
 	return f

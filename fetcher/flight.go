@@ -14,6 +14,7 @@ type flight struct {
 	demand bool     // somebody waits
 	wanted int      // by so many prefetches, less those that were taken back
 	state  state
+	turn   int64     // its place among all that were ever asked for
 	began  time.Time // its first try, or when somebody began to wait
 	tries  int
 	wrong  int
@@ -86,7 +87,8 @@ func (f *Fetcher) flight(w blockmap.Want, o Origin, demand bool) *flight {
 	if w.Stream.Has(w.Chunk) {
 		return nil
 	}
-	fl := &flight{key: k, source: src, demand: demand, done: make(chan struct{})}
+	f.mu.turns++
+	fl := &flight{key: k, source: src, demand: demand, turn: f.mu.turns, done: make(chan struct{})}
 	if !demand {
 		fl.wanted = 1
 	}
@@ -167,9 +169,10 @@ func (f *Fetcher) dispatch() {
 			}
 		}
 		batch := f.gather((*q)[0])
-		var bytes int64
+		var bytes, stored int64
 		for _, fl := range batch {
 			bytes += fl.cost()
+			stored += int64(fl.chunk().Stored)
 		}
 		// One request is always let through, however large its chunk is, and
 		// whatever bundle hangs.
@@ -178,12 +181,16 @@ func (f *Fetcher) dispatch() {
 		}
 		if a := &f.mu.ahead; !demand && a.requests > f.mu.carriers &&
 			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
-				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare) {
+				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare ||
+				a.requests >= f.mu.carriers+pacedRequests && a.stored+stored > f.mu.pace.window()) {
 			return
 		}
-		f.mu.active.add(1, bytes)
+		if f.mu.active.requests == f.mu.carriers {
+			f.mu.pace.resume()
+		}
+		f.mu.active.add(1, bytes, stored)
 		if !demand {
-			f.mu.ahead.add(1, bytes)
+			f.mu.ahead.add(1, bytes, stored)
 		}
 		f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.active.requests)))
 		for _, fl := range batch {
@@ -196,9 +203,9 @@ func (f *Fetcher) dispatch() {
 			f.request(batch)
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.mu.active.add(-1, -bytes)
+			f.mu.active.add(-1, -bytes, -stored)
 			if !demand {
-				f.mu.ahead.add(-1, -bytes)
+				f.mu.ahead.add(-1, -bytes, -stored)
 			}
 			f.dispatch()
 		})
@@ -214,15 +221,29 @@ func skipStarted(q *[]*flight) {
 	}
 }
 
+// pacedRequests are always in flight, however large they are: each of them leaves
+// the line idle for a round trip.
+const pacedRequests = 5
+
+// nearTurns is how far from its turn a chunk may be fetched that nobody waits for.
+const nearTurns = 8
+
 // gather collects the flights that can share a request with first: its queued
 // neighbours in the blob. Those that nobody waits for only come behind it, so
 // that they hold up nothing.
 func (f *Fetcher) gather(first *flight) []*flight {
 	batch := []*flight{first}
 	bytes := int64(first.chunk().Stored)
+	// What nobody waits for comes in several requests at once, with neighbours
+	// whose turn is near, so that it comes about in its order.
+	most := min(f.o.MaxRequest, f.mu.pace.window()/4)
 	neighbour := func(of *flight, step int) *flight {
 		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
-		if fl == nil || fl.state != queued || fl.source != first.source || bytes+int64(fl.chunk().Stored) > f.o.MaxRequest {
+		if fl == nil || fl.state != queued || fl.source != first.source ||
+			!fl.demand && (fl.turn < first.turn-nearTurns || fl.turn > first.turn+nearTurns) {
+			return nil
+		}
+		if n := bytes + int64(fl.chunk().Stored); n > f.o.MaxRequest || n > most && !fl.demand {
 			return nil
 		}
 		a, b := of.chunk(), fl.chunk()

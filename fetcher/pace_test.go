@@ -28,16 +28,16 @@ func TestPace(t *testing.T) {
 	line := func(window int64) float64 { return min(latency(window), 50<<20) } // 50 MiB/s: 5 MiB fill it
 	flat := func(int64) float64 { return 10 << 20 }
 
-	p := newPace(most, now)
-	if w := p.run(&now, 6, latency); w[0] != 2<<20 || w[3] != most || w[5] != most/2 && w[5] != most {
+	p := newPace(most)
+	if w := p.run(&now, 7, latency); w[1] != 2<<20 || w[4] != most || w[6] != most/2 && w[6] != most {
 		t.Errorf("where more in flight is always faster: %v", w)
 	}
-	p = newPace(most, now)
+	p = newPace(most)
 	w := p.run(&now, 12, line)
-	if last := w[len(w)-1]; last < 5<<20 || last > 8<<20 {
+	if last := w[len(w)-1]; last < 4<<20 || last > 8<<20 {
 		t.Errorf("on a line that 5 MiB fill: %v", w)
 	}
-	p = newPace(most, now)
+	p = newPace(most)
 	if w := p.run(&now, 12, flat); w[len(w)-1] != leastWindow {
 		t.Errorf("where it never gets faster: %v", w)
 	}
@@ -46,7 +46,7 @@ func TestPace(t *testing.T) {
 		t.Errorf("where it has become faster: %v", w)
 	}
 	for _, most := range []int64{1, 100, leastWindow - 1, leastWindow, 3 * leastWindow} {
-		p := newPace(most, now)
+		p := newPace(most)
 		for _, speed := range []func(int64) float64{latency, flat, line} {
 			for _, w := range append(p.run(&now, 8, speed), p.window()) {
 				if w < min(most, leastWindow) || w > most {
@@ -56,7 +56,7 @@ func TestPace(t *testing.T) {
 		}
 	}
 	// All at one point in time, as what was here already is.
-	p = newPace(most, now)
+	p = newPace(most)
 	for range 100 {
 		p.landed(leastWindow, now)
 	}

@@ -18,8 +18,8 @@ type ReplayOptions struct {
 	// Rate bounds the bytes a second that are asked of the origin; 0 for no
 	// bound but the Fetcher's.
 	Rate int64
-	// Window is how many compressed bytes are asked for ahead of what has
-	// come; 16 MiB if zero.
+	// Window is how many compressed bytes of the list may be queued, where
+	// neighbours find each other; 16 MiB if zero.
 	Window int64
 	// Bundle, if there is one, is downloaded first. Its chunks need not be in
 	// the list as well.
@@ -73,6 +73,9 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	return r
 }
 
+// largestFrame is the most that a chunk takes: raw blocks in a zstd frame.
+const largestFrame = blockmap.MaxChunkBlocks*blockmap.BlockSize + 1<<17
+
 func stored(w blockmap.Want) int64 { return int64(w.Table.Chunks[w.Chunk].Stored) }
 
 // run keeps a window of the list in flight.
@@ -80,7 +83,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	defer r.update(func(p *ReplayProgress) { p.Ended = time.Now() })
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if o.Rate > 0 {
-		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, blockmap.MaxChunkBlocks*blockmap.BlockSize*2)))
+		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, largestFrame)))
 	}
 	if o.Bundle != nil {
 		wants = r.carry(ctx, b, o.Bundle, limit, wants)
@@ -89,7 +92,10 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	pace := newPace(o.Window, time.Now())
+	window := o.Window
+	if o.Rate > 0 {
+		window = min(window, max(o.Rate/4, 1)) // rather than nothing, and then a lot
+	}
 	landed := make(chan landing)
 	flying := make(map[*flight]int)
 	var ahead int64
@@ -113,9 +119,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 		return nil
 	}
 	for len(wants) > 0 || ahead > 0 {
-		// Half of the window at once, so that neighbours among it share
-		// a request.
-		if room := pace.window() - ahead; len(wants) > 0 && (room >= pace.window()/2 || ahead == 0) {
+		if room := window - ahead; len(wants) > 0 && (room >= window/4 || ahead == 0) {
 			n := 0
 			for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n]) <= room); n++ {
 				bytes += stored(wants[n])
@@ -129,9 +133,6 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			n := stored(l.want)
 			ahead -= n
 			delete(flying, l.flight)
-			if l.flight != nil {
-				pace.landed(n, time.Now())
-			}
 			r.update(l.count)
 		case <-ctx.Done():
 			b.f.forget(flying, context.Cause(ctx))

@@ -56,6 +56,7 @@ func (f *Fetcher) fetch(group []*flight) {
 		stored := f.buffer(int(fl.chunk().Stored))
 		n, err := io.ReadFull(body, *stored)
 		f.bytes.Add(int64(n))
+		f.landed(int64(n))
 		if err != nil {
 			f.buffers.Put(stored)
 			if err == io.EOF {
@@ -84,6 +85,12 @@ func (f *Fetcher) fetch(group []*flight) {
 			<-f.decode
 		})
 	}
+}
+
+func (f *Fetcher) landed(bytes int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.pace.landed(bytes, time.Now())
 }
 
 // keep decompresses a chunk, and stores it if it is what it should be.
@@ -157,7 +164,9 @@ func (f *Fetcher) pause(fl *flight, err error) time.Duration {
 	switch {
 	case errors.Is(err, blockmap.ErrDigest), errors.Is(err, io.ErrUnexpectedEOF):
 	case errors.Is(err, blockmap.ErrNoSpace):
-		permanent = true
+		// What was fetched ahead may have taken the room, and can go for what
+		// somebody waits for.
+		permanent = !fl.demand || fl.tries >= spaceTries
 	default:
 		permanent = permanent || f.o.Temporary != nil && !f.o.Temporary(err)
 	}
@@ -165,12 +174,17 @@ func (f *Fetcher) pause(fl *flight, err error) time.Duration {
 		return -1
 	}
 	limit := min(f.o.Backoff<<min(fl.tries-1, 10), 2*time.Second)
-	pause := limit/2 + rand.N(limit/2+1)
-	if f.o.RetryAfter != nil {
-		pause = max(pause, f.o.RetryAfter(err))
-	}
+	pause := f.heed(err, limit/2+rand.N(limit/2+1))
 	if time.Since(fl.began)+pause > f.o.RetryFor {
 		return -1
+	}
+	return pause
+}
+
+// heed makes a pause as long as the origin asks for, if it does.
+func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
+	if f.o.RetryAfter != nil {
+		pause = max(pause, f.o.RetryAfter(err))
 	}
 	return pause
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -186,6 +187,7 @@ type storedBundle struct {
 	begin int64 // of the first frame
 	body  io.ReadCloser
 	end   context.CancelFunc // of body
+	asked time.Time          // for body
 }
 
 // openBundle asks for the whole of a bundle and reads its head.
@@ -200,6 +202,7 @@ func openBundle(ctx context.Context, b *blockImage, d v1.Descriptor) (s *storedB
 	if s.layer, err = storedLayer(ctx, b.repo, d, mediaTypeBundle); err != nil {
 		return nil, err
 	}
+	s.asked = time.Now()
 	if s.body, err = b.repo.OpenRange(ctx, s.layer.Digest, 0, s.layer.Size); err != nil {
 		return nil, err
 	}
@@ -225,7 +228,7 @@ func (s *storedBundle) of(ix *blockmap.Index, cache *blockmap.Cache) (*fetcher.B
 	if !slices.ContainsFunc(wants, func(places []blockmap.Want) bool { return len(places) > 0 }) {
 		return nil, fmt.Errorf("none of its %d parts is in the image", len(wants))
 	}
-	f := &fetcher.Bundle{Open: s.open, Close: s.close}
+	f := &fetcher.Bundle{Open: s.open, Asked: s.asked, Close: s.close}
 	for i, p := range s.head.Parts {
 		f.Parts = append(f.Parts, fetcher.Part{Stored: int64(p.Stored), Wants: wants[i]})
 	}

@@ -140,7 +140,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	if err := patterns(o.allow).check(); err != nil {
 		return err
 	}
-	if err := o.trace.check(len(names)); err != nil {
+	if err := o.trace.check(len(names), len(o.allow) > 0); err != nil {
 		return usageError{err}
 	}
 	tlsConfig, err := o.tls()

@@ -79,10 +79,10 @@ func (o *aheadOptions) all() []aheadOption {
 func (o *traceOptions) auto() bool { return slices.Contains(o.use, "auto") }
 
 // check says what does not go together.
-func (o *traceOptions) check(images int) error {
+func (o *traceOptions) check(images int, others bool) error {
 	switch {
-	case o.record != "" && images != 1:
-		return errors.New("--record is of one image: serve one")
+	case o.record != "" && (images != 1 || others):
+		return errors.New("--record is of one image: serve one, and let clients open no others")
 	case o.push && !o.auto() && o.record == "":
 		return errors.New("--trace-push needs a recording: --trace auto or --record FILE")
 	case o.wait < 0 || o.wait > 100:
@@ -178,8 +178,8 @@ func (s *start) attach(image *openImage) (blockmap.Device, error) {
 	load := func() {
 		defer close(s.loaded)
 		s.load(image)
-		if s.replay == nil {
-			s.guess(image)
+		if s.replay == nil && t.ahead.readahead {
+			image.fetcher.ReadAhead()
 		}
 	}
 	if t.record == "" && (known || !t.auto()) {
@@ -205,6 +205,9 @@ func (s *start) load(image *openImage) {
 		o.Bundle = bundle
 		what = append(what, "bundle_parts", len(bundle.Parts))
 	}
+	if o.Bundle == nil {
+		s.guess(image) // which goes on until there is something better
+	}
 	var wants []blockmap.Want
 	if trace := s.trace(o.Bundle == nil); trace != nil {
 		plan, err := tracefile.NewPlan(trace, image.Index())
@@ -219,6 +222,9 @@ func (s *start) load(image *openImage) {
 	}
 	if o.Bundle == nil && wants == nil || s.ctx.Err() != nil {
 		return
+	}
+	if s.guessed != nil {
+		s.guessed.Stop()
 	}
 	s.replay = image.fetcher.Replay(s.ctx, wants, o)
 	log.Info("replaying a trace", what...)
@@ -261,9 +267,6 @@ func (s *start) guess(image *openImage) {
 	}
 	if len(wants) > 0 && s.ctx.Err() == nil {
 		s.guessed = image.fetcher.Replay(s.ctx, wants, fetcher.ReplayOptions{Rate: int64(s.t.rate)})
-	}
-	if s.t.ahead.readahead {
-		image.fetcher.ReadAhead()
 	}
 }
 
