@@ -225,7 +225,8 @@ func skipStarted(q *[]*flight) {
 // the line idle for a round trip.
 const pacedRequests = 5
 
-// nearTurns is how far from its turn a chunk may be fetched that nobody waits for.
+// nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
+// for each leastWindow of the window: the faster the line, the farther.
 const nearTurns = 8
 
 // gather collects the flights that can share a request with first: its queued
@@ -236,11 +237,13 @@ func (f *Fetcher) gather(first *flight) []*flight {
 	bytes := int64(first.chunk().Stored)
 	// What nobody waits for comes in several requests at once, with neighbours
 	// whose turn is near, so that it comes about in its order.
-	most := min(f.o.MaxRequest, f.mu.pace.window()/4)
+	window := f.mu.pace.window()
+	most := min(f.o.MaxRequest, window/2-min(window, leastWindow)/4)
+	near := max(nearTurns*window/leastWindow, 1)
 	neighbour := func(of *flight, step int) *flight {
 		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
 		if fl == nil || fl.state != queued || fl.source != first.source ||
-			!fl.demand && (fl.turn < first.turn-nearTurns || fl.turn > first.turn+nearTurns) {
+			!fl.demand && (fl.turn < first.turn-near || fl.turn > first.turn+near) {
 			return nil
 		}
 		if n := bytes + int64(fl.chunk().Stored); n > f.o.MaxRequest || n > most && !fl.demand {

@@ -6,27 +6,41 @@ import "time"
 // few as keep the line busy. With more each piece comes later, the one that is
 // wanted first no less than the others, and so does what a reader demands.
 //
-// It starts low, and doubles as long as that brings bytes faster.
+// That is what the line carries in two round trips, or in a few hundredths of a
+// second if these are shorter: a start does not notice such a delay, and
+// servers are not as quick as their line. How much the line carries is what it
+// has been seen to carry. Where it is more than that, the window is filled
+// sooner than it was meant to be, and so grows.
 type pace struct {
-	most, win int64
-	began     time.Time // of the round: as many bytes as the window has; zero before the first
-	came      int64     // in the round
-	best      float64   // bytes a second
-	flat      int       // rounds that were no faster
+	most int64
+
+	latency time.Duration // the shortest from a request to its answer; 0 before the first
+	began   time.Time     // of the round; zero before its first bytes
+	came    int64         // in the round
+	speed   float64       // bytes a second
 }
 
 const (
 	leastWindow = 1 << 20
-	faster      = 1.2
-	flatRounds  = 2
+	leastAhead  = 40 * time.Millisecond
+	leastRound  = 20 * time.Millisecond // shorter ones say more of buffers than of the line
+	decay       = 0.8                   // of the speed, in a round that is slower
 )
 
-func newPace(most int64) *pace {
-	return &pace{most: most, win: min(leastWindow, most)}
-}
+func newPace(most int64) *pace { return &pace{most: most} }
 
 // window is how much may be in flight.
-func (p *pace) window() int64 { return p.win }
+func (p *pace) window() int64 {
+	ahead := max(2*p.latency, leastAhead)
+	return min(max(int64(p.speed*ahead.Seconds()), leastWindow), p.most)
+}
+
+// answered takes account of the time from a request to its answer.
+func (p *pace) answered(after time.Duration) {
+	if after > 0 && (p.latency == 0 || after < p.latency) {
+		p.latency = after
+	}
+}
 
 // resume begins a round anew, with the first bytes that come: nothing was in
 // flight, and how long these take says nothing of how fast the line is.
@@ -39,19 +53,10 @@ func (p *pace) landed(bytes int64, now time.Time) {
 		return
 	}
 	p.came += bytes
-	if p.came < p.win || !now.After(p.began) {
+	took := now.Sub(p.began)
+	if p.came < p.window() || took < leastRound {
 		return
 	}
-	speed := float64(p.came) / now.Sub(p.began).Seconds()
+	p.speed = max(float64(p.came)/took.Seconds(), decay*p.speed)
 	p.began, p.came = now, 0
-	if speed > faster*p.best {
-		p.best = speed
-		p.win = min(2*p.win, p.most)
-		p.flat = 0
-		return
-	}
-	// The last doubling won nothing.
-	if p.flat++; p.flat == flatRounds {
-		p.win = max(p.win/2, min(leastWindow, p.most))
-	}
 }

@@ -5,62 +5,65 @@ import (
 	"time"
 )
 
-// run lets rounds of the window's bytes land at a speed, and returns the windows
-// after each.
-func (p *pace) run(now *time.Time, rounds int, speed func(window int64) float64) (windows []int64) {
+// line is a line of that speed in bytes a second, and the latency of a request.
+type line struct {
+	speed   float64
+	latency time.Duration
+}
+
+// run has pieces of a window's eighth land as the line lets them, for some rounds,
+// and returns the windows after each.
+func (l line) run(p *pace, now *time.Time, rounds int) (windows []int64) {
 	for range rounds {
-		n := p.window()
-		*now = now.Add(time.Duration(float64(n) / speed(n) * float64(time.Second)))
-		for left, step := n, max(n/4, 1); left > 0; left -= step {
-			p.landed(min(left, step), *now)
+		for range 8 {
+			n := p.window()
+			// What is in flight takes a round trip, or the line's time for it.
+			took := max(l.latency, time.Duration(float64(n)/l.speed*float64(time.Second)))
+			*now = now.Add(took / 8)
+			p.answered(l.latency)
+			p.landed(n/8, *now)
 		}
 		windows = append(windows, p.window())
 	}
 	return windows
 }
 
-// The window doubles while that brings bytes faster, takes the last doubling back
-// when it did not, and keeps within its bounds.
+// The window becomes what fills the line for two round trips, or for leastAhead,
+// within its bounds, and follows a line that changes.
 func TestPace(t *testing.T) {
-	const most = 16 << 20
-	now := time.Now()
-	latency := func(window int64) float64 { return float64(window) / 0.1 }     // 100 ms, whatever is asked for
-	line := func(window int64) float64 { return min(latency(window), 50<<20) } // 50 MiB/s: 5 MiB fill it
-	flat := func(int64) float64 { return 10 << 20 }
-
-	p := newPace(most)
-	if w := p.run(&now, 7, latency); w[1] != 2<<20 || w[4] != most || w[6] != most/2 && w[6] != most {
-		t.Errorf("where more in flight is always faster: %v", w)
-	}
-	p = newPace(most)
-	w := p.run(&now, 12, line)
-	if last := w[len(w)-1]; last < 4<<20 || last > 8<<20 {
-		t.Errorf("on a line that 5 MiB fill: %v", w)
-	}
-	p = newPace(most)
-	if w := p.run(&now, 12, flat); w[len(w)-1] != leastWindow {
-		t.Errorf("where it never gets faster: %v", w)
-	}
-	// It gets better again.
-	if w := p.run(&now, 1, func(int64) float64 { return 40 << 20 }); w[0] != 2*leastWindow {
-		t.Errorf("where it has become faster: %v", w)
-	}
-	for _, most := range []int64{1, 100, leastWindow - 1, leastWindow, 3 * leastWindow} {
+	const most = 64 << 20
+	for _, c := range []struct {
+		line
+		want int64
+	}{
+		{line{25e6, 20 * time.Millisecond}, 1 << 20}, // 200 Mbit/s
+		{line{250e6, 2 * time.Millisecond}, 10e6},    // 2 Gbit/s, near
+		{line{125e6, 100 * time.Millisecond}, 25e6},  // 1 Gbit/s, far
+		{line{1e6, 500 * time.Millisecond}, 1 << 20}, // slow and far: the least
+		{line{10e9, 50 * time.Millisecond}, most},    // fast and far: the most
+		{line{100e6, 10 * time.Millisecond}, 4e6},    // a data centre
+		{line{100e6, 100 * time.Microsecond}, 4e6},   // this host
+	} {
+		now := time.Now()
 		p := newPace(most)
-		for _, speed := range []func(int64) float64{latency, flat, line} {
-			for _, w := range append(p.run(&now, 8, speed), p.window()) {
-				if w < min(most, leastWindow) || w > most {
-					t.Errorf("a window of %d where %d is the most", w, most)
-				}
-			}
+		if w := c.run(p, &now, 40); float64(w[39]) < 0.75*float64(c.want) || float64(w[39]) > 1.25*float64(c.want) {
+			t.Errorf("%.0f MB/s, %v: windows %v, want %d", c.speed/1e6, c.latency, w, c.want)
+		}
+		slower := line{c.speed / 10, c.latency}
+		if w := slower.run(p, &now, 40); float64(w[39]) > max(0.2*float64(c.want), leastWindow) && c.want < most {
+			t.Errorf("%.0f MB/s that were ten times as many: windows %v", slower.speed/1e6, w)
 		}
 	}
-	// All at one point in time, as what was here already is.
-	p = newPace(most)
+	// All at one point in time, as what lay in a buffer does.
+	p := newPace(most)
+	now := time.Now()
 	for range 100 {
 		p.landed(leastWindow, now)
 	}
 	if p.window() != leastWindow {
 		t.Errorf("a window of %d without time passing", p.window())
+	}
+	if w := newPace(1000).window(); w != 1000 {
+		t.Errorf("a window of %d where 1000 is the most", w)
 	}
 }

@@ -42,6 +42,7 @@ func (f *Fetcher) fetch(group []*flight) {
 	first, last := group[0].chunk(), group[len(group)-1].chunk()
 	end := last.Offset + int64(last.Stored)
 	f.requests.Add(1)
+	asked := time.Now()
 	body, err := src.origin.OpenRange(f.ctx, src.table.Blob, first.Offset, end-first.Offset)
 	if err != nil {
 		for _, fl := range group {
@@ -50,6 +51,9 @@ func (f *Fetcher) fetch(group []*flight) {
 		return
 	}
 	defer body.Close()
+	f.mu.Lock()
+	f.mu.pace.answered(time.Since(asked))
+	f.mu.Unlock()
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
 	for i, fl := range group {
