@@ -262,7 +262,6 @@ func TestSlowHandshake(t *testing.T) {
 		if d := time.Since(begin); d < 3*time.Second || d > 4*time.Second {
 			t.Errorf("dropped after %v", d)
 		}
-		l.Close()
 	})
 }
 

@@ -48,6 +48,7 @@ type options struct {
 	runtime time.Duration
 	sizeMiB int
 	only    string
+	record  bool
 }
 
 func run(ctx context.Context) error {
@@ -58,6 +59,7 @@ func run(ctx context.Context) error {
 	flag.DurationVar(&o.runtime, "runtime", 2*time.Second, "of each fio, whole seconds")
 	flag.IntVar(&o.sizeMiB, "size", 1024, "MiB of content that are read")
 	flag.StringVar(&o.only, "only", "", "only rows whose name contains this")
+	flag.BoolVar(&o.record, "record", false, "also measure thaw while it records a start")
 	flag.Parse()
 	tools := []bench.Program{
 		{Name: "fio", Package: "fio", Version: []string{"--version"}},

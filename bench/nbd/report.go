@@ -46,6 +46,18 @@ func (b *benchmark) report(w io.Writer) error {
 	if _, err := t.WriteTo(w); err != nil {
 		return err
 	}
+	for _, transport := range []string{"unix", "tcp"} {
+		for _, r := range rows {
+			name := "NBD/" + transport + "/" + r.name + "/server="
+			if b.rec.Rounds(name+recording, iops) == 0 {
+				continue
+			}
+			if _, err := fmt.Fprintf(w, "\n%s %s while it records a start: %.0f requests a second, %.3f of those without, %.2f of its CPU a request.\n", transport, r.name,
+				b.rec.Median(name+recording, iops), b.rec.Ratio(name+recording, name+"thaw", iops), b.rec.Ratio(name+recording, name+"thaw", cpuPerIO)); err != nil {
+				return err
+			}
+		}
+	}
 	alone, mixed := "NBD/mixed/hits-alone/server=thaw", "NBD/mixed/hits-mixed/server=thaw"
 	if b.rec.Rounds(alone, p99) == 0 {
 		return nil

@@ -50,7 +50,7 @@ func (b *benchmark) prepare(ctx context.Context) error {
 		if _, err := bench.Run(exec.CommandContext(ctx, b.thaw, "build", "--level", "1", "--size", strconv.FormatInt(size+size/4+64<<20, 10), "oci:"+src+":src", b.image)); err != nil {
 			return err
 		}
-		s, err := b.startThaw(ctx, "unix")
+		s, err := b.startThaw("thaw", "unix", b.cache())
 		if err != nil {
 			return err
 		}
@@ -241,11 +241,17 @@ func (b *benchmark) start(ctx context.Context, transport string, delayed bool) (
 		})
 		return servers, err
 	}
-	s, err := b.startThaw(ctx, transport)
+	s, err := b.startThaw("thaw", transport, b.cache())
 	if err != nil {
 		return nil, err
 	}
 	servers = append(servers, s)
+	if b.record {
+		if s, err = b.startRecording(ctx, transport); err != nil {
+			return nil, errors.Join(err, stopAll(servers))
+		}
+		servers = append(servers, s)
+	}
 	add("nbdkit-file", nbdkit("file", b.device))
 	add("nbdkit-memory", func(p place) []string {
 		// The plugin starts empty: it is filled below, so it may be written to.
@@ -301,13 +307,30 @@ func launch(name, transport string, command func(p place) []string) (*server, er
 	return nil, errors.Join(fmt.Errorf("%s does not listen", name), s.stop())
 }
 
-// startThaw starts the program itself on the cache that has everything.
-func (b *benchmark) startThaw(_ context.Context, transport string) (*server, error) {
+func (b *benchmark) cache() string { return filepath.Join(b.dir, "cache") }
+
+// recording is the name of a thaw that records a start all the while.
+const recording = "thaw-recording"
+
+// startRecording starts one, on a cache of its own, since a cache belongs to one
+// process.
+func (b *benchmark) startRecording(ctx context.Context, transport string) (*server, error) {
+	cache := b.cache() + "-recording"
+	if _, err := os.Stat(cache); errors.Is(err, os.ErrNotExist) {
+		if _, err := bench.Run(exec.CommandContext(ctx, "cp", "-a", "--sparse=always", b.cache(), cache)); err != nil {
+			return nil, err
+		}
+	}
+	return b.startThaw(recording, transport, cache, "--record", filepath.Join(b.dir, "trace"), "--record-for", "1h", "--record-quiet", "1h")
+}
+
+// startThaw starts the program itself on a cache that has everything.
+func (b *benchmark) startThaw(name, transport, cache string, args ...string) (*server, error) {
 	p, err := newPlace()
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(b.thaw, "serve", b.image, "--cache", filepath.Join(b.dir, "cache"), "--listen", p.listen(transport), "--log-format", "json")
+	cmd := exec.Command(b.thaw, append([]string{"serve", b.image, "--cache", cache, "--listen", p.listen(transport), "--log-format", "json"}, args...)...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -316,7 +339,7 @@ func (b *benchmark) startThaw(_ context.Context, transport string) (*server, err
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	s := &server{name: "thaw", uri: p.uri(transport), cmd: cmd, dir: p.dir}
+	s := &server{name: name, uri: p.uri(transport), cmd: cmd, dir: p.dir}
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || !strings.HasPrefix(line, "ready") {
 		return nil, errors.Join(fmt.Errorf("thaw serve is not ready: %q", line), err, s.stop())
 	}
