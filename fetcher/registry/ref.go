@@ -123,6 +123,9 @@ func parseRegistry(s string) (Ref, error) {
 	} else if digest == (v1.Hash{}) {
 		r.Tag = "latest"
 	}
+	if r.Registry == dockerHub && r.Repository != "" && !strings.Contains(r.Repository, "/") {
+		r.Repository = "library/" + r.Repository
+	}
 	switch {
 	case r.Repository == "":
 		return Ref{}, errors.New("the name of the repository is missing")
@@ -131,9 +134,6 @@ func parseRegistry(s string) (Ref, error) {
 	case !reRepository.MatchString(r.Repository):
 		return Ref{}, fmt.Errorf("%q is not the name of a repository: lower-case letters and digits, "+
 			"parted by . _ or -, in components parted by /", r.Repository)
-	}
-	if r.Registry == dockerHub && !strings.Contains(r.Repository, "/") {
-		r.Repository = "library/" + r.Repository
 	}
 	return r, nil
 }
