@@ -23,6 +23,7 @@ and records where there is none.`,
 		Example: `  thaw serve registry.example/team/app:v1 --record app.trace
   thaw trace show app.trace
   thaw trace push registry.example/team/app:v1 app.trace
+  thaw trace pack registry.example/team/app:v1
   thaw serve registry.example/team/app:v1 --trace auto`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {

@@ -210,3 +210,35 @@ func TestBuildWithTrace(t *testing.T) {
 		}
 	}
 }
+
+// Recordings can be ended while clients open images that begin some: the race
+// detector watches the server.
+func TestTraceStopWhileImagesOpen(t *testing.T) {
+	need(t, "qemu-io")
+	dir := t.TempDir()
+	saveArchive(t, dir+"/src.tar", sample(t))
+	image := "oci:" + dir + "/dst:x"
+	must(t, "build", "--size", "64M", "docker-archive:"+dir+"/src.tar", image)
+	s := serving(t, "--allow", "oci:"+dir+"/**", "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", "auto")
+	uri := "nbd+unix:///" + image + "?socket=" + strings.TrimPrefix(s.ready.Listen[0], "unix:")
+	opened := make(chan struct{})
+	go func() {
+		defer close(opened)
+		for range 10 {
+			if out, err := exec.CommandContext(t.Context(), "qemu-io", "-r", "-f", "raw", "-c", "read 0 4096", uri).CombinedOutput(); err != nil {
+				t.Errorf("%v: %s", err, out)
+			}
+		}
+	}()
+	for done := false; !done; {
+		must(t, "trace", "stop", "--cache", dir+"/c")
+		select {
+		case <-opened:
+			done = true
+		default:
+		}
+	}
+	if _, code := s.term(); code != exitOK || strings.Contains(s.stderr.String(), "DATA RACE") {
+		t.Errorf("exit %d\n%s", code, s.stderr.String())
+	}
+}

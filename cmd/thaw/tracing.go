@@ -97,7 +97,7 @@ type tracer struct {
 	opener *opener
 	log    *slog.Logger
 
-	mu     sync.Mutex // of what follows
+	mu     sync.Mutex // of what follows, and of each start's rec
 	starts map[*start]struct{}
 }
 
@@ -121,7 +121,7 @@ type start struct {
 
 	attached bool // by attach, which begins all that follows
 
-	rec     *recording
+	rec     *recording      // guarded by t.mu: `thaw trace stop` may come at any time
 	loaded  chan struct{}   // closed when replay is there, or will not be
 	replay  *fetcher.Replay // nil: nothing says what will be read
 	guessed *fetcher.Replay // of what is likely to be read then
@@ -220,7 +220,7 @@ func (s *start) load(image *openImage) {
 			what = append(what, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
 		}
 	}
-	if o.Bundle == nil && wants == nil || s.ctx.Err() != nil {
+	if o.Bundle == nil && len(wants) == 0 || s.ctx.Err() != nil {
 		return
 	}
 	if s.guessed != nil {
@@ -343,7 +343,9 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	rec.Recorder = tracefile.NewRecorder(image.Image, digestOf(s.image.manifest.Index.Digest), rec.file, tracefile.Options{
 		For: t.recordFor, Bytes: int64(t.recordBytes), Quiet: t.recordQuiet,
 	})
+	t.mu.Lock()
 	s.rec = rec
+	t.mu.Unlock()
 	go func() {
 		defer close(rec.ended)
 		<-rec.Done()
@@ -403,16 +405,19 @@ func (s *start) await(ctx context.Context) {
 // stopRecording ends the recording of the start, if there is one and it has not
 // ended.
 func (s *start) stopRecording() (stopped bool) {
-	if s.rec == nil {
+	s.t.mu.Lock()
+	rec := s.rec
+	s.t.mu.Unlock()
+	if rec == nil {
 		return false
 	}
 	select {
-	case <-s.rec.ended:
+	case <-rec.ended:
 		return false
 	default:
 	}
-	err := s.rec.Stop()
-	<-s.rec.ended
+	err := rec.Stop()
+	<-rec.ended
 	return err == nil
 }
 
