@@ -18,8 +18,8 @@ import (
 // What is read in sequence goes on. A demand for the very chunk at which the
 // last guess ended says that all of it was read, and doubles the next one.
 //
-// On traces of real starts the first alone takes a third off the time over a
-// slow link, for an eighth to a half more bytes; bench/cold has both.
+// Over a slow link that takes a quarter off a start, for an eighth to a quarter
+// more bytes: bench/README.md has the figures, and the command that gave them.
 type readahead struct {
 	mu      sync.Mutex
 	streams map[*blockmap.Stream]*reading
