@@ -1,5 +1,3 @@
-// Package benchtest has what the tests of benchmarks share: an image that is
-// small enough to start in no time.
 package benchtest
 
 import (

@@ -15,17 +15,7 @@ import (
 	"thaw/bench/benchtest"
 )
 
-func TestMain(m *testing.M) {
-	if os.Geteuid() == 0 {
-		if code, done, err := bench.Isolate(context.Background()); done || err != nil {
-			if err != nil {
-				fmt.Fprintln(os.Stderr, err)
-			}
-			os.Exit(code)
-		}
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { benchtest.Main(m) }
 
 func testBenchmark(t *testing.T, out io.Writer, needs ...bench.Program) *benchmark {
 	t.Helper()

@@ -14,17 +14,7 @@ import (
 	"thaw/bench/benchtest"
 )
 
-func TestMain(m *testing.M) {
-	if os.Geteuid() == 0 {
-		if code, done, err := bench.Isolate(context.Background()); done || err != nil {
-			if err != nil {
-				fmt.Fprintln(os.Stderr, err)
-			}
-			os.Exit(code)
-		}
-	}
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { benchtest.Main(m) }
 
 func testBenchmark(t *testing.T, out *bytes.Buffer, o options) *benchmark {
 	t.Helper()
