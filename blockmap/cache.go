@@ -50,12 +50,16 @@ type Cache struct {
 	// evictor makes eviction one process's work at a time; who finds a chunk
 	// on its way out waits for it. It is held across I/O as well.
 	evictor sync.Mutex
+	// crowded is held across the storing of a chunk: by many at once while
+	// the disk has room, by one alone when it is full.
+	crowded sync.RWMutex
 
 	mu struct {
 		sync.RWMutex
 		streams  map[Digest]*Stream
 		byDigest map[Digest][]holder
-		unsynced []string // small files that are not durable yet
+		unsynced []string            // small files that are not durable yet
+		torn     map[holder]struct{} // chunks that are not here, and may take room on disk
 	}
 
 	stop func()
@@ -95,6 +99,7 @@ func OpenCache(dir string, o CacheOptions) (c *Cache, err error) {
 	}
 	c.mu.streams = make(map[Digest]*Stream)
 	c.mu.byDigest = make(map[Digest][]holder)
+	c.mu.torn = make(map[holder]struct{})
 	for _, d := range []string{"streams", "blobs/sha256", "refs"} {
 		if err := c.fs.MkdirAll(filepath.Join(dir, d)); err != nil {
 			return nil, fmt.Errorf("open cache: %w", err)
@@ -280,8 +285,26 @@ func (c *Cache) awaitEviction() {
 	c.evictor.Unlock()
 }
 
+// tear notes that a chunk is not here and may take room on the disk all the same,
+// since it could not be written to its end, or not be punched: its blocks go
+// when the room is needed.
+func (c *Cache) tear(h holder) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.torn[h] = struct{}{}
+}
+
+func (c *Cache) takeTorn() map[holder]struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	torn := c.mu.torn
+	c.mu.torn = make(map[holder]struct{})
+	return torn
+}
+
 // evict frees at least atLeast bytes and what lies over the quota, in one go
-// with a reserve, so that not every fill has to. It returns the bytes freed.
+// with a reserve, so that not every fill has to; and what torn chunks take. It
+// returns the bytes freed, of torn chunks the most that it may be.
 func (c *Cache) evict(atLeast int64) (freed int64) {
 	c.evictor.Lock()
 	defer c.evictor.Unlock()
@@ -311,18 +334,29 @@ func (c *Cache) evict(atLeast int64) (freed int64) {
 	var going []holder
 	touched := make(map[*Stream]bool)
 	var n int64
+	unmark := func(x holder) {
+		t := &x.stream.table.Chunks[x.chunk]
+		n += int64(x.stream.res.clear(t.Block, t.Count)) * BlockSize
+		going = append(going, x)
+		touched[x.stream] = true
+	}
+	for x := range c.takeTorn() {
+		switch pins := &x.stream.pins[x.chunk]; {
+		case !pins.CompareAndSwap(0, evicting):
+			c.tear(x) // somebody tries again, or looks
+		case x.stream.Has(x.chunk):
+			pins.Add(-evicting)
+		default:
+			unmark(x)
+		}
+	}
 	for _, x := range cold {
 		if n >= want {
 			break
 		}
-		if !x.stream.pins[x.chunk].CompareAndSwap(0, evicting) {
-			continue
+		if x.stream.pins[x.chunk].CompareAndSwap(0, evicting) {
+			unmark(x.holder)
 		}
-		t := &x.stream.table.Chunks[x.chunk]
-		x.stream.res.clear(t.Block, t.Count)
-		going = append(going, x.holder)
-		touched[x.stream] = true
-		n += int64(t.Size())
 	}
 	// No bit may say "here" of a block whose data has gone, not even after a
 	// power cut: the maps reach the disk before the holes are punched.
@@ -335,16 +369,21 @@ func (c *Cache) evict(atLeast int64) (freed int64) {
 	}
 	for _, x := range going {
 		t := &x.stream.table.Chunks[x.chunk]
+		var err error
 		if !failed[x.stream] {
-			if err := x.stream.data.PunchHole(int64(t.Block)*BlockSize, int64(t.Size())); err != nil {
+			if err = x.stream.data.PunchHole(int64(t.Block)*BlockSize, int64(t.Size())); err != nil {
 				c.log.Error("evict", "stream", x.stream.id.String(), "cause", err)
 			}
+		}
+		if failed[x.stream] || err != nil {
+			c.tear(x)
+		} else {
 			freed += int64(t.Size())
 		}
 		x.stream.pins[x.chunk].Add(-evicting)
 	}
 	c.used.Add(-n)
-	c.evicted.Add(freed)
+	c.evicted.Add(n)
 	return freed
 }
 

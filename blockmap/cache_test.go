@@ -231,6 +231,63 @@ func TestFullDisk(t *testing.T) {
 	readAll(t, image, m)
 }
 
+// fillable opens a stream of chunks of so many blocks each, on a disk that has
+// room for room blocks, as a device of its own.
+func fillable(t *testing.T, room int64, blocks ...int) (image *blockmap.Image, fill func(i int) error) {
+	t.Helper()
+	var chunks [][]byte
+	for i, n := range blocks {
+		chunks = append(chunks, bytes.Repeat([]byte{byte(i + 1)}, n*blockmap.BlockSize))
+	}
+	table, _ := blocktest.Stream(t, chunks)
+	ix := &blockmap.Index{Blocks: table.Blocks(), Streams: []blockmap.Table{*table},
+		Runs: []blockmap.Run{{Count: table.Blocks()}}}
+	must(t, ix.Seal())
+	fsys := blocktest.NewFS()
+	c := newCache(t, t.TempDir(), blockmap.CacheOptions{FS: fsys})
+	image, err := blockmap.NewImage(ix, c, nil)
+	must(t, err)
+	s, err := c.Stream(&ix.Streams[0])
+	must(t, err)
+	fsys.Shrink(room)
+	return image, func(i int) error { return s.Fill(i, chunks[i]) }
+}
+
+// What a chunk has taken of a disk that then was full goes for the next one.
+func TestTornChunkLeavesTheDisk(t *testing.T) {
+	image, fill := fillable(t, 15, 6, 10, 10)
+	must(t, fill(0))
+	v, ok := image.View(blockmap.Range(0, blockmap.BlockSize))
+	if !ok {
+		t.Fatal("a chunk that was just filled is not here")
+	}
+	// It is in use: there is no room, and 9 of the 10 blocks are written.
+	if err := fill(1); !errors.Is(err, blockmap.ErrNoSpace) {
+		t.Errorf("10 blocks where there is room for 9: %v", err)
+	}
+	v.Release()
+	must(t, fill(2))
+	must(t, fill(1))
+	must(t, fill(0))
+}
+
+// Two chunks that fit on a disk one after the other both get there, though
+// neither does while both are being written.
+func TestFillsTakeTurnsOnAFullDisk(t *testing.T) {
+	_, fill := fillable(t, 150, 100, 100, 100, 100)
+	for range 50 {
+		var wg sync.WaitGroup
+		for i := range 4 {
+			wg.Go(func() {
+				if err := fill(i); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
 // A quota that views hold all of is an error for who wants more, and no more
 // than that.
 func TestQuotaInUse(t *testing.T) {

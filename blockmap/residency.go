@@ -223,18 +223,19 @@ func (r *residency) set(b, n uint32) (added uint32) {
 	return added
 }
 
-// clear marks n blocks from b as gone, in both copies. Before the data goes,
-// flush must have returned.
-func (r *residency) clear(b, n uint32) {
+// clear marks n blocks from b as gone, in both copies, and returns how many of
+// them were here. Before the data goes, flush must have returned.
+func (r *residency) clear(b, n uint32) (gone uint32) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	eachWord(b, n, func(i uint32, mask uint64) {
-		atomic.AndUint64(&r.live[i], ^mask)
+		gone += uint32(bits.OnesCount64(atomic.AndUint64(&r.live[i], ^mask) & mask))
 		atomic.AndUint64(&r.durable[i], ^mask)
 		if r.mu.cleared != nil {
 			r.mu.cleared[i] |= mask
 		}
 	})
+	return gone
 }
 
 // flush makes the map itself durable.

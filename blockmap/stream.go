@@ -194,6 +194,23 @@ func (s *Stream) Fill(i int, p []byte) error {
 	if len(p) != c.Size() || Digest(sha256.Sum256(p)) != c.Digest {
 		return fmt.Errorf("chunk %d of stream %.12s: %w", i, s.id, ErrDigest)
 	}
+	s.cache.crowded.RLock()
+	err := s.store(i, p)
+	s.cache.crowded.RUnlock()
+	if diskFull(err) {
+		err = s.storeAlone(i, p)
+	}
+	if diskFull(err) {
+		err = fmt.Errorf("the disk of the cache is full: %w", ErrNoSpace)
+	}
+	if err != nil {
+		return fmt.Errorf("keep chunk %d of stream %.12s: %w", i, s.id, err)
+	}
+	return nil
+}
+
+// store writes chunk i, and says then that it is here.
+func (s *Stream) store(i int, p []byte) error {
 	for !s.pin(i) {
 		s.cache.awaitEviction()
 	}
@@ -202,20 +219,13 @@ func (s *Stream) Fill(i int, p []byte) error {
 		return nil
 	}
 	if err := s.cache.reserve(int64(len(p))); err != nil {
-		return fmt.Errorf("keep chunk %d of stream %.12s: %w", i, s.id, err)
+		return err
 	}
-	off := int64(c.Block) * BlockSize
-	_, err := s.data.WriteAt(p, off)
-	// What is freed may be another's by the time that it is written to.
-	for try := 0; errors.Is(err, unix.ENOSPC) && try < 16 && s.cache.evict(int64(len(p))) > 0; try++ {
-		_, err = s.data.WriteAt(p, off)
-	}
-	if err != nil {
+	c := &s.table.Chunks[i]
+	if _, err := s.data.WriteAt(p, int64(c.Block)*BlockSize); err != nil {
 		s.cache.unreserve(int64(len(p)))
-		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-			err = fmt.Errorf("the disk of the cache is full: %w", ErrNoSpace)
-		}
-		return fmt.Errorf("keep chunk %d of stream %.12s: %w", i, s.id, err)
+		s.cache.tear(holder{s, i})
+		return err
 	}
 	added := s.res.set(c.Block, c.Count)
 	s.cache.unreserve(int64(c.Count-added) * BlockSize)
@@ -224,6 +234,21 @@ func (s *Stream) Fill(i int, p []byte) error {
 	s.cache.filled()
 	return nil
 }
+
+// storeAlone stores chunk i on a disk that is full, evicting others, while nothing
+// else is stored: or else several would take what is freed, and none have enough.
+func (s *Stream) storeAlone(i int, p []byte) (err error) {
+	s.cache.crowded.Lock()
+	defer s.cache.crowded.Unlock()
+	err = unix.ENOSPC
+	// Another process may be quicker to take what is freed.
+	for try := 0; diskFull(err) && try < 16 && s.cache.evict(int64(len(p))) > 0; try++ {
+		err = s.store(i, p)
+	}
+	return err
+}
+
+func diskFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // FillLocal fills chunk i with a copy from another place of the cache that
 // holds the same content, and says whether there was one.

@@ -16,8 +16,8 @@ import (
 	"thaw/blockmap"
 )
 
-// FS is a blockmap.FS over a directory of the real one, which can fail and
-// lose power. It remembers what of each file was synced; PowerCut leaves a
+// FS is a blockmap.FS over a directory of the real one, which can fail, be full
+// and lose power. It remembers what of each file was synced; PowerCut leaves a
 // machine that has been off: each page that was written since is, at random,
 // as it was synced or as it was written last, since the kernel may have
 // written it or not. Names are durable at once, which is what a journalling
@@ -27,6 +27,9 @@ type FS struct {
 	synced map[string][]byte
 	locks  []io.Closer
 	fault  func(op, path string) error
+
+	disk  *int64 // pages that are free, if they are counted
+	taken map[string]map[int64]bool
 }
 
 // NewFS makes an FS that works.
@@ -52,6 +55,45 @@ func (f *FS) check(op, path string) error {
 	return nil
 }
 
+// Shrink leaves the disk with room for so many more pages of 4 KiB. As on a real
+// disk, a write that does not fit is done as far as it does, and has taken
+// what there was.
+func (f *FS) Shrink(pages int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.disk = &pages
+	f.taken = make(map[string]map[int64]bool)
+}
+
+// take finds room for a page of a file.
+func (f *FS) take(path string, page int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.disk == nil || f.taken[path][page] {
+		return nil
+	}
+	if *f.disk == 0 {
+		return &os.PathError{Op: "write", Path: path, Err: ErrDiskFull}
+	}
+	if f.taken[path] == nil {
+		f.taken[path] = make(map[int64]bool)
+	}
+	f.taken[path][page] = true
+	*f.disk--
+	return nil
+}
+
+func (f *FS) giveBack(path string, first, behind int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for page := first; page < behind; page++ {
+		if f.taken[path][page] {
+			delete(f.taken[path], page)
+			*f.disk++
+		}
+	}
+}
+
 // PowerCut, which kills as well, leaves the files as a power cut at this point might. Nothing may be
 // using them.
 func (f *FS) PowerCut(rng *rand.Rand) error {
@@ -66,8 +108,8 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 			return err
 		}
 		old = append(old, make([]byte, max(0, len(now)-len(old)))...)[:len(now)]
-		for at := 0; at < len(now); at += 4096 {
-			end := min(at+4096, len(now))
+		for at := 0; at < len(now); at += pageSize {
+			end := min(at+pageSize, len(now))
 			if rng.IntN(2) == 0 {
 				copy(now[at:end], old[at:end])
 			}
@@ -161,14 +203,31 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	if err := h.fs.check("write", h.path); err != nil {
 		return 0, err
 	}
-	return h.File.WriteAt(p, off)
+	done := 0
+	for done < len(p) { // a page at a time, since others may write meanwhile
+		at := off + int64(done)
+		n := min(len(p)-done, int(pageSize-at%pageSize))
+		if err := h.fs.take(h.path, at/pageSize); err != nil {
+			return done, err
+		}
+		n, err := h.File.WriteAt(p[done:done+n], at)
+		done += n
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, nil
 }
 
 func (h *handle) PunchHole(off, n int64) error {
 	if err := h.fs.check("punch", h.path); err != nil {
 		return err
 	}
-	return h.File.PunchHole(off, n)
+	if err := h.File.PunchHole(off, n); err != nil {
+		return err
+	}
+	h.fs.giveBack(h.path, off/pageSize, (off+n)/pageSize)
+	return nil
 }
 
 func (h *handle) Map(n int64, writable bool) (mmap.MMap, error) {
@@ -196,6 +255,8 @@ func (h *handle) Sync() error {
 	h.fs.synced[h.path] = b
 	return nil
 }
+
+const pageSize = 4096
 
 // ErrDiskFull is what a full disk answers.
 var ErrDiskFull error = unix.ENOSPC
