@@ -294,9 +294,9 @@ func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, 
 			continue
 		}
 		i := *next
-		f.decode <- struct{}{}
-		decoding.Go(func() {
-			defer func() { <-f.decode }()
+		decoding.Add(1)
+		f.decoders.do(func() {
+			defer decoding.Done()
 			defer f.buffers.Put(frame)
 			if err := f.deliver(p, *frame); err != nil {
 				if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {

@@ -34,6 +34,7 @@ type load struct {
 	free   int64         // bytes that may go out
 	brk    error         // once they have; nil to hang then
 	refuse error         // of Open
+	steps  []int64       // what free becomes with each Open, as long as there are some
 	pace   time.Duration // before each part
 	opened []int64
 	closed int
@@ -87,6 +88,9 @@ func (l *load) open(ctx context.Context, off int64) (io.ReadCloser, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.opened = append(l.opened, off)
+	if len(l.steps) > 0 {
+		l.free, l.steps = l.steps[0], l.steps[1:]
+	}
 	if l.refuse != nil {
 		return nil, l.refuse
 	}
@@ -431,21 +435,13 @@ func TestBundleBreaks(t *testing.T) {
 			w := newWorld(t, m, fetcher.Options{Backoff: time.Millisecond})
 			wants := w.wants(t)
 			l := w.bundle(t, wants)
-			at := []int64{l.ends[3] + 100, l.ends[4], l.ends[4] + 1, l.ends[20] - 1}
-			l.let(at[0], brk)
+			l.steps = []int64{l.ends[3] + 100, l.ends[4], l.ends[4] + 1, l.ends[20] - 1, 1 << 40}
+			l.brk = brk
 			r := w.replay(t, l, nil)
-			opens := 1
-			for _, free := range append(at[1:], 1<<40) {
-				settled(t, "it is taken up again", func() bool { return len(l.opens()) > opens })
-				opens = len(l.opens())
-				l.let(free, brk)
-			}
 			checkDone(t, r)
 			w.checkAll(t)
-			for _, off := range l.opens()[1:] {
-				if off != l.ends[3] && off != l.ends[4] && off != l.ends[19] {
-					t.Errorf("taken up at %v; the parts end at %v", l.opens(), l.ends[:21])
-				}
+			if want := []int64{0, l.ends[3], l.ends[4], l.ends[4], l.ends[19]}; !slices.Equal(l.opens(), want) {
+				t.Errorf("taken up at %v, want %v", l.opens(), want)
 			}
 			if n := w.origin.Requests(); n > 0 {
 				t.Errorf("%d requests beside the bundle", n)

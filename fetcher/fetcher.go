@@ -52,6 +52,11 @@ type Options struct {
 	Backoff       time.Duration // before the second try, doubled each time up to 2 s; 50 ms
 	Log           *slog.Logger  // silent if nil
 
+	// Decoders is the number of threads of low priority that decompress what
+	// nobody waits for; GOMAXPROCS if zero. Where something else is served
+	// meanwhile that is urgent, GOMAXPROCS is better larger than this.
+	Decoders int
+
 	// Temporary says whether an origin's error may pass, RetryAfter how long
 	// the origin asked to be left alone for. Nil: every error may, at once.
 	Temporary  func(error) bool
@@ -80,14 +85,15 @@ const spaceTries = 4
 
 // Fetcher is the scheduler.
 type Fetcher struct {
-	o       Options
-	log     *slog.Logger
-	ctx     context.Context
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	zstd    *zstd.Decoder
-	buffers sync.Pool
-	decode  chan struct{} // a token for each chunk that is decoded beside its request
+	o        Options
+	log      *slog.Logger
+	ctx      context.Context
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	zstd     *zstd.Decoder
+	buffers  sync.Pool
+	decode   chan struct{} // a token for each demanded chunk that is decoded beside its request
+	decoders *decoders     // of all other chunks
 
 	requests, bytes, chunks, local, retries, wrong, failed, mostAlive atomic.Int64
 
@@ -129,16 +135,19 @@ func New(o Options) *Fetcher {
 	setDefault(&o.PrefetchShare, 0.5)
 	setDefault(&o.RetryFor, 30*time.Second)
 	setDefault(&o.Backoff, 50*time.Millisecond)
+	procs := runtime.GOMAXPROCS(0)
+	setDefault(&o.Decoders, procs)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	// Only a nonsensical option makes this fail.
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true),
+	// What a reader waits for does not wait for the decoders. Only a
+	// nonsensical option makes this fail.
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(procs+o.Decoders), zstd.WithDecodeAllCapLimit(true),
 		zstd.WithDecoderMaxMemory(blockmap.MaxChunkBlocks*blockmap.BlockSize))
 	if err != nil {
 		panic(err)
 	}
-	f := &Fetcher{o: o, log: o.Log, zstd: dec, decode: make(chan struct{}, runtime.GOMAXPROCS(0))}
+	f := &Fetcher{o: o, log: o.Log, zstd: dec, decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.mu.pace = newPace(int64(float64(o.MaxBytes) * o.PrefetchShare))
 	f.mu.flights = make(map[key]*flight)
@@ -165,6 +174,7 @@ func (f *Fetcher) Close() {
 	}
 	f.mu.Unlock()
 	f.wg.Wait()
+	f.decoders.close()
 	f.zstd.Close()
 }
 

@@ -226,7 +226,9 @@ func skipStarted(q *[]*flight) {
 const pacedRequests = 5
 
 // nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
-// for each leastWindow of the window: the faster the line, the farther.
+// at leastWindow. It goes by the square of the window: on a line that is twice as
+// fast a chunk out of its turn holds up others half as long, and a request that it
+// saves is worth twice as many bytes.
 const nearTurns = 8
 
 // gather collects the flights that can share a request with first: its queued
@@ -239,7 +241,7 @@ func (f *Fetcher) gather(first *flight) []*flight {
 	// whose turn is near, so that it comes about in its order.
 	window := f.mu.pace.window()
 	most := min(f.o.MaxRequest, window/2-min(window, leastWindow)/4)
-	near := max(nearTurns*window/leastWindow, 1)
+	near := max(nearTurns*window/leastWindow*window/leastWindow, 1)
 	neighbour := func(of *flight, step int) *flight {
 		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
 		if fl == nil || fl.state != queued || fl.source != first.source ||

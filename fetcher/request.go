@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -60,7 +61,7 @@ func (f *Fetcher) fetch(group []*flight) {
 		stored := f.buffer(int(fl.chunk().Stored))
 		n, err := io.ReadFull(body, *stored)
 		f.bytes.Add(int64(n))
-		f.landed(int64(n))
+		demanded := f.landed(group[i:], int64(n))
 		if err != nil {
 			f.buffers.Put(stored)
 			if err == io.EOF {
@@ -79,22 +80,33 @@ func (f *Fetcher) fetch(group []*flight) {
 			}
 			f.finish(fl, err)
 		}
-		if i == len(group)-1 {
+		switch {
+		case !demanded:
+			decoding.Add(1)
+			f.decoders.do(func() {
+				defer decoding.Done()
+				keep()
+			})
+		case i == len(group)-1:
 			keep() // nothing left to read meanwhile
-			return
+		default:
+			f.decode <- struct{}{}
+			decoding.Go(func() {
+				keep()
+				<-f.decode
+			})
 		}
-		f.decode <- struct{}{}
-		decoding.Go(func() {
-			keep()
-			<-f.decode
-		})
 	}
 }
 
-func (f *Fetcher) landed(bytes int64) {
+// landed takes account of bytes that have come of a request, and says whether
+// somebody waits by now for one of what is left of it: for that the decoders are
+// not waited for.
+func (f *Fetcher) landed(left []*flight, bytes int64) (demanded bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mu.pace.landed(bytes, time.Now())
+	return slices.ContainsFunc(left, func(fl *flight) bool { return fl.demand })
 }
 
 // keep decompresses a chunk, and stores it if it is what it should be.

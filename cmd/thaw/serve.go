@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"time"
 
@@ -160,7 +161,13 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 		return err
 	}
 	defer func() { err = errors.Join(err, cache.Close()) }()
-	f := fetcher.New(fetcher.Options{Log: log, Temporary: registry.Temporary, RetryAfter: registry.RetryAfter})
+	// The threads that decompress are of low priority, and each has one of Go's
+	// processors even while the kernel lets others go first.
+	procs := runtime.GOMAXPROCS(0)
+	runtime.GOMAXPROCS(procs + (procs+1)/2)
+	f := fetcher.New(fetcher.Options{
+		Decoders: procs, Log: log, Temporary: registry.Temporary, RetryAfter: registry.RetryAfter,
+	})
 	defer f.Close()
 
 	open := &opener{client: client, cache: cache, fetcher: f, platform: platform, log: log}

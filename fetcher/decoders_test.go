@@ -1,0 +1,84 @@
+package fetcher_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+	"thaw/fetcher"
+)
+
+// nice counts the threads of this process that have yielded priority.
+func nice(t *testing.T) (n int) {
+	t.Helper()
+	stats, err := filepath.Glob("/proc/self/task/*/stat")
+	if err != nil || len(stats) == 0 {
+		t.Fatal("no threads can be seen", err)
+	}
+	for _, path := range stats {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			continue // it has ended
+		}
+		// Behind the name in its brackets: proc(5) counts it as field 2, and the niceness as 19.
+		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+		var value int
+		if _, err := fmt.Sscan(fields[19-3], &value); err != nil {
+			t.Fatal(err)
+		}
+		if value > 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// The decoders' threads are of low priority, no others are, and they end with the
+// Fetcher.
+func TestDecodersAreNice(t *testing.T) {
+	settled(t, "those of earlier tests end", func() bool { return nice(t) == 0 })
+	m := blocktest.NewImage(t, 70, 1500)
+	w := newWorld(t, m, fetcher.Options{Decoders: 3})
+	settled(t, "three nice threads", func() bool { return nice(t) == 3 })
+	w.device.Prefetch(blockmap.Range(0, w.device.Size()))
+	var wg sync.WaitGroup
+	for _, e := range w.places(t, 20) {
+		wg.Go(func() {
+			if err := w.read(t.Context(), e); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := nice(t); n != 3 {
+		t.Errorf("%d threads are nice", n)
+	}
+	w.fetcher.Close()
+	settled(t, "they end", func() bool { return nice(t) == 0 })
+}
+
+// Who waits for a chunk does not wait for decoders: they may have no processor.
+func TestDemandDoesNotWaitForDecoders(t *testing.T) {
+	m := blocktest.NewImage(t, 71, 1500)
+	w := newWorld(t, m, fetcher.Options{Decoders: 2})
+	places := w.places(t, 20)
+	until := make(chan struct{})
+	release := sync.OnceFunc(func() { close(until) })
+	defer release()
+	w.fetcher.OccupyDecoders(until)
+	w.device.Prefetch(places[0]) // whose decoding hangs
+	for _, e := range places[1:] {
+		if err := w.read(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	release()
+	if err := w.read(t.Context(), places[0]); err != nil {
+		t.Error(err)
+	}
+}
