@@ -165,6 +165,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	// processors even while the kernel lets others go first.
 	procs := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(procs + (procs+1)/2)
+	defer runtime.GOMAXPROCS(procs)
 	f := fetcher.New(fetcher.Options{
 		Decoders: procs, Log: log, Temporary: registry.Temporary, RetryAfter: registry.RetryAfter,
 	})

@@ -116,7 +116,7 @@ func TestFioVerify(t *testing.T) {
 	// The layout depends on sizes alone, so the place is known beforehand.
 	_, at := make(random(1, size))
 	written := filepath.Join(dir, "written")
-	job := []string{"--name=v", "--bs=4k", "--verify=crc32c", "--verify_fatal=1", fmt.Sprintf("--offset=%d", at), fmt.Sprintf("--size=%d", size), "--minimal"}
+	job := []string{"--name=v", "--bs=4k", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", fmt.Sprintf("--offset=%d", at), fmt.Sprintf("--size=%d", size), "--minimal"}
 	tool(t, "fio", append(job, "--filename="+written, "--rw=write", "--do_verify=0", "--ioengine=psync")...)
 	b, err := os.ReadFile(written)
 	if err != nil {

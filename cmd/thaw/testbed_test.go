@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -84,6 +85,28 @@ func tool(t testing.TB, program string, args ...string) string {
 	return string(out)
 }
 
+// parent is the thread that starts what is to end with the tests.
+var parent = sync.OnceValue(func() chan<- func() {
+	work := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range work {
+			f()
+		}
+	}()
+	return work
+})
+
+// startWithUs starts a child that is killed when the tests are. To Linux the
+// parent is the thread that forked, prctl(2), and threads end before the tests
+// do: the fetcher's, for one. Hence one that does not.
+func startWithUs(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	parent() <- func() { started <- cmd.Start() }
+	return <-started
+}
+
 // server is `thaw serve` in a process of its own.
 type server struct {
 	t      testing.TB
@@ -113,12 +136,11 @@ func launch(t testing.TB, env []string, args ...string) *server {
 	s.cmd = exec.Command(os.Args[0], append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
 	s.cmd.Env = append(append(os.Environ(), asThaw+"=1"), env...)
 	s.cmd.Stderr = &s.stderr
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := s.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.cmd.Start(); err != nil {
+	if err := startWithUs(s.cmd); err != nil {
 		t.Fatal(err)
 	}
 	line, _ := bufio.NewReader(out).ReadBytes('\n')
@@ -215,8 +237,7 @@ func startRegistry(t testing.TB, addr, storage, htpasswd string) *registryProces
 		t.Fatal(err)
 	}
 	r := &registryProcess{addr: addr, cmd: exec.Command("docker-registry", "serve", path)}
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := r.cmd.Start(); err != nil {
+	if err := startWithUs(r.cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.stop)
