@@ -54,6 +54,10 @@ type Cache struct {
 	// the disk has room, by one alone when it is full.
 	crowded sync.RWMutex
 
+	// writing has small files be written one after the other: two exports of an
+	// image keep the same index, under one name until it is whole.
+	writing sync.Mutex
+
 	mu struct {
 		sync.RWMutex
 		streams  map[Digest]*Stream
@@ -220,7 +224,10 @@ func (c *Cache) Stream(t *Table) (*Stream, error) {
 // write puts b at path now, and makes that durable with the next Sync: the start
 // of a device does not wait for the disk.
 func (c *Cache) write(path string, b []byte) error {
-	if err := writeFile(c.fs, path, b); err != nil {
+	c.writing.Lock()
+	err := writeFile(c.fs, path, b)
+	c.writing.Unlock()
+	if err != nil {
 		return err
 	}
 	c.mu.Lock()

@@ -383,3 +383,27 @@ func TestBlobsAndRefs(t *testing.T) {
 		t.Error("it was not counted")
 	}
 }
+
+// Several exports of one image keep the same files at once.
+func TestPutsAtOnce(t *testing.T) {
+	c := newCache(t, t.TempDir(), blockmap.CacheOptions{})
+	const name = "registry.example/a:v1"
+	for i := range 50 {
+		b := bytes.Repeat([]byte{byte(i)}, 10_000)
+		var wg sync.WaitGroup
+		for n := range 8 {
+			wg.Go(func() {
+				if err := errors.Join(c.PutBlob(b), c.PutRef(name, bytes.Repeat([]byte{byte(n)}, 1000+n))); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if got, err := c.Blob(sha256.Sum256(b)); err != nil || !bytes.Equal(got, b) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		if ref, err := c.Ref(name); err != nil || len(ref) < 1000 || !bytes.Equal(ref, bytes.Repeat(ref[:1], 1000+int(ref[0]))) {
+			t.Errorf("a mixture of %d bytes, %v", len(ref), err)
+		}
+	}
+}
