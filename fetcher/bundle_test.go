@@ -190,6 +190,8 @@ func checkDone(t *testing.T, r *fetcher.Replay) {
 	if err := r.Wait(t.Context(), 1); err != nil {
 		t.Errorf("%v", err)
 	}
+	// That all is here is known before the last request has been put away.
+	settled(t, "the replay has ended", func() bool { return !r.Progress().Ended.IsZero() })
 	if p := r.Progress(); p.DoneChunks != p.Chunks || p.DoneBytes != p.Bytes || p.Failed != 0 || p.Err != nil {
 		t.Errorf("%+v", p)
 	}
