@@ -1,5 +1,5 @@
 // Package fetcher brings chunks into the cache: each once however many wait
-// for it, what is waited for before what is not, neighbours in one request,
+// for it, what is waited for before what is not, several in one request,
 // verified, and retried until there is no more hope.
 //
 // One [Fetcher] serves all devices of a process. From binds it to where an
@@ -38,6 +38,20 @@ type Origin interface {
 	OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 }
 
+// Ranger is an Origin that may read several ranges in one request. What nobody
+// waits for then shares requests with what is near in turn, and not in the blob
+// alone: a start touches a little everywhere, and a request costs a registry as
+// much as a megabyte.
+type Ranger interface {
+	Origin
+	// Ranges is how many ranges a request may have at present, at least 1.
+	Ranges() int
+	// OpenRanges reads ranges of a blob, which have nothing in common, one behind
+	// the other, as OpenRange reads one. A nil body without an error says to ask
+	// for each by OpenRange.
+	OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error)
+}
+
 // distruster is a body that can be told that its bytes were wrong, so that its
 // source is asked last from then on.
 type distruster interface{ Distrust() }
@@ -65,7 +79,7 @@ type Options struct {
 
 // Stats counts what a Fetcher has done so far.
 type Stats struct {
-	Requests  int64 `json:"requests"`       // ranges asked of origins
+	Requests  int64 `json:"requests"`       // made to origins
 	Bytes     int64 `json:"fetched_bytes"`  // received from origins
 	Chunks    int64 `json:"fetched_chunks"` // brought from origins
 	Local     int64 `json:"local_chunks"`   // chunks that another stream held already

@@ -1,6 +1,8 @@
 package fetcher
 
 import (
+	"cmp"
+	"slices"
 	"time"
 
 	"thaw/blockmap"
@@ -179,10 +181,14 @@ func (f *Fetcher) dispatch() {
 		if a := &f.mu.active; a.requests > f.mu.carriers && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
 			return
 		}
+		paced := pacedRequests
+		if rangesOf(batch[0].source.origin) > 1 {
+			paced = pacedRanges
+		}
 		if a := &f.mu.ahead; !demand && a.requests > f.mu.carriers &&
 			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
 				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare ||
-				a.requests >= f.mu.carriers+pacedRequests && a.stored+stored > f.mu.pace.window()) {
+				a.requests >= f.mu.carriers+paced && a.stored+stored > f.mu.pace.window()) {
 			return
 		}
 		if f.mu.active.requests == f.mu.carriers {
@@ -225,26 +231,62 @@ func skipStarted(q *[]*flight) {
 // the line idle for a round trip.
 const pacedRequests = 5
 
+// pacedRanges are, where a request may have several ranges and so as many bytes as
+// the window has. With fewer the line is idle between them; more of them come no
+// sooner, and are in the way of what a reader demands.
+const pacedRanges = 3
+
 // nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
 // at leastWindow. It goes by the square of the window: on a line that is twice as
 // fast a chunk out of its turn holds up others half as long, and a request that it
 // saves is worth twice as many bytes.
 const nearTurns = 8
 
-// gather collects the flights that can share a request with first: its queued
-// neighbours in the blob. Those that nobody waits for only come behind it, so
-// that they hold up nothing.
+// gather collects the flights that can share a request with first: its neighbours
+// in the blob and, where nobody waits for it and the origin gives several ranges,
+// what of the blob is next in turn, with its neighbours.
 func (f *Fetcher) gather(first *flight) []*flight {
-	batch := []*flight{first}
-	bytes := int64(first.chunk().Stored)
-	// What nobody waits for comes in several requests at once, with neighbours
-	// whose turn is near, so that it comes about in its order.
+	if first.demand {
+		return f.gatherRun(first, nil, f.o.MaxRequest)
+	}
+	// What nobody waits for comes in several requests at once, so that the line
+	// is not idle for the time from a request to its answer.
 	window := f.mu.pace.window()
-	most := min(f.o.MaxRequest, window/2-min(window, leastWindow)/4)
+	ranges := rangesOf(first.source.origin)
+	if ranges == 1 {
+		return f.gatherRun(first, nil, min(f.o.MaxRequest, window/2-min(window, leastWindow)/4))
+	}
+	room := min(f.o.MaxRequest, window)
+	var batch []*flight
+	for _, fl := range f.mu.prefetch[:min(reach, len(f.mu.prefetch))] {
+		if fl.state != queued || fl.demand || fl.source != first.source || slices.Contains(batch, fl) {
+			continue
+		}
+		run := f.gatherRun(fl, batch, room)
+		for _, fl := range run {
+			room -= int64(fl.chunk().Stored)
+		}
+		if ranges--; len(batch) > 0 && (ranges < 0 || room < 0) {
+			break
+		}
+		batch = append(batch, run...)
+	}
+	return batch
+}
+
+// gatherRun collects first and its queued neighbours that are not in batch: at most
+// so many bytes, but for what somebody waits for, which goes in any case.
+// Those that nobody waits for only come behind one that somebody does, so that
+// they hold up nothing; and else only if their turn is near, so that chunks come
+// about in their order.
+func (f *Fetcher) gatherRun(first *flight, batch []*flight, most int64) []*flight {
+	run := []*flight{first}
+	bytes := int64(first.chunk().Stored)
+	window := f.mu.pace.window()
 	near := max(nearTurns*window/leastWindow*window/leastWindow, 1)
 	neighbour := func(of *flight, step int) *flight {
 		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
-		if fl == nil || fl.state != queued || fl.source != first.source ||
+		if fl == nil || fl.state != queued || fl.source != first.source || slices.Contains(batch, fl) ||
 			!fl.demand && (fl.turn < first.turn-near || fl.turn > first.turn+near) {
 			return nil
 		}
@@ -260,24 +302,27 @@ func (f *Fetcher) gather(first *flight) []*flight {
 		}
 		return fl
 	}
-	for fl := neighbour(first, 1); fl != nil; fl = neighbour(batch[len(batch)-1], 1) {
-		batch = append(batch, fl)
+	for fl := neighbour(first, 1); fl != nil; fl = neighbour(run[len(run)-1], 1) {
+		run = append(run, fl)
 		bytes += int64(fl.chunk().Stored)
 	}
-	before := 0
 	for fl := neighbour(first, -1); fl != nil && fl.demand == first.demand; fl = neighbour(fl, -1) {
-		batch = append(batch, fl)
+		run = append(run, fl)
 		bytes += int64(fl.chunk().Stored)
-		before++
 	}
-	if before > 0 {
-		ordered := make([]*flight, 0, len(batch))
-		for i := len(batch) - 1; i >= len(batch)-before; i-- {
-			ordered = append(ordered, batch[i])
-		}
-		batch = append(ordered, batch[:len(batch)-before]...)
+	slices.SortFunc(run, func(a, b *flight) int { return cmp.Compare(a.key.chunk, b.key.chunk) })
+	return run
+}
+
+// reach is how many of the queue are looked at for what else is in a blob.
+const reach = 64
+
+// rangesOf is how many ranges of a blob an origin gives in one answer.
+func rangesOf(o Origin) int {
+	if r, ok := o.(Ranger); ok {
+		return r.Ranges()
 	}
-	return batch
+	return 1
 }
 
 // forget takes back prefetches, each of which joined a flight so many times. It

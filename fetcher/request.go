@@ -12,39 +12,66 @@ import (
 	"thaw/blockmap"
 )
 
-// request brings a batch of neighbouring chunks.
+// request brings a batch of chunks of one blob, in its order.
 func (f *Fetcher) request(batch []*flight) {
-	var group []*flight
-	flush := func() {
-		if len(group) > 0 {
-			f.fetch(group)
-		}
-		group = nil
-	}
+	missing := make([]*flight, 0, len(batch))
 	for _, fl := range batch {
-		if fl.stream.Has(fl.key.chunk) {
-			flush()
+		switch {
+		case fl.stream.Has(fl.key.chunk):
 			f.finish(fl, nil)
-		} else if fl.stream.FillLocal(fl.key.chunk) {
-			flush()
+		case fl.stream.FillLocal(fl.key.chunk):
 			f.local.Add(1)
 			f.finish(fl, nil)
-		} else {
-			group = append(group, fl)
+		default:
+			missing = append(missing, fl)
 		}
 	}
-	flush()
+	if len(missing) > 0 {
+		f.fetch(missing)
+	}
 }
 
-// fetch asks the origin for chunks that lie side by side. Each is finished as
-// soon as its bytes are there.
+// runs are the ranges of the blob that flights are in, and how many flights each
+// has.
+func runs(flights []*flight) (ranges []blockmap.Extent, counts []int) {
+	for _, fl := range flights {
+		c := fl.chunk()
+		if last := len(ranges) - 1; last >= 0 && ranges[last].End == c.Offset {
+			ranges[last].End += int64(c.Stored)
+			counts[last]++
+			continue
+		}
+		ranges, counts = append(ranges, blockmap.Range(c.Offset, int64(c.Stored))), append(counts, 1)
+	}
+	return ranges, counts
+}
+
+// open asks the origin for ranges. A nil body without an error says that they can
+// only be had one by one.
+func (f *Fetcher) open(src source, ranges []blockmap.Extent) (io.ReadCloser, error) {
+	if len(ranges) == 1 {
+		return src.origin.OpenRange(f.ctx, src.table.Blob, ranges[0].Start, ranges[0].Len())
+	}
+	if r, ok := src.origin.(Ranger); ok {
+		return r.OpenRanges(f.ctx, src.table.Blob, ranges)
+	}
+	return nil, nil
+}
+
+// fetch asks the origin for chunks. Each is finished as soon as its bytes are
+// there.
 func (f *Fetcher) fetch(group []*flight) {
-	src := group[0].source
-	first, last := group[0].chunk(), group[len(group)-1].chunk()
-	end := last.Offset + int64(last.Stored)
-	f.requests.Add(1)
+	ranges, counts := runs(group)
 	asked := time.Now()
-	body, err := src.origin.OpenRange(f.ctx, src.table.Blob, first.Offset, end-first.Offset)
+	body, err := f.open(group[0].source, ranges)
+	if body == nil && err == nil {
+		for _, n := range counts {
+			f.fetch(group[:n])
+			group = group[n:]
+		}
+		return
+	}
+	f.requests.Add(1)
 	if err != nil {
 		for _, fl := range group {
 			f.finish(fl, err)

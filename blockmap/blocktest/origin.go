@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +20,7 @@ type Origin struct {
 	blobs  map[blockmap.Digest][]byte
 	faults Faults
 
+	ranges   int // that a request may have; 0 for 1
 	requests int
 	alive    int
 	most     int
@@ -78,10 +80,37 @@ func (o *Origin) Asked() map[Asked]int {
 	return all
 }
 
+// GiveRanges lets a request have so many ranges; at first it may have one.
+func (o *Origin) GiveRanges(n int) { o.mu.Lock(); defer o.mu.Unlock(); o.ranges = n }
+
+// Ranges is how many ranges a request may have.
+func (o *Origin) Ranges() int { o.mu.Lock(); defer o.mu.Unlock(); return max(o.ranges, 1) }
+
 // OpenRange is what a fetcher asks.
 func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	return o.open(ctx, Asked{blob, off, n})
+}
+
+// OpenRanges is what a fetcher asks that wants more than one at once. It gives
+// nothing where they are too many.
+func (o *Origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
+	if len(ranges) > o.Ranges() {
+		return nil, nil
+	}
+	asked := make([]Asked, len(ranges))
+	for i, r := range ranges {
+		if slices.ContainsFunc(ranges[:i], func(before blockmap.Extent) bool { return r.Intersect(before).Len() > 0 }) {
+			return nil, fmt.Errorf("the ranges %v are not apart", ranges)
+		}
+		asked[i] = Asked{blob, r.Start, r.Len()}
+	}
+	return o.open(ctx, asked...)
+}
+
+// open gives the bytes of all that is asked for, which is of one blob.
+func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error) {
 	o.mu.Lock()
-	b, ok := o.blobs[blob]
+	blob, ok := o.blobs[asked[0].Blob]
 	f := o.faults
 	if f.ErrEach > 0 && o.requests%f.ErrEach != 0 {
 		f.Err = nil
@@ -92,7 +121,9 @@ func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 		}
 	}
 	o.requests++
-	o.asked[Asked{blob, off, n}]++
+	for _, a := range asked {
+		o.asked[a]++
+	}
 	o.alive++
 	o.most = max(o.most, o.alive)
 	o.mu.Unlock()
@@ -101,12 +132,17 @@ func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 		body.Close()
 		return nil, err
 	}
-	switch {
-	case !ok:
-		return fail(fmt.Errorf("no blob %v", blob))
-	case off < 0 || n <= 0 || off+n > int64(len(b)):
-		return fail(fmt.Errorf("bytes %d+%d of a blob of %d", off, n, len(b)))
+	if !ok {
+		return fail(fmt.Errorf("no blob %v", asked[0].Blob))
 	}
+	var b []byte
+	for _, a := range asked {
+		if a.Off < 0 || a.N <= 0 || a.Off+a.N > int64(len(blob)) {
+			return fail(fmt.Errorf("bytes %d+%d of a blob of %d", a.Off, a.N, len(blob)))
+		}
+		b = append(b, blob[a.Off:a.Off+a.N]...)
+	}
+	n := len(b)
 	if f.Delay > 0 {
 		select {
 		case <-time.After(f.Delay):
@@ -117,7 +153,6 @@ func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 	if f.Err != nil {
 		return fail(f.Err)
 	}
-	b = b[off : off+n]
 	switch {
 	case f.Hang:
 		body.Reader = hang{ctx}
@@ -126,7 +161,6 @@ func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 	case f.Break != nil:
 		body.Reader = io.MultiReader(bytes.NewReader(b[:n/2]), broken{f.Break})
 	case f.Flip:
-		b = bytes.Clone(b)
 		b[n/2] ^= 4
 		fallthrough
 	default:

@@ -241,8 +241,20 @@ func absent(m *blockmap.Image) (n int64) {
 type origin struct{ repo *registry.Repo }
 
 func (o origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
-	return o.repo.OpenRange(ctx, v1.Hash{Algorithm: "sha256", Hex: blob.String()}, off, n)
+	return o.repo.OpenRange(ctx, hashOf(blob), off, n)
 }
+
+func (o origin) Ranges() int { return o.repo.Ranges() }
+
+func (o origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
+	asked := make([]registry.Range, len(ranges))
+	for i, r := range ranges {
+		asked[i] = registry.Range{Off: r.Start, N: r.Len()}
+	}
+	return o.repo.OpenRanges(ctx, hashOf(blob), asked)
+}
+
+func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
 
 // digestOf turns a hash into a Digest; one that is no SHA-256 becomes one that
 // nothing has.

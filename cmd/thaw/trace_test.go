@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,6 +82,60 @@ func TestRecordAndReplay(t *testing.T) {
 		t.Errorf("it does not say how much is shared:\n%s", s.stderr.String())
 	}
 	s.term()
+}
+
+// What a trace has from all over a layer comes in a few requests where the registry
+// gives several ranges in one answer; where it does not, it is asked once, and
+// the start goes on by one range a request.
+func TestReplayInRanges(t *testing.T) {
+	need(t, "qemu-io")
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	ref := p.host() + "/team/app:v1"
+	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 10), file{name: "big", data: random(3, 24<<20)})...)))
+	must(t, "build", "--size", "128M", "--chunk-size", "64K", ref)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "start.trace")
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--record", path)
+	args := []string{"-r", "-f", "raw"}
+	for i := range 100 {
+		args = append(args, "-c", fmt.Sprintf("read %d 4k", 2<<20+i%10*(2<<20)+i/10*(192<<10)))
+	}
+	tool(t, "qemu-io", append(args, s.uri())...)
+	must(t, "trace", "stop", "--cache", dir+"/c")
+	s.term()
+	must(t, "trace", "push", ref, path)
+
+	replay := func(cache string) (several, one int) {
+		t.Helper()
+		p.take()
+		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", filepath.Join(dir, cache), "--trace", "auto", "--prefetch-wait", "100")
+		for _, r := range p.take() {
+			switch method, span, _ := strings.Cut(r, "bytes="); {
+			case !strings.HasPrefix(method, "GET") || span == "":
+			case strings.Contains(span, ","):
+				several++
+			default:
+				one++
+			}
+		}
+		tool(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", device(t, s.uri()), s.uri())
+		s.term()
+		return several, one
+	}
+	several, one := replay("c1")
+	if several < 3 || several+one > 50 {
+		t.Errorf("%d requests for several ranges and %d for one, for 100 places", several, one)
+	}
+	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
+		if span, _, more := strings.Cut(r.Header.Get("Range"), ","); more {
+			r.Header.Set("Range", span)
+		}
+		return true
+	})
+	if several, one := replay("c2"); several != 1 || one < 50 {
+		t.Errorf("%d requests for several ranges and %d for one, of a registry that gives one", several, one)
+	}
 }
 
 // With --trace auto an image without traces gets its first.

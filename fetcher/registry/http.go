@@ -359,10 +359,10 @@ func (b *Body) Distrust() {
 }
 
 // failed takes note of a request for a blob that did not go well. That there
-// is no such blob says nothing of a source's health, nor does a caller that
-// has gone away.
+// is no such blob says nothing of a source's health, nor do ranges that it does
+// not give, or a caller that has gone away.
 func (e *endpoint) failed(h v1.Hash, err error) {
-	if errors.Is(err, ErrNotFound) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return
 	}
 	// The location may be what does not work.

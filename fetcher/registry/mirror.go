@@ -98,6 +98,7 @@ type source struct {
 	requests, bytes atomic.Int64
 	ignoresRange    atomic.Bool // has been logged
 	listsReferrers  atomic.Bool // has the referrers API
+	several         several     // ranges in one answer
 
 	mu struct {
 		sync.Mutex

@@ -127,40 +127,19 @@ func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole b
 }
 
 func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
-	r := request{method: http.MethodGet, header: map[string]string{"Accept-Encoding": "identity"}}
+	span := ""
 	if !whole {
-		r.header["Range"] = fmt.Sprintf("bytes=%d-%d", off, off+n-1)
+		span = fmt.Sprintf("bytes=%d-%d", off, off+n-1)
 	}
-	origin := e.url("blobs", digest.String())
-	r.url = origin
-	if at := e.state(digest).location; at != nil {
-		r.url = at
-	}
-	resp, err := e.get(ctx, r)
+	resp, err := e.ask(ctx, digest, span)
 	if err != nil {
 		return nil, err
-	}
-	if r.url != origin {
-		switch resp.StatusCode {
-		case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
-			// The signature of the remembered location has expired.
-			resp.Body.Close()
-			e.setState(digest, blobState{})
-			r.url = origin
-			if resp, err = e.get(ctx, r); err != nil {
-				return nil, err
-			}
-		}
 	}
 	if err := e.checkBlob(resp, off, n, whole); err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
-	if at := resp.Request.URL; at.Host != e.root.Host || at.Scheme != e.root.Scheme {
-		if known := e.state(digest).location; known == nil || *known != *at {
-			e.setState(digest, blobState{location: at})
-		}
-	}
+	e.remember(digest, resp)
 	if resp.StatusCode == http.StatusOK && off > 0 {
 		// Right, if slow: the server begins at the beginning.
 		if _, err := io.CopyN(io.Discard, resp.Body, off); err != nil {
@@ -172,6 +151,42 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 		}
 	}
 	return &Body{rc: resp.Body, left: n, e: e, digest: digest}, nil
+}
+
+// ask requests a blob, or what a Range header says of it, where the registry
+// has redirected to before if it has.
+func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.Response, error) {
+	r := request{method: http.MethodGet, header: map[string]string{"Accept-Encoding": "identity"}}
+	if span != "" {
+		r.header["Range"] = span
+	}
+	origin := e.url("blobs", digest.String())
+	r.url = origin
+	if at := e.state(digest).location; at != nil {
+		r.url = at
+	}
+	resp, err := e.get(ctx, r)
+	if err != nil || r.url == origin {
+		return resp, err
+	}
+	switch resp.StatusCode {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
+		// The signature of the remembered location has expired.
+		resp.Body.Close()
+		e.setState(digest, blobState{})
+		r.url = origin
+		return e.get(ctx, r)
+	}
+	return resp, nil
+}
+
+// remember keeps where a blob came from, if not from the registry itself.
+func (e *endpoint) remember(digest v1.Hash, resp *http.Response) {
+	if at := resp.Request.URL; at.Host != e.root.Host || at.Scheme != e.root.Scheme {
+		if known := e.state(digest).location; known == nil || *known != *at {
+			e.setState(digest, blobState{location: at})
+		}
+	}
 }
 
 // checkBlob looks at what is known of a blob's answer before its body.

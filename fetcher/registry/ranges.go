@@ -1,0 +1,259 @@
+package registry
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/textproto"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// A Range is the N bytes of a blob from Off.
+type Range struct{ Off, N int64 }
+
+// maxRanges of one request. It spares most of what requests cost, and is fewer
+// than servers have been seen to refuse.
+const maxRanges = 16
+
+// Ranges is how many ranges one call of OpenRanges may ask for at present. It
+// is 1 for files, of servers that are known not to give several in one answer,
+// and while the first answer that tells is awaited.
+func (r *Repo) Ranges() int {
+	if m, ok := r.reader.(*remote); ok {
+		return m.first().src.several.most()
+	}
+	return 1
+}
+
+// OpenRanges reads several ranges of a blob, which have nothing in common, in one
+// request: the bytes of one behind those of the other, or else the reader ends in
+// an error. A nil reader without an error is the answer where Ranges is 1, or
+// has become 1 by this call: ask for each by OpenRange then. For the rest it is
+// as OpenRange.
+func (r *Repo) OpenRanges(ctx context.Context, digest v1.Hash, ranges []Range) (io.ReadCloser, error) {
+	m, ok := r.reader.(*remote)
+	if !ok || len(ranges) > maxRanges {
+		return nil, nil
+	}
+	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b Range) int { return cmp.Compare(a.Off, b.Off) })
+	var end int64
+	for _, x := range sorted {
+		if x.N <= 0 || x.Off < end || x.Off+x.N < x.Off {
+			return nil, fmt.Errorf("read blob %s of %s: the ranges %v are not apart", digest, r, ranges)
+		}
+		end = x.Off + x.N
+	}
+	var b *Body
+	err := m.try(ctx, digest, func(e *endpoint) (err error) {
+		b, err = e.openRanges(ctx, digest, ranges)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
+	}
+	if b == nil {
+		return nil, nil // and not a *Body that is nil
+	}
+	return b, nil
+}
+
+// first is the endpoint that is asked first at present.
+func (m *remote) first() *endpoint {
+	now := time.Now()
+	i := slices.IndexFunc(m.endpoints, func(e *endpoint) bool { return e == m.origin || !e.src.resting(now) })
+	return m.endpoints[i]
+}
+
+// several says whether a source gives several ranges in one answer. Object storage
+// that registries redirect to often does not, and one answer without them is
+// all of a blob; so there is one question, and until it is answered no other.
+type several struct{ state atomic.Int32 }
+
+const (
+	severalUnknown int32 = iota
+	severalAsked
+	severalYes
+	severalNo
+)
+
+func (s *several) most() int {
+	switch s.state.Load() {
+	case severalUnknown, severalYes:
+		return maxRanges
+	}
+	return 1
+}
+
+// openRanges gives nil without an error where the source does not give several.
+func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Range) (*Body, error) {
+	s := &e.src.several.state
+	if s.Load() != severalYes && !s.CompareAndSwap(severalUnknown, severalAsked) {
+		return nil, nil
+	}
+	// What does not come to an answer leaves the question open.
+	defer s.CompareAndSwap(severalAsked, severalUnknown)
+	header := []byte("bytes=")
+	var n int64
+	for i, x := range ranges {
+		if i > 0 {
+			header = append(header, ',')
+		}
+		header = fmt.Appendf(header, "%d-%d", x.Off, x.Off+x.N-1)
+		n += x.N
+	}
+	resp, err := e.ask(ctx, digest, string(header))
+	if err != nil {
+		return nil, err
+	}
+	switch status := resp.StatusCode; {
+	case status == http.StatusPartialContent || status == http.StatusOK:
+	case status == http.StatusBadRequest || status == http.StatusRequestedRangeNotSatisfiable || status == http.StatusNotImplemented:
+		// It may be the ranges that it does not like.
+	default:
+		err := badStatus(resp)
+		resp.Body.Close()
+		return nil, err
+	}
+	boundary := ""
+	if t, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type")); err == nil && t == "multipart/byteranges" {
+		boundary = params["boundary"]
+	}
+	if c := resp.Header.Get("Content-Encoding"); boundary == "" || resp.StatusCode != http.StatusPartialContent || c != "" && c != "identity" {
+		resp.Body.Close()
+		e.src.oneRange(fmt.Sprintf("it answers %s with %q", resp.Status, resp.Header.Get("Content-Type")))
+		return nil, nil
+	}
+	p := &parts{body: resp.Body, r: bufio.NewReaderSize(resp.Body, 4<<10), boundary: []byte("--" + boundary), ranges: ranges, src: e.src}
+	if err := p.next(); err != nil {
+		resp.Body.Close()
+		if errors.Is(err, errParts) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	s.Store(severalYes)
+	e.remember(digest, resp)
+	return &Body{rc: p, left: n, e: e, digest: digest}, nil
+}
+
+// oneRange notes that a source gives no more than one range an answer.
+func (s *source) oneRange(why string) {
+	if s.several.state.Swap(severalNo) != severalNo {
+		s.log.Debug("server does not give several ranges in one answer, so there will be more requests", "source", s.name, "why", why)
+	}
+}
+
+// errParts is an answer whose parts are not those that were asked for, or that
+// is no multipart at all. The source is not asked for several any more, so
+// that the next try has another answer.
+var errParts = fmt.Errorf("%w: the parts of the answer are not what was asked for", ErrUnavailable)
+
+// parts reads a multipart/byteranges body (RFC 9110, 14.6) as the bytes of its
+// parts; that they are all there its Body sees to. Each has to be the range that is its turn: then how long it is is
+// known, and nothing has to be searched for the boundary, as a general reader must.
+type parts struct {
+	body     io.ReadCloser
+	r        *bufio.Reader
+	boundary []byte // with the dashes before it
+	ranges   []Range
+	left     int64 // of the part
+	any      bool  // part has been begun
+	src      *source
+}
+
+func (p *parts) Read(b []byte) (int, error) {
+	if p.left == 0 {
+		if len(p.ranges) == 0 {
+			return 0, io.EOF
+		}
+		if err := p.next(); err != nil {
+			return 0, err
+		}
+	}
+	if int64(len(b)) > p.left {
+		b = b[:p.left]
+	}
+	n, err := p.r.Read(b)
+	p.left -= int64(n)
+	return n, err
+}
+
+// Close reads the closing delimiter before, if all else has been read, so that
+// the connection can be used again. Nothing depends on what it is.
+func (p *parts) Close() error {
+	if p.left == 0 && len(p.ranges) == 0 {
+		io.CopyN(io.Discard, p.r, int64(len(p.boundary))+64)
+	}
+	return p.body.Close()
+}
+
+// maxPartHeader bounds the lines before a part: an empty one, the delimiter,
+// and its header.
+const maxPartHeader = 32
+
+// next goes to the part that holds the next range.
+func (p *parts) next() error {
+	bad := func(format string, args ...any) error {
+		err := fmt.Errorf("%w: %w", errParts, fmt.Errorf(format, args...))
+		p.src.oneRange(err.Error())
+		return err
+	}
+	want := p.ranges[0]
+	if p.any {
+		// What a part ends with belongs to the delimiter, RFC 2046, 5.1.1.
+		if end, err := p.r.Peek(2); err == nil && string(end) != "\r\n" {
+			return bad("a part is longer or shorter than it says")
+		}
+		p.r.Discard(2)
+	}
+	begun, found := false, false
+	for range maxPartHeader {
+		line, err := p.r.ReadSlice('\n')
+		switch {
+		case err == bufio.ErrBufferFull:
+			return bad("a line of a part's header is longer than %d bytes", p.r.Size())
+		case err == io.EOF:
+			return fmt.Errorf("%w before the part from byte %d", ErrTruncated, want.Off)
+		case err != nil:
+			return err
+		}
+		line = bytes.TrimRight(line, " \t\r\n")
+		switch {
+		case !begun:
+			if begun = bytes.Equal(line, p.boundary); !begun && (len(line) > 0 || p.any) {
+				return bad("%.80q where the part from byte %d should begin", line, want.Off)
+			}
+		case len(line) == 0:
+			if !found {
+				return bad("a part does not say where it is from")
+			}
+			p.left, p.ranges, p.any = want.N, p.ranges[1:], true
+			return nil
+		default:
+			name, value, _ := strings.Cut(string(line), ":")
+			if textproto.CanonicalMIMEHeaderKey(name) != "Content-Range" {
+				continue
+			}
+			first, last, _, err := parseContentRange(strings.TrimSpace(value))
+			if err != nil {
+				return bad("%w", err)
+			}
+			if first != want.Off || last != want.Off+want.N-1 {
+				return bad("bytes %d-%d come, %d-%d were next", first, last, want.Off, want.Off+want.N-1)
+			}
+			found = true
+		}
+	}
+	return bad("the header of a part has more than %d lines", maxPartHeader)
+}
