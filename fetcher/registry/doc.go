@@ -32,6 +32,15 @@
 // What is small or made of several requests is retried here. OpenRange is
 // not: it is the hot path, and its caller knows the deadline.
 //
+// # Several ranges at once
+//
+// A request costs a registry as much as a megabyte, and what a start reads lies all
+// over its blobs, so OpenRanges asks for up to 16 ranges in one (RFC 9110, 14.2).
+// docker-registry and most web servers answer with a multipart of them; object
+// storage answers with all of the blob, or with the first. Which it is nobody
+// says beforehand. So one request of a process finds out, is given up if need be,
+// and Ranges says from then on what to do.
+//
 // # What is ours and why
 //
 // Names, descriptors and manifests are go-containerregistry's, and docker's
