@@ -92,14 +92,15 @@ func TestReplayInRanges(t *testing.T) {
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
 	ref := p.host() + "/team/app:v1"
-	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 10), file{name: "big", data: random(3, 24<<20)})...)))
-	must(t, "build", "--size", "128M", "--chunk-size", "64K", ref)
+	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 10), file{name: "big", data: random(3, 12<<20)})...)))
+	must(t, "build", "--size", "128M", "--chunk-size", "16K", ref)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "start.trace")
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--record", path)
 	args := []string{"-r", "-f", "raw"}
-	for i := range 100 {
-		args = append(args, "-c", fmt.Sprintf("read %d 4k", 2<<20+i%10*(2<<20)+i/10*(192<<10)))
+	const places = 200 // none beside another
+	for i := range places {
+		args = append(args, "-c", fmt.Sprintf("read %d 4k", 18<<20+i*37%places*(48<<10)))
 	}
 	tool(t, "qemu-io", append(args, s.uri())...)
 	must(t, "trace", "stop", "--cache", dir+"/c")
@@ -124,8 +125,8 @@ func TestReplayInRanges(t *testing.T) {
 		return several, one
 	}
 	several, one := replay("c1")
-	if several < 3 || several+one > 50 {
-		t.Errorf("%d requests for several ranges and %d for one, for 100 places", several, one)
+	if several < 3 || several+one > places/2 { // some go before the first answer has come
+		t.Errorf("%d requests for several ranges and %d for one, for %d places", several, one, places)
 	}
 	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
 		if span, _, more := strings.Cut(r.Header.Get("Range"), ","); more {
@@ -133,7 +134,7 @@ func TestReplayInRanges(t *testing.T) {
 		}
 		return true
 	})
-	if several, one := replay("c2"); several != 1 || one < 50 {
+	if several, one := replay("c2"); several != 1 || one < places {
 		t.Errorf("%d requests for several ranges and %d for one, of a registry that gives one", several, one)
 	}
 }
