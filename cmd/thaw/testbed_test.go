@@ -30,6 +30,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"golang.org/x/sys/unix"
 )
 
 // asThaw makes the test binary be the program, so that tests can kill it.
@@ -105,6 +106,50 @@ func startWithUs(cmd *exec.Cmd) error {
 	started := make(chan error)
 	parent() <- func() { started <- cmd.Start() }
 	return <-started
+}
+
+// What the tests start lives on when the thread ends that was to start it.
+func TestChildrenOutliveThreads(t *testing.T) {
+	child := exec.Command("sleep", "60")
+	thread := make(chan int)
+	var start func()
+	start = func() {
+		runtime.LockOSThread() // and never unlocks, so the thread ends here
+		if unix.Gettid() == unix.Getpid() {
+			// But for the first of the process: held here, it is not the next.
+			defer runtime.UnlockOSThread()
+			var other sync.WaitGroup
+			other.Go(start)
+			other.Wait()
+			return
+		}
+		if err := startWithUs(child); err != nil {
+			t.Error(err)
+		}
+		thread <- unix.Gettid()
+	}
+	go start()
+	t.Cleanup(func() { child.Process.Kill() })
+	task := fmt.Sprintf("/proc/self/task/%d", <-thread)
+	ended := make(chan error, 1)
+	go func() { ended <- child.Wait() }()
+	for i := 0; ; i++ {
+		if _, err := os.Stat(task); err != nil {
+			break
+		}
+		if i == 500 {
+			t.Fatal("the thread does not end")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := child.Process.Signal(syscall.Signal(0)); err != nil {
+		t.Error(err)
+	}
+	select {
+	case err := <-ended:
+		t.Errorf("the child ended with the thread: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
 }
 
 // server is `thaw serve` in a process of its own.

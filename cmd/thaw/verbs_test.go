@@ -2,21 +2,16 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
-	"golang.org/x/sys/unix"
 )
 
 // saveArchive writes what `docker save` would.
@@ -176,37 +171,6 @@ func TestSentences(t *testing.T) {
 	if now := runtime.GOMAXPROCS(0); now != procs {
 		t.Errorf("GOMAXPROCS was %d and is %d", procs, now)
 	}
-}
-
-// What the tests start lives on when the thread ends that was to start it.
-func TestChildrenOutliveThreads(t *testing.T) {
-	child := exec.Command("sleep", "60")
-	thread := make(chan int)
-	go func() {
-		runtime.LockOSThread() // and never unlocks, so the thread ends here
-		if err := startWithUs(child); err != nil {
-			t.Error(err)
-		}
-		thread <- unix.Gettid()
-	}()
-	task := fmt.Sprintf("/proc/self/task/%d", <-thread)
-	ended := make(chan error, 1)
-	go func() { ended <- child.Wait() }()
-	for range 500 {
-		if _, err := os.Stat(task); err != nil {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	if err := child.Process.Signal(syscall.Signal(0)); err != nil {
-		t.Error(err)
-	}
-	select {
-	case err := <-ended:
-		t.Errorf("the child ended with the thread: %v", err)
-	case <-time.After(50 * time.Millisecond):
-	}
-	child.Process.Kill()
 }
 
 // A build that fails leaves no manifest; the next one takes what is complete.
