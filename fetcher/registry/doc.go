@@ -34,7 +34,7 @@
 //
 // # Several ranges at once
 //
-// A request costs a registry as much as a megabyte, and what a start reads lies all
+// A request costs a registry as much as a megabyte or more, and what a start reads lies all
 // over its blobs, so OpenRanges asks for up to 16 ranges in one (RFC 9110, 14.2).
 // docker-registry and most web servers answer with a multipart of them; object
 // storage answers with all of the blob, or with the first. Which it is nobody
