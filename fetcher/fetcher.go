@@ -41,7 +41,7 @@ type Origin interface {
 // Ranger is an Origin that may read several ranges in one request. What nobody
 // waits for then shares requests with what is near in turn, and not in the blob
 // alone: a start touches a little everywhere, and a request costs a registry as
-// much as a megabyte.
+// much as a megabyte or more.
 type Ranger interface {
 	Origin
 	// Ranges is how many ranges a request may have at present, at least 1.

@@ -181,14 +181,10 @@ func (f *Fetcher) dispatch() {
 		if a := &f.mu.active; a.requests > f.mu.carriers && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
 			return
 		}
-		paced := pacedRequests
-		if rangesOf(batch[0].source.origin) > 1 {
-			paced = pacedRanges
-		}
 		if a := &f.mu.ahead; !demand && a.requests > f.mu.carriers &&
 			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
 				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare ||
-				a.requests >= f.mu.carriers+paced && a.stored+stored > f.mu.pace.window()) {
+				a.requests >= f.mu.carriers+paced(batch[0].source.origin) && a.stored+stored > f.mu.pace.window()) {
 			return
 		}
 		if f.mu.active.requests == f.mu.carriers {
@@ -232,9 +228,16 @@ func skipStarted(q *[]*flight) {
 const pacedRequests = 5
 
 // pacedRanges are, where a request may have several ranges and so as many bytes as
-// the window has. With fewer the line is idle between them; more of them come no
-// sooner, and are in the way of what a reader demands.
+// the window has. With two the line has been seen idle for a seventh of the time,
+// with three for a sixteenth; and each is in the way of what a reader demands.
 const pacedRanges = 3
+
+func paced(o Origin) int {
+	if rangesOf(o) > 1 {
+		return pacedRanges
+	}
+	return pacedRequests
+}
 
 // nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
 // at leastWindow. It goes by the square of the window: on a line that is twice as

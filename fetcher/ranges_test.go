@@ -22,6 +22,19 @@ func scattered(wants []blockmap.Want) (some []blockmap.Want) {
 	return some
 }
 
+// bring replays wants from an origin to their end.
+func (w *world) bring(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
+	t.Helper()
+	r := w.fetcher.From(o).Replay(t.Context(), wants, fetcher.ReplayOptions{})
+	if err := r.Wait(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	r.Stop()
+	if n := resident(wants); n != len(wants) {
+		t.Errorf("%d of %d chunks are here", n, len(wants))
+	}
+}
+
 // Where an origin gives several ranges in one answer, what is fetched ahead comes
 // in fewer requests, each chunk once as ever.
 func TestRangesShareRequests(t *testing.T) {
@@ -31,14 +44,7 @@ func TestRangesShareRequests(t *testing.T) {
 		w := newWorld(t, m, fetcher.Options{})
 		w.origin.GiveRanges(ranges)
 		wants := scattered(w.wants(t))
-		r := w.fetcher.From(w.origin).Replay(t.Context(), wants, fetcher.ReplayOptions{})
-		if err := r.Wait(t.Context(), 1); err != nil {
-			t.Fatal(err)
-		}
-		r.Stop()
-		if n := resident(wants); n != len(wants) {
-			t.Errorf("%d of %d chunks are here", n, len(wants))
-		}
+		w.bring(t, w.origin, wants)
 		for a, n := range w.origin.Asked() {
 			if n != 1 {
 				t.Errorf("%v was asked for %d times", a, n)
@@ -109,11 +115,7 @@ func TestRangesFail(t *testing.T) {
 				}
 				w.origin.Set(c.faults)
 				wants := scattered(w.wants(t))
-				r := w.fetcher.From(o).Replay(t.Context(), wants, fetcher.ReplayOptions{})
-				if err := r.Wait(t.Context(), 1); err != nil {
-					t.Fatal(err)
-				}
-				r.Stop()
+				w.bring(t, o, wants)
 				w.checkAll(t)
 				if st := w.fetcher.Stats(); st.Failed != 0 || c.forgets != (st.Retries == 0) {
 					t.Errorf("%+v", st)
@@ -126,8 +128,7 @@ func TestRangesFail(t *testing.T) {
 	}
 }
 
-// What was fetched meanwhile is left out of a request, and what is not needed any
-// more is not waited for.
+// What nobody wants any more is not asked for.
 func TestRangesAreTakenBack(t *testing.T) {
 	m := blocktest.NewImage(t, 83, 3000)
 	synctest.Test(t, func(t *testing.T) {
