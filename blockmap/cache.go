@@ -252,6 +252,9 @@ func (c *Cache) holders(d Digest) []holder {
 	return c.mu.byDigest[d]
 }
 
+// Quota bounds what is kept, in bytes; 0 where only the disk does.
+func (c *Cache) Quota() int64 { return c.quota }
+
 // Used is the number of bytes of data that are here.
 func (c *Cache) Used() int64 { return c.used.Load() }
 

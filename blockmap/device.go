@@ -67,6 +67,9 @@ var (
 	ErrReadOnly   = errors.New("the device is read-only")
 	ErrNoSpace    = errors.New("no space left")
 	ErrClosed     = errors.New("closed")
+	// ErrDamaged: the cache's own file could not be read. It is never a
+	// request's last word: what was damaged is fetched again.
+	ErrDamaged = errors.New("the cached bytes cannot be read")
 )
 
 // Extent is a half-open byte range: Start is in it, End is not.

@@ -52,6 +52,19 @@ func NewImage(ix *Index, c *Cache, f fetcher) (*Image, error) {
 	return m, nil
 }
 
+// Close lets go of the streams. Nothing uses the image any more.
+func (m *Image) Close() {}
+
+// Stream is the one that t, a table of the image's index, describes.
+func (m *Image) Stream(t *Table) (*Stream, error) {
+	for i := range m.ix.Streams {
+		if &m.ix.Streams[i] == t {
+			return m.streams[i], nil
+		}
+	}
+	return nil, fmt.Errorf("%w: the stream is not one of the image", ErrCorrupt)
+}
+
 // Size implements Device.
 func (m *Image) Size() int64 { return int64(m.ix.Blocks) * BlockSize }
 

@@ -159,7 +159,9 @@ func TestViewPins(t *testing.T) {
 		t.Fatal("nothing was evicted")
 	}
 	got := make([]byte, v.Len())
-	v.CopyTo(got)
+	if err := v.CopyTo(got); err != nil {
+		t.Fatal(err)
+	}
 	if !bytes.Equal(got, m.Content[held.Start:held.End]) {
 		t.Error("the bytes of a view have changed")
 	}

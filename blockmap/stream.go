@@ -154,6 +154,30 @@ func (s *Stream) Unpin(token uint64) {
 	}
 }
 
+// Pinned implements Pinner.
+func (s *Stream) Pinned(token uint64) (n int64) {
+	for i := uint32(token >> 32); i <= uint32(token); i++ {
+		n += int64(s.table.Chunks[i].Size())
+	}
+	return n
+}
+
+// Damaged implements Pinner.
+func (s *Stream) Damaged(token uint64) {
+	for i := uint32(token >> 32); i <= uint32(token); i++ {
+		c := &s.table.Chunks[i]
+		s.cache.used.Add(-int64(s.res.clear(c.Block, c.Count)) * BlockSize)
+	}
+}
+
+// Hold keeps p as the content of chunk i in memory, once it has found p to be
+// that: for chunks that somebody waits for and that Fill has no room for. Views
+// see it as if it was in the cache. What is held is bounded, and goes in the order in
+// which it came.
+func (s *Stream) Hold(i int, p []byte) error {
+	return ErrNoSpace
+}
+
 // view appends n bytes from off to v, or does nothing and returns false if some
 // of them are not here.
 func (s *Stream) view(v *View, off, n int64) bool {
@@ -263,8 +287,12 @@ func (s *Stream) FillLocal(i int) bool {
 		if o.Count != c.Count || !l.stream.view(&v, int64(o.Block)*BlockSize, int64(o.Size())) {
 			continue
 		}
-		err := s.Fill(i, v.Segments()[0].Bytes)
+		p := make([]byte, o.Size())
+		err := v.CopyTo(p)
 		v.Release()
+		if err == nil {
+			err = s.Fill(i, p)
+		}
 		if err == nil {
 			return true
 		}

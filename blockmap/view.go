@@ -24,7 +24,16 @@ type Segment struct {
 
 // Pinner holds bytes in place. Whoever appends a segment to a view has pinned
 // it already; Unpin takes that back.
-type Pinner interface{ Unpin(token uint64) }
+type Pinner interface {
+	Unpin(token uint64)
+	// Pinned is how many bytes the token keeps in place: as a rule more than
+	// the segment shows, since chunks are pinned whole.
+	Pinned(token uint64) int64
+	// Damaged says that the bytes could not be read, as those of a truncated
+	// file or a bad sector. What they belong to is absent from then on, and
+	// fetched again when it is next read. The pin stays.
+	Damaged(token uint64)
+}
 
 // zeros backs every hole. It is never written, so it costs address space and
 // one shared page.
@@ -74,13 +83,35 @@ func (v *View) Len() int64 {
 	return n
 }
 
-// CopyTo copies the view to p and returns how many bytes that were.
-func (v *View) CopyTo(p []byte) int {
-	n := 0
+// Pinned is how many bytes the view keeps in place.
+func (v *View) Pinned() (n int64) {
 	for _, s := range v.Segments() {
-		n += copy(p[n:], s.Bytes)
+		if s.pin != nil {
+			n += s.pin.Pinned(s.token)
+		}
 	}
 	return n
+}
+
+// Damaged says that the bytes of the segment could not be read: see Pinner.
+func (s *Segment) Damaged() {
+	if s.pin != nil {
+		s.pin.Damaged(s.token)
+	}
+}
+
+// CopyTo copies the view to p, which has its length. It fails with ErrDamaged
+// where bytes cannot be read; they are absent then, and Fault brings them again.
+func (v *View) CopyTo(p []byte) error {
+	for i := range v.Segments() {
+		s := &v.Segments()[i]
+		if _, err := CopyMapped(p, s.Bytes); err != nil {
+			s.Damaged()
+			return err
+		}
+		p = p[min(len(s.Bytes), len(p)):]
+	}
+	return nil
 }
 
 // Release gives the bytes back. The view is empty afterwards.

@@ -11,8 +11,10 @@ import (
 // flat is a device in one piece, all resident, as a mapped file is.
 type flat struct{ p []byte }
 
-func (d *flat) Size() int64  { return int64(len(d.p)) }
-func (d *flat) Unpin(uint64) {}
+func (d *flat) Size() int64         { return int64(len(d.p)) }
+func (d *flat) Unpin(uint64)        {}
+func (d *flat) Pinned(uint64) int64 { return 0 }
+func (d *flat) Damaged(uint64)      {}
 func (d *flat) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	v.Append(d.p[e.Start:e.End], d, 0)
 	return v, true

@@ -92,6 +92,9 @@ func (d *memDevice) evict(e blockmap.Extent) {
 
 func (d *memDevice) Size() int64 { return d.size }
 
+func (d *memDevice) Pinned(uint64) int64 { return 0 }
+func (d *memDevice) Damaged(uint64)      {}
+
 func (d *memDevice) Unpin(uint64) {
 	if d.pinned.Add(-1) == 0 {
 		select {

@@ -36,8 +36,11 @@ func (b *Backend) ReadAt(p []byte, off int64) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		v.CopyTo(p)
+		err = v.CopyTo(p)
 		v.Release()
+		if err != nil {
+			return 0, err
+		}
 	}
 	if e.Len() < int64(len(p)) {
 		return int(e.Len()), io.EOF

@@ -605,7 +605,9 @@ func BenchmarkView(b *testing.B) {
 					b.Fatal("not resident")
 				}
 				if copied {
-					v.CopyTo(buf[:n])
+					if err := v.CopyTo(buf[:n]); err != nil {
+						b.Error(err)
+					}
 				}
 				v.Release()
 				i++

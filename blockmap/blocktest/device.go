@@ -160,17 +160,13 @@ func extents(rng *rand.Rand, size int64, n int) []blockmap.Extent {
 
 // Read reads e of d as transports do.
 func Read(ctx context.Context, d blockmap.Device, e blockmap.Extent) ([]byte, error) {
-	for {
-		if v, ok := d.View(e); ok {
-			p := make([]byte, v.Len())
-			v.CopyTo(p)
-			v.Release()
-			return p, nil
-		}
-		if err := d.Fault(ctx, e); err != nil {
-			return nil, err
-		}
+	v, err := blockmap.Read(ctx, d, e)
+	if err != nil {
+		return nil, err
 	}
+	defer v.Release()
+	p := make([]byte, v.Len())
+	return p, v.CopyTo(p)
 }
 
 func check(t *testing.T, d blockmap.Device, e blockmap.Extent, want []byte) {
