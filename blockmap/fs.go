@@ -27,6 +27,9 @@ type FS interface {
 	// Lock takes path as the lock of this process, or fails at once with
 	// ErrLocked. Closing it, or the end of the process, lets go.
 	Lock(path string) (io.Closer, error)
+	// Private fails unless the directory at path belongs to this user alone:
+	// nobody else can write to it, or put another in its place.
+	Private(path string) error
 }
 
 // File is an open file of an FS.
@@ -41,8 +44,27 @@ type File interface {
 	Sync() error
 	// PunchHole gives the space of a range back; it reads as zeros then.
 	PunchHole(off, n int64) error
-	// Map maps the first n bytes, shared with the file.
-	Map(n int64, writable bool) (mmap.MMap, error)
+	// Map maps the first n bytes for reading, shared with the file.
+	Map(n int64) (mmap.MMap, error)
+	// Identity tells the file from a copy of it, and this mount of its file
+	// system from another one.
+	Identity() (FileID, error)
+	// InPlace asks the file system to write over what an empty file will hold
+	// where it lies, so that this needs no space. Not all do.
+	InPlace()
+}
+
+// FileID identifies a file. What is zero is not known.
+type FileID struct {
+	Inode  uint64
+	Born   int64  // when the inode was made, in ns since 1970
+	Device uint64 // the file system is on: may change from boot to boot
+	Mount  uint64 // of this mount, never used again until the machine is rebooted
+}
+
+// sameFile says whether a and b are of one file, and not of a copy.
+func (a FileID) sameFile(b FileID) bool {
+	return a.Inode == b.Inode && a.Born == b.Born && (a.Born != 0 || a.Device == b.Device)
 }
 
 // ErrLocked is what the second process on one cache directory gets.
@@ -118,23 +140,84 @@ func (f osFile) PunchHole(off, n int64) error {
 	return nil
 }
 
-func (f osFile) Map(n int64, writable bool) (mmap.MMap, error) {
-	prot := mmap.RDONLY
-	if writable {
-		prot = mmap.RDWR
-	}
-	m, err := mmap.MapRegion(f.File, int(n), prot, 0, 0)
+func (f osFile) Map(n int64) (mmap.MMap, error) {
+	m, err := mmap.MapRegion(f.File, int(n), mmap.RDONLY, 0, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "map", Path: f.Name(), Err: err}
 	}
 	return m, nil
 }
 
+func (f osFile) Identity() (id FileID, err error) {
+	var st unix.Statx_t
+	const want = unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {
+		return id, &os.PathError{Op: "statx", Path: f.Name(), Err: err}
+	}
+	id.Inode, id.Device = st.Ino, unix.Mkdev(st.Dev_major, st.Dev_minor)
+	if st.Mask&unix.STATX_BTIME != 0 {
+		id.Born = st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
+	}
+	// Before Linux 6.8 there are only mount IDs that are used again.
+	if st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
+		id.Mount = st.Mnt_id
+	}
+	return id, nil
+}
+
+func (f osFile) InPlace() {
+	fd := int(f.Fd())
+	flags, err := unix.IoctlGetInt(fd, unix.FS_IOC_GETFLAGS)
+	var fs unix.Statfs_t
+	if err != nil || unix.Fstatfs(fd, &fs) != nil || fs.Type != unix.BTRFS_SUPER_MAGIC {
+		return
+	}
+	// Where it is refused a full disk costs more, and nothing breaks.
+	_ = unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
+}
+
+// fsNoCOW is FS_NOCOW_FL of linux/fs.h.
+const fsNoCOW = 0x00800000
+
+func (osFS) Private(path string) error {
+	real, err := filepath.EvalSymlinks(path)
+	if err == nil {
+		real, err = filepath.Abs(real)
+	}
+	if err != nil {
+		return err
+	}
+	uid := uint32(os.Geteuid())
+	for dir := real; ; dir = filepath.Dir(dir) {
+		var st unix.Stat_t
+		if err := unix.Stat(dir, &st); err != nil {
+			return &os.PathError{Op: "stat", Path: dir, Err: err}
+		}
+		const group, others, sticky = 0o020, 0o002, 0o1000
+		switch {
+		case dir == real && st.Uid != uid:
+			return fmt.Errorf("%s belongs to user %d and thaw runs as user %d: use a directory of its own", dir, st.Uid, uid)
+		case dir == real && st.Mode&(group|others) != 0:
+			return fmt.Errorf("other users can write to %s: run chmod go-w %s once nothing in it is theirs, or use another directory", dir, dir)
+		case dir != real && st.Uid != uid && st.Uid != 0:
+			return fmt.Errorf("user %d can replace %s, since %s is theirs: use another directory", st.Uid, real, dir)
+		case dir != real && st.Mode&others != 0 && st.Mode&sticky == 0:
+			return fmt.Errorf("other users can replace %s, since they can write to %s: use another directory", real, dir)
+		}
+		if dir == filepath.Dir(dir) {
+			return nil
+		}
+	}
+}
+
+// newSuffix is of a file that is not whole yet.
+const newSuffix = ".new"
+
 // writeFile puts b at path, in place of what was there. A killed process leaves
 // the one or the other whole; a power cut may leave anything until the file has
 // been synced, so whoever reads it checks what it reads.
 func writeFile(fsys FS, path string, b []byte) error {
-	tmp := path + ".new"
+	tmp := path + newSuffix
 	if err := fsys.RemoveAll(tmp); err != nil {
 		return err
 	}
@@ -143,10 +226,14 @@ func writeFile(fsys FS, path string, b []byte) error {
 		return err
 	}
 	_, err = f.WriteAt(b, 0)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return err
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = fsys.Rename(tmp, path)
 	}
-	return fsys.Rename(tmp, path)
+	if err != nil {
+		// It may take what the disk has left.
+		err = errors.Join(err, fsys.RemoveAll(tmp))
+	}
+	return err
 }
 
 // syncFile makes a file and its name durable. One that has been removed

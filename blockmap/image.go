@@ -38,22 +38,28 @@ type fetcher interface {
 	Prefetch(wants []Want)
 }
 
-// NewImage opens the streams of ix in c. Chunks that are read and not there
-// come through f.
+// NewImage takes the streams of ix from c, to be given back by Close. Chunks that
+// are read and not there come through f.
 func NewImage(ix *Index, c *Cache, f fetcher) (*Image, error) {
-	m := &Image{ix: ix, streams: make([]*Stream, len(ix.Streams)), fetch: f}
+	m := &Image{ix: ix, fetch: f}
 	for i := range ix.Streams {
 		s, err := c.Stream(&ix.Streams[i])
 		if err != nil {
+			m.Close()
 			return nil, err
 		}
-		m.streams[i] = s
+		m.streams = append(m.streams, s)
 	}
 	return m, nil
 }
 
-// Close lets go of the streams. Nothing uses the image any more.
-func (m *Image) Close() {}
+// Close lets go of the streams. Nothing uses the image any more, and no view of
+// it is held.
+func (m *Image) Close() {
+	for _, s := range m.streams {
+		s.Release()
+	}
+}
 
 // Stream is the one that t, a table of the image's index, describes.
 func (m *Image) Stream(t *Table) (*Stream, error) {
@@ -91,6 +97,13 @@ func (m *Image) View(e Extent) (v View, ok bool) {
 func (m *Image) Fault(ctx context.Context, e Extent) error {
 	if err := e.Check(m.Size()); err != nil {
 		return err
+	}
+	for p := range m.pieces(e) {
+		if p.stream >= 0 {
+			// Where it fails, what is in the stream counts as missing for a
+			// while, and is fetched into memory.
+			_ = m.streams[p.stream].prepare()
+		}
 	}
 	missing := m.Missing(e)
 	if len(missing) == 0 {

@@ -3,6 +3,7 @@ package blockmap_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -22,6 +23,7 @@ type direct struct {
 	dec    *zstd.Decoder
 	mu     sync.Mutex
 	filled map[blockmap.Digest]int
+	hold   bool // in memory, what the disk does not take
 }
 
 func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
@@ -43,6 +45,9 @@ func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		}
 		if err == nil {
 			err = w.Stream.Fill(w.Chunk, b)
+			if d.hold && err != nil && !errors.Is(err, blockmap.ErrDigest) {
+				err = w.Stream.Hold(w.Chunk, b)
+			}
 		}
 		if err != nil {
 			return fmt.Errorf("chunk %d: %w", w.Chunk, err)

@@ -56,7 +56,8 @@ type Index struct {
 	Streams []Table // stream 0 holds the metadata of the filesystem
 	Runs    []Run   // sorted by Device, disjoint
 
-	slots []uint32 // slots[i]: the first run that ends behind block i<<slotShift
+	shift uint8    // of slots
+	slots []uint32 // slots[i]: the first run that ends behind block i<<shift
 }
 
 // Run maps Count consecutive device blocks to consecutive blocks of one
@@ -93,7 +94,9 @@ func (c *Chunk) Size() int { return int(c.Count) * BlockSize }
 // than an honest one of its length.
 const (
 	MaxChunkBlocks = 1024 // 4 MiB
-	maxStreams     = 1 << 16
+	// MaxStreams is what an index may have: a stream takes descriptors when it
+	// is read. Images of more than 127 layers can hardly be run.
+	MaxStreams = 1024
 
 	indexMagic   = "thawindx"
 	indexVersion = 1
@@ -101,6 +104,9 @@ const (
 
 	// One slot a 256 blocks (1 MiB) leaves a search of a few records.
 	slotShift = 8
+	// slotsARun bounds the slots of an index that has few runs in a large
+	// device: their number is not to depend on what a few bytes claim.
+	slotsARun, leastSlots = 4, 64
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -182,7 +188,7 @@ func (ix *Index) Seal() error {
 
 // after is the position of the first run that ends behind block.
 func (ix *Index) after(block uint32) int {
-	s := block >> slotShift
+	s := block >> ix.shift
 	lo, hi := int(ix.slots[s]), len(ix.Runs)
 	if int(s)+1 < len(ix.slots) {
 		hi = min(hi, int(ix.slots[s+1])+1)
@@ -213,9 +219,13 @@ func (ix *Index) Lookup(block uint32) (Run, bool) {
 
 func (ix *Index) seal() {
 	n := uint64(ix.Blocks)
-	ix.slots = make([]uint32, 0, n>>slotShift+1)
+	ix.shift = slotShift
+	for n>>ix.shift > uint64(slotsARun*len(ix.Runs)+leastSlots) {
+		ix.shift++
+	}
+	ix.slots = make([]uint32, 0, n>>ix.shift+1)
 	i := 0
-	for b := uint64(0); b < n; b += 1 << slotShift {
+	for b := uint64(0); b < n; b += 1 << ix.shift {
 		for i < len(ix.Runs) && uint64(ix.Runs[i].Device)+uint64(ix.Runs[i].Count) <= b {
 			i++
 		}
@@ -276,8 +286,9 @@ func (t *Table) Append(b []byte) []byte {
 
 // DecodeIndex reads an index without trusting it: every offset, count and
 // length is checked before it is used or allocated for. It fails with
-// ErrCorrupt, and allocates at most some four bytes for each byte of b, plus
-// four for each MiB of the device (at most 16 MiB at the format's limit).
+// ErrCorrupt, and allocates at most some eight bytes for each byte of b. What
+// comes out can be laid over streams: it has at least one block, and at least the
+// stream of the metadata.
 func DecodeIndex(b []byte) (*Index, error) {
 	if len(b) < indexHeader || string(b[:8]) != indexMagic {
 		return nil, fmt.Errorf("%w: not a thaw index", ErrCorrupt)
@@ -295,8 +306,11 @@ func DecodeIndex(b []byte) (*Index, error) {
 	ix := &Index{Blocks: uint32(d.Uvarint(math.MaxUint32))}
 	const leastTable, leastRun = 32 + 2, 4
 	n := d.Count(leastTable)
-	if n > maxStreams {
-		d.Fail("%d streams", n)
+	if d.Err() == nil && ix.Blocks == 0 {
+		d.Fail("a device without blocks")
+	}
+	if d.Err() == nil && (n == 0 || n > MaxStreams) {
+		d.Fail("%d streams, where there can be 1 to %d", n, MaxStreams)
 		n = 0
 	}
 	ix.Streams = make([]Table, n)
@@ -308,7 +322,7 @@ func DecodeIndex(b []byte) (*Index, error) {
 	var end uint64
 	for i := range ix.Runs {
 		dev := end + d.Uvarint(math.MaxUint32)
-		s := uint32(d.Uvarint(maxStreams))
+		s := uint32(d.Uvarint(MaxStreams))
 		if d.Err() == nil && int(s) >= n {
 			d.Fail("run %d is of stream %d of %d", i, s, n)
 		}

@@ -1,7 +1,9 @@
 package blockmap_test
 
 import (
+	"context"
 	"errors"
+	"math"
 	"math/rand/v2"
 	"reflect"
 	"testing"
@@ -54,6 +56,9 @@ func TestIndexHostile(t *testing.T) {
 		"empty chunk":     {Blocks: 100, Streams: []blockmap.Table{{BlobSize: 100, Chunks: []blockmap.Chunk{chunk(0, 0)}}}},
 		"huge chunk":      {Blocks: 100, Streams: []blockmap.Table{{BlobSize: 100, Chunks: []blockmap.Chunk{chunk(0, blockmap.MaxChunkBlocks+1)}}}},
 		"chunk of much":   {Blocks: 100, Streams: []blockmap.Table{{BlobSize: 1 << 40, Chunks: []blockmap.Chunk{{Count: 1, Stored: 1 << 30}}}}},
+		"no streams":      {Blocks: 100},
+		"no blocks":       {Streams: []blockmap.Table{table}},
+		"many streams":    {Blocks: 100, Streams: make([]blockmap.Table, blockmap.MaxStreams+1)},
 		"beyond the blob": {Blocks: 100, Streams: []blockmap.Table{{BlobSize: 5, Chunks: []blockmap.Chunk{chunk(0, 1)}}}},
 	} {
 		if _, err := blockmap.DecodeIndex(ix.Encode()); !errors.Is(err, blockmap.ErrCorrupt) {
@@ -66,9 +71,70 @@ func TestIndexHostile(t *testing.T) {
 	}
 }
 
+// The memory that an index takes goes by its length, and not by what it claims.
+func TestIndexOfFewBytes(t *testing.T) {
+	ix := blockmap.Index{Blocks: math.MaxUint32, Streams: make([]blockmap.Table, 1)}
+	b := ix.Encode()
+	var got *blockmap.Index
+	allocated := testing.Benchmark(func(b2 *testing.B) {
+		for b2.Loop() {
+			var err error
+			if got, err = blockmap.DecodeIndex(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}).AllocedBytesPerOp()
+	if allocated > 16<<10 {
+		t.Errorf("an index of %d bytes takes %d", len(b), allocated)
+	}
+	for _, block := range []uint32{0, 1, 1 << 20, math.MaxUint32 - 1} {
+		if run, ok := got.Lookup(block); ok || run.Device != 0 || run.Count != math.MaxUint32 {
+			t.Errorf("block %d is in %v", block, run)
+		}
+	}
+}
+
+// noFetch is an origin that has nothing.
+type noFetch struct{}
+
+func (noFetch) Fetch(context.Context, []blockmap.Want) error { return blocktest.ErrInjected }
+func (noFetch) Prefetch([]blockmap.Want)                     {}
+
+// use does with an index what serving it does.
+func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
+	image, err := blockmap.NewImage(ix, c, noFetch{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	size := image.Size()
+	for _, e := range []blockmap.Extent{
+		blockmap.Range(0, min(size, 1<<20)), blockmap.Range(size-min(size, 1<<20), min(size, 1<<20)), blockmap.Range(size/2&^4095, 4096),
+	} {
+		if v, ok := image.View(e); ok {
+			v.Release()
+		} else if err := image.Fault(t.Context(), e); !errors.Is(err, blocktest.ErrInjected) {
+			t.Fatalf("what is not here can be had: %v", err)
+		}
+		if s := image.Status(e); s.Len() <= 0 || s.Start != e.Start {
+			t.Fatalf("the status of %v is about %v", e, s.Extent)
+		}
+		image.Prefetch(e)
+	}
+	image.MissingMetadata(1 << 20)
+	for at, n := int64(0), 0; at < size && n < 1000; n++ {
+		at = image.Status(blockmap.Extent{Start: at, End: size}).End
+	}
+}
+
 func FuzzIndex(f *testing.F) {
 	f.Add(blocktest.NewImage(f, 1, 50).Index.Encode())
 	f.Add(blocktest.NewImage(f, 2, 300).Index.Encode())
+	empty := blockmap.Index{Blocks: 8}
+	f.Add(empty.Encode())
+	empty.Streams = make([]blockmap.Table, 2)
+	f.Add(empty.Encode())
+	c := newCache(f, f.TempDir(), blockmap.CacheOptions{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Past the checksum, which would keep the fuzzer from everything
 		// that lies behind it.
@@ -79,6 +145,9 @@ func FuzzIndex(f *testing.F) {
 		ix, err := blockmap.DecodeIndex(b)
 		if err != nil {
 			return
+		}
+		if ix.Blocks < 1<<24 { // bitmaps of streams go by their length
+			use(t, c, ix)
 		}
 		again, err := blockmap.DecodeIndex(ix.Encode())
 		if err != nil || !reflect.DeepEqual(again, ix) {

@@ -53,6 +53,7 @@ func ReadInto(ctx context.Context, d Device, e Extent, p []byte) error {
 	return nil
 }
 
+// readInto reads e, as much of it at a time as can be had together.
 func readInto(ctx context.Context, d Device, e Extent, p []byte) error {
 	for n := 0; ; n++ {
 		if v, ok := d.View(e); ok {
@@ -63,7 +64,14 @@ func readInto(ctx context.Context, d Device, e Extent, p []byte) error {
 			}
 		}
 		if n > 2 {
-			// Evicted, or damaged, again and again before we could look.
+			// Evicted, closed or damaged again and again before we could look.
+			if mid := (e.Start + e.Len()/2 + BlockSize - 1) &^ (BlockSize - 1); e.Start < mid && mid < e.End {
+				if err := readInto(ctx, d, Extent{e.Start, mid}, p[:mid-e.Start]); err != nil {
+					return err
+				}
+				p, e.Start, n = p[mid-e.Start:], mid, 0
+				continue
+			}
 			select {
 			case <-time.After(min(time.Duration(n)*time.Millisecond, 100*time.Millisecond)):
 			case <-ctx.Done():

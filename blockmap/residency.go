@@ -7,42 +7,49 @@ import (
 	"fmt"
 	"hash/crc32"
 	"math/bits"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"unsafe"
-
-	"github.com/edsrzf/mmap-go"
 )
 
-// residency says which blocks of a stream are here: one bit a block, in a file
-// that is mapped, so that a bit outlives the process that set it.
+// residency says which blocks of a stream are here: one bit a block, in memory,
+// and in a file so that a bit outlives the process that set it. The file is
+// written with pwrite and never mapped: on a full disk a write to a mapping is
+// a signal, and this is an error.
 //
-// The file holds two copies of the bitmap. A bit is set in live as soon as the
-// block's data has been written, and live is trusted on open when the machine
-// has not been rebooted since: the kernel has the data and the bit, even if
-// the process was killed. A bit reaches durable only after an fdatasync of the
-// data, and durable alone is trusted after a reboot: its bits trail the data,
-// so a power cut costs a refetch and nothing else.
+// There are two copies of the bitmap. A bit is set in live as soon as the
+// block's data has been written. A bit reaches durable only after an fdatasync
+// of the data. On open, durable is trusted if the data is still in the file that
+// the header names: a copy of a cache was made while data and bits changed. Live
+// is trusted only if besides the machine has not been rebooted and the file
+// system has not been mounted anew since: then the kernel has the data and the
+// bit, even if the process was killed. So a power cut, or a disk that went away,
+// costs a refetch and nothing else.
 //
 //	   0    8  magic "thawresi"
-//	   8    4  version, 1
-//	  12    4  CRC-32C of the header, this field taken as zero
+//	   8    4  version, 2
+//	  12    4  CRC-32C of bytes 0 to 103, this field taken as zero
 //	  16   32  ID of the stream
 //	  48    4  blocks
-//	  52   16  boot ID of the machine when live was last opened
-//	  68       zeros
+//	  52    4  zero
+//	  56   16  boot ID of the machine when live was last begun
+//	  72    8  mount ID then, 0 if not known (statx, STATX_MNT_ID_UNIQUE)
+//	  80    8  device of the data's file then
+//	  88    8  inode of the data's file
+//	  96    8  when that inode was made, ns since 1970, 0 if not known
+//	 104       zeros
 //	4096    L  live: L = bytes of the bitmap, rounded up to 4096
 //	4096+L  L  durable
 //
-// Words are 64 bits in the machine's byte order, which is little-endian on
-// every machine that thaw runs on.
+// Numbers and words of 64 bits are little-endian.
 type residency struct {
-	f       File
-	m       mmap.MMap
+	id     Digest
+	blocks uint32
+
+	// Words are read and changed atomically.
 	live    []uint64
 	durable []uint64
-	blocks  uint32
 
 	// syncing makes sync one caller's at a time. It is held across I/O.
 	syncing sync.Mutex
@@ -53,9 +60,23 @@ type residency struct {
 		// blocks may have been filled again, with data that it missed.
 		cleared map[uint32]uint64
 	}
+
+	// file is the copy on disk. Its lock is held across writes of it, so that
+	// of two writes of one word the later one has both changes. They are of a
+	// few words, into the page cache.
+	file struct {
+		sync.Mutex
+		fsys  FS
+		path  string
+		f     File // nil: closed
+		head  []byte
+		stale bool // it does not say what memory says: all of it is to be written
+		gone  bool // there is none: it could not be written, and must not be believed
+	}
 }
 
-// BootID identifies one run of the machine's kernel.
+// BootID identifies one run of the machine's kernel. The zero BootID is not
+// known.
 type BootID [16]byte
 
 // ParseBootID reads the form that Linux has in /proc/sys/kernel/random/boot_id.
@@ -69,123 +90,193 @@ func ParseBootID(s string) (id BootID, err error) {
 
 const (
 	residencyMagic   = "thawresi"
-	residencyVersion = 1
+	residencyVersion = 2
 	residencyHeader  = 4096
-	residencyBootID  = 52
-	residencyUsed    = 68
+	residencyHead    = 104 // of it in use
+	residencyBoot    = 56  // where what was true then begins
 )
 
+// bitmapLen is the length of a bitmap in its file, in bytes.
 func bitmapLen(blocks uint32) int64 {
-	return (int64(blocks)+63)/64*8 + (BlockSize - 1) - ((int64(blocks)+63)/64*8+(BlockSize-1))%BlockSize
+	n := (int64(blocks) + 63) / 64 * 8
+	return (n + BlockSize - 1) &^ (BlockSize - 1)
 }
 
-// openResidency opens or creates the file at path. fresh says that it was
-// created, or replaced because it was not what it should have been; cause then
-// says why, for the log.
-func openResidency(fsys FS, path string, id Digest, blocks uint32, boot BootID) (r *residency, fresh bool, cause error, err error) {
-	f, err := fsys.Open(path, true)
+func residencySize(blocks uint32) int64 { return residencyHeader + 2*bitmapLen(blocks) }
+
+// newResidency has no blocks here, and no file.
+func newResidency(id Digest, blocks uint32) *residency {
+	words := (int(blocks) + 63) / 64
+	r := &residency{id: id, blocks: blocks, live: make([]uint64, words), durable: make([]uint64, words)}
+	r.file.gone = true
+	return r
+}
+
+// errCopied says that a map is of another file than the one that lies beside it.
+var errCopied = errors.New("the data is not in the file that it was written to: the cache was copied")
+
+// load takes over what the file at path says, or fails and has nothing here. data
+// is the file of the stream's data as it is now.
+func (r *residency) load(fsys FS, path string, boot BootID, data FileID) error {
+	b, err := readFile(fsys, path, residencySize(r.blocks))
 	if err != nil {
-		return nil, false, nil, err
+		return err
 	}
-	defer func() {
-		if err != nil {
-			f.Close()
-		}
-	}()
-	bytes := bitmapLen(blocks)
-	size := residencyHeader + 2*bytes
-	got, _, err := f.Stat()
-	if err != nil {
-		return nil, false, nil, err
+	if int64(len(b)) != residencySize(r.blocks) {
+		return fmt.Errorf("%s has %d bytes instead of %d", path, len(b), residencySize(r.blocks))
 	}
-	want := residencyHead(id, blocks)
-	head := make([]byte, residencyUsed)
+	was, then, ok := r.readHead(b)
 	switch {
-	case got == 0:
-		fresh = true
-	case got != size:
-		cause = fmt.Errorf("%s has %d bytes instead of %d", path, got, size)
-	default:
-		if _, err := f.ReadAt(head, 0); err != nil {
-			return nil, false, nil, err
-		}
-		copy(want[residencyBootID:], head[residencyBootID:])
-		sealResidencyHead(want)
-		if string(head) != string(want) {
-			cause = fmt.Errorf("%s has a damaged header, or another stream's", path)
+	case !ok:
+		return fmt.Errorf("%s has a damaged header, or another stream's", path)
+	case !then.sameFile(data):
+		return fmt.Errorf("%s: %w", path, errCopied)
+	}
+	trusted := boot != BootID{} && boot == was && data.Mount != 0 && then == data
+	words := func(w []uint64, b []byte) {
+		for i := range w {
+			w[i] = binary.LittleEndian.Uint64(b[8*i:])
 		}
 	}
-	if fresh || cause != nil {
-		fresh = true
-		// From zero length, so that no old bit survives; and written, since
-		// setting a bit in a mapped hole of a full disk would be fatal.
-		if err := f.Truncate(0); err != nil {
-			return nil, false, nil, err
-		}
-		if _, err := f.WriteAt(make([]byte, size), 0); err != nil {
-			return nil, false, nil, err
-		}
-	}
-	m, err := f.Map(size, true)
-	if err != nil {
-		return nil, false, nil, err
-	}
-	r = &residency{
-		f: f, m: m, blocks: blocks,
-		live:    words(m[residencyHeader:][:bytes]),
-		durable: words(m[residencyHeader+bytes:][:bytes]),
-	}
-	if !fresh && BootID(head[residencyBootID:]) != boot {
+	n := bitmapLen(r.blocks)
+	words(r.durable, b[residencyHeader+n:])
+	if trusted {
+		words(r.live, b[residencyHeader:])
+	} else {
 		copy(r.live, r.durable)
 	}
 	r.trim()
-	copy(want[residencyBootID:], boot[:])
-	sealResidencyHead(want)
-	copy(m, want)
-	if fresh {
-		// An old map may come back after a power cut until this one is on
-		// disk; not in parts, so that a new header stands over old bits.
-		if err := r.flush(); err != nil {
-			return nil, false, nil, errors.Join(err, m.Unmap())
-		}
-	}
-	return r, fresh, cause, nil
+	r.file.gone = false
+	return nil
 }
 
-func residencyHead(id Digest, blocks uint32) []byte {
-	h := make([]byte, residencyUsed)
+// attach opens the file, or makes it, to be kept up to date from now on. What it
+// says already is what load has read, unless data, the boot or the mount are
+// other ones by now.
+func (r *residency) attach(fsys FS, path string, boot BootID, data FileID) error {
+	r.file.Lock()
+	defer r.file.Unlock()
+	if r.file.f != nil {
+		return nil
+	}
+	f, err := fsys.Open(path, true)
+	if err != nil {
+		return err
+	}
+	size, _, err := f.Stat()
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	r.file.fsys, r.file.path, r.file.f = fsys, path, f
+	r.file.head = r.makeHead(boot, data)
+	if size == 0 {
+		f.InPlace()
+	}
+	if !r.file.stale && !r.file.gone && size == residencySize(r.blocks) {
+		head := make([]byte, residencyHead)
+		if _, err := f.ReadAt(head, 0); err == nil && string(head) == string(r.file.head) {
+			return nil
+		}
+	}
+	r.file.stale, r.file.gone = true, false
+	// A disk that is full keeps a map that says less than is here. That is
+	// all right, and tried again with the next sync.
+	_ = r.writeAll()
+	return nil
+}
+
+// detach closes the file.
+func (r *residency) detach() error {
+	r.file.Lock()
+	defer r.file.Unlock()
+	if r.file.f == nil {
+		return nil
+	}
+	err := r.file.f.Close()
+	r.file.f = nil
+	return err
+}
+
+func (r *residency) makeHead(boot BootID, data FileID) []byte {
+	h := make([]byte, residencyHead)
 	copy(h, residencyMagic)
 	binary.LittleEndian.PutUint32(h[8:], residencyVersion)
-	copy(h[16:], id[:])
-	binary.LittleEndian.PutUint32(h[48:], blocks)
+	copy(h[16:], r.id[:])
+	binary.LittleEndian.PutUint32(h[48:], r.blocks)
+	copy(h[residencyBoot:], boot[:])
+	binary.LittleEndian.PutUint64(h[72:], data.Mount)
+	binary.LittleEndian.PutUint64(h[80:], data.Device)
+	binary.LittleEndian.PutUint64(h[88:], data.Inode)
+	binary.LittleEndian.PutUint64(h[96:], uint64(data.Born))
+	binary.LittleEndian.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
 	return h
 }
 
-func sealResidencyHead(h []byte) {
-	clear(h[12:16])
-	binary.LittleEndian.PutUint32(h[12:], crc32.Checksum(h, castagnoli))
+// readHead reads what makeHead makes, if it is of this stream.
+func (r *residency) readHead(h []byte) (boot BootID, data FileID, ok bool) {
+	copy(boot[:], h[residencyBoot:])
+	data = FileID{
+		Mount: binary.LittleEndian.Uint64(h[72:]), Device: binary.LittleEndian.Uint64(h[80:]),
+		Inode: binary.LittleEndian.Uint64(h[88:]), Born: int64(binary.LittleEndian.Uint64(h[96:])),
+	}
+	return boot, data, string(h[:residencyHead]) == string(r.makeHead(boot, data))
 }
 
-// words looks at mapped, and so page-aligned, bytes as words.
-func words(b []byte) []uint64 {
-	if len(b) == 0 {
-		return nil
+// writeAll writes the whole file: the header last, since with an older one
+// nothing is believed that is not durable. r.file is held.
+func (r *residency) writeAll() error {
+	size := residencySize(r.blocks)
+	if err := r.file.f.Truncate(size); err != nil {
+		return err
 	}
-	return unsafe.Slice((*uint64)(unsafe.Pointer(&b[0])), len(b)/8)
+	words := uint32(len(r.live))
+	err := r.writeWords(0, words)
+	if err == nil {
+		head := make([]byte, residencyHeader)
+		copy(head, r.file.head)
+		_, err = r.file.f.WriteAt(head, 0)
+	}
+	r.file.stale = err != nil
+	return err
+}
+
+// writeWords writes words first to end of both copies. r.file is held.
+func (r *residency) writeWords(first, end uint32) error {
+	for at, words := range [][]uint64{r.live, r.durable} {
+		base := residencyHeader + int64(at)*bitmapLen(r.blocks)
+		for i := first; i < end; {
+			n := min(end-i, 1<<15)
+			b := make([]byte, 0, 8*n)
+			for k := range n {
+				b = binary.LittleEndian.AppendUint64(b, atomic.LoadUint64(&words[i+k]))
+			}
+			if _, err := r.file.f.WriteAt(b, base+8*int64(i)); err != nil {
+				return err
+			}
+			i += n
+		}
+	}
+	return nil
+}
+
+// write brings the file up to date for n blocks from b, as far as it can be.
+func (r *residency) write(b, n uint32) {
+	r.file.Lock()
+	defer r.file.Unlock()
+	if r.file.f == nil || r.file.stale {
+		return // it is written whole when it is opened, synced or flushed
+	}
+	if r.writeWords(b/64, (b+n-1)/64+1) != nil {
+		r.file.stale = true
+	}
 }
 
 // trim clears the bits behind the last block: nothing may have set them.
 func (r *residency) trim() {
-	for _, w := range [][]uint64{r.live, r.durable} {
-		for i := range w {
-			if first := uint64(i) * 64; first+64 > uint64(r.blocks) {
-				keep := uint64(0)
-				if first < uint64(r.blocks) {
-					keep = 1<<(uint64(r.blocks)-first) - 1
-				}
-				w[i] &= keep
-			}
-		}
+	if rest := r.blocks % 64; rest != 0 {
+		last := len(r.live) - 1
+		r.live[last] &= 1<<rest - 1
+		r.durable[last] &= 1<<rest - 1
 	}
 }
 
@@ -220,6 +311,7 @@ func (r *residency) set(b, n uint32) (added uint32) {
 		old := atomic.OrUint64(&r.live[i], mask)
 		added += uint32(bits.OnesCount64(mask &^ old))
 	})
+	r.write(b, n)
 	return added
 }
 
@@ -227,7 +319,6 @@ func (r *residency) set(b, n uint32) (added uint32) {
 // them were here. Before the data goes, flush must have returned.
 func (r *residency) clear(b, n uint32) (gone uint32) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	eachWord(b, n, func(i uint32, mask uint64) {
 		gone += uint32(bits.OnesCount64(atomic.AndUint64(&r.live[i], ^mask) & mask))
 		atomic.AndUint64(&r.durable[i], ^mask)
@@ -235,28 +326,66 @@ func (r *residency) clear(b, n uint32) (gone uint32) {
 			r.mu.cleared[i] |= mask
 		}
 	})
+	r.mu.Unlock()
+	r.write(b, n)
 	return gone
 }
 
-// flush makes the map itself durable.
-func (r *residency) flush() error { return r.f.Sync() }
+// flush makes the file durable, so that after a power cut it says nothing of
+// blocks that were cleared. Where the disk has no room for it there is no file
+// from then on, until a sync can make one: that says nothing either. The file
+// is attached.
+func (r *residency) flush() error {
+	r.file.Lock()
+	f, err := r.file.f, error(nil)
+	if f != nil && r.file.stale {
+		if err = r.writeAll(); diskFull(err) {
+			f, err = nil, r.forget()
+		}
+	}
+	r.file.Unlock()
+	if f == nil || err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		// The kernel says so once, and takes what it could not write for
+		// written: only new writes of all of it make the next sync mean something.
+		r.file.Lock()
+		r.file.stale = true
+		r.file.Unlock()
+		return err
+	}
+	return nil
+}
+
+// forget removes the file for good. r.file is held.
+func (r *residency) forget() error {
+	err := errors.Join(r.file.f.Close(), r.file.fsys.RemoveAll(r.file.path))
+	if err == nil {
+		err = r.file.fsys.SyncDir(filepath.Dir(r.file.path))
+	}
+	r.file.f, r.file.stale, r.file.gone = nil, true, err == nil
+	return err
+}
 
 // sync makes durable what is live: it makes the data durable by syncData, and
-// then copies the bits that were live before.
-func (r *residency) sync(syncData func() error) error {
+// then copies the bits that were live before. Where syncData fails it calls lost
+// for each run of blocks that may never have reached the disk. The kernel
+// reports that once, and calls the pages clean: so these blocks are not here.
+func (r *residency) sync(syncData func() error, lost func(b, n uint32)) error {
 	r.syncing.Lock()
 	defer r.syncing.Unlock()
 	r.mu.Lock()
 	r.mu.cleared = make(map[uint32]uint64)
 	r.mu.Unlock()
 	type change struct {
-		i    int
+		i    uint32
 		bits uint64
 	}
 	var changes []change
 	for i := range r.live {
 		if w := atomic.LoadUint64(&r.live[i]) &^ atomic.LoadUint64(&r.durable[i]); w != 0 {
-			changes = append(changes, change{i, w})
+			changes = append(changes, change{uint32(i), w})
 		}
 	}
 	var err error
@@ -264,14 +393,38 @@ func (r *residency) sync(syncData func() error) error {
 		err = syncData()
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if err == nil {
 		for _, c := range changes {
-			atomic.OrUint64(&r.durable[c.i], c.bits&^r.mu.cleared[uint32(c.i)])
+			atomic.OrUint64(&r.durable[c.i], c.bits&^r.mu.cleared[c.i])
 		}
 	}
 	r.mu.cleared = nil
-	return err
+	r.mu.Unlock()
+	if err != nil {
+		for _, c := range changes {
+			for w := c.bits; w != 0; {
+				first := bits.TrailingZeros64(w)
+				n := bits.TrailingZeros64(^(w >> first))
+				lost(c.i*64+uint32(first), uint32(n))
+				w &^= (^uint64(0) >> (64 - n)) << first
+			}
+		}
+		return err
+	}
+	r.file.Lock()
+	defer r.file.Unlock()
+	switch {
+	case r.file.f == nil:
+		return nil
+	case r.file.stale:
+		return r.writeAll()
+	case len(changes) > 0:
+		if err := r.writeWords(changes[0].i, changes[len(changes)-1].i+1); err != nil {
+			r.file.stale = true
+			return err
+		}
+	}
+	return nil
 }
 
 // run is the length of the longest run of blocks from b, within n, that are
@@ -299,8 +452,4 @@ func (r *residency) count() (n int64) {
 		n += int64(bits.OnesCount64(atomic.LoadUint64(&r.live[i])))
 	}
 	return n
-}
-
-func (r *residency) close() error {
-	return errors.Join(r.m.Unmap(), r.f.Close())
 }

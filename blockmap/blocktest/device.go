@@ -160,13 +160,18 @@ func extents(rng *rand.Rand, size int64, n int) []blockmap.Extent {
 
 // Read reads e of d as transports do.
 func Read(ctx context.Context, d blockmap.Device, e blockmap.Extent) ([]byte, error) {
-	v, err := blockmap.Read(ctx, d, e)
-	if err != nil {
-		return nil, err
+	for {
+		v, err := blockmap.Read(ctx, d, e)
+		if err != nil {
+			return nil, err
+		}
+		p := make([]byte, v.Len())
+		err = v.CopyTo(p)
+		v.Release()
+		if !errors.Is(err, blockmap.ErrDamaged) {
+			return p, err
+		}
 	}
-	defer v.Release()
-	p := make([]byte, v.Len())
-	return p, v.CopyTo(p)
 }
 
 func check(t *testing.T, d blockmap.Device, e blockmap.Extent, want []byte) {

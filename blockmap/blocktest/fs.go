@@ -1,6 +1,7 @@
 package blocktest
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"io/fs"
@@ -27,13 +28,20 @@ type FS struct {
 	synced map[string][]byte
 	locks  []io.Closer
 	fault  func(op, path string) error
+	mounts uint64 // that there were
+
+	// lost are the pages that a sync failed to write. As the kernel does, later
+	// syncs take them for written, until they are written to again.
+	lost map[string]map[int64]bool
 
 	disk  *int64 // pages that are free, if they are counted
 	taken map[string]map[int64]bool
 }
 
 // NewFS makes an FS that works.
-func NewFS() *FS { return &FS{synced: make(map[string][]byte)} }
+func NewFS() *FS {
+	return &FS{synced: make(map[string][]byte), lost: make(map[string]map[int64]bool)}
+}
 
 // Fail has fault asked before each operation: "open", "write", "sync",
 // "punch", "map", "rename". An error it returns is the operation's.
@@ -110,7 +118,7 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 		old = append(old, make([]byte, max(0, len(now)-len(old)))...)[:len(now)]
 		for at := 0; at < len(now); at += pageSize {
 			end := min(at+pageSize, len(now))
-			if rng.IntN(2) == 0 {
+			if f.lost[path][int64(at/pageSize)] || rng.IntN(2) == 0 {
 				copy(now[at:end], old[at:end])
 			}
 		}
@@ -122,6 +130,17 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 	return nil
 }
 
+// Remount has the file system gone and come back without a reboot, as after a
+// forced detach: what was not synced is lost as by PowerCut, and the mount is
+// another one.
+func (f *FS) Remount(rng *rand.Rand) error {
+	f.mu.Lock()
+	f.mounts++
+	f.mu.Unlock()
+	return f.PowerCut(rng)
+}
+
+func (f *FS) Private(path string) error                  { return blockmap.OS.Private(path) }
 func (f *FS) MkdirAll(path string) error                 { return blockmap.OS.MkdirAll(path) }
 func (f *FS) ReadDir(path string) ([]fs.DirEntry, error) { return blockmap.OS.ReadDir(path) }
 func (f *FS) SyncDir(path string) error                  { return f.check("sync", path) }
@@ -173,8 +192,9 @@ func (f *FS) Rename(from, to string) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.synced[to] = f.synced[from]
+	f.synced[to], f.lost[to] = f.synced[from], f.lost[from]
 	delete(f.synced, from)
+	delete(f.lost, from)
 	return nil
 }
 
@@ -187,6 +207,7 @@ func (f *FS) RemoveAll(path string) error {
 	for p := range f.synced {
 		if p == path || strings.HasPrefix(p, path+string(filepath.Separator)) {
 			delete(f.synced, p)
+			delete(f.lost, p)
 		}
 	}
 	return nil
@@ -212,6 +233,9 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		}
 		n, err := h.File.WriteAt(p[done:done+n], at)
 		done += n
+		h.fs.mu.Lock()
+		delete(h.fs.lost[h.path], at/pageSize)
+		h.fs.mu.Unlock()
 		if err != nil {
 			return done, err
 		}
@@ -230,17 +254,23 @@ func (h *handle) PunchHole(off, n int64) error {
 	return nil
 }
 
-func (h *handle) Map(n int64, writable bool) (mmap.MMap, error) {
+func (h *handle) Map(n int64) (mmap.MMap, error) {
 	if err := h.fs.check("map", h.path); err != nil {
 		return nil, err
 	}
-	return h.File.Map(n, writable)
+	return h.File.Map(n)
+}
+
+func (h *handle) Identity() (blockmap.FileID, error) {
+	id, err := h.File.Identity()
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	id.Mount += h.fs.mounts
+	return id, err
 }
 
 func (h *handle) Sync() error {
-	if err := h.fs.check("sync", h.path); err != nil {
-		return err
-	}
+	failed := h.fs.check("sync", h.path)
 	// What is synced is at least what was there when it was asked for.
 	size, _, err := h.File.Stat()
 	if err != nil {
@@ -252,8 +282,24 @@ func (h *handle) Sync() error {
 	}
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
+	old := h.fs.synced[h.path]
+	old = append(old, make([]byte, max(0, len(b)-len(old)))...)[:len(b)]
+	lost := h.fs.lost[h.path]
+	for at := 0; at < len(b); at += pageSize {
+		page, end := int64(at/pageSize), min(at+pageSize, len(b))
+		if failed != nil && !bytes.Equal(b[at:end], old[at:end]) {
+			if lost == nil {
+				lost = make(map[int64]bool)
+				h.fs.lost[h.path] = lost
+			}
+			lost[page] = true
+		}
+		if lost[page] {
+			copy(b[at:end], old[at:end])
+		}
+	}
 	h.fs.synced[h.path] = b
-	return nil
+	return failed
 }
 
 const pageSize = 4096

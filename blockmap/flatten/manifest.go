@@ -42,7 +42,7 @@ const (
 	layerVersion = 1
 
 	// maxIndex bounds what a manifest may say of its index.
-	maxIndex = 1 << 30
+	maxIndex = 256 << 20
 )
 
 // ErrNotBlockImage says that a manifest is that of something else.

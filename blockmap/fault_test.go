@@ -1,0 +1,494 @@
+package blockmap_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+)
+
+// dataFiles are the files that the content of a cache lies in.
+func dataFiles(t *testing.T, dir string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "streams/*/data"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("the cache has no data (%v)", err)
+	}
+	return files
+}
+
+// A file that is cut short under readers costs chunks, which are fetched again.
+func TestTruncatedUnderReaders(t *testing.T) {
+	m := blocktest.NewImage(t, 60, 1500)
+	for _, left := range []int64{0, 4096, 100_000, -4096, -1} {
+		t.Run(fmt.Sprint(left), func(t *testing.T) {
+			dir := t.TempDir()
+			c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{})
+			defer c.Close()
+			readAll(t, image, m)
+			used := c.Used()
+			v, ok := image.View(blockmap.Range(image.Size()/2, 1<<20))
+			if !ok {
+				t.Fatal("all was read, and is not resident")
+			}
+			for _, path := range dataFiles(t, dir) {
+				fi, err := os.Stat(path)
+				must(t, err)
+				must(t, os.Truncate(path, (left+fi.Size())%fi.Size()))
+			}
+			if left == 0 {
+				if err := v.CopyTo(make([]byte, v.Len())); !errors.Is(err, blockmap.ErrDamaged) {
+					t.Errorf("a view of a file that has no bytes any more: %v", err)
+				}
+			}
+			v.Release()
+			readAll(t, image, m)
+			if c.Damaged() == 0 {
+				t.Error("no chunk was said to be damaged")
+			}
+			readAll(t, image, m)
+			if c.Used() != used {
+				t.Errorf("%d bytes are counted, it was %d before", c.Used(), used)
+			}
+		})
+	}
+}
+
+// Readers and whoever cuts files short at the same time: every read is right.
+func TestTruncatedAllTheTime(t *testing.T) {
+	m := blocktest.NewImage(t, 61, 1500)
+	dir := t.TempDir()
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Quota: int64(len(m.Content)) * 3 / 4})
+	defer c.Close()
+	readAll(t, image, m)
+	image.Close()
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.hold = true
+	image, err := blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	files := dataFiles(t, dir)
+	var readers, cutter sync.WaitGroup
+	stop := make(chan struct{})
+	cutter.Go(func() {
+		rng := rand.New(rand.NewPCG(1, 61))
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(2 * time.Millisecond):
+			}
+			path := files[rng.IntN(len(files))]
+			if fi, err := os.Stat(path); err == nil && fi.Size() > 0 {
+				if err := os.Truncate(path, rng.Int64N(fi.Size())); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	})
+	for i := range 4 {
+		readers.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 62))
+			for range 300 {
+				e := blockmap.Range(rng.Int64N(image.Size()/4096-20)*4096, 4096*(1+rng.Int64N(20)))
+				got := make([]byte, e.Len())
+				if err := blockmap.ReadInto(t.Context(), image, e, got); err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+					t.Errorf("read %v: wrong bytes, or %v", e, err)
+					return
+				}
+			}
+		})
+	}
+	readers.Wait()
+	close(stop)
+	cutter.Wait()
+}
+
+// After an fdatasync that failed, the next one succeeds and has written nothing:
+// what the first was to make durable is not here.
+func TestFailedSync(t *testing.T) {
+	m := blocktest.NewImage(t, 62, 1000)
+	dir, fsys := t.TempDir(), blocktest.NewFS()
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: blockmap.BootID{1}})
+	half := blockmap.Range(0, image.Size()/2&^4095)
+	_, err := blocktest.Read(t.Context(), image, half)
+	must(t, err)
+	must(t, c.Sync())
+	readAll(t, image, m)
+	before := origin.Requests()
+	fsys.Fail(func(op, path string) error {
+		if op == "sync" && filepath.Base(path) == "data" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if err := c.Sync(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a sync that failed: %v", err)
+	}
+	fsys.Fail(nil)
+	_, err = blocktest.Read(t.Context(), image, half)
+	must(t, err)
+	if origin.Requests() != before {
+		t.Error("what was durable before was fetched again")
+	}
+	must(t, c.Sync())
+	fsys.Kill()
+	must(t, fsys.PowerCut(rand.New(rand.NewPCG(1, 2))))
+	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: blockmap.BootID{2}})
+	defer c.Close()
+	readAll(t, image, m)
+	if origin.Requests() != before {
+		t.Fatal("this tests nothing: the first origin was asked again")
+	}
+}
+
+// The same where it is the map that does not reach the disk before an eviction.
+func TestFailedMapSync(t *testing.T) {
+	m := blocktest.NewImage(t, 63, 1200)
+	for seed := range uint64(20) {
+		rng := rand.New(rand.NewPCG(seed, 63))
+		dir, fsys := t.TempDir(), blocktest.NewFS()
+		o := blockmap.CacheOptions{FS: fsys, Boot: blockmap.BootID{1}, Quota: int64(len(m.Content)) / 2}
+		c, image, _ := openImage(t, dir, m, o)
+		image.Close()
+		fetch := newDirect(t, blocktest.NewOrigin(m))
+		fetch.hold = true
+		image, err := blockmap.NewImage(m.Index, c, fetch)
+		must(t, err)
+		fsys.Fail(func(op, path string) error {
+			if op == "sync" && filepath.Base(path) == "map" && rng.IntN(2) == 0 {
+				return syscall.EIO
+			}
+			return nil
+		})
+		for range 60 {
+			e := blockmap.Range(rng.Int64N(image.Size()/4096-20)*4096, 4096*(1+rng.Int64N(20)))
+			got, err := blocktest.Read(t.Context(), image, e)
+			if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+			if rng.IntN(8) == 0 {
+				_ = c.Sync() // the data is; a map that is not is tried again
+			}
+		}
+		fsys.Fail(nil)
+		fsys.Kill()
+		must(t, fsys.PowerCut(rng))
+		o.Boot, o.Quota = blockmap.BootID{2}, 0
+		c, image, _ = openImage(t, dir, m, o)
+		readAll(t, image, m)
+		must(t, c.Close())
+	}
+}
+
+// A copy of a cache that is in use has files of different moments: nothing in it
+// is believed.
+func TestCopiedCache(t *testing.T) {
+	m := blocktest.NewImage(t, 64, 1000)
+	dir, boot := t.TempDir(), blockmap.BootID{1}
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: boot})
+	defer c.Close()
+	copied := filepath.Join(t.TempDir(), "copy")
+	must(t, os.MkdirAll(copied, 0o700))
+	// The data first and then what says that it is here, with reads between.
+	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/3))
+	must(t, err)
+	first := t.TempDir()
+	must(t, os.CopyFS(filepath.Join(first, "a"), os.DirFS(dir)))
+	readAll(t, image, m)
+	must(t, c.Sync())
+	must(t, os.CopyFS(copied, os.DirFS(dir)))
+	for _, path := range dataFiles(t, filepath.Join(first, "a")) {
+		b, err := os.ReadFile(path)
+		must(t, err)
+		rel, err := filepath.Rel(filepath.Join(first, "a"), path)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(copied, rel), b, 0o600))
+	}
+	c2, image2, origin := openImage(t, copied, m, blockmap.CacheOptions{Boot: boot})
+	defer c2.Close()
+	readAll(t, image2, m)
+	if origin.Requests() == 0 {
+		t.Error("a copy was believed")
+	}
+}
+
+// Without a boot ID, and without a mount ID, only what was made durable is believed.
+func TestUnknownBoot(t *testing.T) {
+	m := blocktest.NewImage(t, 65, 800)
+	for name, boots := range map[string][2]blockmap.BootID{
+		"never known": {}, "not known now": {{1}, {}}, "not known before": {{}, {1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, fsys := t.TempDir(), blocktest.NewFS()
+			_, image, _ := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boots[0]})
+			readAll(t, image, m)
+			fsys.Kill()
+			c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boots[1]})
+			defer c.Close()
+			readAll(t, image, m)
+			if origin.Requests() == 0 {
+				t.Error("what was never made durable was believed")
+			}
+		})
+	}
+}
+
+// On a disk that is full of something else reads go on, from memory.
+func TestHeldInMemory(t *testing.T) {
+	m := blocktest.NewImage(t, 66, 2000)
+	fsys := blocktest.NewFS()
+	c := newCache(t, t.TempDir(), quiet(blockmap.CacheOptions{FS: fsys, Memory: 2 << 20}))
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.hold = true
+	image, err := blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	check := func() {
+		t.Helper()
+		rng := rand.New(rand.NewPCG(1, 66))
+		for range 200 {
+			e := blockmap.Range(rng.Int64N(image.Size()/4096-20)*4096, 4096*(1+rng.Int64N(20)))
+			got, err := blocktest.Read(t.Context(), image, e)
+			if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+		}
+		if c.Held() > 2<<20 {
+			t.Errorf("%d bytes are held in memory", c.Held())
+		}
+	}
+	for _, broken := range []struct{ op, base string }{{"write", ""}, {"write", "data"}, {"write", "map"}, {"open", ""}, {"map", ""}} {
+		for _, cause := range []error{syscall.ENOSPC, syscall.EIO, syscall.EMFILE} {
+			fsys.Fail(func(op, path string) error {
+				if op == broken.op && (broken.base == "" || filepath.Base(path) == broken.base) {
+					return cause
+				}
+				return nil
+			})
+			check()
+			_ = c.Sync()
+		}
+	}
+	fsys.Fail(nil)
+	readAll(t, image, m)
+	c.StoreHeld()
+	readAll(t, image, m)
+	if c.Held() != 0 {
+		t.Errorf("%d bytes are held in memory, and the disk has room", c.Held())
+	}
+}
+
+// A cache directory that another user could write to is not believed.
+func TestForeignDirectory(t *testing.T) {
+	refused := func(name, dir, why string) {
+		t.Helper()
+		c, err := blockmap.OpenCache(dir, blockmap.CacheOptions{})
+		if err == nil {
+			c.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	dir := filepath.Join(t.TempDir(), "cache")
+	must(t, os.Mkdir(dir, 0o700))
+	for _, mode := range []fs.FileMode{0o777, 0o770, 0o702, 0o777 | fs.ModeSticky} {
+		must(t, os.Chmod(dir, mode))
+		refused(mode.String(), dir, "can write to")
+	}
+	must(t, os.Chmod(dir, 0o755))
+	link := filepath.Join(t.TempDir(), "link")
+	must(t, os.Symlink(dir, link))
+	newCache(t, link, blockmap.CacheOptions{}).Close()
+	parent := filepath.Join(t.TempDir(), "open")
+	must(t, os.Mkdir(parent, 0o700))
+	must(t, os.Chmod(parent, 0o777))
+	refused("a directory of everybody's", filepath.Join(parent, "cache"), "can replace")
+	if os.Geteuid() == 0 {
+		must(t, os.Chown(dir, 12345, 12345))
+		refused("another user's", dir, "belongs to user 12345")
+		refused("behind a link", link, "belongs to user 12345")
+		must(t, os.Chown(dir, 0, 0))
+		must(t, os.Mkdir(filepath.Join(dir, "in"), 0o700))
+		must(t, os.Chown(dir, 12345, 12345))
+		refused("within another user's", filepath.Join(dir, "in"), "can replace")
+		must(t, os.Chown(dir, 0, 0))
+	}
+}
+
+// Small files make room for themselves, and are not written twice.
+func TestSmallFilesOnAFullDisk(t *testing.T) {
+	m := blocktest.NewImage(t, 67, 1500)
+	fsys := blocktest.NewFS()
+	dir := t.TempDir()
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys})
+	defer c.Close()
+	fsys.Shrink(900)
+	fetch := func() {
+		for at := int64(0); at < image.Size(); at += 64 << 10 {
+			if _, err := blocktest.Read(t.Context(), image, blockmap.Range(at, min(64<<10, image.Size()-at))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	fetch()
+	for i := range 40 {
+		fetch()
+		if err := c.PutBlob(bytes.Repeat([]byte{byte(i)}, 20_000)); err != nil {
+			t.Fatalf("blob %d on a full disk: %v", i, err)
+		}
+		if err := c.PutRef(fmt.Sprint(i), bytes.Repeat([]byte{byte(i)}, 100)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fsys.Fail(func(op, path string) error {
+		if op == "write" {
+			return errors.New("it is written again")
+		}
+		return nil
+	})
+	for i := range 40 {
+		if err := c.PutBlob(bytes.Repeat([]byte{byte(i)}, 20_000)); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.PutRef(fmt.Sprint(i), bytes.Repeat([]byte{byte(i)}, 100)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fsys.Fail(func(op, _ string) error {
+		if op == "write" {
+			return blocktest.ErrDiskFull
+		}
+		return nil
+	})
+	if err := c.PutBlob([]byte("no room")); !errors.Is(err, blockmap.ErrNoSpace) {
+		t.Errorf("a disk without any room: %v", err)
+	}
+	fsys.Fail(nil)
+	if left, _ := filepath.Glob(filepath.Join(dir, "*/*/*.new")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// The quota is of all that lies in the directory, and is kept on the next start.
+func TestQuotaIsOfAll(t *testing.T) {
+	m := blocktest.NewImage(t, 68, 6000)
+	dir := t.TempDir()
+	quota := int64(len(m.Content)) / 2
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Quota: quota})
+	for i := range 100 {
+		must(t, c.PutBlob(bytes.Repeat([]byte{byte(i)}, int(quota/100))))
+	}
+	for at := int64(0); at < image.Size(); at += 64 << 10 {
+		if _, err := blocktest.Read(t.Context(), image, blockmap.Range(at, min(64<<10, image.Size()-at))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	onDisk := func() (n int64) {
+		must(t, filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				var fi fs.FileInfo
+				if fi, err = d.Info(); err == nil {
+					n += fi.Sys().(*syscall.Stat_t).Blocks * 512
+				}
+			}
+			return err
+		}))
+		return n
+	}
+	const slack = 512 << 10 // files are rounded up to blocks
+	if n := onDisk(); n > quota+slack || c.Used() > quota {
+		t.Errorf("%d bytes lie there and %d are counted, %d are allowed", n, c.Used(), quota)
+	}
+	must(t, c.Close())
+	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{Quota: quota / 4})
+	if n := onDisk(); n > quota/4+slack || c.Used() > quota/4 {
+		t.Errorf("after a start with a smaller quota %d bytes lie there and %d are counted, %d are allowed", n, c.Used(), quota/4)
+	}
+	image.Close()
+	must(t, c.Close())
+}
+
+// Images that come and go leave no descriptors, mappings or directories behind.
+func TestImagesComeAndGo(t *testing.T) {
+	dir := t.TempDir()
+	c, err := blockmap.OpenCache(dir, blockmap.CacheOptions{SyncEvery: 20 * time.Millisecond, Quota: 8 << 20})
+	must(t, err)
+	defer c.Close()
+	for i := range uint64(30) {
+		m := blocktest.NewImage(t, 100+i, 400)
+		image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
+		must(t, err)
+		if n := c.OpenStreams(); i == 0 && n != 0 {
+			t.Errorf("%d streams are open, and none was read", n)
+		}
+		if i%3 != 0 {
+			readAll(t, image, m)
+		}
+		image.Close()
+	}
+	eventually(t, "streams are still open", func() bool { return c.OpenStreams() == 0 })
+	// And what nothing is left of goes from the disk.
+	eventually(t, "empty streams are still there", func() bool {
+		names, err := os.ReadDir(filepath.Join(dir, "streams"))
+		must(t, err)
+		return len(names) > 0 && len(names) < 60
+	})
+}
+
+// eventually waits for something that is about to be true.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal(what)
+		}
+	}
+}
+
+// More streams than may be open at once are read in turn.
+func TestManyStreams(t *testing.T) {
+	ix := &blockmap.Index{}
+	blobs := make(map[blockmap.Digest][]byte)
+	var want []byte
+	const streams = 60
+	for i := range uint32(streams) {
+		content := bytes.Repeat([]byte{byte(i + 1)}, 8*blockmap.BlockSize)
+		table, blob := blocktest.Stream(t, [][]byte{content})
+		blobs[table.Blob] = blob
+		ix.Streams = append(ix.Streams, *table)
+		ix.Runs = append(ix.Runs, blockmap.Run{Device: 8 * i, Stream: i, Count: 8})
+		want = append(want, content...)
+	}
+	ix.Blocks = 8 * streams
+	must(t, ix.Seal())
+	m := &blocktest.Image{Index: ix, Blobs: blobs, Content: want}
+	dir := t.TempDir()
+	for range 2 {
+		c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+		c.LimitOpen(8)
+		for range 3 {
+			for at := int64(0); at < image.Size(); at += 4096 {
+				got, err := blocktest.Read(t.Context(), image, blockmap.Range(at, 4096))
+				if err != nil || !bytes.Equal(got, want[at:at+4096]) {
+					t.Fatalf("read at %d: wrong bytes, or %v", at, err)
+				}
+			}
+			if n := c.OpenStreams(); n > 9 {
+				t.Errorf("%d streams are open", n)
+			}
+		}
+		readAll(t, image, m)
+		must(t, c.Close())
+	}
+}
