@@ -47,6 +47,8 @@ type Cache struct {
 	evicted atomic.Int64
 	damaged atomic.Int64
 
+	fullUntil atomic.Int64 // ns since 1970, while the disk is left alone
+
 	open      atomic.Int64 // streams whose files are open
 	openLimit int64
 

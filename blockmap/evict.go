@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,16 +27,30 @@ func (c *Cache) squeeze(n int64, store func() error) error {
 	return err
 }
 
+// storeAlone evicts more with each try: other programs may be quicker to take what is
+// freed, and file systems that write nothing in place give an extent back only
+// when all of it has gone. Where that does not help either, the disk is left alone
+// for a while, so that neither the cache nor time is wasted on it.
 func (c *Cache) storeAlone(n int64, store func() error) (err error) {
 	c.crowded.Lock()
 	defer c.crowded.Unlock()
 	err = unix.ENOSPC
-	// Another process may be quicker to take what is freed.
-	for try := 0; diskFull(err) && try < 16 && c.evict(n) > 0; try++ {
+	if time.Now().UnixNano() < c.fullUntil.Load() {
+		return err
+	}
+	for try := 0; diskFull(err) && try < fullTries && c.evict(n<<try) > 0; try++ {
 		err = store()
+	}
+	if diskFull(err) {
+		c.fullUntil.Store(time.Now().Add(fullFor).UnixNano())
 	}
 	return err
 }
+
+const (
+	fullTries = 5
+	fullFor   = time.Second
+)
 
 // reserve makes room for n bytes, evicting where the quota needs it.
 func (c *Cache) reserve(n int64) error {

@@ -155,7 +155,7 @@ func TestFailedSync(t *testing.T) {
 // The same where it is the map that does not reach the disk before an eviction.
 func TestFailedMapSync(t *testing.T) {
 	m := blocktest.NewImage(t, 63, 1200)
-	for seed := range uint64(20) {
+	for seed := range uint64(8) {
 		rng := rand.New(rand.NewPCG(seed, 63))
 		dir, fsys := t.TempDir(), blocktest.NewFS()
 		o := blockmap.CacheOptions{FS: fsys, Boot: blockmap.BootID{1}, Quota: int64(len(m.Content)) / 2}

@@ -1,0 +1,291 @@
+package blockmap_test
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+)
+
+// disk is a file system of the test's own, on a loop device of its own.
+type disk struct {
+	t                *testing.T
+	file, device, at string
+}
+
+func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting takes root")
+	}
+	file := filepath.Join(t.TempDir(), "disk")
+	must(t, os.WriteFile(file, nil, 0o600))
+	must(t, os.Truncate(file, size))
+	return newDiskOn(t, file, mkfs...)
+}
+
+// newDiskOn makes a file system in a file.
+func newDiskOn(t *testing.T, file string, mkfs ...string) *disk {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting takes root")
+	}
+	d := &disk{t: t, file: file, at: t.TempDir()}
+	d.run(append(mkfs, d.file)...)
+	d.device = strings.TrimSpace(d.run("losetup", "--find", "--show", "--direct-io=on", d.file))
+	t.Cleanup(func() { d.run("losetup", "--detach", d.device) })
+	d.mount()
+	t.Cleanup(d.unmount)
+	return d
+}
+
+func (d *disk) run(args ...string) string {
+	d.t.Helper()
+	var stderr bytes.Buffer
+	c := exec.Command(args[0], args[1:]...)
+	c.Stderr = &stderr
+	c.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	out, err := c.Output()
+	if err != nil {
+		d.t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return string(out)
+}
+
+func (d *disk) mount() {
+	d.t.Helper()
+	d.run("mount", d.device, d.at)
+	var st unix.Statfs_t
+	must(d.t, unix.Statfs(d.at, &st))
+	if st.Flags&unix.ST_RDONLY != 0 {
+		d.t.Fatalf("%s came up read-only", d.device)
+	}
+}
+
+func (d *disk) unmount() {
+	d.t.Helper()
+	d.run("umount", d.at)
+}
+
+// fill takes all the space that is left.
+func (d *disk) fill() string {
+	d.t.Helper()
+	path := filepath.Join(d.at, "filler")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	must(d.t, err)
+	defer f.Close()
+	for n := 1 << 20; n >= 512; n /= 2 {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(rand.Uint32())
+		}
+		for err = nil; err == nil; {
+			_, err = f.Write(b)
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			d.t.Fatal(err)
+		}
+	}
+	_ = f.Sync() // a full disk may say so again
+	return path
+}
+
+// A cache on a disk that fills up, and is full when it is opened, gives every
+// reader the right bytes, whether the file system writes over data in place or
+// not; and on it goes where there is room again.
+func TestRealFullDisk(t *testing.T) {
+	m := blocktest.NewImage(t, 80, 6000)
+	for _, mkfs := range [][]string{{"mkfs.btrfs", "-q", "-M"}, {"mkfs.ext4", "-q", "-m", "0"}} {
+		t.Run(mkfs[0], func(t *testing.T) {
+			d := newDisk(t, 128<<20, mkfs...)
+			dir := filepath.Join(d.at, "cache")
+			boot := blockmap.BootID{1}
+			var image *blockmap.Image
+			open := func() *blockmap.Cache {
+				c, err := blockmap.OpenCache(dir, quiet(blockmap.CacheOptions{Boot: boot}))
+				must(t, err)
+				fetch := newDirect(t, blocktest.NewOrigin(m))
+				fetch.hold = true
+				image, err = blockmap.NewImage(m.Index, c, fetch)
+				must(t, err)
+				return c
+			}
+			check := func(when string) {
+				t.Helper()
+				rng := rand.New(rand.NewPCG(1, 80))
+				for range 80 {
+					e := blockmap.Range(rng.Int64N(image.Size()/4096-40)*4096, 4096*(1+rng.Int64N(40)))
+					got, err := blocktest.Read(t.Context(), image, e)
+					if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+						t.Fatalf("%s: read %v: wrong bytes, or %v", when, e, err)
+					}
+				}
+			}
+			c := open()
+			_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/2))
+			must(t, err)
+			filler := d.fill()
+			check("full")
+			if err := c.Sync(); err != nil {
+				t.Logf("sync on a full disk: %v", err)
+			}
+			check("full, after a sync")
+			for i := range 20 {
+				_ = c.PutBlob(bytes.Repeat([]byte{byte(i)}, 50_000))
+			}
+			check("full, after small files")
+			if err := c.Close(); err != nil {
+				t.Logf("close on a full disk: %v", err)
+			}
+			boot = blockmap.BootID{2} // so that the maps are written
+			c = open()
+			check("opened full")
+			must(t, os.Remove(filler))
+			d.run("sync", "-f", d.at)
+			readAll(t, image, m)
+			if err := c.Sync(); err != nil {
+				t.Errorf("sync with room again: %v", err)
+			}
+			must(t, c.Close())
+			c = open()
+			readAll(t, image, m)
+			must(t, c.Close())
+		})
+	}
+}
+
+// A file system that goes away and comes back without a reboot has lost what it had
+// not written. Live bits say that it is there.
+func TestRealRemount(t *testing.T) {
+	m := blocktest.NewImage(t, 81, 4000)
+	d := newDisk(t, 96<<20, "mkfs.ext4", "-q")
+	dir, boot := filepath.Join(d.at, "cache"), blockmap.BootID{1}
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: boot, Quota: int64(len(m.Content)) * 3 / 4})
+	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/4))
+	must(t, err)
+	must(t, c.Sync())
+	// Evictions make the maps durable, with the bits of what is not.
+	for at := int64(0); at < image.Size(); at += 64 << 10 {
+		_, err := blocktest.Read(t.Context(), image, blockmap.Range(at, min(64<<10, image.Size()-at)))
+		must(t, err)
+	}
+	if c.Evicted() == 0 {
+		t.Fatal("nothing was evicted: this tests nothing")
+	}
+	f, err := os.Open(d.at)
+	must(t, err)
+	// _IOR('X', 125, __u32), EXT4_IOC_SHUTDOWN of the kernel's ext4.h; 2 leaves
+	// the journal as it is.
+	shutdown, flags := uintptr(0x8004587d), uint32(2)
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, f.Fd(), shutdown, uintptr(unsafe.Pointer(&flags))); e != 0 {
+		t.Fatal(e)
+	}
+	must(t, f.Close())
+	_ = c.Close() // which nothing can be made durable in
+	d.unmount()
+	d.mount()
+	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{Boot: boot})
+	readAll(t, image, m)
+	must(t, c.Close())
+}
+
+// Sectors that cannot be read cost chunks, which are fetched again; sectors that
+// cannot be written, too.
+func TestRealBadSectors(t *testing.T) {
+	for _, command := range []string{"nbdkit", "nbdfuse", "fusermount3"} {
+		if _, err := exec.LookPath(command); err != nil {
+			t.Skip(err)
+		}
+	}
+	m := blocktest.NewImage(t, 82, 4000)
+	// A disk that fails while a file is there: nbdkit's, through FUSE.
+	mnt := t.TempDir()
+	broken := filepath.Join(t.TempDir(), "broken")
+	file := filepath.Join(t.TempDir(), "disk")
+	must(t, os.WriteFile(file, nil, 0o600))
+	must(t, os.Truncate(file, 96<<20))
+	serve := exec.Command("nbdfuse", mnt, "[", "nbdkit", "--exit-with-parent", "--filter=error", "file", file,
+		"error=EIO", "error-pread-rate=100%", "error-pwrite-rate=50%", "error-file="+broken, "]")
+	var stderr bytes.Buffer
+	serve.Stderr = &stderr
+	must(t, serve.Start())
+	t.Cleanup(func() {
+		if out, err := exec.Command("fusermount3", "-u", mnt).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+			serve.Process.Kill()
+		}
+		if err := serve.Wait(); err != nil {
+			t.Logf("nbdfuse: %v: %s", err, stderr.String())
+		}
+	})
+	nbd := filepath.Join(mnt, "nbd")
+	eventually(t, "nbdfuse does not come up", func() bool {
+		fi, err := os.Stat(nbd)
+		return err == nil && fi.Size() == 96<<20
+	})
+	d := newDiskOn(t, nbd, "mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=0")
+	dir := filepath.Join(d.at, "cache")
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+	readAll(t, image, m)
+	must(t, c.Close())
+	d.run("sync", "-f", d.at)
+	for _, path := range dataFiles(t, dir) {
+		f, err := os.Open(path)
+		must(t, err)
+		must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+		// What the guard and the metadata are in is in memory.
+		fi, err := f.Stat()
+		must(t, err)
+		_, err = f.ReadAt(make([]byte, 8), fi.Size()-8)
+		must(t, err)
+		must(t, f.Close())
+	}
+	c, err := blockmap.OpenCache(dir, quiet(blockmap.CacheOptions{Boot: blockmap.BootID{1}}))
+	must(t, err)
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.hold = true
+	image, err = blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	check := func() {
+		t.Helper()
+		for at := int64(0); at < image.Size(); at += 256 << 10 {
+			e := blockmap.Range(at, min(256<<10, image.Size()-at))
+			got, err := blocktest.Read(t.Context(), image, e)
+			if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+		}
+	}
+	must(t, os.WriteFile(broken, nil, 0o600))
+	for range 3 {
+		check()
+		if err := c.Sync(); err != nil {
+			t.Logf("sync to a disk that is broken: %v", err)
+		}
+	}
+	if c.Damaged() == 0 {
+		t.Error("no chunk was damaged: this tests nothing")
+	}
+	must(t, os.Remove(broken))
+	check()
+	_ = c.Close()
+	for _, path := range dataFiles(t, dir) {
+		f, err := os.Open(path)
+		must(t, err)
+		must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+		must(t, f.Close())
+	}
+	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+	readAll(t, image, m)
+	must(t, c.Close())
+}
