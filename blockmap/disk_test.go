@@ -19,8 +19,8 @@ import (
 
 // disk is a file system of the test's own, on a loop device of its own.
 type disk struct {
-	t                *testing.T
-	file, device, at string
+	t                      *testing.T
+	file, device, at, kind string
 }
 
 func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
@@ -40,10 +40,14 @@ func newDiskOn(t *testing.T, file string, mkfs ...string) *disk {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting takes root")
 	}
-	d := &disk{t: t, file: file, at: t.TempDir()}
+	d := &disk{t: t, file: file, at: t.TempDir(), kind: strings.TrimPrefix(mkfs[0], "mkfs.")}
 	d.run(append(mkfs, d.file)...)
-	d.device = strings.TrimSpace(d.run("losetup", "--find", "--show", "--direct-io=on", d.file))
-	t.Cleanup(func() { d.run("losetup", "--detach", d.device) })
+	d.device, _ = blocktest.Loop(t, file, false)
+	f, err := os.Open(d.device)
+	must(t, err)
+	defer f.Close()
+	// What is in the page cache of the file would hide what the disk does.
+	must(t, unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_DIRECT_IO, 1))
 	d.mount()
 	t.Cleanup(d.unmount)
 	return d
@@ -64,17 +68,12 @@ func (d *disk) run(args ...string) string {
 
 func (d *disk) mount() {
 	d.t.Helper()
-	d.run("mount", d.device, d.at)
-	var st unix.Statfs_t
-	must(d.t, unix.Statfs(d.at, &st))
-	if st.Flags&unix.ST_RDONLY != 0 {
-		d.t.Fatalf("%s came up read-only", d.device)
-	}
+	must(d.t, unix.Mount(d.device, d.at, d.kind, 0, ""))
 }
 
 func (d *disk) unmount() {
 	d.t.Helper()
-	d.run("umount", d.at)
+	must(d.t, unix.Unmount(d.at, 0))
 }
 
 // fill takes all the space that is left.

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/blocktest"
 )
 
 // Every name of a large directory is found and listed, and after a mount to
@@ -29,7 +31,7 @@ func TestLargeDirectory(t *testing.T) {
 	fs := verify(t, dir(Dirent{"d", root}), testOptions)
 
 	path := image(t, fs)
-	mounted, unmount := mount(t, path, "rw")
+	mounted, unmount := blocktest.Mount(t, path, "ext4", false)
 	for i, e := range root.Entries {
 		if i%4 == 0 {
 			if err := os.Remove(mounted + "/d/" + e.Name); err != nil {
@@ -193,7 +195,7 @@ func TestDeepPath(t *testing.T) {
 	fs := layout(t, root, testOptions)
 	path := image(t, fs)
 	fsck(t, path)
-	mounted, _ := mount(t, path, "ro")
+	mounted, _ := blocktest.Mount(t, path, "ext4", true)
 	fd, err := unix.Open(mounted, unix.O_DIRECTORY, 0)
 	if err != nil {
 		t.Fatal(err)

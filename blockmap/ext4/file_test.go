@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/blocktest"
 )
 
 // fragmented makes a file of n runs that cannot be merged, with a hole after
@@ -168,7 +170,7 @@ func TestFill(t *testing.T) {
 	o.Size = 400 << 20
 	fs := layout(t, root, o)
 	path := image(t, fs)
-	mounted, unmount := mount(t, path, "rw")
+	mounted, unmount := blocktest.Mount(t, path, "ext4", false)
 	var st unix.Statfs_t
 	if err := unix.Statfs(mounted, &st); err != nil {
 		t.Fatal(err)
@@ -199,14 +201,14 @@ func TestFill(t *testing.T) {
 	}
 	unmount()
 	fsck(t, path)
-	mounted, unmount = mount(t, path, "ro")
+	mounted, unmount = blocktest.Mount(t, path, "ext4", true)
 	for i := 0; int64(i) < written/int64(len(b)); i++ {
 		if got, err := os.ReadFile(fmt.Sprint(mounted, "/fill ", i)); err != nil || !bytes.Equal(got, b) {
 			t.Fatalf("file %d has not what was written: %v", i, err)
 		}
 	}
 	unmount()
-	mounted, unmount = mount(t, path, "rw")
+	mounted, unmount = blocktest.Mount(t, path, "ext4", false)
 	for i := 0; ; i++ {
 		if err := os.Remove(fmt.Sprint(mounted, "/fill ", i)); err != nil {
 			break
@@ -217,7 +219,7 @@ func TestFill(t *testing.T) {
 	}
 	unmount()
 	fsck(t, path)
-	mounted, _ = mount(t, path, "ro")
+	mounted, _ = blocktest.Mount(t, path, "ext4", true)
 	root.Entries = slices.DeleteFunc(root.Entries, func(e Dirent) bool { return e.Name == "fragments" })
 	root.Mtime, root.Ctime = timesOf(t, mounted)
 	compare(t, root, mounted)
@@ -252,7 +254,7 @@ func TestHugeDevices(t *testing.T) {
 			}
 			path := image(t, fs)
 			fsck(t, path)
-			mounted, unmount := mount(t, path, "ro")
+			mounted, unmount := blocktest.Mount(t, path, "ext4", true)
 			compare(t, everything(), mounted)
 			unmount()
 		})

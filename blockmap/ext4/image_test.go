@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // What the tests share: a device assembled from a Filesystem and made-up
@@ -183,30 +184,6 @@ func fsck(t testing.TB, path string) {
 
 func head(b []byte) []byte { return b[:min(len(b), 4000)] }
 
-// mount mounts an image until the test ends or unmount is called.
-func mount(t testing.TB, path, options string) (dir string, unmount func()) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("only root can mount a loop device")
-	}
-	dir = t.TempDir()
-	out, err := exec.Command("mount", "-t", "ext4", "-o", "loop,"+options, path, dir).CombinedOutput()
-	if err != nil {
-		t.Fatalf("mount -o %s: %v: %s", options, err, out)
-	}
-	mounted := true
-	unmount = func() {
-		if mounted {
-			mounted = false
-			if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
-				t.Errorf("umount: %v: %s", err, out)
-			}
-		}
-	}
-	t.Cleanup(unmount)
-	return dir, unmount
-}
-
 // verify puts a tree through everything: e2fsck, a mount to read with the
 // comparison, a mount to write, and e2fsck again.
 func verify(t *testing.T, root *Inode, o Options) *Filesystem {
@@ -214,11 +191,11 @@ func verify(t *testing.T, root *Inode, o Options) *Filesystem {
 	fs := layout(t, root, o)
 	path := image(t, fs)
 	fsck(t, path)
-	mounted, unmount := mount(t, path, "ro")
+	mounted, unmount := blocktest.Mount(t, path, "ext4", true)
 	compare(t, root, mounted)
 	unmount()
 
-	mounted, unmount = mount(t, path, "rw")
+	mounted, unmount = blocktest.Mount(t, path, "ext4", false)
 	if err := os.WriteFile(mounted+"/written later", []byte("by the kernel"), 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
 		t.Fatal(err)
 	}

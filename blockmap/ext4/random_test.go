@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"thaw/blockmap/blocktest"
 )
 
 // randomTree makes a tree of about n inodes with something of everything.
@@ -129,7 +131,7 @@ func TestCheckOthers(t *testing.T) {
 	}
 	fsck(t, path)
 
-	mounted, unmount := mount(t, path, "rw")
+	mounted, unmount := blocktest.Mount(t, path, "ext4", false)
 	for _, script := range []string{
 		"mkdir d && cd d && seq -f 'a file of the kernel, number %g' 30000 | xargs -d '\\n' touch",
 		"cd d && seq -f 'a file of the kernel, number %g' 1 3 30000 | xargs -d '\\n' rm",

@@ -16,6 +16,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/blocktest"
 )
 
 // item is all that a directory tree says of one name.
@@ -212,10 +214,8 @@ func compareTrees(t *testing.T, program string, want, got map[string]item, impli
 // mount mounts a device until the test ends.
 func mount(t testing.TB, device string) string {
 	t.Helper()
-	need(t, "root", "mount")
-	dir := t.TempDir()
-	run(t, "mount", "-t", "ext4", "-o", "loop,ro", device, dir)
-	t.Cleanup(func() { run(t, "umount", dir) })
+	need(t, "root")
+	dir, _ := blocktest.Mount(t, device, "ext4", true)
 	return dir
 }
 

@@ -1,0 +1,107 @@
+package blocktest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Loop makes a file a block device until release is called, or the test ends. Other
+// programs look for a free loop device at the same time: one is this test's only
+// once its own file is in it, which is one step for the kernel (LOOP_CONFIGURE). When
+// release is called and the last mount of it has gone, so has the device.
+func Loop(t testing.TB, file string, readOnly bool) (device string, release func()) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("loop devices take root")
+	}
+	mode := os.O_RDWR
+	var flags uint32 = unix.LO_FLAGS_AUTOCLEAR
+	if readOnly {
+		mode, flags = os.O_RDONLY, flags|unix.LO_FLAGS_READ_ONLY
+	}
+	backing, err := os.OpenFile(file, mode, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer backing.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer control.Close()
+	for end := time.Now().Add(30 * time.Second); ; {
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			t.Fatalf("find a free loop device: %v", err)
+		}
+		device = fmt.Sprintf("/dev/loop%d", n)
+		f, err := os.OpenFile(device, mode, 0)
+		if errors.Is(err, os.ErrNotExist) { // no udev makes the node here
+			err = unix.Mknod(device, unix.S_IFBLK|0o660, int(unix.Mkdev(7, uint32(n))))
+			if err == nil || errors.Is(err, unix.EEXIST) {
+				f, err = os.OpenFile(device, mode, 0)
+			}
+		}
+		if err == nil {
+			c := &unix.LoopConfig{Fd: uint32(backing.Fd()), Info: unix.LoopInfo64{Flags: flags}}
+			if err = unix.IoctlLoopConfigure(int(f.Fd()), c); err == nil {
+				open := true
+				release = func() {
+					if open {
+						open = false
+						f.Close()
+					}
+				}
+				t.Cleanup(release)
+				return device, release
+			}
+			f.Close()
+		}
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) || time.Now().After(end) {
+			t.Fatalf("make %s a device: %v", file, err)
+		}
+	}
+}
+
+// Mount mounts the file system of a file at a directory of the test's own, read-only
+// or not as asked for, until unmount is called or the test ends.
+func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount func()) {
+	t.Helper()
+	device, release := Loop(t, file, readOnly)
+	dir = t.TempDir()
+	var flags uintptr
+	if readOnly {
+		flags = unix.MS_RDONLY
+	}
+	if err := unix.Mount(device, dir, kind, flags, ""); err != nil {
+		t.Fatalf("mount the %s of %s: %v", kind, file, err)
+	}
+	mounted := true
+	unmount = func() {
+		t.Helper()
+		if !mounted {
+			return
+		}
+		mounted = false
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+			return
+		}
+		// The device goes with its last user: what was written is in the file then.
+		release()
+	}
+	t.Cleanup(unmount)
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	if got := st.Flags&unix.ST_RDONLY != 0; got != readOnly {
+		t.Fatalf("%s is mounted read-only: %v, asked for: %v", file, got, readOnly)
+	}
+	return dir, unmount
+}
