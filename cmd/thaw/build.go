@@ -26,8 +26,10 @@ func buildCommand(a *app) *cobra.Command {
 		Short: "Make a block image of a container image",
 		Long: `build flattens a container image into a block image.
 
-SRC is a registry reference, oci:DIR[:TAG], or docker-archive:FILE[:NAME] as
-"docker save" writes it. DST is a registry reference or oci:DIR:TAG. Without DST
+SRC is a registry reference, oci:DIR[:TAG] for an OCI layout directory,
+docker-archive:FILE[:NAME] for what "docker save" writes, or
+oci-archive:FILE[:TAG] for a tar of an OCI layout. Archives may be compressed by
+gzip, zstd, xz or bzip2. DST is a registry reference or oci:DIR:TAG. Without DST
 the block image goes beside SRC as its referrer, under no tag of its own: the
 name of SRC finds it from then on.
 
@@ -53,6 +55,7 @@ this image, when it is built again, or of an earlier version, found by content.`
 			if o.Level < 1 || o.Level > 22 {
 				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
 			}
+			o.TempDir = a.temp
 			return a.build(c.Context(), args, o, traces)
 		},
 	}
@@ -63,7 +66,7 @@ this image, when it is built again, or of an earlier version, found by content.`
 	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
 	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
 	f.StringArrayVar(&traces, "trace", nil, "pack a bundle from a trace: a file, or another version of the image for those beside it (repeatable)")
-	f.StringVar(&o.TempDir, "temp", "", "directory for streams until they are pushed (default: the system's)")
+	f.StringVar(&a.temp, "temp", "", "directory for streams until they are pushed, and for decompressed archives (default: $TMPDIR, or /tmp)")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -182,6 +185,9 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 
 // target is a repository as a build sees it.
 type target struct{ *registry.Repo }
+
+// HasBlob looks at the bytes as well where no registry does.
+func (t target) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) { return t.Holds(ctx, d) }
 
 func (t target) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
 	_, err := t.PushBlob(ctx, d, path, progress)

@@ -32,6 +32,7 @@ type app struct {
 	insecure  []string
 	hosts     string
 	platform  string
+	temp      string // for archives that are compressed; "": the system's
 }
 
 func rootCommand(stdout, stderr io.Writer) *cobra.Command {
@@ -44,8 +45,9 @@ once into a filesystem of blocks, which is kept in an ordinary registry beside
 it; a host attaches it as a block device at once, and each block is fetched when
 it is first read.
 
-An IMAGE is registry.example/team/app:v1, …@sha256:…, or oci:DIR[:TAG] for an
-OCI layout directory. Credentials come from docker's config and its helpers.
+An IMAGE is registry.example/team/app:v1, …@sha256:…, oci:DIR[:TAG] for an OCI
+layout directory, or oci-archive:FILE[:TAG] for a tar of one. Credentials come
+from docker's config and its helpers.
 
 Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`,
 		Example: `  thaw build registry.example/team/app:v1
@@ -117,6 +119,7 @@ func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 		Credentials: credentials,
 		Insecure:    a.insecure,
 		Proxy:       http.ProxyFromEnvironment,
+		TempDir:     a.temp,
 		Log:         log,
 		// So that a connection that hangs leaves time, within the half minute
 		// that a reader waits, for another try.

@@ -1,15 +1,13 @@
 package registry
 
 import (
-	"archive/tar"
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path"
-	"strings"
+	"slices"
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -21,26 +19,29 @@ import (
 //
 // It has no manifest that a registry would know, so one is made: of the layers
 // as they are in the archive, not compressed anew, so that it is the same
-// whoever makes it, and a layer can be read where it lies. The archive is
-// walked once, when it is first asked for something.
+// whoever makes it, and a layer can be read where it lies. Docker writes an OCI
+// layout into the same archive since version 25; an archive that has that alone
+// is read as one.
 type archive struct {
-	file string
+	tar *tarFile
+	oci view
 
-	once  sync.Once
-	err   error
-	files map[string]member
-	mu    struct {
+	mu struct {
 		sync.Mutex
-		blobs map[v1.Hash]member
-		raw   map[v1.Hash][]byte // manifests that were made
+		blobs  map[v1.Hash]string        // names of members
+		raw    map[v1.Hash][]byte        // manifests that were made
+		layers map[string]*v1.Descriptor // of members that are compressed
 	}
 }
 
-// member is where a file of the archive lies.
-type member struct {
-	off, size int64
-	link      string
+func newArchive(t *tarFile) *archive {
+	a := &archive{tar: t, oci: view{t}}
+	a.mu.blobs, a.mu.raw = make(map[v1.Hash]string), make(map[v1.Hash][]byte)
+	a.mu.layers = make(map[string]*v1.Descriptor)
+	return a
 }
+
+const savedManifest = "manifest.json"
 
 // savedImage is an entry of manifest.json.
 type savedImage struct {
@@ -49,102 +50,11 @@ type savedImage struct {
 	Layers   []string
 }
 
-const maxMembers = 1 << 20
-
-func (a *archive) walk() error {
-	a.once.Do(func() { a.err = a.scan() })
-	return a.err
-}
-
-func (a *archive) scan() error {
-	f, err := os.Open(a.file)
-	if err != nil {
-		return fileError(err)
-	}
-	defer f.Close()
-	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
-		return fmt.Errorf("%s is not a file", a.file)
-	}
-	var magic [2]byte
-	if n, _ := f.ReadAt(magic[:], 0); n == 2 && magic == [2]byte{0x1f, 0x8b} {
-		return fmt.Errorf("%s is compressed: uncompress it with gunzip first", a.file)
-	}
-	a.files = make(map[string]member)
-	// A reader that can seek is not read through.
-	r := tar.NewReader(f)
-	for {
-		h, err := r.Next()
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return fmt.Errorf("%s is not an archive, or is damaged: %w", a.file, err)
-		}
-		if len(a.files) >= maxMembers {
-			return fmt.Errorf("%s has too many members", a.file)
-		}
-		name := path.Clean(h.Name)
-		switch h.Typeflag {
-		case tar.TypeReg:
-			off, err := f.Seek(0, io.SeekCurrent)
-			if err != nil {
-				return err
-			}
-			a.files[name] = member{off: off, size: h.Size}
-		case tar.TypeSymlink:
-			a.files[name] = member{link: path.Join(path.Dir(name), h.Linkname)}
-		case tar.TypeLink:
-			a.files[name] = member{link: path.Clean(h.Linkname)}
-		}
-	}
-	if _, ok := a.files["manifest.json"]; !ok {
-		return fmt.Errorf("%s is not an image archive: it has no manifest.json", a.file)
-	}
-	return nil
-}
-
-// member finds a file, following links.
-func (a *archive) member(name string) (member, error) {
-	at := path.Clean(name)
-	for range 8 {
-		m, ok := a.files[at]
-		if !ok {
-			return member{}, fmt.Errorf("%w: %s has no member %s", ErrNotFound, a.file, name)
-		}
-		if m.link == "" {
-			return m, nil
-		}
-		at = m.link
-	}
-	return member{}, fmt.Errorf("%s: the links from %s lead nowhere", a.file, name)
-}
-
-func (a *archive) openAt(m member) (*Body, error) {
-	f, err := os.Open(a.file)
-	if err != nil {
-		return nil, fileError(err)
-	}
-	return section(f, m.off, m.size, false)
-}
-
-func (a *archive) read(name string) ([]byte, error) {
-	m, err := a.member(name)
-	if err != nil {
-		return nil, err
-	}
-	if m.size > maxManifest {
-		return nil, fmt.Errorf("%s: the member %s has %d bytes, which is too many", a.file, name, m.size)
-	}
-	b, err := a.openAt(m)
-	if err != nil {
-		return nil, err
-	}
-	defer b.Close()
-	return io.ReadAll(b)
-}
+// maxLayers bounds the layers of an image in an archive; Docker has 127 at most.
+const maxLayers = 4096
 
 func (a *archive) manifest(ctx context.Context, ref Ref) ([]byte, string, error) {
-	if err := a.walk(); err != nil {
+	if _, err := a.tar.walk(ctx); err != nil {
 		return nil, "", err
 	}
 	if ref.Digest != (v1.Hash{}) {
@@ -152,17 +62,23 @@ func (a *archive) manifest(ctx context.Context, ref Ref) ([]byte, string, error)
 		raw := a.mu.raw[ref.Digest]
 		a.mu.Unlock()
 		if raw == nil {
-			return nil, "", ErrNotFound
+			return a.oci.manifest(ctx, ref)
 		}
 		return raw, string(types.OCIManifestSchema1), nil
 	}
-	b, err := a.read("manifest.json")
+	if !a.tar.has(savedManifest) {
+		if a.tar.has(indexFile) {
+			return a.oci.manifest(ctx, ref)
+		}
+		return nil, "", fmt.Errorf("%s is not an image archive: it has no %s", a.tar, savedManifest)
+	}
+	b, err := a.tar.read(ctx, savedManifest, maxManifest)
 	if err != nil {
 		return nil, "", err
 	}
 	var images []savedImage
 	if err := json.Unmarshal(b, &images); err != nil {
-		return nil, "", fmt.Errorf("parse manifest.json: %w", err)
+		return nil, "", fmt.Errorf("parse %s: %w", savedManifest, err)
 	}
 	img, err := choose(images, ref.Tag)
 	if err != nil {
@@ -174,9 +90,10 @@ func (a *archive) manifest(ctx context.Context, ref Ref) ([]byte, string, error)
 
 func choose(images []savedImage, name string) (savedImage, error) {
 	var names []string
+	full := fullName(name)
 	for _, img := range images {
 		for _, t := range img.RepoTags {
-			if name != "" && (t == name || fullName(t) == fullName(name)) {
+			if name != "" && (t == name || fullName(t) == full) {
 				return img, nil
 			}
 			names = append(names, t)
@@ -184,13 +101,24 @@ func choose(images []savedImage, name string) (savedImage, error) {
 	}
 	switch {
 	case name != "":
-		return savedImage{}, fmt.Errorf("%w: no image is named %s, there are: %s", ErrNotFound, name, strings.Join(names, ", "))
+		return savedImage{}, fmt.Errorf("%w: no image is named %s, there are: %s", ErrNotFound, name, listed(names))
 	case len(images) == 0:
 		return savedImage{}, fmt.Errorf("%w: the archive has no image", ErrNotFound)
-	case len(images) > 1:
-		return savedImage{}, fmt.Errorf("the archive has %d images, choose a name: %s", len(images), strings.Join(names, ", "))
+	case len(images) > 1 && !same(images):
+		return savedImage{}, fmt.Errorf("the archive has %d images, choose a name: %s", len(images), listed(names))
 	}
 	return images[0], nil
+}
+
+// same says whether images are one under several names, each in an entry of its
+// own.
+func same(images []savedImage) bool {
+	for _, img := range images[1:] {
+		if img.Config != images[0].Config || !slices.Equal(img.Layers, images[0].Layers) {
+			return false
+		}
+	}
+	return true
 }
 
 // fullName is a name with its registry and tag, since there are several ways
@@ -205,7 +133,7 @@ func fullName(s string) string {
 
 // make makes the manifest of an image and takes note of its blobs.
 func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
-	config, err := a.read(img.Config)
+	config, err := a.tar.read(ctx, img.Config, maxManifest)
 	if err != nil {
 		return nil, err
 	}
@@ -216,22 +144,19 @@ func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
 	if len(c.RootFS.DiffIDs) != len(img.Layers) {
 		return nil, fmt.Errorf("the image has %d layers and its config says %d", len(img.Layers), len(c.RootFS.DiffIDs))
 	}
-	blobs := make(map[v1.Hash]member)
+	if len(img.Layers) > maxLayers {
+		return nil, fmt.Errorf("the image has %d layers, and %d are allowed", len(img.Layers), maxLayers)
+	}
+	blobs := make(map[v1.Hash]string)
 	m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, Layers: []v1.Descriptor{},
 		Config: v1.Descriptor{MediaType: types.OCIConfigJSON, Size: int64(len(config)), Digest: hashOf(config)}}
-	if blobs[m.Config.Digest], err = a.member(img.Config); err != nil {
-		return nil, err
-	}
+	blobs[m.Config.Digest] = img.Config
 	for i, name := range img.Layers {
-		at, err := a.member(name)
+		d, err := a.layer(ctx, name, c.RootFS.DiffIDs[i])
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("layer %.200q: %w", name, err)
 		}
-		d, err := a.layer(ctx, at, c.RootFS.DiffIDs[i])
-		if err != nil {
-			return nil, fmt.Errorf("layer %s: %w", name, err)
-		}
-		blobs[d.Digest] = at
+		blobs[d.Digest] = name
 		m.Layers = append(m.Layers, d)
 	}
 	raw, err := json.Marshal(m)
@@ -240,9 +165,6 @@ func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.mu.blobs == nil {
-		a.mu.blobs, a.mu.raw = make(map[v1.Hash]member), make(map[v1.Hash][]byte)
-	}
 	for h, at := range blobs {
 		a.mu.blobs[h] = at
 	}
@@ -251,20 +173,35 @@ func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
 }
 
 // layer describes a layer. A plain one has its diff ID for a digest, which
-// whoever reads it checks; a compressed one has to be read to know.
-func (a *archive) layer(ctx context.Context, at member, diffID v1.Hash) (v1.Descriptor, error) {
-	d := v1.Descriptor{MediaType: types.OCIUncompressedLayer, Size: at.size, Digest: diffID}
-	b, err := a.openAt(at)
+// whoever reads it checks; a compressed one has to be read to know, once.
+func (a *archive) layer(ctx context.Context, name string, diffID v1.Hash) (v1.Descriptor, error) {
+	a.mu.Lock()
+	known := a.mu.layers[name]
+	a.mu.Unlock()
+	if known != nil {
+		return *known, nil
+	}
+	size, err := a.tar.size(ctx, name)
+	if err != nil {
+		return v1.Descriptor{}, err
+	}
+	d := v1.Descriptor{MediaType: types.OCIUncompressedLayer, Size: size, Digest: diffID}
+	b, err := a.tar.open(ctx, name, 0, size, true)
 	if err != nil {
 		return d, err
 	}
 	defer b.Close()
 	r := bufio.NewReaderSize(b, 256<<10)
-	magic, _ := r.Peek(4)
+	head, err := r.Peek(tarBlock)
+	if err != nil && err != io.EOF {
+		return d, err
+	}
 	switch {
-	case len(magic) >= 2 && magic[0] == 0x1f && magic[1] == 0x8b:
+	case isTar(head):
+		return d, nil
+	case len(head) >= 2 && head[0] == 0x1f && head[1] == 0x8b:
 		d.MediaType = types.OCILayer
-	case string(magic) == "\x28\xb5\x2f\xfd":
+	case len(head) >= 4 && string(head[:4]) == "\x28\xb5\x2f\xfd":
 		d.MediaType = types.OCILayerZStd
 	default:
 		return d, nil
@@ -274,50 +211,40 @@ func (a *archive) layer(ctx context.Context, at member, diffID v1.Hash) (v1.Desc
 		return d, err
 	}
 	d.Digest = s.hash()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.mu.layers[name] = &d
 	return d, nil
 }
 
-// ctxReader ends with its context.
-type ctxReader struct {
-	ctx context.Context
-	r   io.Reader
-}
-
-func (c ctxReader) Read(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.r.Read(p)
-}
-
-func (a *archive) blob(h v1.Hash) (member, error) {
+// blob is the name of the member that holds a blob.
+func (a *archive) blob(h v1.Hash) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	m, ok := a.mu.blobs[h]
-	if !ok {
-		return m, ErrNotFound
+	if name, ok := a.mu.blobs[h]; ok {
+		return name
 	}
-	return m, nil
+	return blobName(h)
 }
 
-func (a *archive) open(_ context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
-	m, err := a.blob(digest)
-	switch {
-	case err != nil:
+func (a *archive) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
+	return a.tar.open(ctx, a.blob(digest), off, n, whole)
+}
+
+func (a *archive) stat(ctx context.Context, digest v1.Hash) (int64, error) {
+	return a.tar.size(ctx, a.blob(digest))
+}
+
+func (a *archive) referrers(ctx context.Context, subject v1.Descriptor, types []string) ([]v1.Descriptor, error) {
+	if _, err := a.tar.walk(ctx); err != nil {
 		return nil, err
-	case whole && m.size != n:
-		return nil, fmt.Errorf("the member has %d bytes, its descriptor says %d", m.size, n)
-	case m.size < off+n:
-		return nil, fmt.Errorf("the member has %d bytes, those up to %d were asked for", m.size, off+n)
 	}
-	return a.openAt(member{off: m.off + off, size: n})
-}
-
-func (a *archive) stat(_ context.Context, digest v1.Hash) (int64, error) {
-	m, err := a.blob(digest)
-	return m.size, err
-}
-
-func (a *archive) referrers(context.Context, v1.Descriptor, []string) ([]v1.Descriptor, error) {
-	return nil, nil // there is no place for them
+	if !a.tar.has(indexFile) {
+		return nil, nil // there is no place for them
+	}
+	found, err := a.oci.referrers(ctx, subject, types)
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
+	}
+	return found, err
 }

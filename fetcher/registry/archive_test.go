@@ -138,9 +138,9 @@ func TestArchive(t *testing.T) {
 		writeTar(t, entry{name: "manifest.json", body: []byte("{")}):  "parse manifest.json",
 		writeTar(t, entry{name: "manifest.json", link: "x"},
 			entry{name: "x", link: "manifest.json"}): "lead nowhere",
-		writeTar(t, entry{name: "manifest.json", body: []byte(`[{"Config":"c","Layers":[]}]`)}): "has no member c",
-		filepath.Dir(file):          "is not a file",
-		tempFile(t, zipped.Bytes()): "gunzip",
+		writeTar(t, entry{name: "manifest.json", body: []byte(`[{"Config":"c","Layers":[]}]`)}): `has no member "c"`,
+		filepath.Dir(file):          "is not a regular file",
+		tempFile(t, zipped.Bytes()): "not an archive",
 	} {
 		if _, err := openRepo(t, c, "docker-archive:"+ref).Resolve(ctx, nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", ref, err, want)

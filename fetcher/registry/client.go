@@ -46,6 +46,9 @@ type Options struct {
 	// Attempts is how often what is retried here is tried: all but
 	// OpenRange. Default 5.
 	Attempts int
+	// TempDir is where archives that are compressed are decompressed to; empty
+	// is the system's.
+	TempDir string
 	// Log hears of mirrors that fail and servers that ignore ranges; nil is
 	// silence.
 	Log *slog.Logger
@@ -126,11 +129,16 @@ func (c *Client) Open(ref Ref) (*Repo, error) {
 	r := &Repo{ref: ref, client: c}
 	switch {
 	case ref.Layout != "":
-		l := &layout{dir: ref.Layout}
+		l := newLayout(ref.Layout)
 		r.reader, r.finder, r.target = l, l, l
 	case ref.Archive != "":
-		a := &archive{file: ref.Archive}
-		r.reader, r.finder = a, a
+		t := newTarFile(ref.Archive, c.opts.TempDir)
+		if ref.OCI {
+			r.reader, r.finder = &view{t}, &view{t}
+		} else {
+			a := newArchive(t)
+			r.reader, r.finder = a, a
+		}
 	case ref.Registry != "" && ref.Repository != "":
 		m, err := c.remote(ref)
 		if err != nil {

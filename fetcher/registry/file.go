@@ -12,13 +12,46 @@ import (
 	"path/filepath"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 )
+
+// errNotRegular says that something lies where a file is expected.
+var errNotRegular = errors.New("is not a regular file")
+
+// openRegular opens a file for reading and gives its size. Anything else is an
+// error at once: opening a FIFO waits for whoever writes to it, and opening a
+// device can do anything, so one is not opened where that can be told before.
+func openRegular(path string) (*os.File, int64, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, 0, fileError(err)
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, 0, fmt.Errorf("%s %w", path, errNotRegular)
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, fileError(err)
+	}
+	fi, err = f.Stat()
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("%s %w", path, errNotRegular)
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, fi.Size(), nil
+}
+
+// errTooLong says that a file has more bytes than are read of it.
+var errTooLong = errors.New("is too long")
 
 // readBounded reads a file of at most max bytes.
 func readBounded(path string, max int64) ([]byte, error) {
-	f, err := os.Open(path)
+	f, _, err := openRegular(path)
 	if err != nil {
-		return nil, fileError(err)
+		return nil, err
 	}
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, max+1))
@@ -26,7 +59,7 @@ func readBounded(path string, max int64) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(b)) > max {
-		return nil, fmt.Errorf("%s has more than %d bytes", path, max)
+		return nil, fmt.Errorf("%s %w: it has more than %d bytes", path, errTooLong, max)
 	}
 	return b, nil
 }

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,190 +16,299 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sys/unix"
 )
 
 // layout is an OCI layout directory (image spec, "OCI Image Layout").
-type layout struct{ dir string }
+type layout struct {
+	view
+	dir string
+}
+
+func newLayout(dir string) *layout { return &layout{view{directory(dir)}, dir} }
+
+// view reads an OCI layout, wherever its files are.
+type view struct{ files files }
+
+// files are the files of a layout. Names are those of the spec, with slashes.
+type files interface {
+	// read gives a file of at most max bytes.
+	read(ctx context.Context, name string, max int64) ([]byte, error)
+	// open gives a part of a file; whole says that it is all of it.
+	open(ctx context.Context, name string, off, n int64, whole bool) (*Body, error)
+	size(ctx context.Context, name string) (int64, error)
+	// absent says why there is no layout, where a file of every layout is
+	// missing.
+	absent(name string) error
+}
 
 const (
 	refName       = "org.opencontainers.image.ref.name"
+	fullRefName   = "io.containerd.image.name" // with registry and repository, in archives of docker and containerd
 	layoutVersion = `{"imageLayoutVersion":"1.0.0"}`
+
+	layoutFile = "oci-layout"
+	indexFile  = "index.json"
 )
 
-func (l *layout) blobPath(h v1.Hash) string {
-	return filepath.Join(l.dir, "blobs", h.Algorithm, h.Hex)
-}
+func blobName(h v1.Hash) string { return "blobs/" + h.Algorithm + "/" + h.Hex }
 
-// check says whether the directory is a layout at all.
-func (l *layout) check() error {
-	b, err := readBounded(filepath.Join(l.dir, "oci-layout"), 4<<10)
+func (l *layout) blobPath(h v1.Hash) string { return filepath.Join(l.dir, blobName(h)) }
+
+// check says whether it is a layout at all.
+func (v *view) check(ctx context.Context) error {
+	b, err := v.files.read(ctx, layoutFile, 4<<10)
 	if errors.Is(err, ErrNotFound) {
-		if _, err := os.Stat(l.dir); err != nil {
-			return fmt.Errorf("%w: there is no directory %s", ErrNotFound, l.dir)
-		}
-		return fmt.Errorf("%w: %s is not an OCI layout, it has no file oci-layout", ErrNotFound, l.dir)
+		return v.files.absent(layoutFile)
 	}
 	if err != nil {
 		return err
 	}
-	var v struct {
+	var l struct {
 		Version string `json:"imageLayoutVersion"`
 	}
-	if err := json.Unmarshal(b, &v); err != nil || !strings.HasPrefix(v.Version, "1.") {
-		return fmt.Errorf("%s is an OCI layout of the unknown version %q", l.dir, v.Version)
+	if err := json.Unmarshal(b, &l); err != nil || !strings.HasPrefix(l.Version, "1.") {
+		return fmt.Errorf("%s: the OCI layout is of the unknown version %q", v.files, l.Version)
 	}
 	return nil
 }
 
-func (l *layout) index() (*v1.IndexManifest, error) {
-	if err := l.check(); err != nil {
-		return nil, err
+// index gives the entries of index.json that are of use, and for tags of those
+// that are not, why.
+func (v *view) index(ctx context.Context) (entries []v1.Descriptor, unusable map[string]error, err error) {
+	if err := v.check(ctx); err != nil {
+		return nil, nil, err
 	}
-	b, err := readBounded(filepath.Join(l.dir, "index.json"), maxManifest)
+	b, err := v.files.read(ctx, indexFile, maxManifest)
+	if errors.Is(err, ErrNotFound) {
+		err = v.files.absent(indexFile)
+	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var index v1.IndexManifest
-	if err := json.Unmarshal(b, &index); err != nil {
-		return nil, fmt.Errorf("parse %s: %w", filepath.Join(l.dir, "index.json"), err)
+	if entries, unusable, err = parseLayoutIndex(b); err != nil {
+		return nil, nil, fmt.Errorf("%s: %s: %w", v.files, indexFile, err)
 	}
-	return &index, nil
+	return entries, unusable, nil
 }
 
-func (l *layout) manifest(_ context.Context, ref Ref) ([]byte, string, error) {
+// parseLayoutIndex reads an index. An entry that cannot be used, such as one
+// whose digest is a SHA-512, does not spoil the others.
+func parseLayoutIndex(raw []byte) (entries []v1.Descriptor, unusable map[string]error, err error) {
+	var index struct {
+		Manifests []json.RawMessage `json:"manifests"`
+	}
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return nil, nil, fmt.Errorf("parse index: %w", err)
+	}
+	unusable = make(map[string]error)
+	for _, raw := range index.Manifests {
+		var d v1.Descriptor
+		err := json.Unmarshal(raw, &d)
+		if err == nil {
+			err = checkDescriptor(d)
+		}
+		if err == nil {
+			entries = append(entries, d)
+			continue
+		}
+		var named struct {
+			Annotations map[string]string `json:"annotations"`
+		}
+		if json.Unmarshal(raw, &named) == nil && named.Annotations[refName] != "" {
+			unusable[named.Annotations[refName]] = err
+		}
+	}
+	return entries, unusable, nil
+}
+
+func (v *view) manifest(ctx context.Context, ref Ref) ([]byte, string, error) {
 	if ref.Digest != (v1.Hash{}) {
-		b, err := readBounded(l.blobPath(ref.Digest), maxManifest)
+		b, err := v.files.read(ctx, blobName(ref.Digest), maxManifest)
 		if errors.Is(err, ErrNotFound) {
-			if err := l.check(); err != nil {
+			if err := v.check(ctx); err != nil {
 				return nil, "", err
 			}
 		}
 		return b, "", err
 	}
-	index, err := l.index()
+	entries, unusable, err := v.index(ctx)
 	if err != nil {
 		return nil, "", err
 	}
-	d, err := l.find(index, ref.Tag)
+	found, err := v.find(ctx, entries, unusable, ref.Tag)
 	if err != nil {
 		return nil, "", err
 	}
-	b, err := readBounded(l.blobPath(d.Digest), maxManifest)
-	if err != nil {
-		return nil, "", fmt.Errorf("manifest %s: %w", d.Digest, err)
+	if len(found) > 1 {
+		// Images for several platforms: index.json is an index like any other.
+		b, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: found})
+		return b, string(types.OCIImageIndex), err
 	}
-	if int64(len(b)) != d.Size || hashOf(b) != d.Digest {
-		return nil, "", fmt.Errorf("manifest %s: %w: the file holds %d other bytes", d.Digest, ErrDigest, len(b))
-	}
-	return b, string(d.MediaType), nil
+	d := found[0]
+	b, err := v.entry(ctx, d)
+	return b, string(d.MediaType), err
 }
 
-// find takes the manifest with the tag, or the only one if there is no tag;
-// those that refer to another do not count then.
-func (l *layout) find(index *v1.IndexManifest, tag string) (v1.Descriptor, error) {
+// entry reads the manifest that an entry of index.json is about.
+func (v *view) entry(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	b, err := v.files.read(ctx, blobName(d.Digest), maxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	if int64(len(b)) != d.Size || hashOf(b) != d.Digest {
+		return nil, fmt.Errorf("manifest %s: %w: the file holds %d other bytes", d.Digest, ErrDigest, len(b))
+	}
+	return b, nil
+}
+
+// find takes the manifest with the tag, or the only image if there is no tag:
+// block images, converted layers and other artifacts do not count then. It
+// gives several only where they are images for several platforms.
+func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[string]error, tag string) ([]v1.Descriptor, error) {
 	var found []v1.Descriptor
 	var tags []string
-	for _, d := range index.Manifests {
-		name := d.Annotations[refName]
-		if tag != "" && name == tag {
-			return d, checkDescriptor(d)
+	seen := make(map[v1.Hash]bool)
+	for _, d := range entries {
+		name, full := d.Annotations[refName], d.Annotations[fullRefName]
+		if name != "" || full != "" {
+			tags = append(tags, cmp.Or(name, full))
 		}
-		if tag == "" && d.ArtifactType == "" {
-			found = append(found, d)
+		if seen[d.Digest] || tag != "" && name != tag && (full == "" || fullName(full) != fullName(tag)) {
+			continue
 		}
-		if name != "" {
-			tags = append(tags, name)
+		if tag == "" && !offersImage(d) {
+			continue
 		}
+		seen[d.Digest] = true
+		found = append(found, d)
 	}
 	slices.Sort(tags)
-	list := "there are: " + strings.Join(tags, ", ")
+	list := "there are: " + listed(slices.Compact(tags))
 	if len(tags) == 0 {
 		list = "there are no tags"
 	}
-	switch {
-	case tag != "":
-		return v1.Descriptor{}, fmt.Errorf("%w: no image is tagged %s, %s", ErrNotFound, tag, list)
-	case len(found) == 0:
-		return v1.Descriptor{}, fmt.Errorf("%w: the layout has no image", ErrNotFound)
-	case len(found) > 1:
-		return v1.Descriptor{}, fmt.Errorf("the layout has %d images, choose a tag: %s", len(found), list)
+	if tag != "" && len(found) == 0 {
+		if err := unusable[tag]; err != nil {
+			return nil, fmt.Errorf("the entry of index.json that is tagged %s cannot be used: %w", tag, err)
+		}
+		return nil, fmt.Errorf("%w: no image is tagged %s, %s", ErrNotFound, tag, list)
 	}
-	return found[0], checkDescriptor(found[0])
+	if tag != "" && len(found) == 1 {
+		return found, nil
+	}
+	images, err := v.images(ctx, found)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case len(images) == 1 || len(images) > 1 && differ(images, platformOf):
+		return images, nil
+	case tag != "" && len(images) == 0:
+		return found[:1], nil
+	case tag != "" && differ(images, func(d v1.Descriptor) string { return d.Annotations[fullRefName] }):
+		var names []string
+		for _, d := range images {
+			names = append(names, d.Annotations[fullRefName])
+		}
+		return nil, fmt.Errorf("%d images are tagged %s, choose one by its full name: %s", len(images), tag, listed(names))
+	case tag != "":
+		return images[:1], nil // of whoever does not replace a tag; the other tools take the first as well
+	case len(images) == 0:
+		return nil, fmt.Errorf("%w: the layout has no image but under a tag, %s", ErrNotFound, list)
+	}
+	return nil, fmt.Errorf("the layout has %d images, choose a tag: %s", len(images), list)
 }
 
+// differ says whether what of says of the entries is there, and of each
+// something else.
+func differ(entries []v1.Descriptor, of func(v1.Descriptor) string) bool {
+	seen := make(map[string]bool)
+	for _, d := range entries {
+		s := of(d)
+		if s == "" || seen[s] {
+			return false
+		}
+		seen[s] = true
+	}
+	return true
+}
+
+func platformOf(d v1.Descriptor) string {
+	if !says(d.Platform) {
+		return ""
+	}
+	return normal(*d.Platform).String()
+}
+
+// images keeps the entries that are images by their manifests, since an entry
+// need not say that it is an artifact. Those that cannot be read are left out if
+// there are others.
+func (v *view) images(ctx context.Context, entries []v1.Descriptor) (images []v1.Descriptor, err error) {
+	var unread []v1.Descriptor
+	for _, d := range entries {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if d.MediaType.IsIndex() {
+			images = append(images, d)
+			continue
+		}
+		raw, err := v.entry(ctx, d)
+		if err != nil {
+			unread = append(unread, d)
+			continue
+		}
+		var m v1.Manifest
+		if json.Unmarshal(raw, &m) == nil && isImage(&m) {
+			images = append(images, d)
+		}
+	}
+	if len(images) == 0 {
+		return unread, nil
+	}
+	return images, nil
+}
+
+// checkDescriptor says whether d can describe a manifest.
 func checkDescriptor(d v1.Descriptor) error {
 	if d.Digest.Algorithm != "sha256" || d.Size < 0 || d.Size > maxManifest {
-		return fmt.Errorf("the entry %s of %d bytes in index.json cannot be a manifest", d.Digest, d.Size)
+		return fmt.Errorf("the entry %s of %d bytes cannot be a manifest", d.Digest, d.Size)
 	}
 	return nil
 }
 
-func (l *layout) open(_ context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
-	f, err := os.Open(l.blobPath(digest))
-	if err != nil {
-		return nil, fileError(err)
-	}
-	return section(f, off, n, whole)
+func (v *view) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
+	return v.files.open(ctx, blobName(digest), off, n, whole)
 }
 
-// section is a part of a file, which must be there.
-func section(f *os.File, off, n int64, whole bool) (*Body, error) {
-	fi, err := f.Stat()
-	switch {
-	case err != nil:
-	case !fi.Mode().IsRegular():
-		err = fmt.Errorf("%s is not a file", f.Name())
-	case whole && fi.Size() != n:
-		err = fmt.Errorf("%s has %d bytes, its descriptor says %d", f.Name(), fi.Size(), n)
-	case fi.Size() < off+n:
-		err = fmt.Errorf("%s has %d bytes, those up to %d were asked for", f.Name(), fi.Size(), off+n)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return &Body{rc: fileSection{io.NewSectionReader(f, off, n), f}, left: n}, nil
+func (v *view) stat(ctx context.Context, digest v1.Hash) (int64, error) {
+	return v.files.size(ctx, blobName(digest))
 }
 
-type fileSection struct {
-	io.Reader
-	io.Closer
-}
-
-func (l *layout) stat(_ context.Context, digest v1.Hash) (int64, error) {
-	fi, err := os.Stat(l.blobPath(digest))
-	if err != nil {
-		return 0, fileError(err)
-	}
-	return fi.Size(), nil
-}
-
-// referrers looks into the manifests that index.json lists.
-func (l *layout) referrers(ctx context.Context, subject v1.Descriptor, _ []string) ([]v1.Descriptor, error) {
-	index, err := l.index()
+// referrers looks into the manifests that index.json lists. One that is gone,
+// damaged or no file at all refers to nothing.
+func (v *view) referrers(ctx context.Context, subject v1.Descriptor, _ []string) ([]v1.Descriptor, error) {
+	entries, _, err := v.index(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var found []v1.Descriptor
-	for _, d := range index.Manifests {
+	for _, d := range entries {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if d.Digest == subject.Digest || !d.MediaType.IsImage() && !d.MediaType.IsIndex() || checkDescriptor(d) != nil {
+		if d.Digest == subject.Digest || !d.MediaType.IsImage() && !d.MediaType.IsIndex() {
 			continue
 		}
-		raw, err := readBounded(l.blobPath(d.Digest), d.Size)
-		if errors.Is(err, ErrNotFound) {
+		raw, err := v.entry(ctx, v1.Descriptor{Digest: d.Digest, Size: d.Size})
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrDigest) || errors.Is(err, errTooLong) || errors.Is(err, errNotRegular) {
 			continue // Parts of an image may have been left out of a copy.
 		}
 		if err != nil {
 			return nil, err
 		}
-		d := v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
-		if hashOf(raw) != d.Digest {
-			continue
-		}
-		s, listed, err := asReferrer(raw, d)
+		s, listed, err := asReferrer(raw, v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size})
 		if err == nil && s != nil && s.Digest == subject.Digest {
 			found = append(found, listed)
 		}
@@ -206,18 +316,105 @@ func (l *layout) referrers(ctx context.Context, subject v1.Descriptor, _ []strin
 	return found, nil
 }
 
-func (l *layout) has(_ context.Context, d v1.Descriptor) (bool, error) {
-	fi, err := os.Stat(l.blobPath(d.Digest))
-	if errors.Is(err, os.ErrNotExist) {
+// directory is where the files of a layout are.
+type directory string
+
+func (d directory) path(name string) string { return filepath.Join(string(d), name) }
+
+func (d directory) read(_ context.Context, name string, max int64) ([]byte, error) {
+	return readBounded(d.path(name), max)
+}
+
+func (d directory) open(_ context.Context, name string, off, n int64, whole bool) (*Body, error) {
+	f, size, err := openRegular(d.path(name))
+	if err != nil {
+		return nil, err
+	}
+	if err := within(f.Name(), size, off, n, whole); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &Body{rc: fileSection{io.NewSectionReader(f, off, n), f}, left: n}, nil
+}
+
+// within says whether a file has the part of it that is asked for.
+func within(name string, size, off, n int64, whole bool) error {
+	switch {
+	case whole && size != n:
+		return fmt.Errorf("%s has %d bytes, its descriptor says %d", name, size, n)
+	case off < 0 || n < 0 || off > size || n > size-off:
+		return fmt.Errorf("%s has %d bytes, and %d were asked for from byte %d", name, size, n, off)
+	}
+	return nil
+}
+
+type fileSection struct {
+	io.Reader
+	io.Closer
+}
+
+func (d directory) size(_ context.Context, name string) (int64, error) {
+	fi, err := os.Stat(d.path(name))
+	if err != nil {
+		return 0, fileError(err)
+	}
+	if !fi.Mode().IsRegular() {
+		return 0, fmt.Errorf("%s %w", d.path(name), errNotRegular)
+	}
+	return fi.Size(), nil
+}
+
+func (d directory) absent(name string) error {
+	switch fi, err := os.Stat(string(d)); {
+	case err != nil:
+		return fmt.Errorf("%w: there is no directory %s", ErrNotFound, string(d))
+	case !fi.IsDir():
+		return fmt.Errorf("%w: %s is not a directory; an archive is named oci-archive:FILE or docker-archive:FILE", ErrNotFound, string(d))
+	}
+	return fmt.Errorf("%w: %s is not an OCI layout, it has no file %s", ErrNotFound, string(d), name)
+}
+
+// has compares the bytes as well: a blob that was damaged is written again, and
+// to read one is less work than to write it.
+func (l *layout) has(ctx context.Context, d v1.Descriptor) (bool, error) {
+	f, size, err := openRegular(l.blobPath(d.Digest))
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	defer f.Close()
+	if size != d.Size {
 		return false, nil
 	}
-	// One of another size was not written by this package; it is replaced.
-	return err == nil && fi.Size() == d.Size, err
+	s := newSum()
+	if _, err := io.Copy(s, ctxReader{ctx, f}); err != nil {
+		if ctx.Err() != nil {
+			return false, ctx.Err()
+		}
+		return false, nil // a bad sector is no blob
+	}
+	return s.hash() == d.Digest, nil
+}
+
+// Holds is HasBlob, and for a layout compares the bytes with the digest as
+// well, as registries do on their own.
+func (r *Repo) Holds(ctx context.Context, d v1.Descriptor) (bool, error) {
+	l, ok := r.target.(*layout)
+	if !ok {
+		return r.HasBlob(ctx, d)
+	}
+	has, err := l.has(ctx, d)
+	if err != nil {
+		err = fmt.Errorf("look for blob %s in %s: %w", d.Digest, r, err)
+	}
+	return has, err
 }
 
 // create makes the directory a layout if it is none.
 func (l *layout) create() error {
-	err := l.check()
+	err := l.check(context.Background())
 	if !errors.Is(err, ErrNotFound) {
 		return err
 	}
@@ -290,7 +487,7 @@ func (l *layout) link(ctx context.Context, d v1.Descriptor, b blob, dir string, 
 		return "", nil
 	}
 	err := func() error {
-		f, err := os.Open(tmp)
+		f, _, err := openRegular(tmp)
 		if err != nil {
 			return err
 		}
@@ -448,7 +645,7 @@ func enter(entries []json.RawMessage, d v1.Descriptor, tag string) ([]json.RawMe
 
 // lock keeps other processes, and other goroutines, from replacing index.json.
 func (l *layout) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(l.dir, "index.json.lock"), os.O_CREATE|os.O_RDWR, 0o666)
+	f, err := os.OpenFile(filepath.Join(l.dir, "index.json.lock"), os.O_CREATE|os.O_RDWR|unix.O_NONBLOCK, 0o666)
 	if err != nil {
 		return nil, err
 	}

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -29,16 +28,12 @@ func (b blob) open(size int64) (io.ReadCloser, error) {
 	if b.path == "" {
 		return io.NopCloser(bytes.NewReader(b.data)), nil
 	}
-	f, err := os.Open(b.path)
-	if err != nil {
-		return nil, err
-	}
-	fi, err := f.Stat()
-	if err == nil && fi.Size() != size {
-		err = fmt.Errorf("%s has %d bytes, its descriptor says %d", b.path, fi.Size(), size)
-	}
-	if err != nil {
+	f, has, err := openRegular(b.path)
+	if err == nil && has != size {
 		f.Close()
+		err = fmt.Errorf("%s has %d bytes, its descriptor says %d", b.path, has, size)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return f, nil

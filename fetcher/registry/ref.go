@@ -15,6 +15,9 @@ import (
 //	[HOST[:PORT]/]NAME[:TAG][@sha256:HEX]    a registry; Docker Hub without HOST
 //	oci:DIR[:TAG][@sha256:HEX]               an OCI layout directory
 //	docker-archive:FILE[:NAME]               what docker save writes
+//	oci-archive:FILE[:TAG][@sha256:HEX]      a tar of an OCI layout
+//
+// Archives may be compressed.
 //
 // A name with a digest means what the digest says, and its tag is only carried
 // along. Refs are comparable, and String gives what ParseRef reads.
@@ -23,11 +26,13 @@ type Ref struct {
 	// full name of the repository there. Both are empty for files.
 	Registry, Repository string
 	// Layout is the directory of an OCI layout, Archive the file of an
-	// archive.
+	// archive; OCI says that this holds an OCI layout.
 	Layout, Archive string
+	OCI             bool
 	// Tag is "latest" for a registry where neither tag nor digest is given.
 	// For a layout it is the annotation org.opencontainers.image.ref.name,
-	// for an archive one of its RepoTags; empty means the only image there.
+	// for docker's archives one of its RepoTags; empty means the only image
+	// there.
 	Tag string
 	// Digest is zero where there is none.
 	Digest v1.Hash
@@ -57,7 +62,19 @@ func parseRef(s string) (Ref, error) {
 		return Ref{}, errors.New("control characters are not allowed")
 	}
 	if rest, ok := strings.CutPrefix(s, "oci:"); ok {
-		return parseLayout(rest)
+		r, err := parseLayout(rest)
+		if r.Layout == "" && err == nil {
+			err = errors.New("the directory is missing: oci:DIR[:TAG]")
+		}
+		return r, err
+	}
+	if rest, ok := strings.CutPrefix(s, "oci-archive:"); ok {
+		r, err := parseLayout(rest)
+		if r.Layout == "" && err == nil {
+			err = errors.New("the file is missing: oci-archive:FILE[:TAG]")
+		}
+		r.Archive, r.Layout, r.OCI = r.Layout, "", true
+		return r, err
 	}
 	if rest, ok := strings.CutPrefix(s, "docker-archive:"); ok {
 		var r Ref
@@ -81,10 +98,7 @@ func parseLayout(s string) (Ref, error) {
 	r := Ref{Digest: digest}
 	var colon bool
 	r.Layout, r.Tag, colon = strings.Cut(s, ":")
-	switch {
-	case r.Layout == "":
-		return Ref{}, errors.New("the directory is missing: oci:DIR[:TAG]")
-	case colon && !reRefName.MatchString(r.Tag):
+	if r.Layout != "" && colon && !reRefName.MatchString(r.Tag) {
 		return Ref{}, fmt.Errorf("%q is not a tag of a layout", r.Tag)
 	}
 	return r, nil
@@ -168,6 +182,8 @@ func (r Ref) Place() string {
 	switch {
 	case r.Layout != "":
 		return "oci:" + r.Layout
+	case r.OCI:
+		return "oci-archive:" + r.Archive
 	case r.Archive != "":
 		return "docker-archive:" + r.Archive
 	}

@@ -28,6 +28,9 @@ func TestParseRef(t *testing.T) {
 		{"oci:/user@host/x", "", "oci:/user@host/x", ""},
 		{"docker-archive:/a/b.tar", "", "docker-archive:/a/b.tar", ""},
 		{"docker-archive:b.tar:app:v1", "", "docker-archive:b.tar", "app:v1"},
+		{"oci-archive:/a/b.tar", "", "oci-archive:/a/b.tar", ""},
+		{"oci-archive:b.tar:registry.example/app:v1", "", "oci-archive:b.tar", "registry.example/app:v1"},
+		{"oci-archive:b.tar@" + someDigest, "", "oci-archive:b.tar", someDigest},
 	} {
 		r, err := ParseRef(x.in)
 		if err != nil {
@@ -67,6 +70,9 @@ func TestParseRef(t *testing.T) {
 		{"oci:x:", "is not a tag"},
 		{"oci:x:a b", "is not a tag"},
 		{"docker-archive:", "file is missing"},
+		{"oci-archive:", "file is missing"},
+		{"oci-archive:x:", "is not a tag"},
+		{"oci-archive:x@sha256:12", "is not a digest"},
 		{"docker-archive:x:", "name after the colon"},
 	} {
 		r, err := ParseRef(x.in)
@@ -77,7 +83,7 @@ func TestParseRef(t *testing.T) {
 }
 
 func FuzzParseRef(f *testing.F) {
-	for _, s := range []string{"registry.example:5000/team/app:v1@" + someDigest, "debian", "oci:dir:tag@" + someDigest,
+	for _, s := range []string{"registry.example:5000/team/app:v1@" + someDigest, "debian", "oci:dir:tag@" + someDigest, "oci-archive:f.tar:tag@" + someDigest,
 		"oci:a@b/c", "docker-archive:x:y:z", "[::1]:5/a", "docker.io/x"} {
 		f.Add(s)
 	}

@@ -173,7 +173,7 @@ func TestResolvePlatform(t *testing.T) {
 		for _, x := range []struct {
 			platform string
 			want     int
-		}{{"linux/amd64", 0}, {"linux/arm64", 1}, {"linux/arm64/v8", 1}, {"linux/arm/v6", 2}, {"linux/arm/v7", 3}, {"linux/arm", 2}} {
+		}{{"linux/amd64", 0}, {"linux/arm64", 1}, {"linux/arm64/v8", 1}, {"linux/arm/v6", 2}, {"linux/arm/v7", 3}, {"linux/arm", 3}} {
 			p, err := v1.ParsePlatform(x.platform)
 			if err != nil {
 				t.Fatal(err)

@@ -89,7 +89,7 @@ func (r *Repo) Resolve(ctx context.Context, platform *v1.Platform) (*Image, erro
 			top := d
 			index = &top
 		}
-		next, err := pick(raw, platform)
+		next, err := pick(ctx, raw, platform, r.look)
 		if err != nil {
 			return nil, fmt.Errorf("resolve %s: %w", r.ref, err)
 		}
@@ -188,68 +188,6 @@ func manifestType(raw []byte, sent string) (types.MediaType, error) {
 		return types.OCIManifestSchema1, nil
 	}
 	return "", fmt.Errorf("the media type %q is not that of an image or an index", t)
-}
-
-// pick chooses from an index.
-func pick(raw []byte, platform *v1.Platform) (v1.Descriptor, error) {
-	var index v1.IndexManifest
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return v1.Descriptor{}, fmt.Errorf("parse index: %w", err)
-	}
-	// Attestations and other artifacts lie beside the images.
-	images := slices.DeleteFunc(index.Manifests, func(d v1.Descriptor) bool {
-		return d.Digest.Algorithm != "sha256" || !d.MediaType.IsImage() && !d.MediaType.IsIndex() ||
-			d.ArtifactType != "" || d.Platform != nil && d.Platform.OS == "unknown"
-	})
-	switch {
-	case len(images) == 0:
-		return v1.Descriptor{}, fmt.Errorf("%w: the index has no image", ErrNotFound)
-	case len(images) == 1 && (platform == nil || images[0].Platform == nil):
-		return images[0], nil
-	}
-	var there []string
-	best, rank := v1.Descriptor{}, 0
-	for _, d := range images {
-		if d.Platform == nil {
-			continue
-		}
-		there = append(there, d.Platform.String())
-		if n := suits(d.Platform, platform); n > rank {
-			best, rank = d, n
-		}
-	}
-	if rank > 0 {
-		return best, nil
-	}
-	slices.Sort(there)
-	list := strings.Join(slices.Compact(there), ", ")
-	if platform == nil {
-		return v1.Descriptor{}, fmt.Errorf("there are several images, choose a platform: %s", list)
-	}
-	return v1.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s", ErrNotFound, platform, list)
-}
-
-// suits grades an image's platform: 0 is not at all.
-func suits(have, want *v1.Platform) int {
-	if want == nil || have.OS != want.OS || have.Architecture != want.Architecture ||
-		want.OSVersion != "" && have.OSVersion != want.OSVersion {
-		return 0
-	}
-	variant := func(p *v1.Platform) string {
-		if p.Variant == "" && p.Architecture == "arm64" {
-			return "v8"
-		}
-		return p.Variant
-	}
-	switch h, w := variant(have), variant(want); {
-	case h == w:
-		return 3
-	case h == "": // any will run it
-		return 2
-	case w == "":
-		return 1
-	}
-	return 0
 }
 
 // Referrers gives the manifests whose subject is the one given, those of the

@@ -1,0 +1,210 @@
+package registry
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"compress/bzip2"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxWindow is the most memory that a decoder of an archive may take for
+	// its window, as much as the tools take that write with it.
+	maxWindow = 128 << 20
+
+	// An archive is decompressed to this many bytes at most, and this many for
+	// each of its own. More is nothing but zeros, or an attack.
+	archiveBase   = 16 << 30
+	archiveFactor = 256
+
+	// diskReserve is what is left free on the disk that an archive is
+	// decompressed to.
+	diskReserve = 256 << 20
+)
+
+// plainTar gives the tar that f holds: f itself, or a new file where f is
+// compressed.
+func plainTar(ctx context.Context, f *os.File, temp string) (*os.File, error) {
+	r, kind, err := decompress(ctxReader{ctx, f})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	if kind == "" {
+		return f, nil
+	}
+	defer r.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	dir := cmp.Or(temp, os.TempDir())
+	out, err := unnamedFile(dir)
+	if err != nil {
+		return nil, fmt.Errorf("decompress %s: make a temporary file in %s: %w", f.Name(), dir, err)
+	}
+	w := &sparseWriter{f: out, dir: dir, left: archiveLimit(fi.Size())}
+	if _, err = io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{r}, make([]byte, 1<<20)); err == nil {
+		err = w.end()
+	}
+	if err != nil {
+		out.Close()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return nil, fmt.Errorf("decompress %s, which is compressed by %s: %w", f.Name(), kind, err)
+	}
+	return out, nil
+}
+
+func archiveLimit(size int64) int64 { return archiveBase + archiveFactor*min(size, 1<<50) }
+
+// sparseWriter writes a file from its beginning, and makes holes of zeros. It
+// stops before the disk is full.
+type sparseWriter struct {
+	f       *os.File
+	dir     string // of f
+	left    int64  // bytes that may still come
+	off     int64
+	checked int64 // bytes written since the disk was looked at
+}
+
+var zeroPage [64 << 10]byte
+
+func (w *sparseWriter) Write(p []byte) (int, error) {
+	n := len(p)
+	if w.left -= int64(n); w.left < 0 {
+		return 0, errors.New("its content is larger than that of any archive of its size: it is not an image, or made to fill disks")
+	}
+	for len(p) > 0 {
+		part := p[:min(len(p), len(zeroPage))]
+		p = p[len(part):]
+		if !bytes.Equal(part, zeroPage[:len(part)]) {
+			if err := w.room(len(part)); err != nil {
+				return 0, err
+			}
+			if _, err := w.f.WriteAt(part, w.off); err != nil {
+				return 0, w.full(err)
+			}
+		}
+		w.off += int64(len(part))
+	}
+	return n, nil
+}
+
+// room looks at the disk now and then.
+func (w *sparseWriter) room(n int) error {
+	if w.checked -= int64(n); w.checked > 0 {
+		return nil
+	}
+	w.checked = diskReserve / 8
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(w.f.Fd()), &st); err != nil {
+		return nil // writing will tell
+	}
+	if free := int64(st.Bavail) * st.Bsize; st.Blocks > 0 && free < min(diskReserve, int64(st.Blocks)*st.Bsize/16)+int64(n) {
+		return w.full(unix.ENOSPC)
+	}
+	return nil
+}
+
+func (w *sparseWriter) full(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EFBIG) {
+		return fmt.Errorf("the directory %s is full after %d MiB: name another by --temp, or by TMPDIR: %w", w.dir, w.off>>20, err)
+	}
+	return err
+}
+
+// end gives the file the length that it would have without holes.
+func (w *sparseWriter) end() error { return w.f.Truncate(w.off) }
+
+// decompress looks at the first bytes of r. kind is the name of the compression,
+// or empty where there is none; then r may have been read from.
+func decompress(r io.Reader) (plain io.ReadCloser, kind string, err error) {
+	b := bufio.NewReaderSize(r, 1<<20)
+	head, err := b.Peek(tarBlock)
+	if err != nil && err != io.EOF {
+		return nil, "", err
+	}
+	begins := func(s string) bool { return bytes.HasPrefix(head, []byte(s)) }
+	switch {
+	case isTar(head): // whatever its first member is called
+		return nil, "", nil
+	case begins("\x1f\x8b"):
+		kind = "gzip"
+		z, err := gzip.NewReader(b)
+		return z, kind, err
+	case begins("\x28\xb5\x2f\xfd"), len(head) >= 4 && head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18":
+		kind = "zstd"
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return nil, kind, err
+		}
+		return z.IOReadCloser(), kind, nil
+	case begins(xzMagic):
+		z, err := newXZReader(b)
+		return z, "xz", err
+	case begins("BZh") && len(head) >= 10 && string(head[4:10]) == "1AY&SY":
+		return io.NopCloser(bzip2.NewReader(b)), "bzip2", nil
+	}
+	for magic, name := range map[string]string{
+		"\x04\x22\x4d\x18": "lz4", "LZIP": "lzip", "PK\x03\x04": "zip", "\x89LZO": "lzop", "7z\xbc\xaf\x27\x1c": "7z",
+	} {
+		if begins(magic) {
+			return nil, "", fmt.Errorf("it is compressed by %s, which is not supported: use gzip, zstd, xz or bzip2", name)
+		}
+	}
+	return nil, "", nil // the walk will tell
+}
+
+// A tar is of blocks of 512 bytes. A header has, at 148, a checksum: the sum of
+// its bytes, those of the checksum taken as spaces, in octal.
+const (
+	tarBlock    = 512
+	tarSum      = 148
+	tarSumBytes = 8
+)
+
+// isTar says whether head is a header with a checksum that is right.
+func isTar(head []byte) bool {
+	if len(head) < tarBlock {
+		return false
+	}
+	want, err := strconv.ParseUint(strings.Trim(string(head[tarSum:tarSum+tarSumBytes]), " \x00"), 8, 32)
+	if err != nil {
+		return false
+	}
+	sum := uint64(tarSumBytes * ' ')
+	for i, c := range head[:tarBlock] {
+		if i < tarSum || i >= tarSum+tarSumBytes {
+			sum += uint64(c)
+		}
+	}
+	return sum == want
+}
+
+// ctxReader ends with its context.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c ctxReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
+}
