@@ -66,7 +66,7 @@ func readBounded(path string, max int64) ([]byte, error) {
 
 // fileError says ErrNotFound where a file is missing.
 func fileError(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
 	}
 	return err
