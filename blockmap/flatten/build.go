@@ -126,6 +126,7 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	temp      string
+	anew      bool // conversions that are there already are of no use
 }
 
 // Build flattens src and pushes the result to dst. The manifest goes last: a
@@ -160,7 +161,33 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 	if err != nil {
 		return nil, err
 	}
-	return b.image(ctx, layers)
+	a, err := b.assemble(ctx, layers)
+	if err != nil && b.reconvert(ctx, layers, err) {
+		if layers, err = b.layers(ctx); err != nil {
+			return nil, err
+		}
+		a, err = b.assemble(ctx, layers)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b.image(ctx, layers, a)
+}
+
+// reconvert gives up the conversions that were there before, where an image could
+// not be put together with them: what they say may be damaged in a way that shows
+// in no checksum. It says whether there is anything to do again.
+func (b *builder) reconvert(ctx context.Context, layers []*converted, cause error) bool {
+	again := false
+	for _, c := range layers {
+		again = again || c.reused
+	}
+	if !again || ctx.Err() != nil {
+		return false
+	}
+	b.Log.Warn("the image cannot be put together from earlier conversions of its layers; they are made again", "err", cause)
+	b.anew = true
+	return true
 }
 
 // diffIDs are the digests of the layers' tars, which the config lists.
@@ -229,9 +256,9 @@ func (b *builder) layerTag(i int) string {
 
 func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	tag := b.layerTag(i)
-	c, err := b.reuse(ctx, tag)
-	if err != nil {
-		return nil, err
+	c, damaged := b.reuse(ctx, tag)
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
 	if c != nil {
 		return c, nil
@@ -278,6 +305,11 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 		return nil, err
 	}
 	_, err = b.push(ctx, &m, tag)
+	if err != nil && damaged && ctx.Err() == nil {
+		// The image does not need it, and tags can be immutable.
+		b.Log.Warn("the damaged conversion of the layer could not be replaced", "tag", tag, "err", err)
+		err = nil
+	}
 	return c, err
 }
 
@@ -291,19 +323,28 @@ func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) (raw []b
 	return raw, b.dst.PushManifest(ctx, d, raw, tag)
 }
 
-// reuse finds an earlier conversion in the target. One that is not whole any
-// more is not there.
-func (b *builder) reuse(ctx context.Context, tag string) (*converted, error) {
+// reuse finds an earlier conversion in the target. It only saves work: whatever
+// the target says, and one that is not whole any more, is as if there were none.
+// damaged says that something is under the tag.
+func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged bool) {
+	if b.anew {
+		return nil, true
+	}
 	raw, err := b.dst.Tagged(ctx, tag)
-	if err != nil || raw == nil {
-		return nil, err
+	if err == nil && raw == nil {
+		return nil, false
 	}
-	c, err := b.readLayer(ctx, raw)
-	if err != nil && ctx.Err() == nil {
-		b.Log.Warn("an earlier conversion of the layer is not of use; it is made again", "tag", tag, "cause", err)
-		return nil, nil
+	damaged = err == nil
+	if err == nil {
+		c, err = b.readLayer(ctx, raw)
 	}
-	return c, err
+	if err == nil {
+		return c, false
+	}
+	if ctx.Err() == nil {
+		b.Log.Warn("an earlier conversion of the layer is of no use; the layer is converted again", "tag", tag, "err", err)
+	}
+	return nil, damaged
 }
 
 func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error) {
@@ -315,45 +356,95 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 		return nil, errors.New("the manifest is not that of a converted layer")
 	}
 	c := &converted{reused: true}
-	var err error
-	if c.toc, err = b.dst.Blob(ctx, m.Layers[0]); err != nil {
-		return nil, err
-	}
-	t, err := openTOC(c.toc)
-	if err != nil {
-		return nil, err
-	}
-	c.table = &t.table
-	// All of it: one that cannot be read is to be made again, not to fail every
-	// build from now on.
-	for err == nil {
-		_, err = t.read()
-	}
-	if err != io.EOF {
-		return nil, err
-	}
-	if (len(m.Layers) == 2) != (len(t.table.Chunks) > 0) {
-		return nil, errors.New("the manifest does not fit its table of contents")
-	}
 	if len(m.Layers) == 2 {
 		c.stream = &m.Layers[1]
-		if c.stream.Digest != hashOf(t.table.Blob) || c.stream.Size != t.table.BlobSize {
-			return nil, errors.New("the stream is not the one of its table of contents")
+		if c.stream.Digest.Algorithm != "sha256" || c.stream.MediaType != MediaTypeStream || c.stream.Size < 0 {
+			return nil, errors.New("the manifest is not that of a converted layer: its second part is no stream")
 		}
+		// Whether it is there bounds what the table of contents can say of it.
 		ok, err := b.dst.HasBlob(ctx, *c.stream)
 		if err != nil {
 			return nil, err
 		}
 		if !ok {
-			return nil, errors.New("its stream is gone")
+			return nil, errors.New("its stream is gone or damaged")
+		}
+	}
+	var err error
+	if c.toc, err = b.dst.Blob(ctx, m.Layers[0]); err != nil {
+		return nil, err
+	}
+	t, err := openTOC(c.toc, c.stored())
+	if err != nil {
+		return nil, err
+	}
+	defer t.close()
+	c.table = &t.table
+	// All of it: one that cannot be read is to be made again, not to fail every
+	// build from now on.
+	for n := 0; err == nil; n++ {
+		if n%4096 == 0 && ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		_, err = t.read()
+	}
+	if err != io.EOF {
+		return nil, err
+	}
+	if (c.stream != nil) != (len(t.table.Chunks) > 0) {
+		return nil, errors.New("the manifest does not fit its table of contents")
+	}
+	if c.stream != nil {
+		if c.stream.Digest != hashOf(t.table.Blob) || c.stream.Size != t.table.BlobSize {
+			return nil, errors.New("the stream is not the one of its table of contents")
 		}
 	}
 	return c, nil
 }
 
-// image puts the layers together.
-func (b *builder) image(ctx context.Context, layers []*converted) (*Result, error) {
-	ix := &blockmap.Index{Streams: make([]blockmap.Table, 1, len(layers)+1)}
+// stored is the length of the stream's blob.
+func (c *converted) stored() int64 {
+	if c.stream == nil {
+		return 0
+	}
+	return c.stream.Size
+}
+
+// assembly is what layers add up to.
+type assembly struct {
+	fs      *ext4.Filesystem
+	wants   []want
+	streams []blockmap.Table // of all layers in order, stream 0 left empty
+}
+
+// assemble puts the layers together. Nothing is pushed.
+func (b *builder) assemble(ctx context.Context, layers []*converted) (*assembly, error) {
+	a := &assembly{streams: make([]blockmap.Table, 1, len(layers)+1)}
+	t := newTree()
+	for i, c := range layers {
+		stream := uint32(len(a.streams))
+		if c.stream != nil {
+			a.streams = append(a.streams, *c.table)
+		}
+		if err := t.applyLayer(ctx, c.toc, stream, c.stored()); err != nil {
+			return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(layers), b.src.Layers[i].Digest, err)
+		}
+	}
+	var err error
+	if !b.NoGuess {
+		if a.wants, err = b.guess(ctx, t, a.streams); err != nil {
+			return nil, err
+		}
+	}
+	if a.fs, err = ext4.Layout(t.inodes(), b.ext4Options()); err != nil {
+		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
+	}
+	return a, nil
+}
+
+// image pushes the image of the layers.
+func (b *builder) image(ctx context.Context, layers []*converted, a *assembly) (*Result, error) {
+	ix := &blockmap.Index{Streams: a.streams}
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: mediaTypeManifest, ArtifactType: ArtifactTypeImage,
 		Config:  describe(mediaTypeConfig, b.src.Config),
@@ -361,20 +452,12 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 		Subject: &v1.Descriptor{MediaType: b.src.Manifest.MediaType, Size: b.src.Manifest.Size, Digest: b.src.Manifest.Digest},
 	}
 	res := &Result{}
-	t := newTree()
 	seen := make(map[v1.Hash]bool)
 	twice := make(map[*converted]bool)
 	for i, c := range layers {
-		stream := uint32(len(ix.Streams))
-		if c.stream != nil {
-			ix.Streams = append(ix.Streams, *c.table)
-			if !seen[c.stream.Digest] {
-				m.Layers = append(m.Layers, *c.stream)
-				seen[c.stream.Digest] = true
-			}
-		}
-		if err := t.applyLayer(ctx, c.toc, stream); err != nil {
-			return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(layers), b.src.Layers[i].Digest, err)
+		if c.stream != nil && !seen[c.stream.Digest] {
+			m.Layers = append(m.Layers, *c.stream)
+			seen[c.stream.Digest] = true
 		}
 		res.Layers = append(res.Layers, LayerResult{
 			DiffID: b.diffIDs[i], Reused: c.reused || twice[c],
@@ -382,28 +465,17 @@ func (b *builder) image(ctx context.Context, layers []*converted) (*Result, erro
 		})
 		twice[c] = true
 	}
-	var wants []want
-	if !b.NoGuess {
-		var err error
-		if wants, err = b.guess(ctx, t, ix.Streams); err != nil {
-			return nil, err
-		}
-	}
-	fs, err := ext4.Layout(t.inodes(), b.ext4Options())
-	if err != nil {
-		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
-	}
-	meta, err := b.metadata(ctx, fs)
+	meta, err := b.metadata(ctx, a.fs)
 	if err != nil {
 		return nil, err
 	}
-	ix.Blocks, ix.Runs, ix.Streams[0] = fs.Blocks(), fs.Runs(), *meta
+	ix.Blocks, ix.Runs, ix.Streams[0] = a.fs.Blocks(), a.fs.Runs(), *meta
 	if err := ix.Seal(); err != nil {
 		return nil, err
 	}
-	if len(wants) > 0 {
+	if len(a.wants) > 0 {
 		var g *guess
-		g, res.Guess = locate(ix, wants)
+		g, res.Guess = locate(ix, a.wants)
 		m.Annotations = map[string]string{AnnotationGuess: g.encode()}
 	}
 	encoded := ix.Encode()

@@ -37,6 +37,7 @@ const (
 	maxDynamic = 4096 // entries
 	maxNeeded  = 1024
 	maxString  = 4095
+	maxStrings = 64 << 10 // bytes of the names of libraries, and of directories, that are kept of a file
 
 	// maxTables bounds the tables of a file that are guessed, and maxWritable
 	// its segments of data that has to be relocated. Chromium has 26 and 12 MiB.
@@ -217,8 +218,12 @@ func (f *elfFile) dynamic(ctx context.Context, c *contents, in *ext4.Inode, m me
 		s, err = c.stringAt(ctx, in, off+int64(at))
 		return s
 	}
+	left := maxStrings
 	for _, at := range needed {
 		if s := str(at); s != "" {
+			if left -= len(s); left < 0 {
+				break
+			}
 			f.needed = append(f.needed, s)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"log/slog"
+	"math"
 	"testing"
 	"time"
 
@@ -84,11 +85,11 @@ func FuzzTOC(f *testing.F) {
 		f.Add(body[12:])
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		if _, err := openTOC(body); err == nil && len(body) < 12 {
+		if _, err := openTOC(body, math.MaxInt64); err == nil && len(body) < 12 {
 			t.Fatal("nothing was read as a TOC")
 		}
 		blob := sealTOC(t, body)
-		toc, err := openTOC(blob)
+		toc, err := openTOC(blob, math.MaxInt64)
 		if err != nil {
 			if !errors.Is(err, blockmap.ErrCorrupt) {
 				t.Fatalf("%v is not ErrCorrupt", err)
@@ -115,7 +116,7 @@ func FuzzTOC(f *testing.F) {
 			t.Fatal(err)
 		}
 		tr := newTree()
-		if err := tr.applyLayer(t.Context(), again, 1); err != nil {
+		if err := tr.applyLayer(t.Context(), again, 1, math.MaxInt64); err != nil {
 			return
 		}
 		_ = layOut(t, tr, toc.table) // which fails the test where it must
@@ -185,13 +186,13 @@ func FuzzLayer(f *testing.F) {
 			t.Fatal("the table is not that of the blob")
 		}
 		tr := newTree()
-		if err := tr.applyLayer(t.Context(), lowerTOC, 1); err != nil {
+		if err := tr.applyLayer(t.Context(), lowerTOC, 1, math.MaxInt64); err != nil {
 			t.Fatal(err)
 		}
-		if err := tr.applyLayer(t.Context(), toc, 2); err != nil {
+		if err := tr.applyLayer(t.Context(), toc, 2, math.MaxInt64); err != nil {
 			return
 		}
-		lower, err := openTOC(lowerTOC)
+		lower, err := openTOC(lowerTOC, math.MaxInt64)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -33,7 +33,20 @@ const (
 	maxName      = 255
 	maxSymlink   = 4095 // of the target
 	maxXattrName = 255
+	maxXattr     = 64 << 10 // of the value
+
+	// maxXattrs is what all attributes of a file may take, with xattrCost bytes
+	// for each beside name and value. It is much more than ext4 has room for,
+	// which is complained of when it is known which files the image has.
+	maxXattrs = 64 << 10
+	xattrCost = 16
 )
+
+func xattrSize(x *ext4.Xattr) int { return xattrCost + len(x.Name) + len(x.Value) }
+
+// maxHoles is what the sparse files of a layer may have of holes together, in
+// bytes: a header of 512 bytes can ask for 16 TiB of zeros, which take minutes.
+const maxHoles = 64 << 30
 
 // The types of a file in its mode, as in stat(2).
 const (
@@ -51,6 +64,10 @@ const (
 	whiteoutPrefix = ".wh."
 	whiteoutMeta   = ".wh..wh." // of aufs: bookkeeping, but for
 	whiteoutOpaque = ".wh..wh..opq"
+
+	// Of the files that have several names, aufs keeps one more in this
+	// directory, and a layer can have hard links to that alone.
+	plinkDir = ".wh..wh.plnk/"
 )
 
 // converter converts layers, several at once.
@@ -98,8 +115,10 @@ type hashWriter struct{ h hash.Hash }
 func (w hashWriter) Write(p []byte) (int, error) { return w.h.Write(p) }
 
 func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, log *slog.Logger) error {
-	tr := tar.NewReader(r)
-	dropped := make(map[string]bool)
+	in := &tally{r: r}
+	tr := tar.NewReader(in)
+	files := &sparseFile{r: tr, in: in, left: maxHoles}
+	drop := dropper(log)
 	last := ""
 	for n := 0; ; n++ {
 		if n%256 == 0 && ctx.Err() != nil {
@@ -118,27 +137,64 @@ func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, log *s
 		case err != nil && n == 0:
 			return fmt.Errorf("read the first entry of the layer's tar: %w", err)
 		case err != nil:
-			return fmt.Errorf("read the layer's tar behind entry %d, %q: %w", n, last, err)
+			return fmt.Errorf("read the layer's tar behind entry %d, %s: %w", n, quoted(last), err)
 		}
 		last = h.Name
-		e, err := fromHeader(h)
+		if toc.full() {
+			return errTOCLimit
+		}
+		e, err := fromHeader(h, drop)
 		if err == nil && e != nil {
 			if e.kind == kindFile && e.inode.Mode&modeType == modeRegular {
 				e.inode.Size = h.Size
-				e.inode.Data, err = p.file(tr, h.Size)
+				e.inode.Data, err = p.file(files.next(), h.Size)
 			}
 		}
 		if err != nil {
-			return fmt.Errorf("layer entry %q: %w", h.Name, err)
+			return fmt.Errorf("layer entry %s: %w", quoted(h.Name), err)
 		}
-		if e == nil {
-			continue
+		if e != nil {
+			toc.add(e)
 		}
-		if e.inode != nil {
-			dropXattrs(e, dropped, log)
-		}
-		toc.add(e)
 	}
+}
+
+// tally counts what is read.
+type tally struct {
+	r io.Reader
+	n int64
+}
+
+func (t *tally) Read(p []byte) (int, error) {
+	n, err := t.r.Read(p)
+	t.n += int64(n)
+	return n, err
+}
+
+// sparseFile reads the files of a tar, and bounds the bytes that are not in the
+// tar, which are holes.
+type sparseFile struct {
+	r     io.Reader
+	in    *tally
+	left  int64 // bytes of holes
+	holes int64 // of this file
+}
+
+// next says that another file begins.
+func (s *sparseFile) next() io.Reader {
+	s.left -= max(s.holes, 0)
+	s.holes = 0
+	return s
+}
+
+func (s *sparseFile) Read(p []byte) (int, error) {
+	before := s.in.n
+	n, err := s.r.Read(p)
+	s.holes += int64(n) - (s.in.n - before)
+	if s.holes > s.left {
+		return 0, fmt.Errorf("a sparse file: those of the layer have more than %d GiB of holes", maxHoles>>30)
+	}
+	return n, err
 }
 
 // clean makes a path relative to the root, without ".", ".." or double slashes.
@@ -146,14 +202,18 @@ func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, log *s
 func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
 // fromHeader turns a tar header into an entry, or into nothing where it says
-// nothing about a file.
-func fromHeader(h *tar.Header) (*entry, error) {
+// nothing about a file. It tells drop of attributes that are left out.
+func fromHeader(h *tar.Header, drop func(attribute, entry string)) (*entry, error) {
+	if len(h.Name) > maxPath {
+		return nil, fmt.Errorf("a name of %d bytes: Linux takes %d", len(h.Name), maxPath)
+	}
 	e := &entry{name: clean(h.Name)}
 	dir, base := path.Split(e.name)
-	if strings.HasPrefix(dir, whiteoutMeta) || strings.Contains(dir, "/"+whiteoutMeta) {
+	plink := dir == plinkDir
+	if !plink && (strings.HasPrefix(dir, whiteoutMeta) || strings.Contains(dir, "/"+whiteoutMeta)) {
 		return nil, nil
 	}
-	if strings.HasPrefix(base, whiteoutPrefix) {
+	if strings.HasPrefix(base, whiteoutPrefix) && !plink {
 		switch {
 		case base == whiteoutOpaque:
 			e.kind, e.name = kindOpaque, clean(dir)
@@ -166,15 +226,13 @@ func fromHeader(h *tar.Header) (*entry, error) {
 			}
 			e.kind, e.name = kindWhiteout, dir+name
 		}
-		return e, nil
+		return e, checkName(e.name)
 	}
-	for _, part := range strings.Split(e.name, "/") {
-		if len(part) > maxName {
-			return nil, fmt.Errorf("a name of more than %d bytes", maxName)
-		}
-		if strings.IndexByte(part, 0) >= 0 {
-			return nil, errors.New("a name with a NUL in it")
-		}
+	if err := checkName(e.name); err != nil {
+		return nil, err
+	}
+	if plink && h.Typeflag == tar.TypeDir {
+		return nil, nil
 	}
 	in := new(ext4.Inode)
 	in.Mode = uint32(h.Mode) & 0o7777
@@ -184,6 +242,9 @@ func fromHeader(h *tar.Header) (*entry, error) {
 	case tar.TypeDir:
 		in.Mode |= modeDir
 	case tar.TypeLink:
+		if len(h.Linkname) > maxPath {
+			return nil, fmt.Errorf("a hard link to a name of %d bytes: Linux takes %d", len(h.Linkname), maxPath)
+		}
 		e.kind, e.link = kindHardLink, clean(h.Linkname)
 		return e, nil
 	case tar.TypeSymlink:
@@ -230,34 +291,56 @@ func fromHeader(h *tar.Header) (*entry, error) {
 		in.Ctime = timeOf(h.ChangeTime)
 	}
 	e.inode = in
-	return e, xattrs(h, in)
+	return e, xattrs(h, e, drop)
+}
+
+// checkName looks at each part of a clean name.
+func checkName(name string) error {
+	for part := range strings.SplitSeq(name, "/") {
+		if len(part) > maxName {
+			return fmt.Errorf("a name of more than %d bytes", maxName)
+		}
+		if strings.IndexByte(part, 0) >= 0 {
+			return errors.New("a name with a NUL in it")
+		}
+	}
+	return nil
 }
 
 func timeOf(t time.Time) ext4.Time { return ext4.Time{Sec: t.Unix(), Nsec: uint32(t.Nanosecond())} }
 
 // xattrs takes the extended attributes from a pax header: as GNU tar, star and
 // Docker write them, and as libarchive does where it is alone.
-func xattrs(h *tar.Header, in *ext4.Inode) error {
+func xattrs(h *tar.Header, e *entry, drop func(attribute, entry string)) error {
 	const schily, libarchive = "SCHILY.xattr.", "LIBARCHIVE.xattr."
 	values := make(map[string]string)
 	for k, v := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(k, libarchive); ok {
 			name, err := url.PathUnescape(name)
 			if err != nil {
-				return fmt.Errorf("extended attribute %q: %w", k, err)
+				return fmt.Errorf("extended attribute %s: %w", quoted(k), err)
+			}
+			if !keeps(name) {
+				drop(name, e.name)
+				continue
 			}
 			b, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(v, "="))
 			if err != nil {
-				return fmt.Errorf("extended attribute %q: %w", name, err)
+				return fmt.Errorf("extended attribute %s: %w", quoted(name), err)
 			}
 			values[name] = string(b)
 		}
 	}
 	for k, v := range h.PAXRecords {
 		if name, ok := strings.CutPrefix(k, schily); ok {
-			values[name] = v
+			if keeps(name) {
+				values[name] = v
+			} else {
+				drop(name, e.name)
+			}
 		}
 	}
+	total := 0
 	for name, v := range values {
 		if len(name) > maxXattrName {
 			return fmt.Errorf("the name of extended attribute %q has %d bytes: it can have %d", name[:40]+"…", len(name), maxXattrName)
@@ -265,29 +348,37 @@ func xattrs(h *tar.Header, in *ext4.Inode) error {
 		if len(v) > maxXattr {
 			return fmt.Errorf("extended attribute %q has %d bytes: it can have %d", name, len(v), maxXattr)
 		}
-		in.Xattrs = append(in.Xattrs, ext4.Xattr{Name: name, Value: []byte(v)})
+		x := ext4.Xattr{Name: name, Value: []byte(v)}
+		if total += xattrSize(&x); total > maxXattrs {
+			return fmt.Errorf("%d extended attributes, of more than %d bytes together", len(values), maxXattrs)
+		}
+		e.inode.Xattrs = append(e.inode.Xattrs, x)
 	}
-	slices.SortFunc(in.Xattrs, func(a, b ext4.Xattr) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(e.inode.Xattrs, func(a, b ext4.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return nil
 }
 
-// dropXattrs drops what Linux keeps on no ext4, such as com.apple.provenance, as
-// other programs that unpack images do. seen are the names that log has heard of.
-func dropXattrs(e *entry, seen map[string]bool, log *slog.Logger) {
-	e.inode.Xattrs = slices.DeleteFunc(e.inode.Xattrs, func(x ext4.Xattr) bool {
-		space, name, _ := strings.Cut(x.Name, ".")
-		if name != "" && (space == "user" || space == "trusted" || space == "security") {
-			return false
+// keeps says whether Linux keeps an attribute on ext4. Others, such as
+// com.apple.provenance, are dropped, as other programs that unpack images do.
+func keeps(attribute string) bool {
+	space, name, _ := strings.Cut(attribute, ".")
+	return name != "" && (space == "user" || space == "trusted" || space == "security") ||
+		attribute == "system.posix_acl_access" || attribute == "system.posix_acl_default"
+}
+
+// dropper tells log of attributes that are left out, of each name once.
+func dropper(log *slog.Logger) func(attribute, entry string) {
+	seen := make(map[string]bool)
+	return func(attribute, entry string) {
+		if len(attribute) > maxXattrName {
+			attribute = attribute[:maxXattrName]
 		}
-		if x.Name == "system.posix_acl_access" || x.Name == "system.posix_acl_default" {
-			return false
+		if seen[attribute] || len(seen) >= 100 {
+			return
 		}
-		if !seen[x.Name] && len(seen) < 100 {
-			seen[x.Name] = true
-			log.Warn("an extended attribute that Linux cannot keep is left out", "name", x.Name, "entry", e.name)
-		}
-		return true
-	})
+		seen[attribute] = true
+		log.Warn("an extended attribute that Linux cannot keep is left out", "name", attribute, "entry", entry)
+	}
 }
 
 // The window of a zstd layer: the most that is read, and what most layers have

@@ -109,9 +109,11 @@ func (l *linker) need(ctx context.Context, o *object, name string) {
 // object is an ELF file that was found in the directory origin.
 func (l *linker) object(f *elfFile, origin string, loader *object) *object {
 	expand := func(list string) (dirs []string) {
+		left := maxStrings
 		for _, dir := range fields(list, ":") {
-			if dir = l.expand(dir, origin); len(dir) <= maxString && len(dirs) < maxDirs {
+			if dir = l.expand(dir, origin); len(dir) <= maxString && len(dirs) < maxDirs && len(dir) <= left {
 				dirs = append(dirs, dir)
+				left -= len(dir)
 			}
 		}
 		return dirs

@@ -2,11 +2,13 @@ package flatten
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"math"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -52,21 +54,38 @@ const (
 //	             devices: major, minor
 //	       1 byte 0xff: the end
 type tocWriter struct {
-	b    []byte
-	next uint32 // stream block behind the last run
+	b       []byte
+	next    uint32 // stream block behind the last run
+	entries int
 }
 
 const (
 	tocMagic = "thawtoc1"
 	tocEnd   = 0xff
 
-	// Bounds on what a TOC may ask for.
-	maxPath    = 1 << 20
-	maxXattr   = 64 << 10
-	tocLimit   = 2 << 30
-	leastXattr = 2
-	leastRun   = 3
+	// Bounds on a layer, and so on its TOC. maxPath is Linux's PATH_MAX;
+	// maxEntries entries of the usual length take a quarter of tocLimit.
+	maxPath    = 4096
+	maxEntries = 4 << 20
+	tocLimit   = 1 << 30 // bytes of all entries
+
+	// leastChunk is how many bytes of a stream's blob a chunk has at least: the
+	// smallest zstd frame, and 8 bytes in the seek table.
+	// The blob of an empty stream, which is not stored, has a length as well.
+	leastChunk = 9 + 8
+	emptyBlob  = 17
+	mostChunk  = 2 + 10 + 5 + 32 // bytes of a chunk in the table
+
+	// An entry is of no more than mostEntry bytes without its runs, which are
+	// read in batches.
+	mostEntry = 2*(3+maxPath) + 128 + maxXattrs + maxXattrs/xattrCost*6
+	mostRun   = 5 + 10 + 5
+	runBatch  = 4096
+	tocBuffer = 256 << 10
+	tocWindow = 32 << 20 // of the zstd frame
 )
+
+var errTOCLimit = fmt.Errorf("the layer's table of contents has more than %d entries, or than %d MiB", maxEntries, tocLimit>>20)
 
 func (w *tocWriter) str(s string) {
 	w.b = binary.AppendUvarint(w.b, uint64(len(s)))
@@ -75,7 +94,11 @@ func (w *tocWriter) str(s string) {
 
 func (w *tocWriter) num(n uint64) { w.b = binary.AppendUvarint(w.b, n) }
 
+// full says whether there is no room for another entry.
+func (w *tocWriter) full() bool { return w.entries >= maxEntries || len(w.b) >= tocLimit }
+
 func (w *tocWriter) add(e *entry) {
+	w.entries++
 	w.b = append(w.b, byte(e.kind))
 	w.str(e.name)
 	switch e.kind {
@@ -141,51 +164,124 @@ func (w *tocWriter) close(t *blockmap.Table) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// toc reads a TOC without trusting it.
+// toc reads a TOC without trusting it, and without holding all of it: some hundred
+// bytes of zstd can be gigabytes. What is wrong with the checksum shows at the end.
 type toc struct {
-	d     *blockmap.Decoder
-	table blockmap.Table
-	next  uint32
+	z     *zstd.Decoder
+	d     *blockmap.Decoder // of buf
+	buf   []byte
+	left  int   // bytes that may still come
+	ended error // of z: io.EOF, or what is wrong
+
+	sum, want uint32
+
+	table   blockmap.Table
+	next    uint32
+	free    uint64 // blocks of the stream that are in no run yet
+	entries int
 }
 
-func openTOC(blob []byte) (*toc, error) {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(tocLimit))
+// openTOC reads the beginning of a TOC. stored is the length of the stream's blob,
+// which bounds the chunk table.
+func openTOC(blob []byte, stored int64) (*toc, error) {
+	z, err := zstd.NewReader(bytes.NewReader(blob), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(tocWindow))
 	if err != nil {
 		return nil, err
 	}
-	defer dec.Close()
-	b, err := dec.DecodeAll(blob, nil)
-	if err != nil {
-		return nil, fmt.Errorf("layer contents: %w: %w", blockmap.ErrCorrupt, err)
+	t := &toc{z: z, d: blockmap.NewDecoder(nil), left: tocLimit}
+	t.need(12 + sha256.Size + 2*binary.MaxVarintLen64)
+	head := t.d.Bytes(12)
+	switch {
+	case t.d.Err() != nil:
+	case string(head[:8]) != tocMagic:
+		t.d.Fail("not a table of contents")
+	default:
+		t.want = binary.LittleEndian.Uint32(head[8:])
+		t.sum = crc32.Checksum(t.rest(), castagnoli)
+		t.head(stored)
 	}
-	if len(b) < 12 || string(b[:8]) != tocMagic {
-		return nil, fmt.Errorf("layer contents: %w: not a table of contents", blockmap.ErrCorrupt)
-	}
-	if binary.LittleEndian.Uint32(b[8:]) != crc32.Checksum(b[12:], castagnoli) {
-		return nil, fmt.Errorf("layer contents: %w: the checksum does not match", blockmap.ErrCorrupt)
-	}
-	t := &toc{d: blockmap.NewDecoder(b[12:])}
-	blockmap.DecodeTable(t.d, &t.table)
 	if t.d.Err() != nil {
-		return nil, fmt.Errorf("layer contents: %w", t.d.Err())
+		defer t.close()
+		return nil, t.fault()
 	}
 	return t, nil
+}
+
+// head reads the chunk table.
+func (t *toc) head(stored int64) {
+	ahead := blockmap.NewDecoder(t.rest())
+	ahead.Digest()
+	size := ahead.Uvarint(uint64(max(stored, emptyBlob)))
+	count := ahead.Uvarint(size / leastChunk)
+	if ahead.Err() != nil {
+		t.d.Fail("a table of %d chunks for a blob of %d bytes", count, stored)
+		return
+	}
+	t.need(sha256.Size + 2*binary.MaxVarintLen64 + int(count)*mostChunk)
+	blockmap.DecodeTable(t.d, &t.table)
+	t.free = uint64(t.table.Blocks())
+	t.left = tocLimit
+}
+
+func (t *toc) close() { t.z.Close() }
+
+// rest is what of the buffer is not read yet.
+func (t *toc) rest() []byte { return t.buf[len(t.buf)-t.d.Len():] }
+
+// need sees to it that n bytes can be read, if there are so many.
+func (t *toc) need(n int) {
+	if t.ended != nil || t.d.Err() != nil || t.d.Len() >= n {
+		return
+	}
+	size := max(n, tocBuffer)
+	b := t.buf[:0]
+	if cap(b) < size || cap(b) > 4*size {
+		b = make([]byte, 0, min(size, max(2*cap(b), tocBuffer)))
+	}
+	b = append(b, t.rest()...)
+	for len(b) < size && t.ended == nil {
+		b = slices.Grow(b, min(size-len(b), max(len(b), tocBuffer)))
+		m, err := t.z.Read(b[len(b):min(cap(b), size)])
+		t.sum = crc32.Update(t.sum, castagnoli, b[len(b):len(b)+m])
+		b = b[:len(b)+m]
+		if t.left -= m; t.left < 0 && err == nil {
+			err = errTOCLimit
+		}
+		t.ended = err
+	}
+	t.buf, t.d = b, blockmap.NewDecoder(b)
+}
+
+// fault is what is wrong with the TOC.
+func (t *toc) fault() error {
+	if t.ended != nil && t.ended != io.EOF {
+		return fmt.Errorf("layer contents: %w: %w", blockmap.ErrCorrupt, t.ended)
+	}
+	return fmt.Errorf("layer contents: %w", t.d.Err())
 }
 
 // read returns the next entry, or io.EOF behind the last.
 func (t *toc) read() (*entry, error) {
 	e := new(entry)
-	d := t.d
-	k := d.Bytes(1)
-	if d.Err() == nil && k[0] == tocEnd {
-		d.End()
-		if d.Err() == nil {
+	t.need(mostEntry)
+	k := t.d.Bytes(1)
+	if t.d.Err() == nil && k[0] == tocEnd {
+		t.need(1)
+		t.d.End()
+		if t.d.Err() == nil && t.ended == io.EOF && t.sum != t.want {
+			t.d.Fail("the checksum does not match")
+		}
+		if t.d.Err() == nil && t.ended == io.EOF {
 			return nil, io.EOF
 		}
 	}
-	if d.Err() != nil {
-		return nil, fmt.Errorf("layer contents: %w", d.Err())
+	if t.entries++; t.entries > maxEntries {
+		t.d.Fail("more than %d entries", maxEntries)
 	}
+	if t.d.Err() != nil {
+		return nil, t.fault()
+	}
+	d := t.d
 	e.kind = kind(k[0])
 	e.name = d.String(maxPath)
 	switch e.kind {
@@ -197,11 +293,11 @@ func (t *toc) read() (*entry, error) {
 	default:
 		d.Fail("an entry of kind %d", e.kind)
 	}
-	if d.Err() == nil && (clean(e.name) != e.name || e.kind == kindHardLink && clean(e.link) != e.link) {
-		d.Fail("the name %q is not clean", e.name)
+	if t.d.Err() == nil && (clean(e.name) != e.name || e.kind == kindHardLink && clean(e.link) != e.link) {
+		t.d.Fail("the name %s is not clean", quoted(e.name))
 	}
-	if d.Err() != nil {
-		return nil, fmt.Errorf("layer contents: %w", d.Err())
+	if t.d.Err() != nil {
+		return nil, t.fault()
 	}
 	return e, nil
 }
@@ -216,18 +312,22 @@ func (t *toc) inode(e *entry) {
 		p.Sec = d.Varint()
 		p.Nsec = uint32(d.Uvarint(999_999_999))
 	}
-	if n := d.Count(leastXattr); n > 0 {
+	if n := int(d.Uvarint(maxXattrs / xattrCost)); n > 0 {
 		in.Xattrs = make([]ext4.Xattr, n)
+		left := maxXattrs
 		for i := range in.Xattrs {
-			in.Xattrs[i] = ext4.Xattr{Name: d.String(maxXattr), Value: []byte(d.String(maxXattr))}
+			x := ext4.Xattr{Name: d.String(maxXattrName), Value: []byte(d.String(maxXattr))}
+			if left -= xattrSize(&x); left < 0 {
+				d.Fail("extended attributes of more than %d bytes", maxXattrs)
+			}
+			in.Xattrs[i] = x
 		}
 	}
 	switch in.Mode & modeType {
 	case modeRegular:
 		in.Size = int64(d.Uvarint(maxFileSize))
-		if n := d.Count(leastRun); n > 0 {
-			in.Data = make([]ext4.Run, n)
-			t.runs(in)
+		if n := int(d.Uvarint(t.free)); n > 0 {
+			t.runs(in, n)
 		}
 	case modeSymlink:
 		e.link = d.String(maxPath)
@@ -241,11 +341,16 @@ func (t *toc) inode(e *entry) {
 	}
 }
 
-func (t *toc) runs(in *ext4.Inode) {
-	d := t.d
+// runs reads n runs of a file.
+func (t *toc) runs(in *ext4.Inode, n int) {
 	var at uint64
 	size, fileBlocks := uint64(t.table.Blocks()), uint64(in.Size+blockSize-1)/blockSize
-	for i := range in.Data {
+	in.Data = make([]ext4.Run, 0, min(n, runBatch))
+	for i := range n {
+		if i%runBatch == 0 {
+			t.need(min(n-i, runBatch) * mostRun)
+		}
+		d := t.d
 		at += d.Uvarint(math.MaxUint32)
 		block := uint64(int64(t.next) + d.Varint())
 		count := d.Uvarint(math.MaxUint32)
@@ -258,9 +363,13 @@ func (t *toc) runs(in *ext4.Inode) {
 		case block >= size || count > size-block:
 			d.Fail("blocks %d+%d of a stream of %d", block, count, size)
 			return
+		case count > t.free:
+			d.Fail("files of more blocks than the %d of the stream", size)
+			return
 		}
-		in.Data[i] = ext4.Run{FileBlock: uint32(at), Block: uint32(block), Count: uint32(count)}
+		in.Data = append(in.Data, ext4.Run{FileBlock: uint32(at), Block: uint32(block), Count: uint32(count)})
 		at += count
 		t.next = uint32(block + count)
+		t.free -= count
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 
 	"thaw/blockmap/ext4"
@@ -19,41 +20,75 @@ import (
 //   - a parent that no layer lists is made, root's, mode 0755, time 0;
 //   - an entry over one of another type replaces it; a directory over a
 //     directory changes its metadata and keeps its content;
-//   - a hard link is to what its target is at that point of that layer.
+//   - a hard link is to what its target is at that point of that layer;
+//   - what aufs keeps in its directory of pseudo-links is no file of the image,
+//     but hard links of the same layer give it a name.
+//
+// Layers may be hostile: what an entry costs, in memory and time, is bounded by
+// its length and by what the layers have earned so far.
 type tree struct {
 	root  *node
-	layer int // being applied, from 1
+	layer int                    // being applied, from 1
+	plink map[string]*ext4.Inode // pseudo-links of the layer, by name
+
+	names   int // in the tree
+	implied int // directories that may still be made without an entry of their own
+	follow  int // bytes of the targets of symbolic links, and what comes behind them, that may still be walked
 }
+
+// Bounds on a tree.
+const (
+	// maxNames is what an image can have of names of files. A build takes about
+	// a KiB of memory for each.
+	maxNames = 4 << 20
+
+	// maxDepth is how deep directories are: deeper ones have no path that Linux
+	// takes.
+	maxDepth = maxPath / 2
+
+	// An entry that lists no parents makes them, and one whose parents are
+	// symbolic links walks what these lead to; a few bytes of a layer could make
+	// thousands of directories and steps. So an image has a number of each to
+	// begin with, and more for each of its entries. Honest ones need a few.
+	impliedBase, impliedEntry = 64 << 10, 16
+	followBase, followEntry   = 64 << 20, 1 << 10
+)
 
 // node is a name in the tree. Hard links are several nodes of one inode.
 type node struct {
 	inode *ext4.Inode
 	names map[string]*node // of a directory
 	layer int              // that put the name there last
+	own   int              // a directory: the layer that all below it is of; less: maybe of several
 }
 
 func (n *node) isDir() bool     { return n.inode.Mode&modeType == modeDir }
 func (n *node) isSymlink() bool { return n.inode.Mode&modeType == modeSymlink }
 
-func newTree() *tree { return &tree{root: newDir(0)} }
+func newTree() *tree { return &tree{root: newDir(0), implied: impliedBase, follow: followBase} }
 
 func newDir(layer int) *node {
-	return &node{inode: &ext4.Inode{Mode: modeDir | 0o755}, layer: layer}
+	return &node{inode: &ext4.Inode{Mode: modeDir | 0o755}, layer: layer, own: layer}
 }
 
 // maxFollow is how many symbolic links a path may lead through, as in Linux.
 const maxFollow = 40
 
-var errFollow = errors.New("too many levels of symbolic links")
+var (
+	errFollow   = errors.New("too many levels of symbolic links")
+	errFollowed = errors.New("the layers' paths lead through more symbolic links than those of any image do")
+	errImplied  = errors.New("the layers' names are in more directories that no layer lists than those of any image are")
+)
 
-// applyLayer puts a layer over those that are there. stream is the number of
-// its stream.
-func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32) error {
-	toc, err := openTOC(blob)
+// applyLayer puts a layer over those that are there: its TOC and, of its stream,
+// the number and the length of its blob.
+func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, stored int64) error {
+	toc, err := openTOC(blob, stored)
 	if err != nil {
 		return err
 	}
-	t.layer++
+	defer toc.close()
+	t.begin()
 	for n := 0; ; n++ {
 		if n%4096 == 0 && ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -66,14 +101,27 @@ func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32) error
 			return err
 		}
 		if err := t.apply(e, stream); err != nil {
-			return fmt.Errorf("layer entry %q: %w", e.name, err)
+			return fmt.Errorf("layer entry %s: %w", quoted(e.name), err)
 		}
 	}
+}
+
+// begin says that what is applied from now on is of another layer.
+func (t *tree) begin() { t.layer, t.plink = t.layer+1, nil }
+
+// quoted is a name in an error: the end of it where it is long.
+func quoted(name string) string {
+	const most = 512
+	if n := len(name) - most; n > 0 {
+		return fmt.Sprintf("\"...%s, of %d bytes", strconv.Quote(name[n:])[1:], len(name))
+	}
+	return strconv.Quote(name)
 }
 
 // apply adds an entry of the current layer. stream is the number of the
 // layer's stream.
 func (t *tree) apply(e *entry, stream uint32) error {
+	t.implied, t.follow = t.implied+impliedEntry, t.follow+followEntry
 	switch e.kind {
 	case kindWhiteout:
 		dir, base := split(e.name)
@@ -88,9 +136,7 @@ func (t *tree) apply(e *entry, stream uint32) error {
 		if err != nil || dir == nil {
 			return err
 		}
-		for name := range dir.names {
-			t.hideLower(dir, name)
-		}
+		t.hideBelow(dir)
 		return nil
 	case kindHardLink:
 		return t.link(e)
@@ -98,19 +144,21 @@ func (t *tree) apply(e *entry, stream uint32) error {
 	if e.name == "" {
 		return t.setDir(t.root, e.inode)
 	}
+	for i := range e.inode.Data {
+		e.inode.Data[i].Stream = stream
+	}
+	if isPlink(e.name) {
+		return t.pseudo(e.name, e.inode)
+	}
 	dir, base := split(e.name)
 	parent, err := t.walk(dir, true)
 	if err != nil {
 		return err
 	}
-	for i := range e.inode.Data {
-		e.inode.Data[i].Stream = stream
-	}
 	if old := parent.names[base]; old != nil && old.isDir() && e.inode.Mode&modeType == modeDir {
 		return t.setDir(old, e.inode)
 	}
-	t.put(parent, base, &node{inode: e.inode})
-	return nil
+	return t.put(parent, base, &node{inode: e.inode, own: t.layer})
 }
 
 // setDir changes the metadata of a directory.
@@ -122,12 +170,44 @@ func (t *tree) setDir(n *node, in *ext4.Inode) error {
 	return nil
 }
 
-func (t *tree) put(parent *node, base string, n *node) {
+func (t *tree) put(parent *node, base string, n *node) error {
 	n.layer = t.layer
 	if parent.names == nil {
 		parent.names = make(map[string]*node)
 	}
+	if old := parent.names[base]; old != nil {
+		t.names -= old.count()
+	}
+	if t.names++; t.names > maxNames {
+		return fmt.Errorf("the image has more than %d files", maxNames)
+	}
 	parent.names[strings.Clone(base)] = n
+	return nil
+}
+
+// count is how many names a node has at and below it. A node is counted once,
+// when it goes, so to count them costs no more than to make them.
+func (n *node) count() int {
+	total := 1
+	for _, child := range n.names {
+		total += child.count()
+	}
+	return total
+}
+
+// isPlink says whether a name is that of a pseudo-link of aufs.
+func isPlink(name string) bool { return strings.HasPrefix(name, plinkDir) }
+
+// pseudo takes note of a file that only hard links will name.
+func (t *tree) pseudo(name string, in *ext4.Inode) error {
+	if in.Mode&modeType == modeDir {
+		return errors.New("a directory among the pseudo-links of aufs")
+	}
+	if t.plink == nil {
+		t.plink = make(map[string]*ext4.Inode)
+	}
+	t.plink[strings.Clone(name)] = in
+	return nil
 }
 
 // link makes another name for a file that is there already.
@@ -135,22 +215,14 @@ func (t *tree) link(e *entry) error {
 	if e.link == "" {
 		return errors.New("a hard link to the root, which is a directory")
 	}
-	dir, base := split(e.link)
-	from, err := t.walk(dir, false)
+	target, err := t.target(e.link)
 	if err != nil {
 		return err
 	}
-	var target *node
-	if from != nil {
-		target = from.names[base]
+	if isPlink(e.name) {
+		return t.pseudo(e.name, target)
 	}
-	if target == nil {
-		return fmt.Errorf("a hard link to %q, which is not there", e.link)
-	}
-	if target.isDir() {
-		return fmt.Errorf("a hard link to %q, which is a directory", e.link)
-	}
-	dir, base = split(e.name)
+	dir, base := split(e.name)
 	if base == "" {
 		return errors.New("the root is not a directory")
 	}
@@ -158,8 +230,33 @@ func (t *tree) link(e *entry) error {
 	if err != nil {
 		return err
 	}
-	t.put(parent, base, &node{inode: target.inode})
-	return nil
+	return t.put(parent, base, &node{inode: target, own: t.layer})
+}
+
+// target is the inode that a hard link names.
+func (t *tree) target(name string) (*ext4.Inode, error) {
+	if isPlink(name) {
+		if in := t.plink[name]; in != nil {
+			return in, nil
+		}
+		return nil, fmt.Errorf("a hard link to %s, a pseudo-link of aufs that the layer does not have", quoted(name))
+	}
+	dir, base := split(name)
+	from, err := t.walk(dir, false)
+	if err != nil {
+		return nil, err
+	}
+	var n *node
+	if from != nil {
+		n = from.names[base]
+	}
+	if n == nil {
+		return nil, fmt.Errorf("a hard link to %s, which is not there", quoted(name))
+	}
+	if n.isDir() {
+		return nil, fmt.Errorf("a hard link to %s, which is a directory", quoted(name))
+	}
+	return n.inode, nil
 }
 
 // hideLower removes what lower layers have put at and under a name: a layer's
@@ -171,15 +268,27 @@ func (t *tree) hideLower(dir *node, name string) {
 	if n == nil {
 		return
 	}
-	for name := range n.names {
-		t.hideLower(n, name)
-	}
+	t.hideBelow(n)
 	switch {
 	case n.layer == t.layer:
 	case len(n.names) == 0:
 		delete(dir.names, name)
+		t.names--
 	default:
 		n.inode, n.layer = newDir(t.layer).inode, t.layer
+	}
+}
+
+// hideBelow is hideLower for all names of a directory. What it leaves is of this
+// layer, and so is what will come: the next time there is nothing to do, however
+// many whiteouts a layer has.
+func (t *tree) hideBelow(dir *node) {
+	if dir.own == t.layer {
+		return
+	}
+	dir.own = t.layer
+	for name := range dir.names {
+		t.hideLower(dir, name)
 	}
 }
 
@@ -204,14 +313,14 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 		case n != nil && n.isDir():
 		case n != nil && n.isSymlink():
 			if followed++; followed > maxFollow {
-				return nil, fmt.Errorf("%s: %w", path, errFollow)
+				return nil, fmt.Errorf("%s: %w", quoted(path), errFollow)
 			}
 			target := n.inode.Target
 			if strings.HasPrefix(target, "/") {
 				stack = stack[:1]
 			}
-			if len(target)+len(rest) > maxPath {
-				return nil, fmt.Errorf("%s: %w", path, errFollow)
+			if t.follow -= len(target) + len(rest); t.follow < 0 {
+				return nil, errFollowed
 			}
 			rest = target + "/" + rest
 			continue
@@ -219,8 +328,16 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 			return nil, nil
 		default:
 			// Nothing is there, or a file, which cannot stay.
+			if t.implied--; t.implied < 0 {
+				return nil, errImplied
+			}
 			n = newDir(t.layer)
-			t.put(at, part, n)
+			if err := t.put(at, part, n); err != nil {
+				return nil, err
+			}
+		}
+		if len(stack) > maxDepth {
+			return nil, fmt.Errorf("directories more than %d deep", maxDepth)
 		}
 		stack = append(stack, n)
 	}
@@ -231,6 +348,9 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 // never out of the root, and the path that it has without them; nil where
 // nothing is.
 func (t *tree) find(path string) (real string, n *node) {
+	if t.follow -= len(path); t.follow < 0 {
+		return "", nil
+	}
 	stack, names, followed := []*node{t.root}, []string{}, 0
 	for rest := path; rest != ""; {
 		var part string
@@ -252,7 +372,10 @@ func (t *tree) find(path string) (real string, n *node) {
 			return "", nil
 		case n.isSymlink():
 			target := n.inode.Target
-			if followed++; followed > maxFollow || len(target)+len(rest) > maxPath {
+			if followed++; followed > maxFollow {
+				return "", nil
+			}
+			if t.follow -= len(target) + len(rest); t.follow < 0 {
 				return "", nil
 			}
 			if strings.HasPrefix(target, "/") {
@@ -273,7 +396,8 @@ func split(name string) (dir, base string) {
 	return "", name
 }
 
-// inodes turns the tree into what ext4.Layout takes. The tree is used up.
+// inodes turns the tree into what ext4.Layout takes. The tree is used up. It is no
+// deeper than maxDepth, so recursion will do.
 func (t *tree) inodes() *ext4.Inode {
 	var fill func(n *node)
 	fill = func(n *node) {
