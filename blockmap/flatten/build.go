@@ -220,10 +220,10 @@ func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex
 
 // layers converts what the target does not have, several layers at once. A
 // layer that the image has twice is converted once.
-func (b *builder) layers(ctx context.Context) ([]*converted, error) {
+func (b *builder) layers(parent context.Context) ([]*converted, error) {
 	done := make([]*converted, len(b.src.Layers))
 	first := make(map[v1.Hash]int)
-	g, ctx := errgroup.WithContext(ctx)
+	g, ctx := errgroup.WithContext(parent)
 	g.SetLimit(b.Jobs)
 	for i, id := range b.diffIDs {
 		if _, ok := first[id]; ok {
@@ -243,8 +243,16 @@ func (b *builder) layers(ctx context.Context) ([]*converted, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
+	reused := false
 	for i, id := range b.diffIDs {
 		done[i] = done[first[id]]
+		reused = reused || done[i].reused
+	}
+	if reused {
+		// All conversions have this for a config, so it is looked for once.
+		if err := b.dst.PushBytes(parent, describe(mediaTypeEmpty, []byte("{}")), []byte("{}")); err != nil && parent.Err() == nil {
+			b.Log.Warn("the config of the converted layers is not there, and could not be pushed", "err", err)
+		}
 	}
 	return done, nil
 }

@@ -14,6 +14,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/ext4"
 )
 
 // threeLayers are as different as their number.
@@ -244,4 +246,164 @@ type cancelling struct{ cancel context.CancelCauseFunc }
 func (c cancelling) Read([]byte) (int, error) {
 	c.cancel(errPush)
 	return 0, io.EOF
+}
+
+// TestDamagedConversion damages each part of each kept conversion in each way: the
+// build goes on, gives the same image, and leaves nothing that is damaged.
+func TestDamagedConversion(t *testing.T) {
+	o := testOptions
+	o.Tag = "tag"
+	src := threeLayers(t)
+	whole := newTarget(t)
+	want := build(t, src, whole, o)
+	type part struct{ kind, name string }
+	var parts []part
+	for _, kind := range []string{"blobs", "manifests", "tags"} {
+		files, err := os.ReadDir(whole.path(kind, ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			parts = append(parts, part{kind, f.Name()})
+		}
+	}
+	if len(parts) < 3*4+4 {
+		t.Fatalf("%d parts", len(parts))
+	}
+	for way, damage := range map[string]func(b []byte) []byte{
+		"gone":        func([]byte) []byte { return nil },
+		"empty":       func([]byte) []byte { return []byte{} },
+		"half":        func(b []byte) []byte { return b[:len(b)/2] },
+		"a byte more": func(b []byte) []byte { return append(b, 0) },
+		"altered":     func(b []byte) []byte { b[len(b)/2] ^= 1; return b },
+		"zeros":       func(b []byte) []byte { clear(b); return b },
+		"another":     func([]byte) []byte { return []byte(`{"schemaVersion":2,"manifests":[]}`) },
+	} {
+		for _, p := range parts {
+			if p.kind == "tags" && way != "gone" {
+				continue // a registry's tag names a manifest or is not there
+			}
+			dst := newTarget(t)
+			if err := os.CopyFS(filepath.Join(dst.dir, "copy"), os.DirFS(whole.dir)); err != nil {
+				t.Fatal(err)
+			}
+			dst.dir = filepath.Join(dst.dir, "copy")
+			file := dst.path(p.kind, p.name)
+			b, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b = damage(b); b == nil {
+				err = os.Remove(file)
+			} else {
+				err = os.WriteFile(file, b, 0o644)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			res := build(t, src, dst, o) // and verifies
+			if !bytes.Equal(res.Raw, want.Raw) {
+				t.Errorf("%s of %s is %s: another image", p.name, p.kind, way)
+			}
+			for _, p := range parts {
+				good, err := os.ReadFile(whole.path(p.kind, p.name))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got, err := os.ReadFile(dst.path(p.kind, p.name)); err != nil || !bytes.Equal(got, good) {
+					t.Errorf("%s of %s, damaged as %s, is still not what it was: %v", p.name, p.kind, way, err)
+				}
+			}
+		}
+	}
+}
+
+// TestLookupFails has the target say all sorts of things to whoever looks for a
+// conversion.
+func TestLookupFails(t *testing.T) {
+	src := threeLayers(t)
+	dst := newTarget(t)
+	want := build(t, src, dst, testOptions)
+	for _, err := range []error{errors.New("401 unauthorized"), errors.New("500"), context.DeadlineExceeded, io.ErrUnexpectedEOF} {
+		dst.tagged = func(string) error { return err }
+		src.opened.Store(0)
+		if res := build(t, src, dst, testOptions); !bytes.Equal(res.Raw, want.Raw) || src.opened.Load() != 3 {
+			t.Errorf("%v: %d layers were opened", err, src.opened.Load())
+		}
+	}
+	// But whoever gives up is heard.
+	ctx, cancel := context.WithCancelCause(t.Context())
+	dst.tagged = func(string) error { cancel(errPush); return ctx.Err() }
+	o := testOptions
+	o.TempDir = t.TempDir()
+	if _, err := Build(ctx, &src.Source, dst, o); !errors.Is(err, errPush) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestConversionThatLies has conversions whose checksums are right, and from which
+// no image can be put together.
+func TestConversionThatLies(t *testing.T) {
+	o := testOptions
+	o.Tag = "tag"
+	src := threeLayers(t)
+	for name, entries := range map[string][]*entry{
+		"a hard link to nothing":      {{kind: kindHardLink, name: "a", link: "b"}},
+		"an attribute without room":   {{name: "a", inode: &ext4.Inode{Mode: modeFifo, Xattrs: []ext4.Xattr{{Name: "user.x", Value: make([]byte, 9000)}}}}},
+		"a name that is too long":     {{name: strings.Repeat("x", 300), inode: &ext4.Inode{Mode: modeFifo}}},
+		"the root is no directory":    {{name: "", inode: &ext4.Inode{Mode: modeFifo}}},
+		"directories without an end":  {entryOf(strings.TrimSuffix(strings.Repeat("x/", 2040), "/"), modeDir), {name: "l", inode: &ext4.Inode{Mode: modeSymlink, Target: strings.Repeat("x/", 2040)}}, entryOf("l/"+strings.Repeat("y/", 100)+"z", modeDir)},
+		"a device that Linux has not": {{name: "d", inode: &ext4.Inode{Mode: modeChar, Major: 1 << 20}}},
+	} {
+		dst := newTarget(t)
+		want := build(t, src, dst, o)
+		b := &builder{Options: o, src: &src.Source, dst: dst}
+		var err error
+		if b.diffIDs, err = diffIDs(&src.Source); err != nil {
+			t.Fatal(err)
+		}
+		raw, err := dst.Tagged(t.Context(), b.layerTag(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m v1.Manifest
+		if err := json.Unmarshal(raw, &m); err != nil {
+			t.Fatal(err)
+		}
+		var w tocWriter
+		for _, e := range entries {
+			w.add(e)
+		}
+		toc, err := w.close(&want.Index.Streams[2])
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Layers[0] = describe(MediaTypeTOC, toc)
+		if err := dst.PushBytes(t.Context(), m.Layers[0], toc); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
+			t.Fatal(err)
+		}
+		if res := build(t, src, dst, o); !bytes.Equal(res.Raw, want.Raw) {
+			t.Errorf("%s: another image", name)
+		}
+		src.opened.Store(0)
+		if res := build(t, src, dst, o); !bytes.Equal(res.Raw, want.Raw) || src.opened.Load() != 0 {
+			t.Errorf("%s: the conversion was not replaced", name)
+		}
+		// Where tags are immutable it cannot be, which costs time and no image.
+		if _, err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
+			t.Fatal(err)
+		}
+		dst.before = func(what string, d v1.Descriptor) error {
+			if d.ArtifactType == ArtifactTypeLayer {
+				return errPush
+			}
+			return nil
+		}
+		if res := build(t, src, dst, o); !bytes.Equal(res.Raw, want.Raw) {
+			t.Errorf("%s: another image", name)
+		}
+	}
 }

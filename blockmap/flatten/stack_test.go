@@ -3,6 +3,16 @@ package flatten
 // What layers do to each other.
 var layerCases = []treeCase{
 	{
+		name: "pseudo-links of aufs",
+		layers: layers(
+			lines(dir(".wh..wh.plnk"), reg(".wh..wh.plnk/123.456", "aufs"), symlink(".wh..wh.plnk/7.8", "f"), reg(".wh..wh.aufs", ""), dir(".wh..wh.orph"),
+				dir("usr"), hardlink("usr/a", "/.wh..wh.plnk/123.456"), hardlink("usr/b", ".wh..wh.plnk/123.456"), hardlink("s", "./.wh..wh.plnk/7.8"), reg("f", "x")),
+			lines(hardlink("usr/c", "usr/a"), whiteout("usr/a")),
+		),
+		want:    map[string]string{"usr/a": gone, "usr/b": text("aufs"), "usr/c": text("aufs"), "f": text("x"), ".wh..wh.plnk": gone, ".wh..wh.aufs": gone},
+		noUmoci: "it does not know them", noTar: "it does not know them",
+	},
+	{
 		name: "whiteouts",
 		layers: layers(
 			lines(dir("d"), reg("d/keep", "1"), reg("d/gone", "2"), reg("gone", "3"), dir("tree"), dir("tree/sub"), reg("tree/sub/f", "4"), symlink("link", "d"), dir("spare")),
