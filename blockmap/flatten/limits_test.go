@@ -79,7 +79,7 @@ func TestFollowedLinks(t *testing.T) {
 		entries = append(entries, &entry{name: fmt.Sprint("l", i), inode: &ext4.Inode{Mode: modeSymlink, Target: target + fmt.Sprint("l", i+1)}})
 	}
 	entries = append(entries, entryOf("l39", modeDir))
-	for i := range 1_000_000 {
+	for i := range 10_000 {
 		entries = append(entries, entryOf(fmt.Sprint("l0/", i), modeRegular))
 	}
 	n, err := applyAll(tr, entries...)

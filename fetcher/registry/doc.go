@@ -1,6 +1,7 @@
 // Package registry is where images and their blobs are read from and written
 // to: a repository of an OCI registry, spoken to over HTTP, an OCI layout
-// directory, or, for reading only, the archive that `docker save` writes.
+// directory, or, for reading only, an archive: what `docker save` writes, or a tar
+// of an OCI layout, compressed or not.
 //
 // The one idea is that nothing is believed but a digest. A tag is turned into
 // a descriptor once (Repo.Resolve); from then on everything is asked for by
@@ -60,4 +61,19 @@
 // has an entry in index.json, which carries its tag in the annotation
 // org.opencontainers.image.ref.name, and its artifactType and annotations if
 // it has a subject.
+//
+// # Archives
+//
+// An archive is walked once and then read where its members lie. One that is
+// compressed is decompressed first, into a file without a name in
+// Options.TempDir: blobs are read by ranges, and layers beside each other. What an
+// archive says is believed no more than what a registry says.
+//
+// # Platforms
+//
+// Which image of an index is meant follows containerd's platforms.Only: the
+// variant that is asked for, then those below it (arm/v7, v6, v5), then what the
+// processor runs as well (386 on amd64, arm on arm64). Versions and features of the
+// operating system are ignored. An entry that says no platform is looked at: its
+// image's config has it.
 package registry

@@ -361,3 +361,199 @@ func TestEnter(t *testing.T) {
 		}
 	}
 }
+
+// A layout may hold much beside the one image: block images, converted layers,
+// what cannot be read, other names of the same image.
+func TestLayoutOnlyImage(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	r := openRepo(t, newClient(t, Options{}), "oci:"+dir)
+	img, _ := pushImage(t, ctx, r, "v1", []byte("the image"), amd64)
+	raw, err := r.Manifest(ctx, img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.PushManifest(ctx, raw, img.MediaType, "latest"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
+		t.Fatal(err)
+	}
+	for _, tag := range []string{"", "block"} {
+		push(t, ctx, r, tag, artifact(img, "application/vnd.test.image", map[string]string{"tag": tag}))
+	}
+	layer := artifact(img, "application/vnd.test.layer", nil)
+	layer.Subject = nil
+	converted := push(t, ctx, r, "converted-layer", layer)
+	damaged := layer
+	damaged.Annotations = map[string]string{"x": "y"}
+	d := push(t, ctx, r, "damaged", damaged)
+	if err := os.Truncate(filepath.Join(dir, blobName(d.Digest)), 10); err != nil {
+		t.Fatal(err)
+	}
+	// Entries that nobody can use.
+	path := filepath.Join(dir, "index.json")
+	edit := func(change func(index map[string]any, entries []any) []any) {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var index map[string]any
+		if err := json.Unmarshal(b, &index); err != nil {
+			t.Fatal(err)
+		}
+		index["manifests"] = change(index, index["manifests"].([]any))
+		if b, err = json.Marshal(index); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, path, b)
+	}
+	edit(func(_ map[string]any, entries []any) []any {
+		return append([]any{nil, 7, "x", map[string]any{"digest": 1}, map[string]any{"digest": "sha512:" + strings.Repeat("0", 128), "size": 1, "mediaType": string(types.OCIManifestSchema1),
+			"annotations": map[string]string{refName: "long"}},
+			map[string]any{"digest": "sha256:" + strings.Repeat("0", 64), "size": -1, "mediaType": string(types.OCIManifestSchema1)},
+			map[string]any{"digest": "sha256:" + strings.Repeat("0", 64), "size": 5, "mediaType": string(types.OCIManifestSchema1), "platform": map[string]string{"os": "unknown", "architecture": "unknown"}},
+		}, entries...)
+	})
+	for _, tag := range []string{"", ":v1", ":latest"} {
+		if got, err := openRepo(t, r.client, "oci:"+dir+tag).Resolve(ctx, &amd64); err != nil || got.Digest != img.Digest {
+			t.Errorf("%q: %v", tag, err)
+		}
+	}
+	if found, err := r.Referrers(ctx, img); err != nil || len(found) != 2 {
+		t.Errorf("%v, %v", found, err)
+	}
+	if got, err := openRepo(t, r.client, "oci:"+dir+":converted-layer").Resolve(ctx, &amd64); err != nil || got.Digest != converted.Digest {
+		t.Errorf("%v", err)
+	}
+	if _, err := openRepo(t, r.client, "oci:"+dir+":long").Resolve(ctx, &amd64); err == nil || !strings.Contains(err.Error(), "tagged long cannot be used") {
+		t.Errorf("%v", err)
+	}
+	// What is pushed leaves them as they are.
+	pushImage(t, ctx, r, "v2", []byte("another"), amd64)
+	b, err := os.ReadFile(path)
+	if err != nil || !strings.Contains(string(b), "sha512:") {
+		t.Errorf("%s, %v", b, err)
+	}
+	if _, err := r.Resolve(ctx, &amd64); err == nil || !strings.Contains(err.Error(), "has 2 images, choose a tag: there are: ") || !strings.Contains(err.Error(), "v1, v2") {
+		t.Errorf("%v", err)
+	}
+}
+
+// index.json is an index: a name in it may stand for an image a platform.
+func TestLayoutPlatforms(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	r := openRepo(t, newClient(t, Options{}), "oci:"+dir)
+	var index v1.IndexManifest
+	index.SchemaVersion = 2
+	for _, s := range []string{"linux/arm64", "linux/amd64"} {
+		d, _ := pushImage(t, ctx, r, "", []byte(s), *platform(t, s))
+		d.Platform = platform(t, s)
+		index.Manifests = append(index.Manifests, d)
+	}
+	write := func() {
+		t.Helper()
+		b, err := json.Marshal(index)
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, "index.json"), b)
+	}
+	for _, tag := range []string{"", "multi"} {
+		for i := range index.Manifests {
+			if tag != "" {
+				index.Manifests[i].Annotations = map[string]string{refName: tag}
+			}
+		}
+		write()
+		name := "oci:" + dir
+		if tag != "" {
+			name += ":" + tag
+		}
+		for i, s := range []string{"linux/arm64", "linux/amd64"} {
+			if got, err := openRepo(t, r.client, name).Resolve(ctx, platform(t, s)); err != nil || got.Digest != index.Manifests[i].Digest {
+				t.Errorf("%s: %v", s, err)
+			}
+		}
+		if _, err := openRepo(t, r.client, name).Resolve(ctx, platform(t, "linux/s390x")); err == nil || !strings.Contains(err.Error(), "there are: linux/amd64, linux/arm64") {
+			t.Errorf("%v", err)
+		}
+	}
+	// A tag that two images of one platform have is the first's, as others take it.
+	index.Manifests[1].Platform = index.Manifests[0].Platform
+	write()
+	if got, err := openRepo(t, r.client, "oci:"+dir+":multi").Resolve(ctx, platform(t, "linux/arm64")); err != nil || got.Digest != index.Manifests[0].Digest {
+		t.Errorf("%v", err)
+	}
+}
+
+// A blob that is there and is not what it should be is written again, and said not
+// to be there.
+func TestLayoutDamagedBlob(t *testing.T) {
+	ctx := t.Context()
+	dir := t.TempDir()
+	r := openRepo(t, newClient(t, Options{}), "oci:"+dir)
+	data := noise(200_000, 1)
+	d, err := r.PushBytes(ctx, data, "x/y")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, blobName(d.Digest))
+	for name, damage := range map[string]func() error{
+		"altered": func() error { return os.WriteFile(path, flip(data), 0o600) },
+		"short":   func() error { return os.Truncate(path, 100) },
+		"long":    func() error { return os.Truncate(path, 300_000) },
+		"gone":    func() error { return os.Remove(path) },
+	} {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, path, data)
+		if has, err := r.Holds(ctx, d); err != nil || !has {
+			t.Errorf("%s: %v, %v", name, has, err)
+		}
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		if has, err := r.Holds(ctx, d); err != nil || has {
+			t.Errorf("%s: %v, %v", name, has, err)
+		}
+		sent, err := r.PushBlob(ctx, d, tempFile(t, data), nil)
+		if err != nil || !sent {
+			t.Errorf("%s: %v, %v", name, sent, err)
+		}
+		if b, err := r.Blob(ctx, d); err != nil || !bytes.Equal(b, data) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if sent, err := r.PushBlob(ctx, d, tempFile(t, data), nil); err != nil || sent {
+			t.Errorf("%s: sent again: %v, %v", name, sent, err)
+		}
+	}
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := r.Holds(ended, d); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
+
+func FuzzLayoutIndex(f *testing.F) {
+	f.Add([]byte(`{"manifests":[`+entryOf("1", "linux/arm64", `,"annotations":{"`+refName+`":"v1"}`)+`,null,{"digest":"sha512:0","annotations":{"`+refName+`":"v2"}}]}`), "v1")
+	f.Fuzz(func(t *testing.T, raw []byte, tag string) {
+		entries, unusable, err := parseLayoutIndex(raw)
+		if err != nil {
+			return
+		}
+		for _, d := range entries {
+			if checkDescriptor(d) != nil {
+				t.Fatalf("%v", d)
+			}
+		}
+		v := view{directory(t.TempDir())}
+		found, err := v.find(t.Context(), entries, unusable, tag)
+		if (err == nil) != (len(found) > 0) {
+			t.Fatalf("%v, %v", found, err)
+		}
+	})
+}
