@@ -24,6 +24,8 @@ type dirTarget struct {
 
 	// before is asked before a push of a thing; nil lets everything through.
 	before func(what string, d v1.Descriptor) error
+	// blind has HasBlob look at sizes alone.
+	blind bool
 	// tagged is asked before a tag is looked up.
 	tagged func(tag string) error
 	// ranged is asked before a part of a blob is read.
@@ -51,7 +53,7 @@ func (t *dirTarget) HasBlob(_ context.Context, d v1.Descriptor) (bool, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
-	return err == nil && describe("", b).Digest == d.Digest, err
+	return err == nil && int64(len(b)) == d.Size && (t.blind || describe("", b).Digest == d.Digest), err
 }
 
 func (t *dirTarget) Blob(_ context.Context, d v1.Descriptor) ([]byte, error) {
