@@ -140,7 +140,9 @@ func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 		return resp, nil
 	}
 	if a == nil {
-		if e.auth == nil || readChallenge(resp.Header.Values("Www-Authenticate")) == nil {
+		// Not in the clear, unless the user allows that for this host.
+		safe := r.url.Scheme == "https" || e.client.insecure(r.url.Host)
+		if e.auth == nil || !safe || readChallenge(resp.Header.Values("Www-Authenticate")) == nil {
 			return resp, nil
 		}
 		a = e.foreign(r.url)

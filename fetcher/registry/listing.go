@@ -51,9 +51,16 @@ type listing struct {
 	}
 
 	// Guarded by turn.
-	tag  string
-	seen []json.RawMessage // every entry that there has been
+	tag   string
+	seen  []json.RawMessage // every entry that there has been
+	wrote bool              // since it was last read
+	last  string            // the entries that were read last
+	stuck int               // writes that changed nothing, in a row
 }
+
+// maxStuck is how many writes may change nothing before the registry is taken to
+// be one that does not keep the tag.
+const maxStuck = 3
 
 // A claim is an entry that is to stay in a list.
 type claim struct {
@@ -223,6 +230,12 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 		if err != nil {
 			return err
 		}
+		if stuck := l.note(list); stuck && l.tag == fallbackTag(subject) {
+			l.use(ownTag(subject))
+			continue
+		} else if stuck {
+			return errors.New("the registry accepts the list and does not keep it")
+		}
 		there := digests(list.entries)
 		first := len(l.seen) == 0
 		others := l.keep(list.entries) > 0 && !first
@@ -257,6 +270,7 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 			if err != nil {
 				return err
 			}
+			l.wrote = wrote
 			for _, c := range claims {
 				if wrote && !there[c.digest.String()] {
 					c.written, c.checks = time.Now(), 0
@@ -273,6 +287,27 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 		}
 	}
 	return fmt.Errorf("%w: others keep overwriting it", ErrUnavailable)
+}
+
+// note compares a list with the one read before, and says whether what was written
+// in between does not change it.
+func (l *listing) note(list listed) (stuck bool) {
+	now := fmt.Sprintf("%v %s", list.fields != nil, list.entries)
+	if l.wrote && now == l.last {
+		l.stuck++
+	} else {
+		l.stuck = 0
+	}
+	l.wrote, l.last = false, now
+	return l.stuck >= maxStuck
+}
+
+// use goes on with another tag.
+func (l *listing) use(tag string) {
+	l.tag, l.wrote, l.stuck = tag, false, 0
+	for _, c := range l.open() {
+		c.written, c.checks = time.Time{}, 0
+	}
 }
 
 // wait waits until a claim is to be looked at again. It is at random, so that
@@ -317,7 +352,7 @@ func (e *endpoint) readForUpdate(ctx context.Context, subject v1.Hash, l *listin
 	case err == nil:
 		return list, nil
 	case errors.Is(err, errNoList) && l.tag == fallbackTag(subject):
-		l.tag = ownTag(subject)
+		l.use(ownTag(subject))
 		return e.readForUpdate(ctx, subject, l)
 	case errors.Is(err, ErrUnauthorized) && !slices.ContainsFunc(l.open(), func(c *claim) bool { return !c.written.IsZero() }):
 		return listed{}, nil
@@ -350,7 +385,7 @@ func (e *endpoint) writeListing(ctx context.Context, subject v1.Hash, l *listing
 	if s := statusOf(err); s >= 400 && s < 500 && !Temporary(err) && l.tag == fallbackTag(subject) && list.fields == nil {
 		// It does not take such a tag. Where there is a list under it already,
 		// another one would not be found.
-		l.tag = ownTag(subject)
+		l.use(ownTag(subject))
 		return false, nil
 	}
 	return err == nil, err

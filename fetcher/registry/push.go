@@ -240,12 +240,12 @@ func (e *endpoint) refused(ctx context.Context, key string, raw []byte, err erro
 		case bytes.Equal(there, raw):
 			return nil
 		case status != http.StatusUnauthorized:
-			return fmt.Errorf("%w: %s leads to %s: use another tag, or allow tags of this repository to be overwritten: %w",
-				ErrTagTaken, key, hashOf(there), err)
+			return fmt.Errorf("%w: %w: %s leads to %s: use another tag, or allow tags of this repository to be overwritten",
+				err, ErrTagTaken, key, hashOf(there))
 		}
 	}
 	if status == http.StatusBadRequest || status == http.StatusUnsupportedMediaType || status == http.StatusUnprocessableEntity {
-		return fmt.Errorf("the registry does not take %s: push to another registry or to oci:DIR: %w", suspect(raw, err), err)
+		return fmt.Errorf("%w: the registry does not take %s: push to another registry or to oci:DIR", err, suspect(raw, err))
 	}
 	return err
 }

@@ -62,7 +62,11 @@ func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress 
 				return err
 			}
 		}
-		return m.origin.upload(ctx, d, b, progress, tries >= triesWhole)
+		limit := int64(0)
+		if tries >= triesWhole && d.Size > monolithic {
+			limit = max(d.Size>>(2*(tries-triesWhole+1)), leastPiece)
+		}
+		return m.origin.upload(ctx, d, b, progress, limit)
 	})
 }
 
@@ -75,7 +79,8 @@ const (
 	// large, down to leastPiece.
 	mostPiece, leastPiece = 16 << 20, 16 << 10
 	// triesWhole is the try from which on a large blob is sent in pieces in any
-	// case: some proxies break the connection instead of saying what they take.
+	// case, which get smaller with each: some proxies break the connection
+	// instead of saying what they take, or answer 502.
 	triesWhole = 3
 )
 
@@ -91,47 +96,52 @@ type uploading struct {
 	off   int64 // what the registry has, in pieces
 }
 
-func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64), pieces bool) error {
-	limit := e.src.maxBody.Load()
-	var whole error
-	if !(pieces && d.Size > monolithic) && (limit == 0 || d.Size <= limit) {
+// upload sends a blob, in requests of at most limit bytes if that is not 0.
+func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64), limit int64) error {
+	begin := func() (*uploading, error) {
 		u, err := e.begin(ctx)
+		if err == nil {
+			u.d, u.b, u.progress = d, b, progress
+		}
+		return u, err
+	}
+	if most := e.src.maxBody.Load(); most > 0 && d.Size > most && (limit == 0 || limit > most) {
+		limit = most
+	}
+	var first error
+	if limit == 0 {
+		u, err := begin()
 		if err != nil {
 			return err
 		}
-		u.d, u.b, u.progress = d, b, progress
-		if whole = u.whole(ctx); !tooLarge(whole, d.Size) {
-			return whole
+		if first = u.whole(ctx); !tooLarge(first, d.Size) {
+			return first
 		}
-		limit = d.Size / 4
-	}
-	if limit == 0 {
 		limit = d.Size / 4
 	}
 	for limit = min(limit, mostPiece); ; limit /= 4 {
 		limit = max(limit, leastPiece)
-		u, err := e.begin(ctx)
+		u, err := begin()
 		if err != nil {
 			return err
 		}
-		u.d, u.b, u.progress = d, b, progress
 		err = u.pieces(ctx, max(limit, u.least))
 		switch {
 		case err == nil:
-			if statusOf(whole) == http.StatusRequestEntityTooLarge {
+			if first != nil {
 				e.src.maxBody.Store(max(limit, u.least))
 			}
 			return nil
 		case !tooLarge(err, limit):
-			if whole != nil && !Temporary(err) && statusOf(whole) != http.StatusRequestEntityTooLarge {
-				return whole // which was not about the size
+			if first != nil && !Temporary(err) && statusOf(first) != http.StatusRequestEntityTooLarge {
+				return first // which was not about the size
 			}
 			return err
 		case limit == leastPiece || limit <= u.least:
-			return fmt.Errorf("the registry takes no request body of %d bytes; a proxy before it may have a limit to raise: %w", limit, err)
+			return fmt.Errorf("%w: the registry takes no request of %d bytes: raise the limit of request bodies of the registry or of the proxy before it", err, limit)
 		}
-		if whole == nil {
-			whole = err
+		if first == nil {
+			first = err
 		}
 	}
 }
@@ -143,13 +153,12 @@ func tooLarge(err error, n int64) bool {
 	if !ok {
 		return false
 	}
-	switch e.status {
-	case http.StatusRequestEntityTooLarge:
+	said := strings.ToLower(e.said)
+	switch {
+	case e.status == http.StatusRequestEntityTooLarge, e.status >= 400 && strings.Contains(said, "too large"):
 		return n > 0
-	case http.StatusBadRequest, http.StatusUnprocessableEntity, http.StatusInsufficientStorage:
-		said := strings.ToLower(e.said)
-		return n > leastPiece && !strings.Contains(said, "digest") &&
-			(n > monolithic || strings.Contains(said, "large") || strings.Contains(said, "toobig") || strings.Contains(said, "size"))
+	case e.status == http.StatusBadRequest, e.status == http.StatusUnprocessableEntity:
+		return n > monolithic && !strings.Contains(said, "digest")
 	}
 	return false
 }
