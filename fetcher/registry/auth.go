@@ -85,29 +85,33 @@ func slot(push bool) int {
 // wanted.
 func (a *authorizer) header(ctx context.Context, push bool) (string, error) {
 	a.mu.Lock()
-	t, known := a.mu.tokens[slot(push)], a.mu.challenge != nil
+	t, ch := a.mu.tokens[slot(push)], a.mu.challenge
 	a.mu.Unlock()
-	if !known || t.header != "" && (t.renew.IsZero() || time.Now().Before(t.renew)) {
+	if ch == nil || t.header != "" && (t.renew.IsZero() || time.Now().Before(t.renew)) {
 		return t.header, nil
 	}
-	return a.obtain(ctx, push, t.header)
+	return a.obtain(ctx, push, t.header, ch)
 }
 
 // renew gives another header than the refused one, or the same if that is all
 // there is.
 func (a *authorizer) renew(ctx context.Context, push bool, refused string, h http.Header) (string, error) {
-	if ch := readChallenge(h.Values("Www-Authenticate")); ch != nil {
+	ch := readChallenge(h.Values("Www-Authenticate"))
+	if ch == nil {
+		if refused == "" {
+			return "", nil // nothing to go by
+		}
 		a.mu.Lock()
-		a.mu.challenge = ch
+		ch = a.mu.challenge
 		a.mu.Unlock()
-	} else if refused == "" {
-		return "", nil // nothing to go by
 	}
-	return a.obtain(ctx, push, refused)
+	return a.obtain(ctx, push, refused, ch)
 }
 
-// obtain gives a header that is not the refused one.
-func (a *authorizer) obtain(ctx context.Context, push bool, refused string) (string, error) {
+// obtain gives a header that is not the refused one. A challenge that cannot be
+// met is forgotten: it may be that of one operation, in a registry that wants
+// nothing for the others.
+func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *challenge) (string, error) {
 	i := slot(push)
 	for {
 		a.mu.Lock()
@@ -119,7 +123,6 @@ func (a *authorizer) obtain(ctx context.Context, push bool, refused string) (str
 		if f == nil {
 			f = &flight{done: make(chan struct{})}
 			a.mu.flights[i] = f
-			ch := a.mu.challenge
 			a.mu.Unlock()
 			a.fly(ctx, f, i, ch)
 			return f.header, f.err
@@ -142,6 +145,9 @@ func (a *authorizer) fly(ctx context.Context, f *flight, i int, ch *challenge) {
 	f.header, f.err = t.header, err
 	a.mu.Lock()
 	a.mu.tokens[i], a.mu.flights[i] = t, nil
+	if err == nil {
+		a.mu.challenge = ch
+	}
 	a.mu.Unlock()
 	close(f.done)
 }

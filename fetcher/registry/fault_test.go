@@ -27,6 +27,7 @@ type faulty struct {
 	fault    atomic.Pointer[func(http.ResponseWriter, *http.Request) bool]
 	requests atomic.Int64
 	conns    atomic.Int64
+	forward  http.Handler // to the registry
 }
 
 func newFaulty(t *testing.T, to string) *faulty {
@@ -36,6 +37,7 @@ func newFaulty(t *testing.T, to string) *faulty {
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: to})
 	proxy.Transport = transport
 	proxy.ErrorLog = quiet
+	f.forward = proxy
 	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.requests.Add(1)
 		if h := f.fault.Load(); h != nil && (*h)(w, r) {

@@ -207,6 +207,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 		}
 	}
 	e.src.requests.Add(1)
+	asked := time.Now()
 	resp, err := e.client.transport.RoundTrip(req)
 	w.answered()
 	if err != nil {
@@ -216,6 +217,9 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 			e.src.count(0)
 		}
 		return nil, err
+	}
+	if r.method == http.MethodGet {
+		e.src.answered(time.Since(asked))
 	}
 	if resp.StatusCode >= 400 {
 		e.src.count(resp.StatusCode)

@@ -183,16 +183,18 @@ func (s *source) enter(now time.Time) bool {
 	return true
 }
 
-// leave ends what enter began. answered says that there was an answer, whatever
-// it was.
-func (s *source) leave(took time.Duration, answered bool) {
+// leave ends what enter began.
+func (s *source) leave() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.waiting--
 	s.mu.probing = false
-	if !answered {
-		return
-	}
+}
+
+// answered takes note of the time from a request to its answer, whatever that is.
+func (s *source) answered(took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.mu.heard = time.Now()
 	if s.mu.usual == 0 {
 		s.mu.usual = max(took, 1)

@@ -200,10 +200,9 @@ func (r *runners[T]) start(ctx context.Context) (int, bool) {
 		r.at[i].cancel, r.last = cancel, i
 		r.running++
 		r.m.client.overtaken.Go(func() {
-			asked := time.Now()
 			v, err := r.ask(ctx, e)
 			if entered {
-				e.src.leave(time.Since(asked), err == nil || statusOf(err) != 0)
+				e.src.leave()
 			}
 			r.answers <- answer[T]{i, v, err}
 		})
