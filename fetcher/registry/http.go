@@ -172,6 +172,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	if r.slow {
 		patience = max(patience, 5*time.Minute)
 	}
+	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{cancel: cancel}
 	w.timer = time.AfterFunc(patience, func() { cancel(errStalled) })
@@ -229,7 +230,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	if resp.StatusCode == http.StatusExpectationFailed && req.Header.Get("Expect") != "" {
 		discard(resp)
 		e.src.noExpect.Store(true)
-		return e.roundTrip(req.Context(), r, auth)
+		return e.roundTrip(caller, r, auth)
 	}
 	return resp, nil
 }
