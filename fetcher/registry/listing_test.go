@@ -217,7 +217,7 @@ func TestReferrersOdd(t *testing.T) {
 		"real": nil, "404": status(404), "400": status(400), "401": status(401), "403": status(403), "405": status(405), "406": status(406),
 		"500": status(500), "501": status(501), "503": status(503), "404 page": func(w http.ResponseWriter, r *http.Request) bool { http.NotFound(w, r); return true },
 		"302 to a login": status(302, "Location", "/login"), "302 to nowhere": status(302), "to itself": func(w http.ResponseWriter, r *http.Request) bool {
-			http.Redirect(w, r, r.URL.Path, 307)
+			http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect)
 			return true
 		},
 		"a page": says("text/html", "<html>"), "nothing": says(index, ""), "nothing, as JSON": says("application/json", "{}"),

@@ -324,22 +324,19 @@ func (m *remote) stat(ctx context.Context, digest v1.Hash) (size int64, err erro
 // byte is asked, whose Content-Range has the size.
 func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, error) {
 	u := e.url("blobs", digest.String())
-	resp, err := e.follow(ctx, request{method: http.MethodHead, url: u, push: push})
-	var refused error
-	switch {
-	case err != nil:
-		if refused = err; statusOf(err) == 0 && !errors.Is(err, ErrUnauthorized) {
-			return 0, err
+	resp, refused := e.follow(ctx, request{method: http.MethodHead, url: u, push: push})
+	if refused == nil {
+		defer resp.Body.Close()
+		switch {
+		case resp.StatusCode == http.StatusOK && resp.ContentLength > 0:
+			return resp.ContentLength, nil
+		case resp.StatusCode/100 != 2:
+			refused = badStatus(resp)
 		}
-	case resp.StatusCode == http.StatusOK && resp.ContentLength > 0:
-		resp.Body.Close()
-		return resp.ContentLength, nil
-	case resp.StatusCode/100 == 2:
-		resp.Body.Close()
-	default:
-		if refused = badStatus(resp); errors.Is(refused, ErrNotFound) && resp.Request.URL.Host == u.Host || Temporary(refused) {
-			return 0, refused
-		}
+	}
+	// A registry that says no itself, or when to come back, is believed.
+	if ctx.Err() != nil || RetryAfter(refused) > 0 || errors.Is(refused, ErrNotFound) && resp != nil && resp.Request.URL.Host == u.Host {
+		return 0, refused
 	}
 	size, err := e.sizeByGet(ctx, digest, push)
 	if refused != nil && (errors.Is(err, errPage) || errors.Is(err, ErrUnauthorized)) {
