@@ -2,12 +2,14 @@ package registry
 
 import (
 	"context"
+	crand "crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -356,8 +358,21 @@ func (e *endpoint) readForUpdate(ctx context.Context, subject v1.Hash, l *listin
 		return e.readForUpdate(ctx, subject, l)
 	case errors.Is(err, ErrUnauthorized) && !slices.ContainsFunc(l.open(), func(c *claim) bool { return !c.written.IsZero() }):
 		return listed{}, nil
+	case statusOf(err) == http.StatusInternalServerError && e.failsForAbsent(ctx, l.open()[0].digest):
+		return listed{}, nil
 	}
 	return listed{}, err
+}
+
+// failsForAbsent says whether the registry is one that answers 500 for a tag that
+// it does not have: it gives the manifest that is known to be there, and not one
+// under a tag that nobody has made.
+func (e *endpoint) failsForAbsent(ctx context.Context, known v1.Hash) bool {
+	if _, _, err := e.manifest(ctx, known.String()); err != nil {
+		return false
+	}
+	_, _, err := e.manifest(ctx, "absent-"+strings.ToLower(crand.Text()))
+	return statusOf(err) == http.StatusInternalServerError
 }
 
 // writeListing writes the list with what is missing in it. It says whether it has:

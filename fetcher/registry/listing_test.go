@@ -259,6 +259,15 @@ func TestReferrersOdd(t *testing.T) {
 					return !there.Load() && status(401)(w, r)
 				}
 			},
+			"missing is 500": func(v1.Descriptor) fault {
+				var there atomic.Bool
+				return func(w http.ResponseWriter, r *http.Request) bool {
+					if r.Method == http.MethodPut {
+						there.Store(true)
+					}
+					return !there.Load() && status(500)(w, r)
+				}
+			},
 			"accepted and forgotten": func(v1.Descriptor) fault {
 				return func(w http.ResponseWriter, r *http.Request) bool {
 					return r.Method == http.MethodPut && status(201)(w, r)
@@ -280,12 +289,15 @@ func TestReferrersOdd(t *testing.T) {
 					t.Fatal(err)
 				}
 				odd := tags(img)
+				absent := map[string]int{"missing is 401": 401, "missing is 403": 403, "missing is 500": 500}[tag]
 				f.set(func(w http.ResponseWriter, r *http.Request) bool {
 					switch {
 					case strings.Contains(r.URL.Path, "/referrers/") && answer != nil:
 						return answer(w, r)
 					case strings.Contains(r.URL.Path, "/manifests/sha256-") && odd != nil:
 						return odd(w, r)
+					case strings.Contains(r.URL.Path, "/manifests/absent-") && absent != 0:
+						return status(absent)(w, r)
 					}
 					return false
 				})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -78,6 +79,9 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 		defer t.Stop()
 	}
 	wg.Wait()
+	if apiErr != nil && statusOf(tagErrs[0]) == http.StatusInternalServerError && e.failsForAbsent(ctx, subject) {
+		tagErrs[0] = nil
+	}
 	all := append(append(listed, tagged[0]...), tagged[1]...)
 	switch {
 	case ctx.Err() != nil:
