@@ -40,7 +40,8 @@ type Options struct {
 	UserAgent string
 	// DialTimeout bounds the making of a connection, HeaderTimeout the time
 	// until an answer begins. In each StallTimeout a body must bring 16 KiB, or
-	// what is left of it. Defaults: 10 s, 30 s, 20 s.
+	// what is left of it; from a mirror, in half the time. Defaults: 10 s, 30 s,
+	// 20 s.
 	DialTimeout, HeaderTimeout, StallTimeout time.Duration
 	// IdleConns is how many connections to a host are kept between
 	// requests; it should not be less than the requests at once. Default 64.

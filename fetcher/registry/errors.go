@@ -149,6 +149,8 @@ func badStatus(resp *http.Response) error {
 		e.err = ErrUnavailable
 	case s == http.StatusRequestedRangeNotSatisfiable:
 		e.err = errors.New("the blob is shorter than its descriptor says")
+	case s >= 400:
+		e.err = errors.New("the server refuses the request")
 	default:
 		e.err = errors.New("unexpected answer")
 	}

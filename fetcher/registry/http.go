@@ -226,7 +226,11 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 		e.src.count(resp.StatusCode)
 		e.client.toldToWait(req.URL.Host, retryAfter(resp.Header.Get("Retry-After"), time.Now()))
 	}
-	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, window: o.StallTimeout, left: o.StallTimeout}
+	window := o.StallTimeout
+	if e.src.mirrorOf != "" {
+		window /= 2 // there is somebody else to ask
+	}
+	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, window: window, left: window}
 	if resp.StatusCode == http.StatusExpectationFailed && req.Header.Get("Expect") != "" {
 		discard(resp)
 		e.src.noExpect.Store(true)

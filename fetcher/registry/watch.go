@@ -13,7 +13,8 @@ import (
 // is spent waiting for it, or all that is left of it if that is less. A timer
 // that any byte resets lets a server hold a reader for ever with a byte a
 // second. 16 KiB are 2 KiB/s at 8 s: a line of 1 Mbit/s that 60 requests share
-// is faster, and a server that trickles is given up after one StallTimeout.
+// is faster, and a server that trickles is given up after one StallTimeout, or
+// half of it if it is a mirror.
 const leastBytes = 16 << 10
 
 // Bounds of what is read though nobody waits for it.
