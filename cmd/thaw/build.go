@@ -199,15 +199,24 @@ func (t target) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error 
 	return err
 }
 
+// lookupTime bounds a look-up that only saves work.
+const lookupTime = 30 * time.Second
+
+// Tagged looks for a kept conversion, which only saves work: however the registry
+// refuses, there is none, and the layer is converted. Some answer 401, 403 or 500
+// for a tag that they do not have.
 func (t target) Tagged(ctx context.Context, tag string) ([]byte, error) {
-	d, err := t.Lookup(ctx, t.Ref().WithTag(tag))
-	if errors.Is(err, registry.ErrNotFound) {
-		return nil, nil
-	}
+	lctx, cancel := context.WithTimeout(ctx, lookupTime)
+	defer cancel()
+	d, err := t.Lookup(lctx, t.Ref().WithTag(tag))
 	if err != nil {
-		return nil, err
+		return nil, ctx.Err()
 	}
-	return t.Manifest(ctx, d)
+	raw, err := t.Manifest(lctx, d)
+	if err != nil {
+		return nil, ctx.Err()
+	}
+	return raw, nil
 }
 
 func (t target) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {

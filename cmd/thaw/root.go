@@ -67,7 +67,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "log more")
 	f.StringVar(&a.logFormat, "log-format", "text", "text or json, on stderr")
 	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to this registry, HOST[:PORT]; loopback always is (repeatable)")
-	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line a registry, 'HOST MIRROR-URL...'")
+	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers")
 	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "of an image that is there for several: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))

@@ -101,11 +101,11 @@ func choose(images []savedImage, name string) (savedImage, error) {
 	}
 	switch {
 	case name != "":
-		return savedImage{}, fmt.Errorf("%w: no image is named %s, there are: %s", ErrNotFound, name, listed(names))
+		return savedImage{}, fmt.Errorf("%w: no image is named %s, there are: %s", ErrNotFound, name, joined(names))
 	case len(images) == 0:
 		return savedImage{}, fmt.Errorf("%w: the archive has no image", ErrNotFound)
 	case len(images) > 1 && !same(images):
-		return savedImage{}, fmt.Errorf("the archive has %d images, choose a name: %s", len(images), listed(names))
+		return savedImage{}, fmt.Errorf("the archive has %d images, choose a name: %s", len(images), joined(names))
 	}
 	return images[0], nil
 }

@@ -9,6 +9,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +33,9 @@ type Credentials func(ctx context.Context, registry, repository string) (Login, 
 // the distribution spec's token authentication, OAuth2 for identity tokens,
 // and basic authentication.
 //
+// A host that the registry redirects to has an authorizer of its own, with the
+// credentials for that host, once it has asked for some by a challenge.
+//
 // What a registry wants is learned from its first 401. Tokens are got anew a
 // little before they expire, and whatever was refused is got anew once. One
 // request does so while the others wait for it.
@@ -38,13 +43,23 @@ type authorizer struct {
 	client     *Client
 	root       *url.URL
 	repository string
+	foreign    bool // a host that the registry redirected to
 
 	mu struct {
 		sync.Mutex
 		challenge *challenge
 		tokens    [2]token // to pull, to push
 		flights   [2]*flight
+		login     *loginCall // under way
+		broken    error      // why the credentials could not be read, the last time
 	}
+}
+
+// loginCall is a call of Options.Credentials.
+type loginCall struct {
+	done  chan struct{}
+	login Login
+	err   error
 }
 
 type token struct {
@@ -70,29 +85,33 @@ func slot(push bool) int {
 // wanted.
 func (a *authorizer) header(ctx context.Context, push bool) (string, error) {
 	a.mu.Lock()
-	t, known := a.mu.tokens[slot(push)], a.mu.challenge != nil
+	t, ch := a.mu.tokens[slot(push)], a.mu.challenge
 	a.mu.Unlock()
-	if !known || t.header != "" && (t.renew.IsZero() || time.Now().Before(t.renew)) {
+	if ch == nil || t.header != "" && (t.renew.IsZero() || time.Now().Before(t.renew)) {
 		return t.header, nil
 	}
-	return a.obtain(ctx, push, t.header)
+	return a.obtain(ctx, push, t.header, ch)
 }
 
 // renew gives another header than the refused one, or the same if that is all
 // there is.
 func (a *authorizer) renew(ctx context.Context, push bool, refused string, h http.Header) (string, error) {
-	if ch := readChallenge(h.Values("Www-Authenticate")); ch != nil {
+	ch := readChallenge(h.Values("Www-Authenticate"))
+	if ch == nil {
+		if refused == "" {
+			return "", nil // nothing to go by
+		}
 		a.mu.Lock()
-		a.mu.challenge = ch
+		ch = a.mu.challenge
 		a.mu.Unlock()
-	} else if refused == "" {
-		return "", nil // nothing to go by
 	}
-	return a.obtain(ctx, push, refused)
+	return a.obtain(ctx, push, refused, ch)
 }
 
-// obtain gives a header that is not the refused one.
-func (a *authorizer) obtain(ctx context.Context, push bool, refused string) (string, error) {
+// obtain gives a header that is not the refused one. A challenge that cannot be
+// met is forgotten: it may be that of one operation, in a registry that wants
+// nothing for the others.
+func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *challenge) (string, error) {
 	i := slot(push)
 	for {
 		a.mu.Lock()
@@ -104,7 +123,6 @@ func (a *authorizer) obtain(ctx context.Context, push bool, refused string) (str
 		if f == nil {
 			f = &flight{done: make(chan struct{})}
 			a.mu.flights[i] = f
-			ch := a.mu.challenge
 			a.mu.Unlock()
 			a.fly(ctx, f, i, ch)
 			return f.header, f.err
@@ -127,35 +145,103 @@ func (a *authorizer) fly(ctx context.Context, f *flight, i int, ch *challenge) {
 	f.header, f.err = t.header, err
 	a.mu.Lock()
 	a.mu.tokens[i], a.mu.flights[i] = t, nil
+	if err == nil {
+		a.mu.challenge = ch
+	}
 	a.mu.Unlock()
 	close(f.done)
 }
 
-// fetch reads the credentials and makes a header of them.
+// fetch reads the credentials and makes a header of them. Where they cannot be
+// read it goes on as nobody: most images are public.
 func (a *authorizer) fetch(ctx context.Context, push bool, ch *challenge) (token, error) {
-	var login Login
-	if f := a.client.opts.Credentials; f != nil {
-		var err error
-		if login, err = f(ctx, a.root.Host, a.repository); err != nil {
-			return token{}, fmt.Errorf("credentials for %s: %w", a.root.Host, err)
-		}
+	if ch == nil {
+		return token{}, nil
+	}
+	login, broken := a.credentials(ctx)
+	if err := ctx.Err(); err != nil {
+		return token{}, err
+	}
+	a.mu.Lock()
+	a.mu.broken = broken
+	a.mu.Unlock()
+	if broken != nil {
+		a.client.warnOnce("credentials "+a.root.Host, "cannot read the credentials, trying without", "host", a.root.Host, "err", broken)
 	}
 	switch {
-	case ch == nil:
-		return token{}, nil
 	case login.RegistryToken != "":
 		return token{header: "Bearer " + login.RegistryToken}, nil
 	case ch.scheme == "basic":
 		if login.Username == "" && login.Password == "" {
-			return token{}, fmt.Errorf("%w: %s wants a user and a password, and there are none for it", ErrUnauthorized, a.root.Host)
+			err := fmt.Errorf("%w: %s wants a user and a password, and there are none for it", ErrUnauthorized, a.root.Host)
+			return token{}, a.because(err)
 		}
 		return token{header: basic(login)}, nil
 	}
 	t, err := a.exchange(ctx, push, ch, login)
 	if err != nil {
-		return token{}, fmt.Errorf("get a token for %s: %w", a.root.Host, err)
+		return token{}, fmt.Errorf("get a token for %s: %w", a.root.Host, a.because(err))
 	}
 	return t, nil
+}
+
+// credentials calls Options.Credentials. It may run a program that ignores its
+// context, so nobody waits for it longer than for an answer of the registry,
+// and while it runs it is not called again.
+func (a *authorizer) credentials(ctx context.Context) (Login, error) {
+	f := a.client.opts.Credentials
+	if f == nil {
+		return Login{}, nil
+	}
+	a.mu.Lock()
+	c := a.mu.login
+	if c == nil {
+		c = &loginCall{done: make(chan struct{})}
+		a.mu.login = c
+		go func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.client.opts.HeaderTimeout)
+			defer cancel()
+			c.login, c.err = f(ctx, a.root.Host, a.repository)
+			a.mu.Lock()
+			a.mu.login = nil
+			a.mu.Unlock()
+			close(c.done)
+		}()
+	}
+	a.mu.Unlock()
+	t := time.NewTimer(a.client.opts.HeaderTimeout)
+	defer t.Stop()
+	select {
+	case <-c.done:
+		return c.login, c.err
+	case <-ctx.Done():
+		return Login{}, ctx.Err()
+	case <-t.C:
+		return Login{}, errors.New("whoever was asked for them does not answer")
+	}
+}
+
+// because adds to a refusal that the credentials could not be read.
+func (a *authorizer) because(err error) error {
+	a.mu.Lock()
+	broken := a.mu.broken
+	a.mu.Unlock()
+	if broken == nil || !errors.Is(err, ErrUnauthorized) {
+		return err
+	}
+	return fmt.Errorf("%w (the credentials for %s could not be read: %w)", err, a.root.Host, broken)
+}
+
+// explain makes an error of a refusal if the credentials could not be read, and
+// leaves it to the caller otherwise.
+func (a *authorizer) explain(resp *http.Response) (*http.Response, error) {
+	a.mu.Lock()
+	broken := a.mu.broken
+	a.mu.Unlock()
+	if broken == nil {
+		return resp, nil
+	}
+	return nil, a.because(badStatus(resp))
 }
 
 func basic(l Login) string {
@@ -176,8 +262,11 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 	if push {
 		actions = "pull,push"
 	}
-	scopes := []string{"repository:" + a.repository + ":" + actions}
-	if s := ch.params["scope"]; s != "" && s != scopes[0] && len(s) < 1024 {
+	var scopes []string
+	if !a.foreign { // who knows what the repository is called there
+		scopes = []string{"repository:" + a.repository + ":" + actions}
+	}
+	if s := ch.params["scope"]; s != "" && !slices.Contains(scopes, s) && len(s) < 1024 {
 		scopes = append(scopes, s)
 	}
 	if login.IdentityToken != "" {
@@ -210,12 +299,65 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 	return a.ask(ctx, http.MethodGet, &u, nil, auth)
 }
 
+// ask requests a token, and follows redirects. The password goes to another host
+// than the one that the registry named in no case, nor does the refresh token.
 func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form url.Values, auth string) (token, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, a.client.opts.HeaderTimeout, errStalled)
 	defer cancel()
+	sent := time.Now()
+	resp, err := a.send(ctx, method, u, form, auth)
+	for n := 0; err == nil && isRedirect(resp.StatusCode); n++ {
+		v := resp.Header.Get("Location")
+		resp.Body.Close()
+		next, bad := u.Parse(v)
+		switch {
+		case bad != nil, v == "", next.Host == "", next.Scheme != "https" && next.Scheme != u.Scheme, n == maxRedirects:
+			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
+		case next.Host != u.Host || next.Scheme != u.Scheme && u.Scheme == "https":
+			if form != nil {
+				return token{}, fmt.Errorf("%s: the token service redirects to %s, which must not have the identity token", redact(u), next.Host)
+			}
+			auth = ""
+		}
+		if resp.StatusCode == http.StatusSeeOther && form != nil {
+			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
+		}
+		next.User = nil
+		u = next
+		resp, err = a.send(ctx, method, u, form, auth)
+	}
+	if err != nil {
+		return token{}, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		err := badStatus(resp)
+		a.client.toldToWait(u.Host, RetryAfter(err))
+		return token{}, err
+	}
+	b, err := io.ReadAll(io.LimitReader(resp.Body, 256<<10))
+	if err != nil {
+		return token{}, noAnswer(resp.Request, err)
+	}
+	t, err := readToken(b, sent)
+	if err != nil {
+		return token{}, fmt.Errorf("%s: %w", redact(u), err)
+	}
+	return t, nil
+}
+
+func isRedirect(status int) bool {
+	switch status {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		return true
+	}
+	return false
+}
+
+func (a *authorizer) send(ctx context.Context, method string, u *url.URL, form url.Values, auth string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), strings.NewReader(form.Encode()))
 	if err != nil {
-		return token{}, errors.New("the realm in its challenge is not a URL")
+		return nil, errors.New("the realm in its challenge is not a URL")
 	}
 	req.Header.Set("User-Agent", a.client.opts.UserAgent)
 	if form != nil {
@@ -224,38 +366,35 @@ func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form ur
 	if auth != "" {
 		req.Header.Set("Authorization", auth)
 	}
-	sent := time.Now()
 	resp, err := a.client.transport.RoundTrip(req)
 	if err != nil {
-		return token{}, noAnswer(req, err)
+		return nil, noAnswer(req, err)
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return token{}, badStatus(resp)
-	}
+	return resp, nil
+}
+
+// readToken reads what a token service answers. Some write the seconds as a
+// string, or null.
+func readToken(b []byte, sent time.Time) (token, error) {
 	var answer struct {
-		Token       string  `json:"token"`
-		AccessToken string  `json:"access_token"`
-		ExpiresIn   float64 `json:"expires_in"`
-	}
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 256<<10))
-	if err != nil {
-		return token{}, noAnswer(req, err)
+		Token       string          `json:"token"`
+		AccessToken string          `json:"access_token"`
+		ExpiresIn   json.RawMessage `json:"expires_in"`
 	}
 	// Not the error of the parser: it may quote the token.
 	if json.Unmarshal(b, &answer) != nil {
-		return token{}, fmt.Errorf("%s: the answer cannot be read", redact(u))
+		return token{}, errors.New("the answer cannot be read")
 	}
 	if answer.Token == "" {
 		answer.Token = answer.AccessToken
 	}
 	if answer.Token == "" || strings.ContainsFunc(answer.Token, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
-		return token{}, fmt.Errorf("%s: there is no token in the answer", redact(u))
+		return token{}, errors.New("there is no token in the answer")
 	}
 	// The token spec: 60 seconds where nothing is said.
 	life := 60 * time.Second
-	if answer.ExpiresIn > 0 {
-		life = time.Duration(min(answer.ExpiresIn, 30*24*3600) * float64(time.Second))
+	if s, err := strconv.ParseFloat(strings.Trim(string(answer.ExpiresIn), `" `), 64); err == nil && s > 0 {
+		life = time.Duration(min(s, 30*24*3600) * float64(time.Second))
 	}
 	return token{header: "Bearer " + answer.Token, renew: sent.Add(life - min(life/10, 10*time.Second))}, nil
 }

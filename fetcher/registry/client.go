@@ -4,8 +4,8 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,7 +29,8 @@ type Options struct {
 	// spoken to; "*" is all of them. To loopback addresses and localhost it
 	// always is.
 	Insecure []string
-	// Mirrors are asked before the registries that they stand for.
+	// Mirrors are asked before the registries that they stand for; see
+	// Client.SetMirrors.
 	Mirrors Mirrors
 	// Proxy as in http.Transport; nil is none.
 	Proxy func(*http.Request) (*url.URL, error)
@@ -37,8 +39,9 @@ type Options struct {
 	// UserAgent is sent with every request; empty is "thaw".
 	UserAgent string
 	// DialTimeout bounds the making of a connection, HeaderTimeout the time
-	// until an answer begins, StallTimeout the time between two bytes of a
-	// body. Defaults: 10 s, 30 s, 20 s.
+	// until an answer begins. In each StallTimeout a body must bring 16 KiB, or
+	// what is left of it; from a mirror, in half the time. Defaults: 10 s, 30 s,
+	// 20 s.
 	DialTimeout, HeaderTimeout, StallTimeout time.Duration
 	// IdleConns is how many connections to a host are kept between
 	// requests; it should not be less than the requests at once. Default 64.
@@ -49,11 +52,13 @@ type Options struct {
 	// TempDir is where archives that are compressed are decompressed to; empty
 	// is the system's.
 	TempDir string
-	// Log hears of mirrors that fail and servers that ignore ranges; nil is
-	// silence.
+	// Log hears of mirrors that fail, servers that ignore ranges or ask to be
+	// left alone, and credentials that cannot be read; nil is silence.
 	Log *slog.Logger
 
-	backoff time.Duration // before the second attempt; tests lower it
+	// What tests lower: the pause before the second attempt, and how long
+	// whoever has changed a list of referrers makes sure of it.
+	backoff, settle time.Duration
 }
 
 // A Client holds what all repositories share: connections, tokens, mirrors and
@@ -63,14 +68,26 @@ type Client struct {
 	transport *http.Transport
 	dialer    *dialer
 	log       *slog.Logger
+	mirrors   atomic.Pointer[Mirrors]
+	overtaken sync.WaitGroup // requests that were given up, as they end
 
 	mu struct {
 		sync.Mutex
 		sources   map[string]*source // by URL without the repository
 		order     []*source
 		endpoints map[string]*endpoint // by URL with the repository
+		warned    map[string]bool      // by what was warned of
+		waits     map[string]time.Time // by host, until when it asked to be left alone
 	}
 }
+
+// Bounds of what a client remembers. What is beyond is made anew, which costs a
+// token or a line in the log.
+const (
+	maxEndpoints = 16 << 10
+	maxSources   = 4 << 10
+	maxNotes     = 1 << 10
+)
 
 // New makes a client. It is to be closed.
 func New(o Options) *Client {
@@ -83,6 +100,7 @@ func New(o Options) *Client {
 	def(&o.HeaderTimeout, 30*time.Second)
 	def(&o.StallTimeout, 20*time.Second)
 	def(&o.backoff, 200*time.Millisecond)
+	def(&o.settle, settleTime)
 	if o.IdleConns <= 0 {
 		o.IdleConns = 64
 	}
@@ -105,6 +123,7 @@ func New(o Options) *Client {
 		MaxIdleConns:           8 * o.IdleConns,
 		MaxIdleConnsPerHost:    o.IdleConns,
 		IdleConnTimeout:        90 * time.Second,
+		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: 256 << 10,
 		// A connection that has died unnoticed would hold up all that share it.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
@@ -113,13 +132,34 @@ func New(o Options) *Client {
 	}
 	c.mu.sources = make(map[string]*source)
 	c.mu.endpoints = make(map[string]*endpoint)
+	c.mu.warned = make(map[string]bool)
+	c.mu.waits = make(map[string]time.Time)
+	c.SetMirrors(o.Mirrors)
 	return c
+}
+
+// SetMirrors replaces Options.Mirrors. It takes effect with the next request of
+// every repository; requests under way are left to end. A mirror whose URL
+// ParseMirrors would refuse is left out, with a warning.
+func (c *Client) SetMirrors(m Mirrors) {
+	checked := make(Mirrors, len(m))
+	for host, list := range m {
+		for _, mirror := range list {
+			if err := checkMirror(mirror.URL); err != nil {
+				c.log.Warn("leaving out a mirror", "mirror", mirror.URL, "of", host, "err", err)
+				continue
+			}
+			checked[host] = append(checked[host], mirror)
+		}
+	}
+	c.mirrors.Store(&checked)
 }
 
 // Close closes the connections that are idle. Bodies that are still open stay
 // good until they are closed.
 func (c *Client) Close() {
 	c.dialer.close()
+	c.overtaken.Wait()
 	c.transport.CloseIdleConnections()
 }
 
@@ -140,10 +180,7 @@ func (c *Client) Open(ref Ref) (*Repo, error) {
 			r.reader, r.finder = a, a
 		}
 	case ref.Registry != "" && ref.Repository != "":
-		m, err := c.remote(ref)
-		if err != nil {
-			return nil, err
-		}
+		m := c.remote(ref)
 		r.reader, r.finder, r.target = m, m, m
 	default:
 		return nil, errors.New("open: the image reference is empty")
@@ -151,22 +188,15 @@ func (c *Client) Open(ref Ref) (*Repo, error) {
 	return r, nil
 }
 
-func (c *Client) remote(ref Ref) (*remote, error) {
-	m := &remote{client: c, name: ref.Place()}
-	for _, mirror := range c.opts.Mirrors[ref.Registry] {
-		u, err := url.Parse(mirror)
-		if err != nil {
-			return nil, fmt.Errorf("mirror of %s: %w", ref.Registry, err)
-		}
-		m.endpoints = append(m.endpoints, c.endpoint(u, ref.Repository, ref.Registry))
-	}
+func (c *Client) remote(ref Ref) *remote {
 	scheme := "https"
 	if c.insecure(ref.Registry) {
 		scheme = "http"
 	}
+	m := &remote{client: c, ref: ref}
+	m.mirrors(false) // so that Stats has them first
 	m.origin = c.endpoint(&url.URL{Scheme: scheme, Host: ref.Registry}, ref.Repository, "")
-	m.endpoints = append(m.endpoints, m.origin)
-	return m, nil
+	return m
 }
 
 // endpoint is the repository at base, made once, so that tokens are shared.
@@ -186,13 +216,18 @@ func (c *Client) endpoint(base *url.URL, repository, mirrorOf string) *endpoint 
 	src := c.mu.sources[role]
 	if src == nil {
 		src = &source{name: root.String(), mirrorOf: mirrorOf, log: c.log}
-		c.mu.sources[role] = src
-		c.mu.order = append(c.mu.order, src)
+		if len(c.mu.order) < maxSources {
+			c.mu.sources[role] = src
+			c.mu.order = append(c.mu.order, src)
+		}
 	}
 	key := role + " " + path
 	e := c.mu.endpoints[key]
 	if e == nil {
-		e = &endpoint{client: c, src: src, root: root, path: path, turn: make(chan struct{}, 1)}
+		if len(c.mu.endpoints) >= maxEndpoints {
+			clear(c.mu.endpoints)
+		}
+		e = &endpoint{client: c, src: src, root: root, path: path}
 		e.auth = &authorizer{client: c, root: root, repository: path}
 		c.mu.endpoints[key] = e
 	}
@@ -219,15 +254,58 @@ func isLoopback(name string) bool {
 	return err == nil && ip.IsLoopback()
 }
 
+// warnOnce logs a warning the first time that it is about key.
+func (c *Client) warnOnce(key, message string, args ...any) {
+	c.mu.Lock()
+	if len(c.mu.warned) >= maxNotes {
+		clear(c.mu.warned)
+	}
+	known := c.mu.warned[key]
+	c.mu.warned[key] = true
+	c.mu.Unlock()
+	if !known {
+		c.log.Warn(message, args...)
+	}
+}
+
+// toldToWait logs that a host asks to be left alone, once for all requests that
+// it says so to in the meantime.
+func (c *Client) toldToWait(host string, d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	now := time.Now()
+	c.mu.Lock()
+	told := now.Before(c.mu.waits[host])
+	if !told {
+		if len(c.mu.waits) >= maxNotes {
+			clear(c.mu.waits)
+		}
+		c.mu.waits[host] = now.Add(d)
+	}
+	c.mu.Unlock()
+	if !told {
+		c.log.Info("the server asks to wait before the next request", "host", host, "seconds", math.Ceil(d.Seconds()))
+	}
+}
+
 // retry calls try until it succeeds, fails for good, or has been called
-// Options.Attempts times.
+// Options.Attempts times. A wait that the server asks for is an attempt too, but
+// only one in four: it says that there is more to come.
 func (c *Client) retry(ctx context.Context, try func() error) error {
+	told := 0
 	for n := 1; ; n++ {
 		err := try()
-		if err == nil || !Temporary(err) || n >= c.opts.Attempts {
+		if err == nil || !Temporary(err) {
 			return err
 		}
-		if c.pause(ctx, n, err) != nil {
+		if RetryAfter(err) > 0 && told < 3*c.opts.Attempts {
+			told++
+		}
+		if n-told*3/4 >= c.opts.Attempts {
+			return err
+		}
+		if c.pause(ctx, n-told*3/4, err) != nil {
 			return err
 		}
 	}

@@ -25,6 +25,8 @@ type dialer struct {
 const (
 	spareConns = 2
 	spareTime  = 5 * time.Second
+	// What registries redirect to has no bound of its own.
+	maxSpareAddrs = 1 << 10
 )
 
 func newDialer(d net.Dialer) *dialer {
@@ -37,7 +39,7 @@ func newDialer(d net.Dialer) *dialer {
 func (d *dialer) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	d.mu.Lock()
 	spares, known := d.spares[addr]
-	if !known && !d.closed {
+	if !known && !d.closed && len(d.spares) < maxSpareAddrs {
 		spares = make(chan net.Conn, spareConns)
 		d.spares[addr] = spares
 		for range spareConns {

@@ -22,12 +22,41 @@
 // health, counters. A Repo is one repository, directory or archive, opened by
 // a reference. Both are safe for concurrent use.
 //
+// # Sources and trust
+//
+// A repository of a registry is also at its mirrors (ParseMirrors,
+// Client.SetMirrors). Mirrors are asked first for what a digest names, since it
+// can be checked. What no digest vouches for comes from the registry itself: what
+// a tag leads to, which manifests refer to an image, whether a blob is there to be
+// pushed. A mirror is asked for tags and referrers only if the user marks it as
+// trusted to resolve. A list of referrers is a claim of whoever may push to the
+// repository: callers check the subject of a manifest that it lists.
+//
+// Sources race. The next one is asked when one fails, and also when one does not
+// answer in four times its usual latency (0.25 s to 2 s); the first answer wins. A
+// mirror rests after a failure, after wrong bytes, when it trickles, and when it
+// is late four times in a row; then one request at a time finds out whether it
+// works again. No more than 16 requests wait for a mirror that does not answer
+// any. A body must bring 16 KiB in each StallTimeout. For a reader that waits for
+// less than that, OpenRangeElsewhere asks the other sources.
+//
+// # Registries as they are
+//
+// The spec is what thaw asks by, and not what it expects. Any 2xx will do; uploads
+// are redirected, with bodies, and go in pieces where a body is too large; sizes
+// come by GET where HEAD is refused; the referrers API and the fallback tag are
+// united, and what is unusable of either is passed over; ranges that are wrong are
+// followed by the whole blob. A look-up that only saves work never fails an
+// operation: see Absent. Credentials go to the host that they are for, and to a
+// host that a registry redirects to only if that asks by a challenge. Credentials
+// that cannot be read are a warning, until a registry refuses.
+//
 // # Errors
 //
 // Every error says what was being done, to what and where; query strings are
 // cut from URLs since they carry signatures. ErrNotFound, ErrUnauthorized,
-// ErrUnavailable, ErrTruncated and ErrDigest are there for callers that
-// branch; Temporary says whether the same call may succeed later, and
+// ErrUnavailable, ErrTruncated, ErrDigest, ErrTagTaken and ErrUnlisted are there
+// for callers that branch; Temporary says whether the same call may succeed later, and
 // RetryAfter how long the server asked to be left alone.
 //
 // What is small or made of several requests is retried here. OpenRange is

@@ -30,15 +30,23 @@ var (
 	ErrTruncated = fmt.Errorf("cut short: %w", io.ErrUnexpectedEOF)
 	// ErrDigest: the bytes are not those that the digest names.
 	ErrDigest = errors.New("digest mismatch")
+	// ErrTagTaken: the tag leads to another manifest, and the registry does not
+	// let it be moved.
+	ErrTagTaken = errors.New("the tag leads to another manifest and cannot be moved")
+	// ErrUnlisted: a manifest was pushed, but the registry could not be brought
+	// to list it among the referrers of its subject. It is found by its tag or
+	// digest alone.
+	ErrUnlisted = errors.New("the registry does not list it as a referrer")
 )
 
-var errStalled = errors.New("no byte came for too long")
+var errStalled = errors.New("too few bytes came for too long")
 
 // httpError is an answer that is not the one asked for, or the want of one.
 type httpError struct {
 	method, url string // redacted
 	status      int    // 0: no answer
 	detail      string // of the server
+	said        string // by the server, in full
 	after       time.Duration
 	err         error // a sentinel, or the cause
 }
@@ -114,11 +122,21 @@ func isCertificate(err error) bool {
 	return ok
 }
 
-// badStatus reads what the server has to say and closes the body.
+// Absent says whether a look-up that failed with err may be taken to have found
+// nothing. Besides ErrNotFound that is a refusal: many registries answer 401 or
+// 403 for what is not there. A look-up that only saves work must never fail an
+// operation: it may go on without what it looked for whatever the error is, as
+// long as its context has not ended. Absent is for one that matters.
+func Absent(err error) bool { return errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnauthorized) }
+
+// badStatus reads what the server has to say and closes the body. What does not
+// come soon it does without.
 func badStatus(resp *http.Response) error {
 	e := &httpError{method: resp.Request.Method, url: redact(resp.Request.URL), status: resp.StatusCode}
+	limitBody(resp, refusalTime)
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, 8<<10))
 	resp.Body.Close()
+	e.said = string(b)
 	e.detail = detail(b, resp.Header.Get("Content-Type"))
 	e.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
 	switch s := resp.StatusCode; {
@@ -131,6 +149,8 @@ func badStatus(resp *http.Response) error {
 		e.err = ErrUnavailable
 	case s == http.StatusRequestedRangeNotSatisfiable:
 		e.err = errors.New("the blob is shorter than its descriptor says")
+	case s >= 400:
+		e.err = errors.New("the server refuses the request")
 	default:
 		e.err = errors.New("unexpected answer")
 	}
@@ -142,7 +162,10 @@ func badStatus(resp *http.Response) error {
 // dropped, and so is what could play with a terminal.
 func detail(body []byte, contentType string) string {
 	var doc struct {
-		Errors []struct{ Code, Message string }
+		Errors []struct {
+			Code, Message string
+			Detail        json.RawMessage
+		}
 	}
 	s := ""
 	if json.Unmarshal(body, &doc) == nil {
@@ -151,6 +174,10 @@ func detail(body []byte, contentType string) string {
 				s += "; "
 			}
 			s += strings.TrimSpace(e.Code + " " + e.Message)
+			var more string
+			if json.Unmarshal(e.Detail, &more) == nil && more != "" {
+				s += ": " + more
+			}
 		}
 	} else if strings.HasPrefix(contentType, "text/plain") {
 		s = string(body)

@@ -27,6 +27,7 @@ type faulty struct {
 	fault    atomic.Pointer[func(http.ResponseWriter, *http.Request) bool]
 	requests atomic.Int64
 	conns    atomic.Int64
+	forward  http.Handler // to the registry
 }
 
 func newFaulty(t *testing.T, to string) *faulty {
@@ -36,6 +37,7 @@ func newFaulty(t *testing.T, to string) *faulty {
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: to})
 	proxy.Transport = transport
 	proxy.ErrorLog = quiet
+	f.forward = proxy
 	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		f.requests.Add(1)
 		if h := f.fault.Load(); h != nil && (*h)(w, r) {
@@ -182,12 +184,8 @@ func TestRangeFaults(t *testing.T) {
 		{"stalls after the headers", stall(0), true, ErrUnavailable},
 		{"stalls in the body", stall(n / 2), true, ErrUnavailable},
 		{"another range", partial(fmt.Sprintf("bytes %d-%d/2097155", off+1, off+n), func(c []byte) []byte { return c[off+1 : off+n+1] }), true, nil},
-		{"a shorter range", partial(fmt.Sprintf("bytes %d-%d/2097155", off, off+9), func(c []byte) []byte { return c[off : off+10] }), true, ErrTruncated},
+		{"a shorter range", partial(fmt.Sprintf("bytes %d-%d/2097155", off, off+9), func(c []byte) []byte { return c[off : off+10] }), true, ErrUnavailable},
 		{"no Content-Range", partial("", func(c []byte) []byte { return c[off : off+n] }), true, nil},
-		{"compressed", func(w http.ResponseWriter, r *http.Request, c []byte) {
-			w.Header().Set("Content-Encoding", "gzip")
-			partial(fmt.Sprintf("bytes %d-%d/2097155", off, off+n-1), func(c []byte) []byte { return c[off : off+n] })(w, r, c)
-		}, false, nil},
 		{"200 that is too short", func(w http.ResponseWriter, r *http.Request, c []byte) {
 			w.Header().Set("Content-Length", fmt.Sprint(off+1))
 			w.Write(c[:off+1])
@@ -225,7 +223,12 @@ func TestRangeFaults(t *testing.T) {
 				t.Errorf("took %v", took)
 			}
 			// net/http itself repeats one that a kept connection had no answer to.
-			if got := f.requests.Load(); got > 1 && !strings.HasPrefix(x.name, "redirects") && x.name != "reset before the headers" {
+			// Where a range is wrong, the whole blob is asked for.
+			most := int64(1)
+			if strings.Contains(x.name, "ange") && !strings.Contains(x.name, "before") {
+				most = 2
+			}
+			if got := f.requests.Load(); got > most && !strings.HasPrefix(x.name, "redirects") && x.name != "reset before the headers" {
 				t.Errorf("%d requests: it is for the caller to try again", got)
 			}
 			if !bytes.Equal(b, layer[off:off+len(b)]) {

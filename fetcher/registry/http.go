@@ -18,14 +18,15 @@ import (
 type endpoint struct {
 	client *Client
 	src    *source
-	root   *url.URL // scheme and host
+	root   *url.URL // scheme and host; empty for the URLs of a layer
 	path   string   // of the repository
 	auth   *authorizer
-	turn   chan struct{} // of who changes a list of referrers
 
 	mu struct {
 		sync.Mutex
-		blobs map[v1.Hash]blobState
+		blobs     map[v1.Hash]blobState
+		foreign   map[string]*authorizer // of other hosts that want a token
+		referrers map[v1.Hash]*listing   // lists of referrers that are being changed
 	}
 }
 
@@ -35,9 +36,12 @@ type blobState struct {
 	missing  time.Time // the mirror has not got it; do not ask before
 }
 
-// maxBlobStates bounds what is remembered; a repository that is served from
-// has a few blobs per image.
-const maxBlobStates = 4096
+// Bounds of what an endpoint remembers. A repository that is served from has a
+// few blobs per image and redirects to a few hosts.
+const (
+	maxBlobStates = 4096
+	maxForeign    = 64
+)
 
 func (e *endpoint) state(h v1.Hash) blobState {
 	e.mu.Lock()
@@ -75,17 +79,52 @@ type request struct {
 	slow   bool // the answer may take minutes
 }
 
-// do makes a request. If it goes to the registry itself it is authorized, with
-// credentials read anew when they are refused; to any other host they are not
-// shown. Whatever the status is, the caller gets it and closes the body,
-// except where no credentials help.
-func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
-	if r.url.Host != e.root.Host || r.url.Scheme != e.root.Scheme {
-		return e.roundTrip(ctx, r, "")
+// authorizer is the one for a host: the registry's own, or one that was made
+// when the host that a registry redirected to asked for credentials, or nil.
+func (e *endpoint) authorizer(u *url.URL) *authorizer {
+	if e.auth == nil {
+		return nil
 	}
-	auth, err := e.auth.header(ctx, r.push)
-	if err != nil {
-		return nil, err
+	if u.Host == e.root.Host && u.Scheme == e.root.Scheme {
+		return e.auth
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.mu.foreign[u.Scheme+"://"+u.Host]
+}
+
+// foreign makes an authorizer for a host that the registry redirected to. Its
+// credentials are those for that host, and its scopes those that it names.
+func (e *endpoint) foreign(u *url.URL) *authorizer {
+	key := u.Scheme + "://" + u.Host
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	a := e.mu.foreign[key]
+	if a == nil {
+		if len(e.mu.foreign) >= maxForeign {
+			clear(e.mu.foreign)
+		}
+		if e.mu.foreign == nil {
+			e.mu.foreign = make(map[string]*authorizer)
+		}
+		a = &authorizer{client: e.client, root: &url.URL{Scheme: u.Scheme, Host: u.Host}, repository: e.path, foreign: true}
+		e.mu.foreign[key] = a
+	}
+	return a
+}
+
+// do makes a request. It is authorized with credentials for the host that it
+// goes to, which are read anew when they are refused. A host that the registry
+// only redirects to, object storage above all, is shown nothing unless it has
+// asked for it by a challenge. Whatever the status is, the caller gets it and
+// closes the body, except where no credentials help.
+func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
+	a, auth := e.authorizer(r.url), ""
+	if a != nil {
+		var err error
+		if auth, err = a.header(ctx, r.push); err != nil {
+			return nil, err
+		}
 	}
 	resp, err := e.roundTrip(ctx, r, auth)
 	if err != nil {
@@ -95,28 +134,45 @@ func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 	case resp.StatusCode == http.StatusUnauthorized:
 	case resp.StatusCode == http.StatusForbidden && strings.HasPrefix(auth, "Basic "):
 		// Some registries say so of a password that has expired.
+	case resp.StatusCode == http.StatusForbidden && a != nil:
+		return a.explain(resp)
 	default:
 		return resp, nil
 	}
-	renewed, err := e.auth.renew(ctx, r.push, auth, resp.Header)
+	if a == nil {
+		// Not in the clear, unless the user allows that for this host.
+		safe := r.url.Scheme == "https" || e.client.insecure(r.url.Host)
+		if e.auth == nil || !safe || readChallenge(resp.Header.Values("Www-Authenticate")) == nil {
+			return resp, nil
+		}
+		a = e.foreign(r.url)
+	}
+	renewed, err := a.renew(ctx, r.push, auth, resp.Header)
 	if err != nil {
-		resp.Body.Close()
+		discard(resp)
 		return nil, err
 	}
 	if renewed == auth || renewed == "" {
-		return resp, nil
+		return a.explain(resp)
 	}
-	resp.Body.Close()
-	return e.roundTrip(ctx, r, renewed)
+	discard(resp)
+	if resp, err = e.roundTrip(ctx, r, renewed); err != nil {
+		return nil, err
+	}
+	if resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden {
+		return a.explain(resp)
+	}
+	return resp, nil
 }
 
-// roundTrip makes one request, counts it, and ends it when nothing moves.
+// roundTrip makes one request, counts it, and ends it when it is too slow.
 func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http.Response, error) {
 	o := &e.client.opts
 	patience := o.HeaderTimeout
 	if r.slow {
 		patience = max(patience, 5*time.Minute)
 	}
+	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{cancel: cancel}
 	w.timer = time.AfterFunc(patience, func() { cancel(errStalled) })
@@ -145,8 +201,14 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 			rc.Close()
 			req.Body = http.NoBody
 		}
+		if r.size > monolithic && !e.src.noExpect.Load() {
+			// A server that redirects, wants credentials or takes no body of
+			// this size says so before all of it is sent.
+			req.Header.Set("Expect", "100-continue")
+		}
 	}
 	e.src.requests.Add(1)
+	asked := time.Now()
 	resp, err := e.client.transport.RoundTrip(req)
 	w.answered()
 	if err != nil {
@@ -157,47 +219,66 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 		}
 		return nil, err
 	}
+	if r.method == http.MethodGet {
+		e.src.answered(time.Since(asked))
+	}
 	if resp.StatusCode >= 400 {
 		e.src.count(resp.StatusCode)
+		e.client.toldToWait(req.URL.Host, retryAfter(resp.Header.Get("Retry-After"), time.Now()))
 	}
-	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, stall: o.StallTimeout}
+	window := o.StallTimeout
+	if e.src.mirrorOf != "" {
+		window /= 2 // there is somebody else to ask
+	}
+	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, window: window, left: window}
+	if resp.StatusCode == http.StatusExpectationFailed && req.Header.Get("Expect") != "" {
+		discard(resp)
+		e.src.noExpect.Store(true)
+		return e.roundTrip(caller, r, auth)
+	}
 	return resp, nil
 }
 
-// get makes a GET or HEAD request and follows redirects, starting at from if
-// that is not nil. It gives the answer to the last request, and its URL.
-func (e *endpoint) get(ctx context.Context, r request) (*http.Response, error) {
-	for range 10 {
+// maxRedirects of one request.
+const maxRedirects = 10
+
+// follow makes a request of any method and follows redirects: to each place the
+// same request goes, with its body if it has one. It gives the answer to the
+// last, whose Request has its URL.
+func (e *endpoint) follow(ctx context.Context, r request) (*http.Response, error) {
+	for range maxRedirects {
 		resp, err := e.do(ctx, r)
 		if err != nil {
 			return nil, err
 		}
 		switch resp.StatusCode {
-		case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-			http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		case http.StatusSeeOther:
+			if r.body != nil {
+				return resp, nil // to something else, by GET
+			}
 		default:
 			return resp, nil
 		}
-		io.CopyN(io.Discard, resp.Body, 8<<10)
-		resp.Body.Close()
+		discard(resp)
 		next, err := e.location(r.url, resp.Header.Get("Location"))
 		if err != nil {
 			return nil, fmt.Errorf("%s %s: %w", r.method, redact(r.url), err)
 		}
 		r.url = next
 	}
-	return nil, fmt.Errorf("%s %s: redirected too often", r.method, redact(r.url))
+	return nil, fmt.Errorf("%s %s: redirected more than %d times", r.method, redact(r.url), maxRedirects)
 }
 
 // location reads a Location header.
 func (e *endpoint) location(at *url.URL, v string) (*url.URL, error) {
 	if v == "" {
-		return nil, errors.New("a redirect without a location")
+		return nil, errors.New("the answer has no Location header")
 	}
 	u, err := at.Parse(v)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		// Not err: it quotes the URL, which may be signed.
-		return nil, errors.New("the location of a redirect cannot be read")
+		return nil, errors.New("the Location header cannot be read")
 	}
 	u.User = nil
 	if u.Scheme == "http" && at.Scheme == "https" && !isLoopback(u.Hostname()) {
@@ -208,166 +289,4 @@ func (e *endpoint) location(at *url.URL, v string) (*url.URL, error) {
 		u.Scheme, u.Host = e.root.Scheme, e.root.Host
 	}
 	return u, nil
-}
-
-// watch ends a request that makes no progress.
-type watch struct {
-	cancel context.CancelCauseFunc
-	mu     struct {
-		sync.Mutex
-		answered bool
-	}
-	timer *time.Timer
-}
-
-// sent tells of progress in sending, which no longer counts once there is an
-// answer.
-func (w *watch) sent(next time.Duration) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.mu.answered {
-		w.timer.Reset(next)
-	}
-}
-
-func (w *watch) answered() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.mu.answered = true
-	w.timer.Stop()
-}
-
-func (w *watch) end() {
-	w.timer.Stop()
-	w.cancel(nil)
-}
-
-// sentBody is the body of a request.
-type sentBody struct {
-	rc              io.ReadCloser
-	w               *watch
-	left            int64
-	stall, patience time.Duration
-}
-
-func (b *sentBody) Read(p []byte) (int, error) {
-	n, err := b.rc.Read(p)
-	b.left -= int64(n)
-	next := b.stall
-	if b.left <= 0 {
-		next = b.patience
-	}
-	b.w.sent(next)
-	return n, err
-}
-
-func (b *sentBody) Close() error { return b.rc.Close() }
-
-// watchedBody is the body of an answer: counted, ended when it stalls, and
-// with errors that say what happened.
-type watchedBody struct {
-	rc    io.ReadCloser
-	w     *watch
-	req   *http.Request
-	src   *source
-	stall time.Duration
-}
-
-func (b *watchedBody) Read(p []byte) (int, error) {
-	b.w.timer.Reset(b.stall)
-	n, err := b.rc.Read(p)
-	b.w.timer.Stop()
-	b.src.bytes.Add(int64(n))
-	switch {
-	case err == nil, err == io.EOF:
-		return n, err
-	case errors.Is(err, io.ErrUnexpectedEOF) && context.Cause(b.req.Context()) == nil:
-		err = &httpError{method: b.req.Method, url: redact(b.req.URL), err: ErrTruncated}
-	default:
-		err = noAnswer(b.req, err)
-	}
-	return n, err
-}
-
-func (b *watchedBody) Close() error {
-	err := b.rc.Close()
-	b.w.end()
-	return err
-}
-
-// Body is a run of the bytes of a blob: exactly as long as was asked for, or
-// it ends in an error.
-type Body struct {
-	rc   io.ReadCloser
-	left int64
-	err  error // what the last Read returned
-
-	// Where it comes from over HTTP; nil otherwise.
-	e      *endpoint
-	digest v1.Hash
-}
-
-// Read never returns io.EOF before the last byte.
-func (b *Body) Read(p []byte) (int, error) {
-	if b.err != nil || b.left == 0 {
-		if b.err == nil {
-			return 0, io.EOF
-		}
-		return 0, b.err
-	}
-	if int64(len(p)) > b.left {
-		p = p[:b.left]
-	}
-	n, err := b.rc.Read(p)
-	b.left -= int64(n)
-	switch {
-	case b.left == 0:
-		err = nil
-		if b.e != nil {
-			b.e.src.succeeded()
-		}
-	case err == io.EOF:
-		err = fmt.Errorf("%d bytes are missing: %w", b.left, ErrTruncated)
-	}
-	if b.err = err; err != nil && b.e != nil {
-		b.e.failed(b.digest, err)
-	}
-	return n, err
-}
-
-// Close ends the request if there are bytes left.
-func (b *Body) Close() error { return b.rc.Close() }
-
-// Source is the scheme and host of the mirror or registry that the bytes come
-// from, or empty where they come from a file.
-func (b *Body) Source() string {
-	if b.e == nil {
-		return ""
-	}
-	return b.e.src.name
-}
-
-// Distrust says that the bytes were not what the digest of the chunk or blob
-// says. A mirror is then left alone for a while, longer each time; a
-// location that a registry redirected to is forgotten.
-func (b *Body) Distrust() {
-	if b.e == nil {
-		return
-	}
-	b.e.setState(b.digest, blobState{})
-	b.e.src.distrust()
-}
-
-// failed takes note of a request for a blob that did not go well. That there
-// is no such blob says nothing of a source's health, nor do ranges that it does
-// not give, or a caller that has gone away.
-func (e *endpoint) failed(h v1.Hash, err error) {
-	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return
-	}
-	// The location may be what does not work.
-	if e.state(h).location != nil {
-		e.setState(h, blobState{})
-	}
-	e.src.failed(RetryAfter(err), err)
 }

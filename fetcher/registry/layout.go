@@ -92,25 +92,23 @@ func (v *view) index(ctx context.Context) (entries []v1.Descriptor, unusable map
 	return entries, unusable, nil
 }
 
-// parseLayoutIndex reads an index. An entry that cannot be used, such as one
-// whose digest is a SHA-512, does not spoil the others.
+// parseLayoutIndex is parseIndex, and says of the tags whose entries are not of use
+// why that is.
 func parseLayoutIndex(raw []byte) (entries []v1.Descriptor, unusable map[string]error, err error) {
-	var index struct {
-		Manifests []json.RawMessage `json:"manifests"`
-	}
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return nil, nil, fmt.Errorf("parse index: %w", err)
+	all, err := indexEntries(raw)
+	if err != nil {
+		return nil, nil, err
 	}
 	unusable = make(map[string]error)
-	for _, raw := range index.Manifests {
-		var d v1.Descriptor
-		err := json.Unmarshal(raw, &d)
-		if err == nil {
-			err = checkDescriptor(d)
-		}
-		if err == nil {
+	for _, raw := range all {
+		d, ok := parseEntry(raw)
+		err := checkDescriptor(d)
+		if ok && err == nil {
 			entries = append(entries, d)
 			continue
+		}
+		if !ok {
+			err = errors.New("its descriptor has no SHA-256 digest and size that can be read")
 		}
 		var named struct {
 			Annotations map[string]string `json:"annotations"`
@@ -184,7 +182,7 @@ func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[s
 		found = append(found, d)
 	}
 	slices.Sort(tags)
-	list := "there are: " + listed(slices.Compact(tags))
+	list := "there are: " + joined(slices.Compact(tags))
 	if len(tags) == 0 {
 		list = "there are no tags"
 	}
@@ -211,7 +209,7 @@ func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[s
 		for _, d := range images {
 			names = append(names, d.Annotations[fullRefName])
 		}
-		return nil, fmt.Errorf("%d images are tagged %s, choose one by its full name: %s", len(images), tag, listed(names))
+		return nil, fmt.Errorf("%d images are tagged %s, choose one by its full name: %s", len(images), tag, joined(names))
 	case tag != "":
 		return images[:1], nil // of whoever does not replace a tag; the other tools take the first as well
 	case len(images) == 0:

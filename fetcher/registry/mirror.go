@@ -14,20 +14,31 @@ import (
 	"time"
 )
 
-// Mirrors are, for each registry (HOST or HOST:PORT), the URLs of its mirrors,
-// the first to be asked first.
-type Mirrors map[string][]string
+// Mirrors are, for each registry (HOST or HOST:PORT), its mirrors, the first to
+// be asked first.
+type Mirrors map[string][]Mirror
+
+// A Mirror has blobs and manifests of a registry. It serves what is asked for by
+// digest. What a tag leads to and what refers to an image it is asked only if
+// Resolve is set: these answers cannot be verified, so whoever gives them
+// chooses what runs.
+type Mirror struct {
+	URL     string
+	Resolve bool
+}
 
 // ParseMirrors reads a hosts file. A line is a registry and its mirrors:
 //
-//	# HOST                 MIRROR-URL...
-//	registry.example:5000  https://mirror.zone-a.example  http://10.0.0.7:5000
+//	# HOST                 MIRROR-URL[,resolve]...
+//	registry.example:5000  https://mirror.zone-a.example,resolve  http://10.0.0.7:5000
 //	docker.io              https://cache.example/hub
 //
 // A mirror's URL is scheme://host[:port][/prefix], where the prefix comes
 // before the name of the repository, as pull-through caches want it:
 // docker.io/library/debian is asked for at
-// https://cache.example/v2/hub/library/debian. Lines with the same host add
+// https://cache.example/v2/hub/library/debian. A mirror with ",resolve" is
+// trusted to resolve tags and to list referrers; the others only serve bytes
+// by digest, even if the registry is down. Lines with the same host add
 // up. Empty lines and what follows a # at the start of a word are left out.
 func ParseMirrors(r io.Reader) (Mirrors, error) {
 	m := make(Mirrors)
@@ -54,10 +65,11 @@ func ParseMirrors(r io.Reader) (Mirrors, error) {
 			return nil, fmt.Errorf("hosts file, line %d: %s has no mirror", n, host)
 		}
 		for _, f := range fields[1:] {
-			if err := checkMirror(f); err != nil {
+			mirror, err := parseMirror(f)
+			if err != nil {
 				return nil, fmt.Errorf("hosts file, line %d: mirror %q: %w", n, f, err)
 			}
-			m[host] = append(m[host], strings.TrimRight(f, "/"))
+			m[host] = append(m[host], mirror)
 		}
 		if len(m[host]) > 16 {
 			return nil, fmt.Errorf("hosts file, line %d: %s has more than 16 mirrors", n, host)
@@ -67,6 +79,14 @@ func ParseMirrors(r io.Reader) (Mirrors, error) {
 		return nil, fmt.Errorf("hosts file: %w", err)
 	}
 	return m, nil
+}
+
+func parseMirror(s string) (Mirror, error) {
+	u, mark, marked := strings.Cut(s, ",")
+	if marked && mark != "resolve" {
+		return Mirror{}, fmt.Errorf("%q is not a mark of a mirror: there is only resolve", mark)
+	}
+	return Mirror{URL: strings.TrimRight(u, "/"), Resolve: marked}, checkMirror(u)
 }
 
 func checkMirror(s string) error {
@@ -96,16 +116,24 @@ type source struct {
 	log      *slog.Logger
 
 	requests, bytes atomic.Int64
-	ignoresRange    atomic.Bool // has been logged
-	listsReferrers  atomic.Bool // has the referrers API
-	several         several     // ranges in one answer
+	ignoresRange    atomic.Bool  // has been logged
+	listsReferrers  atomic.Bool  // by the API
+	noExpect        atomic.Bool  // refuses Expect: 100-continue
+	maxBody         atomic.Int64 // of an upload's requests, where it has refused more; 0: not known
+	several         several      // ranges in one answer
 
 	mu struct {
 		sync.Mutex
-		errors map[int]int64
-		fails  int       // since it last worked
-		wrong  int       // bodies with wrong bytes, ever
-		until  time.Time // leave it alone until then
+		errors  map[int]int64
+		fails   int           // since it last worked
+		wrong   int           // bodies with wrong bytes, ever
+		until   time.Time     // leave it alone until then
+		noRange time.Time     // its ranges are not what was asked for; do not ask before
+		usual   time.Duration // from a request to its answer; 0 before the first
+		waiting int           // requests for blobs without an answer yet
+		heard   time.Time     // when there was the last answer
+		late    int           // requests that were overtaken since one was answered in time
+		probing bool          // a mirror that has failed is being tried
 	}
 }
 
@@ -114,7 +142,105 @@ const (
 	restAfterFailure, maxRestAfterFailure = time.Second, 2 * time.Minute
 	restAfterWrong, maxRestAfterWrong     = time.Minute, time.Hour
 	restAfterMissing                      = time.Minute // the mirror may pull it yet
+	noRangeTime                           = time.Minute
 )
+
+// A source whose answer has not begun after lateFactor times its usual latency,
+// within bounds, is overtaken: the next one is asked too. Servers that are well
+// seldom take four times as long as usual, and a reader can lose 250 ms.
+const (
+	lateFactor       = 4
+	minLate, maxLate = 250 * time.Millisecond, 2 * time.Second
+	lateFirst        = time.Second // of a source that has not answered yet: it includes the handshakes
+	maxLateInARow    = 4           // then a mirror rests
+	maxWaiting       = 16          // requests of a mirror that does not answer any
+)
+
+// lateAfter is how long to wait for an answer before the next source is asked.
+func (s *source) lateAfter() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.usual == 0 {
+		return lateFirst
+	}
+	return min(max(lateFactor*s.mu.usual, minLate), maxLate)
+}
+
+// enter says whether a mirror may be asked for a blob now, and counts the request
+// if so: not while it rests; only once at a time after it has failed, until it
+// works; and not while as many wait as one that hangs may have.
+func (s *source) enter(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mirrorOf != "" {
+		silent := now.Sub(s.mu.heard) > max(minLate, 2*s.mu.usual)
+		if now.Before(s.mu.until) || s.mu.probing || s.mu.waiting >= maxWaiting && silent {
+			return false
+		}
+		s.mu.probing = s.mu.fails > 0
+	}
+	s.mu.waiting++
+	return true
+}
+
+// leave ends what enter began.
+func (s *source) leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.waiting--
+	s.mu.probing = false
+}
+
+// answered takes note of the time from a request to its answer, whatever that is.
+func (s *source) answered(took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.heard = time.Now()
+	if s.mu.usual == 0 {
+		s.mu.usual = max(took, 1)
+	} else {
+		s.mu.usual += (took - s.mu.usual) / 8
+	}
+}
+
+var errLate = errors.New("it did not answer in the time that it usually takes")
+
+// overtaken takes note of a request that had no answer when another source was
+// asked. A mirror of which several in a row are rests like one that fails.
+func (s *source) overtaken() {
+	s.mu.Lock()
+	s.mu.late++
+	hangs := s.mu.late >= maxLateInARow
+	s.mu.Unlock()
+	if hangs {
+		s.failed(0, errLate)
+	}
+}
+
+// inTime takes note of an answer that came before another source was asked.
+func (s *source) inTime() {
+	s.mu.Lock()
+	s.mu.late = 0
+	s.mu.Unlock()
+}
+
+// ignoreRanges has the source asked for whole blobs for a while.
+func (s *source) ignoreRanges(why string) {
+	now := time.Now()
+	s.mu.Lock()
+	first := !now.Before(s.mu.noRange)
+	s.mu.noRange = now.Add(noRangeTime)
+	s.mu.Unlock()
+	if first {
+		s.log.Warn("server's answers to range requests are wrong, so whole blobs are read, which is slow", "source", s.name, "for", noRangeTime, "err", why)
+	}
+}
+
+func (s *source) givesRanges() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !time.Now().Before(s.mu.noRange)
+}
 
 // resting says whether a mirror is being left alone. A registry never is.
 func (s *source) resting(now time.Time) bool {
@@ -151,7 +277,7 @@ func (s *source) failed(after time.Duration, cause error) {
 	}
 	s.mu.Unlock()
 	if first {
-		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d, "error", cause)
+		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d, "err", cause)
 	}
 }
 
@@ -173,7 +299,7 @@ func (s *source) succeeded() {
 		return
 	}
 	s.mu.Lock()
-	s.mu.fails = 0
+	s.mu.fails, s.mu.late = 0, 0
 	s.mu.Unlock()
 }
 

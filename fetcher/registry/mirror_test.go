@@ -19,13 +19,13 @@ import (
 func TestParseMirrors(t *testing.T) {
 	got, err := ParseMirrors(strings.NewReader(`
 # comment
-registry.example:5000  https://a.example http://10.0.0.7:5000/   # two
+registry.example:5000  https://a.example,resolve http://10.0.0.7:5000/   # two
 docker.io	https://cache.example/hub/x
-registry.example:5000 http://[::1]:80
+registry.example:5000 http://[::1]:80/,resolve
 `))
 	want := Mirrors{
-		"registry.example:5000": {"https://a.example", "http://10.0.0.7:5000", "http://[::1]:80"},
-		"index.docker.io":       {"https://cache.example/hub/x"},
+		"registry.example:5000": {{"https://a.example", true}, {"http://10.0.0.7:5000", false}, {"http://[::1]:80", true}},
+		"index.docker.io":       {{"https://cache.example/hub/x", false}},
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%v, %v", got, err)
@@ -40,6 +40,10 @@ registry.example:5000 http://[::1]:80
 		{"r.example https://a.example/UPPER", "cannot begin"},
 		{"r.example https://a.example/../x", "cannot begin"},
 		{"r.example https://", "not a host"},
+		{"r.example https://a.example,trust", "only resolve"},
+		{"r.example https://a.example,resolve,resolve", "only resolve"},
+		{"r.example https://a.example,", "only resolve"},
+		{"r.example ,resolve", "must begin with http"},
 		{"r.example" + strings.Repeat(" https://a.example", 17), "more than 16"},
 		{strings.Repeat("x", 100_000), "hosts file"},
 	} {
@@ -82,7 +86,7 @@ func TestMirrors(t *testing.T) {
 	img, l := pushImage(t, ctx, image, "v1", layer, amd64)
 	other, _ := pushImage(t, ctx, image, "only", []byte("only at the origin"), amd64)
 	pushImage(t, ctx, openRepo(t, plain, mirror.host()+"/cache/app:v1"), "v1", layer, amd64)
-	mirrors := Mirrors{origin.host(): {"http://" + freeAddr(t), mirror.URL + "/cache"}}
+	mirrors := Mirrors{origin.host(): {{URL: "http://" + freeAddr(t)}, {URL: mirror.URL + "/cache"}}}
 
 	open := func(t *testing.T) *Repo {
 		origin.set(nil)
@@ -116,10 +120,10 @@ func TestMirrors(t *testing.T) {
 		if b, err := r.Blob(ctx, l); err != nil || !bytes.Equal(b, layer) {
 			t.Error(err)
 		}
-		asked(t, 7, 0)
+		asked(t, 6, 1) // what the tag leads to the origin says
 		s := r.client.Stats()
-		if len(s) != 3 || s[1].MirrorOf != origin.host() || s[1].Requests != 7 || s[1].Bytes < int64(len(layer))+5000 ||
-			s[0].Errors[0] == 0 || !s[0].Resting || s[1].Resting || s[2].Requests != 0 {
+		if len(s) != 3 || s[1].MirrorOf != origin.host() || s[1].Requests != 6 || s[1].Bytes < int64(len(layer))+5000 ||
+			s[0].Errors[0] == 0 || !s[0].Resting || s[1].Resting || s[2].Requests != 1 {
 			t.Errorf("%+v", s)
 		}
 	})
@@ -226,7 +230,7 @@ func TestMirrors(t *testing.T) {
 		mirror.set(nil)
 		s := newTokenServer(t, "one", time.Minute)
 		var hosts atomic.Int64
-		c := newClient(t, Options{Mirrors: Mirrors{origin.host(): {s.registry.URL + "/team"}},
+		c := newClient(t, Options{Mirrors: Mirrors{origin.host(): {{URL: s.registry.URL + "/team"}}},
 			Credentials: func(_ context.Context, registry, repository string) (Login, error) {
 				if registry != hostOf(s.registry) || repository != "team/app" {
 					t.Errorf("credentials for %s/%s", registry, repository)

@@ -111,11 +111,11 @@ const maxListed = 20
 
 func (c *choice) list() string {
 	slices.Sort(c.there)
-	return listed(slices.Compact(c.there))
+	return joined(slices.Compact(c.there))
 }
 
-// listed joins names for an error.
-func listed(names []string) string {
+// joined joins names for an error.
+func joined(names []string) string {
 	if n := len(names) - maxListed; n > 0 {
 		return strings.Join(names[:maxListed], ", ") + fmt.Sprintf(" and %d more", n)
 	}
@@ -260,8 +260,8 @@ func normal(p v1.Platform) v1.Platform {
 	return v1.Platform{OS: os, Architecture: arch, Variant: variant}
 }
 
-// look is a [look] at r.
-func (r *Repo) look(ctx context.Context, d v1.Descriptor) (*v1.Platform, []byte, error) {
+// lookAt is a [look] at r.
+func (r *Repo) lookAt(ctx context.Context, d v1.Descriptor) (*v1.Platform, []byte, error) {
 	raw, got, err := r.lookup(ctx, r.ref.WithDigest(d.Digest))
 	if err != nil {
 		return nil, nil, err

@@ -7,37 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
-	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
-
-// blob is where the bytes of a blob to push are: in a file or in memory.
-type blob struct {
-	path string // empty: data
-	data []byte
-}
-
-func (b blob) open(size int64) (io.ReadCloser, error) {
-	if b.path == "" {
-		return io.NopCloser(bytes.NewReader(b.data)), nil
-	}
-	f, has, err := openRegular(b.path)
-	if err == nil && has != size {
-		f.Close()
-		err = fmt.Errorf("%s has %d bytes, its descriptor says %d", b.path, has, size)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return f, nil
-}
 
 // PushBlob brings the file at path to r as the blob that d describes. It says
 // whether it had to: a blob that is there already is not sent again.
@@ -82,7 +58,14 @@ var errReadOnly = errors.New("an archive can only be read: push to a registry or
 
 // PushManifest brings a manifest to r, under a tag if that is not empty, and
 // gives its descriptor. What it refers to must be there. If it has a subject,
-// Referrers finds it when PushManifest has returned.
+// Referrers finds it when PushManifest has returned. With ErrUnlisted the
+// manifest is there, and its descriptor is given, but Referrers may not find it.
+//
+// Where a registry has no referrers API, the list of referrers is changed under
+// a tag, and PushManifest takes some seconds longer to see that the change stays.
+//
+// A tag that cannot be moved and leads to this manifest already is as good as
+// one that was pushed; one that leads to another gives ErrTagTaken.
 func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.MediaType, tag string) (v1.Descriptor, error) {
 	d := v1.Descriptor{MediaType: mediaType, Size: int64(len(raw)), Digest: hashOf(raw)}
 	name := r.Place(tag, d.Digest)
@@ -107,7 +90,10 @@ func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.Med
 	if err != nil {
 		return fail(err)
 	}
-	if err := r.target.putManifest(ctx, listed, raw, tag, subject); err != nil {
+	if err := r.target.putManifest(ctx, listed, raw, tag, subject); errors.Is(err, ErrUnlisted) {
+		_, err = fail(err)
+		return d, err
+	} else if err != nil {
 		return fail(err)
 	}
 	return d, nil
@@ -157,138 +143,41 @@ func (r *Repo) CheckPush(ctx context.Context) error {
 }
 
 func (e *endpoint) checkPush(ctx context.Context) error {
-	at, err := e.begin(ctx)
+	u, err := e.begin(ctx)
 	if err != nil {
 		return err
 	}
 	// Not all allow this; they clean up by themselves.
-	if resp, err := e.do(ctx, request{method: http.MethodDelete, url: at, push: true}); err == nil {
-		resp.Body.Close()
+	if resp, err := e.do(ctx, request{method: http.MethodDelete, url: u.at, push: true}); err == nil {
+		discard(resp)
 	}
 	return nil
 }
 
-func (m *remote) has(ctx context.Context, d v1.Descriptor) (has bool, err error) {
-	err = m.client.retry(ctx, func() error {
-		size, err := m.origin.stat(ctx, d.Digest, true)
-		has = err == nil
-		switch {
-		case errors.Is(err, ErrNotFound):
-			return nil
-		case err == nil && size >= 0 && size != d.Size:
-			return fmt.Errorf("the registry has %d bytes under this digest, its descriptor says %d", size, d.Size)
-		}
+// has only saves work: whatever else the registry says of a blob than that it is
+// there, it is sent.
+func (m *remote) has(ctx context.Context, d v1.Descriptor) (bool, error) {
+	var size int64
+	err := m.client.retry(ctx, func() (err error) {
+		size, err = m.origin.stat(ctx, d.Digest, true)
 		return err
 	})
-	return has, err
-}
-
-func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress func(int64)) error {
-	again := false
-	return m.client.retry(ctx, func() error {
-		if again {
-			// It may have arrived, and the answer have not.
-			if has, err := m.has(ctx, d); err != nil || has {
-				return err
-			}
+	if err == nil && size >= 0 && size != d.Size {
+		size, err = m.origin.sizeByGet(ctx, d.Digest, true)
+	}
+	switch {
+	case ctx.Err() != nil:
+		return false, ctx.Err()
+	case err != nil:
+		if !errors.Is(err, ErrNotFound) {
+			m.client.log.Debug("cannot find out whether the registry has a blob, sending it", "repository", m.ref.Place(), "blob", d.Digest.String(), "err", err)
 		}
-		again = true
-		return m.origin.upload(ctx, d, b, progress)
-	})
+		return false, nil
+	case size >= 0 && size != d.Size:
+		return false, fmt.Errorf("the registry has %d bytes under this digest, its descriptor says %d", size, d.Size)
+	}
+	return true, nil
 }
-
-// Blobs up to this size are sent in one request after the first; larger ones
-// are streamed and then committed, which more registries take.
-const monolithic = 1 << 20
-
-func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64)) error {
-	at, err := e.begin(ctx)
-	if err != nil {
-		return err
-	}
-	body := func() (io.ReadCloser, error) {
-		rc, err := b.open(d.Size)
-		if err != nil || progress == nil {
-			return rc, err
-		}
-		return &counted{rc: rc, progress: progress}, nil
-	}
-	commit := request{method: http.MethodPut, url: at, push: true, slow: true,
-		header: map[string]string{"Content-Type": "application/octet-stream"}}
-	if d.Size <= monolithic {
-		commit.body, commit.size = body, d.Size
-	} else {
-		patch := request{method: http.MethodPatch, url: at, push: true, slow: true, body: body, size: d.Size,
-			header: map[string]string{"Content-Type": "application/octet-stream"}}
-		resp, err := e.step(ctx, patch, http.StatusAccepted, http.StatusNoContent)
-		if err != nil {
-			return err
-		}
-		if v := resp.Header.Get("Location"); v != "" {
-			if at, err = e.location(at, v); err != nil {
-				return err
-			}
-		}
-	}
-	u := *at
-	q := u.Query()
-	q.Set("digest", d.Digest.String())
-	u.RawQuery = q.Encode()
-	commit.url = &u
-	_, err = e.step(ctx, commit, http.StatusCreated, http.StatusNoContent)
-	return err
-}
-
-// begin opens an upload and gives its location.
-func (e *endpoint) begin(ctx context.Context) (*url.URL, error) {
-	u := e.url("blobs", "uploads/")
-	resp, err := e.do(ctx, request{method: http.MethodPost, url: u, push: true,
-		body: func() (io.ReadCloser, error) { return http.NoBody, nil }})
-	if err != nil {
-		return nil, err
-	}
-	if resp.StatusCode != http.StatusAccepted {
-		return nil, badStatus(resp)
-	}
-	resp.Body.Close()
-	return e.location(u, resp.Header.Get("Location"))
-}
-
-// step makes a request of an upload. That the upload is not known, any more,
-// is no reason not to begin another.
-func (e *endpoint) step(ctx context.Context, r request, want ...int) (*http.Response, error) {
-	resp, err := e.do(ctx, r)
-	if err != nil {
-		return nil, err
-	}
-	if slices.Contains(want, resp.StatusCode) {
-		resp.Body.Close()
-		return resp, nil
-	}
-	err = badStatus(resp)
-	switch statusOf(err) {
-	case http.StatusNotFound, http.StatusGone, http.StatusConflict, http.StatusRequestedRangeNotSatisfiable:
-		err = fmt.Errorf("%w: the upload was lost: %w", ErrUnavailable, err)
-	}
-	return nil, err
-}
-
-// counted tells of the bytes that are read.
-type counted struct {
-	rc       io.ReadCloser
-	n        int64
-	progress func(int64)
-}
-
-func (c *counted) Read(p []byte) (int, error) {
-	n, err := c.rc.Read(p)
-	if c.n += int64(n); n > 0 {
-		c.progress(c.n)
-	}
-	return n, err
-}
-
-func (c *counted) Close() error { return c.rc.Close() }
 
 func (m *remote) putManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string, subject *v1.Descriptor) error {
 	key := tag
@@ -304,102 +193,87 @@ func (m *remote) putManifest(ctx context.Context, d v1.Descriptor, raw []byte, t
 	if err != nil || subject == nil || listed {
 		return err
 	}
+	// Some have the API and do not say so.
+	if list, err := m.origin.listReferrers(ctx, subject.Digest); err == nil &&
+		slices.ContainsFunc(list, func(x v1.Descriptor) bool { return x.Digest == d.Digest }) {
+		return nil
+	}
 	if err := m.origin.addReferrer(ctx, subject.Digest, d); err != nil {
-		return fmt.Errorf("list it under the tag %s: %w", fallbackTag(subject.Digest), err)
+		if ctx.Err() != nil {
+			return err
+		}
+		return fmt.Errorf("%w: list it under the tag %s: %w", ErrUnlisted, fallbackTag(subject.Digest), err)
 	}
 	return nil
 }
 
 func (e *endpoint) put(ctx context.Context, key string, raw []byte, mediaType types.MediaType) (http.Header, error) {
-	resp, err := e.do(ctx, request{method: http.MethodPut, url: e.url("manifests", key), push: true, slow: true,
+	resp, err := e.follow(ctx, request{method: http.MethodPut, url: e.url("manifests", key), push: true, slow: true,
 		header: map[string]string{"Content-Type": string(mediaType)},
 		body:   func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil },
 		size:   int64(len(raw))})
 	if err != nil {
-		return nil, err
+		return nil, e.refused(ctx, key, raw, err)
 	}
-	if resp.StatusCode != http.StatusCreated && resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusAccepted {
-		return nil, badStatus(resp)
+	if resp.StatusCode/100 != 2 {
+		return nil, e.refused(ctx, key, raw, badStatus(resp))
 	}
-	resp.Body.Close()
+	discard(resp)
 	return resp.Header, nil
 }
 
-// addReferrer puts d into the index under the fallback tag. The protocol has
-// no compare-and-swap for tags, so two that do so at once may lose one of
-// them. Within a process they take turns. Against others, whoever has written
-// waits for longer than reading and writing took, which is what another needs
-// to overwrite it, and looks whether d is still there; if not it starts again.
-func (e *endpoint) addReferrer(ctx context.Context, subject v1.Hash, d v1.Descriptor) error {
-	select {
-	case e.turn <- struct{}{}:
-		defer func() { <-e.turn }()
-	case <-ctx.Done():
-		return ctx.Err()
+// refused makes the best of a manifest that the registry does not take. That a
+// tag leads there already is no failure. Where it is the manifest itself that is
+// refused, the error names what it may be and the way round.
+func (e *endpoint) refused(ctx context.Context, key string, raw []byte, err error) error {
+	status := statusOf(err)
+	switch status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusConflict,
+		http.StatusPreconditionFailed, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
+	default:
+		return err
 	}
-	wrote := time.Duration(0)
-	for range 20 {
-		start := time.Now()
-		var list []v1.Descriptor
-		err := e.client.retry(ctx, func() (err error) {
-			list, _, err = e.fallback(ctx, subject)
-			return err
-		})
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(list, func(x v1.Descriptor) bool { return x.Digest == d.Digest }) {
+	if !strings.Contains(key, ":") {
+		there, _, lookupErr := e.manifest(ctx, key)
+		switch {
+		case lookupErr != nil:
+		case bytes.Equal(there, raw):
 			return nil
-		}
-		if err := e.putReferrers(ctx, subject, append(list, d)); err != nil {
-			return err
-		}
-		wrote = max(wrote, time.Since(start))
-		wait := min(max(3*wrote, 50*time.Millisecond), 2*time.Second)
-		t := time.NewTimer(wait + rand.N(wait))
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return ctx.Err()
+		case status != http.StatusUnauthorized:
+			return fmt.Errorf("%w: %w: %s leads to %s: use another tag, or allow tags of this repository to be overwritten",
+				err, ErrTagTaken, key, hashOf(there))
 		}
 	}
-	return fmt.Errorf("%w: others keep overwriting it", ErrUnavailable)
+	if status == http.StatusBadRequest || status == http.StatusUnsupportedMediaType || status == http.StatusUnprocessableEntity {
+		return fmt.Errorf("%w: the registry does not take %s: push to another registry or to oci:DIR", err, suspect(raw, err))
+	}
+	return err
 }
 
-func (e *endpoint) putReferrers(ctx context.Context, subject v1.Hash, list []v1.Descriptor) error {
-	put := func() error {
-		raw, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: list})
-		if err != nil {
-			return err
-		}
-		if len(raw) > maxManifest {
-			return fmt.Errorf("the list of %d referrers is too long for a manifest", len(list))
-		}
-		return e.client.retry(ctx, func() error {
-			_, err := e.put(ctx, fallbackTag(subject), raw, types.OCIImageIndex)
-			return err
-		})
+// suspect names what of a manifest a registry may not take: what it says itself,
+// or else what is unusual.
+func suspect(raw []byte, err error) string {
+	said := ""
+	if e, ok := errors.AsType[*httpError](err); ok {
+		said = e.said
 	}
-	err := put()
-	if s := statusOf(err); s != http.StatusBadRequest && s != http.StatusNotFound {
-		return err
+	var m v1.Manifest
+	json.Unmarshal(raw, &m) // it was parsed before
+	kinds := []string{m.ArtifactType, string(m.Config.MediaType)}
+	for _, l := range m.Layers {
+		kinds = append(kinds, string(l.MediaType))
 	}
-	// A registry refuses an index of manifests that it no longer has.
-	had := len(list)
-	list = slices.DeleteFunc(list, func(d v1.Descriptor) bool {
-		u := e.url("manifests", d.Digest.String())
-		resp, err := e.get(ctx, request{method: http.MethodHead, url: u, push: true, header: map[string]string{"Accept": acceptManifest}})
-		if err != nil {
-			return false
+	kinds = append(kinds, string(m.MediaType))
+	for _, k := range kinds {
+		if k != "" && strings.Contains(said, k) {
+			return "the media type " + k
 		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusNotFound
-	})
-	if len(list) == had {
-		return err
 	}
-	e.client.log.Info("dropping referrers that are gone", "subject", subject, "tag", fallbackTag(subject), "gone", had-len(list),
-		"repository", strings.TrimPrefix(e.root.String(), e.root.Scheme+"://")+"/"+e.path)
-	return put()
+	switch {
+	case m.Subject != nil && strings.Contains(strings.ToLower(said), "subject"):
+		return "manifests with a subject"
+	case m.ArtifactType != "":
+		return "this manifest (of the artifact type " + m.ArtifactType + ")"
+	}
+	return "this manifest (of the media type " + string(m.MediaType) + ")"
 }

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -54,25 +53,22 @@ func (r *Repo) OpenRanges(ctx context.Context, digest v1.Hash, ranges []Range) (
 		}
 		end = x.Off + x.N
 	}
-	var b *Body
-	err := m.try(ctx, digest, func(e *endpoint) (err error) {
-		b, err = e.openRanges(ctx, digest, ranges)
-		return err
+	b, release, err := race(ctx, m, digest, m.holders(digest, ""), func(ctx context.Context, e *endpoint) (*Body, error) {
+		return e.openRanges(ctx, digest, ranges)
+	}, func(b *Body) {
+		if b != nil {
+			b.rc.Close()
+		}
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
 	}
 	if b == nil {
+		release()
 		return nil, nil // and not a *Body that is nil
 	}
+	b.release = release
 	return b, nil
-}
-
-// first is the endpoint that is asked first at present.
-func (m *remote) first() *endpoint {
-	now := time.Now()
-	i := slices.IndexFunc(m.endpoints, func(e *endpoint) bool { return e == m.origin || !e.src.resting(now) })
-	return m.endpoints[i]
 }
 
 // several says whether a source gives several ranges in one answer. Object storage
@@ -98,6 +94,9 @@ func (s *several) most() int {
 // openRanges gives nil without an error where the source does not give several.
 func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Range) (*Body, error) {
 	s := &e.src.several.state
+	if !e.src.givesRanges() {
+		return nil, nil
+	}
 	if s.Load() != severalYes && !s.CompareAndSwap(severalUnknown, severalAsked) {
 		return nil, nil
 	}
@@ -129,7 +128,7 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Rang
 	if t, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type")); err == nil && t == "multipart/byteranges" {
 		boundary = params["boundary"]
 	}
-	if c := resp.Header.Get("Content-Encoding"); boundary == "" || resp.StatusCode != http.StatusPartialContent || c != "" && c != "identity" {
+	if boundary == "" || resp.StatusCode != http.StatusPartialContent {
 		resp.Body.Close()
 		e.src.oneRange(fmt.Sprintf("it answers %s with %q", resp.Status, resp.Header.Get("Content-Type")))
 		return nil, nil
@@ -144,7 +143,8 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Rang
 	}
 	s.Store(severalYes)
 	e.remember(digest, resp)
-	return &Body{rc: p, left: n, e: e, digest: digest}, nil
+	watched, _ := resp.Body.(*watchedBody)
+	return &Body{rc: p, left: n, e: e, digest: digest, watched: watched}, nil
 }
 
 // oneRange notes that a source gives no more than one range an answer.
@@ -190,17 +190,14 @@ func (p *parts) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// drainTime is how long the closing delimiter may take, which the server sends
-// with the last part.
-const drainTime = 100 * time.Millisecond
-
 // Close reads the closing delimiter before, if all else has been read, so that
 // the connection can be used again. Nothing depends on what it is, or whether it
 // comes.
 func (p *parts) Close() error {
 	if p.left == 0 && len(p.ranges) == 0 {
+		// The server sends it with the last part.
 		if w, ok := p.body.(*watchedBody); ok {
-			w.stall = min(w.stall, drainTime)
+			w.limit(drainTime)
 		}
 		io.CopyN(io.Discard, p.r, int64(len(p.boundary))+64)
 	}

@@ -164,10 +164,10 @@ func TestRangesFaults(t *testing.T) {
 		{"416", status(416), "one by one"},
 		{"400", status(400), "one by one"},
 		{"501", status(501), "one by one"},
-		{"compressed", func(w http.ResponseWriter, r *http.Request) {
+		{"labelled as compressed, falsely", func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Encoding", "gzip")
 			answer(multi, whole)(w, r)
-		}, "one by one"},
+		}, "right"},
 		{"other ranges", answer(multi, multipartBody("xyz", [2]string{contentRange(101, 5000), a})), "one by one"},
 		{"one range of both", answer(multi, multipartBody("xyz", [2]string{contentRange(100, 97_900), string(layer[100:98_000])})), "one by one"},
 		{"no Content-Range", answer(multi, multipartBody("xyz", [2]string{"Content-Type: x", a})), "one by one"},
@@ -285,7 +285,7 @@ func TestRangesOfMirrors(t *testing.T) {
 	layer := noise(2<<20+3, 7)
 	origin := newFaulty(t, memoryRegistry(t, true))
 	mirror := newFaulty(t, origin.host())
-	c := newClient(t, Options{Mirrors: Mirrors{origin.host(): {mirror.URL}}})
+	c := newClient(t, Options{Mirrors: Mirrors{origin.host(): {{URL: mirror.URL}}}})
 	r := openRepo(t, c, origin.host()+"/app:v1")
 	_, l := pushImage(t, t.Context(), r, "v1", layer, amd64)
 	origin.set(asBlob(serveContent(layer)))
@@ -306,7 +306,7 @@ func TestRangesOfMirrors(t *testing.T) {
 		}
 	}
 
-	c = newClient(t, Options{Mirrors: Mirrors{origin.host(): {mirror.URL}}})
+	c = newClient(t, Options{Mirrors: Mirrors{origin.host(): {{URL: mirror.URL}}}})
 	r = openRepo(t, c, origin.host()+"/app:v1")
 	mirror.set(asBlob(func(w http.ResponseWriter, _ *http.Request) { w.Write(layer) }))
 	if b, err := readRanges(r, l.Digest, someRanges); b != nil || err != nil || r.Ranges() != 1 {

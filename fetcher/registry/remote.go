@@ -2,83 +2,53 @@ package registry
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// remote is a repository over HTTP (the OCI distribution spec, 1.1).
-type remote struct {
-	client    *Client
-	name      string
-	endpoints []*endpoint // the mirrors, and then the origin
-	origin    *endpoint
-}
-
 const acceptManifest = string(types.OCIManifestSchema1 + ", " + types.OCIImageIndex + ", " +
 	types.DockerManifestSchema2 + ", " + types.DockerManifestList)
 
-// try asks the mirrors that are well, then the origin, and only if that has
-// no answer the mirrors that are not. It gives the origin's error.
-func (m *remote) try(ctx context.Context, digest v1.Hash, ask func(*endpoint) error) error {
-	now := time.Now()
-	var resting []*endpoint
-	for _, e := range m.endpoints {
-		if e != m.origin && e.src.resting(now) {
-			resting = append(resting, e)
-			continue
-		}
-		if e != m.origin && now.Before(e.state(digest).missing) {
-			continue
-		}
-		err := ask(e)
-		if err == nil || ctx.Err() != nil {
-			return err
-		}
-		e.failed(digest, err)
-		if e == m.origin {
-			if Temporary(err) {
-				for _, e := range resting {
-					if e.src.distrusted(now) || ask(e) != nil {
-						continue
-					}
-					return nil
-				}
-			}
-			return err
-		}
-		if errors.Is(err, ErrNotFound) && digest != (v1.Hash{}) {
-			e.setState(digest, blobState{missing: now.Add(restAfterMissing)})
-		}
-		m.client.log.Debug("mirror has no answer", "mirror", e.src.name, "of", e.src.mirrorOf, "error", err)
-	}
-	panic("unreachable: the origin is the last endpoint")
+// document is a manifest as it was sent.
+type document struct {
+	raw       []byte
+	mediaType string
 }
 
-func (m *remote) manifest(ctx context.Context, ref Ref) (raw []byte, mediaType string, err error) {
-	err = m.client.retry(ctx, func() error {
-		return m.try(ctx, ref.Digest, func(e *endpoint) error {
-			raw, mediaType, err = e.manifest(ctx, ref.key())
+// manifest by digest may come from any source. By tag it comes from those that
+// are trusted to resolve.
+func (m *remote) manifest(ctx context.Context, ref Ref) ([]byte, string, error) {
+	var doc document
+	err := m.client.retry(ctx, func() error {
+		list := m.resolvers()
+		if ref.Digest != (v1.Hash{}) {
+			list = m.holders(ref.Digest, "")
+		}
+		got, release, err := race(ctx, m, ref.Digest, list, func(ctx context.Context, e *endpoint) (document, error) {
+			raw, mediaType, err := e.manifest(ctx, ref.key())
 			if err == nil && ref.Digest != (v1.Hash{}) && hashOf(raw) != ref.Digest {
 				// A mirror's fault is not the end of it.
 				e.src.distrust()
-				return ErrDigest
+				err = ErrDigest
 			}
-			return err
-		})
+			return document{raw, mediaType}, err
+		}, nil)
+		if err == nil {
+			release()
+		}
+		doc = got
+		return err
 	})
-	return raw, mediaType, err
+	return doc.raw, doc.mediaType, err
 }
 
 func (e *endpoint) manifest(ctx context.Context, key string) ([]byte, string, error) {
@@ -87,16 +57,26 @@ func (e *endpoint) manifest(ctx context.Context, key string) ([]byte, string, er
 	if err != nil {
 		return nil, "", err
 	}
+	if isPage(h) && e.src.mirrorOf != "" {
+		return nil, "", fmt.Errorf("GET %s: %w: a page for browsers comes instead of a manifest", redact(u), ErrUnavailable)
+	}
 	if d := h.Get("Docker-Content-Digest"); strings.HasPrefix(d, "sha256:") && d != hashOf(raw).String() {
 		return nil, "", fmt.Errorf("GET %s: %w: the manifest is %s, the registry says it is %s", redact(u), ErrDigest, hashOf(raw), d)
 	}
 	return raw, h.Get("Content-Type"), nil
 }
 
+// isPage says whether an answer is a page for browsers: some mirrors and proxies
+// answer everything with one, to log in for example.
+func isPage(h http.Header) bool {
+	t, _, _ := strings.Cut(h.Get("Content-Type"), ";")
+	return strings.EqualFold(strings.TrimSpace(t), "text/html")
+}
+
 // fetch gets a document of at most maxManifest bytes.
 func (e *endpoint) fetch(ctx context.Context, u *url.URL, accept string) ([]byte, http.Header, error) {
 	r := request{method: http.MethodGet, url: u, header: map[string]string{"Accept": accept}}
-	resp, err := e.get(ctx, r)
+	resp, err := e.follow(ctx, r)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -107,6 +87,8 @@ func (e *endpoint) fetch(ctx context.Context, u *url.URL, accept string) ([]byte
 	if resp.ContentLength > maxManifest {
 		return nil, nil, fmt.Errorf("GET %s: %d bytes are too many for a manifest", redact(u), resp.ContentLength)
 	}
+	// Few have more than some kilobytes, and somebody waits for all of it.
+	limitBody(resp, 4*e.client.opts.StallTimeout)
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest+1))
 	if err != nil {
 		return nil, nil, err
@@ -118,15 +100,25 @@ func (e *endpoint) fetch(ctx context.Context, u *url.URL, accept string) ([]byte
 	return b, resp.Header, nil
 }
 
-func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (b *Body, err error) {
-	err = m.try(ctx, digest, func(e *endpoint) error {
-		b, err = e.open(ctx, digest, off, n, whole)
-		return err
-	})
-	return b, err
+func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
+	return m.openFrom(ctx, m.holders(digest, ""), digest, off, n, whole)
+}
+
+func (m *remote) openFrom(ctx context.Context, list []*endpoint, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
+	b, release, err := race(ctx, m, digest, list, func(ctx context.Context, e *endpoint) (*Body, error) {
+		return e.open(ctx, digest, off, n, whole)
+	}, func(b *Body) { b.rc.Close() })
+	if err != nil {
+		return nil, err
+	}
+	b.release = release
+	return b, nil
 }
 
 func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
+	if !whole && !e.src.givesRanges() {
+		return e.openAll(ctx, digest, off, n)
+	}
 	span := ""
 	if !whole {
 		span = fmt.Sprintf("bytes=%d-%d", off, off+n-1)
@@ -135,22 +127,61 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 	if err != nil {
 		return nil, err
 	}
-	if err := e.checkBlob(resp, off, n, whole); err != nil {
+	skip, err := e.checkBlob(resp, off, n, whole)
+	if errors.Is(err, errWrongRange) {
+		resp.Body.Close()
+		if e.src.mirrorOf != "" {
+			return nil, err // others may do better
+		}
+		e.src.ignoreRanges(err.Error())
+		return e.openAll(ctx, digest, off, n)
+	}
+	if err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
+	b, err := e.body(resp, digest, skip, n)
+	if err == nil {
+		b.guessed = resp.StatusCode == http.StatusPartialContent && resp.Header.Get("Content-Range") == ""
+	}
+	return b, err
+}
+
+// openAll reads a part of a blob from a source whose ranges are of no use: all
+// that is before it comes too.
+func (e *endpoint) openAll(ctx context.Context, digest v1.Hash, off, n int64) (*Body, error) {
+	resp, err := e.ask(ctx, digest, "")
+	if err != nil {
+		return nil, err
+	}
+	skip, err := e.checkBlob(resp, off, n, false)
+	if err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	return e.body(resp, digest, skip, n)
+}
+
+// body is the n bytes of an answer behind the first skip.
+func (e *endpoint) body(resp *http.Response, digest v1.Hash, skip, n int64) (*Body, error) {
 	e.remember(digest, resp)
-	if resp.StatusCode == http.StatusOK && off > 0 {
-		// Right, if slow: the server begins at the beginning.
-		if _, err := io.CopyN(io.Discard, resp.Body, off); err != nil {
+	watched, _ := resp.Body.(*watchedBody)
+	if skip > 0 {
+		// Right, if slow: the server begins at the beginning. To whoever waits
+		// the answer has not begun, so its time is bounded as a whole.
+		limitBody(resp, e.client.opts.StallTimeout+time.Duration(skip/prefixSpeed)*time.Second)
+		if _, err := io.CopyN(io.Discard, resp.Body, skip); err != nil {
 			resp.Body.Close()
 			if err == io.EOF {
-				err = fmt.Errorf("the blob has less than %d bytes: %w", off, ErrTruncated)
+				err = fmt.Errorf("the answer has less than %d bytes: %w", skip, ErrTruncated)
 			}
 			return nil, err
 		}
+		if watched != nil {
+			watched.unlimit()
+		}
 	}
-	return &Body{rc: resp.Body, left: n, e: e, digest: digest}, nil
+	return &Body{rc: resp.Body, left: n, e: e, digest: digest, watched: watched}, nil
 }
 
 // ask requests a blob, or what a Range header says of it, where the registry
@@ -165,68 +196,86 @@ func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.
 	if at := e.state(digest).location; at != nil {
 		r.url = at
 	}
-	resp, err := e.get(ctx, r)
-	if err != nil || r.url == origin {
+	resp, err := e.follow(ctx, r)
+	if r.url == origin {
 		return resp, err
 	}
-	switch resp.StatusCode {
+	status := statusOf(err)
+	if err == nil {
+		status = resp.StatusCode
+	} else if errors.Is(err, ErrUnauthorized) {
+		status = http.StatusUnauthorized
+	}
+	switch status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
 		// The signature of the remembered location has expired.
-		resp.Body.Close()
+		if err == nil {
+			discard(resp)
+		}
 		e.setState(digest, blobState{})
 		r.url = origin
-		return e.get(ctx, r)
+		return e.follow(ctx, r)
 	}
-	return resp, nil
+	return resp, err
 }
 
 // remember keeps where a blob came from, if not from the registry itself.
 func (e *endpoint) remember(digest v1.Hash, resp *http.Response) {
-	if at := resp.Request.URL; at.Host != e.root.Host || at.Scheme != e.root.Scheme {
+	if at := resp.Request.URL; e.auth != nil && (at.Host != e.root.Host || at.Scheme != e.root.Scheme) {
 		if known := e.state(digest).location; known == nil || *known != *at {
 			e.setState(digest, blobState{location: at})
 		}
 	}
 }
 
-// checkBlob looks at what is known of a blob's answer before its body.
-func (e *endpoint) checkBlob(resp *http.Response, off, n int64, whole bool) error {
+// errWrongRange is an answer to a range request that says it is of other bytes,
+// or not of which.
+var errWrongRange = fmt.Errorf("%w: the range of the answer is not what was asked for", ErrUnavailable)
+
+// checkBlob looks at what is known of a blob's answer before its body. It gives
+// how many bytes come before those that were asked for. What the answer says of
+// an encoding does not matter: the digest is of the bytes that come.
+func (e *endpoint) checkBlob(resp *http.Response, off, n int64, whole bool) (skip int64, err error) {
 	where := func() string { return "GET " + redact(resp.Request.URL) }
-	if c := resp.Header.Get("Content-Encoding"); c != "" && c != "identity" {
-		return fmt.Errorf("%s: the blob is sent encoded as %q, which nobody asked for", where(), c)
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusPartialContent:
+		if e.src.mirrorOf != "" && isPage(resp.Header) {
+			return 0, fmt.Errorf("%s: %w: a page for browsers comes instead of the blob", where(), ErrUnavailable)
+		}
 	}
 	switch resp.StatusCode {
 	case http.StatusOK:
 		if whole {
 			if l := resp.ContentLength; l >= 0 && l != n {
-				return fmt.Errorf("%s: the blob has %d bytes, its descriptor says %d", where(), l, n)
+				return 0, fmt.Errorf("%s: the blob has %d bytes, its descriptor says %d", where(), l, n)
 			}
-			return nil
+			return 0, nil
 		}
 		if l := resp.ContentLength; l >= 0 && l < off+n {
-			return fmt.Errorf("%s: the blob has %d bytes, those up to %d were asked for", where(), l, off+n)
+			return 0, fmt.Errorf("%s: the blob has %d bytes, those up to %d were asked for", where(), l, off+n)
 		}
 		if e.src.ignoresRange.CompareAndSwap(false, true) {
 			e.client.log.Warn("server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
 		}
-		return nil
+		return off, nil
 	case http.StatusPartialContent:
 		if whole {
-			return fmt.Errorf("%s: a part of the blob comes instead of all of it", where())
+			return 0, fmt.Errorf("%s: a part of the blob comes instead of all of it", where())
 		}
-		first, last, _, err := parseContentRange(resp.Header.Get("Content-Range"))
-		if err != nil {
-			return fmt.Errorf("%s: %w: %w", where(), ErrUnavailable, err)
+		s := resp.Header.Get("Content-Range")
+		if s == "" && resp.ContentLength == n && e.src.mirrorOf == "" {
+			return 0, nil // as many as were asked for: the digest decides
 		}
-		if first != off || last > off+n-1 {
-			return fmt.Errorf("%s: %w: bytes %d-%d were asked for, %d-%d come", where(), ErrUnavailable, off, off+n-1, first, last)
+		first, last, _, err := parseContentRange(s)
+		switch {
+		case err != nil:
+			return 0, fmt.Errorf("%s: %w: %w", where(), errWrongRange, err)
+		case first > off || last < off+n-1:
+			return 0, fmt.Errorf("%s: %w: bytes %d-%d were asked for, %d-%d come", where(), errWrongRange, off, off+n-1, first, last)
 		}
-		if last < off+n-1 {
-			return fmt.Errorf("%s: bytes %d-%d were asked for, %d-%d come: %w", where(), off, off+n-1, first, last, ErrTruncated)
-		}
-		return nil
+		return off - first, nil // it may round ranges up
 	}
-	return badStatus(resp)
+	return 0, badStatus(resp)
 }
 
 // parseContentRange reads "bytes FIRST-LAST/SIZE" (RFC 9110, 14.4); size is -1
@@ -260,153 +309,70 @@ func parseContentRange(s string) (first, last, size int64, err error) {
 	return nums[0], nums[1], nums[2], nil
 }
 
+// stat asks the registry itself: that a mirror has a blob says nothing of it.
 func (m *remote) stat(ctx context.Context, digest v1.Hash) (size int64, err error) {
 	err = m.client.retry(ctx, func() error {
-		return m.try(ctx, digest, func(e *endpoint) error {
-			size, err = e.stat(ctx, digest, false)
-			return err
-		})
+		size, err = m.origin.stat(ctx, digest, false)
+		return err
 	})
 	return size, err
 }
 
-// stat is the size of a blob, -1 if the registry does not say.
+// stat is the size of a blob, -1 if the registry does not say. A HEAD is what
+// it costs where it is answered. Some refuse it, or redirect to a URL that is
+// signed for GET alone, or give a length of 0 or none; then a GET of the first
+// byte is asked, whose Content-Range has the size.
 func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, error) {
-	resp, err := e.get(ctx, request{method: http.MethodHead, url: e.url("blobs", digest.String()), push: push})
+	u := e.url("blobs", digest.String())
+	resp, refused := e.follow(ctx, request{method: http.MethodHead, url: u, push: push})
+	if refused == nil {
+		defer resp.Body.Close()
+		switch {
+		case resp.StatusCode == http.StatusOK && resp.ContentLength > 0:
+			return resp.ContentLength, nil
+		case resp.StatusCode/100 != 2:
+			refused = badStatus(resp)
+		}
+	}
+	// A registry that says no itself, or when to come back, is believed.
+	if ctx.Err() != nil || RetryAfter(refused) > 0 || errors.Is(refused, ErrNotFound) && resp != nil && resp.Request.URL.Host == u.Host {
+		return 0, refused
+	}
+	size, err := e.sizeByGet(ctx, digest, push)
+	if refused != nil && (errors.Is(err, errPage) || errors.Is(err, ErrUnauthorized)) {
+		err = refused
+	}
+	return size, err
+}
+
+// errPage is a page for browsers where a blob should be.
+var errPage = errors.New("a page for browsers comes instead of the blob")
+
+// sizeByGet finds out the size of a blob by asking for its first byte.
+func (e *endpoint) sizeByGet(ctx context.Context, digest v1.Hash, push bool) (int64, error) {
+	u := e.url("blobs", digest.String())
+	resp, err := e.follow(ctx, request{method: http.MethodGet, url: u, push: push,
+		header: map[string]string{"Accept-Encoding": "identity", "Range": "bytes=0-0"}})
 	if err != nil {
 		return 0, err
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return 0, badStatus(resp)
-	}
-	return resp.ContentLength, nil
-}
-
-// referrers asks each source in turn. A mirror that knows of none is not
-// believed: it may be older than they are, or not know the API.
-func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) (found []v1.Descriptor, err error) {
-	err = m.client.retry(ctx, func() error {
-		return m.try(ctx, v1.Hash{}, func(e *endpoint) error {
-			found, err = e.referrers(ctx, subject.Digest)
-			if err == nil && e != m.origin && !slices.ContainsFunc(found, func(d v1.Descriptor) bool {
-				return len(artifactTypes) == 0 || slices.Contains(artifactTypes, d.ArtifactType) || untyped(d)
-			}) {
-				return ErrNotFound
-			}
-			return err
-		})
-	})
-	return found, err
-}
-
-// maxPages of a list of referrers.
-const maxPages = 64
-
-// referrers gives them all, of whatever type: not every registry filters as
-// the spec says. Unless the registry is known to have the API, the fallback tag
-// is asked for at the same time: a start waits for the answer.
-func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) (found []v1.Descriptor, err error) {
-	if e.src.listsReferrers.Load() {
-		if found, err = e.listReferrers(ctx, subject); errors.Is(err, errNoReferrersAPI) {
-			found, _, err = e.fallback(ctx, subject)
+	switch resp.StatusCode {
+	case http.StatusOK:
+		resp.Body.Close() // all of it would come
+		if isPage(resp.Header) {
+			return 0, fmt.Errorf("GET %s: %w", redact(u), errPage)
 		}
-		return found, err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	var tagged []v1.Descriptor
-	var tagErr error
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
-	wg.Go(func() { tagged, _, tagErr = e.fallback(ctx, subject) })
-	if found, err = e.listReferrers(ctx, subject); !errors.Is(err, errNoReferrersAPI) {
-		e.src.listsReferrers.Store(err == nil)
-		return found, err
-	}
-	wg.Wait()
-	return tagged, tagErr
-}
-
-var errNoReferrersAPI = errors.New("the registry has no referrers API")
-
-// listReferrers asks the referrers API.
-func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
-	u := e.url("referrers", subject.String())
-	var all []v1.Descriptor
-	for page := 0; page < maxPages; page++ {
-		raw, h, err := e.fetch(ctx, u, string(types.OCIImageIndex))
-		switch statusOf(err) {
-		case http.StatusNotFound, http.StatusBadRequest, http.StatusMethodNotAllowed, http.StatusNotAcceptable,
-			http.StatusNotImplemented:
-			if page == 0 {
-				return nil, errNoReferrersAPI
-			}
-		}
+		return resp.ContentLength, nil
+	case http.StatusPartialContent:
+		discard(resp)
+		_, _, size, err := parseContentRange(resp.Header.Get("Content-Range"))
 		if err != nil {
-			return nil, err
+			size = -1
 		}
-		// Some answer everything with a page for browsers.
-		if t, _, _ := strings.Cut(h.Get("Content-Type"), ";"); page == 0 && strings.TrimSpace(t) != string(types.OCIImageIndex) {
-			return nil, errNoReferrersAPI
-		}
-		var index v1.IndexManifest
-		if err := json.Unmarshal(raw, &index); err != nil {
-			return nil, fmt.Errorf("GET %s: parse index: %w", redact(u), err)
-		}
-		all = append(all, index.Manifests...)
-		next := nextPage(h.Values("Link"))
-		if next == "" {
-			return all, nil
-		}
-		n, err := u.Parse(next)
-		if err != nil || n.Host != u.Host || n.Scheme != u.Scheme {
-			return nil, fmt.Errorf("GET %s: the link to the next page leads elsewhere", redact(u))
-		}
-		u = n
+		return size, nil
+	case http.StatusRequestedRangeNotSatisfiable:
+		discard(resp)
+		return 0, nil // it is empty
 	}
-	return nil, fmt.Errorf("GET %s: there are more than %d pages", redact(u), maxPages)
-}
-
-// nextPage reads Link: <URL>; rel="next" (RFC 8288).
-func nextPage(links []string) string {
-	for _, l := range links {
-		for part := range strings.SplitSeq(l, ",") {
-			target, params, _ := strings.Cut(part, ";")
-			target = strings.TrimSpace(target)
-			params = strings.NewReplacer(`"`, "", " ", "").Replace(strings.ToLower(params))
-			if strings.HasPrefix(target, "<") && strings.HasSuffix(target, ">") && slices.Contains(strings.Split(params, ";"), "rel=next") {
-				return target[1 : len(target)-1]
-			}
-		}
-	}
-	return ""
-}
-
-// fallbackTag is the tag of the index that lists the referrers where there is
-// no API (distribution spec, "Referrers Tag Schema").
-func fallbackTag(subject v1.Hash) string { return subject.Algorithm + "-" + subject.Hex }
-
-// fallback gives the manifests in that index, and its bytes, nil if there is
-// none yet.
-func (e *endpoint) fallback(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, []byte, error) {
-	raw, mediaType, err := e.manifest(ctx, fallbackTag(subject))
-	if errors.Is(err, ErrNotFound) {
-		return nil, nil, nil
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	t, err := manifestType(raw, mediaType)
-	if err == nil && !t.IsIndex() {
-		err = fmt.Errorf("the tag %s is not of an index", fallbackTag(subject))
-	}
-	var index v1.IndexManifest
-	if err == nil {
-		err = json.Unmarshal(raw, &index)
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("referrers of %s: %w", subject, err)
-	}
-	return index.Manifests, raw, nil
+	return 0, badStatus(resp)
 }

@@ -9,6 +9,8 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -89,7 +91,7 @@ func (r *Repo) Resolve(ctx context.Context, platform *v1.Platform) (*Image, erro
 			top := d
 			index = &top
 		}
-		next, err := pick(ctx, raw, platform, r.look)
+		next, err := pick(ctx, raw, platform, r.lookAt)
 		if err != nil {
 			return nil, fmt.Errorf("resolve %s: %w", r.ref, err)
 		}
@@ -192,7 +194,11 @@ func manifestType(raw []byte, sent string) (types.MediaType, error) {
 
 // Referrers gives the manifests whose subject is the one given, those of the
 // given types if there are any, with their annotations. It asks the referrers
-// API, or reads the fallback tag where a registry has no such API.
+// API and the fallback tag, at the registry or at a mirror that is trusted to
+// resolve.
+//
+// A descriptor in such a list is only a claim of whoever may push there: its
+// manifest says what it is and what its subject is.
 func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTypes ...string) ([]v1.Descriptor, error) {
 	fail := func(err error) ([]v1.Descriptor, error) {
 		return nil, fmt.Errorf("find referrers of %s in %s: %w", subject.Digest, r, err)
@@ -202,43 +208,84 @@ func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTyp
 		return fail(err)
 	}
 	seen := make(map[v1.Hash]bool)
-	var found []v1.Descriptor
-	for _, d := range all {
-		if d.Digest.Algorithm != "sha256" || seen[d.Digest] {
-			continue
-		}
+	all = slices.DeleteFunc(all, func(d v1.Descriptor) bool {
+		again := d.Digest.Algorithm != "sha256" || seen[d.Digest]
 		seen[d.Digest] = true
-		if len(artifactTypes) > 0 && untyped(d) && len(seen) <= maxLooks {
-			raw, err := r.Manifest(ctx, d)
-			if errors.Is(err, ErrNotFound) {
-				continue
-			}
-			if err != nil {
-				return fail(err)
-			}
-			if s, full, err := asReferrer(raw, d); err == nil && s != nil {
-				d = full
-			}
-		}
-		if len(artifactTypes) == 0 || slices.Contains(artifactTypes, d.ArtifactType) {
-			found = append(found, d)
-		}
+		return again
+	})
+	if len(artifactTypes) == 0 {
+		return all, nil
+	}
+	lookErr := r.look(ctx, subject, all)
+	if ctx.Err() != nil {
+		return fail(lookErr)
+	}
+	found := slices.DeleteFunc(all, func(d v1.Descriptor) bool { return !slices.Contains(artifactTypes, d.ArtifactType) })
+	// One that cannot be looked at does not hide the others, and is not none.
+	if len(found) == 0 && Temporary(lookErr) {
+		return fail(lookErr)
 	}
 	return found, nil
 }
 
 // untyped says that a list of referrers does not say what d is: some leave it
-// out, and some take the type of an empty config for it, as drafts of the spec
-// did. The manifest has to be looked at, but not more than maxLooks of them.
+// out, and some take the type of the config for it, as drafts of the spec did.
 func untyped(d v1.Descriptor) bool {
-	return d.ArtifactType == "" || d.ArtifactType == string(types.OCIEmptyJSON)
+	return d.ArtifactType == "" || d.ArtifactType == string(types.OCIEmptyJSON) || d.ArtifactType == string(types.DockerConfigJSON) ||
+		strings.Contains(d.ArtifactType, ".config.")
 }
 
-const maxLooks = 64
+// Bounds of the manifests that are looked at to find out what they are: in all,
+// and at once.
+const maxLooks, looksAtOnce = 64, 8
 
-// HasBlob says whether the blob is there already.
+// look completes the descriptors of a list that do not say what they are, by
+// their manifests. One that is about another subject loses its type. The error
+// is of the last manifest that could not be had.
+func (r *Repo) look(ctx context.Context, subject v1.Descriptor, list []v1.Descriptor) error {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var failed error
+	slots := make(chan struct{}, looksAtOnce)
+	looks := 0
+	for i, d := range list {
+		if !untyped(d) {
+			continue
+		}
+		if looks++; looks > maxLooks {
+			break
+		}
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			raw, err := r.Manifest(ctx, d)
+			if err != nil {
+				mu.Lock()
+				failed = err
+				mu.Unlock()
+				return
+			}
+			s, full, err := asReferrer(raw, d)
+			switch {
+			case err != nil || s == nil:
+			case s.Digest != subject.Digest:
+				list[i].ArtifactType = ""
+			default:
+				list[i] = full
+			}
+		})
+	}
+	wg.Wait()
+	return failed
+}
+
+// HasBlob says whether the blob is there already. It asks the registry itself,
+// never a mirror, so that a push may rely on it.
 func (r *Repo) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
 	size, err := r.finder.stat(ctx, d.Digest)
+	if m, ok := r.finder.(*remote); ok && err == nil && size >= 0 && size != d.Size {
+		size, err = m.origin.sizeByGet(ctx, d.Digest, false) // some do not tell the truth by HEAD
+	}
 	switch {
 	case errors.Is(err, ErrNotFound):
 		return false, nil
@@ -282,8 +329,9 @@ func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 // ends in an error; never in an early io.EOF. The bytes are not verified. The
 // reader is a *Body, whose Distrust is to be called when they are wrong.
 //
-// Mirrors that work are asked before the registry, but nothing is asked twice:
-// see Temporary.
+// Mirrors that work are asked before the registry. A source whose answer does not
+// begin in the time that it usually takes is overtaken: the next one is asked
+// too, and the first answer wins. But nothing is asked twice: see Temporary.
 func (r *Repo) OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error) {
 	if off < 0 || n < 0 || off+n < off {
 		return nil, fmt.Errorf("read blob %s of %s: there is no range of %d bytes at %d", digest, r, n, off)
@@ -294,6 +342,41 @@ func (r *Repo) OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.
 	b, err := r.reader.open(ctx, digest, off, n, false)
 	if err != nil {
 		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
+	}
+	return b, nil
+}
+
+// OpenRangeElsewhere is OpenRange for bytes that come too slowly from one source:
+// it asks the others, in their order. avoid is Body.Source of the request that is
+// late; empty is no source. A nil reader without an error means that there is no
+// other source at present.
+func (r *Repo) OpenRangeElsewhere(ctx context.Context, digest v1.Hash, off, n int64, avoid string) (io.ReadCloser, error) {
+	if off < 0 || n <= 0 || off+n < off {
+		return nil, fmt.Errorf("read blob %s of %s: there is no range of %d bytes at %d", digest, r, n, off)
+	}
+	m, ok := r.reader.(*remote)
+	if !ok {
+		return nil, nil
+	}
+	now := time.Now()
+	for _, e := range m.mirrors(false) {
+		if e.src.name == avoid {
+			e.src.overtaken()
+		}
+	}
+	list := m.holders(digest, avoid)
+	if !slices.Contains(list, m.origin) {
+		list = slices.DeleteFunc(list, func(e *endpoint) bool { return e.src.resting(now) })
+	}
+	if len(list) == 0 {
+		return nil, nil
+	}
+	b, err := m.openFrom(ctx, list, digest, off, n, false)
+	switch {
+	case errors.Is(err, errNoSource):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("read blob %s of %s elsewhere than at %s: %w", digest, r, avoid, err)
 	}
 	return b, nil
 }

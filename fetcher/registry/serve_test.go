@@ -96,6 +96,9 @@ func newClient(t testing.TB, o Options) *Client {
 	if o.backoff == 0 {
 		o.backoff = 2 * time.Millisecond
 	}
+	if o.settle == 0 {
+		o.settle = 100 * time.Millisecond
+	}
 	c := New(o)
 	t.Cleanup(c.Close)
 	return c

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/url"
+	"slices"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -14,7 +17,8 @@ import (
 // only if the bytes were those that the descriptor says, in number and by
 // digest; what has been read before it is not verified. Where the connection
 // breaks it goes on from there, with another if need be, as often as there is
-// progress.
+// progress. Where the place does not have the blob and its descriptor has URLs
+// (a foreign layer), it is read from there, without credentials.
 //
 // The reader lives no longer than ctx.
 func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
@@ -30,7 +34,11 @@ func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, er
 		if s.off == d.Size && d.Size > 0 {
 			return &Body{rc: io.NopCloser(bytes.NewReader(nil))}, nil
 		}
-		return r.reader.open(ctx, d.Digest, s.off, d.Size-s.off, s.off == 0)
+		b, err := r.reader.open(ctx, d.Digest, s.off, d.Size-s.off, s.off == 0)
+		if len(d.URLs) > 0 && Absent(err) {
+			return r.client.openURLs(ctx, d, s.off, err)
+		}
+		return b, err
 	}
 	s.pause = func(n int, err error) error { return r.client.pause(ctx, n, err) }
 	// So that a blob that is not there is known of now.
@@ -120,6 +128,53 @@ func (s *stream) Read(p []byte) (int, error) {
 
 // mirrored says whether the last bytes came from a mirror.
 func (s *stream) mirrored() bool { return s.body.e != nil && s.body.e.src.mirrorOf != "" }
+
+// maxURLs is how many of a blob's URLs are tried.
+const maxURLs = 8
+
+// openURLs reads a blob from off from one of its URLs (image spec, "Descriptors").
+// They are as good as any other source, for the digest is checked; so nothing is
+// shown to them, and what fails is not asked for again. The error is absent, that
+// of the place that has not got the blob, with what the URLs answered.
+func (c *Client) openURLs(ctx context.Context, d v1.Descriptor, off int64, absent error) (*Body, error) {
+	var errs []error
+	for _, s := range d.URLs[:min(len(d.URLs), maxURLs)] {
+		u, err := url.Parse(s)
+		if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+			errs = append(errs, errors.New("a URL of its descriptor is neither http nor https"))
+			continue
+		}
+		u.User = nil
+		e := &endpoint{client: c, src: &source{name: u.Scheme + "://" + u.Host, log: c.log}, root: &url.URL{}}
+		b, err := e.openURL(ctx, u, d.Digest, off, d.Size-off)
+		if err == nil {
+			return b, nil
+		}
+		errs = append(errs, err)
+	}
+	err := errors.Join(errs...)
+	if slices.ContainsFunc(errs, Temporary) {
+		return nil, err
+	}
+	return nil, fmt.Errorf("%w; at its URLs: %v", absent, err)
+}
+
+func (e *endpoint) openURL(ctx context.Context, u *url.URL, digest v1.Hash, off, n int64) (*Body, error) {
+	r := request{method: http.MethodGet, url: u, header: map[string]string{"Accept-Encoding": "identity"}}
+	if off > 0 {
+		r.header["Range"] = fmt.Sprintf("bytes=%d-%d", off, off+n-1)
+	}
+	resp, err := e.follow(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	skip, err := e.checkBlob(resp, off, n, off == 0)
+	if err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	return e.body(resp, digest, skip, n)
+}
 
 func (s *stream) Close() error {
 	if s.err == nil {

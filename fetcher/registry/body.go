@@ -1,0 +1,105 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// Body is a run of the bytes of a blob: exactly as long as was asked for, or
+// it ends in an error.
+type Body struct {
+	rc   io.ReadCloser
+	left int64
+	err  error // what the last Read returned
+
+	// Where it comes from over HTTP; nil otherwise.
+	e       *endpoint
+	digest  v1.Hash
+	watched *watchedBody
+	release func() // ends the contexts of the request
+	// guessed says that the server did not say which bytes these are.
+	guessed bool
+}
+
+// Read never returns io.EOF before the last byte.
+func (b *Body) Read(p []byte) (int, error) {
+	if b.err != nil || b.left == 0 {
+		if b.err == nil {
+			return 0, io.EOF
+		}
+		return 0, b.err
+	}
+	if int64(len(p)) > b.left {
+		p = p[:b.left]
+	}
+	n, err := b.rc.Read(p)
+	b.left -= int64(n)
+	switch {
+	case b.left == 0:
+		err = nil
+		if b.e != nil {
+			b.e.src.succeeded()
+		}
+	case err == io.EOF:
+		err = fmt.Errorf("%d bytes are missing: %w", b.left, ErrTruncated)
+	}
+	if b.err = err; err != nil && b.e != nil {
+		b.e.failed(b.digest, err)
+	}
+	return n, err
+}
+
+// Close ends the request if there are bytes left. A mirror from which they came
+// too slowly is left alone for a while, as if it had failed.
+func (b *Body) Close() error {
+	if b.left > 0 && b.err == nil && b.watched != nil && b.watched.trickles() {
+		b.err = errors.New("read of a closed body")
+		b.e.failed(b.digest, fmt.Errorf("%w: %w", ErrUnavailable, errStalled))
+	}
+	err := b.rc.Close()
+	if b.release != nil {
+		b.release()
+	}
+	return err
+}
+
+// Source is the scheme and host of the mirror or registry that the bytes come
+// from, or empty where they come from a file.
+func (b *Body) Source() string {
+	if b.e == nil {
+		return ""
+	}
+	return b.e.src.name
+}
+
+// Distrust says that the bytes were not what the digest of the chunk or blob
+// says. A mirror is then left alone for a while, longer each time; a
+// location that a registry redirected to is forgotten.
+func (b *Body) Distrust() {
+	if b.e == nil {
+		return
+	}
+	b.e.setState(b.digest, blobState{})
+	if b.guessed {
+		b.e.src.ignoreRanges("the bytes of a range without a Content-Range were not those that were asked for")
+	}
+	b.e.src.distrust()
+}
+
+// failed takes note of a request for a blob that did not go well. That there
+// is no such blob says nothing of a source's health, nor do ranges that it does
+// not give, or a caller that has gone away.
+func (e *endpoint) failed(h v1.Hash, err error) {
+	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return
+	}
+	// The location may be what does not work.
+	if e.state(h).location != nil {
+		e.setState(h, blobState{})
+	}
+	e.src.failed(RetryAfter(err), err)
+}

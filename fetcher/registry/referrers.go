@@ -1,0 +1,163 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// referrers asks the origin and the mirrors that are trusted to resolve. Such a
+// mirror that knows of none is not believed: it may be older than they are, or
+// not know the API.
+func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) (found []v1.Descriptor, err error) {
+	err = m.client.retry(ctx, func() error {
+		list, release, err := race(ctx, m, v1.Hash{}, m.resolvers(), func(ctx context.Context, e *endpoint) ([]v1.Descriptor, error) {
+			list, err := e.referrers(ctx, subject.Digest)
+			if err == nil && e != m.origin && !slices.ContainsFunc(list, func(d v1.Descriptor) bool {
+				return len(artifactTypes) == 0 || slices.Contains(artifactTypes, d.ArtifactType) || untyped(d)
+			}) {
+				return nil, ErrNotFound
+			}
+			return list, err
+		}, nil)
+		if err == nil {
+			release()
+		}
+		found = list
+		return err
+	})
+	if errors.Is(err, errAPIDown) && ctx.Err() == nil {
+		// The tag has answered, if only that there is none.
+		m.client.log.Warn("the registry's referrers API fails; using the fallback tag alone", "repository", m.ref.Place(), "subject", subject.Digest.String(), "err", err)
+		return nil, nil
+	}
+	return found, err
+}
+
+const (
+	// maxPages of a list of referrers.
+	maxPages = 64
+	// tagPatience is how long the fallback tag is waited for when the API has
+	// given a list.
+	tagPatience = 2 * time.Second
+)
+
+// referrers gives them all, of whatever type: not every registry filters as
+// the spec says. The API and the tags are asked at the same time, for a
+// start waits for the answer, and all count: an API may not know what was
+// listed under a tag, and a registry may answer either with anything at all.
+// What is unusable of one does not matter if another answers.
+func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
+	tctx, cancel := context.WithCancel(ctx)
+	tags := [...]string{fallbackTag(subject), ownTag(subject)}
+	var tagged [len(tags)][]v1.Descriptor
+	var tagErrs [len(tags)]error
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	for i, tag := range tags {
+		if i > 0 && e.src.listsReferrers.Load() {
+			break // no list was ever put there
+		}
+		wg.Go(func() {
+			list, err := e.readListing(tctx, tag)
+			tagged[i], tagErrs[i] = list.descriptors(), err
+		})
+	}
+	listed, apiErr := e.listReferrers(ctx, subject)
+	if len(listed) > 0 {
+		e.src.listsReferrers.Store(true)
+		t := time.AfterFunc(tagPatience, cancel)
+		defer t.Stop()
+	}
+	wg.Wait()
+	if apiErr != nil && statusOf(tagErrs[0]) == http.StatusInternalServerError && e.failsForAbsent(ctx, subject) {
+		tagErrs[0] = nil
+	}
+	all := append(append(listed, tagged[0]...), tagged[1]...)
+	switch {
+	case ctx.Err() != nil:
+		return nil, errors.Join(apiErr, ctx.Err())
+	case apiErr == nil, len(all) > 0:
+		return all, nil
+	case tagErrs[0] != nil && Temporary(tagErrs[0]):
+		return nil, tagErrs[0]
+	case Temporary(apiErr):
+		// It may have some, and be asked again.
+		return nil, fmt.Errorf("%w: %w", errAPIDown, apiErr)
+	case tagErrs[0] != nil:
+		// Neither has a list. Some registries refuse what is not there, and the
+		// manifest of the subject could be read.
+		e.client.warnOnce("referrers "+e.root.Host+"/"+e.path, "the registry does not list referrers",
+			"repository", e.root.Host+"/"+e.path, "err", errors.Join(apiErr, tagErrs[0]))
+	}
+	return nil, nil
+}
+
+// errAPIDown: the referrers API may have an answer later, and the fallback tag
+// is of no list.
+var errAPIDown = errors.New("the referrers API has no answer")
+
+// listReferrers asks the referrers API. What there is of a list of which a later
+// page cannot be had is given.
+func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
+	u := e.url("referrers", subject.String())
+	var all []v1.Descriptor
+	for page := 0; page < maxPages; page++ {
+		raw, h, err := e.fetch(ctx, u, string(types.OCIImageIndex))
+		var list []v1.Descriptor
+		if err == nil {
+			// By what it is and not by its Content-Type: some write
+			// application/json, some answer with a page for browsers.
+			if list, err = parseIndex(raw); err != nil {
+				err = fmt.Errorf("GET %s: %w", redact(u), err)
+			}
+		}
+		if err != nil {
+			return all, err
+		}
+		all = append(all, list...)
+		next := nextPage(h.Values("Link"))
+		if next == "" {
+			return all, nil
+		}
+		n, err := u.Parse(next)
+		if err != nil || n.Host != u.Host || n.Scheme != u.Scheme {
+			return all, fmt.Errorf("GET %s: the link to the next page leads elsewhere", redact(u))
+		}
+		u = n
+	}
+	return all, fmt.Errorf("GET %s: there are more than %d pages", redact(u), maxPages)
+}
+
+// nextPage reads Link: <URL>; rel="next" (RFC 8288).
+func nextPage(links []string) string {
+	for _, l := range links {
+		for part := range strings.SplitSeq(l, ",") {
+			target, params, _ := strings.Cut(part, ";")
+			target = strings.TrimSpace(target)
+			params = strings.NewReplacer(`"`, "", " ", "").Replace(strings.ToLower(params))
+			if strings.HasPrefix(target, "<") && strings.HasSuffix(target, ">") && slices.Contains(strings.Split(params, ";"), "rel=next") {
+				return target[1 : len(target)-1]
+			}
+		}
+	}
+	return ""
+}
+
+// fallbackTag is the tag of the index that lists the referrers where there is
+// no API (distribution spec, "Referrers Tag Schema").
+func fallbackTag(subject v1.Hash) string { return subject.Algorithm + "-" + subject.Hex }
+
+// ownTag is the tag of the same index for registries with neither: some take
+// the fallback tag for another way to write the digest, and give the image, and
+// some refuse it.
+func ownTag(subject v1.Hash) string { return "referrers-" + fallbackTag(subject) }
