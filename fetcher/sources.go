@@ -1,0 +1,259 @@
+package fetcher
+
+import (
+	"slices"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// source is where one image's chunks come from, with what is queued and in flight
+// there. Sources share the Fetcher's bounds, and none can take them all: see pool.
+type source struct {
+	origin Origin
+
+	demand   []*flight // in order of arrival; those that have started are skipped
+	prefetch []*flight
+	compact  int // the length of demand at which entries that are over are taken out
+
+	active  load // what its requests take
+	ahead   load // the part of active that nobody waited for when it was asked for
+	bundles int  // the part of both that are bundles
+	running map[*request]struct{}
+	pace    *pace
+
+	spare     load      // what its extra requests take, which are not part of active
+	asked     int64     // requests
+	extra     int64     // extra ones
+	good      time.Time // when it last brought a chunk that was right
+	avoid     string    // the server behind the origin that was too slow
+	avoidTill time.Time
+
+	decoding chan struct{} // a token for each job that the decoders have of it
+	listed   bool          // in Fetcher.mu.sources
+}
+
+func (f *Fetcher) newSource(o Origin) *source {
+	return &source{
+		origin: o, running: make(map[*request]struct{}), pace: newPace(int64(float64(f.o.MaxBytes) * f.o.PrefetchShare)),
+		decoding: make(chan struct{}, f.o.Decoders),
+	}
+}
+
+// place says where the compressed bytes of a chunk are.
+type place struct {
+	src   *source
+	table *blockmap.Table
+}
+
+// load is what requests in flight take.
+type load struct {
+	requests int
+	bytes    int64 // of memory
+}
+
+func (l *load) add(n int, bytes int64) { l.requests += n; l.bytes += bytes }
+
+// pool is what requests of all sources share: at most most together. A source may
+// take as much as it leaves free. So one source alone takes half of the pool,
+// and beside k sources that hang the next one still gets 1/(k+2).
+type pool struct {
+	most, taken load
+}
+
+// free is what is left when a request of so many bytes has been added.
+func (p *pool) free(bytes int64) load {
+	return load{p.most.requests - p.taken.requests - 1, p.most.bytes - p.taken.bytes - bytes}
+}
+
+// admits says whether who has mine may make one more request.
+func (p *pool) admits(mine load, bytes int64) bool {
+	free := p.free(bytes)
+	return mine.requests+1 <= free.requests && mine.bytes+bytes <= free.bytes
+}
+
+// admits says whether a source may make one more request. f.mu is held.
+func (f *Fetcher) admits(s *source, demand bool, bytes int64) bool {
+	if demand {
+		// One is always let through, however large its chunk is, and whatever hangs.
+		return s.active.requests == s.ahead.requests || f.mu.pool.admits(s.active, bytes)
+	}
+	if s.active.requests == s.bundles {
+		return true
+	}
+	return f.mu.pool.admits(s.active, bytes) && f.admitsAhead(s, bytes)
+}
+
+// admitsAhead says whether the part of the bounds that is for prefetches has room.
+func (f *Fetcher) admitsAhead(s *source, bytes int64) bool {
+	free := f.mu.pool.free(bytes)
+	return float64(s.ahead.requests) < float64(min(f.o.MaxRequests, free.requests))*f.o.PrefetchShare &&
+		float64(s.ahead.bytes+bytes) <= float64(min(f.o.MaxBytes, free.bytes))*f.o.PrefetchShare
+}
+
+// enqueue has a flight fetched from any of the sources that have it: the first
+// that has room for it takes it. f.mu is held, and dispatch is called behind it.
+func (f *Fetcher) enqueue(fl *flight) {
+	fl.state = queued
+	f.list(fl, fl.place.src)
+	for i, p := range fl.others {
+		if p.src != fl.place.src && !slices.ContainsFunc(fl.others[:i], func(q place) bool { return q.src == p.src }) {
+			f.list(fl, p.src)
+		}
+	}
+}
+
+// list queues a flight at one source.
+func (f *Fetcher) list(fl *flight, s *source) {
+	if fl.demand {
+		// Readers that come and go must not make the queue of a source that hangs
+		// grow for ever.
+		if len(s.demand) >= max(s.compact, 64) {
+			s.demand = slices.DeleteFunc(s.demand, func(fl *flight) bool { return !fl.waits(true) })
+			s.compact = 2 * len(s.demand)
+		}
+		s.demand = append(s.demand, fl)
+	} else {
+		s.prefetch = append(s.prefetch, fl)
+	}
+	f.enlist(s)
+}
+
+// enlist has dispatch look at a source.
+func (f *Fetcher) enlist(s *source) {
+	if !s.listed {
+		s.listed = true
+		f.mu.sources = append(f.mu.sources, s)
+	}
+}
+
+// waits says whether a flight is to be started from a queue of that kind.
+func (fl *flight) waits(demand bool) bool { return fl.state == queued && fl.demand == demand }
+
+// skip drops the flights at the head of a queue that need not start from there:
+// they went along with a neighbour, have ended, or are in another queue now.
+func skip(q *[]*flight, demand bool) {
+	for len(*q) > 0 && !(*q)[0].waits(demand) {
+		(*q)[0] = nil
+		*q = (*q)[1:]
+	}
+}
+
+// dispatch starts requests while the bounds allow, of each source in turn. f.mu
+// is held.
+func (f *Fetcher) dispatch() {
+	if f.mu.closed {
+		return
+	}
+	for _, demand := range []bool{true, false} {
+		for again := true; again; {
+			again = false
+			for _, s := range f.mu.sources {
+				if f.startNext(s, demand) {
+					again = true
+				}
+			}
+		}
+	}
+	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
+		s.listed = len(s.demand)+len(s.prefetch) > 0
+		return !s.listed
+	})
+	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
+		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
+	}
+}
+
+// startNext starts the next request of a source, if there is one and the bounds
+// allow it.
+func (f *Fetcher) startNext(s *source, demand bool) bool {
+	skip(&s.demand, true)
+	q := s.demand
+	if !demand {
+		if len(s.demand) > 0 {
+			return false // what is demanded has no room, and prefetches must not take it
+		}
+		skip(&s.prefetch, false)
+		q = s.prefetch
+	}
+	if len(q) == 0 || !f.admits(s, demand, cost(q[0].chunk())) || !demand && !f.keepsPace(s) {
+		return false
+	}
+	batch := f.gather(s, q[0])
+	for _, fl := range batch {
+		fl.take(q[0].at(s))
+	}
+	bytes := costs(batch)
+	if !f.admits(s, demand, bytes) {
+		batch = []*flight{q[0]} // which has room
+		bytes = costs(batch)
+	}
+	f.start(s, batch, demand, bytes)
+	return true
+}
+
+func costs(batch []*flight) (bytes int64) {
+	for _, fl := range batch {
+		bytes += cost(fl.chunk())
+	}
+	return bytes
+}
+
+// start makes a request for chunks of one blob.
+func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
+	if s.active.requests == 0 {
+		s.pace.resume()
+	}
+	f.charge(s, demand, 1, bytes)
+	f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.pool.taken.requests)))
+	r := newRequest(f.ctx, batch[0].place)
+	for _, fl := range batch {
+		fl.state = running
+		fl.requests = append(fl.requests, r)
+		if fl.tries == 0 {
+			fl.began = r.asked
+		}
+	}
+	r.flights = batch
+	s.asked++
+	s.running[r] = struct{}{}
+	f.mu.running[r] = struct{}{}
+	f.watch()
+	f.wg.Go(func() {
+		f.bring(r)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.ended(r)
+		f.charge(s, demand, -1, -bytes)
+		f.dispatch()
+	})
+}
+
+// charge takes account of a request that begins or ends.
+func (f *Fetcher) charge(s *source, demand bool, n int, bytes int64) {
+	f.mu.pool.taken.add(n, bytes)
+	s.active.add(n, bytes)
+	if !demand {
+		s.ahead.add(n, bytes)
+	}
+}
+
+// keepsPace says whether a source may ask for more that nobody waits for: whether
+// what is on its way would not keep the line busy. What has not moved lately is
+// not on its way.
+func (f *Fetcher) keepsPace(s *source) bool {
+	now := time.Now()
+	var left int64
+	var requests int
+	for r := range s.running {
+		if r.carrier != nil || now.Sub(r.moved) > stuckAfter {
+			continue
+		}
+		left += r.total - r.got
+		requests++
+	}
+	return len(f.mu.claims) == 0 && (left < s.pace.window() || requests < s.pace.requests(rangesOf(s.origin) > 1))
+}
+
+// stuckAfter is how long a request that brings nothing counts as one that will.
+const stuckAfter = time.Second

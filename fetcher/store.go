@@ -1,0 +1,53 @@
+package fetcher
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// storeError says that a chunk came and was what it should be, but that it could
+// not be kept.
+type storeError struct{ err error }
+
+func (e *storeError) Error() string { return e.err.Error() }
+func (e *storeError) Unwrap() error { return e.err }
+
+// store keeps content as chunk i of a stream: in the cache or, where that has no
+// room or its disk fails and somebody waits for the chunk, in memory. It fails
+// with ErrDigest where it is something else, and with a storeError.
+func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() bool) error {
+	for try := 0; ; try++ {
+		err := s.Fill(i, content)
+		if err == nil || errors.Is(err, blockmap.ErrDigest) {
+			return err
+		}
+		if !read() {
+			return &storeError{err}
+		}
+		held := s.Hold(i, content)
+		if held == nil {
+			f.held.Add(1)
+			f.warnings.Do(func() {
+				f.log.Warn("the cache cannot keep what is read; reads are answered from memory", "stream", s.ID().String(), "err", err)
+			})
+			return nil
+		}
+		if try == spaceTries-1 {
+			return &storeError{fmt.Errorf("%w; nor can it be held in memory: %w", err, held)}
+		}
+		// What takes the room is in use by others, and not for long.
+		t := time.NewTimer(min(f.o.Backoff<<try, time.Second))
+		select {
+		case <-t.C:
+		case <-f.ctx.Done():
+			t.Stop()
+			return &storeError{err}
+		}
+	}
+}
+
+// warnEvery is how often the same warning is repeated.
+const warnEvery = 10 * time.Second
