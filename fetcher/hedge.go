@@ -245,6 +245,7 @@ func (f *Fetcher) bringBy(r *request, fl *flight, ways []way) (asked bool) {
 		f.mu.Lock()
 		r.place, r.elsewhere = w.place, w.other != nil
 		r.expect(r.flights)
+		r.made = true
 		f.mu.Unlock()
 		c := &w.place.table.Chunks[fl.key.chunk]
 		var body io.ReadCloser

@@ -33,6 +33,7 @@ type request struct {
 	total, got int64     // bytes that are to come, and that have
 	moved      time.Time // when bytes came last, or when they were asked for
 	samples    samples   // of got
+	made       bool      // and not only looked for in the cache
 	server     string    // that the bytes come from, where that is known
 	cancelled  bool
 
@@ -133,6 +134,7 @@ func (f *Fetcher) bring(r *request) {
 	}
 	f.mu.Lock()
 	r.expect(missing)
+	r.made = true
 	if r.read() {
 		r.hurry()
 	}
@@ -377,7 +379,7 @@ func (f *Fetcher) finish(r *request, fl *flight, err error) {
 
 // chunkCame takes account of a chunk that a request has brought.
 func (f *Fetcher) chunkCame(r *request, fl *flight, others bool) {
-	if len(r.ends) == 0 {
+	if !r.made {
 		return // it was here
 	}
 	src := r.place.src

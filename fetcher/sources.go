@@ -176,7 +176,7 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 		skip(&s.prefetch, false)
 		q = s.prefetch
 	}
-	if len(q) == 0 || !f.admits(s, demand, cost(q[0].chunk())) || !demand && !f.keepsPace(s) {
+	if len(q) == 0 || !f.admits(s, demand, cost(q[0].chunk())) || !demand && !f.keepsPace(s, int64(q[0].chunk().Stored)) {
 		return false
 	}
 	batch := f.gather(s, q[0])
@@ -214,7 +214,7 @@ func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
 			fl.began = r.asked
 		}
 	}
-	r.flights = batch
+	r.expect(batch)
 	s.asked++
 	s.running[r] = struct{}{}
 	f.mu.running[r] = struct{}{}
@@ -241,18 +241,19 @@ func (f *Fetcher) charge(s *source, demand bool, n int, bytes int64) {
 // keepsPace says whether a source may ask for more that nobody waits for: whether
 // what is on its way would not keep the line busy. What has not moved lately is
 // not on its way.
-func (f *Fetcher) keepsPace(s *source) bool {
+func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	now := time.Now()
 	var left int64
 	var requests int
 	for r := range s.running {
-		if r.carrier != nil || now.Sub(r.moved) > stuckAfter {
+		if r.carrier != nil || r.paused.IsZero() && now.Sub(r.moved) > stuckAfter {
 			continue
 		}
 		left += r.total - r.got
 		requests++
 	}
-	return len(f.mu.claims) == 0 && (left < s.pace.window() || requests < s.pace.requests(rangesOf(s.origin) > 1))
+	window := s.pace.window()
+	return len(f.mu.claims) == 0 && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
 }
 
 // stuckAfter is how long a request that brings nothing counts as one that will.
