@@ -24,22 +24,22 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 		if err == nil || errors.Is(err, blockmap.ErrDigest) {
 			return err
 		}
-		if !read() {
+		if read() {
+			held := s.Hold(i, content)
+			if held == nil {
+				f.held.Add(1)
+				f.warnings.Do(func() {
+					f.log.Warn("the cache cannot store what clients read; it is answered from memory", "stream", s.ID().String(), "err", err)
+				})
+				return nil
+			}
+			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
+		}
+		// What takes the room may be in use by others, and not for long.
+		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) {
 			return &storeError{err}
 		}
-		held := s.Hold(i, content)
-		if held == nil {
-			f.held.Add(1)
-			f.warnings.Do(func() {
-				f.log.Warn("the cache cannot keep what is read; reads are answered from memory", "stream", s.ID().String(), "err", err)
-			})
-			return nil
-		}
-		if try == spaceTries-1 {
-			return &storeError{fmt.Errorf("%w; nor can it be held in memory: %w", err, held)}
-		}
-		// What takes the room is in use by others, and not for long.
-		t := time.NewTimer(min(f.o.Backoff<<try, time.Second))
+		t := time.NewTimer(f.o.Backoff << try)
 		select {
 		case <-t.C:
 		case <-f.ctx.Done():
@@ -48,6 +48,9 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 		}
 	}
 }
+
+// storeTries bounds how often a place is looked for for a chunk that is here.
+const storeTries = 3
 
 // warnEvery is how often the same warning is repeated.
 const warnEvery = 10 * time.Second
