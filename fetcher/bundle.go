@@ -185,7 +185,7 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, s *source) (flights []*flig
 	if lacking <= at/2 {
 		return nil, nil
 	}
-	if f.mu.bundles > 0 && !(f.mu.pool.admits(s.active, carryBytes) && f.admitsAhead(s, carryBytes)) {
+	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*carryBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, carryBytes) && f.admitsAhead(s, carryBytes)) {
 		f.log.Info("there is no room for one more bundle; its chunks are fetched one by one", "bundles", f.mu.bundles)
 		return nil, nil
 	}

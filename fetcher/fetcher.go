@@ -137,6 +137,7 @@ type Fetcher struct {
 		pool     pool // of requests
 		spare    pool // of extra ones
 		bundles  int
+		refused  bool                  // somebody had no room since reclaim was called
 		claims   map[*request]struct{} // that have the line for themselves
 		turned   chan struct{}         // closed, and made anew, when others may have it
 	}

@@ -18,7 +18,8 @@ type flight struct {
 	readers, wanted int
 	hint            *Bound // that has guessed it, which is one of wanted
 	state           state
-	turn            int64     // its place among all that were ever asked for
+	turn            int64 // its place among all that were ever asked for
+	started         bool
 	began           time.Time // its first try, or when somebody began to wait
 	since           time.Time // somebody waits
 	tries           int
@@ -174,6 +175,7 @@ func (b *Bound) flight(w blockmap.Want, as asker) *flight {
 func (f *Fetcher) hurry(fl *flight) {
 	fl.demand = true
 	fl.began = time.Now()
+	fl.started = fl.state == running
 	fl.since = fl.began
 	f.mu.urgent[fl] = struct{}{}
 	f.watch()

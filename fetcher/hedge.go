@@ -66,14 +66,20 @@ func (f *Fetcher) watch() {
 }
 
 func (f *Fetcher) lookAfter(now time.Time) {
-	rates := make(map[*source]rates)
 	seen := make(map[*request]bool)
+	sample := func(r *request) {
+		if !seen[r] {
+			seen[r] = true
+			r.samples.add(now, r.got)
+		}
+	}
+	for r := range f.mu.running {
+		sample(r)
+	}
+	rates := make(map[*source]rates)
 	for fl := range f.mu.urgent {
 		for _, r := range fl.requests {
-			if !seen[r] {
-				seen[r] = true
-				r.samples.add(now, r.got)
-			}
+			sample(r)
 			if src := r.place.src; rates[src].of == 0 {
 				rates[src] = src.rates(now)
 			}
@@ -101,6 +107,7 @@ func (f *Fetcher) lookAfter(now time.Time) {
 			f.lookAtStalled(r, now)
 		}
 	}
+	f.reclaim(now)
 }
 
 // lookAtStalled asks other origins for what nobody waits for and does not come,

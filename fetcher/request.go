@@ -19,7 +19,9 @@ type request struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	asked  time.Time
-	extra  bool // it was made since another brings its chunk too late
+	demand bool  // somebody waited when it was made
+	bytes  int64 // what it takes of MaxBytes
+	extra  bool  // it was made since another brings its chunk too late
 
 	elsewhere bool     // of an extra one: another server of the same origin was asked
 	carrier   *carrier // of a bundle's download, which is no request for chunks

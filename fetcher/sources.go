@@ -176,7 +176,11 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 		skip(&s.prefetch, false)
 		q = s.prefetch
 	}
-	if len(q) == 0 || !f.admits(s, demand, cost(q[0].chunk())) || !demand && !f.keepsPace(s, int64(q[0].chunk().Stored)) {
+	if len(q) == 0 || !demand && !f.keepsPace(s, int64(q[0].chunk().Stored)) {
+		return false
+	}
+	if !f.admits(s, demand, cost(q[0].chunk())) {
+		f.mu.refused = true
 		return false
 	}
 	batch := f.gather(s, q[0])
@@ -207,11 +211,12 @@ func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
 	f.charge(s, demand, 1, bytes)
 	f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.pool.taken.requests)))
 	r := newRequest(f.ctx, batch[0].place)
+	r.demand, r.bytes = demand, bytes
 	for _, fl := range batch {
 		fl.state = running
 		fl.requests = append(fl.requests, r)
-		if fl.tries == 0 {
-			fl.began = r.asked
+		if fl.tries == 0 && !fl.started {
+			fl.began, fl.started = r.asked, true
 		}
 	}
 	r.expect(batch)
@@ -227,6 +232,65 @@ func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
 		f.charge(s, demand, -1, -bytes)
 		f.dispatch()
 	})
+}
+
+// reclaim has sources that hold more than is free take back requests that bring
+// nothing, and queue their chunks again, where others are refused for want of room.
+// Without that who came first would keep half of all, and the next half of the rest.
+func (f *Fetcher) reclaim(now time.Time) {
+	if !f.mu.refused {
+		return
+	}
+	f.mu.refused = false
+	var freed load // what ends soon
+	ends := make(map[*source]load)
+	for again := true; again; {
+		again = false
+		stalled := make(map[*source]*request) // the last of each source
+		for r := range f.mu.running {
+			if r.cancelled || !r.stalls(now) {
+				continue
+			}
+			if last := stalled[r.place.src]; last == nil || r.asked.After(last.asked) {
+				stalled[r.place.src] = r
+			}
+		}
+		for s, r := range stalled {
+			mine := load{s.active.requests - ends[s].requests, s.active.bytes - ends[s].bytes}
+			free := load{f.mu.pool.most.requests - f.mu.pool.taken.requests + freed.requests,
+				f.mu.pool.most.bytes - f.mu.pool.taken.bytes + freed.bytes}
+			if mine.requests <= 1 || mine.requests <= free.requests && mine.bytes <= free.bytes {
+				continue
+			}
+			freed.add(1, r.bytes)
+			ends[s] = load{ends[s].requests + 1, ends[s].bytes + r.bytes}
+			f.requeue(r)
+			again = true
+		}
+	}
+}
+
+// stalls says whether a request brings nothing, or hardly anything.
+func (r *request) stalls(now time.Time) bool {
+	if !r.paused.IsZero() {
+		return false
+	}
+	rate, known := r.samples.rate()
+	return now.Sub(r.moved) >= stallAfter || known && rate < leastSpeed && r.got < r.total
+}
+
+// requeue ends a request, and queues again what it was to bring.
+func (f *Fetcher) requeue(r *request) {
+	r.cancelled = true
+	r.cancel()
+	for _, fl := range r.flights {
+		if !r.brings(fl) {
+			continue
+		}
+		if fl.leave(r); len(fl.requests) == 0 {
+			f.enqueue(fl)
+		}
+	}
 }
 
 // charge takes account of a request that begins or ends.
