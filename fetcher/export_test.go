@@ -6,3 +6,17 @@ func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 		f.decoders.do(nil, func() { <-until })
 	}
 }
+
+// Queued is how long the queues of a Bound are.
+func (f *Fetcher) Queued(b *Bound) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(b.src.demand) + len(b.src.prefetch)
+}
+
+// Flights is how many chunks are on their way.
+func (f *Fetcher) Flights() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.mu.flights)
+}

@@ -37,8 +37,11 @@ const (
 	mostExtra   = 8                // extra requests of a source at once
 	fewExtra    = 16               // and in all, and a tenth of its requests
 	mostTries   = 3                // requests for a chunk at once
-	leastSpeed  = 8 << 10          // bytes a second of a request on a line that is shared
+	leastSpeed  = 4 << 10          // bytes a second of a request on a line that is shared
 	sharedSpeed = 256 << 10        // bytes a second of a source whose line is at work
+	goodBytes   = 64 << 10         // of a chunk that says that a source works
+	longest     = 4                // times RetryFor, that a chunk may take on such a line
+	mostVain    = 3                // extra requests in a row that were not quicker on such a line
 )
 
 var (
@@ -89,7 +92,7 @@ func (f *Fetcher) lookAfter(now time.Time) {
 		switch {
 		case fl.state == running:
 			f.lookAtRunning(fl, now, rates)
-		case fl.state == following && now.Sub(fl.since) > stallAfter && !fl.leader.comes(now, rates) &&
+		case fl.state == following && now.Sub(fl.since) > stallAfter && fl.leader.outlook(now, rates) == stalls &&
 			fl.place.src != fl.leader.place.src:
 			// Its own source may be better than that of who was first.
 			leader := fl.leader
@@ -97,7 +100,7 @@ func (f *Fetcher) lookAfter(now time.Time) {
 			fl.leader = nil
 			f.enqueue(fl)
 			f.reconsider(leader)
-		case fl.state == queued && now.Sub(fl.lastGood()) > f.o.RetryFor:
+		case fl.state == queued && now.Sub(fl.lastGood()) >= f.o.RetryFor:
 			f.giveUp(fl, fmt.Errorf("chunk %d of blob sha256:%.12s… waits behind others for %v: %w",
 				fl.key.chunk, fl.place.table.Blob, now.Sub(fl.since), errLate))
 		}
@@ -140,23 +143,41 @@ func (fl *flight) lastGood() time.Time {
 // lookAtRunning asks for a chunk once more, or gives it up, where it does not come.
 func (f *Fetcher) lookAtRunning(fl *flight, now time.Time, rates map[*source]rates) {
 	tried := now.Sub(fl.began)
-	if fl.comes(now, rates) && tried < 4*f.o.RetryFor {
+	hope := fl.outlook(now, rates)
+	switch {
+	case hope == comes && tried < longest*f.o.RetryFor:
 		return
-	}
-	if tried >= f.o.RetryFor {
+	case hope == shares && tried < longest*f.o.RetryFor:
+		// It has its share of a line that is at work. Elsewhere may be another line.
+		if src := fl.requests[0].place.src; src.vain >= mostVain && now.Before(src.vainTill) {
+			return
+		}
+	case tried >= f.o.RetryFor, now.Sub(fl.lastGood()) >= f.o.RetryFor:
 		f.giveUp(fl, fmt.Errorf("fetch chunk %d of blob sha256:%.12s… within %v: %w", fl.key.chunk, fl.place.table.Blob, f.o.RetryFor, errLate))
 		return
 	}
 	if now.Before(fl.rested) || len(fl.requests) >= mostTries {
 		return
 	}
-	again := !slices.ContainsFunc(fl.requests, func(r *request) bool { return !r.dead(fl, now) })
+	again := hope == stalls && !slices.ContainsFunc(fl.requests, func(r *request) bool { return !r.dead(fl, now) })
 	f.askElsewhere(fl, again, now)
 }
 
-// comes says whether a request is about to bring the flight.
-func (fl *flight) comes(now time.Time, rates map[*source]rates) bool {
-	return slices.ContainsFunc(fl.requests, func(r *request) bool { return r.isFine(fl, now, rates[r.place.src]) })
+// outlook is what is to be expected of a request for a chunk.
+type outlook uint8
+
+const (
+	stalls outlook = iota // hardly anything comes
+	shares                // it comes late, since others come as well
+	comes                 // soon
+)
+
+// outlook is the best one of its requests.
+func (fl *flight) outlook(now time.Time, rates map[*source]rates) (best outlook) {
+	for _, r := range fl.requests {
+		best = max(best, r.outlook(fl, now, rates[r.place.src]))
+	}
+	return best
 }
 
 // left is how much is to come until a flight is here.
@@ -167,15 +188,18 @@ func (r *request) left(fl *flight) int64 {
 	return int64(r.stored(fl))
 }
 
-func (r *request) isFine(fl *flight, now time.Time, all rates) bool {
+func (r *request) outlook(fl *flight, now time.Time, all rates) outlook {
 	if now.Sub(r.moved) >= stallAfter {
-		return false
+		return stalls
 	}
 	rate, known := r.samples.rate()
-	left := float64(r.left(fl))
-	return !known || left <= rate*tooLong.Seconds() ||
-		// It has its share of a line that is at work.
-		all.sum >= sharedSpeed && rate >= max(all.sum/float64(4*all.of), leastSpeed)
+	switch {
+	case !known, float64(r.left(fl)) <= rate*tooLong.Seconds():
+		return comes
+	case all.sum >= sharedSpeed && rate >= max(all.sum/float64(4*all.of), leastSpeed):
+		return shares
+	}
+	return stalls
 }
 
 // dead says whether a request will not bring a flight at all.
@@ -225,6 +249,10 @@ func (f *Fetcher) askElsewhere(fl *flight, again bool, now time.Time) {
 		if asked {
 			src.extra++
 			f.extra.Add(1)
+			if src.vain++; r.won {
+				src.vain = 0
+			}
+			src.vainTill = time.Now().Add(avoidFor)
 		}
 		f.ended(r)
 		f.chargeSpare(src, -1, -bytes)

@@ -38,6 +38,7 @@ type request struct {
 	made       bool      // and not only looked for in the cache
 	server     string    // that the bytes come from, where that is known
 	cancelled  bool
+	won        bool // it was an extra one, and the quickest
 
 	claimed      time.Time // when it began to have the line for itself, see claimLine
 	paused, free time.Time // since and until when it gives way, and does not, see giveWay
@@ -385,9 +386,12 @@ func (f *Fetcher) chunkCame(r *request, fl *flight, others bool) {
 		return // it was here
 	}
 	src := r.place.src
-	src.good = time.Now()
+	if now := time.Now(); now.Sub(r.asked) < tooLong || r.stored(fl) >= goodBytes {
+		src.good = now // and not one that brings a byte now and then
+	}
 	f.chunks.Add(1)
 	if r.extra && others {
+		r.won = true
 		f.overtaken.Add(1)
 		f.remember(fl, r)
 	}
@@ -420,7 +424,7 @@ func (f *Fetcher) pause(fl *flight, err error) time.Duration {
 	}
 	limit := min(f.o.Backoff<<min(fl.tries-1, 10), 2*time.Second)
 	pause := f.heed(err, limit/2+rand.N(limit/2+1))
-	if time.Since(fl.began)+pause > f.o.RetryFor {
+	if time.Since(fl.began)+pause > f.o.RetryFor || fl.demand && time.Since(fl.lastGood())+pause > f.o.RetryFor {
 		return -1
 	}
 	return pause

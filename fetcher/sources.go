@@ -28,6 +28,8 @@ type source struct {
 	good      time.Time // when it last brought a chunk that was right
 	avoid     string    // the server behind the origin that was too slow
 	avoidTill time.Time
+	vain      int // extra requests in a row that were not quicker
+	vainTill  time.Time
 
 	decoding chan struct{} // a token for each job that the decoders have of it
 	listed   bool          // in Fetcher.mu.sources
