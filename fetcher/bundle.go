@@ -245,8 +245,8 @@ func (f *Fetcher) download(ctx context.Context, s *source, c *carrier, bundle *B
 	for try := 0; ; try++ {
 		began := next
 		err := f.downloadFrom(ctx, s, c, bundle, missing, limit, done, &next, &off)
-		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.Is(err, blockmap.ErrNoSpace) || ctx.Err() != nil ||
-			next == len(bundle.Parts) {
+		var unstored *storeError
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || next == len(bundle.Parts) {
 			return err
 		}
 		if next > began {

@@ -122,6 +122,7 @@ type Fetcher struct {
 
 	requests, bytes, chunks, local, retries, wrong, failed, mostAlive atomic.Int64
 	held, dropped, extra, overtaken, cancelled                        atomic.Int64
+	unstored                                                          atomic.Int64 // tries to store since one went well
 	claimed                                                           atomic.Int64 // the length of mu.claims
 
 	mu struct {

@@ -21,7 +21,11 @@ func (e *storeError) Unwrap() error { return e.err }
 func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() bool) error {
 	for try := 0; ; try++ {
 		err := s.Fill(i, content)
-		if err == nil || errors.Is(err, blockmap.ErrDigest) {
+		if err == nil {
+			f.unstored.Store(0)
+			return nil
+		}
+		if errors.Is(err, blockmap.ErrDigest) {
 			return err
 		}
 		if read() {
@@ -36,7 +40,7 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
 		}
 		// What takes the room may be in use by others, and not for long.
-		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) {
+		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > crowded {
 			return &storeError{err}
 		}
 		t := time.NewTimer(f.o.Backoff << try)
