@@ -258,26 +258,28 @@ func TestGivesUp(t *testing.T) {
 		"permanent": {blocktest.Faults{Err: permanent}, permanent, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, m, fetcher.Options{
-				Backoff: time.Millisecond, RetryFor: 100 * time.Millisecond,
-				Temporary: func(err error) bool { return !errors.Is(err, permanent) },
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, m, fetcher.Options{
+					Backoff: time.Millisecond, RetryFor: 100 * time.Millisecond,
+					Temporary: func(err error) bool { return !errors.Is(err, permanent) },
+				})
+				w.origin.Set(c.faults)
+				e := w.places(t, 3)[2]
+				err := w.read(t.Context(), e)
+				if !errors.Is(err, c.want) {
+					t.Errorf("got %v, want %v", err, c.want)
+				}
+				if n := w.origin.Requests(); n > c.most || c.most > 1 && n < 2 {
+					t.Errorf("%d requests", n)
+				}
+				if st := w.fetcher.Stats(); st.Failed != 1 {
+					t.Errorf("%+v", st)
+				}
+				w.origin.Set(blocktest.Faults{})
+				if err := w.read(t.Context(), e); err != nil {
+					t.Errorf("once it is mended: %v", err)
+				}
 			})
-			w.origin.Set(c.faults)
-			e := w.places(t, 3)[2]
-			err := w.read(t.Context(), e)
-			if !errors.Is(err, c.want) {
-				t.Errorf("got %v, want %v", err, c.want)
-			}
-			if n := w.origin.Requests(); n > c.most || c.most > 1 && n < 2 {
-				t.Errorf("%d requests", n)
-			}
-			if st := w.fetcher.Stats(); st.Failed != 1 {
-				t.Errorf("%+v", st)
-			}
-			w.origin.Set(blocktest.Faults{})
-			if err := w.read(t.Context(), e); err != nil {
-				t.Errorf("once it is mended: %v", err)
-			}
 		})
 	}
 }

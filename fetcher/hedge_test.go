@@ -143,15 +143,16 @@ func TestReadersTimeIsBounded(t *testing.T) {
 					readers.Go(func() {
 						began := time.Now()
 						err := bound.Fetch(t.Context(), one)
-						if took := time.Since(began); err == nil && one[0].Stream == w.wants(t)[1].Stream || took > 33*time.Second {
+						// At 2 KB/s the smallest come in little more than that.
+						if took := time.Since(began); took > 34*time.Second {
 							t.Errorf("after %v: %v", took, err)
 						}
 					})
 				}
 				readers.Wait()
 				synctest.Wait()
-				if n := w.origin.Alive(); n != 0 {
-					t.Errorf("%d requests go on", n)
+				if n := w.origin.Alive(); n != 0 || w.fetcher.Stats().Failed < 15 {
+					t.Errorf("%d requests go on, %+v", n, w.fetcher.Stats())
 				}
 				// The next read tries again.
 				w.origin.Set(blocktest.Faults{})
