@@ -30,7 +30,7 @@ func (f *Fetcher) gather(s *source, first *flight) []*flight {
 	}
 	room := min(f.o.MaxRequest, s.pace.ranges())
 	var batch []*flight
-	for _, fl := range s.prefetch[:min(reach, len(s.prefetch))] {
+	for _, fl := range s.prefetch.flights[:min(reach, len(s.prefetch.flights))] {
 		if !fl.waits(false) || fl.at(s) != from || slices.Contains(batch, fl) {
 			continue
 		}

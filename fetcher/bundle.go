@@ -314,6 +314,7 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundl
 			c.first, c.base = time.Now(), *off
 		}
 		c.got, c.hangs = *off, false
+		s.good = time.Now()
 		f.mu.Unlock()
 		if frame == nil {
 			continue

@@ -11,7 +11,7 @@ func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 func (f *Fetcher) Queued(b *Bound) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(b.src.demand) + len(b.src.prefetch)
+	return len(b.src.demand.flights) + len(b.src.prefetch.flights)
 }
 
 // Flights is how many chunks are on their way.

@@ -11,7 +11,12 @@
 //
 // A chunk on its way is a flight. Whoever asks for it while it is under way
 // joins it. A flight belongs to the Fetcher, not to who asked first: a reader
-// that gives up leaves the flight to the others.
+// that gives up leaves the flight to the others, and ends it if there are none.
+//
+// Each Bound has bounds of its own, so that an origin that hangs holds up nobody
+// else. A chunk that a reader waits for and that comes too slowly is asked for
+// elsewhere as well: see hedge.go. Where the cache has no room for it, it is
+// answered from memory.
 //
 // What is fetched ahead of readers comes by [Bound.Replay], from a list of chunks
 // or from a [Bundle] of them, or by [Bound.ReadAhead], which guesses.

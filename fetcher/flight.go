@@ -238,7 +238,8 @@ func (f *Fetcher) reconsider(fl *flight) {
 			f.drop(fl)
 		} else if calmed {
 			// Its turn has been, so it is the next.
-			fl.place.src.prefetch = append([]*flight{fl}, fl.place.src.prefetch...)
+			q := &fl.place.src.prefetch
+			q.flights = append([]*flight{fl}, q.flights...)
 			f.enlist(fl.place.src)
 		}
 	case running:

@@ -3,7 +3,6 @@ package fetcher
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"slices"
 	"time"
@@ -14,10 +13,10 @@ import (
 // Elsewhere is an Origin behind which there are several servers with the same
 // blobs, as mirrors of a registry.
 type Elsewhere interface {
-	// OpenRangeElsewhere reads as OpenRange does, but not from the server of the
-	// name avoid (see Source of a body) or, if that is empty, not from the one
-	// that OpenRange asks first. It gives nil without an error where there is
-	// no other.
+	// OpenRangeElsewhere reads as OpenRange does, but not from the server that is
+	// late. avoid is its name, which its body gives as Source; it is empty where
+	// there has been no body yet. A nil body without an error says that there is
+	// no other server.
 	OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error)
 }
 
@@ -45,7 +44,7 @@ const (
 )
 
 var (
-	errLate        = errors.New("its bytes did not come in time")
+	errLate        = errors.New("the origin did not deliver it")
 	errNowhereElse = errors.New("there is nowhere else to ask")
 )
 
@@ -101,8 +100,7 @@ func (f *Fetcher) lookAfter(now time.Time) {
 			f.enqueue(fl)
 			f.reconsider(leader)
 		case fl.state == queued && now.Sub(fl.lastGood()) >= f.o.RetryFor:
-			f.giveUp(fl, fmt.Errorf("chunk %d of blob sha256:%.12s… waits behind others for %v: %w",
-				fl.key.chunk, fl.place.table.Blob, now.Sub(fl.since), errLate))
+			f.giveUp(fl, f.late(fl))
 		}
 	}
 	for r := range f.mu.running {
@@ -120,8 +118,7 @@ func (f *Fetcher) lookAtStalled(r *request, now time.Time) {
 		switch {
 		case fl.demand || !r.brings(fl) || len(fl.requests) > 1:
 		case now.Sub(r.moved) >= f.o.RetryFor:
-			f.giveUp(fl, fmt.Errorf("prefetch chunk %d of blob sha256:%.12s…: nothing came for %v: %w",
-				fl.key.chunk, fl.place.table.Blob, f.o.RetryFor, errLate))
+			f.giveUp(fl, f.late(fl))
 		case len(fl.others) > 0 && !now.Before(fl.rested):
 			f.askElsewhere(fl, false, now)
 		}
@@ -153,7 +150,7 @@ func (f *Fetcher) lookAtRunning(fl *flight, now time.Time, rates map[*source]rat
 			return
 		}
 	case tried >= f.o.RetryFor, now.Sub(fl.lastGood()) >= f.o.RetryFor:
-		f.giveUp(fl, fmt.Errorf("fetch chunk %d of blob sha256:%.12s… within %v: %w", fl.key.chunk, fl.place.table.Blob, f.o.RetryFor, errLate))
+		f.giveUp(fl, f.late(fl))
 		return
 	}
 	if now.Before(fl.rested) || len(fl.requests) >= mostTries {
@@ -315,7 +312,7 @@ func (f *Fetcher) bringBy(r *request, fl *flight, ways []way) (asked bool) {
 // would have come to. f.mu is held.
 func (f *Fetcher) remember(fl *flight, quicker *request) {
 	for _, r := range fl.requests {
-		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src {
+		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src && r.server != "" {
 			src.avoid, src.avoidTill = r.server, time.Now().Add(avoidFor)
 		}
 	}

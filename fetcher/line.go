@@ -43,7 +43,7 @@ func (f *Fetcher) arrived(r *request, n int64) {
 		r.place.src.pace.landed(n, now)
 	}
 	f.claimLine(r, now)
-	if s := r.place.src; len(s.prefetch) > 0 && !f.mu.closed {
+	if s := r.place.src; len(s.prefetch.flights) > 0 && !f.mu.closed {
 		for f.startNext(s, false) {
 		}
 	}

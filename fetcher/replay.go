@@ -67,7 +67,7 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 		wants = o.Bundle.before(wants)
 	}
 	if kept := within(wants, o.MaxBytes); len(kept) < len(wants) {
-		b.f.log.Info("the cache is too small for all that is to be prefetched; the rest is left out",
+		b.f.log.Info("the prefetch is larger than the cache, so thaw leaves out the end of it",
 			"chunks", len(kept), "of", len(wants), "max_bytes", o.MaxBytes)
 		wants = kept
 		if o.Bundle != nil {
@@ -138,7 +138,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, largestFrame)))
 	}
 	noRoom := func(err error) {
-		b.f.log.Info("the cache has no room for more that is prefetched; the rest is left out", "err", err)
+		b.f.log.Info("the cache cannot store what is prefetched, so thaw leaves out the rest", "err", err)
 		r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, err) })
 	}
 	if o.Bundle != nil {
@@ -318,7 +318,7 @@ func (r *Replay) Wait(ctx context.Context, share float64) error {
 			return nil
 		}
 		if !p.Ended.IsZero() {
-			return fmt.Errorf("of %d chunks to prefetch %d came: %w", p.Chunks, p.DoneChunks, p.Err)
+			return fmt.Errorf("prefetched %d of %d chunks: %w", p.DoneChunks, p.Chunks, p.Err)
 		}
 		select {
 		case <-changed:

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -335,8 +336,8 @@ func (f *Fetcher) finish(r *request, fl *flight, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	defer f.dispatch() // of what was waiting for it
-	if fl.state == ended {
-		return // something else was faster, or nobody wants it any more
+	if fl.state == ended || err != nil && !r.brings(fl) {
+		return // something else was faster, or this was not to bring it any more
 	}
 	others := len(fl.requests) > 1
 	if err == nil {
@@ -397,10 +398,22 @@ func (f *Fetcher) chunkCame(r *request, fl *flight, others bool) {
 	}
 }
 
+// giveUp ends a flight that cannot be had.
 func (f *Fetcher) giveUp(fl *flight, err error) {
 	f.failed.Add(1)
-	f.log.Error("gave up", "err", err, "tries", fl.tries)
+	level := slog.LevelError
+	if !fl.demand {
+		level = slog.LevelWarn
+	}
+	f.log.Log(f.ctx, level, "gave up a chunk", "err", err, "tries", fl.tries)
 	f.end(fl, err)
+}
+
+// late is the error of a chunk that did not come in time.
+func (f *Fetcher) late(fl *flight) error {
+	c := fl.chunk()
+	return fmt.Errorf("fetch chunk %d (%d bytes at %d of blob sha256:%.12s…): %w within %v",
+		fl.key.chunk, c.Stored, c.Offset, fl.place.table.Blob, errLate, f.o.RetryFor)
 }
 
 // pause is how long to wait before the next try, negative where there is to be

@@ -12,9 +12,7 @@ import (
 type source struct {
 	origin Origin
 
-	demand   []*flight // in order of arrival; those that have started are skipped
-	prefetch []*flight
-	compact  int // the length of demand at which entries that are over are taken out
+	demand, prefetch queue
 
 	active  load // what its requests take
 	ahead   load // the part of active that nobody waited for when it was asked for
@@ -40,6 +38,35 @@ func (f *Fetcher) newSource(o Origin) *source {
 		origin: o, running: make(map[*request]struct{}), pace: newPace(int64(float64(f.o.MaxBytes) * f.o.PrefetchShare)),
 		decoding: make(chan struct{}, f.o.Decoders),
 	}
+}
+
+// queue is flights in order of arrival. Those that have started, or are in another
+// queue by now, are skipped.
+type queue struct {
+	flights []*flight
+	sweep   int // the length at which those that are skipped are taken out
+}
+
+// push adds a flight. Readers that come and go do not make the queue of a source
+// that hangs grow for ever.
+func (q *queue) push(fl *flight) {
+	if len(q.flights) >= max(q.sweep, 64) {
+		q.flights = slices.DeleteFunc(q.flights, func(x *flight) bool { return !x.waits(fl.demand) })
+		q.sweep = 2 * len(q.flights)
+	}
+	q.flights = append(q.flights, fl)
+}
+
+// first is the one to start next, or nil.
+func (q *queue) first(demand bool) *flight {
+	for len(q.flights) > 0 && !q.flights[0].waits(demand) {
+		q.flights[0] = nil
+		q.flights = q.flights[1:]
+	}
+	if len(q.flights) == 0 {
+		return nil
+	}
+	return q.flights[0]
 }
 
 // place says where the compressed bytes of a chunk are.
@@ -108,15 +135,9 @@ func (f *Fetcher) enqueue(fl *flight) {
 // list queues a flight at one source.
 func (f *Fetcher) list(fl *flight, s *source) {
 	if fl.demand {
-		// Readers that come and go must not make the queue of a source that hangs
-		// grow for ever.
-		if len(s.demand) >= max(s.compact, 64) {
-			s.demand = slices.DeleteFunc(s.demand, func(fl *flight) bool { return !fl.waits(true) })
-			s.compact = 2 * len(s.demand)
-		}
-		s.demand = append(s.demand, fl)
+		s.demand.push(fl)
 	} else {
-		s.prefetch = append(s.prefetch, fl)
+		s.prefetch.push(fl)
 	}
 	f.enlist(s)
 }
@@ -131,15 +152,6 @@ func (f *Fetcher) enlist(s *source) {
 
 // waits says whether a flight is to be started from a queue of that kind.
 func (fl *flight) waits(demand bool) bool { return fl.state == queued && fl.demand == demand }
-
-// skip drops the flights at the head of a queue that need not start from there:
-// they went along with a neighbour, have ended, or are in another queue now.
-func skip(q *[]*flight, demand bool) {
-	for len(*q) > 0 && !(*q)[0].waits(demand) {
-		(*q)[0] = nil
-		*q = (*q)[1:]
-	}
-}
 
 // dispatch starts requests while the bounds allow, of each source in turn. f.mu
 // is held.
@@ -158,7 +170,7 @@ func (f *Fetcher) dispatch() {
 		}
 	}
 	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
-		s.listed = len(s.demand)+len(s.prefetch) > 0
+		s.listed = len(s.demand.flights)+len(s.prefetch.flights) > 0
 		return !s.listed
 	})
 	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
@@ -169,29 +181,27 @@ func (f *Fetcher) dispatch() {
 // startNext starts the next request of a source, if there is one and the bounds
 // allow it.
 func (f *Fetcher) startNext(s *source, demand bool) bool {
-	skip(&s.demand, true)
-	q := s.demand
+	first := s.demand.first(true)
 	if !demand {
-		if len(s.demand) > 0 {
+		if first != nil {
 			return false // what is demanded has no room, and prefetches must not take it
 		}
-		skip(&s.prefetch, false)
-		q = s.prefetch
+		first = s.prefetch.first(false)
 	}
-	if len(q) == 0 || !demand && !f.keepsPace(s, int64(q[0].chunk().Stored)) {
+	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
 		return false
 	}
-	if !f.admits(s, demand, cost(q[0].chunk())) {
+	if !f.admits(s, demand, cost(first.chunk())) {
 		f.mu.refused = true
 		return false
 	}
-	batch := f.gather(s, q[0])
+	batch := f.gather(s, first)
 	for _, fl := range batch {
-		fl.take(q[0].at(s))
+		fl.take(first.at(s))
 	}
 	bytes := costs(batch)
 	if !f.admits(s, demand, bytes) {
-		batch = []*flight{q[0]} // which has room
+		batch = []*flight{first} // which has room
 		bytes = costs(batch)
 	}
 	f.start(s, batch, demand, bytes)

@@ -33,7 +33,7 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 			if held == nil {
 				f.held.Add(1)
 				f.warnings.Do(func() {
-					f.log.Warn("the cache cannot store what clients read; it is answered from memory", "stream", s.ID().String(), "err", err)
+					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", s.ID().String(), "err", err)
 				})
 				return nil
 			}

@@ -95,7 +95,7 @@ func TestReplayOnABadDisk(t *testing.T) {
 				if st := w.fetcher.Stats(); st.Failed != 0 || st.Held != 0 {
 					t.Errorf("%+v", st)
 				}
-				if lines := log.lines(); len(lines) == 0 || len(lines) > 2 || !strings.Contains(lines[len(lines)-1], "left out") {
+				if lines := log.lines(); len(lines) == 0 || len(lines) > 2 || !strings.Contains(lines[len(lines)-1], "leaves out") {
 					t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 				}
 				// And a reader is served all the same.
