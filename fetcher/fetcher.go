@@ -88,20 +88,20 @@ type Options struct {
 
 // Stats counts what a Fetcher has done so far.
 type Stats struct {
-	Requests  int64 `json:"requests"`       // made to origins
-	Bytes     int64 `json:"fetched_bytes"`  // received from origins
-	Chunks    int64 `json:"fetched_chunks"` // brought from origins
-	Local     int64 `json:"local_chunks"`   // chunks that another stream held already
-	Retries   int64 `json:"retries"`        // tries after a first one
-	Wrong     int64 `json:"wrong_chunks"`   // chunks that came and did not match their digest
-	Failed    int64 `json:"failed_chunks"`  // chunks given up
-	Held      int64 `json:"held_chunks"`    // chunks kept in memory, since the cache could not keep them
-	Dropped   int64 `json:"dropped_hints"`  // chunks not prefetched, since too many were being
-	Extra     int64 `json:"extra_requests"` // made since another brought its chunk too late
-	Overtaken int64 `json:"overtaken"`      // requests that an extra one was quicker than
-	Cancelled int64 `json:"cancelled"`      // chunks and requests that nobody waited for any more
-	InFlight  int64 `json:"in_flight"`      // requests now
-	MostAlive int64 `json:"most_in_flight"` // the most requests that were in flight at once
+	Requests  int64 `json:"requests"`           // made to origins
+	Bytes     int64 `json:"fetched_bytes"`      // received from origins
+	Chunks    int64 `json:"fetched_chunks"`     // brought from origins
+	Local     int64 `json:"local_chunks"`       // chunks that another stream held already
+	Retries   int64 `json:"retries"`            // tries after a first one
+	Wrong     int64 `json:"wrong_chunks"`       // chunks that came and did not match their digest
+	Failed    int64 `json:"failed_chunks"`      // chunks given up
+	Held      int64 `json:"held_chunks"`        // chunks kept in memory, since the cache could not keep them
+	Dropped   int64 `json:"dropped_hints"`      // chunks not prefetched, since too many were being
+	Extra     int64 `json:"extra_requests"`     // made since another brought its chunk too late
+	Overtaken int64 `json:"overtaken_requests"` // requests that an extra one was quicker than
+	Cancelled int64 `json:"cancelled_fetches"`  // chunks and requests that nobody waited for any more
+	InFlight  int64 `json:"in_flight"`          // requests now
+	MostAlive int64 `json:"most_in_flight"`     // the most requests that were in flight at once
 }
 
 // wrongTries bounds how often wrong bytes are asked for again: an origin that

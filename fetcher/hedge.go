@@ -358,6 +358,16 @@ func (s *samples) rate() (bytes float64, known bool) {
 	return float64(s.got[last]-s.got[first]) / s.at[last].Sub(s.at[first]).Seconds(), true
 }
 
+// lately is the rate of the last half second.
+func (s *samples) lately() (bytes float64, known bool) {
+	const back = int(500 * time.Millisecond / watchEvery)
+	if s.n <= back {
+		return 0, false
+	}
+	first, last := (s.n-1-back)%len(s.at), (s.n-1)%len(s.at)
+	return float64(s.got[last]-s.got[first]) / s.at[last].Sub(s.at[first]).Seconds(), true
+}
+
 // rates are those of a source's requests together.
 type rates struct {
 	sum float64

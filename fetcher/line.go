@@ -64,13 +64,21 @@ func (f *Fetcher) claimLine(r *request, now time.Time) {
 	pays := trip > 0 && end-r.got > trip
 	_, has := f.mu.claims[r]
 	switch {
-	case has && (!pays || now.Sub(r.claimed) > mostClaim):
+	case has && (!pays || !r.usesLine(now, len(f.mu.claims))):
 		f.unclaim(r)
 	case !has && pays && r.claimed.IsZero(): // once
-		r.claimed = now
+		r.claimed, r.before = now, r.got
 		f.mu.claims[r] = struct{}{}
 		f.claimed.Store(int64(len(f.mu.claims)))
 	}
+}
+
+// usesLine says whether a request is worth giving way to, one of so many: it is for
+// a while, and if a fair part of what the line carries is its own.
+func (r *request) usesLine(now time.Time, of int) bool {
+	since := now.Sub(r.claimed)
+	fair := r.place.src.pace.speed / float64(8*of)
+	return since <= mostClaim && (since < claimDies || float64(r.got-r.before) >= fair*since.Seconds())
 }
 
 func (f *Fetcher) unclaim(r *request) {
@@ -126,6 +134,11 @@ func (f *Fetcher) mustWait(r *request, now time.Time) bool {
 	if r.read() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= mostPause {
 		return false
 	}
+	return f.lineIsTaken(r, now)
+}
+
+// lineIsTaken says whether a request other than r is to have the line for itself.
+func (f *Fetcher) lineIsTaken(r *request, now time.Time) bool {
 	for x := range f.mu.claims {
 		if x != r && now.Sub(x.moved) < claimDies && now.Sub(x.claimed) <= mostClaim {
 			return true

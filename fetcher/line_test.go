@@ -353,3 +353,82 @@ func TestStartOnAFastLine(t *testing.T) {
 		}
 	}
 }
+
+// uneven is a far origin of which one range comes slowly, over a line of its own.
+type uneven struct {
+	*far
+	slow int64 // where the range begins
+	body func(ctx context.Context, b []byte) io.Reader
+}
+
+func (o *uneven) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	if off == o.slow {
+		return io.NopCloser(o.body(ctx, o.blobs[blob][off:off+n])), nil
+	}
+	return o.far.OpenRange(ctx, blob, off, n)
+}
+
+// slowly is a body that has so many bytes each time that pause has passed.
+type slowly struct {
+	ctx   context.Context
+	b     []byte
+	n     int
+	pause time.Duration
+}
+
+func (s *slowly) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(s.pause):
+	case <-s.ctx.Done():
+		return 0, context.Cause(s.ctx)
+	}
+	n := copy(p, s.b[:min(s.n, len(s.b))])
+	s.b = s.b[n:]
+	return n, nil
+}
+
+// A demand that does not get on stops nothing that is fetched ahead: neither one that
+// hangs in the middle, nor one that trickles.
+func TestSlowDemandDoesNotStopTheRest(t *testing.T) {
+	m := large(t, 70, 1<<20)
+	for name, body := range map[string]func(ctx context.Context, b []byte) io.Reader{
+		"hangs": func(ctx context.Context, b []byte) io.Reader {
+			return io.MultiReader(&slowly{ctx, b[:200_000], 20_000, 10 * time.Millisecond}, &slowly{ctx, b[200_000:], 1, time.Hour})
+		},
+		"trickles": func(ctx context.Context, b []byte) io.Reader { return &slowly{ctx, b, 1000, 50 * time.Millisecond} },
+	} {
+		for _, with := range []besides{replay, bundle} {
+			t.Run(fmt.Sprintf("%s beside a %s", name, with), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					o := &uneven{far: &far{wire: newWire(2e6, 20*time.Millisecond, 128<<10), ranges: 1}, body: body}
+					w, _, wants := o.world(t, m)
+					cold, list := wants[0], wants[1:]
+					o.slow = cold.Table.Chunks[0].Offset
+					bound := w.fetcher.From(o)
+					var options fetcher.ReplayOptions
+					if with == bundle {
+						l := w.bundle(t, list)
+						l.Open = func(ctx context.Context, off int64) (io.ReadCloser, error) { return o.open(ctx, l.frames[off:]) }
+						options.Bundle = &l.Bundle
+					}
+					began := time.Now()
+					r := bound.Replay(t.Context(), list, options)
+					time.Sleep(3 * time.Second)
+					ctx, cancel := context.WithCancel(t.Context())
+					read := make(chan error)
+					go func() { read <- bound.Fetch(ctx, []blockmap.Want{cold}) }()
+					if err := r.Wait(t.Context(), 1); err != nil {
+						t.Error(err)
+					}
+					took, line := time.Since(began), time.Duration(float64(o.sent)/2e6*float64(time.Second))
+					if took > line+2500*time.Millisecond {
+						t.Errorf("it took %v, and the line's time is %v", took, line)
+					}
+					cancel()
+					<-read
+					r.Stop()
+				})
+			})
+		}
+	}
+}

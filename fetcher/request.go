@@ -42,6 +42,7 @@ type request struct {
 	won        bool // it was an extra one, and the quickest
 
 	claimed      time.Time // when it began to have the line for itself, see claimLine
+	before       int64     // what had come by then
 	paused, free time.Time // since and until when it gives way, and does not, see giveWay
 }
 

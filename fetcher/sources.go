@@ -315,21 +315,30 @@ func (f *Fetcher) charge(s *source, demand bool, n int, bytes int64) {
 }
 
 // keepsPace says whether a source may ask for more that nobody waits for: whether
-// what is on its way would not keep the line busy. What has not moved lately is
-// not on its way.
+// what is on its way would not keep the line busy. What hardly moves does not.
 func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	now := time.Now()
 	var left int64
 	var requests int
 	for r := range s.running {
-		if r.carrier != nil || r.paused.IsZero() && now.Sub(r.moved) > stuckAfter {
+		if r.carrier != nil || !r.flows(now) {
 			continue
 		}
 		left += r.total - r.got
 		requests++
 	}
 	window := s.pace.window()
-	return len(f.mu.claims) == 0 && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+	return !f.lineIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+}
+
+// flows says whether a request takes part of the line, or is about to.
+func (r *request) flows(now time.Time) bool {
+	if !r.paused.IsZero() || now.Sub(r.asked) < stuckAfter {
+		return true
+	}
+	src := r.place.src
+	rate, known := r.samples.lately()
+	return now.Sub(r.moved) < stuckAfter && (!known || rate >= src.pace.speed/float64(8*len(src.running)))
 }
 
 // stuckAfter is how long a request that brings nothing counts as one that will.
