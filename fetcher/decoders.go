@@ -27,8 +27,9 @@ type decoders struct {
 	once sync.Once // closes work
 }
 
-// niceness is what the decoders' threads have. A processor that is wanted by
-// others of none gives them a tenth of its time, and all of it when it is idle.
+// niceness is what the decoders' threads have more than the process. A processor
+// that is wanted by others gives them a tenth of its time, and all of it when it is
+// idle.
 const niceness = 10
 
 func newDecoders(n int) *decoders {
@@ -52,8 +53,11 @@ func (d *decoders) run() {
 		other.Wait()
 		return
 	}
-	// Only a sandbox refuses this; then it is as urgent as the rest.
-	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), niceness)
+	// Only a sandbox refuses this; then it is as urgent as the rest. The kernel
+	// gives 20 less the niceness.
+	if p, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Getpid()); err == nil {
+		_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), min(20-p+niceness, 19))
+	}
 	for f := range d.work {
 		if d.replaced(f) {
 			return

@@ -229,6 +229,7 @@ func (f *Fetcher) fail(r *request, group []*flight, err error) {
 func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*flight) {
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
+	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk that is kept meanwhile
 	for i, fl := range group {
 		stored := f.buffer(r.stored(fl))
 		n, err := io.ReadFull(&incoming{f, r, body}, *stored)
@@ -246,8 +247,8 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*flight) {
 			f.buffers.Put(stored) // an extra request was quicker, or a copy
 			continue
 		}
-		keep := func(token chan struct{}) {
-			err := f.keep(r, fl, *stored, token)
+		keep := func(decoded func()) {
+			err := f.keep(r, fl, *stored, decoded)
 			f.buffers.Put(stored)
 			if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
 				b.Distrust()
@@ -256,11 +257,18 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*flight) {
 		}
 		switch {
 		case !demanded:
-			f.decodeLater(r.place.src, &decoding, r.hurried, func() { keep(nil) })
+			f.decodeLater(r.place.src, &decoding, r.hurried, func() { keep(func() {}) })
 		case i == len(group)-1:
-			keep(nil) // nothing left to read meanwhile
+			keep(func() {}) // nothing left to read meanwhile
 		default:
-			decoding.Go(func() { keep(f.decode) })
+			// Tokens of all are for the processor alone. Who waits for the disk,
+			// which may hang, holds up its own request.
+			beside <- struct{}{}
+			f.decode <- struct{}{}
+			decoding.Go(func() {
+				keep(func() { <-f.decode })
+				<-beside
+			})
 		}
 	}
 }
@@ -296,20 +304,13 @@ func (f *Fetcher) decodeLater(s *source, decoding *sync.WaitGroup, hurry <-chan 
 	}
 }
 
-// keep decompresses a chunk, and stores it if it is what it should be. Where there
-// are tokens, one is taken for the processor; it is not held while the disk is
-// waited for, which may hang.
-func (f *Fetcher) keep(r *request, fl *flight, stored []byte, tokens chan struct{}) error {
+// keep decompresses a chunk, and stores it if it is what it should be.
+func (f *Fetcher) keep(r *request, fl *flight, stored []byte, decoded func()) error {
 	size := r.place.table.Chunks[fl.key.chunk].Size()
 	buf := f.buffer(size)
 	defer f.buffers.Put(buf)
-	if tokens != nil {
-		tokens <- struct{}{}
-	}
 	content, err := f.zstd.DecodeAll(stored, (*buf)[:0:size])
-	if tokens != nil {
-		<-tokens
-	}
+	decoded()
 	if err != nil {
 		return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
 	}
