@@ -23,6 +23,7 @@ type flight struct {
 	began           time.Time // its first try, or when somebody began to wait
 	since           time.Time // somebody waits
 	tries           int
+	passed          int // how many were started before it that are smaller
 	wrong           int
 
 	requests []*request // that are to bring it, while it is running

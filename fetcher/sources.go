@@ -193,7 +193,9 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 	}
 	if !f.admits(s, demand, cost(first.chunk())) {
 		f.mu.refused = true
-		return false
+		if first = f.smaller(s, demand); first == nil {
+			return false
+		}
 	}
 	batch := f.gather(s, first)
 	for _, fl := range batch {
@@ -207,6 +209,25 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 	f.start(s, batch, demand, bytes)
 	return true
 }
+
+// smaller finds a flight behind the first of what is demanded that has room where
+// that has none; but not again and again, or the first would never have any.
+func (f *Fetcher) smaller(s *source, demand bool) *flight {
+	first := s.demand.first(true)
+	if !demand || first.passed >= mostPassed || !f.admits(s, demand, 0) {
+		return nil
+	}
+	for _, fl := range s.demand.flights[1:min(reach, len(s.demand.flights))] {
+		if fl.waits(true) && f.admits(s, true, cost(fl.chunk())) {
+			first.passed++
+			return fl
+		}
+	}
+	return nil
+}
+
+// mostPassed bounds how many flights are started before one that has no room.
+const mostPassed = 16
 
 func costs(batch []*flight) (bytes int64) {
 	for _, fl := range batch {

@@ -225,6 +225,41 @@ func (f *hungFile) WriteAt(p []byte, off int64) (int, error) {
 	return f.File.WriteAt(p, off)
 }
 
+// A large chunk that has no room beside requests that hang does not hold up small
+// ones behind it, and has its turn.
+func TestLargeChunkAtTheHead(t *testing.T) {
+	small, largest := long(t, 60), large(t, 3, 1<<20)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, small, fetcher.Options{MaxRequest: 1, MaxBytes: 3 << 20})
+		both := blocktest.NewOrigin(small)
+		for d, b := range largest.Blobs {
+			both.Add(d, b)
+		}
+		bound := w.fetcher.From(both)
+		x := w.with(t, largest)
+		big, wants := x.wants(t)[1:], w.wants(t)[1:]
+		hangs := big[0].Table.Chunks[0]
+		both.Set(blocktest.Faults{Mute: true, Only: func(a blocktest.Asked) bool { return a.Blob == big[0].Table.Blob && a.Off == hangs.Offset }})
+		ctx, cancel := context.WithCancel(t.Context())
+		var readers sync.WaitGroup
+		for _, one := range [][]blockmap.Want{big[:1], big[1:2], big[2:3]} {
+			readers.Go(func() { bound.Fetch(ctx, one) })
+			synctest.Wait()
+		}
+		for _, one := range apart(wants[:8]) {
+			began := time.Now()
+			if err := bound.Fetch(t.Context(), one); err != nil || time.Since(began) > time.Millisecond {
+				t.Errorf("a small chunk took %v: %v", time.Since(began), err)
+			}
+		}
+		cancel()
+		readers.Wait()
+		if err := bound.Fetch(t.Context(), big[1:]); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A disk that hangs under one image holds up no other: neither the threads that
 // decompress nor the tokens are all taken.
 func TestDiskThatHangsUnderOneImage(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -58,6 +59,14 @@ var ErrInjected = errors.New("injected fault")
 // NewOrigin makes an origin of an image's blobs.
 func NewOrigin(m *Image) *Origin {
 	return &Origin{blobs: m.Blobs, asked: make(map[Asked]int)}
+}
+
+// Add makes it serve one more blob. Nothing is asked of it meanwhile.
+func (o *Origin) Add(digest blockmap.Digest, blob []byte) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.blobs = maps.Clone(o.blobs)
+	o.blobs[digest] = blob
 }
 
 // Set changes what goes wrong from now on.
