@@ -55,6 +55,8 @@ type carrier struct {
 	base  int64     // bytes that had come by then
 	got   int64     // bytes that have come by now
 	hangs bool      // somebody has lost patience, and nothing has come since
+
+	awaited map[*flight]struct{} // that readers wait for here
 }
 
 // soon says whether the frame that ends at byte at, of so many bytes, comes about
@@ -70,25 +72,40 @@ func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration,
 	latency := c.first.Sub(c.asked)
 	perByte := float64(max(now.Sub(c.first), time.Millisecond)) / float64(max(c.got-c.base, 64<<10))
 	eta := time.Duration(float64(at-c.got) * perByte)
-	// Alone it would share the line with the download.
-	alone := latency + time.Duration(2*float64(stored)*perByte)
-	return min(2*eta+latency+20*time.Millisecond, mostPatience), eta <= 2*alone
+	// The download would give way to it.
+	alone := latency + time.Duration(float64(stored)*perByte)
+	return min(2*eta+latency+20*time.Millisecond, mostPatience), eta <= alone+alone/4+mostLater
+}
+
+// mostLater is how much later than alone a chunk may come by a bundle: it spares a
+// request, and bytes that come twice.
+const mostLater = 50 * time.Millisecond
+
+// leave notes that nobody waits any more for what the bundle is to bring.
+func (c *carrier) leave(fl *flight) {
+	if fl.late != nil {
+		fl.late.Stop()
+		fl.late = nil
+	}
+	delete(c.awaited, fl)
 }
 
 // awaitCarrier decides what a reader of a carried chunk waits for. f.mu is held,
 // and dispatch is called behind it.
 func (f *Fetcher) awaitCarrier(fl *flight) {
 	c := fl.carrier
-	patience, ok := c.soon(time.Now(), fl.at, int64(fl.chunk().Stored))
+	patience, ok := c.soon(time.Now(), fl.until, int64(fl.chunk().Stored))
 	if !ok {
 		f.board(fl)
 		return
 	}
 	got := c.got
+	c.awaited[fl] = struct{}{}
+	f.turnover()
 	fl.late = time.AfterFunc(patience, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if fl.state == carried && !f.mu.closed {
+		if _, ok := c.awaited[fl]; ok && !f.mu.closed {
 			c.hangs = c.got == got
 			f.board(fl)
 			f.dispatch()
@@ -131,22 +148,23 @@ func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
-	c := &carrier{asked: bundle.Asked}
+	c := &carrier{asked: bundle.Asked, awaited: make(map[*flight]struct{})}
 	if c.asked.IsZero() {
 		c.asked = time.Now()
 	}
-	flights, missing := f.embark(c, bundle, b.origin)
+	flights, missing := f.embark(c, bundle, b.src)
 	if flights == nil {
 		return nil
 	}
-	err := f.download(ctx, c, bundle, missing, limit, done)
-	f.disembark(flights, ctx.Err() != nil)
+	err := f.download(ctx, b.src, c, bundle, missing, limit, done)
+	f.disembark(b.src, flights)
 	return err
 }
 
 // embark makes flights of the chunks that a bundle is to bring, and says which
-// parts these are in; or does nothing where they are less than half of it.
-func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*flight, missing []bool) {
+// parts these are in; or does nothing where they are less than half of it, or
+// where the bundles that are on their way have taken the room.
+func (f *Fetcher) embark(c *carrier, bundle *Bundle, s *source) (flights []*flight, missing []bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.mu.closed {
@@ -167,9 +185,13 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 	if lacking <= at/2 {
 		return nil, nil
 	}
-	f.mu.carriers++
-	f.mu.active.add(1, carryBytes, 0)
-	f.mu.ahead.add(1, carryBytes, 0)
+	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*carryBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, carryBytes) && f.admitsAhead(s, carryBytes)) {
+		f.log.Info("there is no room for one more bundle; its chunks are fetched one by one", "bundles", f.mu.bundles)
+		return nil, nil
+	}
+	f.mu.bundles++
+	s.bundles++
+	f.charge(s, false, 1, carryBytes)
 	flights = make([]*flight, 0, len(bundle.Parts))
 	at = 0
 	for i, p := range bundle.Parts {
@@ -182,35 +204,33 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, o Origin) (flights []*fligh
 			fl := f.mu.flights[k]
 			if fl == nil {
 				f.mu.turns++
-				fl = &flight{key: k, source: source{o, w.Table}, turn: f.mu.turns, done: make(chan struct{})}
+				fl = &flight{key: k, place: place{s, w.Table}, turn: f.mu.turns, done: make(chan struct{})}
 				f.mu.flights[k] = fl
 				if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
 					f.mu.contents[digest] = fl
 				}
 			}
-			fl.state, fl.carrier, fl.at = carried, c, at
+			fl.state, fl.carrier, fl.until = carried, c, at
 			flights = append(flights, fl)
 		}
 	}
 	return flights, missing
 }
 
-// disembark queues what the bundle did not bring: all of it, or what somebody
-// else wants where it was stopped.
-func (f *Fetcher) disembark(flights []*flight, stopped bool) {
+// disembark queues what the bundle did not bring and somebody wants.
+func (f *Fetcher) disembark(s *source, flights []*flight) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mu.carriers--
-	f.mu.active.add(-1, -carryBytes, 0)
-	f.mu.ahead.add(-1, -carryBytes, 0)
+	f.mu.bundles--
+	s.bundles--
+	f.charge(s, false, -1, -carryBytes)
 	for _, fl := range flights {
-		if fl.state != carried {
-			continue
-		}
-		if stopped && !fl.demand && fl.wanted == 0 {
-			f.end(fl, context.Canceled)
-		} else {
+		switch {
+		case fl.state != carried:
+		case fl.isWanted():
 			f.board(fl)
+		default:
+			f.end(fl, context.Canceled)
 		}
 	}
 	f.dispatch()
@@ -219,14 +239,14 @@ func (f *Fetcher) disembark(flights []*flight, stopped bool) {
 // download reads the bundle from beginning to end, over connections that break if
 // need be, and gives up at the first part that is not what it should be: who
 // made one wrong part may have made them all.
-func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
+func (f *Fetcher) download(ctx context.Context, s *source, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
 	var off int64
 	next := 0
 	for try := 0; ; try++ {
 		began := next
-		err := f.downloadFrom(ctx, c, bundle, missing, limit, done, &next, &off)
-		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.Is(err, blockmap.ErrNoSpace) || ctx.Err() != nil ||
-			next == len(bundle.Parts) {
+		err := f.downloadFrom(ctx, s, c, bundle, missing, limit, done, &next, &off)
+		var unstored *storeError
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || next == len(bundle.Parts) {
 			return err
 		}
 		if next > began {
@@ -236,7 +256,7 @@ func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, miss
 			return err
 		}
 		f.retries.Add(1)
-		f.log.Debug("the bundle broke off; it is taken up again", "cause", err, "part", next, "of", len(bundle.Parts))
+		f.log.Debug("the bundle broke off; it is taken up again", "err", err, "part", next, "of", len(bundle.Parts))
 		select {
 		case <-time.After(f.heed(err, f.o.Backoff<<try)):
 		case <-ctx.Done():
@@ -247,15 +267,20 @@ func (f *Fetcher) download(ctx context.Context, c *carrier, bundle *Bundle, miss
 
 // downloadFrom reads the parts from number *next on, which begins at *off, in one
 // request, and moves both.
-func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
+func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	f.requests.Add(1)
-	body, err := bundle.Open(ctx, *off)
+	rc, err := bundle.Open(ctx, *off)
 	if err != nil {
 		return err
 	}
-	defer body.Close()
+	defer rc.Close()
+	r := newRequest(ctx, place{src: s})
+	r.carrier = c
+	defer r.cancel()
+	body := &incoming{f, r, rc}
+	var crowd crowd
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
 	for ; *next < len(bundle.Parts); *next++ {
@@ -289,23 +314,23 @@ func (f *Fetcher) downloadFrom(ctx context.Context, c *carrier, bundle *Bundle, 
 			c.first, c.base = time.Now(), *off
 		}
 		c.got, c.hangs = *off, false
+		s.good = time.Now()
 		f.mu.Unlock()
 		if frame == nil {
 			continue
 		}
 		i := *next
-		decoding.Add(1)
-		f.decoders.do(func() {
-			defer decoding.Done()
+		// A part that is wrong is the fault of who made the bundle, and not of who
+		// sends it: what is fetched chunk by chunk will show whether it was.
+		f.decodeLater(s, &decoding, nil, func() {
 			defer f.buffers.Put(frame)
-			if err := f.deliver(p, *frame); err != nil {
-				if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
-					b.Distrust()
-				}
-				cancel(fmt.Errorf("part %d: %w", i, err))
-				return
+			err := f.deliver(p, *frame)
+			if err == nil {
+				done(p)
 			}
-			done(p)
+			if full := crowd.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
+				cancel(fmt.Errorf("part %d: %w", i, err))
+			}
 		})
 	}
 	decoding.Wait()
@@ -327,10 +352,11 @@ func (f *Fetcher) deliver(p Part, frame []byte) error {
 					return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
 				}
 			}
-			if err := w.Stream.Fill(w.Chunk, content); err != nil {
+			if err := f.store(w.Stream, w.Chunk, content, func() bool { return f.isRead(key{w.Stream, w.Chunk}) }); err != nil {
 				if errors.Is(err, blockmap.ErrDigest) {
 					f.wrong.Add(1)
 				}
+				f.stays(key{w.Stream, w.Chunk})
 				return err
 			}
 			f.chunks.Add(1)
@@ -343,4 +369,44 @@ func (f *Fetcher) deliver(p Part, frame []byte) error {
 		f.mu.Unlock()
 	}
 	return nil
+}
+
+// isRead says whether somebody waits for a chunk.
+func (f *Fetcher) isRead(k key) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	fl := f.mu.flights[k]
+	return fl != nil && fl.demand
+}
+
+// stays has a chunk be fetched by itself that the bundle has brought in vain, if
+// somebody wants it.
+func (f *Fetcher) stays(k key) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if fl := f.mu.flights[k]; fl != nil && fl.state == carried && fl.isWanted() && !f.mu.closed {
+		f.board(fl)
+		f.dispatch()
+	}
+}
+
+// crowd notices that a cache cannot keep what is fetched ahead: several chunks in
+// a row say so, where one may only have come when all others were in use.
+type crowd struct {
+	mu sync.Mutex
+	n  int
+}
+
+const crowded = 3
+
+// full says whether this is the end of it: err is why a chunk could not be kept.
+func (c *crowd) full(err error) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil {
+		c.n = 0
+		return false
+	}
+	c.n++
+	return c.n >= crowded
 }

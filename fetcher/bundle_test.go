@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -399,8 +400,17 @@ func TestBundleLies(t *testing.T) {
 			const bad = 7
 			frame := l.frames[l.ends[bad]-l.Parts[bad].Stored : l.ends[bad]]
 			l.replace(bad, alter(frame))
+			// That is the fault of who made the bundle. Who sends it is not distrusted.
+			var doubts atomic.Int64
+			l.Open = func(ctx context.Context, off int64) (io.ReadCloser, error) {
+				rc, err := l.open(ctx, off)
+				return doubted{rc, &doubts}, err
+			}
 			r := w.replay(t, l, wants)
 			checkDone(t, r)
+			if n := doubts.Load(); n != 0 {
+				t.Errorf("its sender was distrusted %d times", n)
+			}
 			w.checkAll(t)
 			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "chunk by chunk") || !strings.Contains(lines[0], "digest") {
 				t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
@@ -419,6 +429,14 @@ func TestBundleLies(t *testing.T) {
 		})
 	}
 }
+
+// doubted is a body that counts how often it is distrusted.
+type doubted struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (d doubted) Distrust() { d.n.Add(1) }
 
 func random(n int) []byte {
 	rng := rand.New(rand.NewPCG(uint64(n), 9))

@@ -3,6 +3,20 @@ package fetcher
 // OccupyDecoders keeps all of them busy until the channel is closed.
 func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 	for range f.o.Decoders {
-		f.decoders.do(func() { <-until })
+		f.decoders.do(nil, func() { <-until })
 	}
+}
+
+// Queued is how long the queues of a Bound are.
+func (f *Fetcher) Queued(b *Bound) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(b.src.demand.flights) + len(b.src.prefetch.flights)
+}
+
+// Flights is how many chunks are on their way.
+func (f *Fetcher) Flights() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.mu.flights)
 }

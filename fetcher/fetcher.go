@@ -11,7 +11,12 @@
 //
 // A chunk on its way is a flight. Whoever asks for it while it is under way
 // joins it. A flight belongs to the Fetcher, not to who asked first: a reader
-// that gives up leaves the flight to the others.
+// that gives up leaves the flight to the others, and ends it if there are none.
+//
+// Each Bound has bounds of its own, so that an origin that hangs holds up nobody
+// else. A chunk that a reader waits for and that comes too slowly is asked for
+// elsewhere as well: see hedge.go. Where the cache has no room for it, it is
+// answered from memory.
 //
 // What is fetched ahead of readers comes by [Bound.Replay], from a list of chunks
 // or from a [Bundle] of them, or by [Bound.ReadAhead], which guesses.
@@ -27,6 +32,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/time/rate"
 
 	"thaw/blockmap"
 )
@@ -58,8 +64,11 @@ type distruster interface{ Distrust() }
 
 // Options are the settings of a Fetcher. Zero values mean what is said here.
 type Options struct {
-	MaxRequests   int           // requests in flight at once; 64
-	MaxBytes      int64         // bytes in flight, compressed and not; 128 MiB
+	// What one origin's requests have at most. Several origins share twice as
+	// much, and each may have as much as is left.
+	MaxRequests int   // in flight at once; 64
+	MaxBytes    int64 // in flight, compressed and not; 128 MiB
+
 	MaxRequest    int64         // compressed bytes of a request for several chunks; 4 MiB
 	PrefetchShare float64       // of both bounds, at most this much for prefetches; 0.5
 	RetryFor      time.Duration // how long a chunk is tried before its readers get the error; 30 s
@@ -79,15 +88,20 @@ type Options struct {
 
 // Stats counts what a Fetcher has done so far.
 type Stats struct {
-	Requests  int64 `json:"requests"`       // made to origins
-	Bytes     int64 `json:"fetched_bytes"`  // received from origins
-	Chunks    int64 `json:"fetched_chunks"` // brought from origins
-	Local     int64 `json:"local_chunks"`   // chunks that another stream held already
-	Retries   int64 `json:"retries"`        // tries after a first one
-	Wrong     int64 `json:"wrong_chunks"`   // chunks that came and did not match their digest
-	Failed    int64 `json:"failed_chunks"`  // chunks given up
-	InFlight  int64 `json:"in_flight"`      // requests now
-	MostAlive int64 `json:"most_in_flight"` // the most requests that were in flight at once
+	Requests  int64 `json:"requests"`           // made to origins
+	Bytes     int64 `json:"fetched_bytes"`      // received from origins
+	Chunks    int64 `json:"fetched_chunks"`     // brought from origins
+	Local     int64 `json:"local_chunks"`       // chunks that another stream held already
+	Retries   int64 `json:"retries"`            // tries after a first one
+	Wrong     int64 `json:"wrong_chunks"`       // chunks that came and did not match their digest
+	Failed    int64 `json:"failed_chunks"`      // chunks given up
+	Held      int64 `json:"held_chunks"`        // chunks kept in memory, since the cache could not keep them
+	Dropped   int64 `json:"dropped_hints"`      // chunks not prefetched, since too many were being
+	Extra     int64 `json:"extra_requests"`     // made since another brought its chunk too late
+	Overtaken int64 `json:"overtaken_requests"` // requests that an extra one was quicker than
+	Cancelled int64 `json:"cancelled_fetches"`  // chunks and requests that nobody waited for any more
+	InFlight  int64 `json:"in_flight"`          // requests now
+	MostAlive int64 `json:"most_in_flight"`     // the most requests that were in flight at once
 }
 
 // wrongTries bounds how often wrong bytes are asked for again: an origin that
@@ -109,7 +123,12 @@ type Fetcher struct {
 	decode   chan struct{} // a token for each demanded chunk that is decoded beside its request
 	decoders *decoders     // of all other chunks
 
+	warnings rate.Sometimes
+
 	requests, bytes, chunks, local, retries, wrong, failed, mostAlive atomic.Int64
+	held, dropped, extra, overtaken, cancelled                        atomic.Int64
+	unstored                                                          atomic.Int64 // tries to store since one went well
+	claimed                                                           atomic.Int64 // the length of mu.claims
 
 	mu struct {
 		sync.Mutex
@@ -117,12 +136,16 @@ type Fetcher struct {
 		turns    int64 // that were given out
 		flights  map[key]*flight
 		contents map[blockmap.Digest]*flight // the one that brings each content
-		demand   []*flight                   // in order of arrival; those that have started are skipped
-		prefetch []*flight
-		active   load
-		ahead    load  // the part of active that nobody waits for
-		pace     *pace // of that part
-		carriers int   // the part of both that are bundles
+		urgent   map[*flight]struct{}        // those that somebody waits for
+		sources  []*source                   // those with something queued, the next one first
+		running  map[*request]struct{}       // but for extra ones
+		watching bool
+		pool     pool // of requests
+		spare    pool // of extra ones
+		bundles  int
+		refused  bool                  // somebody had no room since reclaim was called
+		claims   map[*request]struct{} // that have the line for themselves
+		turned   chan struct{}         // closed, and made anew, when others may have it
 	}
 }
 
@@ -131,15 +154,6 @@ type key struct {
 	stream *blockmap.Stream
 	chunk  int
 }
-
-// load is what requests in flight take.
-type load struct {
-	requests int
-	bytes    int64 // of memory
-	stored   int64 // on the line
-}
-
-func (l *load) add(n int, bytes, stored int64) { l.requests += n; l.bytes += bytes; l.stored += stored }
 
 // New makes a Fetcher, to be closed.
 func New(o Options) *Fetcher {
@@ -163,7 +177,13 @@ func New(o Options) *Fetcher {
 	}
 	f := &Fetcher{o: o, log: o.Log, zstd: dec, decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
-	f.mu.pace = newPace(int64(float64(o.MaxBytes) * o.PrefetchShare))
+	f.warnings.Interval = warnEvery
+	f.mu.pool.most = load{2 * o.MaxRequests, 2 * o.MaxBytes}
+	f.mu.spare.most = load{8 * mostExtra, o.MaxBytes / 2}
+	f.mu.urgent = make(map[*flight]struct{})
+	f.mu.running = make(map[*request]struct{})
+	f.mu.claims = make(map[*request]struct{})
+	f.mu.turned = make(chan struct{})
 	f.mu.flights = make(map[key]*flight)
 	f.mu.contents = make(map[blockmap.Digest]*flight)
 	return f
@@ -195,51 +215,77 @@ func (f *Fetcher) Close() {
 // Stats returns the counts so far.
 func (f *Fetcher) Stats() Stats {
 	f.mu.Lock()
-	n := f.mu.active.requests
+	n := f.mu.pool.taken.requests + f.mu.spare.taken.requests
 	f.mu.Unlock()
 	return Stats{
 		Requests: f.requests.Load(), Bytes: f.bytes.Load(), Chunks: f.chunks.Load(), Local: f.local.Load(),
 		Retries: f.retries.Load(), Wrong: f.wrong.Load(), Failed: f.failed.Load(),
+		Held: f.held.Load(), Dropped: f.dropped.Load(),
+		Extra: f.extra.Load(), Overtaken: f.overtaken.Load(), Cancelled: f.cancelled.Load(),
 		InFlight: int64(n), MostAlive: f.mostAlive.Load(),
 	}
 }
 
-// Bound is a Fetcher that knows where to fetch from.
+// Bound is a Fetcher that knows where to fetch from. It has bounds of its own, so
+// that what hangs there holds up nobody else.
 type Bound struct {
-	f      *Fetcher
-	origin Origin
-	ahead  atomic.Pointer[readahead]
+	f     *Fetcher
+	src   *source
+	ahead atomic.Pointer[readahead]
+	hints map[*flight]struct{} // that it has guessed; guarded by f.mu
 }
 
 // From binds f to an origin.
-func (f *Fetcher) From(o Origin) *Bound { return &Bound{f: f, origin: o} }
+func (f *Fetcher) From(o Origin) *Bound {
+	return &Bound{f: f, src: f.newSource(o), hints: make(map[*flight]struct{})}
+}
 
 // ReadAhead has chunks fetched that are likely to be demanded next, going by those
 // that have been. It is for where no Replay knows.
 func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
 
 // Fetch returns when all of wants are resident, or with the first error: that
-// of a chunk given up, or that of ctx.
+// of a chunk given up, or that of ctx. What nobody else waits for is not fetched
+// any more then.
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	var ahead []blockmap.Want
 	if r := b.ahead.Load(); r != nil {
 		ahead = r.after(wants)
 	}
-	for _, fl := range b.f.join(wants, ahead, b.origin)[:len(wants)] { // nobody waits for the others
+	flights := b.join(wants, ahead, reader)
+	for i, fl := range flights {
 		if fl == nil {
 			continue
 		}
 		select {
 		case <-fl.done:
 			if fl.err != nil {
+				b.f.leave(flights[i:])
 				return fl.err
 			}
 		case <-ctx.Done():
+			b.f.leave(flights[i:])
 			return context.Cause(ctx)
 		}
 	}
 	return nil
 }
 
-// Prefetch has wants fetched when nobody waits for anything else.
-func (b *Bound) Prefetch(wants []blockmap.Want) { b.f.join(nil, wants, b.origin) }
+// Prefetch has wants fetched when nobody waits for anything else. It is a hint:
+// where many are waiting to be fetched already, it is dropped.
+func (b *Bound) Prefetch(wants []blockmap.Want) { b.join(nil, wants, hint) }
+
+// Close takes back what Prefetch and ReadAhead have asked for. It is for when
+// nobody uses the image any more.
+func (b *Bound) Close() {
+	b.ahead.Store(nil)
+	b.f.mu.Lock()
+	hinted := make(map[*flight]int)
+	for fl := range b.hints {
+		hinted[fl] = 1
+		fl.hint = nil
+	}
+	clear(b.hints)
+	b.f.mu.Unlock()
+	b.f.forget(hinted, context.Canceled)
+}

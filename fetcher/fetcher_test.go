@@ -220,27 +220,26 @@ func TestDemandBeforePrefetch(t *testing.T) {
 // A reader that gives up leaves the fetch to the others.
 func TestFirstReaderLeaves(t *testing.T) {
 	m := blocktest.NewImage(t, 8, 300)
-	w := newWorld(t, m, fetcher.Options{})
-	w.origin.Set(blocktest.Faults{Delay: 50 * time.Millisecond})
-	e := w.places(t, 3)[2]
-	ctx, cancel := context.WithCancel(t.Context())
-	first := make(chan error)
-	go func() { first <- w.device.Fault(ctx, e) }()
-	for w.origin.Requests() == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	second := make(chan error)
-	go func() { second <- w.read(t.Context(), e) }()
-	cancel()
-	if err := <-first; !errors.Is(err, context.Canceled) {
-		t.Errorf("who gave up got %v", err)
-	}
-	if err := <-second; err != nil {
-		t.Error(err)
-	}
-	if n := w.origin.Requests(); n != 1 {
-		t.Errorf("%d requests", n)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{})
+		w.origin.Set(blocktest.Faults{Delay: 50 * time.Millisecond})
+		e := w.places(t, 3)[2]
+		ctx, cancel := context.WithCancel(t.Context())
+		first, second := make(chan error), make(chan error)
+		go func() { first <- w.device.Fault(ctx, e) }()
+		go func() { second <- w.read(t.Context(), e) }()
+		synctest.Wait()
+		cancel()
+		if err := <-first; !errors.Is(err, context.Canceled) {
+			t.Errorf("who gave up got %v", err)
+		}
+		if err := <-second; err != nil {
+			t.Error(err)
+		}
+		if n := w.origin.Requests(); n != 1 {
+			t.Errorf("%d requests", n)
+		}
+	})
 }
 
 // What stays wrong is an error that names it, and never data; what failed once
@@ -259,26 +258,28 @@ func TestGivesUp(t *testing.T) {
 		"permanent": {blocktest.Faults{Err: permanent}, permanent, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := newWorld(t, m, fetcher.Options{
-				Backoff: time.Millisecond, RetryFor: 100 * time.Millisecond,
-				Temporary: func(err error) bool { return !errors.Is(err, permanent) },
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, m, fetcher.Options{
+					Backoff: time.Millisecond, RetryFor: 100 * time.Millisecond,
+					Temporary: func(err error) bool { return !errors.Is(err, permanent) },
+				})
+				w.origin.Set(c.faults)
+				e := w.places(t, 3)[2]
+				err := w.read(t.Context(), e)
+				if !errors.Is(err, c.want) {
+					t.Errorf("got %v, want %v", err, c.want)
+				}
+				if n := w.origin.Requests(); n > c.most || c.most > 1 && n < 2 {
+					t.Errorf("%d requests", n)
+				}
+				if st := w.fetcher.Stats(); st.Failed != 1 {
+					t.Errorf("%+v", st)
+				}
+				w.origin.Set(blocktest.Faults{})
+				if err := w.read(t.Context(), e); err != nil {
+					t.Errorf("once it is mended: %v", err)
+				}
 			})
-			w.origin.Set(c.faults)
-			e := w.places(t, 3)[2]
-			err := w.read(t.Context(), e)
-			if !errors.Is(err, c.want) {
-				t.Errorf("got %v, want %v", err, c.want)
-			}
-			if n := w.origin.Requests(); n > c.most || c.most > 1 && n < 2 {
-				t.Errorf("%d requests", n)
-			}
-			if st := w.fetcher.Stats(); st.Failed != 1 {
-				t.Errorf("%+v", st)
-			}
-			w.origin.Set(blocktest.Faults{})
-			if err := w.read(t.Context(), e); err != nil {
-				t.Errorf("once it is mended: %v", err)
-			}
 		})
 	}
 }

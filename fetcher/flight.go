@@ -1,7 +1,7 @@
 package fetcher
 
 import (
-	"cmp"
+	"context"
 	"slices"
 	"time"
 
@@ -11,20 +11,29 @@ import (
 // flight is one chunk on its way.
 type flight struct {
 	key
-	source source
-	others []source // further places that readers who joined know of
-	demand bool     // somebody waits
-	wanted int      // by so many prefetches, less those that were taken back
-	state  state
-	turn   int64     // its place among all that were ever asked for
-	began  time.Time // its first try, or when somebody began to wait
-	tries  int
-	wrong  int
+	place  place
+	others []place // further places that readers who joined know of
+	demand bool    // somebody waits for it, or for one that follows it
+	// Readers that wait, and prefetches that want it, less those that left.
+	readers, wanted int
+	hint            *Bound // that has guessed it, which is one of wanted
+	state           state
+	turn            int64 // its place among all that were ever asked for
+	started         bool
+	began           time.Time // its first try, or when somebody began to wait
+	since           time.Time // somebody waits
+	tries           int
+	passed          int // how many were started before it that are smaller
+	wrong           int
 
+	requests []*request // that are to bring it, while it is running
+	rested   time.Time  // no extra request for it before
+
+	leader    *flight   // that it follows
 	followers []*flight // of the same content, for other places
 
 	carrier *carrier    // whose download brings it, while state is carried
-	at      int64       // where its frame ends in there
+	until   int64       // where its frame ends in there
 	late    *time.Timer // runs while a reader waits for the carrier
 
 	done chan struct{} // closed when err is final
@@ -35,36 +44,75 @@ type state uint8
 
 const (
 	queued    state = iota
-	running         // within a request
+	running         // within a request, or several
 	waiting         // for its next try
 	carried         // within a bundle that is on its way
 	following       // behind a flight of the same content, to copy it then
 	ended
 )
 
-// source says where the compressed bytes of a chunk are.
-type source struct {
-	origin Origin
-	table  *blockmap.Table
+func (fl *flight) chunk() *blockmap.Chunk { return &fl.place.table.Chunks[fl.key.chunk] }
+
+// cost is what a chunk takes of MaxBytes.
+func cost(c *blockmap.Chunk) int64 { return int64(c.Stored) + int64(c.Size()) }
+
+// at is where a source has the chunk.
+func (fl *flight) at(s *source) place {
+	if fl.place.src == s {
+		return fl.place
+	}
+	for _, p := range fl.others {
+		if p.src == s {
+			return p
+		}
+	}
+	return fl.place
 }
 
-func (fl *flight) chunk() *blockmap.Chunk { return &fl.source.table.Chunks[fl.key.chunk] }
+func (fl *flight) isAt(p place) bool { return fl.place == p || slices.Contains(fl.others, p) }
 
-// cost is what the flight takes of MaxBytes.
-func (fl *flight) cost() int64 { return int64(fl.chunk().Stored) + int64(fl.chunk().Size()) }
+// take makes p the place that is tried.
+func (fl *flight) take(p place) {
+	if i := slices.Index(fl.others, p); i >= 0 && fl.place != p {
+		fl.place, fl.others[i] = p, fl.place
+	}
+}
 
-// join finds or makes the flights of chunks, one for each of demanded and then of
-// ahead, which nobody waits for. Those that are resident by now have nil. They
-// start together, so that neighbours share a request.
-func (f *Fetcher) join(demanded, ahead []blockmap.Want, o Origin) []*flight {
-	flights := make([]*flight, 0, len(demanded)+len(ahead))
+// isWanted says whether anybody waits for it, or has it prefetched.
+func (fl *flight) isWanted() bool {
+	return fl.demand || fl.wanted > 0 || slices.ContainsFunc(fl.followers, (*flight).isWanted)
+}
+
+// isRead says whether a reader waits for it, or for one that follows it.
+func (fl *flight) isRead() bool {
+	return fl.readers > 0 || slices.ContainsFunc(fl.followers, func(x *flight) bool { return x.demand })
+}
+
+// Who asks for chunks.
+type asker uint8
+
+const (
+	reader   asker = iota
+	prefetch       // which takes back what it does not want any more
+	hint           // which is dropped where there are many
+)
+
+// maxHints bounds the flights that a Bound has by hints and guesses.
+const maxHints = 256
+
+// join finds or makes the flights of chunks: one for each of wants, or nil where
+// it is resident. Hints have no flight but the ones they make. All start together,
+// so that neighbours share a request.
+func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*flight {
+	f := b.f
+	flights := make([]*flight, len(wants))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, w := range demanded {
-		flights = append(flights, f.flight(w, o, true))
+	for i, w := range wants {
+		flights[i] = b.flight(w, as)
 	}
-	for _, w := range ahead {
-		flights = append(flights, f.flight(w, o, false))
+	for _, w := range hinted {
+		b.flight(w, hint)
 	}
 	f.dispatch()
 	return flights
@@ -72,72 +120,171 @@ func (f *Fetcher) join(demanded, ahead []blockmap.Want, o Origin) []*flight {
 
 // flight finds or makes the flight of a chunk, or returns nil where it is
 // resident. f.mu is held.
-func (f *Fetcher) flight(w blockmap.Want, o Origin, demand bool) *flight {
+func (b *Bound) flight(w blockmap.Want, as asker) *flight {
+	f := b.f
 	k := key{w.Stream, w.Chunk}
-	src := source{o, w.Table}
+	here := place{b.src, w.Table}
 	if fl := f.mu.flights[k]; fl != nil {
-		if fl.source != src && len(fl.others) < 4 {
-			fl.others = append(fl.others, src)
+		if as == hint {
+			return fl // it comes anyway
 		}
-		if demand {
-			f.promote(fl)
-		} else {
+		if !fl.isAt(here) && len(fl.others) < 4 {
+			fl.others = append(fl.others, here)
+			if fl.state == queued {
+				f.list(fl, b.src)
+			}
+		}
+		if as == prefetch {
 			fl.wanted++
+			return fl
 		}
+		fl.readers++
+		f.promote(fl)
 		return fl
 	}
 	if w.Stream.Has(w.Chunk) {
 		return nil
 	}
-	f.mu.turns++
-	fl := &flight{key: k, source: src, demand: demand, turn: f.mu.turns, done: make(chan struct{})}
-	if !demand {
-		fl.wanted = 1
+	if as == hint && len(b.hints) >= maxHints {
+		f.dropped.Add(1)
+		return nil
 	}
+	f.mu.turns++
+	fl := &flight{key: k, place: here, turn: f.mu.turns, done: make(chan struct{})}
 	if f.mu.closed {
-		fl.err = blockmap.ErrClosed
+		fl.state, fl.err = ended, blockmap.ErrClosed
 		close(fl.done)
 		return fl
 	}
 	f.mu.flights[k] = fl
+	switch as {
+	case reader:
+		fl.readers = 1
+		f.hurry(fl)
+	case hint:
+		fl.hint = b
+		b.hints[fl] = struct{}{}
+		fallthrough
+	case prefetch:
+		fl.wanted = 1
+	}
 	f.board(fl)
 	return fl
+}
+
+// hurry notes that somebody waits for a flight from now on.
+func (f *Fetcher) hurry(fl *flight) {
+	fl.demand = true
+	fl.began = time.Now()
+	fl.started = fl.state == running
+	fl.since = fl.began
+	f.mu.urgent[fl] = struct{}{}
+	f.watch()
 }
 
 // promote makes a flight, and the one that it follows, one that somebody waits
 // for. f.mu is held, and dispatch is called behind it.
 func (f *Fetcher) promote(fl *flight) {
-	if fl.demand {
+	if fl.demand || fl.state == ended {
 		return
 	}
-	fl.demand = true
-	fl.began = time.Now()
+	f.hurry(fl)
 	switch fl.state {
 	case queued:
-		f.mu.demand = append(f.mu.demand, fl)
+		f.enqueue(fl)
+	case running:
+		for _, r := range fl.requests {
+			r.hurry()
+		}
+		f.turnover()
 	case carried:
 		f.awaitCarrier(fl)
 	case following:
-		if leader := f.mu.contents[fl.chunk().Digest]; leader != nil {
-			f.promote(leader)
+		f.promote(fl.leader)
+	}
+}
+
+// leave takes back that readers wait for flights. What nobody else wants is not
+// fetched any more.
+func (f *Fetcher) leave(flights []*flight) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, fl := range flights {
+		if fl != nil {
+			fl.readers--
+			f.reconsider(fl)
 		}
 	}
+	f.dispatch()
+}
+
+// reconsider has a flight be what those who are left want of it, which may be
+// nothing. f.mu is held, and dispatch is called behind it.
+func (f *Fetcher) reconsider(fl *flight) {
+	if fl.state == ended {
+		return
+	}
+	calmed := fl.demand && !fl.isRead()
+	if calmed {
+		fl.demand = false
+		delete(f.mu.urgent, fl)
+		if fl.state == carried {
+			fl.carrier.leave(fl)
+		}
+	}
+	wanted := fl.isWanted()
+	switch fl.state {
+	case queued:
+		if !wanted {
+			f.drop(fl)
+		} else if calmed {
+			// Its turn has been, so it is the next.
+			q := &fl.place.src.prefetch
+			q.flights = append([]*flight{fl}, q.flights...)
+			f.enlist(fl.place.src)
+		}
+	case running:
+		for _, r := range slices.Clone(fl.requests) {
+			f.check(r)
+		}
+		f.turnover()
+	case waiting:
+		if !wanted {
+			f.drop(fl)
+		}
+	case following:
+		leader := fl.leader
+		if !wanted {
+			f.drop(fl)
+		}
+		f.reconsider(leader)
+	}
+}
+
+// drop ends a flight that nobody wants.
+func (f *Fetcher) drop(fl *flight) {
+	f.cancelled.Add(1)
+	f.end(fl, context.Canceled)
 }
 
 // board has a flight be fetched: alone, or behind one that brings its content
 // already. A flight that a bundle was to bring has had enough of waiting for
 // such. f.mu is held, and dispatch is called behind it.
 func (f *Fetcher) board(fl *flight) {
+	if fl.state == carried {
+		fl.carrier.leave(fl)
+	}
 	digest := fl.chunk().Digest
 	leader := f.mu.contents[digest]
 	switch {
 	case leader == fl || leader == nil:
 	case leader.state == carried && fl.state == carried:
-		fl.followers = append(fl.followers, leader.followers...)
+		f.follow(fl, leader.followers...)
 		leader.followers = nil
 	default:
 		fl.state = following
-		leader.followers = append(append(leader.followers, fl), fl.followers...)
+		f.follow(leader, fl)
+		f.follow(leader, fl.followers...)
 		fl.followers = nil
 		if fl.demand {
 			f.promote(leader)
@@ -148,199 +295,51 @@ func (f *Fetcher) board(fl *flight) {
 	f.enqueue(fl)
 }
 
-func (f *Fetcher) enqueue(fl *flight) {
-	fl.state = queued
-	if fl.demand {
-		f.mu.demand = append(f.mu.demand, fl)
-	} else {
-		f.mu.prefetch = append(f.mu.prefetch, fl)
+func (f *Fetcher) follow(leader *flight, followers ...*flight) {
+	for _, x := range followers {
+		x.leader = leader
 	}
+	leader.followers = append(leader.followers, followers...)
 }
 
-// dispatch starts requests while the bounds allow. f.mu is held.
-func (f *Fetcher) dispatch() {
-	for !f.mu.closed {
-		demand := true
-		q := &f.mu.demand
-		skipStarted(q)
-		if len(*q) == 0 {
-			demand, q = false, &f.mu.prefetch
-			skipStarted(q)
-			if len(*q) == 0 {
-				return
+// forget takes back prefetches, each of which joined a flight so many times. It
+// ends the flights that nobody else wants: at once those that have not started,
+// and the others if they go on for long, since what comes may be of use.
+func (f *Fetcher) forget(flights map[*flight]int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var started []*flight
+	for fl, n := range flights {
+		fl.wanted -= n
+		switch fl.state {
+		case running:
+			started = append(started, fl)
+		case queued, waiting, following:
+			if !fl.isWanted() {
+				leader := fl.leader
+				f.end(fl, err)
+				if leader != nil {
+					f.reconsider(leader)
+				}
 			}
 		}
-		batch := f.gather((*q)[0])
-		var bytes, stored int64
-		for _, fl := range batch {
-			bytes += fl.cost()
-			stored += int64(fl.chunk().Stored)
-		}
-		// One request is always let through, however large its chunk is, and
-		// whatever bundle hangs.
-		if a := &f.mu.active; a.requests > f.mu.carriers && (a.requests >= f.o.MaxRequests || a.bytes+bytes > f.o.MaxBytes) {
-			return
-		}
-		if a := &f.mu.ahead; !demand && a.requests > f.mu.carriers &&
-			(float64(a.requests) >= float64(f.o.MaxRequests)*f.o.PrefetchShare ||
-				float64(a.bytes+bytes) > float64(f.o.MaxBytes)*f.o.PrefetchShare ||
-				a.requests >= f.mu.carriers+paced(batch[0].source.origin) && a.stored+stored > f.mu.pace.window()) {
-			return
-		}
-		if f.mu.active.requests == f.mu.carriers {
-			f.mu.pace.resume()
-		}
-		f.mu.active.add(1, bytes, stored)
-		if !demand {
-			f.mu.ahead.add(1, bytes, stored)
-		}
-		f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.active.requests)))
-		for _, fl := range batch {
-			fl.state = running
-			if fl.tries == 0 {
-				fl.began = time.Now()
-			}
-		}
-		f.wg.Go(func() {
-			f.request(batch)
+	}
+	if len(started) > 0 {
+		time.AfterFunc(forgetAfter, func() {
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.mu.active.add(-1, -bytes, -stored)
-			if !demand {
-				f.mu.ahead.add(-1, -bytes, -stored)
+			for _, fl := range started {
+				f.reconsider(fl)
 			}
 			f.dispatch()
 		})
 	}
-}
-
-// skipStarted drops the flights at the head of q that need not start from
-// there: they went along with a neighbour, or were promoted and have ended.
-func skipStarted(q *[]*flight) {
-	for len(*q) > 0 && (*q)[0].state != queued {
-		(*q)[0] = nil
-		*q = (*q)[1:]
-	}
-}
-
-// pacedRequests are always in flight, however large they are: each of them leaves
-// the line idle for a round trip.
-const pacedRequests = 5
-
-// pacedRanges are, where a request may have several ranges and so as many bytes as
-// the window has. With two the line has been seen idle for a seventh of the time,
-// with three for a sixteenth; and each is in the way of what a reader demands.
-const pacedRanges = 3
-
-func paced(o Origin) int {
-	if rangesOf(o) > 1 {
-		return pacedRanges
-	}
-	return pacedRequests
-}
-
-// nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
-// at leastWindow. It goes by the square of the window: on a line that is twice as
-// fast a chunk out of its turn holds up others half as long, and a request that it
-// saves is worth twice as many bytes.
-const nearTurns = 8
-
-// gather collects the flights that can share a request with first: its neighbours
-// in the blob and, where nobody waits for it and the origin gives several ranges,
-// what of the blob is next in turn, with its neighbours.
-func (f *Fetcher) gather(first *flight) []*flight {
-	if first.demand {
-		return f.gatherRun(first, nil, f.o.MaxRequest)
-	}
-	// What nobody waits for comes in several requests at once, so that the line
-	// is not idle for the time from a request to its answer.
-	window := f.mu.pace.window()
-	ranges := rangesOf(first.source.origin)
-	if ranges == 1 {
-		return f.gatherRun(first, nil, min(f.o.MaxRequest, window/2-min(window, leastWindow)/4))
-	}
-	room := min(f.o.MaxRequest, window)
-	var batch []*flight
-	for _, fl := range f.mu.prefetch[:min(reach, len(f.mu.prefetch))] {
-		if fl.state != queued || fl.demand || fl.source != first.source || slices.Contains(batch, fl) {
-			continue
-		}
-		run := f.gatherRun(fl, batch, room)
-		for _, fl := range run {
-			room -= int64(fl.chunk().Stored)
-		}
-		if ranges--; len(batch) > 0 && (ranges < 0 || room < 0) {
-			break
-		}
-		batch = append(batch, run...)
-	}
-	return batch
-}
-
-// gatherRun collects first and its queued neighbours that are not in batch: at most
-// so many bytes, but for what somebody waits for, which goes in any case.
-// Those that nobody waits for only come behind one that somebody does, so that
-// they hold up nothing; and else only if their turn is near, so that chunks come
-// about in their order.
-func (f *Fetcher) gatherRun(first *flight, batch []*flight, most int64) []*flight {
-	run := []*flight{first}
-	bytes := int64(first.chunk().Stored)
-	window := f.mu.pace.window()
-	near := max(nearTurns*window/leastWindow*window/leastWindow, 1)
-	neighbour := func(of *flight, step int) *flight {
-		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
-		if fl == nil || fl.state != queued || fl.source != first.source || slices.Contains(batch, fl) ||
-			!fl.demand && (fl.turn < first.turn-near || fl.turn > first.turn+near) {
-			return nil
-		}
-		if n := bytes + int64(fl.chunk().Stored); n > f.o.MaxRequest || n > most && !fl.demand {
-			return nil
-		}
-		a, b := of.chunk(), fl.chunk()
-		if step < 0 {
-			a, b = b, a
-		}
-		if a.Offset+int64(a.Stored) != b.Offset {
-			return nil
-		}
-		return fl
-	}
-	for fl := neighbour(first, 1); fl != nil; fl = neighbour(run[len(run)-1], 1) {
-		run = append(run, fl)
-		bytes += int64(fl.chunk().Stored)
-	}
-	for fl := neighbour(first, -1); fl != nil && fl.demand == first.demand; fl = neighbour(fl, -1) {
-		run = append(run, fl)
-		bytes += int64(fl.chunk().Stored)
-	}
-	slices.SortFunc(run, func(a, b *flight) int { return cmp.Compare(a.key.chunk, b.key.chunk) })
-	return run
-}
-
-// reach is how many of the queue are looked at for what else is in a blob.
-const reach = 64
-
-// rangesOf is how many ranges of a blob an origin gives in one answer.
-func rangesOf(o Origin) int {
-	if r, ok := o.(Ranger); ok {
-		return r.Ranges()
-	}
-	return 1
-}
-
-// forget takes back prefetches, each of which joined a flight so many times. It
-// ends the flights that nobody else wants and that have not started.
-func (f *Fetcher) forget(flights map[*flight]int, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for fl, n := range flights {
-		fl.wanted -= n
-		if fl.wanted == 0 && !fl.demand && fl.state != running && fl.state != carried {
-			f.end(fl, err)
-		}
-	}
 	f.dispatch()
 }
+
+// forgetAfter is how long a request goes on that only prefetches wanted that have
+// been stopped.
+const forgetAfter = time.Second
 
 // end makes err final and wakes who waits. f.mu is held.
 func (f *Fetcher) end(fl *flight, err error) {
@@ -348,29 +347,67 @@ func (f *Fetcher) end(fl *flight, err error) {
 		return
 	}
 	delete(f.mu.flights, fl.key)
+	if fl.state == carried {
+		fl.carrier.leave(fl)
+	}
+	if fl.leader != nil {
+		fl.leader.followers = slices.DeleteFunc(fl.leader.followers, func(x *flight) bool { return x == fl })
+		fl.leader = nil
+	}
 	fl.state = ended
-	if fl.late != nil {
-		fl.late.Stop()
+	delete(f.mu.urgent, fl)
+	if fl.hint != nil {
+		delete(fl.hint.hints, fl)
 	}
 	fl.err = err
 	close(fl.done)
-	if digest := fl.chunk().Digest; f.mu.contents[digest] == fl {
+	// Who follows it has the content now, to be copied; or else they try
+	// themselves, the first of them for all.
+	followers := fl.followers
+	fl.followers = nil
+	for _, x := range followers {
+		x.leader = nil
+	}
+	digest := fl.chunk().Digest
+	other := f.mu.contents[digest]
+	if other == fl {
 		delete(f.mu.contents, digest)
 	}
 	if f.mu.closed {
 		return // Close ends them all
 	}
-	// Their content is here now, to be copied; or else they try themselves,
-	// the first of them for all.
-	followers := fl.followers
-	fl.followers = nil
+	for _, r := range fl.requests {
+		f.check(r)
+	}
+	fl.requests = nil
 	for _, follower := range followers {
 		switch {
-		case follower.state != following:
 		case err == nil:
 			f.enqueue(follower)
-		default:
+		case follower.isWanted():
 			f.board(follower)
+		default:
+			f.end(follower, err)
 		}
 	}
+	if err == nil && other != nil && other != fl {
+		f.copyTo(other)
+	}
+}
+
+// copyTo fills the chunk of a flight with a copy: another was quicker to bring its
+// content, from a source that works.
+func (f *Fetcher) copyTo(fl *flight) {
+	if !fl.isWanted() {
+		return
+	}
+	f.wg.Go(func() {
+		if fl.stream.FillLocal(fl.key.chunk) {
+			f.local.Add(1)
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.end(fl, nil)
+			f.dispatch()
+		}
+	})
 }

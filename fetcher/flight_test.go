@@ -206,7 +206,7 @@ func TestReplayWaitAfterStop(t *testing.T) {
 // What has come and had to go again, in a small cache, has come.
 func TestReplayInASmallCache(t *testing.T) {
 	m := blocktest.NewImage(t, 66, 2000)
-	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 300_000}) // one chunk, or two
+	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000}) // one chunk, or two
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,9 +58,9 @@ func TestPace(t *testing.T) {
 	p := newPace(most)
 	now := time.Now()
 	for range 100 {
-		p.landed(leastWindow, now)
+		p.landed(firstWindow, now)
 	}
-	if p.window() != leastWindow {
+	if p.window() != firstWindow {
 		t.Errorf("a window of %d without time passing", p.window())
 	}
 	if w := newPace(1000).window(); w != 1000 {

@@ -3,6 +3,7 @@ package fetcher
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -21,6 +22,10 @@ type ReplayOptions struct {
 	// Window is how many compressed bytes of the list may be queued, where
 	// neighbours find each other; 16 MiB if zero.
 	Window int64
+	// MaxBytes bounds what the chunks take in the cache, uncompressed; 0 for no
+	// bound. What is beyond it, the bundle's chunks first and then the list, is
+	// left out.
+	MaxBytes int64
 	// Bundle, if there is one, is downloaded first. Its chunks need not be in
 	// the list as well.
 	Bundle *Bundle
@@ -61,6 +66,14 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	if o.Bundle != nil {
 		wants = o.Bundle.before(wants)
 	}
+	if kept := within(wants, o.MaxBytes); len(kept) < len(wants) {
+		b.f.log.Info("the prefetch is larger than the cache, so thaw leaves out the end of it",
+			"chunks", len(kept), "of", len(wants), "max_bytes", o.MaxBytes)
+		wants = kept
+		if o.Bundle != nil {
+			o.Bundle = o.Bundle.without(kept)
+		}
+	}
 	r.mu.p.Chunks = int64(len(wants))
 	for _, w := range wants {
 		r.mu.p.Bytes += stored(w)
@@ -71,6 +84,45 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 		r.run(ctx, b, wants, o)
 	}()
 	return r
+}
+
+// within lists the first of wants that take at most so many bytes. A chunk that is
+// listed twice takes none the second time.
+func within(wants []blockmap.Want, most int64) []blockmap.Want {
+	if most <= 0 {
+		return wants
+	}
+	seen := make(map[key]bool, len(wants))
+	for i, w := range wants {
+		if k := (key{w.Stream, w.Chunk}); !seen[k] {
+			seen[k] = true
+			if most -= int64(w.Table.Chunks[w.Chunk].Size()); most < 0 {
+				return wants[:i:i]
+			}
+		}
+	}
+	return wants
+}
+
+// without is the bundle without the places that are not in kept, and up to the
+// last part that has any.
+func (b *Bundle) without(kept []blockmap.Want) *Bundle {
+	in := make(map[key]bool, len(kept))
+	for _, w := range kept {
+		in[key{w.Stream, w.Chunk}] = true
+	}
+	less := *b
+	less.Parts = nil
+	last := 0
+	for i, p := range b.Parts {
+		p.Wants = slices.DeleteFunc(slices.Clone(p.Wants), func(w blockmap.Want) bool { return !in[key{w.Stream, w.Chunk}] })
+		less.Parts = append(less.Parts, p)
+		if len(p.Wants) > 0 {
+			last = i + 1
+		}
+	}
+	less.Parts = less.Parts[:last]
+	return &less
 }
 
 // largestFrame is the most that a chunk takes: raw blocks in a zstd frame.
@@ -85,9 +137,18 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	if o.Rate > 0 {
 		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, largestFrame)))
 	}
-	if o.Bundle != nil {
-		wants = r.carry(ctx, b, o.Bundle, limit, wants)
+	noRoom := func(err error) {
+		b.f.log.Info("the cache cannot store what is prefetched, so thaw leaves out the rest", "err", err)
+		r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, err) })
 	}
+	if o.Bundle != nil {
+		var err error
+		if wants, err = r.carry(ctx, b, o.Bundle, limit, wants); errors.Is(err, blockmap.ErrNoSpace) {
+			noRoom(err)
+			return
+		}
+	}
+	var crowd crowd
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -106,7 +167,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 				return err
 			}
 		}
-		for i, fl := range b.f.join(nil, wants[:n], b.origin) {
+		for i, fl := range b.join(wants[:n], nil, prefetch) {
 			l := landing{wants[i], fl}
 			bytes += stored(l.want)
 			if fl != nil {
@@ -134,6 +195,11 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			ahead -= n
 			delete(flying, l.flight)
 			r.update(l.count)
+			if err := l.unkept(); crowd.full(err) {
+				b.f.forget(flying, err)
+				noRoom(err)
+				return
+			}
 		case <-ctx.Done():
 			b.f.forget(flying, context.Cause(ctx))
 			r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, context.Cause(ctx)) })
@@ -163,6 +229,15 @@ func (l landing) await(ctx context.Context, landed chan<- landing) {
 	}
 }
 
+// unkept is why a chunk that came could not be kept.
+func (l landing) unkept() error {
+	var unkept *storeError
+	if l.flight == nil || !errors.As(l.flight.err, &unkept) {
+		return nil
+	}
+	return l.flight.err
+}
+
 func (l landing) count(p *ReplayProgress) {
 	if l.flight != nil && l.flight.err != nil && !l.want.Stream.Has(l.want.Chunk) {
 		p.Failed++
@@ -174,8 +249,9 @@ func (l landing) count(p *ReplayProgress) {
 	p.DoneBytes += stored(l.want)
 }
 
-// carry downloads the bundle, and returns those of wants that it did not bring.
-func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) []blockmap.Want {
+// carry downloads the bundle, and returns those of wants that it did not bring, and
+// what ended it if that was before its end.
+func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
 	var mu sync.Mutex
 	came := make(map[key]bool)
 	err := b.carry(ctx, bundle, limit, func(p Part) {
@@ -192,11 +268,11 @@ func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rat
 		})
 	})
 	left := slices.DeleteFunc(slices.Clone(wants), func(w blockmap.Want) bool { return came[key{w.Stream, w.Chunk}] })
-	if err != nil && ctx.Err() == nil {
+	if err != nil && ctx.Err() == nil && !errors.Is(err, blockmap.ErrNoSpace) {
 		b.f.log.Warn("the bundle is of no more use; what it did not bring is fetched chunk by chunk",
-			"cause", err, "came", len(came), "left", len(left))
+			"err", err, "came", len(came), "left", len(left))
 	}
-	return left
+	return left, err
 }
 
 // before lists the wants of a bundle, and then those of rest that are not in it.
@@ -242,7 +318,7 @@ func (r *Replay) Wait(ctx context.Context, share float64) error {
 			return nil
 		}
 		if !p.Ended.IsZero() {
-			return fmt.Errorf("of %d chunks to prefetch %d came: %w", p.Chunks, p.DoneChunks, p.Err)
+			return fmt.Errorf("prefetched %d of %d chunks: %w", p.DoneChunks, p.Chunks, p.Err)
 		}
 		select {
 		case <-changed:

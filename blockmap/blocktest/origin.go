@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -16,6 +17,8 @@ import (
 // Origin serves blobs from memory, and fails as it is told to. The zero values
 // of its faults are none. Faults are changed by Set while it serves.
 type Origin struct {
+	Name string // what the Source of its bodies is
+
 	mu     sync.Mutex
 	blobs  map[blockmap.Digest][]byte
 	faults Faults
@@ -36,7 +39,12 @@ type Faults struct {
 	Break   error         // the body fails half way with this
 	Flip    bool          // a bit of the body is wrong
 	Hang    bool          // the body never comes, until the context ends
+	Mute    bool          // nor does an answer
+	Trickle int64         // bytes of the body a second, a few at a time; 0: at once
 	Left    int           // faults end after so many requests; 0: never
+
+	// Only, if not nil, says which ranges the faults concern.
+	Only func(Asked) bool
 }
 
 // Asked names a range that was asked for.
@@ -51,6 +59,14 @@ var ErrInjected = errors.New("injected fault")
 // NewOrigin makes an origin of an image's blobs.
 func NewOrigin(m *Image) *Origin {
 	return &Origin{blobs: m.Blobs, asked: make(map[Asked]int)}
+}
+
+// Add makes it serve one more blob. Nothing is asked of it meanwhile.
+func (o *Origin) Add(digest blockmap.Digest, blob []byte) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.blobs = maps.Clone(o.blobs)
+	o.blobs[digest] = blob
 }
 
 // Set changes what goes wrong from now on.
@@ -112,10 +128,13 @@ func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error
 	o.mu.Lock()
 	blob, ok := o.blobs[asked[0].Blob]
 	f := o.faults
+	if f.Only != nil && !slices.ContainsFunc(asked, f.Only) {
+		f = Faults{}
+	}
 	if f.ErrEach > 0 && o.requests%f.ErrEach != 0 {
 		f.Err = nil
 	}
-	if o.faults.Left > 0 {
+	if o.faults.Left > 0 && (o.faults.Only == nil || slices.ContainsFunc(asked, o.faults.Only)) {
 		if o.faults.Left--; o.faults.Left == 0 {
 			o.faults = Faults{Delay: f.Delay}
 		}
@@ -153,6 +172,10 @@ func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error
 	if f.Err != nil {
 		return fail(f.Err)
 	}
+	if f.Mute {
+		<-ctx.Done()
+		return fail(context.Cause(ctx))
+	}
 	switch {
 	case f.Hang:
 		body.Reader = hang{ctx}
@@ -165,6 +188,9 @@ func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error
 		fallthrough
 	default:
 		body.Reader = bytes.NewReader(b)
+	}
+	if f.Trickle > 0 {
+		body.Reader = &trickle{ctx, body.Reader, f.Trickle}
 	}
 	return body, nil
 }
@@ -182,6 +208,27 @@ func (b *body) Close() error {
 		b.o.mu.Unlock()
 	})
 	return nil
+}
+
+// Source is the name of the origin.
+func (b *body) Source() string { return b.o.Name }
+
+// trickle brings so many bytes a second.
+type trickle struct {
+	ctx  context.Context
+	from io.Reader
+	rate int64
+}
+
+func (t *trickle) Read(p []byte) (int, error) {
+	// At most ten times a second, at least one byte.
+	n := max(t.rate/10, 1)
+	select {
+	case <-time.After(time.Duration(n) * time.Second / time.Duration(t.rate)):
+	case <-t.ctx.Done():
+		return 0, context.Cause(t.ctx)
+	}
+	return t.from.Read(p[:min(int64(len(p)), n)])
 }
 
 type broken struct{ err error }
