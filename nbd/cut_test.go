@@ -20,6 +20,7 @@ import (
 type cutDevice struct {
 	t       testing.TB
 	content []byte
+	path    string      // of the file
 	maps    []mmap.MMap // the last one is in use
 
 	mu struct {
@@ -49,11 +50,18 @@ func newCutDevice(t testing.TB, chunks int) *cutDevice {
 		if d.mu.pinned != 0 {
 			t.Errorf("%d segments are pinned at the end", d.mu.pinned)
 		}
-		for _, m := range d.maps {
-			m.Unmap()
-		}
+		d.unmap()
 	})
 	return d
+}
+
+// unmap gives back the files, at which nobody looks. d.mu is held.
+func (d *cutDevice) unmap() {
+	clear(d.mu.chunks)
+	for _, m := range d.maps {
+		m.Unmap()
+	}
+	d.maps = nil
 }
 
 // hole is the hole in chunk i.
@@ -67,7 +75,16 @@ func (d *cutDevice) hole(i int) (e blockmap.Extent) {
 // cut makes all of it resident, in a file of which all from n on is cut off.
 func (d *cutDevice) cut(n int64) {
 	d.t.Helper()
+	if d.path != "" {
+		os.Remove(d.path)
+	}
+	d.mu.Lock()
+	if d.mu.pinned == 0 {
+		d.unmap()
+	}
+	d.mu.Unlock()
 	path := filepath.Join(d.t.TempDir(), "data")
+	d.path = path
 	if err := os.WriteFile(path, d.content, 0o600); err != nil {
 		d.t.Fatal(err)
 	}
@@ -88,6 +105,14 @@ func (d *cutDevice) cut(n int64) {
 	defer d.mu.Unlock()
 	for i := range d.mu.chunks {
 		d.mu.chunks[i] = m[i*cachedChunk : (i+1)*cachedChunk]
+	}
+}
+
+// cutMore cuts the file that is in use.
+func (d *cutDevice) cutMore(n int64) {
+	d.t.Helper()
+	if err := os.Truncate(d.path, n); err != nil {
+		d.t.Fatal(err)
 	}
 }
 
