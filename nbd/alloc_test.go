@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"testing"
+	"time"
 
 	"thaw/blockmap"
 )
@@ -72,4 +73,4 @@ func BenchmarkHits(b *testing.B) {
 // nullWire takes everything.
 type nullWire struct{ wire }
 
-func (nullWire) writev([][]byte) error { return nil }
+func (nullWire) writev([][]byte, func() time.Duration) (int, error) { return 0, nil }

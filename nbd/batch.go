@@ -10,12 +10,24 @@ import (
 // they lie, and the views that pin them until they have left. Its memory is
 // used over and over.
 type batch struct {
-	bufs  [][]byte        // what to write, in order
-	head  []byte          // backs the headers in bufs
-	views []blockmap.View // to release
-	size  int             // bytes in bufs
+	bufs  [][]byte // what to write, in order
+	head  []byte   // backs the headers in bufs
+	reads []read   // the replies with a view, in order
+	size  int      // bytes in bufs
+
+	copies pieces // what bufs are after detach, instead of all above
 
 	handed bool // to whoever is writing; guarded by the session's mu
+}
+
+// read is a view to release, and which part of a batch it is the content of, so
+// that this can be composed anew if the bytes turn out to be unreadable.
+type read struct {
+	view   blockmap.View
+	cookie uint64
+	offset uint64
+	first  int32 // of its bufs
+	end    int32 // 0: the content is memory of the server
 }
 
 // A batch is written when it has this much: more would hold up its first reply
@@ -25,17 +37,23 @@ const (
 	batchBytes   = 256 << 10
 )
 
-func (b *batch) full() bool  { return len(b.views) >= batchReplies || b.size >= batchBytes }
+func (b *batch) full() bool  { return len(b.reads) >= batchReplies || b.size >= batchBytes }
 func (b *batch) empty() bool { return len(b.bufs) == 0 }
+
+// detached reports whether all of b is in its copies.
+func (b *batch) detached() bool {
+	return len(b.copies.list) > 0 && len(b.copies.list) == len(b.bufs)
+}
 
 // reset releases what was written.
 func (b *batch) reset() {
-	for i := range b.views {
-		b.views[i].Release()
+	for i := range b.reads {
+		b.reads[i].view.Release()
 	}
 	clear(b.bufs)
-	b.bufs, b.views, b.size = b.bufs[:0], b.views[:0], 0
+	b.bufs, b.reads, b.size = b.bufs[:0], b.reads[:0], 0
 	b.head = b.head[:0]
+	b.copies.truncate(0)
 	const keep = 64 << 10
 	if cap(b.head) > keep {
 		b.head = nil
@@ -45,18 +63,18 @@ func (b *batch) reset() {
 	}
 }
 
-// view is the next free slot for a view; it is given back by dropView where it
-// was not filled.
-func (b *batch) view() *blockmap.View {
-	if len(b.views) < cap(b.views) {
-		b.views = b.views[:len(b.views)+1]
+// slot is where to put the next view; it is given back by dropSlot where it was not
+// filled.
+func (b *batch) slot() *read {
+	if len(b.reads) < cap(b.reads) {
+		b.reads = b.reads[:len(b.reads)+1]
 	} else {
-		b.views = append(b.views, blockmap.View{})
+		b.reads = append(b.reads, read{})
 	}
-	return &b.views[len(b.views)-1]
+	return &b.reads[len(b.reads)-1]
 }
 
-func (b *batch) dropView() { b.views = b.views[:len(b.views)-1] }
+func (b *batch) dropSlot() { b.reads = b.reads[:len(b.reads)-1] }
 
 // header adds what f appends to b.head. Growing b.head moves it, but what was
 // handed out before stays as it was where it was.
@@ -75,10 +93,10 @@ func (b *batch) simple(cookie uint64, e errno) {
 	b.header(appendSimpleReply(b.head, cookie, e), len(b.head))
 }
 
-// data adds the reply to a READ: all of v, which is in a slot of b or outlives
-// it.
-func (b *batch) data(r *request, v *blockmap.View, structured bool) {
-	segs := v.Segments()
+// data adds the reply to a READ: all of what is in d, the last slot of b.
+func (b *batch) data(r *request, d *read, structured bool) {
+	segs := d.view.Segments()
+	d.cookie, d.offset, d.first = r.cookie, r.offset, int32(len(b.bufs))
 	switch {
 	case !structured:
 		b.simple(r.cookie, 0)
@@ -92,7 +110,12 @@ func (b *batch) data(r *request, v *blockmap.View, structured bool) {
 	default:
 		b.chunks(r.cookie, r.offset, segs, chunkDone, true)
 	}
+	d.end = int32(len(b.bufs))
 }
+
+// largeChunk is a size beyond which a chunk may leave in parts. An error behind
+// its header can be told only in another chunk, so it is not the last one.
+const largeChunk = 64 << 10
 
 // chunks adds content chunks for segs, which are the device's bytes from
 // offset; the last one has the flags. Holes become chunks of their own where
@@ -106,7 +129,8 @@ func (b *batch) chunks(cookie, offset uint64, segs []blockmap.Segment, flags uin
 			n++
 		}
 		f := flags
-		if n < len(segs) {
+		apart := f&chunkDone != 0 && !hole && size >= largeChunk && n == len(segs)
+		if n < len(segs) || apart {
 			f = 0
 		}
 		from := len(b.head)
@@ -123,6 +147,9 @@ func (b *batch) chunks(cookie, offset uint64, segs []blockmap.Segment, flags uin
 		}
 		offset += uint64(size)
 		segs = segs[n:]
+		if apart {
+			b.header(appendChunk(b.head, cookie, chunkDone, chunkNone, 0), len(b.head))
+		}
 	}
 }
 

@@ -1,6 +1,10 @@
 package nbd
 
-import "sync"
+import (
+	"sync"
+
+	"thaw/blockmap"
+)
 
 // buffers are pools of payloads, one for each power of two.
 type buffers struct{ pools [26]sync.Pool }
@@ -27,4 +31,85 @@ func class(n int) int {
 		i++
 	}
 	return i
+}
+
+// pieces are bytes that are put together, in pooled buffers.
+type pieces struct {
+	pool *buffers
+	list [][]byte
+	n    int // bytes in list
+	want int // bytes to come, as far as known
+}
+
+// pieceSize is the largest buffer: a client that stalls on little holds little.
+const pieceSize = 256 << 10
+
+// space returns room for up to n bytes behind what is there, of which the caller
+// says with grow how much it has filled.
+func (p *pieces) space(n int) []byte {
+	if len(p.list) > 0 {
+		if b := p.list[len(p.list)-1]; len(b) < cap(b) {
+			return b[len(b):min(cap(b), len(b)+n)]
+		}
+	}
+	b := p.pool.get(min(max(n, p.want-p.n), pieceSize))
+	p.list = append(p.list, b[:0])
+	return b[:min(n, cap(b))]
+}
+
+func (p *pieces) grow(n int) {
+	last := &p.list[len(p.list)-1]
+	*last = (*last)[:len(*last)+n]
+	p.n += n
+}
+
+// append copies b, which is memory of the server.
+func (p *pieces) append(b []byte) {
+	for len(b) > 0 {
+		n := copy(p.space(len(b)), b)
+		p.grow(n)
+		b = b[n:]
+	}
+}
+
+// appendZeros appends n zeros.
+func (p *pieces) appendZeros(n int) {
+	for n > 0 {
+		b := p.space(n)
+		clear(b)
+		p.grow(len(b))
+		n -= len(b)
+	}
+}
+
+// appendMapped copies b, which may be of a mapping, and fails with
+// blockmap.ErrDamaged where it cannot be read. Nothing of it is kept then.
+func (p *pieces) appendMapped(b []byte) error {
+	before := p.n
+	for len(b) > 0 {
+		to := p.space(len(b))
+		if _, err := blockmap.CopyMapped(to, b); err != nil {
+			p.truncate(before)
+			return err
+		}
+		p.grow(len(to))
+		b = b[len(to):]
+	}
+	return nil
+}
+
+// truncate keeps the first n bytes.
+func (p *pieces) truncate(n int) {
+	for last := len(p.list) - 1; last >= 0; last-- {
+		b := p.list[last]
+		if cut := p.n - n; cut < len(b) {
+			p.list[last] = b[:len(b)-cut]
+			p.n = n
+			return
+		}
+		p.n -= len(b)
+		p.pool.put(b)
+		p.list[last] = nil
+		p.list = p.list[:last]
+	}
 }

@@ -46,7 +46,7 @@ func (l *logged) Handle(_ context.Context, r slog.Record) error {
 // wait returns the next message that contains want.
 func (l *logged) wait(t testing.TB, want string) string {
 	t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(time.Minute)
 	for {
 		select {
 		case s := <-l.ch:

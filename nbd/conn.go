@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -21,21 +23,23 @@ type conn struct {
 
 	mu struct {
 		sync.Mutex
-		drain    bool      // the server shuts down
-		deadline time.Time // of the handshake, zero in transmission
+		drain    bool                    // the server shuts down
+		abort    context.CancelCauseFunc // of the handshake, nil in transmission
+		deadline time.Time               // of the handshake, zero in transmission
 	}
 }
 
 // counts are the connection's share of Stats.
-type counts struct{ hits, misses, others, errors, sent atomic.Int64 }
+type counts struct{ hits, misses, others, errors, sent, repaired atomic.Int64 }
 
 func (n *counts) load() Stats {
 	return Stats{
-		Hits:   n.hits.Load(),
-		Misses: n.misses.Load(),
-		Others: n.others.Load(),
-		Errors: n.errors.Load(),
-		Sent:   n.sent.Load(),
+		Hits:     n.hits.Load(),
+		Misses:   n.misses.Load(),
+		Others:   n.others.Load(),
+		Errors:   n.errors.Load(),
+		Sent:     n.sent.Load(),
+		Repaired: n.repaired.Load(),
 	}
 }
 
@@ -45,23 +49,21 @@ func (c *conn) serve(ctx context.Context) {
 	defer c.nc.Close()
 	log := c.srv.log().With("client", addrOf(c.nc))
 
-	c.setHandshakeDeadline(time.Now().Add(cmp.Or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout)))
 	h := &handshake{c: c, nc: c.nc, log: log, client: ClientInfo{Addr: c.nc.RemoteAddr()}}
 	defer h.drop()
-	if err := h.run(ctx); err != nil {
+	if err := c.handshake(ctx, h); err != nil {
 		switch {
 		case errors.Is(err, errDone), c.draining():
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			log.Warn("handshake took too long")
+			h.logEnd("the handshake took too long", nil)
 		default:
-			log.Warn("handshake failed", "err", err)
+			h.logEnd("the handshake failed", err)
 		}
 		if tc, ok := h.nc.(io.Closer); ok && h.client.TLS {
 			tc.Close() // says goodbye; closes c.nc too
 		}
 		return
 	}
-	c.setHandshakeDeadline(time.Time{})
 
 	log = log.With("export", h.export.Name)
 	log.Debug("session begins", "structured", h.structured, "tls", h.client.TLS)
@@ -69,9 +71,41 @@ func (c *conn) serve(ctx context.Context) {
 	switch {
 	case err == nil, ctx.Err() != nil && errors.Is(context.Cause(ctx), ErrServerClosed):
 		log.Debug("session ends")
+	case gone(err):
+		log.Debug("session ends", "err", err)
 	default:
-		log.Warn("session fails", "err", err)
+		c.srv.lines.sessions.log(log, slog.LevelWarn, "session fails", "err", err)
 	}
+}
+
+// handshake runs h within its deadline. A shutdown cancels it, since nothing of a
+// handshake is worth waiting for.
+func (c *conn) handshake(ctx context.Context, h *handshake) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	c.mu.Lock()
+	c.mu.abort = cancel
+	drain := c.mu.drain
+	c.mu.Unlock()
+	if drain {
+		return ErrServerClosed
+	}
+	c.setHandshakeDeadline(time.Now().Add(cmp.Or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout)))
+	err := h.run(ctx)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.mu.abort = nil
+	c.mu.Unlock()
+	c.setHandshakeDeadline(time.Time{})
+	return nil
+}
+
+// gone reports whether err says no more than that the peer has gone.
+func gone(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
 }
 
 // setHandshakeDeadline bounds what comes next on the connection; the zero time
@@ -83,6 +117,15 @@ func (c *conn) setHandshakeDeadline(t time.Time) {
 	c.nc.SetDeadline(t)
 	if c.mu.drain {
 		c.nc.SetReadDeadline(longAgo)
+	}
+}
+
+// setReadDeadline bounds the next read, unless the server shuts down.
+func (c *conn) setReadDeadline(t time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.mu.drain {
+		c.nc.SetReadDeadline(t)
 	}
 }
 
@@ -101,6 +144,9 @@ func (c *conn) drain() {
 	defer c.mu.Unlock()
 	c.mu.drain = true
 	c.nc.SetReadDeadline(longAgo)
+	if c.mu.abort != nil {
+		c.mu.abort(ErrServerClosed)
+	}
 }
 
 func (c *conn) draining() bool {

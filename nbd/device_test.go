@@ -16,7 +16,8 @@ import (
 // block is never changed in place: a write puts a new one, so that views stay
 // what they are.
 type memDevice struct {
-	size int64
+	size   int64
+	weight int64 // what a segment pins, if more than a block
 
 	// Hooks; set them before the device is served.
 	onFault func(ctx context.Context, e blockmap.Extent) error
@@ -92,7 +93,7 @@ func (d *memDevice) evict(e blockmap.Extent) {
 
 func (d *memDevice) Size() int64 { return d.size }
 
-func (d *memDevice) Pinned(uint64) int64 { return 0 }
+func (d *memDevice) Pinned(uint64) int64 { return max(d.weight, blockmap.BlockSize) }
 func (d *memDevice) Damaged(uint64)      {}
 
 func (d *memDevice) Unpin(uint64) {
@@ -258,13 +259,5 @@ type plain struct{ d *memDevice }
 func (r plain) Size() int64                                        { return r.d.Size() }
 func (r plain) View(e blockmap.Extent) (blockmap.View, bool)       { return r.d.View(e) }
 func (r plain) Fault(ctx context.Context, e blockmap.Extent) error { return r.d.Fault(ctx, e) }
-
-// prefetching notes what it is asked to prefetch.
-type prefetching struct {
-	readOnly
-	got chan blockmap.Extent
-}
-
-func (p prefetching) Prefetch(e blockmap.Extent) { p.got <- e }
 
 var errBroken = errors.New("fetch chunk 7 of layer 3: connection refused")

@@ -27,6 +27,11 @@
 // answered when it is ready; hits overtake it. The file session.go is that
 // path from top to bottom.
 //
+// Views pin chunks of a cache, and their bytes can turn out to be unreadable. So a
+// reply that its client does not take, and one that cannot be read, is copied to
+// memory of the server, from the device once more where it must be. TLS reads in
+// this process what it sends, and gets copies only. That is detach.go.
+//
 // # What is spoken
 //
 // The whole of the protocol's baseline and of its extensions that are not

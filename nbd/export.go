@@ -70,12 +70,25 @@ func (e *Export) flags(structured bool) uint16 {
 type ClientInfo struct {
 	Addr  net.Addr // where it connects from
 	TLS   bool     // the connection is encrypted
-	Names []string // the common name and the alternative names of its verified certificate
+	Names []string // the common name and the alternative names of its verified certificate, addresses as text
 }
 
-// Named reports whether the client has proved to have one of the names.
+// Named reports whether the client has proved to have one of the names. Names are
+// compared as a whole, each with each, whatever field of the certificate they come
+// from:
+//
+//   - IP addresses as addresses: ::1 is 0:0:0:0:0:0:0:1, and ::ffff:10.0.0.1 is
+//     10.0.0.1.
+//   - DNS names, and the domains of e-mail addresses, without regard to the case
+//     of ASCII letters and to a dot at the end.
+//   - All else byte by byte: URIs, the part of an e-mail address before the @, and
+//     common names that are not made like a DNS name.
+//
+// There are no patterns: an asterisk matches an asterisk, in a certificate as well.
 func (c ClientInfo) Named(names ...string) bool {
-	return slices.ContainsFunc(names, func(n string) bool { return slices.Contains(c.Names, n) })
+	return slices.ContainsFunc(names, func(n string) bool {
+		return slices.ContainsFunc(c.Names, func(m string) bool { return sameName(n, m) })
+	})
 }
 
 // Exports is what a [Server] serves. Its methods may be called at once by any

@@ -342,7 +342,7 @@ func TestForeignTLS(t *testing.T) {
 	p := newPKI(t)
 	p.issue(t, "client", "host-7")
 	dev := newPatternDevice(1 << 20)
-	srv := &Server{TLS: p.server(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: dev, Clients: []string{"host-7"}}}}
+	srv := &Server{TLSFunc: p.serverFunc(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: dev, Clients: []string{"host-7"}}}}
 	l, err := Listen(t.Context(), "tcp:127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -31,16 +31,8 @@ func (b *Backend) ReadAt(p []byte, off int64) (int, error) {
 	ctx, cancel := b.context()
 	defer cancel()
 	e := blockmap.Range(off, min(int64(len(p)), b.Device.Size()-off))
-	if e.Len() > 0 {
-		v, err := view(ctx, b.Device, e)
-		if err != nil {
-			return 0, err
-		}
-		err = v.CopyTo(p)
-		v.Release()
-		if err != nil {
-			return 0, err
-		}
+	if err := blockmap.ReadInto(ctx, b.Device, e, p[:e.Len()]); err != nil {
+		return 0, err
 	}
 	if e.Len() < int64(len(p)) {
 		return int(e.Len()), io.EOF

@@ -26,6 +26,11 @@ const (
 	maxOption  = 64 << 10
 	maxSkip    = 1 << 20
 	maxOptions = 1024 // in one handshake
+
+	// openTimes bounds the time that all calls of Exports in one handshake
+	// may take, in multiples of FaultTimeout: one export is opened, and
+	// another one was not to be had.
+	openTimes = 2
 )
 
 // errDone ends a handshake that has nothing to go on with and nothing wrong.
@@ -40,6 +45,9 @@ type handshake struct {
 	w      *bufio.Writer
 	log    *slog.Logger
 	client ClientInfo
+
+	speaks bool          // the client has sent an option: it is no probe
+	used   time.Duration // by calls of Exports
 
 	fixed      bool // the client speaks fixed newstyle
 	noZeroes   bool
@@ -85,6 +93,7 @@ func (h *handshake) run(ctx context.Context) error {
 		if m := binary.BigEndian.Uint64(buf[:]); m != magicOption {
 			return fmt.Errorf("bad option magic %#x", m)
 		}
+		h.speaks = true
 		opt := binary.BigEndian.Uint32(buf[8:])
 		fit, err := h.readData(binary.BigEndian.Uint32(buf[12:]))
 		if err != nil {
@@ -99,6 +108,21 @@ func (h *handshake) run(ctx context.Context) error {
 		}
 	}
 	return fmt.Errorf("more than %d options", maxOptions)
+}
+
+// logEnd says why the handshake ended without an export. Monitoring, and scanners
+// of ports and of TLS, connect and go or speak something else; a client that goes
+// away is none of the operator's business either.
+func (h *handshake) logEnd(msg string, err error) {
+	args := []any{}
+	if err != nil {
+		args = append(args, "err", err)
+	}
+	if !h.speaks || err != nil && gone(err) {
+		h.log.Debug(msg, args...)
+		return
+	}
+	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, args...)
 }
 
 // ended makes a clean end of a client that hung up between two options.
@@ -201,14 +225,14 @@ func (h *handshake) failOpen(opt uint32, name string, err error) error {
 	switch {
 	case errors.Is(err, ErrTLSRequired) && !h.client.TLS:
 		typ = repErrTLSReqd
-	case errors.Is(err, ErrDenied), errors.Is(err, ErrTLSRequired):
+	case errors.Is(err, ErrDenied), errors.Is(err, ErrTLSRequired), err == errSlowOpens:
 		typ = repErrPolicy
 	case errors.Is(err, errBadString):
 		typ = repErrInvalid
 	case h.c.draining():
 		typ = repErrShutdown
 	}
-	h.log.Info("export refused", "export", name, "err", err)
+	h.c.srv.lines.exports.log(h.log, slog.LevelInfo, "export refused", "export", name, "err", err)
 	return h.reply(opt, typ, sentence(err.Error()))
 }
 
@@ -238,7 +262,10 @@ func (h *handshake) open(ctx context.Context, name string) error {
 		return errBadString
 	}
 	srv := h.c.srv
-	ctx, done := h.ourTime(ctx)
+	ctx, done, err := h.ourTime(ctx)
+	if err != nil {
+		return err
+	}
 	e, release, err := srv.Exports.Open(ctx, name, h.client)
 	done()
 	if err != nil {
@@ -249,7 +276,7 @@ func (h *handshake) open(ctx context.Context, name string) error {
 	}
 	if len(e.Clients) > 0 && !h.client.Named(e.Clients...) {
 		release()
-		if srv.TLS != nil && !h.client.TLS {
+		if !h.client.TLS && srv.tls() != nil {
 			return ErrTLSRequired
 		}
 		return ErrDenied
@@ -259,15 +286,24 @@ func (h *handshake) open(ctx context.Context, name string) error {
 }
 
 // ourTime bounds a call of Exports. What it takes, until done, is not taken from
-// the client's time for the handshake.
-func (h *handshake) ourTime(ctx context.Context) (_ context.Context, done func()) {
+// the client's time for the handshake, but all of them together have a bound.
+func (h *handshake) ourTime(ctx context.Context) (_ context.Context, done func(), err error) {
+	limit := cmp.Or(h.c.srv.FaultTimeout, DefaultFaultTimeout)
+	left := openTimes*limit - h.used
+	if left <= 0 {
+		return nil, nil, errSlowOpens
+	}
 	begin := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(h.c.srv.FaultTimeout, DefaultFaultTimeout))
+	ctx, cancel := context.WithTimeout(ctx, min(limit, left))
 	return ctx, func() {
 		cancel()
-		h.c.extendHandshake(time.Since(begin))
-	}
+		d := time.Since(begin)
+		h.used += d
+		h.c.extendHandshake(d)
+	}, nil
 }
+
+var errSlowOpens = errors.New("this handshake has opened exports for too long; connect again")
 
 // drop gives back the export opened last.
 func (h *handshake) drop() {
@@ -344,7 +380,10 @@ func (h *handshake) list(ctx context.Context) error {
 	if len(h.data) != 0 {
 		return h.fail(optList, repErrInvalid, "LIST takes no data")
 	}
-	ctx, done := h.ourTime(ctx)
+	ctx, done, err := h.ourTime(ctx)
+	if err != nil {
+		return h.fail(optList, repErrPolicy, err.Error())
+	}
 	all, err := h.c.srv.Exports.List(ctx, h.client)
 	done()
 	if err != nil {
@@ -366,13 +405,13 @@ func (h *handshake) list(ctx context.Context) error {
 // startTLS upgrades the connection. Nothing that was agreed on before counts
 // afterwards.
 func (h *handshake) startTLS(ctx context.Context) error {
-	srv := h.c.srv
+	cfg := h.c.srv.tls()
 	switch {
 	case len(h.data) != 0:
 		return h.fail(optStartTLS, repErrInvalid, "STARTTLS takes no data")
 	case h.client.TLS:
 		return h.fail(optStartTLS, repErrInvalid, "TLS is on already")
-	case srv.TLS == nil:
+	case cfg == nil:
 		return h.fail(optStartTLS, repErrPolicy, "this server has no certificate")
 	case !h.fixed:
 		return h.fail(optStartTLS, repErrInvalid, "TLS needs fixed newstyle negotiation")
@@ -383,10 +422,10 @@ func (h *handshake) startTLS(ctx context.Context) error {
 	h.drop()
 	h.structured, h.contexts = false, nil
 
-	cfg := srv.TLS.Clone()
+	cfg = cfg.Clone()
 	cfg.MinVersion = max(cfg.MinVersion, tls.VersionTLS13)
 	verified := verifyClients(cfg)
-	tc := tls.Server(h.nc, cfg)
+	tc := tls.Server(&patientConn{Conn: h.nc}, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("TLS: %w", err)
 	}

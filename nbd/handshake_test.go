@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -278,6 +279,59 @@ func TestSlowOpen(t *testing.T) {
 		c.enter(true)
 		time.Sleep(time.Hour) // a session may idle
 		c.mustDo(cmdFlush, 0, 0, 0, nil)
+		c.nc.Close()
+	})
+}
+
+// However many options a client sends, the exports that it has opened for it take a
+// bounded time.
+func TestSlowOpensAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 30 * time.Second
+		l := newPipeListener()
+		serveOn(t, &Server{HandshakeTimeout: 10 * time.Second, FaultTimeout: limit, Exports: opener{
+			func(ctx context.Context, name string, _ ClientInfo) (*Export, func(), error) {
+				select {
+				case <-time.After(7 * time.Second):
+				case <-ctx.Done():
+					return nil, nil, ctx.Err()
+				}
+				return &Export{Name: name, Device: newMemDevice(testSize)}, nil, nil
+			}}}, l)
+		c := &client{t, l.dial()}
+		c.hello(3)
+		begin := time.Now()
+		opened := 0
+		for i := range 500 {
+			c.option(optInfo, infoData(fmt.Sprint("image-", i)))
+			rs := c.replies(optInfo)
+			if r := rs[len(rs)-1]; r.typ == repErrPolicy {
+				if !strings.Contains(string(r.data), "connect again") {
+					t.Errorf("refused with %q", r.data)
+				}
+				break
+			} else if r.typ == repAck {
+				opened++
+			}
+		}
+		if d := time.Since(begin); d > openTimes*limit || opened < 5 {
+			t.Errorf("%d were opened in %v", opened, d)
+		}
+		// What is left of the client's own time is all it has.
+		begin = time.Now()
+		for {
+			time.Sleep(time.Second)
+			if _, err := c.nc.Write(appendOption(nil, optList, nil)); err != nil {
+				break
+			}
+			if _, err := io.CopyN(io.Discard, c.nc, 20); err != nil {
+				break
+			}
+			io.CopyN(io.Discard, c.nc, int64(len("not listed")))
+			if time.Since(begin) > time.Minute {
+				t.Fatal("the handshake does not end")
+			}
+		}
 		c.nc.Close()
 	})
 }

@@ -7,26 +7,34 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Listen listens on an address of the form "unix:PATH" or "tcp:HOST:PORT"; the
 // port that NBD has by assignment is 10809. A socket file that a dead process
-// has left behind is replaced, and one that somebody answers on is not.
+// has left behind is replaced, and one that somebody answers on is not: of several
+// that start at once one gets the path. Who may connect to a socket file is up to
+// the umask. Closing the listener removes the socket file if it is still the one
+// that was made.
 func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	network, where, _ := strings.Cut(addr, ":")
-	switch {
-	case where == "", network != "unix" && network != "tcp":
+	if where == "" || network != "unix" && network != "tcp" {
 		return nil, fmt.Errorf("listen on %q: want unix:PATH or tcp:HOST:PORT", addr)
-	case network == "unix" && where[0] != '@': // @ is the abstract namespace, which has no files
-		if err := removeStale(ctx, where); err != nil {
-			return nil, fmt.Errorf("listen on %s: %w", addr, err)
-		}
 	}
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, network, where)
+	var l net.Listener
+	var err error
+	if network == "unix" && where[0] != '@' { // @ is the abstract namespace, which has no files
+		l, err = listenSocket(ctx, where)
+	} else {
+		var lc net.ListenConfig
+		l, err = lc.Listen(ctx, network, where)
+	}
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("listen on %s: the address is in use by another program: %w", addr, syscall.EADDRINUSE)
 	}
@@ -34,6 +42,101 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
 	return l, nil
+}
+
+// maxSocketPath is the size of sun_path but for the zero at its end.
+const maxSocketPath = 107
+
+// socketListener listens on a socket file. The one of package net removes whatever
+// is at its path when it is closed, as it may be another server's by then.
+type socketListener struct {
+	*net.UnixListener
+	path string
+	file os.FileInfo // of the socket; the listener keeps its inode from being used again
+	once sync.Once
+}
+
+// listenSocket makes a socket file. To look whether somebody answers on an old one,
+// to remove that, and to make the new one is one step, since the lock of the
+// directory is held meanwhile: another server would take a socket for stale that
+// is not listened on yet, or remove one that has just been made.
+func listenSocket(ctx context.Context, path string) (net.Listener, error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("the path of a socket has at most %d bytes, and this one has %d: choose a shorter one, as under /run", maxSocketPath, len(path))
+	}
+	unlock, err := lockDir(ctx, filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
+	}
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	u := l.(*net.UnixListener)
+	u.SetUnlinkOnClose(false)
+	fi, err := os.Lstat(path)
+	if err != nil {
+		u.Close()
+		return nil, err
+	}
+	return &socketListener{UnixListener: u, path: path, file: fi}, nil
+}
+
+// Close removes the socket file, if it is still there, and stops listening.
+func (l *socketListener) Close() error {
+	l.once.Do(func() {
+		unlock, err := lockDir(context.Background(), filepath.Dir(l.path))
+		if err != nil {
+			return // the next server finds it stale
+		}
+		defer unlock()
+		if fi, err := os.Lstat(l.path); err == nil && os.SameFile(fi, l.file) {
+			os.Remove(l.path)
+		}
+	})
+	return l.UnixListener.Close()
+}
+
+// lockTime is how long another process may hold the lock of a directory: it is
+// done when it has found out whether somebody answers on a socket.
+const lockTime = 5 * time.Second
+
+// lockDir locks a directory against others that make sockets in it. The lock is one
+// on the directory itself, so it leaves no file behind, and ends with the process.
+// Where there are no such locks, or they are not for this user, it does without.
+func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrPermission) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for end := time.Now().Add(lockTime); ; {
+		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err {
+		case nil:
+			return func() { f.Close() }, nil
+		case unix.EINTR:
+		case unix.EWOULDBLOCK:
+			if time.Now().After(end) {
+				f.Close()
+				return nil, fmt.Errorf("another program has locked the directory %s for %v: end it, or choose another directory", dir, lockTime)
+			}
+			select {
+			case <-time.After(5 * time.Millisecond):
+			case <-ctx.Done():
+				f.Close()
+				return nil, context.Cause(ctx)
+			}
+		default:
+			return func() { f.Close() }, nil
+		}
+	}
 }
 
 // removeStale removes the socket at path if nobody listens on it.
@@ -50,12 +153,14 @@ func removeStale(ctx context.Context, path string) error {
 	}
 	d := net.Dialer{Timeout: time.Second}
 	c, err := d.DialContext(ctx, "unix", path)
-	if err == nil {
+	switch {
+	case err == nil:
 		c.Close()
-		return fmt.Errorf("the address is in use by another program: %w", syscall.EADDRINUSE)
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("see who is there: %w", err)
+		return syscall.EADDRINUSE
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.EPROTOTYPE):
+		return syscall.EADDRINUSE // its queue is full, or it is of another kind
+	case !errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("find out whether a program listens there: %w", err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -1,13 +1,17 @@
 package nbd
 
 import (
+	"context"
 	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestListen(t *testing.T) {
@@ -23,8 +27,7 @@ func TestListen(t *testing.T) {
 	if _, err := Listen(t.Context(), "unix:"+sock); !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), "in use by another program") {
 		t.Errorf("a second listener: %v", err)
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // as if killed
-	l.Close()
+	l.(*socketListener).UnixListener.Close() // as if killed
 	if _, err := os.Stat(sock); err != nil {
 		t.Fatal(err)
 	}
@@ -69,6 +72,154 @@ func TestListen(t *testing.T) {
 			l.Close()
 			t.Errorf("listening on %q", bad)
 		}
+	}
+}
+
+// A listener removes the socket that it made, and no other.
+func TestListenRemovesItsOwn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	a, err := Listen(t.Context(), "unix:"+path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Somebody clears the directory, and another server starts.
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	b, err := Listen(t.Context(), "unix:"+path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	a.Close()
+	nc, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the first listener has removed the socket of the second: %v", err)
+	}
+	nc.Close()
+	b.Close()
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	b.Close()
+
+	// What has taken its place may be of any kind.
+	if a, err = Listen(t.Context(), "unix:"+path); err != nil {
+		t.Fatal(err)
+	}
+	os.Remove(path)
+	if err := os.WriteFile(path, []byte("precious"), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	if b, _ := os.ReadFile(path); string(b) != "precious" {
+		t.Error("the file is gone")
+	}
+}
+
+// Of servers that start at once over a stale socket one gets the path, and it is
+// the one that answers there.
+func TestListenRace(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	for range 100 {
+		l, err := Listen(t.Context(), "unix:"+path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.(*socketListener).UnixListener.Close() // as if killed
+		const n = 4
+		var wg sync.WaitGroup
+		got := make(chan net.Listener, n)
+		for range n {
+			wg.Go(func() {
+				l, err := Listen(t.Context(), "unix:"+path)
+				switch {
+				case err == nil:
+					got <- l
+				case !errors.Is(err, syscall.EADDRINUSE):
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if len(got) != 1 {
+			t.Fatalf("%d servers have the path", len(got))
+		}
+		l = <-got
+		nc, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		served, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		served.Close()
+		nc.Close()
+		l.Close()
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("the socket is left: %v", err)
+		}
+	}
+}
+
+func TestListenPathTooLong(t *testing.T) {
+	dir := t.TempDir()
+	name := strings.Repeat("x", maxSocketPath-len(dir)-1)
+	l, err := Listen(t.Context(), "unix:"+filepath.Join(dir, name))
+	if err != nil {
+		t.Fatalf("the longest path: %v", err)
+	}
+	l.Close()
+	_, err = Listen(t.Context(), "unix:"+filepath.Join(dir, name+"x"))
+	if err == nil || !strings.Contains(err.Error(), "at most 107 bytes") {
+		t.Errorf("a longer path: %v", err)
+	}
+}
+
+// A directory that somebody keeps locked is an error, and not for ever.
+func TestListenLocked(t *testing.T) {
+	dir := t.TempDir()
+	unlock, err := lockDir(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Listen(ctx, "unix:"+filepath.Join(dir, "s")); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	unlock()
+	l, err := Listen(t.Context(), "unix:"+filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+}
+
+// A server whose queue is full is there.
+func TestListenKeepsOut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for { // fill its queue
+		c, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(c)
+		if unix.Connect(c, &unix.SockaddrUnix{Name: path}) != nil {
+			break
+		}
+	}
+	if _, err := Listen(t.Context(), "unix:"+path); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("over a server that is busy: %v", err)
 	}
 }
 

@@ -200,15 +200,21 @@ func (r *request) within(size int64) bool {
 }
 
 func appendSimpleReply(p []byte, cookie uint64, e errno) []byte {
-	p = binary.BigEndian.AppendUint32(p, magicSimple)
-	p = binary.BigEndian.AppendUint32(p, uint32(e))
-	return binary.BigEndian.AppendUint64(p, cookie)
+	p = append(p, make([]byte, simpleReplyLen)...) // one look at the capacity
+	h := p[len(p)-simpleReplyLen:]
+	binary.BigEndian.PutUint32(h, magicSimple)
+	binary.BigEndian.PutUint32(h[4:], uint32(e))
+	binary.BigEndian.PutUint64(h[8:], cookie)
+	return p
 }
 
 func appendChunk(p []byte, cookie uint64, flags, typ uint16, length uint32) []byte {
-	p = binary.BigEndian.AppendUint32(p, magicChunk)
-	p = binary.BigEndian.AppendUint16(p, flags)
-	p = binary.BigEndian.AppendUint16(p, typ)
-	p = binary.BigEndian.AppendUint64(p, cookie)
-	return binary.BigEndian.AppendUint32(p, length)
+	p = append(p, make([]byte, chunkLen)...)
+	h := p[len(p)-chunkLen:]
+	binary.BigEndian.PutUint32(h, magicChunk)
+	binary.BigEndian.PutUint16(h[4:], flags)
+	binary.BigEndian.PutUint16(h[6:], typ)
+	binary.BigEndian.PutUint64(h[8:], cookie)
+	binary.BigEndian.PutUint32(h[16:], length)
+	return p
 }

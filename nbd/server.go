@@ -19,7 +19,6 @@ const (
 	DefaultMaxWaiters       = 128
 	DefaultMaxInFlightBytes = 64 << 20
 	DefaultHandshakeTimeout = 10 * time.Second
-	DefaultWriteTimeout     = 30 * time.Second
 	DefaultFaultTimeout     = time.Minute
 )
 
@@ -34,28 +33,47 @@ var ErrServerClosed = errors.New("nbd: server closed")
 // some 200 KiB, plus MaxWaiters goroutines and MaxInFlightBytes of payload and
 // pinned views while its requests wait for the device or for the client to
 // take the replies. At a bound the server stops reading from the connection.
+//
+// A client may pause for as long as it likes: see WriteTimeout. It pins nothing
+// then, as replies that wait for their client for half a second are copied:
+// MaxInFlightBytes of them, and what was being written, which is up to 256 KiB of
+// small replies or one large one. Peers that are dead, not silent, are found by TCP:
+// keepalive probes end an idle connection after a minute and a half, and the
+// kernel's limit of retransmissions one with data under way
+// (net.ipv4.tcp_retries2, some 15 minutes). TCP_USER_TIMEOUT is not set, since it
+// counts a client that pauses as dead.
 type Server struct {
 	Exports Exports
 	Log     *slog.Logger // nil: discarded
 
-	// TLS, with at least a certificate, lets clients upgrade with STARTTLS.
-	// Versions below 1.3 are refused whatever it says. ClientCAs and
-	// ClientAuth ask for certificates, the names of which reach Exports in
-	// ClientInfo.
-	TLS        *tls.Config
+	// TLSFunc lets clients upgrade with STARTTLS. It is asked for the
+	// configuration at each upgrade, so that renewed certificates are used
+	// by the next client, and may be asked by several at once; what it
+	// returns has at least a certificate, and is not changed any more. Nil,
+	// the function or its result, refuses TLS. Versions below 1.3 are refused
+	// whatever it says. ClientCAs and ClientAuth ask for certificates, the
+	// names of which reach Exports in ClientInfo.
+	TLSFunc    func() *tls.Config
 	RequireTLS bool // refuse to talk about exports before STARTTLS
 
 	MaxConns         int           // connections at a time, 0: DefaultMaxConns; more are closed as they come
 	HandshakeTimeout time.Duration // for the client's part of the handshake, 0: DefaultHandshakeTimeout
-	WriteTimeout     time.Duration // without the client taking a byte of what it asked for, 0: DefaultWriteTimeout
 	FaultTimeout     time.Duration // for a request that waits for the device, and a call of Exports, 0: DefaultFaultTimeout
 
+	// WriteTimeout ends a session whose client has taken no byte for so long
+	// of what it has asked for (and up to half a second more, see above).
+	// 0: none, as in other NBD servers.
+	WriteTimeout time.Duration
+	// IdleTimeout ends a session without requests in flight whose client has
+	// sent no byte for so long. 0: none.
+	IdleTimeout time.Duration
+
 	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
-	MaxInFlightBytes int64 // their bytes, 0: DefaultMaxInFlightBytes; one request is always let in
+	MaxInFlightBytes int64 // their bytes, or what they pin; 0: DefaultMaxInFlightBytes; one request is always let in
 
 	bufs    buffers
-	clients atomic.Int32   // connections in mu.conns, see pace
-	wg      sync.WaitGroup // connections
+	clients atomic.Int32 // connections in mu.conns, see pace
+	lines   struct{ refused, handshakes, exports, sessions, requests, damaged limiter }
 
 	mu struct {
 		sync.Mutex
@@ -63,8 +81,9 @@ type Server struct {
 		cancel    context.CancelCauseFunc
 		listeners map[net.Listener]struct{}
 		conns     map[*conn]struct{}
-		closing   bool // Shutdown or Close was called
-		full      bool // at MaxConns, and said so
+		closing   bool          // Shutdown or Close was called
+		gone      chan struct{} // closed once closing has no connections left
+		abandon   time.Time     // when Close gives up waiting for connections
 		past      Stats
 	}
 }
@@ -78,6 +97,7 @@ type Stats struct {
 	Others   int64 // writes, trims and all that is not a read
 	Errors   int64 // requests answered with an error
 	Sent     int64 // bytes written to clients in transmission
+	Repaired int64 // reads from damaged cache files, done again
 }
 
 func (s *Stats) add(o Stats) {
@@ -88,6 +108,7 @@ func (s *Stats) add(o Stats) {
 	s.Others += o.Others
 	s.Errors += o.Errors
 	s.Sent += o.Sent
+	s.Repaired += o.Repaired
 }
 
 // Stats returns the counts of all connections, those that are gone included.
@@ -147,18 +168,23 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 }
 
+// Probes of a TCP connection on which nothing happens.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}
+
 // start gives nc its goroutine, or closes it where there is no room.
 func (s *Server) start(nc net.Conn) {
+	if t, ok := nc.(*net.TCPConn); ok {
+		t.SetKeepAliveConfig(keepAlive)
+	}
 	c := &conn{srv: s, nc: nc}
+	limit := cmp.Or(s.MaxConns, DefaultMaxConns)
 	s.mu.Lock()
-	room := len(s.mu.conns) < cmp.Or(s.MaxConns, DefaultMaxConns)
-	tell := !room && !s.mu.full
-	s.mu.full = !room
+	room := len(s.mu.conns) < limit
 	if s.mu.closing || !room {
 		s.mu.Unlock()
 		nc.Close()
-		if tell {
-			s.log().Warn("connection refused: too many", "client", addrOf(nc), "max", cmp.Or(s.MaxConns, DefaultMaxConns))
+		if !room {
+			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: there are too many", "client", addrOf(nc), "max_conns", limit)
 		}
 		return
 	}
@@ -166,24 +192,31 @@ func (s *Server) start(nc net.Conn) {
 	s.mu.conns[c] = struct{}{}
 	s.clients.Store(int32(len(s.mu.conns)))
 	ctx := s.mu.ctx
-	s.wg.Add(1)
 	s.mu.Unlock()
 
 	go func() {
-		defer s.wg.Done()
+		defer s.ended(c)
 		c.serve(ctx)
-		s.mu.Lock()
-		s.mu.past.add(c.counts.load())
-		delete(s.mu.conns, c)
-		s.clients.Store(int32(len(s.mu.conns)))
-		s.mu.Unlock()
 	}()
+}
+
+// ended takes c out of the server's books.
+func (s *Server) ended(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.past.add(c.counts.load())
+	delete(s.mu.conns, c)
+	s.clients.Store(int32(len(s.mu.conns)))
+	if s.mu.closing && len(s.mu.conns) == 0 {
+		close(s.mu.gone)
+	}
 }
 
 // Shutdown stops accepting, lets every connection answer what it has been
 // asked, and closes it. Requests that arrive meanwhile are answered with
-// ESHUTDOWN. When ctx ends first the rest is closed as by Close, and Shutdown
-// returns the cause. All goroutines of the server are gone when it returns.
+// ESHUTDOWN, and handshakes are cancelled. When ctx ends first the rest is closed
+// as by Close, and Shutdown returns the cause. All goroutines of the server are
+// gone when it returns, but those that Close leaves behind.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.close()
@@ -192,24 +225,24 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	s.mu.Unlock()
 
-	done := make(chan struct{})
-	go func() {
-		s.wg.Wait()
-		close(done)
-	}()
 	select {
-	case <-done:
-		s.Close()
-		return nil
+	case <-s.mu.gone:
+		return s.Close()
 	case <-ctx.Done():
-		s.Close()
-		<-done
+		if err := s.Close(); err != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
 		return context.Cause(ctx)
 	}
 }
 
-// Close closes every listener and connection at once and waits for their
-// goroutines, which is as long as a device takes to heed its ctx.
+// closeTime is how long Close waits for devices to heed their ctx.
+const closeTime = time.Second
+
+// Close closes every listener and connection at once, cancels what they wait for,
+// and waits for their goroutines, but not for long. It fails where a device or
+// Exports does not heed its ctx: such calls are left behind, each with its
+// connection's goroutine.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.close()
@@ -217,9 +250,24 @@ func (s *Server) Close() error {
 	for c := range s.mu.conns {
 		c.nc.Close()
 	}
+	if s.mu.abandon.IsZero() {
+		s.mu.abandon = time.Now().Add(closeTime)
+	}
+	t := time.NewTimer(time.Until(s.mu.abandon))
 	s.mu.Unlock()
-	s.wg.Wait()
-	return nil
+	defer t.Stop()
+	select {
+	case <-s.mu.gone:
+		return nil
+	case <-t.C:
+	}
+	s.mu.Lock()
+	n := len(s.mu.conns)
+	s.mu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	return fmt.Errorf("nbd: %d connections were left behind: their devices have not returned within %v of being cancelled", n, closeTime)
 }
 
 // init makes what the zero value lacks. s.mu is held.
@@ -228,12 +276,16 @@ func (s *Server) init() {
 		s.mu.ctx, s.mu.cancel = context.WithCancelCause(context.Background())
 		s.mu.listeners = make(map[net.Listener]struct{})
 		s.mu.conns = make(map[*conn]struct{})
+		s.mu.gone = make(chan struct{})
 	}
 }
 
 // close stops accepting. s.mu is held.
 func (s *Server) close() {
 	s.init()
+	if !s.mu.closing && len(s.mu.conns) == 0 {
+		close(s.mu.gone)
+	}
 	s.mu.closing = true
 	for l := range s.mu.listeners {
 		l.Close()
@@ -250,6 +302,14 @@ func (s *Server) context() context.Context {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.mu.ctx
+}
+
+// tls is the configuration for the next upgrade, nil where there is none.
+func (s *Server) tls() *tls.Config {
+	if s.TLSFunc == nil {
+		return nil
+	}
+	return s.TLSFunc()
 }
 
 func (s *Server) log() *slog.Logger {

@@ -3,10 +3,16 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"thaw/blockmap"
@@ -186,6 +192,113 @@ func TestCloseInHandshake(t *testing.T) {
 	}
 }
 
+// A handshake that waits for Open is cancelled as soon as the server shuts down:
+// nothing of it is worth waiting for.
+func TestShutdownCancelsOpen(t *testing.T) {
+	for name, option := range map[string][]byte{
+		"GO":               appendOption(nil, optGo, infoData("disk")),
+		"INFO":             appendOption(nil, optInfo, infoData("disk")),
+		"EXPORT_NAME":      appendOption(nil, optExportName, []byte("disk")),
+		"SET_META_CONTEXT": append(appendOption(nil, optStructuredReply, nil), appendOption(nil, optSetMetaContext, metaData("disk"))...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			begun := make(chan struct{})
+			srv := &Server{Exports: opener{func(ctx context.Context, _ string, _ ClientInfo) (*Export, func(), error) {
+				close(begun)
+				<-ctx.Done()
+				return nil, nil, context.Cause(ctx)
+			}}}
+			c := dial(t, serve(t, srv))
+			c.write(option)
+			<-begun
+			done := make(chan error, 1)
+			go func() { done <- srv.Shutdown(context.Background()) }()
+			select {
+			case err := <-done:
+				if err != nil {
+					t.Error(err)
+				}
+			case <-time.After(20 * time.Second):
+				t.Error("Shutdown waits for Open")
+			}
+		})
+	}
+}
+
+// What does not heed its ctx is left behind, and said to be.
+func TestShutdownLeavesBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dev := newPatternDevice(testSize)
+		dev.evict(blockmap.Range(0, testSize))
+		held := make(chan struct{})
+		dev.onFault = func(context.Context, blockmap.Extent) error {
+			<-held
+			return errBroken
+		}
+		srv := &Server{Exports: opener{func(_ context.Context, name string, _ ClientInfo) (*Export, func(), error) {
+			if name == "hangs" {
+				<-held
+			}
+			return &Export{Name: name, Device: dev}, nil, nil
+		}}}
+		l := newPipeListener()
+		var wg sync.WaitGroup
+		wg.Go(func() { srv.Serve(l) })
+		reader := &client{t, l.dial()}
+		reader.hello(3)
+		reader.enter(true)
+		reader.send(cmdRead, 0, 1, 0, 4096)
+		opening := &client{t, l.dial()}
+		opening.hello(3)
+		opening.option(optGo, infoData("hangs"))
+		idle := &client{t, l.dial()}
+		idle.hello(3)
+		idle.enter(true)
+		synctest.Wait()
+
+		begin := time.Now()
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 2*time.Second, io.ErrNoProgress)
+		defer cancel()
+		err := srv.Shutdown(ctx)
+		if !errors.Is(err, io.ErrNoProgress) || !strings.Contains(err.Error(), "2 connections were left behind") {
+			t.Errorf("Shutdown: %v", err)
+		}
+		if d := time.Since(begin); d > 2*time.Second+closeTime {
+			t.Errorf("Shutdown took %v", d)
+		}
+		begin = time.Now()
+		if err := srv.Close(); err == nil || time.Since(begin) > 0 {
+			t.Errorf("Close once more: %v, after %v", err, time.Since(begin))
+		}
+		close(held)
+		synctest.Wait()
+		if err := srv.Close(); err != nil {
+			t.Errorf("Close at last: %v", err)
+		}
+		wg.Wait()
+	})
+}
+
+// A client that pauses does not hold up a shutdown beyond its ctx.
+func TestShutdownPausedClient(t *testing.T) {
+	for _, transport := range transports {
+		dev := newPatternDevice(testSize)
+		srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
+		c := reach(t, transport, srv)(false)
+		stalledClient(c, 64<<10)
+		begin := time.Now()
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 100*time.Millisecond, io.ErrNoProgress)
+		if err := srv.Shutdown(ctx); err != io.ErrNoProgress {
+			t.Errorf("%s: Shutdown: %v", transport, err)
+		}
+		cancel()
+		if d := time.Since(begin); d > 10*time.Second {
+			t.Errorf("%s: Shutdown took %v", transport, d)
+		}
+		dev.noPins(t)
+	}
+}
+
 func TestMaxConns(t *testing.T) {
 	l, log := newLogged()
 	srv := &Server{Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}, MaxConns: 2, Log: log}
@@ -196,7 +309,9 @@ func TestMaxConns(t *testing.T) {
 	for range 3 {
 		dialRaw(t, path).closed()
 	}
-	l.wait(t, "too many")
+	if s := l.wait(t, "too many"); !strings.Contains(s, "max_conns=2") {
+		t.Errorf("logged %q", s)
+	}
 	a.nc.Close()
 	l.wait(t, "session ends")
 	for { // the place is free in a moment
@@ -266,5 +381,108 @@ func TestStats(t *testing.T) {
 	st.Sent = 0
 	if want := (Stats{Conns: 1, Accepted: 1, Hits: 5, Misses: 1, Others: 2, Errors: 1}); st != want {
 		t.Errorf("%+v, want %+v", st, want)
+	}
+}
+
+// leveled counts lines by level.
+type leveled struct {
+	slog.Handler
+	mu    sync.Mutex
+	lines map[slog.Level][]string
+}
+
+func (l *leveled) Enabled(context.Context, slog.Level) bool { return true }
+func (l *leveled) WithAttrs([]slog.Attr) slog.Handler       { return l }
+func (l *leveled) Handle(_ context.Context, r slog.Record) error {
+	s := r.Message
+	r.Attrs(func(a slog.Attr) bool { s += " " + a.String(); return true })
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines[r.Level] = append(l.lines[r.Level], s)
+	return nil
+}
+
+// What knocks on every port is no news, and what fails often is told now and then.
+func TestHandshakeLog(t *testing.T) {
+	p := newPKI(t)
+	h := &leveled{Handler: slog.DiscardHandler, lines: make(map[slog.Level][]string)}
+	srv := &Server{
+		Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}, TLSFunc: p.serverFunc(t),
+		Log: slog.New(h), HandshakeTimeout: 100 * time.Millisecond,
+	}
+	path := serve(t, srv)
+	settle := func() {
+		for end := time.Now().Add(20 * time.Second); srv.Stats().Conns > 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("a connection stays")
+			}
+		}
+	}
+	for name, say := range map[string]func(c *client){
+		"connect and close": func(c *client) {},
+		"read and close":    func(c *client) { c.read(18) },
+		"half the flags":    func(c *client) { c.write([]byte{0, 0}) },
+		"flags and close":   func(c *client) { c.hello(3) },
+		"HTTP":              func(c *client) { c.write([]byte("GET / HTTP/1.1\r\n\r\n")) },
+		"TLS": func(c *client) {
+			c.nc.SetDeadline(time.Now().Add(50 * time.Millisecond))
+			tls.Client(c.nc, &tls.Config{ServerName: "x"}).Handshake()
+		},
+		"silence":               func(c *client) { c.read(18); c.closed() },
+		"half an option":        func(c *client) { c.hello(3); c.write(appendOption(nil, optGo, infoData("disk"))[:20]) },
+		"gone without a word":   func(c *client) { c.hello(3); c.option(optList, nil) },
+		"abort":                 func(c *client) { c.hello(3); c.option(optAbort, nil); c.optReply() },
+		"gone without reading":  func(c *client) { c.hello(3); c.option(optInfo, infoData("disk")) },
+		"session without a bye": func(c *client) { c.hello(3); c.enter(true); c.send(cmdRead, 0, 1, 0, testSize) },
+	} {
+		for range 3 {
+			c := dialRaw(t, path)
+			say(c)
+			c.nc.Close()
+		}
+		settle()
+		h.mu.Lock()
+		for level, lines := range h.lines {
+			if level > slog.LevelDebug && len(lines) > 0 {
+				t.Errorf("%s: %v %q", name, level, lines)
+			}
+		}
+		clear(h.lines)
+		h.mu.Unlock()
+	}
+
+	// Real faults, many of them.
+	for range 50 {
+		c := dial(t, path)
+		c.option(optExportName, []byte("nothing"))
+		c.closed()
+		c = dial(t, path)
+		c.want(optGo, infoData("nothing"), repErrUnknown)
+		c.nc.Close()
+		c = dial(t, path)
+		c.enter(true)
+		c.write(make([]byte, requestLen))
+		c.closed()
+	}
+	settle()
+	count := func() (n int, all string) {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return len(h.lines[slog.LevelInfo]) + len(h.lines[slog.LevelWarn]), fmt.Sprint(h.lines)
+	}
+	if n, all := count(); n < 3 || n > 30 {
+		t.Errorf("%d lines for 150 faults: %s", n, all)
+	}
+	for end := time.Now().Add(20 * time.Second); ; {
+		_, all := count()
+		if strings.Contains(all, "suppressed=") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("what was left out is not told: %s", all)
+		}
+		c := dial(t, path)
+		c.option(optExportName, []byte("nothing"))
+		c.closed()
 	}
 }

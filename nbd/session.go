@@ -25,9 +25,10 @@ const (
 	// to this length; beyond it the connection is dropped.
 	maxSkipPayload = 2 * maxPayload
 
-	maxBackground = 4       // CACHE commands at work for one connection
-	cacheStep     = 8 << 20 // what they fault in at a time
-	roundBytes    = 1 << 20 // of finished tasks that leave in one round
+	maxBackground = 4                     // CACHE commands at work for one connection
+	cacheStep     = 4 << 20               // what each has asked for at a time
+	cachePoll     = 20 * time.Millisecond // how often it looks whether that is there
+	roundBytes    = 1 << 20               // of finished tasks that leave in one round
 
 	payloadTimeout = 5 * time.Second // for the rest of a payload once the server shuts down
 	lingerTimeout  = 500 * time.Millisecond
@@ -52,7 +53,9 @@ type session struct {
 	c          *conn
 	nc         net.Conn // c.nc, or TLS over it
 	w          wire
+	copied     bool // w is given no bytes of mappings
 	log        *slog.Logger
+	ctx        context.Context // of the connection
 	cancel     context.CancelCauseFunc
 	dev        blockmap.Device
 	wdev       blockmap.WritableDevice // nil: read-only
@@ -69,8 +72,13 @@ type session struct {
 	hits       batch // replies to leave at the end of the input
 	nhits      int64
 	refuse     bool // the server shuts down: no more requests
+	idle       idle
 
-	late       batch // for a task that holds the write side
+	// For the holder of the write side.
+	late    batch  // for a task that holds it
+	sending *batch // what is being written
+	patient func() time.Duration
+
 	background atomic.Int32
 	wg         sync.WaitGroup // tasks
 
@@ -78,11 +86,13 @@ type session struct {
 		sync.Mutex
 		changed sync.Cond // tells the reader; nobody else waits
 		writing bool      // somebody holds the write side
+		stalled bool      // and waits for a client that takes nothing
 		ready   taskList  // finished, to be written
 		handed  *batch    // the reader's, to be written
 		tasks   int       // not yet written, with their bytes
-		bytes   int64
-		err     error // of the write side: nothing is written any more
+		bytes   int64     // of payload, or pinned where that is more
+		wrote   time.Time // the end of the last write; see idle
+		err     error     // of the write side: nothing is written any more
 	}
 }
 
@@ -90,7 +100,6 @@ func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session 
 	s := &session{
 		c:          c,
 		nc:         h.nc,
-		w:          newWire(h.nc, cmp.Or(c.srv.WriteTimeout, DefaultWriteTimeout), &c.srv.clients),
 		log:        h.log.With("export", h.export.Name),
 		cancel:     cancel,
 		dev:        h.export.Device,
@@ -101,6 +110,9 @@ func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session 
 		maxTasks:   cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
 		maxBytes:   cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
 	}
+	s.w, s.copied = newWire(h.nc, c.srv.WriteTimeout, &c.srv.clients, s.stall)
+	s.patient = s.patience
+	s.idle.limit = c.srv.IdleTimeout
 	if h.contextsName == h.exportName {
 		s.contexts = h.contexts
 	}
@@ -112,20 +124,28 @@ func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session 
 	return s
 }
 
-// errDisc ends a session by the client's wish.
-var errDisc = errors.New("disconnected by the client")
+// errDisc ends a session by the client's wish, errIdle for want of one.
+var (
+	errDisc = errors.New("disconnected by the client")
+	errIdle = errors.New("the client was idle for the idle timeout")
+)
 
 // run serves requests until the client disconnects (nil), the connection
 // breaks, or the server shuts down (nil). All its goroutines and views are gone
 // when it returns.
 func (s *session) run(ctx context.Context) error {
+	s.ctx = ctx
+	s.idle.begin(s)
 	err := s.serve(ctx)
 	switch {
 	case err == errDisc:
-		s.idle()
+		s.finish()
 		err = nil
 	case err == io.EOF:
 		err = nil // not polite, but common
+	case err == errIdle:
+		s.log.Info("session ends", "err", err)
+		err = nil
 	case errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining():
 		err = s.drain(ctx)
 	}
@@ -146,7 +166,7 @@ func (s *session) run(ctx context.Context) error {
 // serve reads and answers requests until there is a reason to stop.
 func (s *session) serve(ctx context.Context) error {
 	for {
-		n, err := s.w.read(s.in[s.end:])
+		n, err := s.read(s.in[s.end:])
 		if err != nil {
 			return err
 		}
@@ -186,19 +206,19 @@ func (s *session) parse(ctx context.Context) error {
 func (s *session) handle(ctx context.Context, r *request) error {
 	if r.cmd == cmdRead && s.check(r) == 0 { // the hit path
 		e := blockmap.Range(int64(r.offset), int64(r.length))
-		v, ok := s.hits.view(), r.length == 0
+		d, ok := s.hits.slot(), r.length == 0
 		if !ok {
-			*v, ok = s.dev.View(e)
+			d.view, ok = s.dev.View(e)
 		}
 		if ok {
-			s.hits.data(r, v, s.structured)
+			s.hits.data(r, d, s.structured)
 			s.nhits++
 			if s.hits.full() {
 				return s.flush()
 			}
 			return nil
 		}
-		s.hits.dropView()
+		s.hits.dropSlot()
 		s.c.counts.misses.Add(1)
 		return s.launch(ctx, &task{req: *r, cost: int64(r.length)})
 	}
@@ -228,7 +248,10 @@ func (s *session) handle(ctx context.Context, r *request) error {
 			return err
 		}
 		t.buf = s.c.srv.bufs.get(int(r.length))
-		if err := s.take(t.buf); err != nil {
+		s.idle.before = 1
+		err := s.take(t.buf)
+		s.idle.before = 0
+		if err != nil {
 			s.c.srv.bufs.put(t.buf)
 			s.release(t)
 			return err
@@ -374,7 +397,7 @@ func (s *session) skip(n int) error {
 // readPayload reads some of a payload. A shutdown gives the client a moment to
 // send the rest.
 func (s *session) readPayload(p []byte) (int, error) {
-	n, err := s.w.read(p)
+	n, err := s.read(p)
 	if err == io.EOF {
 		return 0, io.ErrUnexpectedEOF
 	}
@@ -384,6 +407,20 @@ func (s *session) readPayload(p []byte) (int, error) {
 		return s.readPayload(p)
 	}
 	return n, err
+}
+
+// read reads from the client, for as long as it may idle.
+func (s *session) read(p []byte) (int, error) {
+	for {
+		n, err := s.w.read(p)
+		if s.idle.limit == 0 {
+			return n, err
+		}
+		again, err := s.idle.read(s, err)
+		if !again {
+			return n, err
+		}
+	}
 }
 
 // flush writes the batch, with whatever tasks are ready, and returns when it
@@ -397,6 +434,12 @@ func (s *session) flush() error {
 		s.nhits = 0
 	}
 	s.mu.Lock()
+	if s.mu.stalled && len(s.hits.reads) > 0 {
+		// Nothing is pinned for a client that takes nothing.
+		s.mu.Unlock()
+		s.detach(&s.hits, 0)
+		s.mu.Lock()
+	}
 	if s.mu.writing {
 		s.hits.handed = true
 		s.mu.handed = &s.hits
@@ -431,13 +474,15 @@ func (s *session) write(b *batch) {
 			t.appendTo(b, s.structured)
 		}
 		if err == nil {
-			if err = s.w.writev(b.bufs); err == nil {
-				s.c.counts.sent.Add(int64(b.size))
-			}
+			err = s.send(b)
 		}
 		b.reset()
 
 		s.mu.Lock()
+		s.mu.stalled = false
+		if s.idle.limit > 0 {
+			s.mu.wrote = time.Now()
+		}
 		if err != nil && s.mu.err == nil {
 			s.mu.err = err
 			s.cancel(err)
@@ -446,7 +491,7 @@ func (s *session) write(b *batch) {
 		b.handed = false
 		for t := tasks; t != nil; t = t.next {
 			s.mu.tasks--
-			s.mu.bytes -= t.cost
+			s.mu.bytes -= t.cost + t.pins
 		}
 		s.mu.changed.Signal()
 		if s.mu.ready.first == nil && s.mu.handed == nil {
@@ -457,8 +502,39 @@ func (s *session) write(b *batch) {
 	}
 }
 
-// idle waits until all tasks are answered.
-func (s *session) idle() {
+// send writes b. Where its bytes cannot be read, or the client does not take them,
+// it goes on with copies: see detach.go.
+func (s *session) send(b *batch) error {
+	if s.copied {
+		if !b.detached() {
+			s.detach(b, 0)
+		}
+		n, err := s.w.writev(b.bufs, nil)
+		s.c.counts.sent.Add(int64(n))
+		return err
+	}
+	s.sending = b
+	for {
+		var patience func() time.Duration
+		if len(b.reads) > 0 {
+			patience = s.patient
+		}
+		n, err := s.w.writev(b.bufs, patience)
+		s.c.counts.sent.Add(int64(n))
+		if patience == nil || !errors.Is(err, errFault) && !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			s.stall()
+		}
+		if err := s.detach(b, n); err != nil {
+			return err
+		}
+	}
+}
+
+// finish waits until all tasks are answered.
+func (s *session) finish() {
 	s.flush()
 	s.mu.Lock()
 	for s.mu.tasks > 0 {
@@ -481,14 +557,14 @@ func (s *session) drain(ctx context.Context) error {
 			}
 			s.end += n
 			if err := s.parse(ctx); err != nil {
-				s.idle()
+				s.finish()
 				return nil
 			}
 			if err := s.flush(); err != nil {
 				return err
 			}
 		}
-		s.idle()
+		s.finish()
 	}
 	// Closing a socket that holds unread bytes throws away what its peer
 	// has not read yet, so the rest is read, for a moment.

@@ -3,7 +3,7 @@ package nbd
 import (
 	"context"
 	"errors"
-	"fmt"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -15,6 +15,7 @@ import (
 type task struct {
 	req  request
 	cost int64  // bytes it counts for while in flight
+	pins int64  // bytes that it pins beyond that
 	buf  []byte // the payload of a WRITE, pooled
 
 	// The outcome.
@@ -30,19 +31,20 @@ type task struct {
 // appendTo adds t's reply to b, which takes over its view.
 func (t *task) appendTo(b *batch, structured bool) {
 	r := &t.req
-	var v *blockmap.View
+	var d *read
 	if t.view.Len() > 0 {
-		v = b.view()
-		*v, t.view = t.view, blockmap.View{}
+		d = b.slot()
+		d.view, d.end = t.view, 0
+		t.view = blockmap.View{}
 	}
 	switch {
 	case t.errno != 0:
-		if v != nil {
-			b.chunks(r.cookie, r.offset, v.Segments(), 0, true)
+		if d != nil {
+			b.chunks(r.cookie, r.offset, d.view.Segments(), 0, true)
 		}
 		b.fail(r.cookie, t.errno, t.why, t.at, structured)
 	case r.cmd == cmdRead:
-		b.data(r, v, structured)
+		b.data(r, d, structured)
 	case r.cmd == cmdBlockStatus:
 		b.status(r.cookie, t.extents)
 	default:
@@ -60,6 +62,15 @@ func (l *taskList) push(t *task) {
 		l.last.next = t
 	}
 	l.last = t
+}
+
+// join adds what is in o.
+func (l *taskList) join(o taskList) {
+	if l.first == nil {
+		*l = o
+	} else if o.first != nil {
+		l.last.next, l.last = o.first, o.last
+	}
 }
 
 // take cuts off tasks of some n bytes, at least one if there is any.
@@ -124,8 +135,17 @@ func (s *session) launch(ctx context.Context, t *task) error {
 func (s *session) start(ctx context.Context, t *task) {
 	s.wg.Go(func() {
 		s.do(ctx, t)
+		pins := t.view.Pinned() // more than t.cost as a rule
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		for pins > 0 && (s.mu.stalled || s.mu.bytes+pins-t.cost > s.maxBytes) {
+			s.mu.Unlock()
+			s.detachTask(t)
+			pins = 0
+			s.mu.Lock()
+		}
+		t.pins = max(pins-t.cost, 0)
+		s.mu.bytes += t.pins
 		s.mu.ready.push(t)
 		if !s.mu.writing {
 			s.mu.writing = true
@@ -143,7 +163,7 @@ func (s *session) do(ctx context.Context, t *task) {
 	var err error
 	switch r.cmd {
 	case cmdRead:
-		if t.view, err = view(ctx, s.dev, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
+		if t.view, err = s.readDevice(ctx, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
 			t.view, t.at = s.prefix(e)
 		}
 	case cmdWrite:
@@ -166,48 +186,75 @@ func (s *session) do(ctx context.Context, t *task) {
 	if err == nil && r.flags&cmdFlagFUA != 0 && (r.cmd == cmdWrite || r.cmd == cmdTrim || r.cmd == cmdWriteZeroes) {
 		err = s.wdev.Flush(ctx)
 	}
-	if err == nil {
-		return
+	if err != nil {
+		s.fail(ctx, t, err)
 	}
+}
+
+// fail makes err the outcome of t.
+func (s *session) fail(ctx context.Context, t *task, err error) {
+	r := &t.req
 	t.errno, t.why = errnoOf(err), strings.ToValidUTF8(err.Error(), "?")
-	if t.errno == eInval && (r.cmd == cmdWrite || r.cmd == cmdWriteZeroes) {
+	switch {
+	case r.cmd == cmdRead:
+		t.errno, t.why = readErrno(err)
+	case t.errno == eInval && (r.cmd == cmdWrite || r.cmd == cmdWriteZeroes):
 		t.errno = eNoSpace // what the spec wants for a write beyond the end
-	}
-	if t.errno == eNoSpace && r.cmd == cmdRead {
-		t.errno = eIO // the cache is full, not the device; readers know no ENOSPC
-	}
-	if r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported) {
+	case r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported):
 		t.errno = eNotSup
 	}
 	s.c.counts.errors.Add(1)
 	if ctx.Err() == nil || errors.Is(err, context.DeadlineExceeded) {
-		s.log.Warn("request failed", "command", r.cmd, "extent", e, "errno", uint32(t.errno), "err", err)
+		s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", r.cmd,
+			"extent", blockmap.Range(int64(r.offset), int64(r.length)), "errno", uint32(t.errno), "err", err)
 	}
 }
 
-// view waits for e to be resident and returns it.
-func view(ctx context.Context, d blockmap.Device, e blockmap.Extent) (blockmap.View, error) {
-	for n := 0; ; n++ {
-		if v, ok := d.View(e); ok {
-			return v, nil
-		}
-		if n > 2 {
-			// Evicted again and again before we could look: the
-			// cache is too small for what is asked of it.
-			select {
-			case <-time.After(time.Duration(n) * time.Millisecond):
-			case <-ctx.Done():
-				return blockmap.View{}, fmt.Errorf("read %v: %w", e, context.Cause(ctx))
-			}
-		}
-		if err := d.Fault(ctx, e); err != nil {
+// readErrno is how a READ fails with err.
+func readErrno(err error) (errno, string) {
+	e := errnoOf(err)
+	if e == eNoSpace {
+		e = eIO // the cache is full, not the device; readers know no ENOSPC
+	}
+	return e, strings.ToValidUTF8(err.Error(), "?")
+}
+
+// readWindow is how much of a large read is fetched and copied at a time. As a whole
+// it may be larger than the cache, which evicts its beginning before its end has
+// come then, and it is fetched again and again. A miss of this size waits for the
+// network; the copy is not what it waits for.
+const readWindow = 4 << 20
+
+// readDevice returns a view of e once all of it is there.
+func (s *session) readDevice(ctx context.Context, e blockmap.Extent) (all blockmap.View, err error) {
+	if e.Len() <= readWindow {
+		return blockmap.Read(ctx, s.dev, e)
+	}
+	for e.Len() > 0 {
+		w := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+readWindow)}
+		v, err := blockmap.Read(ctx, s.dev, w)
+		if err != nil {
 			return blockmap.View{}, err
 		}
+		own, _, err := copyView(&v, w.Start, func(e blockmap.Extent, p []byte) error { return s.readAgain(ctx, e, p) })
+		v.Release()
+		if err != nil {
+			return blockmap.View{}, err
+		}
+		for i := range own.Segments() {
+			if g := &own.Segments()[i]; g.Zero {
+				all.AppendZeros(int64(len(g.Bytes)))
+			} else {
+				all.Append(g.Bytes, nil, 0)
+			}
+		}
+		e.Start = w.End
 	}
+	return all, nil
 }
 
-// prefix is what can be had of e although its Fault has failed: a view of what
-// lies before the first byte that is missing, and where that is.
+// prefix is what can be had of e although it cannot be read: a copy of what lies
+// before the first byte that is missing, and where that is.
 func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	d, ok := s.dev.(statuser)
 	if !ok {
@@ -231,30 +278,62 @@ func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	if !ok {
 		return blockmap.View{}, e.Start
 	}
-	return v, at
+	defer v.Release()
+	own, at, _ := copyView(&v, e.Start, func(blockmap.Extent, []byte) error { return blockmap.ErrDamaged })
+	return own, at
 }
 
-// prefetch serves CACHE, which promises nothing: where the device has no way
-// of its own, a bounded number of Faults in the background.
+// prefetch serves CACHE, which promises nothing, for a bounded number of commands
+// at a time. Each goes on step by step, since what is asked for and not yet here
+// takes room in the device's queues.
 func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
-	if d, ok := s.dev.(prefetcher); ok {
-		d.Prefetch(e)
-		return
-	}
 	if s.background.Add(1) > maxBackground {
 		s.background.Add(-1)
 		return
 	}
 	s.wg.Go(func() {
 		defer s.background.Add(-1)
-		ctx, cancel := context.WithTimeout(ctx, s.timeout)
-		defer cancel()
 		for e.Len() > 0 && ctx.Err() == nil {
 			step := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+cacheStep)}
-			if s.dev.Fault(ctx, step) != nil {
+			if !s.prefetchStep(ctx, step) {
 				return // whoever reads it will see why
 			}
 			e.Start = step.End
 		}
 	})
+}
+
+// prefetchStep brings e, and reports whether it is there.
+func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
+	ctx, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	p, ok := s.dev.(prefetcher)
+	st, can := s.dev.(statuser)
+	if !ok || !can {
+		return s.dev.Fault(ctx, e) == nil
+	}
+	p.Prefetch(e)
+	// A prefetch does not say when it is done.
+	tick := time.NewTicker(cachePoll)
+	defer tick.Stop()
+	for !resident(st, e) {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
+}
+
+// resident reports whether all of e can be read without fetching.
+func resident(d statuser, e blockmap.Extent) bool {
+	for e.Len() > 0 {
+		st := d.Status(e)
+		if !st.Resident && !st.Zero || st.End <= e.Start {
+			return false
+		}
+		e.Start = st.End
+	}
+	return true
 }

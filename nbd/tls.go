@@ -3,6 +3,8 @@ package nbd
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"net/netip"
+	"strings"
 )
 
 // verifyClients makes c check clients' certificates by itself, where crypto/tls
@@ -50,6 +52,9 @@ func namesOf(cert *x509.Certificate) []string {
 	var names []string
 	names = append(names, cert.DNSNames...)
 	names = append(names, cert.EmailAddresses...)
+	for _, ip := range cert.IPAddresses {
+		names = append(names, ip.String())
+	}
 	for _, u := range cert.URIs {
 		names = append(names, u.String())
 	}
@@ -57,4 +62,46 @@ func namesOf(cert *x509.Certificate) []string {
 		names = append(names, cn)
 	}
 	return names
+}
+
+// sameName reports whether a and b name the same client: see ClientInfo.Named.
+func sameName(a, b string) bool {
+	ipA, errA := netip.ParseAddr(a)
+	ipB, errB := netip.ParseAddr(b)
+	if errA == nil || errB == nil {
+		return errA == nil && errB == nil && ipA.Unmap() == ipB.Unmap()
+	}
+	localA, domainA, mailA := cutLast(a, '@')
+	localB, domainB, mailB := cutLast(b, '@')
+	if mailA != mailB || localA != localB {
+		return false
+	}
+	if domainA == domainB {
+		return a != ""
+	}
+	if !isDomain(domainA) || !isDomain(domainB) {
+		return false
+	}
+	return strings.EqualFold(strings.TrimSuffix(domainA, "."), strings.TrimSuffix(domainB, "."))
+}
+
+// cutLast cuts s at the last sep; without one all of s is after.
+func cutLast(s string, sep byte) (before, after string, ok bool) {
+	if i := strings.LastIndexByte(s, sep); i >= 0 {
+		return s[:i], s[i+1:], true
+	}
+	return "", s, false
+}
+
+// isDomain reports whether s is made like a DNS name. Only such are compared
+// without case: of other names nothing is known.
+func isDomain(s string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '.', c == '_', c == '*':
+		default:
+			return false
+		}
+	}
+	return s != "" && s != "."
 }

@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,6 +87,12 @@ func (p *pki) issue(t testing.TB, file, cn string, names ...string) tls.Certific
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
+// serverFunc is for Server.TLSFunc.
+func (p *pki) serverFunc(t testing.TB) func() *tls.Config {
+	c := p.server(t)
+	return func() *tls.Config { return c }
+}
+
 func (p *pki) server(t testing.TB) *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{p.issue(t, "server", "localhost", "localhost")},
@@ -112,7 +119,7 @@ func TestTLS(t *testing.T) {
 		{Name: "disk", Device: dev},
 		{Name: "theirs", Device: dev, Clients: []string{"host-9", "host-7.example"}},
 	}
-	srv := &Server{TLS: p.server(t), Exports: watching{static, seen}}
+	srv := &Server{TLSFunc: p.serverFunc(t), Exports: watching{static, seen}}
 	path := serve(t, srv)
 	cfg := &tls.Config{RootCAs: p.pool, ServerName: "localhost", Certificates: []tls.Certificate{p.issue(t, "client", "host-7", "host-7.example")}}
 
@@ -194,7 +201,7 @@ func (w watching) Open(ctx context.Context, name string, c ClientInfo) (*Export,
 
 func TestRequireTLS(t *testing.T) {
 	p := newPKI(t)
-	srv := &Server{TLS: p.server(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	srv := &Server{TLSFunc: p.serverFunc(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
 	path := serve(t, srv)
 	c := dial(t, path)
 	for _, opt := range []uint32{optList, optInfo, optGo, optStructuredReply, optListMetaContext, optSetMetaContext, 99} {
@@ -216,13 +223,36 @@ func TestRequireTLS(t *testing.T) {
 	c.closed()
 }
 
+// Renewed certificates are used by the next client.
+func TestTLSFunc(t *testing.T) {
+	old, renewed := newPKI(t), newPKI(t)
+	var cfg atomic.Pointer[tls.Config]
+	srv := &Server{TLSFunc: cfg.Load, Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	path := serve(t, srv)
+	dial(t, path).want(optStartTLS, nil, repErrPolicy) // none yet
+	cfg.Store(old.server(t))
+	first := dial(t, path)
+	if err := first.startTLS(&tls.Config{RootCAs: old.pool, ServerName: "localhost"}); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Store(renewed.server(t))
+	if err := dial(t, path).startTLS(&tls.Config{RootCAs: old.pool, ServerName: "localhost"}); err == nil {
+		t.Error("the old certificate is still used")
+	}
+	if err := dial(t, path).startTLS(&tls.Config{RootCAs: renewed.pool, ServerName: "localhost"}); err != nil {
+		t.Errorf("the renewed certificate: %v", err)
+	}
+	first.enter(true) // connections go on
+	first.mustDo(cmdFlush, 0, 0, 0, nil)
+}
+
 // Shutdown over TLS answers what is in flight too.
 func TestShutdownTLS(t *testing.T) {
 	p := newPKI(t)
 	dev := newPatternDevice(testSize)
 	dev.evict(blockmap.Range(0, testSize))
 	g := newGate(dev)
-	srv := &Server{TLS: p.server(t), Exports: Static{{Name: "disk", Device: dev}}}
+	srv := &Server{TLSFunc: p.serverFunc(t), Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
 	if err := c.startTLS(&tls.Config{RootCAs: p.pool, ServerName: "localhost"}); err != nil {
 		t.Fatal(err)

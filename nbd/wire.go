@@ -1,9 +1,11 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -19,19 +21,37 @@ type wire interface {
 	read(p []byte) (int, error)
 	// tryRead is read, but returns 0 where it would have to wait.
 	tryRead(p []byte) (int, error)
-	// writev writes all of bufs in order. It fails once the peer has not
-	// taken a byte for as long as the timeout of the wire.
-	writev(bufs [][]byte) error
+	// writev writes all of bufs in order, or fails behind n bytes: with
+	// errFault where what follows cannot be read, and with
+	// os.ErrDeadlineExceeded where the client has taken too long. Without
+	// patience that is a time without a byte, the timeout of the wire. With
+	// it, it is the patience from the moment at which the write first has to
+	// wait, whatever the client takes meanwhile.
+	writev(bufs [][]byte, patience func() time.Duration) (n int, err error)
 }
 
-func newWire(nc net.Conn, timeout time.Duration, clients *atomic.Int32) wire {
-	switch nc.(type) {
+// errFault says that bytes of a mapping could not be read. The system call took
+// none of the buffer that they are in, nor of some buffers before it.
+var errFault = errors.New("bytes to send cannot be read")
+
+// newWire returns the wire over nc. copied says that it reads what it writes in
+// this process: it must get no bytes of a mapping then, since those can fault.
+// stalled is called, by the goroutine that writes, when such a wire has waited for
+// the client for stallTime.
+func newWire(nc net.Conn, timeout time.Duration, clients *atomic.Int32, stalled func()) (w wire, copied bool) {
+	switch nc := nc.(type) {
 	case *net.UnixConn, *net.TCPConn:
 		if rc, err := nc.(syscall.Conn).SyscallConn(); err == nil {
-			return newSocket(nc, rc, timeout, clients)
+			return newSocket(nc, rc, timeout, clients), false
+		}
+	case *tls.Conn:
+		if p, ok := nc.NetConn().(*patientConn); ok {
+			p.timeout, p.stalled = timeout, stalled
+			return &stream{nc, p}, true
 		}
 	}
-	return &stream{nc: nc, timeout: timeout}
+	p := &patientConn{Conn: nc, timeout: timeout, stalled: stalled}
+	return &stream{p, p}, true
 }
 
 // socket is a wire over a kernel socket: one system call takes what has
@@ -54,11 +74,13 @@ type socket struct {
 	sleep         unix.Timespec
 
 	// For the writer.
-	writeFn func(fd uintptr) bool
-	iov     []unix.Iovec // what is left to write
-	store   []unix.Iovec // what iov is cut from
-	werr    syscall.Errno
-	waited  bool
+	writeFn  func(fd uintptr) bool
+	iov      []unix.Iovec // what is left to write
+	store    []unix.Iovec // what iov is cut from
+	nwritten int
+	werr     syscall.Errno
+	patience func() time.Duration
+	waited   bool
 }
 
 // unixSendBuffer is where 1 MiB reads over a unix socket stop getting faster;
@@ -139,8 +161,9 @@ func (s *socket) sysRead(fd uintptr) syscall.Errno {
 	}
 }
 
-func (s *socket) writev(bufs [][]byte) error {
-	for len(bufs) > 0 {
+func (s *socket) writev(bufs [][]byte, patience func() time.Duration) (n int, err error) {
+	s.nwritten, s.patience = 0, patience
+	for len(bufs) > 0 && err == nil {
 		s.store = s.store[:0]
 		for len(bufs) > 0 && len(s.store) < maxIov {
 			if b := bufs[0]; len(b) > 0 {
@@ -151,15 +174,15 @@ func (s *socket) writev(bufs [][]byte) error {
 			bufs = bufs[1:]
 		}
 		s.iov = s.store
-		for len(s.iov) > 0 {
+		for len(s.iov) > 0 && err == nil {
 			s.werr = 0
-			err := s.rc.Write(s.writeFn)
-			if err == nil && s.werr != 0 {
+			err = s.rc.Write(s.writeFn)
+			switch {
+			case err != nil:
+			case s.werr == unix.EFAULT:
+				err = errFault
+			case s.werr != 0:
 				err = s.werr
-			}
-			if err != nil {
-				clear(s.store)
-				return err
 			}
 		}
 		clear(s.store) // no stale pointers into the mappings
@@ -168,7 +191,7 @@ func (s *socket) writev(bufs [][]byte) error {
 		s.waited = false
 		s.nc.SetWriteDeadline(time.Time{})
 	}
-	return nil
+	return s.nwritten, err
 }
 
 func (s *socket) writeOnce(fd uintptr) (done bool) {
@@ -178,11 +201,17 @@ func (s *socket) writeOnce(fd uintptr) (done bool) {
 		n, _, e := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&s.iov[0])), uintptr(len(s.iov)))
 		switch e {
 		case 0:
+			s.nwritten += int(n)
 			s.advance(int(n))
 		case unix.EINTR:
 		case unix.EAGAIN:
+			switch {
+			case s.patience == nil && s.timeout > 0:
+				s.nc.SetWriteDeadline(time.Now().Add(s.timeout))
+			case s.patience != nil && !s.waited:
+				s.nc.SetWriteDeadline(time.Now().Add(s.patience()))
+			}
 			s.waited = true
-			s.nc.SetWriteDeadline(time.Now().Add(s.timeout))
 			return false
 		default:
 			s.werr = e
@@ -206,48 +235,70 @@ func (s *socket) advance(n int) {
 	}
 }
 
-// stream is a wire over any other net.Conn, TLS above all: pieces are put
-// together before they are written, since each write is a record.
+// stream is a wire over any other net.Conn, TLS above all.
 type stream struct {
-	nc      net.Conn
-	timeout time.Duration
-	buf     []byte
+	nc   net.Conn
+	conn *patientConn // nc, or what is below it
 }
-
-// streamBuffer is what is put together at most: four TLS records.
-const streamBuffer = 64 << 10
 
 func (s *stream) read(p []byte) (int, error)  { return s.nc.Read(p) }
 func (s *stream) tryRead([]byte) (int, error) { return 0, nil }
 
-func (s *stream) writev(bufs [][]byte) error {
-	if s.buf == nil {
-		s.buf = make([]byte, 0, streamBuffer)
-	}
+func (s *stream) writev(bufs [][]byte, _ func() time.Duration) (n int, err error) {
+	s.conn.begin()
+	defer s.conn.end()
 	for _, b := range bufs {
-		for len(b) > 0 {
-			n := min(len(b), streamBuffer-len(s.buf))
-			s.buf = append(s.buf, b[:n]...)
-			b = b[n:]
-			if len(s.buf) == streamBuffer {
-				if err := s.flush(); err != nil {
-					return err
-				}
-			}
+		m, err := s.nc.Write(b)
+		n += m
+		if err == nil && m < len(b) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return n, err
 		}
 	}
-	return s.flush()
+	return n, nil
 }
 
-func (s *stream) flush() error {
-	if len(s.buf) == 0 {
-		return nil
+// patientConn lies below TLS, which cannot go on after a write that has timed
+// out. Between begin and end it tells when a write stalls, and goes on with it.
+// The reader writes as well, when the client asks for new keys, so both look at
+// what is atomic.
+type patientConn struct {
+	net.Conn
+	timeout time.Duration // without a byte, 0: none
+	stalled func()
+
+	active, told atomic.Bool
+}
+
+func (c *patientConn) begin() {
+	c.told.Store(false)
+	c.active.Store(true)
+	c.SetWriteDeadline(time.Now().Add(stallTime))
+}
+
+func (c *patientConn) end() {
+	c.active.Store(false)
+	c.SetWriteDeadline(time.Time{})
+}
+
+func (c *patientConn) Write(p []byte) (n int, err error) {
+	for {
+		m, err := c.Conn.Write(p[n:])
+		n += m
+		if !errors.Is(err, os.ErrDeadlineExceeded) || !c.active.Load() {
+			return n, err
+		}
+		if c.told.CompareAndSwap(false, true) {
+			c.stalled()
+		} else if m == 0 {
+			return n, err
+		}
+		var end time.Time
+		if c.timeout > 0 {
+			end = time.Now().Add(c.timeout)
+		}
+		c.SetWriteDeadline(end)
 	}
-	s.nc.SetWriteDeadline(time.Now().Add(s.timeout))
-	n, err := s.nc.Write(s.buf)
-	if err == nil && n < len(s.buf) {
-		err = errors.New("short write")
-	}
-	s.buf = s.buf[:0]
-	return err
 }

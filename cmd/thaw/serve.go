@@ -212,7 +212,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 		s.await(ctx)
 	}
 	server := &nbd.Server{
-		Exports: offered, Log: log, TLS: tlsConfig, RequireTLS: tlsConfig != nil && !o.tlsOptional,
+		Exports: offered, Log: log, TLSFunc: func() *tls.Config { return tlsConfig }, RequireTLS: tlsConfig != nil && !o.tlsOptional,
 		MaxConns: o.maxConns, MaxInFlightBytes: int64(o.maxInFlight), HandshakeTimeout: o.handshake,
 	}
 	if err := a.announce(offered, listeners); err != nil {

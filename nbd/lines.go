@@ -1,0 +1,37 @@
+package nbd
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// limiter writes at most one line a second, and says in the next one how many it
+// has left out: clients decide how often these lines have a reason.
+type limiter struct {
+	mu struct {
+		sync.Mutex
+		next       time.Time
+		suppressed int
+	}
+}
+
+const lineEvery = time.Second
+
+func (l *limiter) log(log *slog.Logger, level slog.Level, msg string, args ...any) {
+	l.mu.Lock()
+	now := time.Now()
+	if now.Before(l.mu.next) {
+		l.mu.suppressed++
+		l.mu.Unlock()
+		return
+	}
+	n := l.mu.suppressed
+	l.mu.next, l.mu.suppressed = now.Add(lineEvery), 0
+	l.mu.Unlock()
+	if n > 0 {
+		args = append(args, "suppressed", n)
+	}
+	log.Log(context.Background(), level, msg, args...)
+}
