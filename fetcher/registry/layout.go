@@ -106,7 +106,8 @@ func (l *layout) find(index *v1.IndexManifest, tag string) (v1.Descriptor, error
 		if tag == "" && d.ArtifactType == "" {
 			found = append(found, d)
 		}
-		if name != "" {
+		// Tags that builds make for themselves are not for people.
+		if name != "" && !strings.HasPrefix(name, "thaw-image-") && !strings.HasPrefix(name, "thaw-layer-") {
 			tags = append(tags, name)
 		}
 	}
