@@ -21,6 +21,8 @@ type ReplayOptions struct {
 	// Window is how many compressed bytes of the list may be queued, where
 	// neighbours find each other; 16 MiB if zero.
 	Window int64
+	// MaxBytes bounds the uncompressed bytes that are fetched; 0 for no bound.
+	MaxBytes int64
 	// Bundle, if there is one, is downloaded first. Its chunks need not be in
 	// the list as well.
 	Bundle *Bundle

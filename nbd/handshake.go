@@ -249,7 +249,7 @@ func (h *handshake) open(ctx context.Context, name string) error {
 	}
 	if len(e.Clients) > 0 && !h.client.Named(e.Clients...) {
 		release()
-		if srv.TLS != nil && !h.client.TLS {
+		if srv.tls() != nil && !h.client.TLS {
 			return ErrTLSRequired
 		}
 		return ErrDenied
@@ -372,7 +372,7 @@ func (h *handshake) startTLS(ctx context.Context) error {
 		return h.fail(optStartTLS, repErrInvalid, "STARTTLS takes no data")
 	case h.client.TLS:
 		return h.fail(optStartTLS, repErrInvalid, "TLS is on already")
-	case srv.TLS == nil:
+	case srv.tls() == nil:
 		return h.fail(optStartTLS, repErrPolicy, "this server has no certificate")
 	case !h.fixed:
 		return h.fail(optStartTLS, repErrInvalid, "TLS needs fixed newstyle negotiation")
@@ -383,7 +383,7 @@ func (h *handshake) startTLS(ctx context.Context) error {
 	h.drop()
 	h.structured, h.contexts = false, nil
 
-	cfg := srv.TLS.Clone()
+	cfg := srv.tls().Clone()
 	cfg.MinVersion = max(cfg.MinVersion, tls.VersionTLS13)
 	verified := verifyClients(cfg)
 	tc := tls.Server(h.nc, cfg)

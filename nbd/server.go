@@ -43,11 +43,13 @@ type Server struct {
 	// ClientAuth ask for certificates, the names of which reach Exports in
 	// ClientInfo.
 	TLS        *tls.Config
-	RequireTLS bool // refuse to talk about exports before STARTTLS
+	TLSFunc    func() *tls.Config // if not nil, asked at each STARTTLS in place of TLS, so that certificates can be renewed
+	RequireTLS bool               // refuse to talk about exports before STARTTLS
 
 	MaxConns         int           // connections at a time, 0: DefaultMaxConns; more are closed as they come
 	HandshakeTimeout time.Duration // for the client's part of the handshake, 0: DefaultHandshakeTimeout
 	WriteTimeout     time.Duration // without the client taking a byte of what it asked for, 0: DefaultWriteTimeout
+	IdleTimeout      time.Duration // without a request from the client; 0: none
 	FaultTimeout     time.Duration // for a request that waits for the device, and a call of Exports, 0: DefaultFaultTimeout
 
 	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters

@@ -5,6 +5,13 @@ import (
 	"crypto/x509"
 )
 
+func (s *Server) tls() *tls.Config {
+	if s.TLSFunc != nil {
+		return s.TLSFunc()
+	}
+	return s.TLS
+}
+
 // verifyClients makes c check clients' certificates by itself, where crypto/tls
 // would, and reports whether it is to be done at all. The difference is that
 // the server then does not name its authorities to the client: GnuTLS 3.7, which

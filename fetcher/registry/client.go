@@ -66,6 +66,7 @@ type Client struct {
 		sources   map[string]*source // by URL without the repository
 		order     []*source
 		endpoints map[string]*endpoint // by URL with the repository
+		mirrors   Mirrors
 	}
 }
 
@@ -110,7 +111,15 @@ func New(o Options) *Client {
 	}
 	c.mu.sources = make(map[string]*source)
 	c.mu.endpoints = make(map[string]*endpoint)
+	c.mu.mirrors = o.Mirrors
 	return c
+}
+
+// SetMirrors replaces the mirrors of all registries.
+func (c *Client) SetMirrors(m Mirrors) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.mirrors = m
 }
 
 // Close closes the connections that are idle. Bodies that are still open stay
@@ -145,7 +154,10 @@ func (c *Client) Open(ref Ref) (*Repo, error) {
 
 func (c *Client) remote(ref Ref) (*remote, error) {
 	m := &remote{client: c, name: ref.Place()}
-	for _, mirror := range c.opts.Mirrors[ref.Registry] {
+	c.mu.Lock()
+	mirrors := c.mu.mirrors[ref.Registry]
+	c.mu.Unlock()
+	for _, mirror := range mirrors {
 		u, err := url.Parse(mirror)
 		if err != nil {
 			return nil, fmt.Errorf("mirror of %s: %w", ref.Registry, err)
