@@ -189,6 +189,72 @@ func TestReuse(t *testing.T) {
 	}
 }
 
+// refusing is a target whose tags cannot be looked up, or not be set.
+type refusing struct {
+	*dirTarget
+	lookup, push error
+}
+
+func (t refusing) Tagged(ctx context.Context, tag string) ([]byte, error) {
+	if t.lookup != nil {
+		return nil, t.lookup
+	}
+	return t.dirTarget.Tagged(ctx, tag)
+}
+
+func (t refusing) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {
+	if t.push != nil && strings.HasPrefix(tag, "thaw-image-") {
+		return t.push
+	}
+	return t.dirTarget.PushManifest(ctx, d, raw, tag)
+}
+
+// A look-up that only saves work does not fail a build, nor does a tag that is one
+// way to the image of two.
+func TestTagsAreRefused(t *testing.T) {
+	src := threeLayers(t)
+	want := build(t, src, newTarget(t), testOptions).Manifest.Digest
+	for _, dst := range []refusing{
+		{dirTarget: newTarget(t), lookup: errPush},
+		{dirTarget: newTarget(t), push: errPush},
+		{dirTarget: newTarget(t), lookup: errPush, push: errPush},
+	} {
+		for range 2 {
+			res, err := Build(t.Context(), &src.Source, dst, testOptions)
+			if err != nil || res.Manifest.Digest != want {
+				t.Fatalf("lookup %v, push %v: %v", dst.lookup, dst.push, err)
+			}
+		}
+	}
+}
+
+// A block image without a name has the tag that is made of its subject, and one
+// with a name has no other; one that is not the pinned one is not pushed.
+func TestImageTag(t *testing.T) {
+	src := threeLayers(t)
+	tag := ImageTag(src.Manifest.Digest)
+	dst := newTarget(t)
+	res := build(t, src, dst, testOptions)
+	if raw, err := dst.Tagged(t.Context(), tag); err != nil || !bytes.Equal(raw, res.Raw) {
+		t.Errorf("the tag %s: %v", tag, err)
+	}
+	dst = newTarget(t)
+	o := testOptions
+	o.Tag, o.Pin = "tag", res.Manifest.Digest.String()
+	build(t, src, dst, o)
+	if raw, _ := dst.Tagged(t.Context(), tag); raw != nil {
+		t.Error("an image with a name has another tag")
+	}
+	dst = newTarget(t)
+	o.Pin = "sha256:" + strings.Repeat("0", 64)
+	if _, err := Build(t.Context(), &src.Source, dst, o); err == nil || !strings.Contains(err.Error(), "was pinned") {
+		t.Errorf("another image than the pinned one: %v", err)
+	}
+	if n := dst.manifests(ArtifactTypeImage); n != 0 {
+		t.Error("the manifest of another image than the pinned one is pushed")
+	}
+}
+
 // TestFullDisk builds with a temporary directory of one MiB.
 func TestFullDisk(t *testing.T) {
 	need(t, "root", "mount")
