@@ -82,7 +82,7 @@ func parsePattern(s string) (p pattern, err error) {
 		if i := strings.LastIndexByte(p.place, ':'); i > strings.LastIndexByte(p.place, '/') {
 			p.place, p.tag = p.place[:i], p.place[i+1:]
 		}
-		if p.host == registryHub && p.place != "**" && !strings.Contains(p.place, "/") {
+		if p.host == registryHub && p.place != "" && p.place != "**" && !strings.Contains(p.place, "/") {
 			p.place = "library/" + p.place
 		}
 	}
@@ -166,7 +166,7 @@ func matchHost(pattern, host string) bool {
 	}
 	pname, pport := splitPort(pattern)
 	name, port := splitPort(host)
-	if ok, _ := path.Match(pport, port); !ok {
+	if ok, _ := path.Match(pport, port); !ok || (pport == "") != (port == "") {
 		return false
 	}
 	labels, want := strings.Split(name, "."), strings.Split(pname, ".")
