@@ -22,10 +22,10 @@ const (
 	cacheUsage  = "/var/cache/thaw for root, else thaw in $XDG_CACHE_HOME or ~/.cache"
 )
 
-// defaultSocket is where clients of this user find the server. A directory that
+// defaultSocket is where clients of a user find the server. A directory that
 // everybody may write to, such as /tmp, is no place for it.
-func defaultSocket() (string, error) {
-	if os.Getuid() == 0 {
+func defaultSocket(uid int) (string, error) {
+	if uid == 0 {
 		return "/run/thaw.sock", nil
 	}
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
@@ -34,9 +34,9 @@ func defaultSocket() (string, error) {
 	return "", usageError{errors.New("there is no default address: XDG_RUNTIME_DIR is not set; give one, as in --listen unix:/run/user/1000/thaw.sock")}
 }
 
-// defaultCache is the directory of this user's cache.
-func defaultCache() (string, error) {
-	if os.Getuid() == 0 {
+// defaultCache is the directory of a user's cache.
+func defaultCache(uid int) (string, error) {
+	if uid == 0 {
 		return "/var/cache/thaw", nil
 	}
 	if dir, err := os.UserCacheDir(); err == nil {
@@ -59,7 +59,7 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 		}
 	}
 	if len(ls) == 0 && len(o.listen) == 0 {
-		socket, err := defaultSocket()
+		socket, err := defaultSocket(os.Getuid())
 		if err != nil {
 			return nil, err
 		}

@@ -159,7 +159,7 @@ func (o *serveOptions) check(images int) (err error) {
 		}
 	}
 	if o.cache == "" {
-		if o.cache, err = defaultCache(); err != nil {
+		if o.cache, err = defaultCache(os.Getuid()); err != nil {
 			return err
 		}
 	}

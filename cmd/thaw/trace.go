@@ -221,7 +221,7 @@ func traceStopCommand(a *app) *cobra.Command {
 		RunE: func(c *cobra.Command, _ []string) error {
 			if cache == "" {
 				var err error
-				if cache, err = defaultCache(); err != nil {
+				if cache, err = defaultCache(os.Getuid()); err != nil {
 					return err
 				}
 			}
