@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -70,13 +71,28 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		err = errors.New("interrupted")
 	}
-	fmt.Fprintf(stderr, "thaw: %v\n", err)
+	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError
 	if errors.As(err, &usage) {
-		fmt.Fprintf(stderr, "See '%s --help'.\n", cmd.CommandPath())
-		return exitUsage
+		text, code = text+fmt.Sprintf("See '%s --help'.\n", cmd.CommandPath()), exitUsage
 	}
-	return exitError
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		io.WriteString(stderr, text)
+	}()
+	select {
+	case <-said:
+	case <-afterEnd(ctx, time.Second): // nobody reads stderr
+	}
+	return code
+}
+
+// afterEnd is closed d after the end of ctx.
+func afterEnd(ctx context.Context, d time.Duration) <-chan struct{} {
+	c := make(chan struct{})
+	context.AfterFunc(ctx, func() { time.AfterFunc(d, func() { close(c) }) })
+	return c
 }
 
 // reloads says whether the command of args takes SIGHUP as a request to read

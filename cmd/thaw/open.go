@@ -237,7 +237,12 @@ func (o *opener) compare(ctx context.Context, known, b *blockImage, err error) {
 	case err != nil:
 		log.Warn("the registry answers late, and not with the image that is served from the cache", "err", err)
 	case b.digest != known.digest:
-		log.Warn("the name means another image by now; the one from the cache is served until it is opened anew", "now", b.digest.String())
+		// With a registry that is always slow, the name would stay with its first
+		// meaning for ever.
+		if _, err := o.load(ctx, b); err != nil && ctx.Err() == nil {
+			log.Warn("the image that the name means by now cannot be opened", "now", b.digest.String(), "err", err)
+		}
+		log.Warn("the name means another image by now; the one from the cache is served until the name is opened anew", "now", b.digest.String())
 	default:
 		log.Info("the registry answers: the image that is served from the cache is the current one")
 	}

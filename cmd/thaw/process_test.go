@@ -378,6 +378,36 @@ func TestHostsAreReadAgain(t *testing.T) {
 	}
 }
 
+// A server that is not ready yet ends as soon as it is told to.
+func TestTermBeforeReady(t *testing.T) {
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	p.silence()
+	cmd := asProgram("serve", p.host()+"/team/app:v1", "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	var stderr syncBuffer
+	cmd.Stderr = &stderr
+	if err := startWithUs(cmd); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	for i := 0; len(p.take()) == 0; i++ {
+		if i == 2000 {
+			t.Fatal("it asks for nothing")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	began := time.Now()
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != exitError || !strings.Contains(stderr.String(), "interrupted") {
+		t.Errorf("%v\n%s", err, stderr.String())
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("it was gone after %v", took)
+	}
+}
+
 // Whatever hangs, a server is gone about a second after its grace.
 func TestGraceIsTheEnd(t *testing.T) {
 	need(t, "qemu-io")

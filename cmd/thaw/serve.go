@@ -190,10 +190,10 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 	}
 	find.pins = pins
 	s := &service{app: a, serveOptions: o, find: find}
-	var limited context.CancelFunc
-	s.limit, limited = context.WithCancel(context.Background())
-	defer limited()
-	s.stopping = sync.OnceFunc(func() { time.AfterFunc(o.grace, limited) })
+	var limited context.CancelCauseFunc
+	s.limit, limited = context.WithCancelCause(context.Background())
+	defer limited(nil)
+	s.stopping = sync.OnceFunc(func() { time.AfterFunc(o.grace, func() { limited(errGrace) }) })
 	context.AfterFunc(ctx, s.stopping)
 	ended := make(chan error, 1)
 	go func() { ended <- s.run(ctx, names) }()
@@ -211,6 +211,9 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 	}
 	return err
 }
+
+// errGrace says that some had no answer when the time for that was over.
+var errGrace = errors.New("the --grace was over with requests still under way")
 
 // service is one `thaw serve`.
 type service struct {

@@ -28,7 +28,9 @@ func buildOf(t testing.TB, args ...string) (b built) {
 }
 
 // withDigest is a reference in the same repository.
-func withDigest(ref, digest string) string { return ref[:strings.LastIndexByte(ref, ':')] + "@" + digest }
+func withDigest(ref, digest string) string {
+	return ref[:strings.LastIndexByte(ref, ':')] + "@" + digest
+}
 
 // putManifest puts a manifest into a registry as it is.
 func putManifest(t testing.TB, ref, key string, mediaType types.MediaType, raw []byte) v1.Descriptor {
