@@ -279,24 +279,24 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	if err := b.dst.PushBytes(ctx, m.Config, []byte("{}")); err != nil {
 		return nil, err
 	}
-	raw, err := json.Marshal(&m)
-	if err != nil {
+	_, err = b.push(ctx, &m, tag)
+	return c, err
+}
+
+// push marshals and pushes a manifest.
+func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) (raw []byte, err error) {
+	if raw, err = json.Marshal(m); err != nil {
 		return nil, err
 	}
 	d := describe(m.MediaType, raw)
 	d.ArtifactType = m.ArtifactType
-	return c, b.dst.PushManifest(ctx, d, raw, tag)
+	return raw, b.dst.PushManifest(ctx, d, raw, tag)
 }
 
 // reuse finds an earlier conversion in the target. One that is not whole any
 // more is not there.
 func (b *builder) reuse(ctx context.Context, tag string) (*converted, error) {
 	raw, err := b.dst.Tagged(ctx, tag)
-	if err != nil && ctx.Err() == nil {
-		// Some registries answer 403 where there is nothing.
-		b.Log.Warn("earlier conversions of the layer cannot be looked up; it is converted", "tag", tag, "err", err)
-		return nil, nil
-	}
 	if err != nil || raw == nil {
 		return nil, err
 	}
