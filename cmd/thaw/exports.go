@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"thaw/blockmap"
 	"thaw/fetcher/registry"
@@ -20,6 +23,8 @@ type exports struct {
 	open    func(ctx context.Context, name string) (device blockmap.Device, done func(), err error)
 	allow   patterns
 	clients []string // who may open anything, by certificate; nobody: everybody
+	log     *slog.Logger
+	lines   *rate.Limiter // of the log that clients can cause
 
 	ctx    context.Context // of all that is being opened
 	cancel context.CancelFunc
@@ -53,8 +58,8 @@ type opened struct {
 // openTimeout bounds the opening of an image that clients wait for.
 const openTimeout = time.Minute
 
-func newExports(allow patterns, clients []string, open func(context.Context, string) (blockmap.Device, func(), error)) *exports {
-	x := &exports{open: open, allow: allow, clients: clients}
+func newExports(allow patterns, clients []string, log *slog.Logger, open func(context.Context, string) (blockmap.Device, func(), error)) *exports {
+	x := &exports{open: open, allow: allow, clients: clients, log: log, lines: rate.NewLimiter(1, 20)}
 	x.ctx, x.cancel = context.WithCancel(context.Background())
 	x.mu.images = make(map[string]*opened)
 	return x
@@ -143,6 +148,9 @@ func (x *exports) join(name string) (*opened, string, error) {
 func (x *exports) make(ctx context.Context, name string, o *opened) {
 	defer o.cancel()
 	device, done, err := x.open(ctx, name)
+	if err != nil && ctx.Err() == nil && x.lines.Allow() {
+		x.log.Warn("an image cannot be opened for a client", "image", name, "err", err)
+	}
 	x.mu.Lock()
 	o.device, o.done, o.err = device, done, err
 	close(o.ready)

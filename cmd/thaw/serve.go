@@ -266,7 +266,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer f.Close()
 
 	traces := newTracer(s.limit, s.trace, &opener{finder: s.find, cache: cache, fetcher: f}, recordDir{s.cache})
-	offered := newExports(s.allow, s.clients, traces.serve)
+	offered := newExports(s.allow, s.clients, log, traces.serve)
 	server.Exports = offered
 	starts, images, err := s.open(ctx, traces, offered, names)
 	defer func() { // when nothing is read any more

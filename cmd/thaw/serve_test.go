@@ -264,7 +264,7 @@ func TestFullCacheDisk(t *testing.T) {
 	if err := os.Mkdir(cache, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	tool(t, "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", cache)
+	tool(t, "mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", cache)
 	t.Cleanup(func() { exec.Command("umount", "-l", cache).Run() })
 	s := serving(t, oci, "--listen", "unix:"+socket(t), "--cache", cache)
 	// The disk of 3 MiB makes room again and again: nothing is lost, since

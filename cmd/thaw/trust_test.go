@@ -77,6 +77,10 @@ func (p *proxy) list(t testing.TB, subject v1.Hash, all ...v1.Descriptor) {
 		t.Fatal(err)
 	}
 	p.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/manifests/sha256-"+subject.Hex) { // what lists them without the API
+			http.NotFound(w, r)
+			return false
+		}
 		if !strings.HasSuffix(r.URL.Path, "/referrers/"+subject.String()) {
 			return true
 		}
