@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
@@ -128,6 +129,7 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	temp      string
+	empty     sync.Mutex // of pushEmpty
 }
 
 // Build flattens src and pushes the result to dst. The manifest goes last: a
@@ -276,11 +278,19 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	if err := b.dst.PushBytes(ctx, m.Layers[0], c.toc); err != nil {
 		return nil, err
 	}
-	if err := b.dst.PushBytes(ctx, m.Config, []byte("{}")); err != nil {
+	if err := b.pushEmpty(ctx, m.Config); err != nil {
 		return nil, err
 	}
 	_, err = b.push(ctx, &m, tag)
 	return c, err
+}
+
+// pushEmpty pushes the config that all converted layers have, one push at a time:
+// of two uploads of a blob at once, docker-registry can lose both.
+func (b *builder) pushEmpty(ctx context.Context, d v1.Descriptor) error {
+	b.empty.Lock()
+	defer b.empty.Unlock()
+	return b.dst.PushBytes(ctx, d, []byte("{}"))
 }
 
 // push marshals and pushes a manifest.

@@ -9,7 +9,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -186,6 +188,40 @@ func TestReuse(t *testing.T) {
 				t.Error("the manifests differ")
 			}
 		})
+	}
+}
+
+// No blob is pushed twice at once: registries lose some of those.
+func TestNoTwoPushesOfABlob(t *testing.T) {
+	var tars [][]byte
+	for i := range uint64(12) {
+		tars = append(tars, tarball(t, reg(fmt.Sprint("f", i), noise(i, 3000))))
+	}
+	src := newSource(t, plain, tars...)
+	dst := newTarget(t)
+	var mu sync.Mutex
+	under := make(map[v1.Hash]bool)
+	dst.before = func(_ string, d v1.Descriptor) error {
+		mu.Lock()
+		twice := under[d.Digest]
+		under[d.Digest] = true
+		mu.Unlock()
+		if twice {
+			t.Errorf("%s is pushed twice at once", d.Digest)
+		}
+		runtime.Gosched()
+		mu.Lock()
+		delete(under, d.Digest)
+		mu.Unlock()
+		return nil
+	}
+	o := testOptions
+	o.Jobs = 8
+	for range 5 {
+		if _, err := Build(t.Context(), &src.Source, dst, o); err != nil {
+			t.Fatal(err)
+		}
+		dst.dir = newTarget(t).dir
 	}
 }
 
