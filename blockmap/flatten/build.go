@@ -1,6 +1,7 @@
 package flatten
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -10,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
+	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
@@ -62,7 +64,8 @@ type Options struct {
 
 	Jobs     int    // layers converted at once; 0: as many as processors, 8 at most
 	TempDir  string // for the streams until they are pushed; "": the system's
-	Tag      string // of the block image; "": none
+	Tag      string // of the block image; "": ImageTag of the source's digest
+	Pin      string // the digest that the block image must have, or nothing is pushed under its name; "": any
 	Progress Progress
 	Log      *slog.Logger
 }
@@ -127,6 +130,7 @@ type builder struct {
 	converter *converter
 	temp      string
 	anew      bool // conversions that are there already are of no use
+	empty     sync.Mutex // of pushEmpty
 }
 
 // Build flattens src and pushes the result to dst. The manifest goes last: a
@@ -309,7 +313,7 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	if err := b.dst.PushBytes(ctx, m.Layers[0], c.toc); err != nil {
 		return nil, err
 	}
-	if err := b.dst.PushBytes(ctx, m.Config, []byte("{}")); err != nil {
+	if err := b.pushEmpty(ctx, m.Config); err != nil {
 		return nil, err
 	}
 	_, err = b.push(ctx, &m, tag)
@@ -319,6 +323,14 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 		err = nil
 	}
 	return c, err
+}
+
+// pushEmpty pushes the config that all converted layers have, one push at a time:
+// of two uploads of a blob at once, docker-registry can lose both.
+func (b *builder) pushEmpty(ctx context.Context, d v1.Descriptor) error {
+	b.empty.Lock()
+	defer b.empty.Unlock()
+	return b.dst.PushBytes(ctx, d, []byte("{}"))
 }
 
 // push marshals and pushes a manifest.
@@ -495,13 +507,39 @@ func (b *builder) image(ctx context.Context, layers []*converted, a *assembly) (
 	if err := b.dst.PushBytes(ctx, m.Config, b.src.Config); err != nil {
 		return nil, err
 	}
-	if res.Raw, err = b.push(ctx, &m, b.Tag); err != nil {
+	if res.Raw, err = json.Marshal(&m); err != nil {
 		return nil, err
 	}
 	res.Manifest = describe(mediaTypeManifest, res.Raw)
 	res.Manifest.ArtifactType = ArtifactTypeImage
+	if got := res.Manifest.Digest.String(); b.Pin != "" && got != b.Pin {
+		return nil, fmt.Errorf("the block image is %s, and %s was pinned: its manifest is not pushed", got, b.Pin)
+	}
+	if err := b.dst.PushManifest(ctx, res.Manifest, res.Raw, b.Tag); err != nil {
+		return nil, err
+	}
+	if b.Tag == "" {
+		b.tagImage(ctx, res)
+	}
 	res.Index, res.IndexBytes = ix, int64(len(encoded))
 	return res, nil
+}
+
+// ImageTag is the tag of the block image of a source image, for block images
+// without a name of their own. They are found by their subject; the tag is for
+// registries that have lost an entry of a list of referrers.
+func ImageTag(subject v1.Hash) string { return "thaw-image-" + subject.Hex }
+
+// tagImage pushes ImageTag. Without it the image is found all the same.
+func (b *builder) tagImage(ctx context.Context, res *Result) {
+	tag := ImageTag(b.src.Manifest.Digest)
+	// Registries with immutable tags refuse even what the tag means already.
+	if raw, err := b.dst.Tagged(ctx, tag); err == nil && bytes.Equal(raw, res.Raw) {
+		return
+	}
+	if err := b.dst.PushManifest(ctx, res.Manifest, res.Raw, tag); err != nil && ctx.Err() == nil {
+		b.Log.Warn("the block image has no tag of its own; it is found by the list of referrers alone", "tag", tag, "err", err)
+	}
 }
 
 // ext4Options are a function of the image, so that every build of it gives the

@@ -9,7 +9,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -188,6 +190,90 @@ func TestReuse(t *testing.T) {
 				t.Error("the manifests differ")
 			}
 		})
+	}
+}
+
+// No blob is pushed twice at once: registries lose some of those.
+func TestNoTwoPushesOfABlob(t *testing.T) {
+	var tars [][]byte
+	for i := range uint64(12) {
+		tars = append(tars, tarball(t, reg(fmt.Sprint("f", i), noise(i, 3000))))
+	}
+	src := newSource(t, plain, tars...)
+	dst := newTarget(t)
+	var mu sync.Mutex
+	under := make(map[v1.Hash]bool)
+	dst.before = func(_ string, d v1.Descriptor) error {
+		mu.Lock()
+		twice := under[d.Digest]
+		under[d.Digest] = true
+		mu.Unlock()
+		if twice {
+			t.Errorf("%s is pushed twice at once", d.Digest)
+		}
+		runtime.Gosched()
+		mu.Lock()
+		delete(under, d.Digest)
+		mu.Unlock()
+		return nil
+	}
+	o := testOptions
+	o.Jobs = 8
+	for range 5 {
+		if _, err := Build(t.Context(), &src.Source, dst, o); err != nil {
+			t.Fatal(err)
+		}
+		dst.dir = newTarget(t).dir
+	}
+}
+
+// refusing is a target that takes no tags of block images.
+type refusing struct{ *dirTarget }
+
+func (t refusing) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {
+	if strings.HasPrefix(tag, "thaw-image-") {
+		return errPush
+	}
+	return t.dirTarget.PushManifest(ctx, d, raw, tag)
+}
+
+// A tag that is one way of two to the image does not fail a build.
+func TestImageTagIsRefused(t *testing.T) {
+	src := threeLayers(t)
+	want := build(t, src, newTarget(t), testOptions).Manifest.Digest
+	dst := refusing{newTarget(t)}
+	for range 2 {
+		res, err := Build(t.Context(), &src.Source, dst, testOptions)
+		if err != nil || res.Manifest.Digest != want {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A block image without a name has the tag that is made of its subject, and one
+// with a name has no other; one that is not the pinned one is not pushed.
+func TestImageTag(t *testing.T) {
+	src := threeLayers(t)
+	tag := ImageTag(src.Manifest.Digest)
+	dst := newTarget(t)
+	res := build(t, src, dst, testOptions)
+	if raw, err := dst.Tagged(t.Context(), tag); err != nil || !bytes.Equal(raw, res.Raw) {
+		t.Errorf("the tag %s: %v", tag, err)
+	}
+	dst = newTarget(t)
+	o := testOptions
+	o.Tag, o.Pin = "tag", res.Manifest.Digest.String()
+	build(t, src, dst, o)
+	if raw, _ := dst.Tagged(t.Context(), tag); raw != nil {
+		t.Error("an image with a name has another tag")
+	}
+	dst = newTarget(t)
+	o.Pin = "sha256:" + strings.Repeat("0", 64)
+	if _, err := Build(t.Context(), &src.Source, dst, o); err == nil || !strings.Contains(err.Error(), "was pinned") {
+		t.Errorf("another image than the pinned one: %v", err)
+	}
+	if n := dst.manifests(ArtifactTypeImage); n != 0 {
+		t.Error("the manifest of another image than the pinned one is pushed")
 	}
 }
 

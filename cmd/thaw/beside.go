@@ -44,6 +44,7 @@ const (
 // the last one pushed last where a list keeps the order.
 type beside struct{ traces, bundles []v1.Descriptor }
 
+// findBeside lists them.
 func findBeside(ctx context.Context, b *blockImage) (beside, error) {
 	var found beside
 	all, err := b.repo.Referrers(ctx, v1.Descriptor{Digest: b.digest}, artifactTypeTrace, artifactTypeBundle)
@@ -76,7 +77,7 @@ func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, medi
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return v1.Descriptor{}, err
 	}
-	if len(m.Layers) != 1 || m.Layers[0].MediaType != mediaType || m.Layers[0].Size <= 0 {
+	if len(m.Layers) != 1 || m.Layers[0].MediaType != mediaType || m.Layers[0].Size <= 0 || !isSHA256(m.Layers[0].Digest) {
 		return v1.Descriptor{}, fmt.Errorf("its manifest is not that of a %s", mediaType)
 	}
 	return m.Layers[0], nil
@@ -90,11 +91,11 @@ func storedTraces(ctx context.Context, b *blockImage, manifests []v1.Descriptor,
 			return nil // nobody has a use for any
 		}
 		if err != nil {
-			log.Warn("a stored trace is of no use", "image", b.name, "manifest", d.Digest.String(), "cause", err)
+			log.Warn("a stored trace is of no use", "image", b.name, "manifest", d.Digest.String(), "err", err)
 			continue
 		}
 		if trace.Cut != nil {
-			log.Warn("a stored trace ends early; what there is of it is used", "image", b.name, "manifest", d.Digest.String(), "cause", trace.Cut)
+			log.Warn("a stored trace ends early; what there is of it is used", "image", b.name, "manifest", d.Digest.String(), "err", trace.Cut)
 		}
 		traces = append(traces, trace)
 	}
@@ -114,7 +115,7 @@ func storedTrace(ctx context.Context, b *blockImage, d v1.Descriptor) (*tracefil
 		return nil, err
 	}
 	trace, err := tracefile.Read(bytes.NewReader(blob))
-	if err == nil && trace.Index != digestOf(b.manifest.Index.Digest) {
+	if err == nil && trace.Index != b.indexDigest() {
 		err = tracefile.ErrOtherImage
 	}
 	return trace, err
@@ -129,9 +130,9 @@ type recordedTrace struct {
 
 // readTraces reads the traces that words on the command line stand for: each a
 // file, or an image for those beside it.
-func readTraces(ctx context.Context, client *registry.Client, platform *v1.Platform, log *slog.Logger, names []string) (traces []recordedTrace, err error) {
+func (f *finder) readTraces(ctx context.Context, names []string) (traces []recordedTrace, err error) {
 	for _, name := range names {
-		found, err := readNamed(ctx, client, platform, log, name)
+		found, err := f.readNamed(ctx, name)
 		if err != nil {
 			return nil, fmt.Errorf("trace %s: %w", name, err)
 		}
@@ -140,16 +141,16 @@ func readTraces(ctx context.Context, client *registry.Client, platform *v1.Platf
 	return traces, nil
 }
 
-func readNamed(ctx context.Context, client *registry.Client, platform *v1.Platform, log *slog.Logger, name string) (traces []recordedTrace, err error) {
-	if f, err := os.Open(name); err == nil {
-		defer f.Close()
-		trace, err := tracefile.Read(f)
+func (f *finder) readNamed(ctx context.Context, name string) (traces []recordedTrace, err error) {
+	if file, err := os.Open(name); err == nil {
+		defer file.Close()
+		trace, err := tracefile.Read(file)
 		if err != nil {
 			return nil, err
 		}
 		return []recordedTrace{{trace, name, nil}}, nil
 	}
-	b, err := findImage(ctx, client, name, platform)
+	b, err := f.find(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
 	}
@@ -157,7 +158,7 @@ func readNamed(ctx context.Context, client *registry.Client, platform *v1.Platfo
 	if err != nil {
 		return nil, err
 	}
-	for _, trace := range storedTraces(ctx, b, found.traces, log) {
+	for _, trace := range storedTraces(ctx, b, found.traces, f.log) {
 		traces = append(traces, recordedTrace{trace, name, b.index})
 	}
 	if len(traces) == 0 {
@@ -169,7 +170,7 @@ func readNamed(ctx context.Context, client *registry.Client, platform *v1.Platfo
 // fit makes the trace one of b, and says what of it b has, where it was of
 // another version.
 func (r recordedTrace) fit(b *blockImage) (*tracefile.Trace, *tracefile.Carried, error) {
-	if r.Index == digestOf(b.manifest.Index.Digest) {
+	if r.Index == b.indexDigest() {
 		return r.Trace, nil, nil
 	}
 	if r.of == nil {
@@ -220,8 +221,8 @@ func openBundle(ctx context.Context, b *blockImage, d v1.Descriptor) (s *storedB
 
 // of says what the bundle has of an image. It is to be downloaded then, or
 // closed.
-func (s *storedBundle) of(ix *blockmap.Index, cache *blockmap.Cache) (*fetcher.Bundle, error) {
-	wants, err := s.head.Wants(ix, cache.Stream)
+func (s *storedBundle) of(image *blockmap.Image) (*fetcher.Bundle, error) {
+	wants, err := s.head.Wants(image.Index(), image.Stream)
 	if err != nil {
 		return nil, err
 	}
@@ -265,11 +266,12 @@ func pushTrace(ctx context.Context, b *blockImage, file []byte) (v1.Descriptor, 
 	return pushBeside(ctx, b, artifactTypeTrace, layer)
 }
 
-// pushBundle packs the bundle of a plan, and stores it beside the image.
-func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan) (d v1.Descriptor, size int64, err error) {
-	dir, err := os.MkdirTemp("", "thaw-bundle-")
+// pushBundle packs the bundle of a plan in a directory below temp, and stores it
+// beside the image.
+func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
+	dir, err := os.MkdirTemp(temp, "thaw-bundle-")
 	if err != nil {
-		return d, 0, err
+		return d, 0, fmt.Errorf("no place to pack the bundle: %w; name a directory with --temp, or by TMPDIR", err)
 	}
 	defer os.RemoveAll(dir)
 	scratch, err := os.Create(filepath.Join(dir, "frames"))

@@ -20,7 +20,7 @@ import (
 func buildCommand(a *app) *cobra.Command {
 	deviceSize, chunkSize := size(flatten.DefaultSize), size(flatten.DefaultChunkSize)
 	var o flatten.Options
-	var traces []string
+	var traces, pin []string
 	c := &cobra.Command{
 		Use:   "build SRC [DST]",
 		Short: "Make a block image of a container image",
@@ -30,8 +30,8 @@ SRC is a registry reference, oci:DIR[:TAG] for an OCI layout directory,
 docker-archive:FILE[:NAME] for what "docker save" writes, or
 oci-archive:FILE[:TAG] for a tar of an OCI layout. Archives may be compressed by
 gzip, zstd, xz or bzip2. DST is a registry reference or oci:DIR:TAG. Without DST
-the block image goes beside SRC as its referrer, under no tag of its own: the
-name of SRC finds it from then on.
+the block image goes beside SRC as its referrer: the name of SRC finds it from
+then on. Its own tag "thaw-image-…" is for registries that lose referrers.
 
 Layers are converted beside each other. One whose stream is in the target
 already is neither read nor sent; it is found by the tag "thaw-layer-…".
@@ -56,7 +56,7 @@ this image, when it is built again, or of an earlier version, found by content.`
 				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
 			}
 			o.TempDir = a.temp
-			return a.build(c.Context(), args, o, traces)
+			return a.build(c.Context(), args, o, traces, pin)
 		},
 	}
 	f := c.Flags()
@@ -67,6 +67,7 @@ this image, when it is built again, or of an earlier version, found by content.`
 	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
 	f.StringArrayVar(&traces, "trace", nil, "pack a bundle from a trace: a file, or another version of the image for those beside it (repeatable)")
 	f.StringVar(&a.temp, "temp", "", "directory for streams until they are pushed, and for decompressed archives (default: $TMPDIR, or /tmp)")
+	f.StringArrayVar(&pin, "pin", nil, "fail, and push no manifest, unless the block image has this digest: sha256:HEX")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -75,7 +76,7 @@ this image, when it is built again, or of an earlier version, found by content.`
 // beside other things.
 const buildMemory = 384 << 20
 
-func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string) error {
+func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string, pin pinFlags) error {
 	debug.SetMemoryLimit(buildMemory)
 	began := time.Now()
 	srcRef, err := registry.ParseRef(args[0])
@@ -96,24 +97,28 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	} else if srcRef.Archive != "" {
 		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
 	}
-	log, platform, client, err := a.access()
+	find, err := a.access(pin, args[len(args)-1])
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	src, err := client.Open(srcRef)
+	defer find.close()
+	if h, ok := find.pins[dstRef]; ok {
+		o.Pin = h.String()
+	}
+	find.pins = nil // an earlier block image may have another digest
+	src, err := find.client.Open(srcRef)
 	if err != nil {
 		return err
 	}
-	dst, err := client.Open(dstRef)
+	dst, err := find.client.Open(dstRef)
 	if err != nil {
 		return err
 	}
-	source, err := readSource(ctx, src, platform)
+	source, err := readSource(ctx, src, find.platform)
 	if err != nil {
 		return err
 	}
-	recorded, err := readTraces(ctx, client, platform, log, traces)
+	recorded, err := find.readTraces(ctx, traces)
 	if err != nil {
 		return err
 	}
@@ -122,7 +127,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 		return err
 	}
 	p := newProgress(a, source)
-	o.Log, o.Progress = log, p
+	o.Log, o.Progress = find.log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
 	if err != nil {
@@ -130,9 +135,9 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	}
 	var bundle *packed
 	if len(recorded) > 0 {
-		bundle, err = packBuilt(ctx, dst, res, recorded)
+		bundle, err = packBuilt(ctx, dst, res, recorded, o.TempDir)
 		if errors.Is(err, errEmptyPlan) {
-			log.Warn("no bundle was made", "cause", err)
+			find.log.Warn("no bundle was made", "err", err)
 		} else if err != nil {
 			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
@@ -141,14 +146,10 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 }
 
 // packBuilt packs what was recorded for an image that was just built.
-func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []recordedTrace) (*packed, error) {
-	manifest, err := flatten.ParseImage(res.Raw)
-	if err != nil {
+func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []recordedTrace, temp string) (*packed, error) {
+	b := &blockImage{name: dst.Ref().String(), repo: dst, digest: res.Manifest.Digest, raw: res.Raw, index: res.Index}
+	if err := b.parse(); err != nil {
 		return nil, err
-	}
-	b := &blockImage{
-		name: dst.Ref().String(), repo: dst, digest: res.Manifest.Digest, size: res.Manifest.Size,
-		manifest: manifest, index: res.Index, raw: res.Raw,
 	}
 	var fitting []*tracefile.Trace
 	for _, r := range recorded {
@@ -158,7 +159,7 @@ func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, rec
 		}
 		fitting = append(fitting, trace)
 	}
-	return packTraces(ctx, b, fitting)
+	return packTraces(ctx, b, fitting, temp)
 }
 
 // readSource finds the image to build from.

@@ -20,15 +20,21 @@ import (
 	"thaw/tracefile"
 )
 
-// blockImageOf finds a block image as the program does, and what is beside it.
-func blockImageOf(t testing.TB, ref string) (*blockImage, beside) {
+// finderOf finds images as the program does.
+func finderOf(t testing.TB) *finder {
 	t.Helper()
-	client, err := (&app{stderr: io.Discard}).client(nil)
+	f, err := (&app{stderr: io.Discard, logFormat: "text", platform: "linux/amd64"}).access(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(client.Close)
-	b, err := findImage(t.Context(), client, ref, &v1.Platform{OS: "linux", Architecture: "amd64"})
+	t.Cleanup(f.close)
+	return f
+}
+
+// blockImageOf finds a block image as the program does, and what is beside it.
+func blockImageOf(t testing.TB, ref string) (*blockImage, beside) {
+	t.Helper()
+	b, err := finderOf(t).find(t.Context(), ref)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -34,7 +35,7 @@ func startControl(ctx context.Context, cache string, log *slog.Logger, stopRecor
 	answer := func(w http.ResponseWriter, v any) {
 		w.Header().Set("Content-Type", "application/json")
 		if err := json.NewEncoder(w).Encode(v); err != nil {
-			log.Debug("control", "cause", err)
+			log.Debug("control", "err", err)
 		}
 	}
 	mux := http.NewServeMux()
@@ -44,7 +45,7 @@ func startControl(ctx context.Context, cache string, log *slog.Logger, stopRecor
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { answer(w, stats()) })
 	l, err := nbd.Listen(ctx, "unix:"+filepath.Join(cache, controlName))
 	if err != nil {
-		log.Warn("`thaw trace stop` will not reach this server", "cause", err)
+		log.Warn("`thaw trace stop` will not reach this server", "err", err)
 		close(c.done)
 		return c
 	}
@@ -52,7 +53,7 @@ func startControl(ctx context.Context, cache string, log *slog.Logger, stopRecor
 	go func() {
 		defer close(c.done)
 		if err := c.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			log.Warn("control", "cause", err)
+			log.Warn("control", "err", err)
 		}
 	}()
 	return c
@@ -65,8 +66,25 @@ func (c *control) stop() {
 	<-c.done
 }
 
+// Times that a server has to answer: one that lives says something at once, and
+// what it is asked for may have files to write.
+const (
+	aliveTimeout  = 2 * time.Second
+	answerTimeout = 30 * time.Second
+)
+
 // ask calls the server that has the cache directory.
 func ask(ctx context.Context, cache, method, path string, answer any) error {
+	var alive any
+	if err := askFor(ctx, aliveTimeout, cache, "GET", "/stats", &alive); err != nil {
+		return err
+	}
+	return askFor(ctx, answerTimeout, cache, method, path, answer)
+}
+
+func askFor(ctx context.Context, timeout time.Duration, cache, method, path string, answer any) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it has not answered within %v", timeout))
+	defer cancel()
 	sock := filepath.Join(cache, controlName)
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
@@ -78,6 +96,9 @@ func ask(ctx context.Context, cache, method, path string, answer any) error {
 		return err
 	}
 	resp, err := client.Do(req)
+	if ctx.Err() != nil {
+		return fmt.Errorf("the server with the cache %s: %w", cache, context.Cause(ctx))
+	}
 	if err != nil {
 		return fmt.Errorf("no server has the cache %s: %w", cache, err)
 	}
@@ -85,5 +106,8 @@ func ask(ctx context.Context, cache, method, path string, answer any) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("the server with the cache %s answers %s", cache, resp.Status)
 	}
-	return json.NewDecoder(resp.Body).Decode(answer)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil {
+		return fmt.Errorf("the server with the cache %s: %w", cache, err)
+	}
+	return nil
 }

@@ -12,6 +12,7 @@ import (
 )
 
 func inspectCommand(a *app) *cobra.Command {
+	var pin []string
 	c := &cobra.Command{
 		Use:   "inspect IMAGE...",
 		Short: "Show what block images are made of",
@@ -23,8 +24,9 @@ stream has too. With several images that is what each shares with those before.`
   thaw inspect registry.example/team/app:v1 registry.example/team/app:v2
   thaw inspect oci:/srv/images:app --json`,
 		Args: args(cobra.MinimumNArgs(1)),
-		RunE: func(c *cobra.Command, args []string) error { return a.inspect(c.Context(), args) },
+		RunE: func(c *cobra.Command, args []string) error { return a.inspect(c.Context(), args, pin) },
 	}
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print JSON, a line an image")
 	return c
 }
@@ -57,15 +59,15 @@ type inspectedStream struct {
 	Shared  int64  `json:"shared_bytes"`
 }
 
-func (a *app) inspect(ctx context.Context, names []string) error {
-	_, platform, client, err := a.access()
+func (a *app) inspect(ctx context.Context, names []string, pin pinFlags) error {
+	find, err := a.access(pin, names...)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
+	defer find.close()
 	var reporter flatten.Reporter
 	for i, name := range names {
-		b, err := findImage(ctx, client, name, platform)
+		b, err := find.find(ctx, name)
 		if err != nil {
 			return err
 		}

@@ -14,9 +14,20 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
 )
 
 func main() {
+	// Go ends a program that writes to a closed pipe on stdout or stderr, unless
+	// it asks for SIGPIPE. Then the write fails, and what that means is decided
+	// where it is made. (Ignored signals are inherited by credential helpers;
+	// signals that are asked for are not.)
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until run knows what it means
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
@@ -34,24 +45,78 @@ const (
 // usageError is a command line that means nothing.
 type usageError struct{ error }
 
+func (e usageError) Unwrap() error { return e.error }
+
 // run is all of the program but its process.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	root := rootCommand(stdout, stderr)
+	out := &results{w: stdout}
+	root := rootCommand(out, stderr)
 	root.SetArgs(args)
-	root.SetOut(stdout)
+	root.SetOut(out)
 	root.SetErr(stderr)
-	cmd, err := root.ExecuteContextC(ctx)
-	if err == nil {
-		return exitOK
+	if !reloads(root, args) && !signal.Ignored(syscall.SIGHUP) {
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
+		defer stop()
 	}
-	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil || out.err != nil {
+		err = out.err
+	}
+	switch {
+	case err == nil:
+		return exitOK
+	case errors.Is(out.err, syscall.EPIPE):
+		return exitError // whoever read the results has seen enough
+	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		err = errors.New("interrupted")
 	}
-	fmt.Fprintf(stderr, "thaw: %v\n", err)
+	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError
 	if errors.As(err, &usage) {
-		fmt.Fprintf(stderr, "See '%s --help'.\n", cmd.CommandPath())
-		return exitUsage
+		text, code = text+fmt.Sprintf("See '%s --help'.\n", cmd.CommandPath()), exitUsage
 	}
-	return exitError
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		io.WriteString(stderr, text)
+	}()
+	select {
+	case <-said:
+	case <-afterEnd(ctx, time.Second): // nobody reads stderr
+	}
+	return code
+}
+
+// afterEnd is closed d after the end of ctx.
+func afterEnd(ctx context.Context, d time.Duration) <-chan struct{} {
+	c := make(chan struct{})
+	context.AfterFunc(ctx, func() { time.AfterFunc(d, func() { close(c) }) })
+	return c
+}
+
+// reloads says whether the command of args takes SIGHUP as a request to read
+// its files again. For all others it means what SIGTERM means.
+func reloads(root *cobra.Command, args []string) bool {
+	c, _, err := root.Find(args)
+	return err == nil && c.Name() == "serve"
+}
+
+// results is stdout. It keeps the first error, so that a command whose results
+// nobody has got does not report success.
+type results struct {
+	w   io.Writer
+	err error
+}
+
+func (r *results) Write(p []byte) (int, error) {
+	if r.err != nil {
+		return 0, r.err
+	}
+	n, err := r.w.Write(p)
+	if err != nil {
+		r.err = fmt.Errorf("write the results: %w", err)
+		return n, r.err
+	}
+	return n, nil
 }

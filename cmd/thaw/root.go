@@ -24,7 +24,8 @@ import (
 // app holds what every verb has in common: the flags for all of them, and
 // where to print.
 type app struct {
-	stdout, stderr io.Writer
+	stdout *results
+	stderr io.Writer
 
 	verbose   bool
 	logFormat string
@@ -35,7 +36,7 @@ type app struct {
 	temp      string // for archives that are compressed; "": the system's
 }
 
-func rootCommand(stdout, stderr io.Writer) *cobra.Command {
+func rootCommand(stdout *results, stderr io.Writer) *cobra.Command {
 	a := &app{stdout: stdout, stderr: stderr}
 	root := &cobra.Command{
 		Use:   "thaw",
@@ -67,7 +68,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "log more")
 	f.StringVar(&a.logFormat, "log-format", "text", "text or json, on stderr")
 	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to this registry, HOST[:PORT]; loopback always is (repeatable)")
-	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers")
+	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
 	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "of an image that is there for several: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
@@ -84,19 +85,26 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// access is what every verb that reads images begins with. The client is to be
-// closed.
-func (a *app) access() (*slog.Logger, *v1.Platform, *registry.Client, error) {
+// access is what every verb that reads images begins with: it finds images, of
+// which those given can be pinned. It is to be closed.
+func (a *app) access(pin pinFlags, images ...string) (*finder, error) {
 	log, err := a.log()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
 	}
 	platform, err := a.wantedPlatform()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, err
+	}
+	pins, err := pin.of(images, false)
+	if err != nil {
+		return nil, err
 	}
 	client, err := a.client(log)
-	return log, platform, client, err
+	if err != nil {
+		return nil, err
+	}
+	return &finder{client: client, platform: platform, pins: pins, log: log}, nil
 }
 
 func (a *app) log() (*slog.Logger, error) {
@@ -127,16 +135,25 @@ func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 		StallTimeout:  8 * time.Second,
 	}
 	if a.hosts != "" {
-		f, err := os.Open(a.hosts)
-		if err != nil {
-			return nil, fmt.Errorf("mirrors: %w", err)
-		}
-		defer f.Close()
-		if o.Mirrors, err = registry.ParseMirrors(f); err != nil {
-			return nil, fmt.Errorf("mirrors: %s: %w", a.hosts, err)
+		var err error
+		if o.Mirrors, err = readMirrors(a.hosts); err != nil {
+			return nil, err
 		}
 	}
 	return registry.New(o), nil
+}
+
+func readMirrors(path string) (registry.Mirrors, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("mirrors: %w", err)
+	}
+	defer f.Close()
+	m, err := registry.ParseMirrors(f)
+	if err != nil {
+		return nil, fmt.Errorf("mirrors: %s: %w", path, err)
+	}
+	return m, nil
 }
 
 // credentials asks docker's config and credential helpers, anew each time.

@@ -2,20 +2,19 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"os"
-	"path/filepath"
+	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -33,21 +32,22 @@ type serveOptions struct {
 	grace    time.Duration
 	readOnly bool
 	allow    []string
+	pin      []string
 	exposed  bool
 
-	tlsCert, tlsKey, tlsClientCA string
-	tlsOptional                  bool
-	clients                      []string
+	tls         tlsFiles
+	tlsOptional bool
+	clients     []string
 
 	trace traceOptions
 
-	maxConns    int
-	maxInFlight size
-	handshake   time.Duration
+	maxConns               int
+	maxInFlight            size
+	handshake, write, idle time.Duration
 }
 
 func serveCommand(a *app) *cobra.Command {
-	o := serveOptions{cache: defaultCache(), maxInFlight: nbd.DefaultMaxInFlightBytes}
+	o := serveOptions{maxInFlight: nbd.DefaultMaxInFlightBytes}
 	c := &cobra.Command{
 		Use:   "serve [IMAGE...]",
 		Short: "Serve images as network block devices",
@@ -59,11 +59,26 @@ fetched ahead of it.
 An IMAGE is a block image, or an image that has one beside it. Its name as given
 is the name of the export; a single image is the default export as well.
 
-With --allow, clients open what they name: the export's name is the reference.
+` + allowHelp + `
 
-When it is ready, one line on stdout says so, and systemd is notified where it
-asked for that. Sockets passed by systemd are listened on instead of the default
-one. SIGTERM and SIGINT finish what is in flight.`,
+What the cache has is served without waiting for the registry: at once where the
+name is a digest or --pin names one, and else when the registry has not answered
+within 2 s.
+
+When it is ready, one line on stdout says so: "ready:", and for each image a URI
+and a reference by the digest of the block image, which can be pinned. systemd is
+notified where it asked for that. Sockets passed by systemd are listened on
+instead of the default one. A socket of the abstract namespace (unix:@NAME) has no
+URI; qemu takes server.type=unix,server.path=NAME,server.abstract=on.
+
+SIGTERM and SIGINT finish what is in flight, within --grace. SIGHUP reads the
+files of --tls-cert, --tls-key, --tls-client-ca and --hosts again; so does a change
+of them. A file that cannot be used is a warning.
+
+--record writes to a temporary file beside FILE, which becomes FILE when the
+recording ends. A server that is killed leaves it; the next one to record there
+makes it FILE.interrupted. Recordings of --trace auto that are not stored beside
+the image are kept in the cache directory, under traces, the last 32.`,
 		Example: `  thaw serve registry.example/team/app:v1
   thaw serve oci:/srv/images:app --listen unix:/run/app.sock --cache /var/cache/thaw
   thaw serve registry.example/a:1 registry.example/b:2 --listen tcp:127.0.0.1:10809
@@ -84,22 +99,25 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 		RunE: func(c *cobra.Command, args []string) error { return a.serve(c.Context(), args, o) },
 	}
 	f := c.Flags()
-	f.StringArrayVar(&o.listen, "listen", nil, "unix:PATH or tcp:HOST:PORT (repeatable; default unix:"+defaultSocket()+")")
-	f.StringVar(&o.cache, "cache", o.cache, "directory for what was fetched")
-	f.Var(&o.quota, "cache-size", "bound on what is kept there; the longest unused goes first (default: the disk)")
-	f.DurationVar(&o.grace, "grace", 30*time.Second, "for what is in flight when it is told to stop")
+	f.StringArrayVar(&o.listen, "listen", nil, "unix:PATH or tcp:HOST:PORT (repeatable; default: "+socketUsage+")")
+	f.StringVar(&o.cache, "cache", "", "directory for what was fetched (default: "+cacheUsage+")")
+	f.Var(&o.quota, "cache-size", "bound on what is kept there, at least 16M; the longest unused goes first (default: the disk)")
+	f.DurationVar(&o.grace, "grace", 30*time.Second, "for what is in flight when it is told to stop; about a second later it is gone")
 	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode there is")
-	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references like this: * is anything but a slash, ** at the end anything (repeatable)")
+	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references like this, as in registry.example/team/* (repeatable)")
+	f.StringArrayVar(&o.pin, "pin", nil, pinUsage)
 	f.BoolVar(&o.exposed, "allow-plaintext", false, "listen beyond this host without TLS")
-	f.StringVar(&o.tlsCert, "tls-cert", "", "file with the server's certificate chain; TLS is required then")
-	f.StringVar(&o.tlsKey, "tls-key", "", "file with its key")
-	f.StringVar(&o.tlsClientCA, "tls-client-ca", "", "file with the authorities that clients' certificates have to be of")
+	f.StringVar(&o.tls.cert, "tls-cert", "", "file with the server's certificate chain; TLS is required then")
+	f.StringVar(&o.tls.key, "tls-key", "", "file with its key")
+	f.StringVar(&o.tls.clientCA, "tls-client-ca", "", "file with the authorities that clients' certificates have to be of")
 	f.BoolVar(&o.tlsOptional, "tls-optional", false, "serve clients without TLS, too")
 	f.StringArrayVar(&o.clients, "client", nil, "serve only clients whose certificate has this name (repeatable)")
 	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "at a time")
 	f.Var(&o.maxInFlight, "max-in-flight", "bytes of requests that a connection may have waiting")
 	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "for a client to say what it wants")
-	f.StringVar(&o.trace.record, "record", "", "record the start of the image to this file")
+	f.DurationVar(&o.write, "write-timeout", 0, "cut off a client that takes no byte of its replies for so long (default: never)")
+	f.DurationVar(&o.idle, "idle-timeout", 0, "cut off a client that asks for nothing for so long (default: never)")
+	f.StringVar(&o.trace.record, "record", "", "record the start of the image to this file, which is replaced when the recording ends")
 	f.DurationVar(&o.trace.recordFor, "record-for", 5*time.Minute, "how long a recording lasts from the first read")
 	f.Var(&o.trace.recordBytes, "record-bytes", "how many bytes it may touch (default: any number)")
 	f.DurationVar(&o.trace.recordQuiet, "record-quiet", 10*time.Second, "after which it ends when nothing new is read")
@@ -109,51 +127,127 @@ one. SIGTERM and SIGINT finish what is in flight.`,
 	o.trace.ahead = aheadOptions{metadata: true, readahead: true, program: true}
 	f.Var(&o.trace.ahead, "fetch-ahead", "what to fetch ahead without a trace: metadata, readahead, program (what the image's program is made of), or none")
 	f.IntVar(&o.trace.wait, "prefetch-wait", 0, "be ready only when so many percent of a trace are here")
+	f.DurationVar(&o.trace.waitFor, "prefetch-wait-for", time.Minute, "and be ready all the same after so long")
 	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
 	return c
 }
 
-// defaultSocket is where clients of this user find the server.
-func defaultSocket() string {
-	if os.Getuid() == 0 {
-		return "/run/thaw.sock"
-	}
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" {
-		return filepath.Join(dir, "thaw.sock")
-	}
-	return filepath.Join(os.TempDir(), fmt.Sprintf("thaw-%d.sock", os.Getuid()))
-}
+// minQuota is the smallest cache that is of use: a few chunks of the largest
+// size, and what is in flight.
+const minQuota = 16 << 20
 
-func defaultCache() string {
-	if os.Getuid() == 0 {
-		return "/var/cache/thaw"
-	}
-	if dir, err := os.UserCacheDir(); err == nil {
-		return filepath.Join(dir, "thaw")
-	}
-	return filepath.Join(os.TempDir(), fmt.Sprintf("thaw-%d", os.Getuid()))
-}
-
-func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err error) {
+// check says what does not go together, and fills in what depends on the user.
+func (o *serveOptions) check(images int) (err error) {
 	if !o.readOnly {
 		return usageError{errors.New("--read-only=false: writable devices are not there yet")}
 	}
 	if err := patterns(o.allow).check(); err != nil {
 		return err
 	}
-	if err := o.trace.check(len(names), len(o.allow) > 0); err != nil {
+	if err := o.trace.check(images, len(o.allow) > 0); err != nil {
 		return usageError{err}
 	}
-	tlsConfig, err := o.tls()
+	if o.quota > 0 && o.quota < minQuota {
+		return usageError{fmt.Errorf("--cache-size %s: a cache of less than %s cannot hold what is being read; give it more",
+			o.quota.String(), sizeString(minQuota))}
+	}
+	for flag, d := range map[string]time.Duration{
+		"grace": o.grace, "handshake-timeout": o.handshake, "write-timeout": o.write, "idle-timeout": o.idle,
+	} {
+		if d < 0 {
+			return usageError{fmt.Errorf("--%s %v: a time is not negative", flag, d)}
+		}
+	}
+	if o.cache == "" {
+		if o.cache, err = defaultCache(os.Getuid()); err != nil {
+			return err
+		}
+	}
+	return o.tls.check(o.tlsOptional, o.clients)
+}
+
+// serve serves until ctx ends, and for not much longer than the grace after that,
+// whatever still waits for something then: what is left to a process that ends is
+// as good as what is left to one that is killed.
+func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
+	if err := o.check(len(names)); err != nil {
+		return err
+	}
+	pins, err := pinFlags(o.pin).of(names, len(o.allow) > 0)
 	if err != nil {
 		return err
 	}
-	log, platform, client, err := a.access()
+	warn, err := a.log()
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	cache, err := blockmap.OpenCache(o.cache, blockmap.CacheOptions{Quota: int64(o.quota), Boot: bootID(log), Log: log})
+	pipe := newLogPipe(a.stderr, warn)
+	defer pipe.close(time.Second)
+	a.stderr = pipe
+	find, err := a.access(nil)
+	if err != nil {
+		return err
+	}
+	find.pins = pins
+	s := &service{app: a, serveOptions: o, find: find}
+	var limited context.CancelCauseFunc
+	s.limit, limited = context.WithCancelCause(context.Background())
+	defer limited(nil)
+	s.stopping = sync.OnceFunc(func() { time.AfterFunc(o.grace, func() { limited(errGrace) }) })
+	context.AfterFunc(ctx, s.stopping)
+	ended := make(chan error, 1)
+	go func() { ended <- s.run(ctx, names) }()
+	select {
+	case err = <-ended:
+		return err
+	case <-s.limit.Done():
+	}
+	t := time.NewTimer(time.Second)
+	defer t.Stop()
+	select {
+	case err = <-ended:
+	case <-t.C:
+		err = fmt.Errorf("stop: not all had ended %v after the signal", o.grace+time.Second)
+	}
+	return err
+}
+
+// errGrace says that some had no answer when the time for that was over.
+var errGrace = errors.New("the --grace was over with requests still under way")
+
+// service is one `thaw serve`.
+type service struct {
+	*app
+	serveOptions
+	find     *finder
+	limit    context.Context // ends with the grace
+	stopping func()          // has the grace begin
+}
+
+func (s *service) run(ctx context.Context, names []string) (err error) {
+	defer s.find.close()
+	log := s.find.log
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	refreshMirrors, err := watchMirrors(s.hosts, s.find.client, log)
+	if err != nil {
+		return err
+	}
+	refresh := []func(bool){refreshMirrors}
+	server := &nbd.Server{
+		Log: log, MaxConns: s.maxConns, MaxInFlightBytes: int64(s.maxInFlight), HandshakeTimeout: s.handshake,
+		WriteTimeout: s.write, IdleTimeout: s.idle,
+	}
+	if s.tls.cert != "" {
+		files, err := s.tls.watch(log)
+		if err != nil {
+			return err
+		}
+		server.TLSFunc, server.RequireTLS = files.get, !s.tlsOptional
+		refresh = append(refresh, func(force bool) { files.refresh(force) })
+	}
+	cache, err := blockmap.OpenCache(s.cache, blockmap.CacheOptions{Quota: int64(s.quota), Boot: bootID(log), Log: log})
 	if errors.Is(err, blockmap.ErrLocked) {
 		return fmt.Errorf("%w; give this one a --cache of its own", err)
 	}
@@ -171,17 +265,56 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 	})
 	defer f.Close()
 
-	open := &opener{client: client, cache: cache, fetcher: f, platform: platform, log: log}
-	traces := newTracer(o.trace, open, log)
-	defer traces.stop()
-	offered := newExports(o.allow, o.clients, func(ctx context.Context, name string) (blockmap.Device, func(), error) {
-		start, image, err := traces.open(ctx, name)
-		if err != nil {
-			return nil, nil, err
+	traces := newTracer(s.limit, s.trace, &opener{finder: s.find, cache: cache, fetcher: f}, recordDir{s.cache})
+	offered := newExports(s.allow, s.clients, log, traces.serve)
+	server.Exports = offered
+	starts, images, err := s.open(ctx, traces, offered, names)
+	defer func() { // when nothing is read any more
+		offered.stop()
+		traces.stop()
+		summary(log, f.Stats(), cache, images)
+		for _, m := range images {
+			m.close()
 		}
-		device, err := start.attach(image)
-		return device, start.stop, err
-	})
+	}()
+	if err != nil {
+		return err
+	}
+	listeners, err := listen(ctx, s.serveOptions)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		for _, l := range listeners {
+			l.Close()
+		}
+	}()
+	ctl := startControl(ctx, s.cache, log, traces.stopRecording, func() any { return f.Stats() })
+	defer ctl.stop()
+	background, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() { reloading(background, hangup, refresh...) })
+
+	waiting, cancel := context.WithTimeout(ctx, s.trace.waitFor)
+	defer cancel()
+	for _, x := range starts {
+		x.await(waiting)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	traces.ready.Store(true)
+	if err := s.announce(ctx, offered, listeners, server.RequireTLS); err != nil {
+		log.Warn("nobody has heard that the server is ready", "err", err)
+		s.stdout.err = nil
+	}
+	return s.serveUntil(ctx, server, listeners, traces)
+}
+
+// open opens the images that are served for good.
+func (s *service) open(ctx context.Context, traces *tracer, offered *exports, names []string) ([]*start, []*openImage, error) {
 	starts, images := make([]*start, len(names)), make([]*openImage, len(names))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, name := range names {
@@ -190,38 +323,39 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) (err er
 			return err
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
+	err := g.Wait()
 	for i, name := range names {
-		device, err := starts[i].attach(images[i])
 		if err != nil {
-			return err
+			break
 		}
-		if err := offered.add(name, device); err != nil {
-			return err
+		var device blockmap.Device
+		if device, err = starts[i].attach(ctx, images[i]); err == nil {
+			err = offered.add(fixedExport{name, images[i].of, device})
 		}
 	}
-	listeners, err := listen(ctx, o)
+	images = slices.DeleteFunc(images, func(m *openImage) bool { return m == nil })
+	if err == nil {
+		err = ctx.Err()
+	}
+	return starts, images, err
+}
+
+// serve opens an image for exports.
+func (t *tracer) serve(ctx context.Context, name string) (blockmap.Device, func(), error) {
+	s, image, err := t.open(ctx, name)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	ctl := startControl(ctx, o.cache, log, traces.stopRecording, func() any { return f.Stats() })
-	defer ctl.stop()
-	for _, s := range starts {
-		s.await(ctx)
+	done := func() {
+		s.stop()
+		image.close()
 	}
-	server := &nbd.Server{
-		Exports: offered, Log: log, TLSFunc: func() *tls.Config { return tlsConfig }, RequireTLS: tlsConfig != nil && !o.tlsOptional,
-		MaxConns: o.maxConns, MaxInFlightBytes: int64(o.maxInFlight), HandshakeTimeout: o.handshake,
+	device, err := s.attach(ctx, image)
+	if err != nil {
+		done()
+		return nil, nil, err
 	}
-	if err := a.announce(offered, listeners); err != nil {
-		return errors.Join(err, server.Close())
-	}
-	err = serveUntil(ctx, server, listeners, o.grace)
-	traces.stop()
-	summary(log, f.Stats(), cache, images)
-	return err
+	return device, done, nil
 }
 
 // bootID tells this run of the kernel from others. Without one the cache
@@ -233,128 +367,14 @@ func bootID(log *slog.Logger) blockmap.BootID {
 		id, err = blockmap.ParseBootID(strings.TrimSpace(string(b)))
 	}
 	if err != nil {
-		log.Warn("no boot ID; after a crash what was fetched last is fetched again", "cause", err)
+		log.Warn("no boot ID; after a crash what was fetched last is fetched again", "err", err)
 	}
 	return id
 }
 
-func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) {
-	defer func() {
-		if err != nil {
-			for _, l := range ls {
-				l.Close()
-			}
-		}
-	}()
-	if files := activation.Files(true); len(files) > 0 {
-		if ls, err = nbd.ListenFiles(files); err != nil {
-			return nil, err
-		}
-	}
-	if len(ls) == 0 && len(o.listen) == 0 {
-		o.listen = []string{"unix:" + defaultSocket()}
-	}
-	for _, addr := range o.listen {
-		l, err := nbd.Listen(ctx, addr)
-		if err != nil {
-			return ls, err
-		}
-		ls = append(ls, l)
-	}
-	for _, l := range ls {
-		if nbd.Exposed(l) && !o.exposed && (o.tlsCert == "" || o.tlsOptional) {
-			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; give it a --tls-cert, or say --allow-plaintext if that is meant", l.Addr())}
-		}
-	}
-	return ls, nil
-}
-
-// announced is what --json says when serving has begun.
-type announced struct {
-	Type    string           `json:"type"`
-	Exports []announceExport `json:"exports"`
-	Listen  []string         `json:"listen"`
-}
-
-type announceExport struct {
-	Name string `json:"name"`
-	Size int64  `json:"bytes"`
-	URI  string `json:"uri"`
-}
-
-func (a *app) announce(offered *exports, ls []net.Listener) error {
-	out := announced{Type: "ready", Exports: []announceExport{}}
-	for _, l := range ls {
-		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
-	}
-	names, devices := offered.all()
-	var uris []string
-	for i, name := range names {
-		export := name
-		if len(names) == 1 {
-			export = ""
-		}
-		uris = append(uris, uri(ls[0].Addr(), export))
-		out.Exports = append(out.Exports, announceExport{name, devices[i].Size(), uris[i]})
-	}
-	if len(uris) == 0 {
-		uris = out.Listen
-	}
-	if a.json {
-		if err := a.printJSON(out); err != nil {
-			return err
-		}
-	} else if _, err := fmt.Fprintf(a.stdout, "ready: %s\n", strings.Join(uris, " ")); err != nil {
-		return err
-	}
-	_, err := daemon.SdNotify(false, daemon.SdNotifyReady)
-	return err
-}
-
-// uri is how NBD clients name an export, by NBD's doc/uri.md.
-func uri(addr net.Addr, export string) string {
-	u := url.URL{Scheme: "nbd", Host: addr.String(), Path: "/" + export}
-	if addr.Network() == "unix" {
-		u.Scheme, u.Host = "nbd+unix", ""
-		u.OmitHost = false
-		return "nbd+unix://" + u.EscapedPath() + "?socket=" + strings.ReplaceAll(url.QueryEscape(addr.String()), "%2F", "/")
-	}
-	return u.String()
-}
-
-// tls reads the certificates, and says what does not go together.
-func (o *serveOptions) tls() (*tls.Config, error) {
-	if o.tlsCert == "" {
-		if o.tlsKey != "" || o.tlsClientCA != "" || o.tlsOptional || len(o.clients) > 0 {
-			return nil, usageError{errors.New("TLS needs a --tls-cert")}
-		}
-		return nil, nil
-	}
-	if len(o.clients) > 0 && o.tlsClientCA == "" {
-		return nil, usageError{errors.New("--client needs a --tls-client-ca: names are believed of certificates alone")}
-	}
-	cert, err := tls.LoadX509KeyPair(o.tlsCert, o.tlsKey)
-	if err != nil {
-		return nil, fmt.Errorf("TLS certificate: %w", err)
-	}
-	c := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}
-	if o.tlsClientCA != "" {
-		b, err := os.ReadFile(o.tlsClientCA)
-		if err != nil {
-			return nil, fmt.Errorf("TLS client authorities: %w", err)
-		}
-		c.ClientCAs = x509.NewCertPool()
-		if !c.ClientCAs.AppendCertsFromPEM(b) {
-			return nil, fmt.Errorf("TLS client authorities: %s has no certificate", o.tlsClientCA)
-		}
-		c.ClientAuth = tls.RequireAndVerifyClientCert
-	}
-	return c, nil
-}
-
 // serveUntil serves until ctx ends, which is the orderly end, or a listener
 // fails.
-func serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, grace time.Duration) error {
+func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, traces *tracer) error {
 	failed := make(chan error, len(ls))
 	for _, l := range ls {
 		go func() { failed <- server.Serve(l) }()
@@ -366,12 +386,15 @@ func serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, grac
 	case err = <-failed:
 		left--
 	}
+	s.stopping()
 	_, notifyErr := daemon.SdNotify(false, daemon.SdNotifyStopping)
-	end, cancel := context.WithTimeout(context.Background(), grace)
-	defer cancel()
-	if e := server.Shutdown(end); e != nil {
+	// Recordings end now: there is a time to store them then.
+	var wg sync.WaitGroup
+	wg.Go(func() { traces.stopRecording() })
+	if e := server.Shutdown(s.limit); e != nil {
 		err = errors.Join(err, fmt.Errorf("stop: %w", errors.Join(e, server.Close())))
 	}
+	wg.Wait()
 	for range left {
 		if e := <-failed; !errors.Is(e, nbd.ErrServerClosed) {
 			err = errors.Join(err, e)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -98,12 +97,7 @@ func TestFioVerify(t *testing.T) {
 		src, dst := filepath.Join(dir, "src.tar"), "oci:"+filepath.Join(dir, "dst")+":x"
 		saveArchive(t, src, imageOf(t, layerOf(t, file{name: "fio", data: content})))
 		must(t, "build", "--size", "128M", "docker-archive:"+src, dst)
-		client, err := (&app{stderr: io.Discard}).client(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		b, err := findImage(t.Context(), client, dst, &v1.Platform{OS: "linux", Architecture: "amd64"})
+		b, err := finderOf(t).find(t.Context(), dst)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -270,7 +264,7 @@ func TestFullCacheDisk(t *testing.T) {
 	if err := os.Mkdir(cache, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	tool(t, "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", cache)
+	tool(t, "mount", "-t", "tmpfs", "-o", "size=3m,mode=700", "tmpfs", cache)
 	t.Cleanup(func() { exec.Command("umount", "-l", cache).Run() })
 	s := serving(t, oci, "--listen", "unix:"+socket(t), "--cache", cache)
 	// The disk of 3 MiB makes room again and again: nothing is lost, since

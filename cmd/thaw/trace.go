@@ -1,8 +1,8 @@
 package main
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -56,35 +56,40 @@ func readTrace(path string) (*tracefile.Trace, error) {
 
 func traceShowCommand(a *app) *cobra.Command {
 	var image string
+	var pin []string
 	c := &cobra.Command{
 		Use:   "show FILE",
 		Short: "Sum a trace up",
 		Example: `  thaw trace show app.trace
   thaw trace show app.trace --image registry.example/team/app:v1    # and what lies in which layer`,
 		Args: args(cobra.ExactArgs(1)),
-		RunE: func(c *cobra.Command, args []string) error { return a.traceShow(c.Context(), args[0], image) },
+		RunE: func(c *cobra.Command, args []string) error { return a.traceShow(c.Context(), args[0], image, pin) },
 	}
 	c.Flags().StringVar(&image, "image", "", "the image that it is of, to tell layers apart")
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print JSON")
 	return c
 }
 
-func (a *app) traceShow(ctx context.Context, path, image string) error {
+func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) error {
 	t, err := readTrace(path)
 	if err != nil {
 		return err
 	}
 	var b *blockImage
 	var s *tracefile.Summary
+	if image == "" && len(pin) > 0 {
+		return errPinWithoutImage
+	}
 	if image == "" {
 		s, err = t.Summarize(nil)
 	} else {
-		_, platform, client, accessErr := a.access()
+		find, accessErr := a.access(pin, image)
 		if accessErr != nil {
 			return accessErr
 		}
-		defer client.Close()
-		if b, err = findImage(ctx, client, image, platform); err != nil {
+		defer find.close()
+		if b, err = find.find(ctx, image); err != nil {
 			return err
 		}
 		s, err = t.Summarize(b.index)
@@ -132,21 +137,20 @@ like blkparse's.`,
 		Example: `  thaw trace export app.trace --format fio --device /dev/nbd0 -o app.log
   fio --name=start --ioengine=psync --direct=1 --readonly --read_iolog=app.log`,
 		Args: args(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, args []string) (err error) {
+		RunE: func(_ *cobra.Command, args []string) error {
 			t, err := readTrace(args[0])
 			if err != nil {
 				return err
 			}
-			w := a.stdout
-			if out != "" {
-				f, err := os.Create(out)
-				if err != nil {
-					return err
-				}
-				defer func() { err = errors.Join(err, f.Close()) }()
-				w = f
+			if out == "" {
+				return exportTrace(t, a.stdout, format, device)
 			}
-			return exportTrace(t, w, format, device)
+			// All of it before the file, so that what is there is not lost to an error.
+			var b bytes.Buffer
+			if err := exportTrace(t, &b, format, device); err != nil {
+				return err
+			}
+			return os.WriteFile(out, b.Bytes(), 0o666)
 		},
 	}
 	c.Flags().StringVar(&format, "format", "fio", "fio or blkparse")
@@ -166,31 +170,33 @@ func exportTrace(t *tracefile.Trace, w io.Writer, format, device string) error {
 }
 
 func tracePushCommand(a *app) *cobra.Command {
+	var pin []string
 	c := &cobra.Command{
 		Use:     "push IMAGE FILE",
 		Short:   "Store a trace beside its image",
 		Example: `  thaw trace push registry.example/team/app:v1 app.trace`,
 		Args:    args(cobra.ExactArgs(2)),
-		RunE:    func(c *cobra.Command, args []string) error { return a.tracePush(c.Context(), args[0], args[1]) },
+		RunE:    func(c *cobra.Command, args []string) error { return a.tracePush(c.Context(), args[0], args[1], pin) },
 	}
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	return c
 }
 
-func (a *app) tracePush(ctx context.Context, image, path string) error {
+func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) error {
 	t, err := readTrace(path)
 	if err != nil {
 		return err
 	}
-	_, platform, client, err := a.access()
+	find, err := a.access(pin, image)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	b, err := findImage(ctx, client, image, platform)
+	defer find.close()
+	b, err := find.find(ctx, image)
 	if err != nil {
 		return err
 	}
-	if t.Index != digestOf(b.manifest.Index.Digest) {
+	if t.Index != b.indexDigest() {
 		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.manifest.Index.Digest)
 	}
 	file, err := os.ReadFile(path)
@@ -206,13 +212,19 @@ func (a *app) tracePush(ctx context.Context, image, path string) error {
 }
 
 func traceStopCommand(a *app) *cobra.Command {
-	cache := defaultCache()
+	var cache string
 	c := &cobra.Command{
 		Use:     "stop",
 		Short:   "End the recordings of a server that is running",
 		Example: `  thaw trace stop --cache /var/cache/thaw`,
 		Args:    args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
+			if cache == "" {
+				var err error
+				if cache, err = defaultCache(os.Getuid()); err != nil {
+					return err
+				}
+			}
 			var answer struct {
 				Stopped int `json:"stopped"`
 			}
@@ -223,6 +235,6 @@ func traceStopCommand(a *app) *cobra.Command {
 			return err
 		},
 	}
-	c.Flags().StringVar(&cache, "cache", cache, "directory of the server's cache")
+	c.Flags().StringVar(&cache, "cache", "", "directory of the server's cache (default: "+cacheUsage+")")
 	return c
 }

@@ -13,6 +13,8 @@ import (
 )
 
 func tracePackCommand(a *app) *cobra.Command {
+	var temp string
+	var pin []string
 	c := &cobra.Command{
 		Use:   "pack IMAGE [TRACE...]",
 		Short: "Put all that a start reads into one blob beside the image",
@@ -25,8 +27,12 @@ again when there are better ones: the last bundle is used.`,
 		Example: `  thaw trace pack registry.example/team/app:v1
   thaw trace pack registry.example/team/app:v1 start.trace`,
 		Args: args(cobra.MinimumNArgs(1)),
-		RunE: func(c *cobra.Command, args []string) error { return a.tracePack(c.Context(), args[0], args[1:]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.tracePack(c.Context(), args[0], args[1:], temp, pin)
+		},
 	}
+	c.Flags().StringVar(&temp, "temp", "", "directory for the bundle until it is pushed (default: the system's)")
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -43,14 +49,14 @@ type packed struct {
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) tracePack(ctx context.Context, image string, paths []string) error {
+func (a *app) tracePack(ctx context.Context, image string, paths []string, temp string, pin pinFlags) error {
 	began := time.Now()
-	log, platform, client, err := a.access()
+	find, err := a.access(pin, image)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	b, err := findImage(ctx, client, image, platform)
+	defer find.close()
+	b, err := find.find(ctx, image)
 	if err != nil {
 		return err
 	}
@@ -67,11 +73,11 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string) error
 		if err != nil {
 			return err
 		}
-		if traces = storedTraces(ctx, b, found.traces, log); len(traces) == 0 {
+		if traces = storedTraces(ctx, b, found.traces, find.log); len(traces) == 0 {
 			return fmt.Errorf("%s has no traces beside it: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
 		}
 	}
-	p, err := packTraces(ctx, b, traces)
+	p, err := packTraces(ctx, b, traces, temp)
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", image, err)
 	}
@@ -92,7 +98,7 @@ func (p *packed) print(w io.Writer) {
 var errEmptyPlan = errors.New("nothing that the traces touch is in the image")
 
 // packTraces makes the bundle of traces of an image, and stores it beside it.
-func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace) (*packed, error) {
+func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace, temp string) (*packed, error) {
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
 		return nil, err
@@ -104,7 +110,7 @@ func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace) (
 	if len(plan.Steps) == 0 {
 		return nil, errEmptyPlan
 	}
-	d, size, err := pushBundle(ctx, b, plan)
+	d, size, err := pushBundle(ctx, b, plan, temp)
 	if err != nil {
 		return nil, err
 	}

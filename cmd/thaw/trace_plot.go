@@ -18,6 +18,7 @@ import (
 
 func tracePlotCommand(a *app) *cobra.Command {
 	var image, out string
+	var pin []string
 	var o plot.Options
 	c := &cobra.Command{
 		Use:   "plot FILE",
@@ -29,17 +30,20 @@ without content are folded, and what would cover each other is drawn as one.`,
 		Example: `  thaw trace plot app.trace -o app.svg
   thaw trace plot app.trace --image registry.example/team/app:v1 -o app.png    # coloured by layer`,
 		Args: args(cobra.ExactArgs(1)),
-		RunE: func(c *cobra.Command, args []string) error { return a.tracePlot(c.Context(), args[0], image, out, o) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.tracePlot(c.Context(), args[0], image, out, o, pin)
+		},
 	}
 	f := c.Flags()
 	f.StringVarP(&out, "output", "o", "", "file to write, whose name ends in .svg or .png")
 	f.StringVar(&image, "image", "", "the image that it is of, to tell layers apart")
+	f.StringArrayVar(&pin, "pin", nil, pinUsage)
 	f.IntVar(&o.Width, "width", plot.DefaultWidth, "in pixels")
 	f.IntVar(&o.Height, "height", plot.DefaultHeight, "in pixels")
 	return c
 }
 
-func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Options) error {
+func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Options, pin pinFlags) error {
 	var write func(*plot.Picture, io.Writer) error
 	switch ext := filepath.Ext(out); {
 	case out == "":
@@ -61,17 +65,20 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 		return err
 	}
 	if image == "" {
+		if len(pin) > 0 {
+			return errPinWithoutImage
+		}
 		o.Title = filepath.Base(path)
 		if path == "-" {
 			o.Title = "" // it has a better one
 		}
 	} else {
-		_, platform, client, err := a.access()
+		find, err := a.access(pin, image)
 		if err != nil {
 			return err
 		}
-		defer client.Close()
-		b, err := findImage(ctx, client, image, platform)
+		defer find.close()
+		b, err := find.find(ctx, image)
 		if err != nil {
 			return err
 		}

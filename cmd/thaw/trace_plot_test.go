@@ -5,7 +5,6 @@ import (
 	"encoding/xml"
 	"errors"
 	"image/png"
-	"io"
 	"os"
 	"strings"
 	"testing"
@@ -21,13 +20,7 @@ func TestTracePlot(t *testing.T) {
 	saveArchive(t, dir+"/src.tar", sample(t))
 	image := "oci:" + dir + "/dst:x"
 	must(t, "build", "--size", "64M", "docker-archive:"+dir+"/src.tar", image)
-	a := &app{stdout: io.Discard, stderr: io.Discard, logFormat: "text", platform: "linux/amd64"}
-	_, platform, client, err := a.access()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	b, err := findImage(t.Context(), client, image, platform)
+	b, err := finderOf(t).find(t.Context(), image)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"thaw/blockmap"
@@ -27,6 +27,7 @@ type traceOptions struct {
 	push        bool
 	rate        size // of prefetching, bytes a second
 	wait        int  // percent
+	waitFor     time.Duration
 	ahead       aheadOptions
 }
 
@@ -87,6 +88,8 @@ func (o *traceOptions) check(images int, others bool) error {
 		return errors.New("--trace-push needs a recording: --trace auto or --record FILE")
 	case o.wait < 0 || o.wait > 100:
 		return fmt.Errorf("--prefetch-wait %d: it is a percentage", o.wait)
+	case o.waitFor < 0:
+		return fmt.Errorf("--prefetch-wait-for %v: it is a time to wait", o.waitFor)
 	}
 	return nil
 }
@@ -95,23 +98,50 @@ func (o *traceOptions) check(images int, others bool) error {
 type tracer struct {
 	traceOptions
 	opener *opener
+	dir    recordDir
+	limit  context.Context // nothing waits for longer, and nothing is pushed any more
 	log    *slog.Logger
+
+	ready atomic.Bool // the server is: recordings are of clients
 
 	mu     sync.Mutex // of what follows, and of each start's rec
 	starts map[*start]struct{}
 }
 
-func newTracer(o traceOptions, opener *opener, log *slog.Logger) *tracer {
-	return &tracer{traceOptions: o, opener: opener, log: log, starts: make(map[*start]struct{})}
+func newTracer(limit context.Context, o traceOptions, opener *opener, dir recordDir) *tracer {
+	if o.auto() {
+		dir.recover(opener.log)
+	}
+	return &tracer{traceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.log, starts: make(map[*start]struct{})}
 }
 
-// findTimeout bounds how long a device waits for word of its traces.
+// await waits for c, and when time is up for a moment more: what is left to do
+// then is a matter of this machine.
+func (t *tracer) await(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	case <-t.limit.Done():
+	}
+	moment := time.NewTimer(500 * time.Millisecond)
+	defer moment.Stop()
+	select {
+	case <-c:
+		return true
+	case <-moment.C:
+		return false
+	}
+}
+
+// findTimeout bounds the look-up of what is beside an image. No device waits for
+// that long: see patience.
 const findTimeout = 10 * time.Second
 
 // start is the start of one device.
 type start struct {
 	t      *tracer
 	image  *blockImage
+	begun  time.Time
 	ctx    context.Context // ends with the device
 	cancel context.CancelFunc
 
@@ -127,35 +157,41 @@ type start struct {
 	guessed *fetcher.Replay // of what is likely to be read then
 }
 
-// recording is a start that is being recorded.
-type recording struct {
-	*tracefile.Recorder
-	image *blockImage
-	file  *os.File
-	keep  bool // it was asked for under this name
-	ended chan struct{}
-}
-
 // open opens an image, and begins its start.
 func (t *tracer) open(ctx context.Context, name string) (s *start, image *openImage, err error) {
-	image, err = t.opener.open(ctx, name, func(b *blockImage) { s = t.begin(b) })
-	if err != nil && s != nil {
-		s.stop()
+	// What is likely to be served need not be what is served in the end.
+	image, err = t.opener.open(ctx, name, func(b *blockImage) {
+		if s != nil {
+			s.stop()
+		}
+		s = t.begin(b)
+	})
+	if err != nil {
+		if s != nil {
+			s.stop()
+		}
+		return nil, nil, err
 	}
-	return s, image, err
+	if s == nil || s.image.digest != image.of.digest {
+		if s != nil {
+			s.stop()
+		}
+		s = t.begin(image.of)
+	}
+	return s, image, nil
 }
 
 // begin looks for what is known of an image's starts, from the moment on that its
 // manifest is known: the index is fetched meanwhile.
 func (t *tracer) begin(b *blockImage) *start {
-	s := &start{t: t, image: b, listed: make(chan struct{}), loaded: make(chan struct{})}
+	s := &start{t: t, image: b, begun: time.Now(), listed: make(chan struct{}), loaded: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	t.mu.Lock()
 	t.starts[s] = struct{}{}
 	t.mu.Unlock()
 	go func() {
 		defer close(s.listed)
-		if t.auto() && !b.recalled {
+		if t.auto() {
 			ctx, cancel := context.WithTimeout(s.ctx, findTimeout)
 			defer cancel()
 			s.beside, s.listErr = findBeside(ctx, b)
@@ -164,58 +200,82 @@ func (t *tracer) begin(b *blockImage) *start {
 	return s
 }
 
+// within says whether c is closed before patience is lost.
+func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
+	t := time.NewTimer(time.Until(s.begun.Add(patience)))
+	defer t.Stop()
+	select {
+	case <-c:
+		return true
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
+}
+
 // attach makes of an image the device to serve: itself, with what its start will
 // read being fetched ahead, or a recorder of it. What goes wrong with traces
 // costs speed, and no more.
-func (s *start) attach(image *openImage) (blockmap.Device, error) {
+func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, error) {
 	t := s.t
 	s.attached = true
-	<-s.listed
-	if s.listErr != nil {
-		t.log.Warn("what is beside the image cannot be found", "image", s.image.name, "cause", s.listErr)
-	}
-	known := len(s.beside.traces)+len(s.beside.bundles) > 0
-	load := func() {
+	go func() { // which asks the registry again; the device can be mounted meanwhile
 		defer close(s.loaded)
 		s.load(image)
 		if s.replay == nil && t.ahead.readahead {
 			image.fetcher.ReadAhead()
 		}
-	}
-	if t.record == "" && (known || !t.auto()) {
-		go load() // which asks the registry again; the device can be mounted meanwhile
-		return image.Image, nil
-	}
-	if load(); s.replay != nil && t.record == "" {
+	}()
+	if t.record == "" && (!t.auto() || s.known(ctx)) {
 		return image.Image, nil
 	}
 	device, err := s.startRecording(image)
-	if err != nil {
-		s.stop()
+	if err != nil && t.record == "" {
+		t.log.Warn("the start is not recorded", "image", s.image.name, "err", err)
+		return image.Image, nil
 	}
 	return device, err
 }
 
+// known says whether traces have been found, in time.
+func (s *start) known(ctx context.Context) bool {
+	if s.within(ctx, s.listed) && s.found() {
+		return true
+	}
+	// Those of files and of other images are looked for meanwhile.
+	return len(s.t.use) > 1 && s.within(ctx, s.loaded) && s.replay != nil
+}
+
+// found says whether anything is beside the image, once that is listed.
+func (s *start) found() bool { return len(s.beside.traces)+len(s.beside.bundles) > 0 }
+
 // load starts to fetch what bundles and traces say.
 func (s *start) load(image *openImage) {
-	t, log := s.t, s.t.log.With("image", s.image.name)
-	o := fetcher.ReplayOptions{Rate: int64(t.rate)}
+	log := s.t.log.With("image", s.image.name)
+	o := s.replayOptions()
+	if !s.within(s.ctx, s.listed) {
+		s.guess(image)
+		<-s.listed // within findTimeout
+	}
+	if s.listErr != nil && s.ctx.Err() == nil {
+		log.Warn("what is beside the image cannot be found", "err", s.listErr)
+	}
 	what := []any{}
 	if bundle := s.bundle(image); bundle != nil {
 		o.Bundle = bundle
 		what = append(what, "bundle_parts", len(bundle.Parts))
 	}
-	if o.Bundle == nil {
+	if o.Bundle == nil && s.guessed == nil {
 		s.guess(image) // which goes on until there is something better
 	}
 	var wants []blockmap.Want
 	if trace := s.trace(o.Bundle == nil); trace != nil {
 		plan, err := tracefile.NewPlan(trace, image.Index())
 		if err == nil {
-			wants, err = plan.Wants(t.opener.cache.Stream)
+			wants, err = plan.Wants(image.Stream)
 		}
 		if err != nil {
-			log.Warn("the trace cannot be replayed", "cause", err)
+			log.Warn("the trace cannot be replayed", "err", err)
 		} else {
 			what = append(what, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
 		}
@@ -236,7 +296,7 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 		stored, err := openBundle(s.ctx, s.image, d)
 		if err == nil {
 			var b *fetcher.Bundle
-			if b, err = stored.of(image.Index(), s.t.opener.cache); err == nil {
+			if b, err = stored.of(image.Image); err == nil {
 				return b
 			}
 			stored.close()
@@ -244,7 +304,7 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 		if s.ctx.Err() != nil {
 			return nil
 		}
-		s.t.log.Warn("a bundle is of no use", "image", s.image.name, "manifest", d.Digest.String(), "cause", err)
+		s.t.log.Warn("a bundle is of no use", "image", s.image.name, "manifest", d.Digest.String(), "err", err)
 	}
 	return nil
 }
@@ -259,15 +319,21 @@ func (s *start) guess(image *openImage) {
 	if s.t.ahead.program {
 		extents, err := s.image.manifest.Guess(image.Index().Blocks)
 		if err != nil {
-			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.name, "cause", err)
+			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.name, "err", err)
 		}
 		for _, e := range extents {
 			wants = append(wants, image.Missing(e)...)
 		}
 	}
 	if len(wants) > 0 && s.ctx.Err() == nil {
-		s.guessed = image.fetcher.Replay(s.ctx, wants, fetcher.ReplayOptions{Rate: int64(s.t.rate)})
+		s.guessed = image.fetcher.Replay(s.ctx, wants, s.replayOptions())
 	}
+}
+
+// replayOptions are those for what nobody waits for. More than the cache can hold
+// would push out what came first before it is read.
+func (s *start) replayOptions() fetcher.ReplayOptions {
+	return fetcher.ReplayOptions{Rate: int64(s.t.rate), MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
 // smallMetadata is how much metadata is fetched whole, as it is stored: that of
@@ -287,7 +353,7 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 		}
 		found, err := s.t.read(s.ctx, use, s.image)
 		if err != nil {
-			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.name, "cause", err)
+			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.name, "err", err)
 		}
 		traces = append(traces, found...)
 	}
@@ -296,7 +362,7 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	}
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
-		s.t.log.Warn("the traces cannot be merged", "image", s.image.name, "cause", err)
+		s.t.log.Warn("the traces cannot be merged", "image", s.image.name, "err", err)
 		return nil
 	}
 	return merged
@@ -304,10 +370,10 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 
 // read reads what one --trace names, and makes it be of b.
 func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []*tracefile.Trace, err error) {
-	found, err := readNamed(ctx, t.opener.client, t.opener.platform, t.log, use)
+	found, err := t.opener.readNamed(ctx, use)
 	for _, r := range found {
 		if r.Cut != nil && r.of == nil { // storedTraces has said so of the others
-			t.log.Warn("a trace ends early; what there is of it is used", "trace", use, "cause", r.Cut)
+			t.log.Warn("a trace ends early; what there is of it is used", "trace", use, "err", r.Cut)
 		}
 		if r.of == nil {
 			// An index that was served once is still in the cache.
@@ -328,97 +394,24 @@ func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []
 	return traces, err
 }
 
-func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
-	t := s.t
-	rec := &recording{image: s.image, keep: t.record != "", ended: make(chan struct{})}
-	var err error
-	if rec.keep {
-		rec.file, err = os.Create(t.record)
-	} else {
-		rec.file, err = os.CreateTemp("", "thaw-trace-")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("record: %w", err)
-	}
-	rec.Recorder = tracefile.NewRecorder(image.Image, digestOf(s.image.manifest.Index.Digest), rec.file, tracefile.Options{
-		For: t.recordFor, Bytes: int64(t.recordBytes), Quiet: t.recordQuiet,
-	})
-	t.mu.Lock()
-	s.rec = rec
-	t.mu.Unlock()
-	go func() {
-		defer close(rec.ended)
-		<-rec.Done()
-		t.finish(rec)
-	}()
-	return rec.Device(), nil
-}
-
-// finish says what was recorded, and stores it where that is wanted.
-func (t *tracer) finish(rec *recording) {
-	log := t.log.With("image", rec.image.name)
-	defer rec.file.Close()
-	if !rec.keep {
-		defer os.Remove(rec.file.Name())
-	}
-	st, end := rec.Stats(), rec.End()
-	if err := rec.Stop(); err != nil {
-		log.Error("the recording is lost", "cause", err)
-		return
-	}
-	log.Info("recorded a start", "ended", end.Why.String(), "bytes", st.Bytes, "dropped_bytes", st.Dropped, "file", rec.file.Name())
-	if !t.push || st.Bytes == 0 {
-		return
-	}
-	file, err := os.ReadFile(rec.file.Name())
-	if err == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		_, err = pushTrace(ctx, rec.image, file)
-	}
-	if err != nil {
-		log.Error("the recording could not be stored beside its image", "cause", err)
-		return
-	}
-	log.Info("stored the recording beside its image")
-}
-
-// await returns when enough has been fetched ahead. When it cannot be, the start
-// goes on without.
+// await returns when enough has been fetched ahead, or when ctx ends. When it
+// cannot be, the start goes on without.
 func (s *start) await(ctx context.Context) {
-	if s.t.wait == 0 {
+	if s.t.wait == 0 || !s.within(ctx, s.listed) {
 		return
 	}
+	err := context.DeadlineExceeded
 	select {
 	case <-s.loaded:
+		if s.replay == nil {
+			return
+		}
+		err = s.replay.Wait(ctx, float64(s.t.wait)/100)
 	case <-ctx.Done():
-		return
 	}
-	if s.replay == nil {
-		return
+	if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
+		s.t.log.Warn("ready, though less than asked for was prefetched", "image", s.image.name, "err", err)
 	}
-	if err := s.replay.Wait(ctx, float64(s.t.wait)/100); err != nil && ctx.Err() == nil {
-		s.t.log.Warn("ready, though less than asked for was prefetched", "cause", err)
-	}
-}
-
-// stopRecording ends the recording of the start, if there is one and it has not
-// ended.
-func (s *start) stopRecording() (stopped bool) {
-	s.t.mu.Lock()
-	rec := s.rec
-	s.t.mu.Unlock()
-	if rec == nil {
-		return false
-	}
-	select {
-	case <-rec.ended:
-		return false
-	default:
-	}
-	err := rec.Stop()
-	<-rec.ended
-	return err == nil
 }
 
 // stop ends all of it, and says what was lost. It is not called while attach is.
@@ -426,17 +419,23 @@ func (s *start) stop() {
 	s.t.mu.Lock()
 	_, first := s.t.starts[s]
 	delete(s.t.starts, s)
+	rec := s.rec
 	s.t.mu.Unlock()
 	if !first {
 		return
 	}
 	s.cancel()
-	<-s.listed
 	if !s.attached {
+		s.t.await(s.listed)
 		return
 	}
-	s.stopRecording()
-	<-s.loaded
+	if rec != nil {
+		go rec.Stop() // which waits for whoever reads a FIFO
+		s.t.await(rec.ended)
+	}
+	if !s.t.await(s.loaded) {
+		return
+	}
 	if s.guessed != nil {
 		s.guessed.Stop()
 	}
@@ -455,24 +454,15 @@ func (s *start) stop() {
 
 // stop ends all starts.
 func (t *tracer) stop() {
+	var wg sync.WaitGroup
 	for _, s := range t.all() {
-		s.stop()
+		wg.Go(s.stop)
 	}
+	wg.Wait()
 }
 
 func (t *tracer) all() []*start {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.Collect(maps.Keys(t.starts))
-}
-
-// stopRecording ends what is being recorded, and says how many recordings that
-// were.
-func (t *tracer) stopRecording() (n int) {
-	for _, s := range t.all() {
-		if s.stopRecording() {
-			n++
-		}
-	}
-	return n
 }

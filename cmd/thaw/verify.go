@@ -14,6 +14,7 @@ import (
 
 func verifyCommand(a *app) *cobra.Command {
 	var temp string
+	var pin []string
 	c := &cobra.Command{
 		Use:   "verify IMAGE",
 		Short: "Fetch all of a block image and check it",
@@ -22,9 +23,10 @@ index, blobs and chunks, the index, and the structure of the ext4 filesystem. It
 prints the first fault and exits with 1, or one line and 0.`,
 		Example: `  thaw verify registry.example/team/app:v1`,
 		Args:    args(cobra.ExactArgs(1)),
-		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], temp) },
+		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], temp, pin) },
 	}
 	c.Flags().StringVar(&temp, "temp", "", "directory for the filesystem's metadata (default: the system's)")
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -40,14 +42,14 @@ type verified struct {
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) verify(ctx context.Context, name, temp string) error {
+func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error {
 	began := time.Now()
-	_, platform, client, err := a.access()
+	find, err := a.access(pin, name)
 	if err != nil {
 		return err
 	}
-	defer client.Close()
-	b, err := findImage(ctx, client, name, platform)
+	defer find.close()
+	b, err := find.find(ctx, name)
 	if err != nil {
 		return err
 	}

@@ -169,7 +169,7 @@ func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[s
 	seen := make(map[v1.Hash]bool)
 	for _, d := range entries {
 		name, full := d.Annotations[refName], d.Annotations[fullRefName]
-		if name != "" || full != "" {
+		if (name != "" || full != "") && !internal(name) {
 			tags = append(tags, cmp.Or(name, full))
 		}
 		if seen[d.Digest] || tag != "" && name != tag && (full == "" || fullName(full) != fullName(tag)) {
@@ -216,6 +216,12 @@ func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[s
 		return nil, fmt.Errorf("%w: the layout has no image but under a tag, %s", ErrNotFound, list)
 	}
 	return nil, fmt.Errorf("the layout has %d images, choose a tag: %s", len(images), list)
+}
+
+// internal says whether builds have made a tag for themselves: it is not one for
+// people to choose.
+func internal(tag string) bool {
+	return strings.HasPrefix(tag, "thaw-image-") || strings.HasPrefix(tag, "thaw-layer-")
 }
 
 // differ says whether what of says of the entries is there, and of each

@@ -90,7 +90,7 @@ func (o *options) run(ctx context.Context, names []string) error {
 		return err
 	}
 	srv := &nbd.Server{
-		Exports: exports, TLS: tlsConfig, RequireTLS: tlsConfig != nil && !o.optional,
+		Exports: exports, TLSFunc: func() *tls.Config { return tlsConfig }, RequireTLS: tlsConfig != nil && !o.optional,
 		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	}
 	failed := make(chan error, len(ls))

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"thaw/nbd"
+)
+
+const (
+	socketUsage = "unix:/run/thaw.sock for root, else unix:$XDG_RUNTIME_DIR/thaw.sock"
+	cacheUsage  = "/var/cache/thaw for root, else thaw in $XDG_CACHE_HOME or ~/.cache"
+)
+
+// defaultSocket is where clients of a user find the server. A directory that
+// everybody may write to, such as /tmp, is no place for it.
+func defaultSocket(uid int) (string, error) {
+	if uid == 0 {
+		return "/run/thaw.sock", nil
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "thaw.sock"), nil
+	}
+	return "", usageError{errors.New("there is no default address: XDG_RUNTIME_DIR is not set; give one, as in --listen unix:/run/user/1000/thaw.sock")}
+}
+
+// defaultCache is the directory of a user's cache.
+func defaultCache(uid int) (string, error) {
+	if uid == 0 {
+		return "/var/cache/thaw", nil
+	}
+	if dir, err := os.UserCacheDir(); err == nil {
+		return filepath.Join(dir, "thaw"), nil
+	}
+	return "", usageError{errors.New("there is no default cache: neither HOME nor XDG_CACHE_HOME is set; give one, as in --cache /var/cache/thaw")}
+}
+
+func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) {
+	defer func() {
+		if err != nil {
+			for _, l := range ls {
+				l.Close()
+			}
+		}
+	}()
+	if files := activation.Files(true); len(files) > 0 {
+		if ls, err = nbd.ListenFiles(files); err != nil {
+			return nil, err
+		}
+	}
+	if len(ls) == 0 && len(o.listen) == 0 {
+		socket, err := defaultSocket(os.Getuid())
+		if err != nil {
+			return nil, err
+		}
+		o.listen = []string{"unix:" + socket}
+	}
+	for _, addr := range o.listen {
+		l, err := nbd.Listen(ctx, addr)
+		if err != nil {
+			return ls, err
+		}
+		ls = append(ls, l)
+	}
+	for _, l := range ls {
+		if nbd.Exposed(l) && !o.exposed && (o.tls.cert == "" || o.tlsOptional) {
+			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; give it a --tls-cert, or say --allow-plaintext if that is meant", l.Addr())}
+		}
+	}
+	return ls, nil
+}
+
+// announced is what --json says when serving has begun.
+type announced struct {
+	Type    string           `json:"type"`
+	Exports []announceExport `json:"exports"`
+	Listen  []string         `json:"listen"`
+}
+
+type announceExport struct {
+	Name   string   `json:"name"`
+	Image  string   `json:"image"`  // a reference to the block image itself
+	Digest string   `json:"digest"` // of the block image
+	Size   int64    `json:"bytes"`
+	URI    string   `json:"uri"`  // the first of URIs
+	URIs   []string `json:"uris"` // one a listener
+}
+
+// announce says that serving has begun. Who was to hear it may be gone: that ends
+// nothing.
+func (a *app) announce(ctx context.Context, offered *exports, ls []net.Listener, requireTLS bool) error {
+	out := announced{Type: "ready", Exports: []announceExport{}}
+	for _, l := range ls {
+		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
+	}
+	words := []string{"ready:"}
+	fixed := offered.all()
+	for _, f := range fixed {
+		e := announceExport{Name: f.name, Image: f.image.at(), Digest: f.image.digest.String(), Size: f.device.Size()}
+		export := f.name
+		if len(fixed) == 1 {
+			export = ""
+		}
+		for _, l := range ls {
+			e.URIs = append(e.URIs, uri(ctx, l.Addr(), export, requireTLS))
+		}
+		e.URI = e.URIs[0]
+		out.Exports = append(out.Exports, e)
+		words = append(words, e.URI, e.Image)
+	}
+	if len(fixed) == 0 {
+		words = append(words, out.Listen...)
+	}
+	var err error
+	if a.json {
+		err = a.printJSON(out)
+	} else {
+		_, err = fmt.Fprintln(a.stdout, strings.Join(words, " "))
+	}
+	_, notifyErr := daemon.SdNotify(false, daemon.SdNotifyReady)
+	return errors.Join(err, notifyErr)
+}
+
+// uri is how NBD clients name an export, by NBD's doc/uri.md: "nbds" where TLS is
+// required. Sockets of the abstract namespace have no URI that clients understand,
+// and are written as --listen has them.
+func uri(ctx context.Context, addr net.Addr, export string, requireTLS bool) string {
+	scheme := "nbd"
+	if requireTLS {
+		scheme = "nbds"
+	}
+	u := url.URL{Scheme: scheme, Path: "/" + export}
+	switch a := addr.(type) {
+	case *net.UnixAddr:
+		if strings.HasPrefix(a.Name, "@") {
+			return "unix:" + a.Name
+		}
+		path, err := filepath.Abs(a.Name)
+		if err != nil {
+			path = a.Name
+		}
+		// Only what is unreserved goes as it is, and slashes: a client may take
+		// "+" for itself or for a space.
+		socket := strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(path))
+		return scheme + "+unix://" + u.EscapedPath() + "?socket=" + socket
+	case *net.TCPAddr:
+		host := a.IP.String()
+		if a.Zone != "" {
+			host += "%" + a.Zone
+		}
+		if a.IP.IsUnspecified() {
+			host = hostName(ctx)
+		}
+		u.Host = net.JoinHostPort(host, fmt.Sprint(a.Port))
+	default:
+		u.Host = addr.String()
+	}
+	return u.String()
+}
+
+// hostName is a name by which this host is reached: its own, if that can be
+// looked up.
+func hostName(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	if name, err := os.Hostname(); err == nil {
+		if addrs, err := net.DefaultResolver.LookupHost(ctx, name); err == nil && len(addrs) > 0 {
+			return name
+		}
+	}
+	return "localhost"
+}

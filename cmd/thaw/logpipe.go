@@ -1,0 +1,77 @@
+package main
+
+import (
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+)
+
+// logPipe writes a log from a goroutine of its own. Whoever reads stderr may be
+// slow, stopped or gone, and no client of a server waits for that: lines that do
+// not fit in the buffer are dropped and counted, and so are those that cannot be
+// written.
+type logPipe struct {
+	w    io.Writer
+	done chan struct{}
+
+	mu struct {
+		sync.Mutex
+		lines   chan []byte // nil once it is closed
+		dropped int
+	}
+}
+
+// logLines is how many lines may wait.
+const logLines = 1024
+
+// newLogPipe starts a pipe to w. It says with warn how many lines were dropped.
+func newLogPipe(w io.Writer, warn *slog.Logger) *logPipe {
+	p := &logPipe{w: w, done: make(chan struct{})}
+	lines := make(chan []byte, logLines)
+	p.mu.lines = lines
+	go func() {
+		defer close(p.done)
+		for line := range lines {
+			w.Write(line)
+			p.mu.Lock()
+			n := p.mu.dropped
+			p.mu.dropped = 0
+			p.mu.Unlock()
+			if n > 0 {
+				warn.Warn("log lines were dropped: nothing reads them fast enough", "lines", n)
+			}
+		}
+	}()
+	return p
+}
+
+// Write takes one line. It never fails and never waits.
+func (p *logPipe) Write(line []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case p.mu.lines <- slices.Clone(line):
+	default:
+		p.mu.dropped++
+	}
+	return len(line), nil
+}
+
+// close writes what waits, but not for longer than d.
+func (p *logPipe) close(d time.Duration) {
+	p.mu.Lock()
+	lines := p.mu.lines
+	p.mu.lines = nil // a nil channel takes nothing
+	p.mu.Unlock()
+	if lines != nil {
+		close(lines)
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-p.done:
+	case <-t.C:
+	}
+}

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"thaw/fetcher/registry"
+)
+
+// reloadEvery is how often files are looked at that may have changed.
+const reloadEvery = 3 * time.Second
+
+// watched is a set of files whose content is in use, and which are read again when
+// they have changed: written over, renamed over, or behind a symbolic link that
+// leads elsewhere now. Files that cannot be used are a warning, once, and what
+// was read before stays.
+type watched[T any] struct {
+	what  string
+	paths []string
+	read  func() (T, error)
+	log   *slog.Logger
+
+	now atomic.Pointer[T]
+
+	mu struct {
+		sync.Mutex
+		seen []stamp // when they were read last, with success or without
+	}
+}
+
+// stamp is what tells one content of a file from another, short of reading it.
+type stamp struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime syscall.Timespec
+	regular      bool
+	gone         bool
+}
+
+func stampOf(path string) stamp {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return stamp{gone: true}
+	}
+	s := stamp{size: fi.Size(), regular: fi.Mode().IsRegular()}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		s.dev, s.ino, s.mtime, s.ctime = st.Dev, st.Ino, st.Mtim, st.Ctim
+	}
+	return s
+}
+
+// watch reads the files for the first time. An empty path is of no file.
+func watch[T any](what string, log *slog.Logger, read func() (T, error), paths ...string) (*watched[T], error) {
+	w := &watched[T]{what: what, read: read, log: log}
+	for _, p := range paths {
+		if p != "" {
+			w.paths = append(w.paths, p)
+		}
+	}
+	w.mu.seen = w.stamps() // before they are read: a change meanwhile is one
+	v, err := read()
+	if err != nil {
+		return nil, err
+	}
+	w.now.Store(&v)
+	return w, nil
+}
+
+func (w *watched[T]) stamps() []stamp {
+	var all []stamp
+	for _, p := range w.paths {
+		all = append(all, stampOf(p))
+	}
+	return all
+}
+
+// get is the content as of now, or of the last time that it was of use.
+func (w *watched[T]) get() T {
+	w.refresh(false)
+	return *w.now.Load()
+}
+
+// refresh reads the files again if they have changed, or if it is forced to, and
+// says whether there is something new. What is not a file, such as a pipe, can be
+// read but once.
+func (w *watched[T]) refresh(force bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := w.stamps()
+	changed := force
+	for i, s := range now {
+		if !s.regular && !s.gone {
+			return false
+		}
+		changed = changed || s != w.mu.seen[i]
+	}
+	if !changed {
+		return false
+	}
+	w.mu.seen = now
+	v, err := w.read()
+	if err != nil {
+		w.log.Warn("the "+w.what+" cannot be read again; what was read before stays in use", "err", err)
+		return false
+	}
+	w.now.Store(&v)
+	w.log.Info("read the "+w.what+" again", "files", w.paths)
+	return true
+}
+
+// reloading reads files again when they change, and on SIGHUP, until ctx ends. Each
+// of refresh does so for some.
+func reloading(ctx context.Context, hangup <-chan os.Signal, refresh ...func(force bool)) {
+	t := time.NewTicker(reloadEvery)
+	defer t.Stop()
+	for {
+		force := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			force = true
+		case <-t.C:
+		}
+		for _, f := range refresh {
+			f(force)
+		}
+	}
+}
+
+// watchMirrors has the client use the mirrors of a hosts file as it is now.
+func watchMirrors(path string, client *registry.Client, log *slog.Logger) (func(force bool), error) {
+	if path == "" {
+		return func(bool) {}, nil
+	}
+	w, err := watch("hosts file", log, func() (registry.Mirrors, error) { return readMirrors(path) }, path)
+	if err != nil {
+		return nil, err
+	}
+	client.SetMirrors(w.get())
+	return func(force bool) {
+		if w.refresh(force) {
+			client.SetMirrors(w.get())
+		}
+	}, nil
+}
+
+// tlsFiles are the files of a server's TLS.
+type tlsFiles struct {
+	cert, key, clientCA string
+}
+
+// check says what does not go together.
+func (f tlsFiles) check(optional bool, clients []string) error {
+	switch {
+	case f.cert == "" && (f.key != "" || f.clientCA != "" || optional || len(clients) > 0):
+		return usageError{errors.New("TLS needs a --tls-cert")}
+	case len(clients) > 0 && f.clientCA == "":
+		return usageError{errors.New("--client needs a --tls-client-ca: names are believed of certificates alone")}
+	}
+	return nil
+}
+
+// watch reads the certificates, and again when they change.
+func (f tlsFiles) watch(log *slog.Logger) (*watched[*tls.Config], error) {
+	return watch("TLS certificates", log, f.read, f.cert, f.key, f.clientCA)
+}
+
+func (f tlsFiles) read() (*tls.Config, error) {
+	cert, err := tls.LoadX509KeyPair(f.cert, f.key)
+	if err != nil {
+		return nil, fmt.Errorf("TLS certificate: %w", err)
+	}
+	c := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}
+	if f.clientCA == "" {
+		return c, nil
+	}
+	b, err := os.ReadFile(f.clientCA)
+	if err != nil {
+		return nil, fmt.Errorf("TLS client authorities: %w", err)
+	}
+	c.ClientCAs = x509.NewCertPool()
+	if !c.ClientCAs.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("TLS client authorities: %s has no certificate", f.clientCA)
+	}
+	c.ClientAuth = tls.RequireAndVerifyClientCert
+	return c, nil
+}
