@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"strings"
 	"sync"
@@ -289,7 +290,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 			l.Close()
 		}
 	}()
-	ctl := startControl(ctx, s.cache, log, traces.stopRecording, func() any { return f.Stats() })
+	ctl := startControl(ctx, s.cache, log, traces.stopRecording, func() any { return statsOf(f, cache) })
 	defer ctl.stop()
 	background, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -403,6 +404,26 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	return errors.Join(err, notifyErr)
 }
 
+// stats is what the control socket says of a running server.
+type stats struct {
+	fetcher.Stats
+	Cached      int64 `json:"cached_bytes"`    // on disk, what describes it included
+	Held        int64 `json:"held_bytes"`      // in memory, since the disk has no room
+	Evicted     int64 `json:"evicted_bytes"`   // since the start
+	Damaged     int64 `json:"damaged"`         // chunks and files of the cache that could not be read
+	OpenStreams int64 `json:"open_streams"`    // whose files are open
+	Goroutines  int   `json:"goroutines"`      // of the process
+	Memory      int64 `json:"go_memory_bytes"` // that Go has from the system
+}
+
+func statsOf(f *fetcher.Fetcher, c *blockmap.Cache) stats {
+	memory := []metrics.Sample{{Name: "/memory/classes/total:bytes"}}
+	metrics.Read(memory)
+	return stats{
+		f.Stats(), c.Used(), c.Held(), c.Evicted(), c.Damaged(), c.OpenStreams(), runtime.NumGoroutine(), int64(memory[0].Value.Uint64()),
+	}
+}
+
 // summary says what serving took.
 func summary(log *slog.Logger, st fetcher.Stats, cache *blockmap.Cache, images []*openImage) {
 	var stored, content int64
@@ -416,5 +437,5 @@ func summary(log *slog.Logger, st fetcher.Stats, cache *blockmap.Cache, images [
 	log.Info("stopped", "fetched_bytes", st.Bytes, "fetched_chunks", st.Chunks, "requests", st.Requests,
 		"images_stored_bytes", stored, "images_content_bytes", content,
 		"local_chunks", st.Local, "retries", st.Retries, "wrong_chunks", st.Wrong, "failed_chunks", st.Failed,
-		"cached_bytes", cache.Used(), "evicted_bytes", cache.Evicted())
+		"cached_bytes", cache.Used(), "evicted_bytes", cache.Evicted(), "damaged", cache.Damaged())
 }
