@@ -217,7 +217,7 @@ func (a *authorizer) credentials(ctx context.Context) (Login, error) {
 	case <-ctx.Done():
 		return Login{}, ctx.Err()
 	case <-t.C:
-		return Login{}, errors.New("whoever was asked for them does not answer")
+		return Login{}, errors.New("the credential program does not answer")
 	}
 }
 

@@ -338,7 +338,7 @@ func TestOpenBlobFaults(t *testing.T) {
 		if err != nil || !bytes.Equal(append(head, tail...), layer) {
 			t.Errorf("%d bytes, %v", len(head)+len(tail), err)
 		}
-		if n.Load() < 8 {
+		if n.Load() < 7 {
 			t.Errorf("only %d requests were faulty", n.Load())
 		}
 	})

@@ -17,22 +17,22 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// The protocol has no compare-and-swap for tags. Whoever adds an entry to the
-// index under a fallback tag reads it and writes it, and whoever has read before
-// and writes after takes the entry away again. How long that may be depends on
-// the other's line and not on one's own. So whoever has added an entry:
+// The protocol has no compare-and-swap for tags. A writer reads the index under a
+// fallback tag, adds an entry, and writes the index back. Another writer that has
+// read before and writes after removes that entry again. How late that can happen
+// depends on the other writer's line, not on one's own latency. Therefore a writer
 //
-//   - looks again after 0.25 s, 0.9 s and 2.5 s (settleTime), and adds it anew if
-//     it is gone, from when the time begins again. It is twice as long
-//     once there has been another writer;
-//   - keeps every entry that it sees meanwhile, and puts back what it has taken
-//     away itself. While its own write takes long it goes on reading, so as to see
-//     what others have added since.
+//   - reads the list again after 0.25 s, 0.9 s and 2.5 s (settleTime), and writes
+//     its entry again if it is gone. Then the time starts over. It doubles once
+//     another writer has been seen;
+//   - remembers every entry that it sees, and restores the entries that its own
+//     write removed. It keeps reading while its own write is slow, so that it sees
+//     what others add in the meantime.
 //
-// So a lost entry is noticed by its owner if the other's write lands within
-// settleTime of its own, and by the other if it lands later. Within a process
-// all who add to the same list do so together, and one of them makes sure of it
-// for all. A push with nobody else about takes 2.5 s longer.
+// A lost entry is noticed by its owner if the other write lands within settleTime,
+// and by the other writer if it lands later. All writers of one process share one
+// round of reads and writes for each list. A push without contention takes 2.5 s
+// longer.
 const settleTime = 2500 * time.Millisecond
 
 // Shares of the settle time at which the list is looked at, in percent.
