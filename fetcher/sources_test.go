@@ -62,6 +62,9 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 	}
 	for what, fault := range faults {
 		for name, o := range options {
+			if name != "" && what != "no answer" {
+				continue // what hangs is the same to the bounds
+			}
 			for _, hogs := range []int{1, 3, 10} {
 				for _, bundles := range []bool{false, true} {
 					t.Run(fmt.Sprintf("%d, %s, bundles %v, %s", hogs, what, bundles, name), func(t *testing.T) {
