@@ -43,6 +43,7 @@ type openImage struct {
 func (m *openImage) close() {
 	m.cancel()
 	m.asking.Wait()
+	m.fetcher.Close()
 	m.Image.Close()
 }
 

@@ -437,5 +437,6 @@ func summary(log *slog.Logger, st fetcher.Stats, cache *blockmap.Cache, images [
 	log.Info("stopped", "fetched_bytes", st.Bytes, "fetched_chunks", st.Chunks, "requests", st.Requests,
 		"images_stored_bytes", stored, "images_content_bytes", content,
 		"local_chunks", st.Local, "retries", st.Retries, "wrong_chunks", st.Wrong, "failed_chunks", st.Failed,
+		"held_chunks", st.Held, "overtaken_requests", st.Overtaken, "cancelled_fetches", st.Cancelled,
 		"cached_bytes", cache.Used(), "evicted_bytes", cache.Evicted(), "damaged", cache.Damaged())
 }
