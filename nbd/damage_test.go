@@ -19,6 +19,18 @@ import (
 // transports are the ways to a server: how bytes leave it differs.
 var transports = []string{"unix", "tcp", "tls"}
 
+// smallBuffers has the kernel keep little of what a client does not take: TCP would
+// take megabytes.
+type smallBuffers struct{ net.Listener }
+
+func (l smallBuffers) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if t, ok := nc.(*net.TCPConn); ok {
+		t.SetWriteBuffer(256 << 10)
+	}
+	return nc, err
+}
+
 // reach serves srv over the transport and returns what connects to it, in the
 // transmission phase of "disk".
 func reach(t testing.TB, transport string, srv *Server) func(structured bool) *client {
@@ -37,7 +49,7 @@ func reach(t testing.TB, transport string, srv *Server) func(structured bool) *c
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveOn(t, srv, l)
+	serveOn(t, srv, smallBuffers{l})
 	return func(structured bool) *client {
 		t.Helper()
 		nc, err := net.Dial(l.Addr().Network(), l.Addr().String())
