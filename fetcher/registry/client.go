@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -15,6 +16,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
 // Options say how a Client works. The zero value is of use: anonymous, no
@@ -120,6 +123,12 @@ func (c *Client) SetMirrors(m Mirrors) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.mirrors = m
+}
+
+// OpenRangeElsewhere is OpenRange from another source than avoid, or nil where
+// there is none.
+func (r *Repo) OpenRangeElsewhere(context.Context, v1.Hash, int64, int64, string) (io.ReadCloser, error) {
+	return nil, nil
 }
 
 // Close closes the connections that are idle. Bodies that are still open stay
