@@ -7,14 +7,14 @@ import (
 
 // CopyMapped copies src to dst as copy does. src may be of a mapped file that
 // can no longer be read, since it was truncated or its disk has a bad sector: the
-// processor's fault becomes ErrDamaged then, where it would end the process.
-// n bytes were copied before it, or more.
+// processor's fault becomes ErrDamaged then, where it would end the process, and
+// some of dst may have been written to.
 //
 // Whatever in this process looks at the bytes of a view goes through here. System
 // calls that are given such bytes fail with EFAULT by themselves.
-func CopyMapped(dst, src []byte) (n int, err error) {
+func CopyMapped(dst, src []byte) (err error) {
 	if len(dst) == 0 || len(src) == 0 {
-		return 0, nil
+		return nil
 	}
 	first := uintptr(unsafe.Pointer(&src[0]))
 	old := debug.SetPanicOnFault(true)
@@ -25,8 +25,9 @@ func CopyMapped(dst, src []byte) (n int, err error) {
 			if !ok || fault.Addr() < first || fault.Addr() >= first+uintptr(len(src)) {
 				panic(r) // not of src
 			}
-			n, err = int(fault.Addr()-first), ErrDamaged
+			err = ErrDamaged
 		}
 	}()
-	return copy(dst, src), nil
+	copy(dst, src)
+	return nil
 }

@@ -105,7 +105,7 @@ func (s *Segment) Damaged() {
 func (v *View) CopyTo(p []byte) error {
 	for i := range v.Segments() {
 		s := &v.Segments()[i]
-		if _, err := CopyMapped(p, s.Bytes); err != nil {
+		if err := CopyMapped(p, s.Bytes); err != nil {
 			s.Damaged()
 			return err
 		}

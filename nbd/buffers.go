@@ -88,7 +88,7 @@ func (p *pieces) appendMapped(b []byte) error {
 	before := p.n
 	for len(b) > 0 {
 		to := p.space(len(b))
-		if _, err := blockmap.CopyMapped(to, b); err != nil {
+		if err := blockmap.CopyMapped(to, b); err != nil {
 			p.truncate(before)
 			return err
 		}

@@ -220,7 +220,7 @@ func readable(p []byte) []byte {
 		// A page faults as a whole.
 		n := blockmap.BlockSize - int(uintptr(unsafe.Pointer(&p[0]))%blockmap.BlockSize)
 		n = min(n, len(p))
-		if _, err := blockmap.CopyMapped(got[len(got):len(got)+n], p[:n]); err != nil {
+		if err := blockmap.CopyMapped(got[len(got):len(got)+n], p[:n]); err != nil {
 			break
 		}
 		got, p = got[:len(got)+n], p[n:]
@@ -301,7 +301,7 @@ func copyView(v *blockmap.View, off int64, again func(e blockmap.Extent, p []byt
 			own.AppendZeros(n)
 		} else {
 			p := make([]byte, n)
-			if _, err := blockmap.CopyMapped(p, g.Bytes); err != nil {
+			if err := blockmap.CopyMapped(p, g.Bytes); err != nil {
 				g.Damaged()
 				if err := again(blockmap.Range(off, n), p); err != nil {
 					return own, off, err

@@ -369,6 +369,8 @@ func (o origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int6
 	return o.repo.OpenRange(ctx, hashOf(blob), off, n)
 }
 
+// OpenRangeElsewhere asks other mirrors, or the registry, for bytes that come too
+// slowly from where they were asked for.
 func (o origin) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error) {
 	return o.repo.OpenRangeElsewhere(ctx, hashOf(blob), off, n, avoid)
 }

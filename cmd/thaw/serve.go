@@ -183,7 +183,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 		return err
 	}
 	pipe := newLogPipe(a.stderr, warn)
-	defer pipe.close(time.Second)
+	defer pipe.close(time.Second / 4)
 	a.stderr = pipe
 	find, err := a.access(nil)
 	if err != nil {
@@ -273,7 +273,9 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer func() { // when nothing is read any more
 		offered.stop()
 		traces.stop()
-		summary(log, f.Stats(), cache, images)
+		if traces.ready.Load() {
+			summary(log, f.Stats(), cache, images)
+		}
 		for _, m := range images {
 			m.close()
 		}

@@ -143,8 +143,8 @@ func TestKillAndRestart(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	const kills = 8
 	for range kills {
-		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache)
-		// One request at a time, so that it is known how much is under way.
+		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache, "--fetch-ahead", "none")
+		// One request at a time, and nothing ahead of it, so that it is known how much is under way.
 		read := exec.Command("nbdcopy", "--connections=1", "--requests=1", s.uri(), "null:")
 		if err := read.Start(); err != nil {
 			t.Fatal(err)
