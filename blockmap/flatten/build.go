@@ -129,7 +129,7 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	temp      string
-	anew      bool // conversions that are there already are of no use
+	anew      bool       // conversions that are there already are of no use
 	empty     sync.Mutex // of pushEmpty
 }
 
