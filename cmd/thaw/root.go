@@ -121,6 +121,10 @@ func (a *app) log() (*slog.Logger, error) {
 	return nil, usageError{fmt.Errorf("a log format %q: it is text or json", a.logFormat)}
 }
 
+// settle is registry.Options.Settle. Tests push to registries that nobody else pushes
+// to, and lower it.
+var settle time.Duration
+
 // client makes what all access to images goes through.
 func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 	o := registry.Options{
@@ -133,6 +137,7 @@ func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 		// that a reader waits, for another try.
 		HeaderTimeout: 8 * time.Second,
 		StallTimeout:  8 * time.Second,
+		Settle:        settle,
 	}
 	if a.hosts != "" {
 		var err error

@@ -38,6 +38,7 @@ import (
 const asThaw = "THAW_TEST_IS_THAW"
 
 func TestMain(m *testing.M) {
+	settle = 50 * time.Millisecond
 	if os.Getenv(asThaw) != "" {
 		main()
 		return

@@ -56,9 +56,12 @@ type Options struct {
 	// left alone, and credentials that cannot be read; nil is silence.
 	Log *slog.Logger
 
-	// What tests lower: the pause before the second attempt, and how long
-	// whoever has changed a list of referrers makes sure of it.
-	backoff, settle time.Duration
+	// Settle is how long whoever has changed a list of referrers under a
+	// fallback tag makes sure that it stays, against others that may change it
+	// at the same time: 2.5 s unless it is set, which only tests do.
+	Settle time.Duration
+
+	backoff time.Duration // before the second attempt; tests lower it
 }
 
 // A Client holds what all repositories share: connections, tokens, mirrors and
@@ -100,7 +103,7 @@ func New(o Options) *Client {
 	def(&o.HeaderTimeout, 30*time.Second)
 	def(&o.StallTimeout, 20*time.Second)
 	def(&o.backoff, 200*time.Millisecond)
-	def(&o.settle, settleTime)
+	def(&o.Settle, settleTime)
 	if o.IdleConns <= 0 {
 		o.IdleConns = 64
 	}

@@ -124,7 +124,7 @@ func (e *endpoint) addReferrer(ctx context.Context, subject v1.Hash, d v1.Descri
 	}
 	l := e.listing(subject)
 	defer e.leaveListing(subject, l)
-	c := &claim{digest: d.Digest, entry: entry, done: make(chan struct{}), settle: e.client.opts.settle}
+	c := &claim{digest: d.Digest, entry: entry, done: make(chan struct{}), settle: e.client.opts.Settle}
 	l.mu.Lock()
 	l.mu.claims = append(l.mu.claims, c)
 	l.mu.Unlock()
@@ -222,7 +222,7 @@ func digests(entries []json.RawMessage) map[string]bool {
 // settle reads and writes the list, for all who have a claim to it, until own is
 // answered. Whoever has the turn then goes on with the other claims.
 func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own *claim) error {
-	for end := time.Now().Add(settleLimit * e.client.opts.settle); time.Now().Before(end); {
+	for end := time.Now().Add(settleLimit * e.client.opts.Settle); time.Now().Before(end); {
 		select {
 		case <-own.done:
 			return own.err
@@ -281,7 +281,7 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 		}
 		if others {
 			for _, c := range l.open() {
-				c.settle = 2 * e.client.opts.settle
+				c.settle = 2 * e.client.opts.Settle
 			}
 		}
 		if err := l.wait(ctx, own); err != nil {
@@ -452,9 +452,9 @@ func (e *endpoint) putListing(ctx context.Context, l *listing, fields map[string
 	}
 	var reads sync.WaitGroup
 	reads.Go(func() {
-		every := time.NewTicker(e.client.opts.settle / 10)
+		every := time.NewTicker(e.client.opts.Settle / 10)
 		defer every.Stop()
-		rctx, cancel := context.WithTimeout(ctx, 4*e.client.opts.settle)
+		rctx, cancel := context.WithTimeout(ctx, 4*e.client.opts.Settle)
 		defer cancel()
 		slots := make(chan struct{}, 8)
 		var wg sync.WaitGroup

@@ -62,7 +62,7 @@ func TestReferrersOfSlowLines(t *testing.T) {
 			var pushers sync.WaitGroup
 			for i, delay := range lines {
 				f := slowly(t, addr, delay)
-				r := openRepo(t, newClient(t, Options{settle: settleTime / scale}), f.host()+"/app:v1")
+				r := openRepo(t, newClient(t, Options{Settle: settleTime / scale}), f.host()+"/app:v1")
 				pushers.Go(func() {
 					raw, err := json.Marshal(artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
 					if err == nil {
@@ -92,7 +92,7 @@ func TestReferrersTogether(t *testing.T) {
 	const settle = 500 * time.Millisecond
 	addr := memoryRegistry(t, false)
 	f := newFaulty(t, addr)
-	r := openRepo(t, newClient(t, Options{settle: settle}), f.host()+"/app:v1")
+	r := openRepo(t, newClient(t, Options{Settle: settle}), f.host()+"/app:v1")
 	img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
 	if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestReferrersTogether(t *testing.T) {
 // One of several who push goes away: the others' entries are listed nevertheless.
 func TestReferrersLeaderGoes(t *testing.T) {
 	addr := memoryRegistry(t, false)
-	r := openRepo(t, newClient(t, Options{settle: 300 * time.Millisecond}), addr+"/app:v1")
+	r := openRepo(t, newClient(t, Options{Settle: 300 * time.Millisecond}), addr+"/app:v1")
 	img, _ := pushImage(t, t.Context(), r, "v1", []byte("x"), amd64)
 	if _, err := r.PushBytes(t.Context(), []byte("{}"), types.OCIEmptyJSON); err != nil {
 		t.Fatal(err)
@@ -283,7 +283,7 @@ func TestReferrersOdd(t *testing.T) {
 				t.Parallel()
 				ctx := t.Context()
 				f := newFaulty(t, memoryRegistry(t, api == "real"))
-				r := openRepo(t, newClient(t, Options{settle: 20 * time.Millisecond, Attempts: 3}), f.host()+"/app:v1")
+				r := openRepo(t, newClient(t, Options{Settle: 20 * time.Millisecond, Attempts: 3}), f.host()+"/app:v1")
 				img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
 				if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
 					t.Fatal(err)
@@ -320,7 +320,7 @@ func TestReferrersOdd(t *testing.T) {
 func TestReferrersUnlisted(t *testing.T) {
 	ctx := t.Context()
 	f := newFaulty(t, memoryRegistry(t, false))
-	r := openRepo(t, newClient(t, Options{settle: 50 * time.Millisecond, Attempts: 2}), f.host()+"/app:v1")
+	r := openRepo(t, newClient(t, Options{Settle: 50 * time.Millisecond, Attempts: 2}), f.host()+"/app:v1")
 	img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
 	if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
 		t.Fatal(err)

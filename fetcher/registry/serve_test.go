@@ -96,8 +96,8 @@ func newClient(t testing.TB, o Options) *Client {
 	if o.backoff == 0 {
 		o.backoff = 2 * time.Millisecond
 	}
-	if o.settle == 0 {
-		o.settle = 100 * time.Millisecond
+	if o.Settle == 0 {
+		o.Settle = 100 * time.Millisecond
 	}
 	c := New(o)
 	t.Cleanup(c.Close)
