@@ -39,10 +39,10 @@ func defaultCache(uid int) (string, error) {
 	if uid == 0 {
 		return "/var/cache/thaw", nil
 	}
-	if dir, err := os.UserCacheDir(); err == nil {
+	if dir, err := os.UserCacheDir(); err == nil && filepath.IsAbs(dir) {
 		return filepath.Join(dir, "thaw"), nil
 	}
-	return "", usageError{errors.New("there is no default cache: neither HOME nor XDG_CACHE_HOME is set; give one, as in --cache /var/cache/thaw")}
+	return "", usageError{errors.New("there is no default cache: neither XDG_CACHE_HOME nor HOME is an absolute path; give one, as in --cache /var/cache/thaw")}
 }
 
 func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) {

@@ -29,11 +29,16 @@ func main() {
 		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until run knows what it means
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	// A second signal ends the process at once. But what sends one to a process and to
+	// its group, as timeout and supervisors do, has sent it twice and means one.
+	context.AfterFunc(ctx, func() { time.AfterFunc(sameSignal, stop) })
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
+
+// sameSignal is how soon after a signal another one is still the same request.
+const sameSignal = 500 * time.Millisecond
 
 // Exit codes, as the help has them.
 const (

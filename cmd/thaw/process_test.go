@@ -408,6 +408,61 @@ func TestTermBeforeReady(t *testing.T) {
 	}
 }
 
+// What sends a signal to a process and to its group means it once: the recording
+// is kept. A later one ends what hangs.
+func TestSignalSentTwice(t *testing.T) {
+	need(t, "qemu-io")
+	image := layoutImage(t)
+	for range 10 {
+		file := t.TempDir() + "/trace"
+		s := serving(t, image, "--record", file, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+		tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", s.uri())
+		if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if summary, code := s.term(); summary == nil || code != exitOK {
+			t.Fatalf("it ended with %d: %v", code, s.err)
+		}
+		if _, err := os.Stat(file); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	ref := p.host() + "/team/app:v1"
+	push(t, ref, sample(t))
+	buildOf(t, ref)
+	asked := make(chan struct{}, 1000)
+	s := serving(t, "--allow", p.host()+"/**", "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--grace", "1m")
+	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
+		asked <- struct{}{}
+		<-r.Context().Done()
+		panic(http.ErrAbortHandler)
+	})
+	read := exec.Command("qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", "nbd+unix:///"+ref+"?socket="+strings.TrimPrefix(s.ready.Listen[0], "unix:"))
+	if err := startWithUs(read); err != nil {
+		t.Fatal(err)
+	}
+	defer read.Wait()
+	select {
+	case <-asked:
+	case <-time.After(10 * time.Second):
+		t.Fatal("nothing hangs")
+	}
+	for end := time.Now().Add(10 * time.Second); ; {
+		s.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-s.done:
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+		if time.Now().After(end) {
+			t.Fatal("no second signal ends it")
+		}
+	}
+}
+
 // Whatever hangs, a server is gone about a second after its grace.
 func TestGraceIsTheEnd(t *testing.T) {
 	need(t, "qemu-io")

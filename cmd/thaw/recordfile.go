@@ -52,7 +52,7 @@ func createRecord(target string, log *slog.Logger) (*recordFile, error) {
 	unlock := lockDir(dir)
 	defer unlock()
 	if err := recoverRecords(dir, name, log); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("record to %s: %w", target, err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, "."+name+recordTemp+rand.Text()), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
 	if err != nil {
@@ -180,7 +180,7 @@ func keepInterrupted(temp, target string) string {
 func recoverRecords(dir, name string, log *slog.Logger) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return fmt.Errorf("record: %w", err)
+		return err
 	}
 	for _, e := range entries {
 		hidden, isHidden := strings.CutPrefix(e.Name(), ".")
@@ -199,7 +199,7 @@ func recoverRecords(dir, name string, log *slog.Logger) error {
 			if name == "" {
 				continue
 			}
-			return fmt.Errorf("record to %s: another server is recording to it; give this one a file of its own", target)
+			return errors.New("another server is recording to it; give this one a file of its own")
 		}
 		if kept := keepInterrupted(temp, target); kept != "" {
 			log.Warn("an earlier recording was interrupted; what there is of it is kept", "file", kept)

@@ -178,7 +178,7 @@ func (f tlsFiles) watch(log *slog.Logger) (*watched[*tls.Config], error) {
 func (f tlsFiles) read() (*tls.Config, error) {
 	cert, err := tls.LoadX509KeyPair(f.cert, f.key)
 	if err != nil {
-		return nil, fmt.Errorf("TLS certificate: %w", err)
+		return nil, fmt.Errorf("TLS certificate %s with the key %s: %w", f.cert, f.key, err)
 	}
 	c := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}
 	if f.clientCA == "" {

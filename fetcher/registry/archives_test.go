@@ -215,7 +215,9 @@ func TestArchiveOfBoth(t *testing.T) {
 		"docker-archive:" + both:      "has 2 images, choose a name: app:v1, db:v1",
 		"oci-archive:" + writeTar(t, entry{name: "manifest.json", body: []byte(saved)}): "name it docker-archive:",
 		"oci-archive:" + writeTar(t, entry{name: "x"}):                                  "is not an OCI archive",
-		"oci:" + both: "oci-archive:FILE",
+		"oci:" + both:                             "oci-archive:FILE",
+		"oci-archive:" + t.TempDir() + "/none":    "there is no file ",
+		"docker-archive:" + t.TempDir() + "/none": "no such file",
 	} {
 		if _, err := openRepo(t, c, ref).Resolve(ctx, &amd64); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", ref, err, want)

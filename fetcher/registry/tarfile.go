@@ -222,6 +222,9 @@ func (t *tarFile) has(name string) bool {
 }
 
 func (t *tarFile) absent(name string) error {
+	if _, err := os.Stat(t.path); err != nil {
+		return fmt.Errorf("%w: there is no file %s", ErrNotFound, t.path)
+	}
 	if t.has(savedManifest) {
 		return fmt.Errorf("%s is not an OCI archive, it has no %s: name it docker-archive:%s", t.path, name, t.path)
 	}
