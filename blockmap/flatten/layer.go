@@ -422,6 +422,12 @@ func decompress(ctx context.Context, r io.Reader, windows *semaphore.Weighted) (
 			return nil, fmt.Errorf("read the zstd layer: %w", err)
 		}
 		plain, close = z, func() { z.Close(); windows.Release(memory) }
+	default:
+		for magic, by := range map[string]string{"\xfd7zXZ\x00": "xz", "BZh": "bzip2", "\x04\x22\x4d\x18": "lz4"} {
+			if strings.HasPrefix(string(head), magic) {
+				return nil, fmt.Errorf("the layer is compressed by %s: thaw reads layers that are compressed by gzip or zstd, or not at all; build the image with such layers", by)
+			}
+		}
 	}
 	return newReadAhead(plain, close), nil
 }

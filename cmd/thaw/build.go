@@ -102,7 +102,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 		return err
 	}
 	defer find.close()
-	if h, ok := find.pins[dstRef]; ok {
+	if h, ok := find.pins.of(dstRef); ok {
 		o.Pin = h.String()
 	}
 	find.pins = nil // an earlier block image may have another digest

@@ -113,9 +113,18 @@ func (f *finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 }
 
 // beside finds the block image beside img, and makes b it. A pinned one is taken
-// wherever it stands among several.
+// whether or not it is listed.
 func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image) error {
-	pin, pinned := f.pins[b.repo.Ref()]
+	pin, pinned := f.pins.of(b.repo.Ref())
+	if pinned {
+		// No list is needed to find it, and none can hide it.
+		switch d, err := b.repo.Lookup(ctx, b.repo.Ref().WithDigest(pin)); {
+		case err == nil:
+			return b.takePinned(ctx, img, d)
+		case registry.Temporary(err) || ctx.Err() != nil:
+			return err
+		}
+	}
 	all, listErr := b.repo.Referrers(ctx, img.Descriptor, flatten.ArtifactTypeImage)
 	if ctx.Err() != nil && listErr != nil {
 		return listErr
@@ -136,7 +145,7 @@ func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image)
 		case err != nil:
 			f.log.Warn("passed over a block image that is not one of the image", "image", b.name, "manifest", d.Digest.String(), "err", err)
 			return false, nil
-		case pinned && d.Digest != pin:
+		case pinned:
 			other = d.Digest
 			return false, nil
 		}
@@ -145,9 +154,6 @@ func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image)
 	// The one pushed last, where a list keeps the order.
 	candidates := slices.Clone(all[max(0, len(all)-maxCandidates):])
 	slices.Reverse(candidates)
-	if i := slices.IndexFunc(all, func(d v1.Descriptor) bool { return d.Digest == pin }); pinned && i >= 0 {
-		candidates = all[i : i+1]
-	}
 	for _, d := range candidates {
 		if ok, err := take(d); ok || err != nil {
 			return err
@@ -171,10 +177,26 @@ func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image)
 	case listErr != nil:
 		return listErr
 	case len(all) > 0:
-		return fmt.Errorf("%s: none of the %d block images beside it is of this image, though they say so (%w); make one with: thaw build %s",
-			b.repo.Ref(), len(all), errNoBlockImage, b.repo.Ref())
+		return fmt.Errorf("%s: %w: %d candidates are listed, and none of those that were looked at is a block image of it; make one with: thaw build %s",
+			b.repo.Ref(), errNoBlockImage, len(all), b.repo.Ref())
 	}
 	return fmt.Errorf("%s: %w; make one with: thaw build %s", b.repo.Ref(), errNoBlockImage, b.repo.Ref())
+}
+
+// takePinned makes b the block image that it is pinned to, if that is one of img.
+func (b *blockImage) takePinned(ctx context.Context, img *registry.Image, d v1.Descriptor) error {
+	raw, err := b.repo.Manifest(ctx, d)
+	if err != nil {
+		return err
+	}
+	b.raw, b.digest = raw, d.Digest
+	if err = b.parse(); err == nil {
+		err = b.fits(img)
+	}
+	if err != nil {
+		return badImage{fmt.Errorf("the pinned %s is not a block image of %s: %w", d.Digest, b.repo.Ref(), err)}
+	}
+	return nil
 }
 
 // parse reads b's manifest, and checks what everything else relies on: each part

@@ -71,7 +71,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*blockImage))
 		return o.ask(ctx, repo, name, begin)
 	}
 	begin(known)
-	if _, pinned := o.pins[ref]; pinned || ref.Digest != (v1.Hash{}) {
+	if _, pinned := o.pins.of(ref); pinned || ref.Digest != (v1.Hash{}) {
 		return o.serveKnown(known, nil, func(ctx context.Context) { o.checkAccess(ctx, known) })
 	}
 

@@ -15,8 +15,34 @@ type pinFlags []string
 
 const pinUsage = "refuse a block image with another digest than this: [IMAGE=]sha256:HEX, the digest alone where there is one image (repeatable)"
 
-// pins say which digests the block images of some names must have.
+// pins say which digests the block images of some names must have. A name is the
+// same however it is written: a pin of a tag holds with a digest behind the tag as
+// well, and a directory is where its symbolic links lead to.
 type pins map[registry.Ref]v1.Hash
+
+// of is the digest that ref is pinned to, if any.
+func (p pins) of(ref registry.Ref) (v1.Hash, bool) {
+	if len(p) == 0 {
+		return v1.Hash{}, false
+	}
+	ref = canonical(ref)
+	h, ok := p[ref]
+	if !ok && ref.Tag != "" && ref.Digest != (v1.Hash{}) {
+		ref.Digest = v1.Hash{}
+		h, ok = p[ref]
+	}
+	return h, ok
+}
+
+// canonical is ref with the one name of its directory.
+func canonical(ref registry.Ref) registry.Ref {
+	if ref.Layout != "" {
+		if dir, err := realPath(ref.Layout); err == nil {
+			ref.Layout = dir
+		}
+	}
+	return ref
+}
 
 var errPinWithoutImage = usageError{errors.New("--pin needs an --image to pin")}
 
@@ -28,7 +54,7 @@ func (f pinFlags) of(images []string, others bool) (pins, error) {
 	for _, name := range images {
 		// What is wrong with a name is said by whoever opens it.
 		if ref, err := registry.ParseRef(name); err == nil {
-			refs[ref] = true
+			refs[canonical(ref)] = true
 		}
 	}
 	for _, s := range f {
@@ -50,7 +76,7 @@ func (f pinFlags) of(images []string, others bool) (pins, error) {
 		if err != nil {
 			return nil, usageError{fmt.Errorf("--pin %s: %w", s, err)}
 		}
-		if !refs[ref] && !others {
+		if ref = canonical(ref); !refs[ref] && !others {
 			return nil, usageError{fmt.Errorf("--pin %s: %s is not one of the images", s, name)}
 		}
 		if was, ok := p[ref]; ok && was != h {
@@ -67,7 +93,7 @@ var errPinned = errors.New("the block image is not the pinned one")
 
 // check says whether digest is the pinned one, if any is.
 func (p pins) check(ref registry.Ref, digest v1.Hash) error {
-	if pin, ok := p[ref]; ok && digest != pin {
+	if pin, ok := p.of(ref); ok && digest != pin {
 		return fmt.Errorf("%w: %s has the block image %s, and %s is pinned", errPinned, ref, digest, pin)
 	}
 	return nil

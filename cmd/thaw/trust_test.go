@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -315,6 +316,67 @@ func TestPin(t *testing.T) {
 	} {
 		if _, stderr, code := thaw(t, c.args...); code != exitUsage || !strings.Contains(stderr, c.want) {
 			t.Errorf("%v: exit %d, want %q\n%s", c.args, code, c.want, stderr)
+		}
+	}
+}
+
+// A pinned block image is found without any list or tag that leads to it, whoever
+// else claims to be one; and a pin holds however the name is written.
+func TestPinNeedsNoList(t *testing.T) {
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	ref := p.host() + "/team/app:v1"
+	push(t, ref, imageOf(t, layerOf(t, files(1, "a", 5)...)))
+	old := buildOf(t, ref, "--chunk-size", "64K")
+	now := buildOf(t, ref)
+	m, d := manifestOf(t, ref)
+	p.list(t, m.Subject.Digest, d)
+	var out inspected
+	if err := json.Unmarshal([]byte(must(t, "inspect", "--json", "--pin", old.Digest, ref)), &out); err != nil || out.Digest != old.Digest {
+		t.Errorf("%v: %s is found, %s is pinned", err, out.Digest, old.Digest)
+	}
+	// What is pinned must be of the image all the same.
+	evil := p.host() + "/team/app:evil"
+	push(t, evil, imageOf(t, layerOf(t, files(2, "evil", 5)...)))
+	buildOf(t, evil)
+	other, _ := manifestOf(t, evil)
+	m.Config = other.Config
+	raw, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pin := range []string{putManifest(t, ref, "", types.OCIManifestSchema1, raw).Digest.String(), m.Subject.Digest.String()} {
+		_, stderr, code := thaw(t, "inspect", "--pin", pin, ref)
+		if code != exitError || !strings.Contains(stderr, "the pinned "+pin+" is not a block image of "+ref) {
+			t.Errorf("exit %d\n%s", code, stderr)
+		}
+	}
+
+	dir := t.TempDir()
+	layout := filepath.Join(dir, "o")
+	copyLayout(t, layout, "x", imageOf(t, layerOf(t, files(1, "a", 5)...)))
+	b := buildOf(t, "oci:"+layout+":x")
+	if err := os.Symlink(layout, filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	none := "sha256:" + strings.Repeat("0", 64)
+	s := serving(t, "--allow", "oci:"+dir+"/**", "--allow", p.host()+"/**", "--pin", "oci:"+dir+"/link:x="+none, "--pin", ref+"="+now.Digest,
+		"--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	for name, want := range map[string]bool{
+		"oci:" + layout + ":x":                false,
+		"oci:" + dir + "//./o:x":              false,
+		"oci:" + dir + "/link:x":              false,
+		"oci:" + layout + "@" + b.Digest:      true, // another name
+		ref:                                   true,
+		ref + "@" + m.Subject.Digest.String(): true,
+		ref + "@" + old.Digest:                false,
+	} {
+		read := exec.Command("qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", "nbd+unix:///"+name+"?socket="+strings.TrimPrefix(s.ready.Listen[0], "unix:"))
+		if err := startWithUs(read); err != nil {
+			t.Fatal(err)
+		}
+		if err := read.Wait(); (err == nil) != want {
+			t.Errorf("%s: %v, want %v\n%s", name, err, want, s.stderr.String())
 		}
 	}
 }
