@@ -142,13 +142,16 @@ func (f *finder) readTraces(ctx context.Context, names []string) (traces []recor
 }
 
 func (f *finder) readNamed(ctx context.Context, name string) (traces []recordedTrace, err error) {
-	if file, err := os.Open(name); err == nil {
-		defer file.Close()
-		trace, err := tracefile.Read(file)
+	raw, err := readInput(ctx, name, tracefile.MaxSize)
+	if err == nil {
+		trace, err := tracefile.Read(bytes.NewReader(raw))
 		if err != nil {
 			return nil, err
 		}
 		return []recordedTrace{{trace, name, nil}}, nil
+	}
+	if !isNoFile(err) {
+		return nil, err
 	}
 	b, err := f.find(ctx, name)
 	if err != nil {

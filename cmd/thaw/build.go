@@ -97,7 +97,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	} else if srcRef.Archive != "" {
 		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
 	}
-	find, err := a.access(pin, args[len(args)-1])
+	find, err := a.access(ctx, pin, args[len(args)-1])
 	if err != nil {
 		return err
 	}

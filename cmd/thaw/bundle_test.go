@@ -23,7 +23,7 @@ import (
 // finderOf finds images as the program does.
 func finderOf(t testing.TB) *finder {
 	t.Helper()
-	f, err := (&app{stderr: io.Discard, logFormat: "text", platform: "linux/amd64"}).access(nil)
+	f, err := (&app{stderr: io.Discard, logFormat: "text", platform: "linux/amd64"}).access(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}

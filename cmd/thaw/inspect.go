@@ -60,7 +60,7 @@ type inspectedStream struct {
 }
 
 func (a *app) inspect(ctx context.Context, names []string, pin pinFlags) error {
-	find, err := a.access(pin, names...)
+	find, err := a.access(ctx, pin, names...)
 	if err != nil {
 		return err
 	}

@@ -463,6 +463,70 @@ func TestSignalSentTwice(t *testing.T) {
 	}
 }
 
+// A FIFO that nobody writes to, wherever a file is named, does not outlive SIGTERM;
+// and what is written to one is read as from a file.
+func TestFIFOForAFile(t *testing.T) {
+	need(t, "qemu-io")
+	image := layoutImage(t)
+	dir := t.TempDir()
+	src := strings.TrimSuffix(strings.TrimPrefix(image, "oci:"), "/dst:x") + "/src.tar"
+	fifo := dir + "/fifo"
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"trace", "show", fifo}, {"trace", "plot", fifo, "-o", dir + "/x.svg"}, {"trace", "push", image, fifo}, {"trace", "pack", image, fifo},
+		{"trace", "export", fifo, "--format", "fio"}, {"build", "--size", "64M", "docker-archive:" + src, "oci:" + dir + "/o:x", "--trace", fifo}, {"inspect", image, "--hosts", fifo},
+		{"serve", image, "--hosts", fifo, "--grace", "1m"}, {"serve", image, "--tls-cert", fifo, "--tls-key", fifo, "--grace", "1m"},
+		{"serve", image, "--trace", fifo, "--grace", "1m"},
+	} {
+		if args[0] == "serve" {
+			args = append(args, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+		}
+		cmd := asProgram(args...)
+		var stderr syncBuffer
+		cmd.Stderr = &stderr
+		if err := startWithUs(cmd); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		go func() { cmd.Wait(); close(ended) }()
+		// It waits in open by then; or else it is interrupted before, which is as good.
+		select {
+		case <-ended:
+			t.Errorf("%v: %v\n%s", args, cmd.ProcessState, stderr.String())
+			continue
+		case <-time.After(300 * time.Millisecond):
+		}
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+			if cmd.ProcessState.ExitCode() < 0 {
+				t.Errorf("%v: %v", args, cmd.ProcessState)
+			}
+		case <-time.After(10 * time.Second):
+			cmd.Process.Kill()
+			<-ended
+			t.Errorf("%v: SIGTERM does not end it", args)
+		}
+	}
+
+	file := dir + "/trace"
+	s := serving(t, image, "--record", file, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
+	tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 4k", s.uri())
+	s.term()
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrote := make(chan error, 1)
+	go func() { wrote <- os.WriteFile(fifo, raw, 0) }()
+	must(t, "trace", "push", image, fifo)
+	if err := <-wrote; err != nil {
+		t.Error(err)
+	}
+}
+
 // Whatever hangs, a server is gone about a second after its grace.
 func TestGraceIsTheEnd(t *testing.T) {
 	need(t, "qemu-io")

@@ -20,7 +20,7 @@ import (
 // traceIn reads a trace file that is to be whole and to have touched something.
 func traceIn(t testing.TB, path string) *tracefile.Trace {
 	t.Helper()
-	x, err := readTrace(path)
+	x, _, err := readTrace(t.Context(), path)
 	if err != nil {
 		t.Error(err)
 		return nil
@@ -102,7 +102,7 @@ func TestEarlierRecordingStays(t *testing.T) {
 		if err != nil || len(temp) != 1 {
 			t.Fatalf("%v, %v", temp, err)
 		}
-		if x, err := readTrace(temp[0]); err == nil && len(x.Touches) > 0 {
+		if x, _, err := readTrace(t.Context(), temp[0]); err == nil && len(x.Touches) > 0 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -113,7 +113,7 @@ func TestEarlierRecordingStays(t *testing.T) {
 	if !s.said("an earlier recording was interrupted") {
 		t.Errorf("%s", s.stderr.String())
 	}
-	if x, err := readTrace(file + ".interrupted"); err != nil || len(x.Touches) == 0 {
+	if x, _, err := readTrace(t.Context(), file+".interrupted"); err != nil || len(x.Touches) == 0 {
 		t.Errorf("what there was of the recording is lost: %v", err)
 	}
 	same("another one is under way")
@@ -319,7 +319,7 @@ func TestInterruptedAutoRecording(t *testing.T) {
 		if err != nil || len(temp) != 1 {
 			t.Fatalf("%v, %v", temp, err)
 		}
-		if x, err := readTrace(temp[0]); err == nil && len(x.Touches) > 0 {
+		if x, _, err := readTrace(t.Context(), temp[0]); err == nil && len(x.Touches) > 0 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)

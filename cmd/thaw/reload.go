@@ -59,7 +59,7 @@ func stampOf(path string) stamp {
 }
 
 // watch reads the files for the first time. An empty path is of no file.
-func watch[T any](what string, log *slog.Logger, read func() (T, error), paths ...string) (*watched[T], error) {
+func watch[T any](ctx context.Context, what string, log *slog.Logger, read func() (T, error), paths ...string) (*watched[T], error) {
 	w := &watched[T]{what: what, read: read, log: log}
 	for _, p := range paths {
 		if p != "" {
@@ -67,7 +67,7 @@ func watch[T any](what string, log *slog.Logger, read func() (T, error), paths .
 		}
 	}
 	w.mu.seen = w.stamps() // before they are read: a change meanwhile is one
-	v, err := read()
+	v, err := interruptible(ctx, read)
 	if err != nil {
 		return nil, err
 	}
@@ -138,11 +138,11 @@ func reloading(ctx context.Context, hangup <-chan os.Signal, refresh ...func(for
 }
 
 // watchMirrors has the client use the mirrors of a hosts file as it is now.
-func watchMirrors(path string, client *registry.Client, log *slog.Logger) (func(force bool), error) {
+func watchMirrors(ctx context.Context, path string, client *registry.Client, log *slog.Logger) (func(force bool), error) {
 	if path == "" {
 		return func(bool) {}, nil
 	}
-	w, err := watch("hosts file", log, func() (registry.Mirrors, error) { return readMirrors(path) }, path)
+	w, err := watch(ctx, "hosts file", log, func() (registry.Mirrors, error) { return readMirrors(path) }, path)
 	if err != nil {
 		return nil, err
 	}
@@ -171,8 +171,8 @@ func (f tlsFiles) check(optional bool, clients []string) error {
 }
 
 // watch reads the certificates, and again when they change.
-func (f tlsFiles) watch(log *slog.Logger) (*watched[*tls.Config], error) {
-	return watch("TLS certificates", log, f.read, f.cert, f.key, f.clientCA)
+func (f tlsFiles) watch(ctx context.Context, log *slog.Logger) (*watched[*tls.Config], error) {
+	return watch(ctx, "TLS certificates", log, f.read, f.cert, f.key, f.clientCA)
 }
 
 func (f tlsFiles) read() (*tls.Config, error) {

@@ -87,7 +87,7 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // access is what every verb that reads images begins with: it finds images, of
 // which those given can be pinned. It is to be closed.
-func (a *app) access(pin pinFlags, images ...string) (*finder, error) {
+func (a *app) access(ctx context.Context, pin pinFlags, images ...string) (*finder, error) {
 	log, err := a.log()
 	if err != nil {
 		return nil, err
@@ -100,7 +100,7 @@ func (a *app) access(pin pinFlags, images ...string) (*finder, error) {
 	if err != nil {
 		return nil, err
 	}
-	client, err := a.client(log)
+	client, err := a.client(ctx, log)
 	if err != nil {
 		return nil, err
 	}
@@ -126,7 +126,7 @@ func (a *app) log() (*slog.Logger, error) {
 var settle time.Duration
 
 // client makes what all access to images goes through.
-func (a *app) client(log *slog.Logger) (*registry.Client, error) {
+func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, error) {
 	o := registry.Options{
 		Credentials: credentials,
 		Insecure:    a.insecure,
@@ -141,7 +141,7 @@ func (a *app) client(log *slog.Logger) (*registry.Client, error) {
 	}
 	if a.hosts != "" {
 		var err error
-		if o.Mirrors, err = readMirrors(a.hosts); err != nil {
+		if o.Mirrors, err = interruptible(ctx, func() (registry.Mirrors, error) { return readMirrors(a.hosts) }); err != nil {
 			return nil, err
 		}
 	}

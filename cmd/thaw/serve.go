@@ -185,7 +185,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 	pipe := newLogPipe(a.stderr, warn)
 	defer pipe.close(time.Second / 4)
 	a.stderr = pipe
-	find, err := a.access(nil)
+	find, err := a.access(ctx, nil)
 	if err != nil {
 		return err
 	}
@@ -231,7 +231,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
-	refreshMirrors, err := watchMirrors(s.hosts, s.find.client, log)
+	refreshMirrors, err := watchMirrors(ctx, s.hosts, s.find.client, log)
 	if err != nil {
 		return err
 	}
@@ -241,7 +241,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		WriteTimeout: s.write, IdleTimeout: s.idle,
 	}
 	if s.tls.cert != "" {
-		files, err := s.tls.watch(log)
+		files, err := s.tls.watch(ctx, log)
 		if err != nil {
 			return err
 		}

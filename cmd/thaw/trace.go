@@ -37,23 +37,6 @@ and records where there is none.`,
 	return c
 }
 
-// readTrace reads a trace file, or with "-" what comes on stdin.
-func readTrace(path string) (*tracefile.Trace, error) {
-	if path == "-" {
-		return tracefile.Read(os.Stdin)
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	t, err := tracefile.Read(f)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return t, nil
-}
-
 func traceShowCommand(a *app) *cobra.Command {
 	var image string
 	var pin []string
@@ -72,7 +55,7 @@ func traceShowCommand(a *app) *cobra.Command {
 }
 
 func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) error {
-	t, err := readTrace(path)
+	t, _, err := readTrace(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -84,7 +67,7 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 	if image == "" {
 		s, err = t.Summarize(nil)
 	} else {
-		find, accessErr := a.access(pin, image)
+		find, accessErr := a.access(ctx, pin, image)
 		if accessErr != nil {
 			return accessErr
 		}
@@ -137,8 +120,8 @@ like blkparse's.`,
 		Example: `  thaw trace export app.trace --format fio --device /dev/nbd0 -o app.log
   fio --name=start --ioengine=psync --direct=1 --readonly --read_iolog=app.log`,
 		Args: args(cobra.ExactArgs(1)),
-		RunE: func(_ *cobra.Command, args []string) error {
-			t, err := readTrace(args[0])
+		RunE: func(c *cobra.Command, args []string) error {
+			t, _, err := readTrace(c.Context(), args[0])
 			if err != nil {
 				return err
 			}
@@ -183,11 +166,11 @@ func tracePushCommand(a *app) *cobra.Command {
 }
 
 func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) error {
-	t, err := readTrace(path)
+	t, file, err := readTrace(ctx, path)
 	if err != nil {
 		return err
 	}
-	find, err := a.access(pin, image)
+	find, err := a.access(ctx, pin, image)
 	if err != nil {
 		return err
 	}
@@ -198,10 +181,6 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 	}
 	if t.Index != b.indexDigest() {
 		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.manifest.Index.Digest)
-	}
-	file, err := os.ReadFile(path)
-	if err != nil {
-		return err
 	}
 	d, err := pushTrace(ctx, b, file)
 	if err != nil {

@@ -51,7 +51,7 @@ type packed struct {
 
 func (a *app) tracePack(ctx context.Context, image string, paths []string, temp string, pin pinFlags) error {
 	began := time.Now()
-	find, err := a.access(pin, image)
+	find, err := a.access(ctx, pin, image)
 	if err != nil {
 		return err
 	}
@@ -62,7 +62,7 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 	}
 	var traces []*tracefile.Trace
 	for _, path := range paths {
-		t, err := readTrace(path)
+		t, _, err := readTrace(ctx, path)
 		if err != nil {
 			return err
 		}

@@ -60,7 +60,7 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 			return usageError{fmt.Errorf("a width or height of %d: it is from %d to %d pixels", n, plot.MinSize, plot.MaxSize)}
 		}
 	}
-	t, err := readTrace(path)
+	t, _, err := readTrace(ctx, path)
 	if err != nil {
 		return err
 	}
@@ -73,7 +73,7 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 			o.Title = "" // it has a better one
 		}
 	} else {
-		find, err := a.access(pin, image)
+		find, err := a.access(ctx, pin, image)
 		if err != nil {
 			return err
 		}

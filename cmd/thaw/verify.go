@@ -44,7 +44,7 @@ type verified struct {
 
 func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error {
 	began := time.Now()
-	find, err := a.access(pin, name)
+	find, err := a.access(ctx, pin, name)
 	if err != nil {
 		return err
 	}

@@ -81,6 +81,12 @@ func pick(ctx context.Context, raw []byte, platform *v1.Platform, look look) (v1
 		return c.found, nil
 	}
 	list := c.list()
+	if len(unsaid) > 0 {
+		list += fmt.Sprintf(", and %d that do not say their platform and were not looked at", len(unsaid))
+	}
+	if len(c.there) == 0 && platform != nil {
+		return v1.Descriptor{}, fmt.Errorf("%w: no image for %s: none of the %d entries of the index is known to be one", ErrNotFound, platform, len(entries))
+	}
 	if platform == nil {
 		return v1.Descriptor{}, fmt.Errorf("there are several images, choose a platform: %s", list)
 	}

@@ -159,6 +159,15 @@ func TestPick(t *testing.T) {
 			t.Errorf("%v, %v; looked at %d, want %d", d.Digest, err, looked, want)
 		}
 	}
+	// An error says what was looked at, and that not all was.
+	for raw, want := range map[string]string{
+		`{"manifests":[` + strings.Join(many, ",") + `]}`:                                      "none of the 1000 entries of the index is known to be one",
+		`{"manifests":[` + strings.Join(append(many, entryOf("1", "linux/arm64")), ",") + `]}`: "there are: linux/arm64, and 984 that do not say their platform and were not looked at",
+	} {
+		if _, err := pick(t.Context(), []byte(raw), platform(t, "linux/s390x"), look); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %s", err, want)
+		}
+	}
 	// A registry that does not answer is no reason to take the second best.
 	behind["e"] = "broken"
 	if _, err := pick(t.Context(), []byte(`{"manifests":[`+entryOf("e", "")+`,`+entryOf("1", "linux/386")+`]}`), &amd64, look); !errors.Is(err, ErrUnavailable) {
