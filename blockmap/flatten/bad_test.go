@@ -65,6 +65,8 @@ func TestBadLayers(t *testing.T) {
 		{name: "gzip damaged", layer: one(reg("d", squares.String())), store: damaged(gzipped), says: []string{"gzip: invalid checksum"}},
 		{name: "zstd damaged", layer: one(reg("d", squares.String())), store: damaged(zstdded), says: []string{`"d"`}},
 		{name: "gzip cut within its header", layer: some, store: func(t testing.TB, b []byte) []byte { return gzipped(t, b)[:5] }, says: []string{"gzip", "EOF"}},
+		{name: "xz", layer: some, store: func(testing.TB, []byte) []byte { return []byte("\xfd7zXZ\x00 and so on") }, says: []string{"compressed by xz", "gzip or zstd"}},
+		{name: "bzip2", layer: some, store: func(testing.TB, []byte) []byte { return []byte("BZh91AY&SY and so on") }, says: []string{"compressed by bzip2", "gzip or zstd"}},
 		{name: "no tar", layer: []byte(strings.Repeat("this is a text\n", 100)), says: []string{"first entry", "invalid tar header"}},
 		{name: "a damaged header behind a good one", layer: one(reg("good", "x"), raw(bytes.Repeat([]byte("?"), 512))), says: []string{`"good"`, "invalid tar header"}},
 		{name: "another layer", layer: some, store: func(t testing.TB, _ []byte) []byte { return gzipped(t, tarball(t, reg("other", "x"))) },

@@ -88,6 +88,9 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 		if dstRef, err = registry.ParseRef(args[1]); err != nil {
 			return usageError{err}
 		}
+		if dstRef.Archive != "" {
+			return usageError{fmt.Errorf("%s: an archive can only be read; push to a registry or to oci:DIR:TAG", args[1])}
+		}
 		if dstRef.Digest != (v1.Hash{}) {
 			return usageError{fmt.Errorf("%s: a digest cannot be pushed to; give a tag", dstRef)}
 		}

@@ -140,6 +140,8 @@ func TestRefusedSettings(t *testing.T) {
 		{[]string{"--idle-timeout", "-1s"}, "--idle-timeout"},
 		{[]string{"--prefetch-wait-for", "-1s"}, "--prefetch-wait-for"},
 		{[]string{"--allow", "registry.example/"}, "names no repository"},
+		{[]string{"--allow", "https://registry.example/**"}, "without https://, as registry.example/**"},
+		{[]string{"--allow", "oci-archive:/srv/**"}, "cannot open archives"},
 	} {
 		args := append([]string{"serve", "oci:/none", "--cache", t.TempDir()}, c.args...)
 		if _, stderr, code := thaw(t, args...); code != exitUsage || !strings.Contains(stderr, c.want) {

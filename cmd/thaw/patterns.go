@@ -68,6 +68,14 @@ type pattern struct {
 var errNoRepository = errors.New("it names no repository, as in registry.example/team/*")
 
 func parsePattern(s string) (p pattern, err error) {
+	for _, prefix := range []string{"oci-archive:", "docker-archive:"} {
+		if strings.HasPrefix(s, prefix) {
+			return p, errors.New("clients cannot open archives")
+		}
+	}
+	if scheme, rest, ok := strings.Cut(s, "://"); ok {
+		return p, fmt.Errorf("write it without %s://, as %s", scheme, rest)
+	}
 	rest, layout := strings.CutPrefix(s, "oci:")
 	if i := strings.LastIndex(rest, "@sha256:"); i >= 0 {
 		rest, p.digest = rest[:i], rest[i+1:]

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -79,7 +80,9 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
 		if err := check(c, args); err != nil {
-			return usageError{err}
+			_, takes, _ := strings.Cut(c.Use, " ")
+			return usageError{fmt.Errorf("%s takes %s; the number of arguments given is %d",
+				strings.TrimPrefix(c.CommandPath(), "thaw "), cmp.Or(takes, "no arguments"), len(args))}
 		}
 		return nil
 	}
