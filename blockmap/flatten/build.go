@@ -1,6 +1,7 @@
 package flatten
 
 import (
+	"cmp"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -158,7 +159,7 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 		return nil, err
 	}
 	if b.temp, err = os.MkdirTemp(o.TempDir, "thaw-build-"); err != nil {
-		return nil, fmt.Errorf("make room for streams: %w", err)
+		return nil, fmt.Errorf("make a temporary directory for streams in %s: %w", cmp.Or(o.TempDir, os.TempDir()), err)
 	}
 	defer os.RemoveAll(b.temp)
 	layers, err := b.layers(ctx)

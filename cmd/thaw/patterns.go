@@ -24,10 +24,10 @@ pattern is compared with the reference in full, part by part:
   oci:DIRECTORY[:TAG]
 
 * stands for anything within one component of a path, a tag, or one label of a
-host name, and ? for one character; * as the whole host stands for any host. ** at the end of a
-repository or directory stands for anything, slashes included; HOST** is all of
-that host, and ** alone all of all registries, but no directory. Host names match
-in any case, and a port only by a port. Without a tag a pattern matches any tag
+host name, and ? for one character; * as the whole host stands for any host. **
+at the end of a repository or directory stands for anything, slashes included;
+HOST** is all of that host, and ** alone all of all registries, but no directory.
+Host names match in any case, and a port only by a port. Without a tag a pattern matches any tag
 and digest; with a tag, only references without a digest; with a digest, only
 that. A directory counts as where its symbolic links lead to, and may not contain
 "..". Archives are never opened.`

@@ -70,7 +70,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 	f.StringVar(&a.logFormat, "log-format", "text", "text or json, on stderr")
 	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to this registry, HOST[:PORT]; loopback always is (repeatable)")
 	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
-	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "of an image that is there for several: OS/ARCH[/VARIANT]")
+	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "platform to choose from a multi-platform image: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
 	return root

@@ -127,7 +127,7 @@ the image are kept in the cache directory, under traces, the last 32.`,
 	f.Var(&o.trace.rate, "prefetch-rate", "bound on what is fetched ahead, bytes a second (default: the link)")
 	o.trace.ahead = aheadOptions{metadata: true, readahead: true, program: true}
 	f.Var(&o.trace.ahead, "fetch-ahead", "what to fetch ahead without a trace: metadata, readahead, program (what the image's program is made of), or none")
-	f.IntVar(&o.trace.wait, "prefetch-wait", 0, "be ready only when so many percent of a trace are here")
+	f.IntVar(&o.trace.wait, "prefetch-wait", 0, "delay readiness until this share of the trace is prefetched, in percent (default: do not wait)")
 	f.DurationVar(&o.trace.waitFor, "prefetch-wait-for", time.Minute, "and be ready all the same after so long")
 	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
 	return c
