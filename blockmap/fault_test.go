@@ -492,3 +492,77 @@ func TestManyStreams(t *testing.T) {
 		must(t, c.Close())
 	}
 }
+
+// Files that are closed since nobody uses them belong to the cache no less. What
+// has become of them meanwhile is found out before they are believed again, by
+// this process and, when it was killed, by the next.
+func TestChangedWhileClosed(t *testing.T) {
+	m := blocktest.NewImage(t, 62, 1500)
+	each := func(f func(path string) error) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) {
+			for _, path := range dataFiles(t, dir) {
+				must(t, f(path))
+			}
+		}
+	}
+	for name, change := range map[string]func(t *testing.T, dir string){
+		"another file": each(func(path string) error {
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			clear(b[:len(b)-blockmap.BlockSize])
+			return errors.Join(os.WriteFile(path+".x", b, 0o600), os.Rename(path+".x", path))
+		}),
+		"cut short": each(func(path string) error { return os.Truncate(path, 0) }),
+		"cut and grown": each(func(path string) error {
+			fi, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			return errors.Join(os.Truncate(path, 4096), os.Truncate(path, fi.Size()))
+		}),
+		"removed":           each(os.Remove),
+		"directory removed": each(func(path string) error { return os.RemoveAll(filepath.Dir(path)) }),
+		"all removed":       func(t *testing.T, dir string) { must(t, os.RemoveAll(filepath.Join(dir, "streams"))) },
+		"a directory":       each(func(path string) error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) }),
+		"a FIFO":            each(func(path string) error { return errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)) }),
+		"map a directory": each(func(path string) error {
+			path = filepath.Join(filepath.Dir(path), "map")
+			return errors.Join(os.Remove(path), os.Mkdir(path, 0o700))
+		}),
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir, fsys := t.TempDir(), blocktest.NewFS()
+			o := blockmap.CacheOptions{FS: fsys, Boot: blockmap.BootID{1}}
+			c, image, _ := openImage(t, dir, m, o)
+			readAll(t, image, m)
+			used := c.Used()
+			must(t, c.Sync())
+			image.Close()
+			if n := c.OpenStreams(); n != 0 {
+				t.Fatalf("%d streams are open, and nobody uses them", n)
+			}
+			change(t, dir)
+			image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
+			must(t, err)
+			// A part first: what is not read again must not count as here.
+			part := blockmap.Range(image.Size()/2, 1<<20)
+			got, err := blocktest.Read(t.Context(), image, part)
+			if err != nil || !bytes.Equal(got, m.Content[part.Start:part.End]) {
+				t.Errorf("a part does not read as it should (%v)", err)
+			}
+			must(t, c.Sync())
+			fsys.Kill()
+			c, image, _ = openImage(t, dir, m, o)
+			readAll(t, image, m)
+			if held := c.Held(); held != 0 {
+				t.Errorf("%d bytes are held in memory, and the disk has room", held)
+			}
+			if c.Used() != used {
+				t.Errorf("%d bytes are counted, it was %d before", c.Used(), used)
+			}
+			must(t, c.Close())
+		})
+	}
+}

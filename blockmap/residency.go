@@ -72,6 +72,10 @@ type residency struct {
 		head  []byte
 		stale bool // it does not say what memory says: all of it is to be written
 		gone  bool // there is none: it could not be written, and must not be believed
+
+		// data is the file that the blocks are in, once there is one.
+		data  FileID
+		known bool
 	}
 }
 
@@ -147,7 +151,22 @@ func (r *residency) load(fsys FS, path string, boot BootID, data FileID) error {
 	}
 	r.trim()
 	r.file.gone = false
+	r.file.data, r.file.known = data, true
 	return nil
+}
+
+// identity is the file that the blocks are in, if there is one.
+func (r *residency) identity() (data FileID, known bool) {
+	r.file.Lock()
+	defer r.file.Unlock()
+	return r.file.data, r.file.known
+}
+
+// forgetIdentity lets the blocks to come be in another file.
+func (r *residency) forgetIdentity() {
+	r.file.Lock()
+	defer r.file.Unlock()
+	r.file.data, r.file.known = FileID{}, false
 }
 
 // attach opens the file, or makes it, to be kept up to date from now on. What it
@@ -168,6 +187,7 @@ func (r *residency) attach(fsys FS, path string, boot BootID, data FileID) error
 		return errors.Join(err, f.Close())
 	}
 	r.file.fsys, r.file.path, r.file.f = fsys, path, f
+	r.file.data, r.file.known = data, true
 	r.file.head = r.makeHead(boot, data)
 	if size == 0 {
 		f.InPlace()
@@ -264,6 +284,7 @@ func (r *residency) write(b, n uint32) {
 	r.file.Lock()
 	defer r.file.Unlock()
 	if r.file.f == nil || r.file.stale {
+		r.file.stale = true
 		return // it is written whole when it is opened, synced or flushed
 	}
 	if r.writeWords(b/64, (b+n-1)/64+1) != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"path/filepath"
 	"runtime/debug"
@@ -234,28 +235,69 @@ func (s *Stream) tryOpen() error {
 	return nil
 }
 
+// errReplaced says that the files of a stream are not those that it left.
+var errReplaced = errors.New("the data was cut short or replaced")
+
+// notOurs says whether err means that in the place of a stream's files there is
+// something else, or nothing: a disk that is full or read-only is not that.
+func notOurs(err error) bool {
+	for _, e := range []error{errReplaced, fs.ErrNotExist, unix.EISDIR, unix.ENOTDIR, unix.ELOOP, unix.ENXIO, unix.EINVAL, unix.ESPIPE} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
 // openFiles does the work of open. s.opening is held.
-func (s *Stream) openFiles() (err error) {
+func (s *Stream) openFiles() error {
+	if s.onDisk.Load() == 0 {
+		if err := s.makeDir(); err != nil {
+			return err
+		}
+	}
+	err := s.openThem()
+	if !notOurs(err) {
+		return err
+	}
+	// All of it is made anew, the data too: a map that survives a power cut is
+	// not believed of another file.
+	if n := s.forgetAll(); n > 0 {
+		s.cache.drop(s.id.String(), err)
+	}
+	if err := errors.Join(s.cache.fs.RemoveAll(s.dir()), s.makeDir()); err != nil {
+		return err
+	}
+	return s.openThem()
+}
+
+// makeDir makes the directory of the stream.
+func (s *Stream) makeDir() error {
+	c := s.cache
+	if err := c.fs.MkdirAll(s.dir()); err != nil {
+		return err
+	}
+	// The table goes first: a directory without one is no stream.
+	table := s.table.Append(nil)
+	if err := c.put(s.path(tableName), table); err != nil {
+		return err
+	}
+	n := s.metadataSize(len(table))
+	c.used.Add(n - s.onDisk.Swap(n))
+	return nil
+}
+
+// openThem opens data and map, and makes those that were never there. It fails
+// with errReplaced where the data is not in the file that it was put into.
+func (s *Stream) openThem() (err error) {
 	c, f := s.cache, new(streamFiles)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.closeFiles(f))
 		}
 	}()
-	if s.onDisk.Load() == 0 {
-		if err := c.fs.MkdirAll(s.dir()); err != nil {
-			return err
-		}
-		// The table goes first: a directory without one is no stream.
-		table := s.table.Append(nil)
-		if err := c.put(s.path(tableName), table); err != nil {
-			return err
-		}
-		n := s.metadataSize(len(table))
-		s.onDisk.Store(n)
-		c.used.Add(n)
-	}
-	if f.data, err = c.fs.Open(s.path(dataName), true); err != nil {
+	was, known := s.res.identity()
+	if f.data, err = c.fs.Open(s.path(dataName), !known); err != nil {
 		return err
 	}
 	size, _, err := f.data.Stat()
@@ -265,18 +307,21 @@ func (s *Stream) openFiles() (err error) {
 	if f.id, err = f.data.Identity(); err != nil {
 		return err
 	}
+	if known && (!was.sameFile(f.id) || size != s.fileSize()) {
+		return errReplaced
+	}
 	if size == s.fileSize() {
 		if f.m, err = f.data.Map(size); err != nil {
 			return err
 		}
 		if !f.intact() {
+			if known {
+				return errReplaced
+			}
 			size = 0
 		}
 	}
 	if size != s.fileSize() {
-		if n := s.forgetAll(); n > 0 {
-			c.drop(s.id.String(), errors.New("the data was cut short"))
-		}
 		if f.m != nil {
 			err = f.m.Unmap()
 			f.m = nil
@@ -299,9 +344,11 @@ func (s *Stream) openFiles() (err error) {
 	return nil
 }
 
-// forgetAll has nothing here any more, and returns how many bytes were.
+// forgetAll has nothing here any more, whatever file it was in, and returns how
+// many bytes were.
 func (s *Stream) forgetAll() int64 {
 	n := int64(s.res.clear(0, s.table.Blocks())) * BlockSize
+	s.res.forgetIdentity()
 	s.cache.used.Add(-n)
 	return n
 }
