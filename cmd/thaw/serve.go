@@ -255,7 +255,12 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, cache.Close()) }()
+	defer func() {
+		// A full disk, as a rule. Nothing is lost that cannot be fetched again.
+		if err := cache.Close(); err != nil {
+			log.Warn("the cache could not be made durable; what was fetched last is fetched again", "err", err)
+		}
+	}()
 	// The threads that decompress are of low priority, and each has one of Go's
 	// processors even while the kernel lets others go first.
 	procs := runtime.GOMAXPROCS(0)
