@@ -19,9 +19,9 @@ var errWrong = errors.New("WRONG BYTES")
 
 // tally counts what happened.
 type tally struct {
-	reads, bytes, refused, lost             atomic.Int64
-	opened, stalled, kills, stops, hups     atomic.Int64
-	fills, truncations, restarts, slowReads atomic.Int64
+	reads, bytes, refused, lost         atomic.Int64
+	opened, stalled, kills, stops, hups atomic.Int64
+	fills, truncations, slowReads       atomic.Int64
 }
 
 func (t *tally) String() string {
