@@ -173,7 +173,7 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 	if n, err := d.used(srv.cache); err != nil || n > quota+2<<20 {
 		return fmt.Errorf("the cache takes %d bytes, it is allowed %d (%v)", n, quota, err)
 	}
-	if err := srv.stop(); err != nil {
+	if err := srv.stop(true); err != nil {
 		return err
 	}
 	return srv.checkLog()
