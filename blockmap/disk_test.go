@@ -31,15 +31,6 @@ func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
 	file := filepath.Join(t.TempDir(), "disk")
 	must(t, os.WriteFile(file, nil, 0o600))
 	must(t, os.Truncate(file, size))
-	return newDiskOn(t, file, mkfs...)
-}
-
-// newDiskOn makes a file system in a file.
-func newDiskOn(t *testing.T, file string, mkfs ...string) *disk {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting takes root")
-	}
 	d := &disk{t: t, file: file, at: t.TempDir(), kind: strings.TrimPrefix(mkfs[0], "mkfs.")}
 	d.run(append(mkfs, d.file)...)
 	d.device, _ = blocktest.Loop(t, file, false)
@@ -97,6 +88,29 @@ func (d *disk) fill() string {
 	}
 	_ = f.Sync() // a full disk may say so again
 	return path
+}
+
+// goodUpTo makes every sector of the disk from end on bad, for reads and for writes:
+// the kernel knows the device to end there, and answers with EIO. What is in them
+// stays, and is back when end is 0, which makes all of them good.
+func (d *disk) goodUpTo(end int64) {
+	d.t.Helper()
+	f, err := os.Open(d.device)
+	must(d.t, err)
+	defer f.Close()
+	status, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
+	must(d.t, err)
+	status.Sizelimit = uint64(end)
+	must(d.t, unix.IoctlLoopSetStatus64(int(f.Fd()), status))
+}
+
+// forget drops what the kernel has of a file in memory.
+func forget(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 }
 
 // A cache on a disk that fills up, and is full when it is opened, gives every
@@ -196,4 +210,65 @@ func TestRealRemount(t *testing.T) {
 	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{Boot: boot})
 	readAll(t, image, m)
 	must(t, c.Close())
+}
+
+// Sectors that cannot be read cost chunks, which are fetched again; sectors that
+// cannot be written, too. A disk whose sectors are good again is used again.
+func TestRealBadSectors(t *testing.T) {
+	m := blocktest.NewImage(t, 82, 4000)
+	for _, mkfs := range [][]string{
+		{"mkfs.ext4", "-q", "-b", "1024"}, {"mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal"}, {"mkfs.btrfs", "-q", "-M"},
+	} {
+		t.Run(strings.Join(mkfs, " "), func(t *testing.T) {
+			d := newDisk(t, 320<<20, mkfs...)
+			dir, boot := filepath.Join(d.at, "cache"), blockmap.BootID{1}
+			var image *blockmap.Image
+			open := func() *blockmap.Cache {
+				c, err := blockmap.OpenCache(dir, quiet(blockmap.CacheOptions{Boot: boot}))
+				must(t, err)
+				fetch := newDirect(t, blocktest.NewOrigin(m))
+				fetch.hold = true
+				image, err = blockmap.NewImage(m.Index, c, fetch)
+				must(t, err)
+				return c
+			}
+			check := func(when string) {
+				t.Helper()
+				for at := int64(0); at < image.Size(); at += 256 << 10 {
+					e := blockmap.Range(at, min(256<<10, image.Size()-at))
+					got, err := blocktest.Read(t.Context(), image, e)
+					if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+						t.Fatalf("%s: read %v: wrong bytes, or %v", when, e, err)
+					}
+				}
+			}
+			c := open()
+			readAll(t, image, m)
+			must(t, c.Close())
+			d.run("sync", "-f", d.at)
+			for _, path := range dataFiles(t, dir) {
+				forget(t, path)
+			}
+			c = open()
+			d.goodUpTo(14 << 20)
+			for range 3 {
+				check("bad sectors")
+				if err := c.Sync(); err != nil {
+					t.Logf("sync to a disk that is broken: %v", err)
+				}
+			}
+			if c.Damaged() == 0 {
+				t.Error("no chunk was damaged: this tests nothing")
+			}
+			d.goodUpTo(0)
+			check("good again")
+			_ = c.Close() // syncs that failed
+			for _, path := range dataFiles(t, dir) {
+				forget(t, path)
+			}
+			c = open()
+			readAll(t, image, m)
+			must(t, c.Close())
+		})
+	}
 }
