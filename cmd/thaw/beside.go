@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -22,18 +21,7 @@ import (
 	"thaw/tracefile"
 )
 
-// A trace or a bundle in a registry is a manifest of its artifact type whose one
-// layer is the file, and whose subject is the block image that it is of. The
-// layer stands in an annotation as well, "DIGEST SIZE", for lists of referrers
-// have the annotations: so a start has one request less to wait for.
 const (
-	artifactTypeTrace  = "application/vnd.thaw.trace.v1"
-	artifactTypeBundle = "application/vnd.thaw.bundle.v1"
-	mediaTypeTrace     = types.MediaType("application/vnd.thaw.trace.v1")
-	mediaTypeBundle    = types.MediaType("application/vnd.thaw.bundle.v1+zstd")
-
-	annotationLayer = "vnd.thaw.layer"
-
 	// maxTraces is how many traces of an image are looked at, the last ones.
 	maxTraces = 32
 	// maxBundles is how many of its bundles are tried, the last one first.
@@ -47,9 +35,9 @@ type beside struct{ traces, bundles []v1.Descriptor }
 // findBeside lists them.
 func findBeside(ctx context.Context, b *blockImage) (beside, error) {
 	var found beside
-	all, err := b.repo.Referrers(ctx, v1.Descriptor{Digest: b.digest}, artifactTypeTrace, artifactTypeBundle)
+	all, err := b.repo.Referrers(ctx, v1.Descriptor{Digest: b.digest}, tracefile.ArtifactTypeTrace, tracefile.ArtifactTypeBundle)
 	for _, d := range all {
-		if d.ArtifactType == artifactTypeTrace {
+		if d.ArtifactType == tracefile.ArtifactTypeTrace {
 			found.traces = append(found.traces, d)
 		} else {
 			found.bundles = append(found.bundles, d)
@@ -62,25 +50,14 @@ func findBeside(ctx context.Context, b *blockImage) (beside, error) {
 
 // storedLayer is the descriptor of what a manifest beside an image is about.
 func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, mediaType types.MediaType) (v1.Descriptor, error) {
-	var hash string
-	var size int64
-	if n, _ := fmt.Sscanf(d.Annotations[annotationLayer], "%s %d", &hash, &size); n == 2 && size > 0 {
-		if h, err := v1.NewHash(hash); err == nil && h.Algorithm == "sha256" {
-			return v1.Descriptor{MediaType: mediaType, Digest: h, Size: size}, nil
-		}
+	if layer, ok := tracefile.AnnotatedLayer(d, mediaType); ok {
+		return layer, nil
 	}
 	raw, err := repo.Manifest(ctx, d)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	var m v1.Manifest
-	if err := json.Unmarshal(raw, &m); err != nil {
-		return v1.Descriptor{}, err
-	}
-	if len(m.Layers) != 1 || m.Layers[0].MediaType != mediaType || m.Layers[0].Size <= 0 || !isSHA256(m.Layers[0].Digest) {
-		return v1.Descriptor{}, fmt.Errorf("its manifest is not that of a %s", mediaType)
-	}
-	return m.Layers[0], nil
+	return tracefile.ArtifactLayer(raw, mediaType)
 }
 
 // storedTraces reads traces that are beside an image.
@@ -103,7 +80,7 @@ func storedTraces(ctx context.Context, b *blockImage, manifests []v1.Descriptor,
 }
 
 func storedTrace(ctx context.Context, b *blockImage, d v1.Descriptor) (*tracefile.Trace, error) {
-	layer, err := storedLayer(ctx, b.repo, d, mediaTypeTrace)
+	layer, err := storedLayer(ctx, b.repo, d, tracefile.MediaTypeTrace)
 	if err != nil {
 		return nil, err
 	}
@@ -203,7 +180,7 @@ func openBundle(ctx context.Context, b *blockImage, d v1.Descriptor) (s *storedB
 			end()
 		}
 	}()
-	if s.layer, err = storedLayer(ctx, b.repo, d, mediaTypeBundle); err != nil {
+	if s.layer, err = storedLayer(ctx, b.repo, d, tracefile.MediaTypeBundle); err != nil {
 		return nil, err
 	}
 	s.asked = time.Now()
@@ -262,11 +239,11 @@ func (s *storedBundle) close() {
 
 // pushTrace stores a trace beside its image.
 func pushTrace(ctx context.Context, b *blockImage, file []byte) (v1.Descriptor, error) {
-	layer, err := b.repo.PushBytes(ctx, file, mediaTypeTrace)
+	layer, err := b.repo.PushBytes(ctx, file, tracefile.MediaTypeTrace)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	return pushBeside(ctx, b, artifactTypeTrace, layer)
+	return pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer)
 }
 
 // pushBundle packs the bundle of a plan in a directory below temp, and stores it
@@ -293,28 +270,22 @@ func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan, temp s
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return d, 0, err
 	}
-	layer := v1.Descriptor{MediaType: mediaTypeBundle}
+	layer := v1.Descriptor{MediaType: tracefile.MediaTypeBundle}
 	if layer.Digest, layer.Size, err = v1.SHA256(f); err != nil {
 		return d, 0, err
 	}
 	if _, err = b.repo.PushBlob(ctx, layer, f.Name(), nil); err != nil {
 		return d, 0, err
 	}
-	d, err = pushBeside(ctx, b, artifactTypeBundle, layer)
+	d, err = pushBeside(ctx, b, tracefile.ArtifactTypeBundle, layer)
 	return d, layer.Size, err
 }
 
 func pushBeside(ctx context.Context, b *blockImage, artifactType string, layer v1.Descriptor) (v1.Descriptor, error) {
-	config, err := b.repo.PushBytes(ctx, []byte("{}"), "application/vnd.oci.empty.v1+json")
-	if err != nil {
+	if _, err := b.repo.PushBytes(ctx, []byte(tracefile.EmptyConfig), tracefile.EmptyConfigType); err != nil {
 		return v1.Descriptor{}, err
 	}
-	raw, err := json.Marshal(v1.Manifest{
-		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Config: config,
-		Layers:      []v1.Descriptor{layer},
-		Subject:     &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: b.digest, Size: b.size},
-		Annotations: map[string]string{annotationLayer: fmt.Sprintf("%s %d", layer.Digest, layer.Size)},
-	})
+	raw, err := tracefile.ArtifactManifest(artifactType, layer, v1.Descriptor{Digest: b.digest, Size: b.size})
 	if err != nil {
 		return v1.Descriptor{}, err
 	}

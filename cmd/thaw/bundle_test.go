@@ -52,7 +52,7 @@ func bundleOf(t testing.TB, ref string) v1.Descriptor {
 	if len(found.bundles) == 0 {
 		t.Fatal("there is no bundle")
 	}
-	layer, err := storedLayer(t.Context(), b.repo, found.bundles[len(found.bundles)-1], mediaTypeBundle)
+	layer, err := storedLayer(t.Context(), b.repo, found.bundles[len(found.bundles)-1], tracefile.MediaTypeBundle)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,12 +214,12 @@ func TestBadBundles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactTypeBundle, Config: config,
+		m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: tracefile.ArtifactTypeBundle, Config: config,
 			Layers:      []v1.Descriptor{},
 			Subject:     &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: b.digest, Size: b.size},
 			Annotations: map[string]string{"n": fmt.Sprint(time.Now().UnixNano())}}
 		if blob != nil {
-			d, err := b.repo.PushBytes(t.Context(), blob, mediaTypeBundle)
+			d, err := b.repo.PushBytes(t.Context(), blob, tracefile.MediaTypeBundle)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -232,7 +232,7 @@ func TestBadBundles(t *testing.T) {
 			m.Layers = append(m.Layers, *layer)
 		}
 		if annotation != "" {
-			m.Annotations[annotationLayer] = annotation
+			m.Annotations[tracefile.AnnotationLayer] = annotation
 		}
 		raw, err := json.Marshal(m)
 		if err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +12,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"thaw/blockmap"
+	"thaw/blockmap/flatten"
 	"thaw/fetcher"
 	"thaw/fetcher/registry"
 )
@@ -287,28 +287,15 @@ func (o *opener) load(ctx context.Context, b *blockImage) (cached bool, err erro
 	}
 	// Now that all of it is here, the name means this image. The image is served
 	// as well without: what cannot be kept has to be asked for again.
-	ref, err := json.Marshal(remembered{Format: rememberedFormat, Name: b.name, Manifest: b.digest, Source: b.source, Top: b.top})
+	kept, err := flatten.Resolution{Name: b.name, Manifest: b.digest, Source: b.source, Top: b.top}.Encode()
 	if !cached {
 		err = errors.Join(err, o.cache.PutBlob(encoded))
 	}
-	if err = errors.Join(err, o.cache.PutBlob(b.raw), o.cache.PutRef(o.key(b.name), ref)); err != nil {
+	if err = errors.Join(err, o.cache.PutBlob(b.raw), o.cache.PutRef(o.key(b.name), kept)); err != nil {
 		o.log.Warn("the cache cannot keep what the name means; a start without the registry will not find it", "image", b.name, "err", err)
 	}
 	return cached, nil
 }
-
-// remembered is what the cache keeps under the name of an image.
-type remembered struct {
-	Format   int     `json:"format"`
-	Name     string  `json:"name"`
-	Manifest v1.Hash `json:"manifest"`        // of the block image
-	Source   v1.Hash `json:"source,omitzero"` // of the image that it is beside
-	Top      v1.Hash `json:"top,omitzero"`    // of the index that led there
-}
-
-// rememberedFormat is raised when the rules change by which a name leads to a
-// block image: what was kept by other rules is asked for again.
-const rememberedFormat = 2
 
 // recall finds what load has kept, and holds it to the rules for what a registry
 // says. It fails with fs.ErrNotExist where there is nothing.
@@ -317,12 +304,9 @@ func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	var r remembered
-	if err := json.Unmarshal(kept, &r); err != nil {
+	r, err := flatten.ParseResolution(kept, name)
+	if err != nil {
 		return nil, err
-	}
-	if r.Format != rememberedFormat || r.Name != name || !isSHA256(r.Manifest) {
-		return nil, fs.ErrNotExist
 	}
 	raw, err := o.cache.Blob(digestOf(r.Manifest))
 	if err != nil {

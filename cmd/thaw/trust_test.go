@@ -413,24 +413,33 @@ func TestRecallIsHeldToTheRules(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for what, r := range map[string]any{
-		"another image":                remembered{Format: rememberedFormat, Name: pinned, Manifest: badHash, Source: n.Subject.Digest},
-		"another image as its own":     remembered{Format: rememberedFormat, Name: pinned, Manifest: badHash, Source: m.Subject.Digest},
-		"another image of no source":   remembered{Format: rememberedFormat, Name: pinned, Manifest: badHash},
-		"what older rules have let in": map[string]string{"name": pinned, "manifest": good.Digest},
-		"another name":                 remembered{Format: rememberedFormat, Name: evil, Manifest: goodHash, Source: m.Subject.Digest},
-		"half a digest":                map[string]any{"format": rememberedFormat, "name": pinned, "manifest": "sha256:12"},
-		"another algorithm":            map[string]any{"format": rememberedFormat, "name": pinned, "manifest": "sha512:" + strings.Repeat("0", 128)},
-		"no digest":                    map[string]any{"format": rememberedFormat, "name": pinned},
-		"no JSON":                      nil,
-	} {
-		kept, err := json.Marshal(r)
+	resolution := func(r flatten.Resolution) []byte {
+		t.Helper()
+		kept, err := r.Encode()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r == nil {
-			kept = []byte("nonsense")
+		return kept
+	}
+	format := func(kept map[string]any) []byte {
+		t.Helper()
+		b, err := json.Marshal(kept)
+		if err != nil {
+			t.Fatal(err)
 		}
+		return b
+	}
+	for what, kept := range map[string][]byte{
+		"another image":                resolution(flatten.Resolution{Name: pinned, Manifest: badHash, Source: n.Subject.Digest}),
+		"another image as its own":     resolution(flatten.Resolution{Name: pinned, Manifest: badHash, Source: m.Subject.Digest}),
+		"another image of no source":   resolution(flatten.Resolution{Name: pinned, Manifest: badHash}),
+		"what older rules have let in": format(map[string]any{"name": pinned, "manifest": good.Digest}),
+		"another name":                 resolution(flatten.Resolution{Name: evil, Manifest: goodHash, Source: m.Subject.Digest}),
+		"half a digest":                format(map[string]any{"format": 2, "name": pinned, "manifest": "sha256:12"}),
+		"another algorithm":            format(map[string]any{"format": 2, "name": pinned, "manifest": "sha512:" + strings.Repeat("0", 128)}),
+		"no digest":                    format(map[string]any{"format": 2, "name": pinned}),
+		"no JSON":                      []byte("nonsense"),
+	} {
 		c, err := blockmap.OpenCache(cache, blockmap.CacheOptions{})
 		if err != nil {
 			t.Fatal(err)
