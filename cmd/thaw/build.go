@@ -13,6 +13,7 @@ import (
 
 	"thaw/blockmap"
 	"thaw/blockmap/flatten"
+	"thaw/cmd/thaw/internal/host"
 	"thaw/fetcher/registry"
 	"thaw/tracefile"
 )
@@ -104,24 +105,24 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if err != nil {
 		return err
 	}
-	defer find.close()
-	if h, ok := find.pins.of(dstRef); ok {
+	defer find.Close()
+	if h, ok := find.Pins.Of(dstRef); ok {
 		o.Pin = h.String()
 	}
-	find.pins = nil // an earlier block image may have another digest
-	src, err := find.client.Open(srcRef)
+	find.Pins = nil // an earlier block image may have another digest
+	src, err := find.Client.Open(srcRef)
 	if err != nil {
 		return err
 	}
-	dst, err := find.client.Open(dstRef)
+	dst, err := find.Client.Open(dstRef)
 	if err != nil {
 		return err
 	}
-	source, err := readSource(ctx, src, find.platform)
+	source, err := readSource(ctx, src, find.Platform)
 	if err != nil {
 		return err
 	}
-	recorded, err := find.readTraces(ctx, traces)
+	recorded, err := find.ReadTraces(ctx, traces)
 	if err != nil {
 		return err
 	}
@@ -130,7 +131,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 		return err
 	}
 	p := newProgress(a, source)
-	o.Log, o.Progress = find.log, p
+	o.Log, o.Progress = find.Log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
 	if err != nil {
@@ -139,8 +140,8 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	var bundle *packed
 	if len(recorded) > 0 {
 		bundle, err = packBuilt(ctx, dst, res, recorded, o.TempDir)
-		if errors.Is(err, errEmptyPlan) {
-			find.log.Warn("no bundle was made", "err", err)
+		if errors.Is(err, host.ErrEmptyPlan) {
+			find.Log.Warn("no bundle was made", "err", err)
 		} else if err != nil {
 			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
@@ -149,14 +150,14 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 }
 
 // packBuilt packs what was recorded for an image that was just built.
-func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []recordedTrace, temp string) (*packed, error) {
-	b := &blockImage{name: dst.Ref().String(), repo: dst, digest: res.Manifest.Digest, raw: res.Raw, index: res.Index}
-	if err := b.parse(); err != nil {
+func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []host.RecordedTrace, temp string) (*packed, error) {
+	b, err := host.NewBlockImage(dst, res.Manifest.Digest, res.Raw, res.Index)
+	if err != nil {
 		return nil, err
 	}
 	var fitting []*tracefile.Trace
 	for _, r := range recorded {
-		trace, _, err := r.fit(b)
+		trace, _, err := r.Fit(b)
 		if err != nil {
 			return nil, err
 		}

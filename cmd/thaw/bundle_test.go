@@ -17,28 +17,29 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"thaw/cmd/thaw/internal/host"
 	"thaw/tracefile"
 )
 
 // finderOf finds images as the program does.
-func finderOf(t testing.TB) *finder {
+func finderOf(t testing.TB) *host.Finder {
 	t.Helper()
 	f, err := (&app{stderr: io.Discard, logFormat: "text", platform: "linux/amd64"}).access(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(f.close)
+	t.Cleanup(f.Close)
 	return f
 }
 
 // blockImageOf finds a block image as the program does, and what is beside it.
-func blockImageOf(t testing.TB, ref string) (*blockImage, beside) {
+func blockImageOf(t testing.TB, ref string) (*host.BlockImage, host.Beside) {
 	t.Helper()
-	b, err := finderOf(t).find(t.Context(), ref)
+	b, err := finderOf(t).Find(t.Context(), ref)
 	if err != nil {
 		t.Fatal(err)
 	}
-	found, err := findBeside(t.Context(), b)
+	found, err := b.Beside(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,13 +49,13 @@ func blockImageOf(t testing.TB, ref string) (*blockImage, beside) {
 // bundleOf is the last bundle beside an image.
 func bundleOf(t testing.TB, ref string) v1.Descriptor {
 	t.Helper()
-	b, found := blockImageOf(t, ref)
-	if len(found.bundles) == 0 {
+	_, found := blockImageOf(t, ref)
+	if len(found.Bundles) == 0 {
 		t.Fatal("there is no bundle")
 	}
-	layer, err := storedLayer(t.Context(), b.repo, found.bundles[len(found.bundles)-1], tracefile.MediaTypeBundle)
-	if err != nil {
-		t.Fatal(err)
+	layer, ok := tracefile.AnnotatedLayer(found.Bundles[len(found.Bundles)-1], tracefile.MediaTypeBundle)
+	if !ok {
+		t.Fatal("the list of referrers does not carry the annotation of the bundle")
 	}
 	return layer
 }
@@ -199,7 +200,7 @@ func TestBadBundles(t *testing.T) {
 	p, _, ref, _ := bundled(t, true)
 	b, found := blockImageOf(t, ref)
 	layer := bundleOf(t, ref)
-	blob, err := b.repo.Blob(t.Context(), layer)
+	blob, err := b.Repo.Blob(t.Context(), layer)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,16 +211,16 @@ func TestBadBundles(t *testing.T) {
 	// put stores a manifest as given, with a blob if there is one.
 	put := func(blob []byte, layer *v1.Descriptor, annotation string) {
 		t.Helper()
-		config, err := b.repo.PushBytes(t.Context(), []byte("{}"), "application/vnd.oci.empty.v1+json")
+		config, err := b.Repo.PushBytes(t.Context(), []byte("{}"), "application/vnd.oci.empty.v1+json")
 		if err != nil {
 			t.Fatal(err)
 		}
 		m := v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: tracefile.ArtifactTypeBundle, Config: config,
 			Layers:      []v1.Descriptor{},
-			Subject:     &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: b.digest, Size: b.size},
+			Subject:     &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: b.Digest, Size: int64(len(b.Raw))},
 			Annotations: map[string]string{"n": fmt.Sprint(time.Now().UnixNano())}}
 		if blob != nil {
-			d, err := b.repo.PushBytes(t.Context(), blob, tracefile.MediaTypeBundle)
+			d, err := b.Repo.PushBytes(t.Context(), blob, tracefile.MediaTypeBundle)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -238,7 +239,7 @@ func TestBadBundles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.repo.PushManifest(t.Context(), raw, types.OCIManifestSchema1, ""); err != nil {
+		if _, err := b.Repo.PushManifest(t.Context(), raw, types.OCIManifestSchema1, ""); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -263,8 +264,8 @@ func TestBadBundles(t *testing.T) {
 	for _, f := range bad {
 		f()
 	}
-	if _, now := blockImageOf(t, ref); len(now.bundles) != min(maxBundles, len(bad)+2) || len(found.bundles) != 1 {
-		t.Fatalf("%d bundles are beside the image", len(now.bundles))
+	if _, now := blockImageOf(t, ref); len(now.Bundles) != min(8, len(bad)+2) || len(found.Bundles) != 1 {
+		t.Fatalf("%d bundles are beside the image", len(now.Bundles))
 	}
 	want := func() string {
 		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--fetch-ahead", "none")
@@ -386,7 +387,7 @@ func TestTwoExportsOfOneImage(t *testing.T) {
 				layer = bundleOf(t, ref)
 			}
 			b, _ := blockImageOf(t, ref)
-			again := strings.TrimSuffix(ref, ":v1") + "@" + b.digest.String()
+			again := strings.TrimSuffix(ref, ":v1") + "@" + b.Digest.String()
 			p.take()
 			s := serving(t, ref, again, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto")
 			errs := make(chan error, 2)

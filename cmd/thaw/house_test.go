@@ -6,15 +6,16 @@ import (
 	"io/fs"
 	"path"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 )
 
-// Imports go down only: blockmap imports nothing of ours, what stands on it
-// imports it and its own children's parents, siblings do not know each other,
-// and cmd and bench wire. The imports are parsed here and now: what `go list`
-// says comes from the test cache.
+// Imports go down only: blockmap imports nothing of ours, what stands on it imports
+// it and its own parents, siblings do not import each other. host wires them to one
+// host's thaw; cmd sits on top of host, and bench and scripts beside cmd. The imports
+// are parsed here and now: what `go list` says comes from the test cache.
 func TestImportsGoDown(t *testing.T) {
 	root := filepath.Join("..", "..")
 	seen := 0
@@ -61,11 +62,47 @@ func TestImportsGoDown(t *testing.T) {
 	}
 }
 
+// The rule of the house in examples.
+func TestMayImport(t *testing.T) {
+	for _, c := range []struct {
+		dir, ours  string
+		test, want bool
+	}{
+		{"cmd/thaw", "cmd/thaw/internal/host", false, true},
+		{"cmd/thaw", "tracefile/plot", false, true},
+		{"cmd/thaw/internal/host", "nbd", false, true},
+		{"cmd/thaw/internal/host", "fetcher/registry", false, true},
+		{"cmd/thaw/internal/host", "cmd/thaw", false, false},
+		{"cmd/thaw/internal/host", "bench", false, false},
+		{"cmd/thaw/internal/host", "tracefile/plot", false, false},
+		{"cmd/thaw/internal/host", "blockmap/ext4", false, false},
+		{"cmd/thaw/internal/host", "blockmap/blocktest", false, false},
+		{"cmd/thaw/internal/host", "blockmap/blocktest", true, true},
+		{"bench/cold", "cmd/thaw/internal/host", false, false},
+		{"fetcher", "cmd/thaw/internal/host", false, false},
+		{"fetcher", "nbd", false, false},
+		{"fetcher/registry", "fetcher", false, true},
+		{"nbd", "blockmap", false, true},
+		{"blockmap", "nbd", false, false},
+		{"tracefile", "blockmap/flatten", false, false},
+		{"blockmap/flatten", "blockmap/ext4", false, true},
+	} {
+		if got := mayImport(c.dir, c.ours, c.test); got != c.want {
+			t.Errorf("%s may import %s (in a test: %v): %v", c.dir, c.ours, c.test, got)
+		}
+	}
+}
+
 // mayImport says whether a file in folder dir may import folder ours.
 func mayImport(dir, ours string, test bool) bool {
 	top, _, _ := strings.Cut(dir, "/")
-	switch top {
-	case "cmd", "bench", "scripts":
+	switch {
+	case dir == "cmd/thaw/internal/host":
+		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd"}, ours) ||
+			test && ours == "blockmap/blocktest"
+	case dir == "cmd/thaw" && strings.HasPrefix(ours, "cmd/thaw/internal/"):
+		return true
+	case top == "cmd", top == "bench", top == "scripts":
 		return !strings.HasPrefix(ours, "cmd/")
 	}
 	switch {

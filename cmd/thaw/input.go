@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -62,10 +61,4 @@ func readTrace(ctx context.Context, path string) (t *tracefile.Trace, raw []byte
 		return nil, nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return t, raw, nil
-}
-
-// isNoFile says that a name is not one of a file.
-func isNoFile(err error) bool {
-	var e *os.PathError
-	return errors.As(err, &e) && e.Op == "open"
 }

@@ -9,6 +9,7 @@ import (
 
 	"thaw/blockmap"
 	"thaw/blockmap/flatten"
+	"thaw/cmd/thaw/internal/host"
 )
 
 func inspectCommand(a *app) *cobra.Command {
@@ -64,14 +65,14 @@ func (a *app) inspect(ctx context.Context, names []string, pin pinFlags) error {
 	if err != nil {
 		return err
 	}
-	defer find.close()
+	defer find.Close()
 	var reporter flatten.Reporter
 	for i, name := range names {
-		b, err := find.find(ctx, name)
+		b, err := find.Find(ctx, name)
 		if err != nil {
 			return err
 		}
-		in := describe(b, reporter.Report(b.manifest, b.index))
+		in := describe(b, reporter.Report(b.Manifest, b.Index))
 		if a.json {
 			err = a.printJSON(in)
 		} else {
@@ -87,12 +88,12 @@ func (a *app) inspect(ctx context.Context, names []string, pin pinFlags) error {
 	return nil
 }
 
-func describe(b *blockImage, streams []flatten.StreamReport) *inspected {
+func describe(b *host.BlockImage, streams []flatten.StreamReport) *inspected {
 	in := &inspected{
-		Type: "image", Name: b.name, Digest: b.digest.String(),
-		DeviceSize: int64(b.index.Blocks) * blockmap.BlockSize, IndexBytes: b.manifest.Index.Size, Runs: len(b.index.Runs),
+		Type: "image", Name: b.Name, Digest: b.Digest.String(),
+		DeviceSize: int64(b.Index.Blocks) * blockmap.BlockSize, IndexBytes: b.Manifest.Index.Size, Runs: len(b.Index.Runs),
 	}
-	if s := b.manifest.Subject; s != nil {
+	if s := b.Manifest.Subject; s != nil {
 		in.Subject = s.Digest.String()
 	}
 	for i, s := range streams {

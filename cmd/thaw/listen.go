@@ -14,6 +14,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 
+	"thaw/cmd/thaw/internal/host"
 	"thaw/nbd"
 )
 
@@ -73,7 +74,7 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 		ls = append(ls, l)
 	}
 	for _, l := range ls {
-		if nbd.Exposed(l) && !o.exposed && (o.tls.cert == "" || o.tlsOptional) {
+		if nbd.Exposed(l) && !o.exposed && (o.tls.Cert == "" || o.tlsOptional) {
 			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; give it a --tls-cert, or say --allow-plaintext if that is meant", l.Addr())}
 		}
 	}
@@ -98,17 +99,17 @@ type announceExport struct {
 
 // announce says that serving has begun. Who was to hear it may be gone: that ends
 // nothing.
-func (a *app) announce(ctx context.Context, offered *exports, ls []net.Listener, requireTLS bool) error {
+func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Listener, requireTLS bool) error {
 	out := announced{Type: "ready", Exports: []announceExport{}}
 	for _, l := range ls {
 		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
 	}
 	words := []string{"ready:"}
-	fixed := offered.all()
-	for _, f := range fixed {
-		e := announceExport{Name: f.name, Image: f.image.at(), Digest: f.image.digest.String(), Size: f.device.Size()}
-		export := f.name
-		if len(fixed) == 1 {
+	for _, d := range devices {
+		in := d.Info()
+		e := announceExport{Name: in.Name, Image: in.Image, Digest: in.Digest, Size: in.Size}
+		export := in.Name
+		if len(devices) == 1 {
 			export = ""
 		}
 		for _, l := range ls {
@@ -118,7 +119,7 @@ func (a *app) announce(ctx context.Context, offered *exports, ls []net.Listener,
 		out.Exports = append(out.Exports, e)
 		words = append(words, e.URI, e.Image)
 	}
-	if len(fixed) == 0 {
+	if len(devices) == 0 {
 		words = append(words, out.Listen...)
 	}
 	var err error

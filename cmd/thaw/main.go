@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"thaw/cmd/thaw/internal/host"
 )
 
 func main() {
@@ -78,7 +80,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError
-	if errors.As(err, &usage) {
+	var invalid host.InvalidError
+	if errors.As(err, &usage) || errors.As(err, &invalid) {
 		text, code = text+fmt.Sprintf("See '%s --help'.\n", cmd.CommandPath()), exitUsage
 	}
 	said := make(chan struct{})

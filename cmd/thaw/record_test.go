@@ -247,17 +247,6 @@ func TestRefusedRecordingIsKept(t *testing.T) {
 		p.set(nil)
 		must(t, strings.Fields(m.Remedy)[1:]...)
 	}
-	// They do not become many.
-	kept := recordDir{dir + "/c"}
-	for i := range 2 * keptRecords {
-		if err := os.WriteFile(filepath.Join(kept.path(), fmt.Sprintf("2000%04d-x.trace", i)), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	kept.prune()
-	if left := filesIn(t, kept.path()); len(left) != keptRecords || strings.HasPrefix(left[len(left)-1], "2000") {
-		t.Errorf("%d are kept: %v", len(left), left)
-	}
 }
 
 // Without a directory for temporary files a start is recorded all the same; with no

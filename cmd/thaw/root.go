@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"thaw/cmd/thaw/internal/host"
 	"thaw/fetcher/registry"
 )
 
@@ -90,7 +91,7 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // access is what every verb that reads images begins with: it finds images, of
 // which those given can be pinned. It is to be closed.
-func (a *app) access(ctx context.Context, pin pinFlags, images ...string) (*finder, error) {
+func (a *app) access(ctx context.Context, pin pinFlags, images ...string) (*host.Finder, error) {
 	log, err := a.log()
 	if err != nil {
 		return nil, err
@@ -107,7 +108,7 @@ func (a *app) access(ctx context.Context, pin pinFlags, images ...string) (*find
 	if err != nil {
 		return nil, err
 	}
-	return &finder{client: client, platform: platform, pins: pins, log: log}, nil
+	return &host.Finder{Client: client, Platform: platform, Pins: pins, Log: log, ReadFile: readInput}, nil
 }
 
 func (a *app) log() (*slog.Logger, error) {

@@ -97,11 +97,11 @@ func TestFioVerify(t *testing.T) {
 		src, dst := filepath.Join(dir, "src.tar"), "oci:"+filepath.Join(dir, "dst")+":x"
 		saveArchive(t, src, imageOf(t, layerOf(t, file{name: "fio", data: content})))
 		must(t, "build", "--size", "128M", "docker-archive:"+src, dst)
-		b, err := finderOf(t).find(t.Context(), dst)
+		b, err := finderOf(t).Find(t.Context(), dst)
 		if err != nil {
 			t.Fatal(err)
 		}
-		last := b.index.Runs[len(b.index.Runs)-1]
+		last := b.Index.Runs[len(b.Index.Runs)-1]
 		if last.Stream != 1 || int64(last.Count)*blockmap.BlockSize != size {
 			t.Fatalf("the file is not one run: %+v", last)
 		}

@@ -219,10 +219,10 @@ func TestRecordingIsOfWhatIsServed(t *testing.T) {
 		t.Errorf("the trace is of index %s, served was %s", sum.Index, was.Layers[0].Digest)
 	}
 	p.set(nil)
-	if _, found := blockImageOf(t, ref); len(found.traces) != 0 {
+	if _, found := blockImageOf(t, ref); len(found.Traces) != 0 {
 		t.Error("the trace of the old image is beside the new one")
 	}
-	if _, found := blockImageOf(t, withDigest(ref, old.Digest)); len(found.traces) != 1 {
+	if _, found := blockImageOf(t, withDigest(ref, old.Digest)); len(found.Traces) != 1 {
 		t.Error("the trace of the old image is not beside it")
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"thaw/cmd/thaw/internal/host"
 	"thaw/tracefile"
 )
 
@@ -59,7 +60,7 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 	if err != nil {
 		return err
 	}
-	var b *blockImage
+	var b *host.BlockImage
 	var s *tracefile.Summary
 	if image == "" && len(pin) > 0 {
 		return errPinWithoutImage
@@ -71,11 +72,11 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 		if accessErr != nil {
 			return accessErr
 		}
-		defer find.close()
-		if b, err = find.find(ctx, image); err != nil {
+		defer find.Close()
+		if b, err = find.Find(ctx, image); err != nil {
 			return err
 		}
-		s, err = t.Summarize(b.index)
+		s, err = t.Summarize(b.Index)
 	}
 	if err != nil {
 		return err
@@ -174,19 +175,19 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 	if err != nil {
 		return err
 	}
-	defer find.close()
-	b, err := find.find(ctx, image)
+	defer find.Close()
+	b, err := find.Find(ctx, image)
 	if err != nil {
 		return err
 	}
-	if t.Index != b.indexDigest() {
-		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.manifest.Index.Digest)
+	if t.Index != b.IndexDigest() {
+		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.Manifest.Index.Digest)
 	}
-	d, err := pushTrace(ctx, b, file)
+	d, err := b.PushTrace(ctx, file)
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintln(a.stdout, b.repo.Ref().WithDigest(d.Digest))
+	_, err = fmt.Fprintln(a.stdout, b.Repo.Ref().WithDigest(d.Digest))
 	return err
 }
 
@@ -207,7 +208,7 @@ func traceStopCommand(a *app) *cobra.Command {
 			var answer struct {
 				Stopped int `json:"stopped"`
 			}
-			if err := ask(c.Context(), cache, "POST", "/trace/stop", &answer); err != nil {
+			if err := host.Ask(c.Context(), cache, "POST", "/trace/stop", &answer); err != nil {
 				return err
 			}
 			_, err := fmt.Fprintf(a.stdout, "%d recordings have ended\n", answer.Stopped)

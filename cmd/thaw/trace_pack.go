@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"thaw/cmd/thaw/internal/host"
 	"thaw/tracefile"
 )
 
@@ -55,8 +55,8 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 	if err != nil {
 		return err
 	}
-	defer find.close()
-	b, err := find.find(ctx, image)
+	defer find.Close()
+	b, err := find.Find(ctx, image)
 	if err != nil {
 		return err
 	}
@@ -69,11 +69,11 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 		traces = append(traces, t)
 	}
 	if len(paths) == 0 {
-		found, err := findBeside(ctx, b)
+		found, err := b.Beside(ctx)
 		if err != nil {
 			return err
 		}
-		if traces = storedTraces(ctx, b, found.traces, find.log); len(traces) == 0 {
+		if traces = b.StoredTraces(ctx, found.Traces, find.Log); len(traces) == 0 {
 			return fmt.Errorf("%s has no traces beside it: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
 		}
 	}
@@ -95,27 +95,13 @@ func (p *packed) print(w io.Writer) {
 		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
-var errEmptyPlan = errors.New("nothing that the traces touch is in the image")
-
 // packTraces makes the bundle of traces of an image, and stores it beside it.
-func packTraces(ctx context.Context, b *blockImage, traces []*tracefile.Trace, temp string) (*packed, error) {
-	merged, err := tracefile.Merge(traces...)
-	if err != nil {
-		return nil, err
-	}
-	plan, err := tracefile.NewPlan(merged, b.index)
-	if err != nil {
-		return nil, err
-	}
-	if len(plan.Steps) == 0 {
-		return nil, errEmptyPlan
-	}
-	d, size, err := pushBundle(ctx, b, plan, temp)
+func packTraces(ctx context.Context, b *host.BlockImage, traces []*tracefile.Trace, temp string) (*packed, error) {
+	p, err := b.Pack(ctx, traces, temp)
 	if err != nil {
 		return nil, err
 	}
 	return &packed{
-		Type: "packed", Target: b.repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(plan.Bundle().Parts),
-		Wanted: plan.Wanted, Content: plan.Size, Bytes: size,
+		Type: "packed", Target: p.Reference, Starts: p.Starts, Chunks: p.Chunks, Wanted: p.Wanted, Content: p.Content, Bytes: p.Bytes,
 	}, nil
 }

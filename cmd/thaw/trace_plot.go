@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"thaw/blockmap/flatten"
+	"thaw/cmd/thaw/internal/host"
 	"thaw/tracefile/plot"
 )
 
@@ -77,12 +78,12 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 		if err != nil {
 			return err
 		}
-		defer find.close()
-		b, err := find.find(ctx, image)
+		defer find.Close()
+		b, err := find.Find(ctx, image)
 		if err != nil {
 			return err
 		}
-		o.Title, o.Index, o.Names = image, b.index, streamNames(b)
+		o.Title, o.Index, o.Names = image, b.Index, streamNames(b)
 	}
 	p, err := plot.New(t, o)
 	if err != nil {
@@ -97,15 +98,15 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 }
 
 // streamNames are what people call the streams of an image.
-func streamNames(b *blockImage) []string {
+func streamNames(b *host.BlockImage) []string {
 	diffIDs := make(map[string]string) // by blob
-	for _, l := range b.manifest.Layers[1:] {
+	for _, l := range b.Manifest.Layers[1:] {
 		diffIDs[l.Digest.Hex] = l.Annotations[flatten.AnnotationDiffID]
 	}
 	names := []string{"metadata"}
-	for i := 1; i < len(b.index.Streams); i++ {
+	for i := 1; i < len(b.Index.Streams); i++ {
 		name := fmt.Sprintf("layer %d", i)
-		if id := diffIDs[b.index.Streams[i].Blob.String()]; len(id) > 19 {
+		if id := diffIDs[b.Index.Streams[i].Blob.String()]; len(id) > 19 {
 			name += " (" + id[7:19] + ")" // as inspect has it
 		}
 		names = append(names, name)

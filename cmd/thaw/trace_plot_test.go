@@ -20,13 +20,13 @@ func TestTracePlot(t *testing.T) {
 	saveArchive(t, dir+"/src.tar", sample(t))
 	image := "oci:" + dir + "/dst:x"
 	must(t, "build", "--size", "64M", "docker-archive:"+dir+"/src.tar", image)
-	b, err := finderOf(t).find(t.Context(), image)
+	b, err := finderOf(t).Find(t.Context(), image)
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Some blocks of each stream, in the order of the device.
-	x := &tracefile.Trace{Header: tracefile.Header{Index: tracefile.IndexDigest(b.index), Blocks: b.index.Blocks, Starts: 1}}
-	for i, run := range b.index.Runs {
+	x := &tracefile.Trace{Header: tracefile.Header{Index: tracefile.IndexDigest(b.Index), Blocks: b.Index.Blocks, Starts: 1}}
+	for i, run := range b.Index.Runs {
 		x.Touches = append(x.Touches, tracefile.Touch{At: time.Duration(i) * time.Millisecond, Block: run.Device, Count: 1, Miss: i%2 == 0})
 	}
 	var file bytes.Buffer
@@ -46,7 +46,7 @@ func TestTracePlot(t *testing.T) {
 		t.Errorf("%v\n%.300s", err, svg)
 	}
 	names := streamNames(b)
-	if len(names) != len(b.index.Streams) || !strings.HasPrefix(names[1], "layer 1 (") {
+	if len(names) != len(b.Index.Streams) || !strings.HasPrefix(names[1], "layer 1 (") {
 		t.Errorf("the streams are %q", names)
 	}
 	for _, name := range names {

@@ -48,16 +48,16 @@ func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error
 	if err != nil {
 		return err
 	}
-	defer find.close()
-	b, err := find.find(ctx, name)
+	defer find.Close()
+	b, err := find.Find(ctx, name)
 	if err != nil {
 		return err
 	}
-	open := func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) { return b.repo.OpenBlob(ctx, d) }
-	if err := flatten.Verify(ctx, b.manifest, b.index, open, temp); err != nil {
+	open := func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) { return b.Repo.OpenBlob(ctx, d) }
+	if err := flatten.Verify(ctx, b.Manifest, b.Index, open, temp); err != nil {
 		return fmt.Errorf("verify %s: %w", name, err)
 	}
-	in := describe(b, new(flatten.Reporter).Report(b.manifest, b.index))
+	in := describe(b, new(flatten.Reporter).Report(b.Manifest, b.Index))
 	v := verified{"verified", name, in.Digest, in.Chunks, in.Stored, in.Content, time.Since(began).Seconds()}
 	if a.json {
 		return a.printJSON(v)

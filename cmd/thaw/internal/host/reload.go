@@ -1,10 +1,9 @@
-package main
+package host
 
 import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -19,11 +18,11 @@ import (
 // reloadEvery is how often files are looked at that may have changed.
 const reloadEvery = 3 * time.Second
 
-// watched is a set of files whose content is in use, and which are read again when
+// Watched is a set of files whose content is in use, and which are read again when
 // they have changed: written over, renamed over, or behind a symbolic link that
 // leads elsewhere now. Files that cannot be used are a warning, once, and what
 // was read before stays.
-type watched[T any] struct {
+type Watched[T any] struct {
 	what  string
 	paths []string
 	read  func() (T, error)
@@ -58,16 +57,16 @@ func stampOf(path string) stamp {
 	return s
 }
 
-// watch reads the files for the first time. An empty path is of no file.
-func watch[T any](ctx context.Context, what string, log *slog.Logger, read func() (T, error), paths ...string) (*watched[T], error) {
-	w := &watched[T]{what: what, read: read, log: log}
+// Watch reads the files for the first time. An empty path is of no file.
+func Watch[T any](what string, log *slog.Logger, read func() (T, error), paths ...string) (*Watched[T], error) {
+	w := &Watched[T]{what: what, read: read, log: log}
 	for _, p := range paths {
 		if p != "" {
 			w.paths = append(w.paths, p)
 		}
 	}
 	w.mu.seen = w.stamps() // before they are read: a change meanwhile is one
-	v, err := interruptible(ctx, read)
+	v, err := read()
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +74,7 @@ func watch[T any](ctx context.Context, what string, log *slog.Logger, read func(
 	return w, nil
 }
 
-func (w *watched[T]) stamps() []stamp {
+func (w *Watched[T]) stamps() []stamp {
 	var all []stamp
 	for _, p := range w.paths {
 		all = append(all, stampOf(p))
@@ -83,16 +82,16 @@ func (w *watched[T]) stamps() []stamp {
 	return all
 }
 
-// get is the content as of now, or of the last time that it was of use.
-func (w *watched[T]) get() T {
-	w.refresh(false)
+// Get is the content as of now, or of the last time that it was of use.
+func (w *Watched[T]) Get() T {
+	w.Refresh(false)
 	return *w.now.Load()
 }
 
-// refresh reads the files again if they have changed, or if it is forced to, and
+// Refresh reads the files again if they have changed, or if it is forced to, and
 // says whether there is something new. What is not a file, such as a pipe, can be
 // read but once.
-func (w *watched[T]) refresh(force bool) bool {
+func (w *Watched[T]) Refresh(force bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	now := w.stamps()
@@ -117,9 +116,9 @@ func (w *watched[T]) refresh(force bool) bool {
 	return true
 }
 
-// reloading reads files again when they change, and on SIGHUP, until ctx ends. Each
+// Reload reads files again when they change, and on SIGHUP, until ctx ends. Each
 // of refresh does so for some.
-func reloading(ctx context.Context, hangup <-chan os.Signal, refresh ...func(force bool)) {
+func Reload(ctx context.Context, hangup <-chan os.Signal, refresh ...func(force bool)) {
 	t := time.NewTicker(reloadEvery)
 	defer t.Stop()
 	for {
@@ -137,60 +136,47 @@ func reloading(ctx context.Context, hangup <-chan os.Signal, refresh ...func(for
 	}
 }
 
-// watchMirrors has the client use the mirrors of a hosts file as it is now.
-func watchMirrors(ctx context.Context, path string, client *registry.Client, log *slog.Logger) (func(force bool), error) {
-	if path == "" {
-		return func(bool) {}, nil
-	}
-	w, err := watch(ctx, "hosts file", log, func() (registry.Mirrors, error) { return readMirrors(path) }, path)
+// WatchMirrors has the client use the mirrors that read returns, now and whenever the
+// file at path has changed.
+func WatchMirrors(path string, read func() (registry.Mirrors, error), client *registry.Client, log *slog.Logger) (refresh func(force bool), err error) {
+	w, err := Watch("hosts file", log, read, path)
 	if err != nil {
 		return nil, err
 	}
-	client.SetMirrors(w.get())
+	client.SetMirrors(w.Get())
 	return func(force bool) {
-		if w.refresh(force) {
-			client.SetMirrors(w.get())
+		if w.Refresh(force) {
+			client.SetMirrors(w.Get())
 		}
 	}, nil
 }
 
-// tlsFiles are the files of a server's TLS.
-type tlsFiles struct {
-	cert, key, clientCA string
+// TLSFiles are the files of a server's TLS. ClientCA may be empty.
+type TLSFiles struct {
+	Cert, Key, ClientCA string
 }
 
-// check says what does not go together.
-func (f tlsFiles) check(optional bool, clients []string) error {
-	switch {
-	case f.cert == "" && (f.key != "" || f.clientCA != "" || optional || len(clients) > 0):
-		return usageError{errors.New("TLS needs a --tls-cert")}
-	case len(clients) > 0 && f.clientCA == "":
-		return usageError{errors.New("--client needs a --tls-client-ca: names are believed of certificates alone")}
-	}
-	return nil
+// Watch reads the certificates, and again when they change.
+func (f TLSFiles) Watch(log *slog.Logger) (*Watched[*tls.Config], error) {
+	return Watch("TLS certificates", log, f.read, f.Cert, f.Key, f.ClientCA)
 }
 
-// watch reads the certificates, and again when they change.
-func (f tlsFiles) watch(ctx context.Context, log *slog.Logger) (*watched[*tls.Config], error) {
-	return watch(ctx, "TLS certificates", log, f.read, f.cert, f.key, f.clientCA)
-}
-
-func (f tlsFiles) read() (*tls.Config, error) {
-	cert, err := tls.LoadX509KeyPair(f.cert, f.key)
+func (f TLSFiles) read() (*tls.Config, error) {
+	cert, err := tls.LoadX509KeyPair(f.Cert, f.Key)
 	if err != nil {
-		return nil, fmt.Errorf("TLS certificate %s with the key %s: %w", f.cert, f.key, err)
+		return nil, fmt.Errorf("TLS certificate %s with the key %s: %w", f.Cert, f.Key, err)
 	}
 	c := &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}
-	if f.clientCA == "" {
+	if f.ClientCA == "" {
 		return c, nil
 	}
-	b, err := os.ReadFile(f.clientCA)
+	b, err := os.ReadFile(f.ClientCA)
 	if err != nil {
 		return nil, fmt.Errorf("TLS client authorities: %w", err)
 	}
 	c.ClientCAs = x509.NewCertPool()
 	if !c.ClientCAs.AppendCertsFromPEM(b) {
-		return nil, fmt.Errorf("TLS client authorities: %s has no certificate", f.clientCA)
+		return nil, fmt.Errorf("TLS client authorities: %s has no certificate", f.ClientCA)
 	}
 	c.ClientAuth = tls.RequireAndVerifyClientCert
 	return c, nil

@@ -1,13 +1,11 @@
-package main
+package host
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,110 +15,59 @@ import (
 	"thaw/tracefile"
 )
 
-// traceOptions say what serving does about traces.
-type traceOptions struct {
-	record      string // file to record to
-	recordFor   time.Duration
-	recordBytes size
-	recordQuiet time.Duration
-	use         []string // files, images, or "auto"
-	push        bool
-	rate        size // of prefetching, bytes a second
-	wait        int  // percent
-	waitFor     time.Duration
-	ahead       aheadOptions
+// TraceOptions say what a Host records of a device's start, and what it prefetches.
+type TraceOptions struct {
+	Record      string        // the file to record to; "": none
+	RecordFor   time.Duration // how long a recording lasts from the first read
+	RecordBytes int64         // how many bytes it may touch; 0: any number
+	RecordQuiet time.Duration // a recording ends after so long without a new block
+	Use         []string      // the traces to prefetch from: files, images, or Auto
+	Push        bool          // store recordings beside the image
+	Rate        int64         // of prefetching, bytes a second; 0: no bound
+	Ahead       Ahead
 }
 
-// aheadOptions say what is fetched ahead without a trace.
-type aheadOptions struct{ metadata, readahead, program bool }
+// Auto, among TraceOptions.Use, stands for the traces and the bundle beside the image.
+// Where there are none, the start is recorded.
+const Auto = "auto"
 
-// String, Set and Type make it a flag: a list of what to do.
-func (o *aheadOptions) String() string {
-	var on []string
-	for _, x := range o.all() {
-		if *x.on {
-			on = append(on, x.name)
-		}
-	}
-	if on == nil {
-		return "none"
-	}
-	return strings.Join(on, ",")
+// Ahead says what is prefetched where there is no trace.
+type Ahead struct {
+	Metadata  bool // the filesystem's metadata, where it is small
+	Readahead bool // the chunks that follow those that are read in order
+	Program   bool // what the image's program is made of, by the guess in the image
 }
 
-func (o *aheadOptions) Set(s string) error {
-	*o = aheadOptions{}
-	if s == "none" {
-		return nil
-	}
-next:
-	for _, word := range strings.Split(s, ",") {
-		for _, x := range o.all() {
-			if word == x.name {
-				*x.on = true
-				continue next
-			}
-		}
-		return fmt.Errorf("%q: it is none, or some of metadata, readahead and program, with commas between", word)
-	}
-	return nil
-}
-
-func (o *aheadOptions) Type() string { return "list" }
-
-type aheadOption struct {
-	name string
-	on   *bool
-}
-
-func (o *aheadOptions) all() []aheadOption {
-	return []aheadOption{{"metadata", &o.metadata}, {"readahead", &o.readahead}, {"program", &o.program}}
-}
-
-func (o *traceOptions) auto() bool { return slices.Contains(o.use, "auto") }
-
-// check says what does not go together.
-func (o *traceOptions) check(images int, others bool) error {
-	switch {
-	case o.record != "" && (images != 1 || others):
-		return errors.New("--record is of one image: serve one, and let clients open no others")
-	case o.push && !o.auto() && o.record == "":
-		return errors.New("--trace-push needs a recording: --trace auto or --record FILE")
-	case o.wait < 0 || o.wait > 100:
-		return fmt.Errorf("--prefetch-wait %d: it is a percentage", o.wait)
-	case o.waitFor < 0:
-		return fmt.Errorf("--prefetch-wait-for %v: it is a time to wait", o.waitFor)
-	}
-	return nil
-}
+func (o *TraceOptions) auto() bool { return slices.Contains(o.Use, Auto) }
 
 // tracer records the starts of devices, and fetches ahead what they will read.
 type tracer struct {
-	traceOptions
+	TraceOptions
 	opener *opener
 	dir    recordDir
 	limit  context.Context // nothing waits for longer, and nothing is pushed any more
 	log    *slog.Logger
 
-	ready atomic.Bool // the server is: recordings are of clients
+	serving atomic.Bool // clients can read: recordings are of them
 
-	mu     sync.Mutex // of what follows, and of each start's rec
+	mu     sync.Mutex // of what follows, and of each start's rec, replay and guessed
 	starts map[*start]struct{}
 }
 
-func newTracer(limit context.Context, o traceOptions, opener *opener, dir recordDir) *tracer {
+func newTracer(limit context.Context, o TraceOptions, opener *opener, dir recordDir) *tracer {
 	if o.auto() {
-		dir.recover(opener.log)
+		dir.recover(opener.Log)
 	}
-	return &tracer{traceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.log, starts: make(map[*start]struct{})}
+	return &tracer{TraceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.Log, starts: make(map[*start]struct{})}
 }
 
-// await waits for c, and when time is up for a moment more: what is left to do
-// then is a matter of this machine.
-func (t *tracer) await(c <-chan struct{}) bool {
+// await waits for c until ctx or t.limit ends, and for a moment more: what is left to
+// do then depends on this machine alone.
+func (t *tracer) await(ctx context.Context, c <-chan struct{}) bool {
 	select {
 	case <-c:
 		return true
+	case <-ctx.Done():
 	case <-t.limit.Done():
 	}
 	moment := time.NewTimer(500 * time.Millisecond)
@@ -140,27 +87,30 @@ const findTimeout = 10 * time.Second
 // start is the start of one device.
 type start struct {
 	t      *tracer
-	image  *blockImage
+	image  *BlockImage
 	begun  time.Time
 	ctx    context.Context // ends with the device
 	cancel context.CancelFunc
 
 	listed  chan struct{} // closed when beside and listErr are there
-	beside  beside
+	beside  Beside
 	listErr error
 
 	attached bool // by attach, which begins all that follows
 
-	rec     *recording      // guarded by t.mu: `thaw trace stop` may come at any time
-	loaded  chan struct{}   // closed when replay is there, or will not be
+	// Guarded by t.mu against those who ask at any time; loaded says that the last
+	// two are final.
+	rec     *recording
 	replay  *fetcher.Replay // nil: nothing says what will be read
+	source  string          // of replay: "bundle" or "trace"
 	guessed *fetcher.Replay // of what is likely to be read then
+	loaded  chan struct{}   // closed when replay is there, or will not be
 }
 
 // open opens an image, and begins its start.
 func (t *tracer) open(ctx context.Context, name string) (s *start, image *openImage, err error) {
 	// What is likely to be served need not be what is served in the end.
-	image, err = t.opener.open(ctx, name, func(b *blockImage) {
+	image, err = t.opener.open(ctx, name, func(b *BlockImage) {
 		if s != nil {
 			s.stop()
 		}
@@ -172,7 +122,7 @@ func (t *tracer) open(ctx context.Context, name string) (s *start, image *openIm
 		}
 		return nil, nil, err
 	}
-	if s == nil || s.image.digest != image.of.digest {
+	if s == nil || s.image.Digest != image.of.Digest {
 		if s != nil {
 			s.stop()
 		}
@@ -183,7 +133,7 @@ func (t *tracer) open(ctx context.Context, name string) (s *start, image *openIm
 
 // begin looks for what is known of an image's starts, from the moment on that its
 // manifest is known: the index is fetched meanwhile.
-func (t *tracer) begin(b *blockImage) *start {
+func (t *tracer) begin(b *BlockImage) *start {
 	s := &start{t: t, image: b, begun: time.Now(), listed: make(chan struct{}), loaded: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	t.mu.Lock()
@@ -194,7 +144,7 @@ func (t *tracer) begin(b *blockImage) *start {
 		if t.auto() {
 			ctx, cancel := context.WithTimeout(s.ctx, findTimeout)
 			defer cancel()
-			s.beside, s.listErr = findBeside(ctx, b)
+			s.beside, s.listErr = b.Beside(ctx)
 		}
 	}()
 	return s
@@ -222,16 +172,16 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 	go func() { // which asks the registry again; the device can be mounted meanwhile
 		defer close(s.loaded)
 		s.load(image)
-		if s.replay == nil && t.ahead.readahead {
+		if s.replay == nil && t.Ahead.Readahead {
 			image.fetcher.ReadAhead()
 		}
 	}()
-	if t.record == "" && (!t.auto() || s.known(ctx)) {
+	if t.Record == "" && (!t.auto() || s.known(ctx)) {
 		return image.Image, nil
 	}
 	device, err := s.startRecording(image)
-	if err != nil && t.record == "" {
-		t.log.Warn("the start is not recorded", "image", s.image.name, "err", err)
+	if err != nil && t.Record == "" {
+		t.log.Warn("the start is not recorded", "image", s.image.Name, "err", err)
 		return image.Image, nil
 	}
 	return device, err
@@ -243,15 +193,15 @@ func (s *start) known(ctx context.Context) bool {
 		return true
 	}
 	// Those of files and of other images are looked for meanwhile.
-	return len(s.t.use) > 1 && s.within(ctx, s.loaded) && s.replay != nil
+	return len(s.t.Use) > 1 && s.within(ctx, s.loaded) && s.replay != nil
 }
 
 // found says whether anything is beside the image, once that is listed.
-func (s *start) found() bool { return len(s.beside.traces)+len(s.beside.bundles) > 0 }
+func (s *start) found() bool { return len(s.beside.Traces)+len(s.beside.Bundles) > 0 }
 
 // load starts to fetch what bundles and traces say.
 func (s *start) load(image *openImage) {
-	log := s.t.log.With("image", s.image.name)
+	log := s.t.log.With("image", s.image.Name)
 	o := s.replayOptions()
 	if !s.within(s.ctx, s.listed) {
 		s.guess(image)
@@ -286,13 +236,20 @@ func (s *start) load(image *openImage) {
 	if s.guessed != nil {
 		s.guessed.Stop()
 	}
-	s.replay = image.fetcher.Replay(s.ctx, wants, o)
+	source := "trace"
+	if o.Bundle != nil {
+		source = "bundle"
+	}
+	replay := image.fetcher.Replay(s.ctx, wants, o)
+	s.t.mu.Lock()
+	s.replay, s.source = replay, source
+	s.t.mu.Unlock()
 	log.Info("replaying a trace", what...)
 }
 
 // bundle opens the last bundle beside the image.
 func (s *start) bundle(image *openImage) *fetcher.Bundle {
-	for _, d := range slices.Backward(s.beside.bundles) {
+	for _, d := range slices.Backward(s.beside.Bundles) {
 		stored, err := openBundle(s.ctx, s.image, d)
 		if err == nil {
 			var b *fetcher.Bundle
@@ -304,7 +261,7 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 		if s.ctx.Err() != nil {
 			return nil
 		}
-		s.t.log.Warn("a bundle is of no use", "image", s.image.name, "manifest", d.Digest.String(), "err", err)
+		s.t.log.Warn("a bundle is of no use", "image", s.image.Name, "manifest", d.Digest.String(), "err", err)
 	}
 	return nil
 }
@@ -313,27 +270,30 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 // this one will.
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
-	if s.t.ahead.metadata {
+	if s.t.Ahead.Metadata {
 		wants = image.MissingMetadata(smallMetadata)
 	}
-	if s.t.ahead.program {
-		extents, err := s.image.manifest.Guess(image.Index().Blocks)
+	if s.t.Ahead.Program {
+		extents, err := s.image.Manifest.Guess(image.Index().Blocks)
 		if err != nil {
-			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.name, "err", err)
+			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.Name, "err", err)
 		}
 		for _, e := range extents {
 			wants = append(wants, image.Missing(e)...)
 		}
 	}
 	if len(wants) > 0 && s.ctx.Err() == nil {
-		s.guessed = image.fetcher.Replay(s.ctx, wants, s.replayOptions())
+		guessed := image.fetcher.Replay(s.ctx, wants, s.replayOptions())
+		s.t.mu.Lock()
+		s.guessed = guessed
+		s.t.mu.Unlock()
 	}
 }
 
 // replayOptions are those for what nobody waits for. More than the cache can hold
 // would push out what came first before it is read.
 func (s *start) replayOptions() fetcher.ReplayOptions {
-	return fetcher.ReplayOptions{Rate: int64(s.t.rate), MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
+	return fetcher.ReplayOptions{Rate: s.t.Rate, MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
 // smallMetadata is how much metadata is fetched whole, as it is stored: that of
@@ -344,16 +304,16 @@ const smallMetadata = 4 << 20
 // stored beside the image are in its bundle, if it has one.
 func (s *start) trace(stored bool) *tracefile.Trace {
 	var traces []*tracefile.Trace
-	for _, use := range s.t.use {
-		if use == "auto" {
+	for _, use := range s.t.Use {
+		if use == Auto {
 			if stored {
-				traces = append(traces, storedTraces(s.ctx, s.image, s.beside.traces, s.t.log)...)
+				traces = append(traces, s.image.StoredTraces(s.ctx, s.beside.Traces, s.t.log)...)
 			}
 			continue
 		}
 		found, err := s.t.read(s.ctx, use, s.image)
 		if err != nil {
-			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.name, "err", err)
+			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.Name, "err", err)
 		}
 		traces = append(traces, found...)
 	}
@@ -362,14 +322,14 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	}
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
-		s.t.log.Warn("the traces cannot be merged", "image", s.image.name, "err", err)
+		s.t.log.Warn("the traces cannot be merged", "image", s.image.Name, "err", err)
 		return nil
 	}
 	return merged
 }
 
 // read reads what one --trace names, and makes it be of b.
-func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []*tracefile.Trace, err error) {
+func (t *tracer) read(ctx context.Context, use string, b *BlockImage) (traces []*tracefile.Trace, err error) {
 	found, err := t.opener.readNamed(ctx, use)
 	for _, r := range found {
 		if r.Cut != nil && r.of == nil { // storedTraces has said so of the others
@@ -381,23 +341,23 @@ func (t *tracer) read(ctx context.Context, use string, b *blockImage) (traces []
 				r.of, _ = blockmap.DecodeIndex(encoded) // or it is not known
 			}
 		}
-		trace, carried, fitErr := r.fit(b)
+		trace, carried, fitErr := r.Fit(b)
 		err = errors.Join(err, fitErr)
 		if fitErr != nil {
 			continue
 		}
 		if carried != nil {
-			t.log.Info("a trace of another version is used", "image", b.name, "what", carried.String())
+			t.log.Info("a trace of another version is used", "image", b.Name, "what", carried.String())
 		}
 		traces = append(traces, trace)
 	}
 	return traces, err
 }
 
-// await returns when enough has been fetched ahead, or when ctx ends. When it
-// cannot be, the start goes on without.
-func (s *start) await(ctx context.Context) {
-	if s.t.wait == 0 || !s.within(ctx, s.listed) {
+// await returns when this share of what the start will read has been prefetched, or
+// when ctx ends. Where that cannot be, the start goes on without.
+func (s *start) await(ctx context.Context, share float64) {
+	if share == 0 || !s.within(ctx, s.listed) {
 		return
 	}
 	err := context.DeadlineExceeded
@@ -406,12 +366,54 @@ func (s *start) await(ctx context.Context) {
 		if s.replay == nil {
 			return
 		}
-		err = s.replay.Wait(ctx, float64(s.t.wait)/100)
+		err = s.replay.Wait(ctx, share)
 	case <-ctx.Done():
 	}
 	if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
-		s.t.log.Warn("ready, though less than asked for was prefetched", "image", s.image.name, "err", err)
+		s.t.log.Warn("ready, though less than asked for was prefetched", "image", s.image.Name, "err", err)
 	}
+}
+
+// PrefetchInfo says how far the prefetch of a device is.
+type PrefetchInfo struct {
+	State      string  `json:"state"`            // looking (for traces), running, ended, or none
+	Source     string  `json:"source,omitempty"` // bundle, trace, or guess
+	Chunks     int64   `json:"chunks"`
+	DoneChunks int64   `json:"done_chunks"`
+	Failed     int64   `json:"failed_chunks"`
+	Bytes      int64   `json:"stored_bytes"` // of the chunks, as they are stored in the registry
+	DoneBytes  int64   `json:"done_stored_bytes"`
+	Seconds    float64 `json:"seconds"` // since it began, or until it ended
+}
+
+func (s *start) prefetchInfo() *PrefetchInfo {
+	loaded := false
+	select {
+	case <-s.loaded:
+		loaded = true
+	default:
+	}
+	s.t.mu.Lock()
+	r, source := s.replay, s.source
+	if r == nil && s.guessed != nil {
+		r, source = s.guessed, "guess"
+	}
+	s.t.mu.Unlock()
+	switch {
+	case r == nil && loaded:
+		return &PrefetchInfo{State: "none"}
+	case r == nil:
+		return &PrefetchInfo{State: "looking"}
+	}
+	p := r.Progress()
+	in := &PrefetchInfo{
+		State: "running", Source: source, Chunks: p.Chunks, DoneChunks: p.DoneChunks, Failed: p.Failed, Bytes: p.Bytes, DoneBytes: p.DoneBytes,
+		Seconds: time.Since(p.Began).Seconds(),
+	}
+	if !p.Ended.IsZero() {
+		in.State, in.Seconds = "ended", p.Ended.Sub(p.Began).Seconds()
+	}
+	return in
 }
 
 // stop ends all of it, and says what was lost. It is not called while attach is.
@@ -426,14 +428,14 @@ func (s *start) stop() {
 	}
 	s.cancel()
 	if !s.attached {
-		s.t.await(s.listed)
+		s.t.await(s.t.limit, s.listed)
 		return
 	}
 	if rec != nil {
 		go rec.Stop() // which waits for whoever reads a FIFO
-		s.t.await(rec.ended)
+		s.t.await(s.t.limit, rec.ended)
 	}
-	if !s.t.await(s.loaded) {
+	if !s.t.await(s.t.limit, s.loaded) {
 		return
 	}
 	if s.guessed != nil {
@@ -448,7 +450,7 @@ func (s *start) stop() {
 	if p.Failed > 0 {
 		log = s.t.log.Warn
 	}
-	log("replayed", "image", s.image.name, "chunks", p.DoneChunks, "of", p.Chunks, "bytes", p.DoneBytes, "failed", p.Failed,
+	log("replayed", "image", s.image.Name, "chunks", p.DoneChunks, "of", p.Chunks, "bytes", p.DoneBytes, "failed", p.Failed,
 		"seconds", p.Ended.Sub(p.Began).Seconds())
 }
 

@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"errors"
@@ -16,35 +16,21 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// allowHelp says what patterns mean.
-const allowHelp = `With --allow, clients open what they name: the export's name is the reference. A
-pattern is compared with the reference in full, part by part:
+// Allow lists the patterns of the references that clients may open.
+type Allow []string
 
-  HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]    REPOSITORY alone is Docker Hub's
-  oci:DIRECTORY[:TAG]
-
-* stands for anything within one component of a path, a tag, or one label of a
-host name, and ? for one character; * as the whole host stands for any host. **
-at the end of a repository or directory stands for anything, slashes included;
-HOST** is all of that host, and ** alone all of all registries, but no directory.
-Host names match in any case, and a port only by a port. Without a tag a pattern matches any tag
-and digest; with a tag, only references without a digest; with a digest, only
-that. A directory counts as where its symbolic links lead to, and may not contain
-"..". Archives are never opened.`
-
-// patterns say which references clients may open.
-type patterns []string
-
-func (p patterns) check() error {
+// Check fails with an InvalidError where a pattern is malformed.
+func (p Allow) Check() error {
 	for _, s := range p {
 		if _, err := parsePattern(s); err != nil {
-			return usageError{fmt.Errorf("--allow %q: %w", s, err)}
+			return InvalidError{fmt.Errorf("the pattern %q: %w", s, err)}
 		}
 	}
 	return nil
 }
 
-func (p patterns) match(name string) bool {
+// Match reports whether a client may open name.
+func (p Allow) Match(name string) bool {
 	// What a pattern means is what the reference means: no other spelling, and
 	// no way up out of a directory.
 	ref, err := registry.ParseRef(name)

@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"context"
@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -22,48 +21,55 @@ import (
 //	GET  /stats         what `thaw serve` says at its end, as of now
 const controlName = "control.sock"
 
-// control is the server's side.
-type control struct {
+// Control is the server's side of the control socket.
+type Control struct {
+	host *Host
 	http *http.Server
 	done chan struct{}
 }
 
-// startControl listens in the cache directory. A server that cannot goes on
-// without: the path of a socket has at most 107 bytes.
-func startControl(ctx context.Context, cache string, log *slog.Logger, stopRecording func() int, stats func() any) *control {
-	c := &control{done: make(chan struct{})}
-	answer := func(w http.ResponseWriter, v any) {
-		w.Header().Set("Content-Type", "application/json")
-		if err := json.NewEncoder(w).Encode(v); err != nil {
-			log.Debug("control", "err", err)
-		}
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST /trace/stop", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, map[string]int{"stopped": stopRecording()})
-	})
-	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { answer(w, stats()) })
-	l, err := nbd.Listen(ctx, "unix:"+filepath.Join(cache, controlName))
+// StartControl listens in the cache directory. A host that cannot goes on without: the
+// path of a socket has at most 107 bytes.
+func (h *Host) StartControl(ctx context.Context) *Control {
+	c := &Control{host: h, done: make(chan struct{})}
+	l, err := nbd.Listen(ctx, "unix:"+filepath.Join(h.dir, controlName))
 	if err != nil {
-		log.Warn("`thaw trace stop` will not reach this server", "err", err)
+		h.log.Warn("cannot listen on the control socket: `thaw trace stop` will not reach this server", "err", err)
 		close(c.done)
 		return c
 	}
-	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	c.http = &http.Server{Handler: c.handler(), ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		defer close(c.done)
 		if err := c.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			log.Warn("control", "err", err)
+			h.log.Warn("the control socket has failed", "err", err)
 		}
 	}()
 	return c
 }
 
-func (c *control) stop() {
+// Stop ends the requests that are under way, and removes the socket.
+func (c *Control) Stop() {
 	if c.http != nil {
 		c.http.Close()
 	}
 	<-c.done
+}
+
+func (c *Control) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /trace/stop", func(w http.ResponseWriter, r *http.Request) {
+		c.answer(w, map[string]int{"stopped": c.host.StopRecordings(r.Context())})
+	})
+	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { c.answer(w, c.host.Stats()) })
+	return mux
+}
+
+func (c *Control) answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		c.host.log.Debug("cannot answer on the control socket", "err", err)
+	}
 }
 
 // Times that a server has to answer: one that lives says something at once, and
@@ -73,8 +79,8 @@ const (
 	answerTimeout = 30 * time.Second
 )
 
-// ask calls the server that has the cache directory.
-func ask(ctx context.Context, cache, method, path string, answer any) error {
+// Ask calls the server that has the cache directory, and decodes what it answers.
+func Ask(ctx context.Context, cache, method, path string, answer any) error {
 	var alive any
 	if err := askFor(ctx, aliveTimeout, cache, "GET", "/stats", &alive); err != nil {
 		return err

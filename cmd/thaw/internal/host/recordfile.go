@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"crypto/rand"
@@ -232,8 +232,8 @@ func (d recordDir) path() string { return filepath.Join(d.cache, "traces") }
 
 // create makes the file of a recording of an image: in the cache, or else where
 // temporary files go.
-func (d recordDir) create(b *blockImage, log *slog.Logger) (*recordFile, error) {
-	name := fmt.Sprintf("%s-%.12s.trace", time.Now().UTC().Format("20060102T150405.000000"), b.digest.Hex)
+func (d recordDir) create(b *BlockImage, log *slog.Logger) (*recordFile, error) {
+	name := fmt.Sprintf("%s-%.12s.trace", time.Now().UTC().Format("20060102T150405.000000"), b.Digest.Hex)
 	err := os.MkdirAll(d.path(), 0o700)
 	if err == nil {
 		var f *recordFile

@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"bytes"
@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -28,23 +29,24 @@ const (
 	maxBundles = 8
 )
 
-// beside is what lies beside an image for its starts: descriptors of manifests,
-// the last one pushed last where a list keeps the order.
-type beside struct{ traces, bundles []v1.Descriptor }
+// Beside lists what is stored beside an image for its starts: the manifests of traces
+// and of bundles. Where the registry's list keeps the order, the one pushed last is
+// the last one.
+type Beside struct{ Traces, Bundles []v1.Descriptor }
 
-// findBeside lists them.
-func findBeside(ctx context.Context, b *blockImage) (beside, error) {
-	var found beside
-	all, err := b.repo.Referrers(ctx, v1.Descriptor{Digest: b.digest}, tracefile.ArtifactTypeTrace, tracefile.ArtifactTypeBundle)
+// Beside finds what is stored beside the image.
+func (b *BlockImage) Beside(ctx context.Context) (Beside, error) {
+	var found Beside
+	all, err := b.Repo.Referrers(ctx, v1.Descriptor{Digest: b.Digest}, tracefile.ArtifactTypeTrace, tracefile.ArtifactTypeBundle)
 	for _, d := range all {
 		if d.ArtifactType == tracefile.ArtifactTypeTrace {
-			found.traces = append(found.traces, d)
+			found.Traces = append(found.Traces, d)
 		} else {
-			found.bundles = append(found.bundles, d)
+			found.Bundles = append(found.Bundles, d)
 		}
 	}
-	found.traces = found.traces[max(0, len(found.traces)-maxTraces):]
-	found.bundles = found.bundles[max(0, len(found.bundles)-maxBundles):]
+	found.Traces = found.Traces[max(0, len(found.Traces)-maxTraces):]
+	found.Bundles = found.Bundles[max(0, len(found.Bundles)-maxBundles):]
 	return found, err
 }
 
@@ -60,54 +62,56 @@ func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, medi
 	return tracefile.ArtifactLayer(raw, mediaType)
 }
 
-// storedTraces reads traces that are beside an image.
-func storedTraces(ctx context.Context, b *blockImage, manifests []v1.Descriptor, log *slog.Logger) (traces []*tracefile.Trace) {
+// StoredTraces reads traces that are stored beside the image. It logs those that
+// cannot be used and leaves them out.
+func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor, log *slog.Logger) (traces []*tracefile.Trace) {
 	for _, d := range manifests {
 		trace, err := storedTrace(ctx, b, d)
 		if ctx.Err() != nil {
-			return nil // nobody has a use for any
+			return nil
 		}
 		if err != nil {
-			log.Warn("a stored trace is of no use", "image", b.name, "manifest", d.Digest.String(), "err", err)
+			log.Warn("a stored trace is of no use", "image", b.Name, "manifest", d.Digest.String(), "err", err)
 			continue
 		}
 		if trace.Cut != nil {
-			log.Warn("a stored trace ends early; what there is of it is used", "image", b.name, "manifest", d.Digest.String(), "err", trace.Cut)
+			log.Warn("a stored trace ends early; what there is of it is used", "image", b.Name, "manifest", d.Digest.String(), "err", trace.Cut)
 		}
 		traces = append(traces, trace)
 	}
 	return traces
 }
 
-func storedTrace(ctx context.Context, b *blockImage, d v1.Descriptor) (*tracefile.Trace, error) {
-	layer, err := storedLayer(ctx, b.repo, d, tracefile.MediaTypeTrace)
+func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefile.Trace, error) {
+	layer, err := storedLayer(ctx, b.Repo, d, tracefile.MediaTypeTrace)
 	if err != nil {
 		return nil, err
 	}
 	if layer.Size > tracefile.MaxSize {
 		return nil, fmt.Errorf("it has %d bytes, a trace at most %d", layer.Size, tracefile.MaxSize)
 	}
-	blob, err := b.repo.Blob(ctx, layer)
+	blob, err := b.Repo.Blob(ctx, layer)
 	if err != nil {
 		return nil, err
 	}
 	trace, err := tracefile.Read(bytes.NewReader(blob))
-	if err == nil && trace.Index != b.indexDigest() {
+	if err == nil && trace.Index != b.IndexDigest() {
 		err = tracefile.ErrOtherImage
 	}
 	return trace, err
 }
 
-// recordedTrace is a trace with what is known of the image that it is of.
-type recordedTrace struct {
+// RecordedTrace is a trace, and the index of the image that it was recorded of where
+// that is known.
+type RecordedTrace struct {
 	*tracefile.Trace
 	name string
 	of   *blockmap.Index // nil: not known
 }
 
-// readTraces reads the traces that words on the command line stand for: each a
-// file, or an image for those beside it.
-func (f *finder) readTraces(ctx context.Context, names []string) (traces []recordedTrace, err error) {
+// ReadTraces reads the traces that names stand for: each a file, or an image for the
+// traces beside it.
+func (f *Finder) ReadTraces(ctx context.Context, names []string) (traces []RecordedTrace, err error) {
 	for _, name := range names {
 		found, err := f.readNamed(ctx, name)
 		if err != nil {
@@ -118,28 +122,28 @@ func (f *finder) readTraces(ctx context.Context, names []string) (traces []recor
 	return traces, nil
 }
 
-func (f *finder) readNamed(ctx context.Context, name string) (traces []recordedTrace, err error) {
-	raw, err := readInput(ctx, name, tracefile.MaxSize)
+func (f *Finder) readNamed(ctx context.Context, name string) (traces []RecordedTrace, err error) {
+	raw, err := f.ReadFile(ctx, name, tracefile.MaxSize)
 	if err == nil {
 		trace, err := tracefile.Read(bytes.NewReader(raw))
 		if err != nil {
 			return nil, err
 		}
-		return []recordedTrace{{trace, name, nil}}, nil
+		return []RecordedTrace{{trace, name, nil}}, nil
 	}
-	if !isNoFile(err) {
+	if pathErr := (*fs.PathError)(nil); !errors.As(err, &pathErr) || pathErr.Op != "open" {
 		return nil, err
 	}
-	b, err := f.find(ctx, name)
+	b, err := f.Find(ctx, name)
 	if err != nil {
 		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
 	}
-	found, err := findBeside(ctx, b)
+	found, err := b.Beside(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, trace := range storedTraces(ctx, b, found.traces, f.log) {
-		traces = append(traces, recordedTrace{trace, name, b.index})
+	for _, trace := range b.StoredTraces(ctx, found.Traces, f.Log) {
+		traces = append(traces, RecordedTrace{trace, name, b.Index})
 	}
 	if len(traces) == 0 {
 		return nil, errors.New("there are no traces beside that image")
@@ -147,16 +151,16 @@ func (f *finder) readNamed(ctx context.Context, name string) (traces []recordedT
 	return traces, nil
 }
 
-// fit makes the trace one of b, and says what of it b has, where it was of
-// another version.
-func (r recordedTrace) fit(b *blockImage) (*tracefile.Trace, *tracefile.Carried, error) {
-	if r.Index == b.indexDigest() {
+// Fit translates the trace to b. Where the trace was recorded of another version of
+// the image, carried says how much of it b has.
+func (r RecordedTrace) Fit(b *BlockImage) (*tracefile.Trace, *tracefile.Carried, error) {
+	if r.Index == b.IndexDigest() {
 		return r.Trace, nil, nil
 	}
 	if r.of == nil {
 		return nil, nil, fmt.Errorf("%s: %w: name the image that it was recorded of instead", r.name, tracefile.ErrOtherImage)
 	}
-	t, carried, err := tracefile.Translate(r.Trace, r.of, b.index)
+	t, carried, err := tracefile.Translate(r.Trace, r.of, b.Index)
 	return t, &carried, err
 }
 
@@ -172,19 +176,19 @@ type storedBundle struct {
 }
 
 // openBundle asks for the whole of a bundle and reads its head.
-func openBundle(ctx context.Context, b *blockImage, d v1.Descriptor) (s *storedBundle, err error) {
+func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedBundle, err error) {
 	ctx, end := context.WithCancel(ctx)
-	s = &storedBundle{repo: b.repo, end: end}
+	s = &storedBundle{repo: b.Repo, end: end}
 	defer func() {
 		if err != nil {
 			end()
 		}
 	}()
-	if s.layer, err = storedLayer(ctx, b.repo, d, tracefile.MediaTypeBundle); err != nil {
+	if s.layer, err = storedLayer(ctx, b.Repo, d, tracefile.MediaTypeBundle); err != nil {
 		return nil, err
 	}
 	s.asked = time.Now()
-	if s.body, err = b.repo.OpenRange(ctx, s.layer.Digest, 0, s.layer.Size); err != nil {
+	if s.body, err = b.Repo.OpenRange(ctx, s.layer.Digest, 0, s.layer.Size); err != nil {
 		return nil, err
 	}
 	if s.head, err = tracefile.ReadBundle(s.body); err == nil {
@@ -237,18 +241,55 @@ func (s *storedBundle) close() {
 	s.end()
 }
 
-// pushTrace stores a trace beside its image.
-func pushTrace(ctx context.Context, b *blockImage, file []byte) (v1.Descriptor, error) {
-	layer, err := b.repo.PushBytes(ctx, file, tracefile.MediaTypeTrace)
+// PushTrace stores a trace file beside its image.
+func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor, error) {
+	layer, err := b.Repo.PushBytes(ctx, file, tracefile.MediaTypeTrace)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
 	return pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer)
 }
 
+// ErrEmptyPlan says that there is nothing to pack.
+var ErrEmptyPlan = errors.New("nothing that the traces touch is in the image")
+
+// Packed describes a bundle that was stored beside its image.
+type Packed struct {
+	Reference string // to the bundle's manifest
+	Starts    uint32 // that the traces are of
+	Chunks    int
+	Wanted    int64 // bytes that the traces touch
+	Content   int64 // bytes of the chunks
+	Bytes     int64 // of the bundle
+}
+
+// Pack makes a bundle of what traces of the image touch, in a directory below temp,
+// and stores it beside the image.
+func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp string) (*Packed, error) {
+	merged, err := tracefile.Merge(traces...)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := tracefile.NewPlan(merged, b.Index)
+	if err != nil {
+		return nil, err
+	}
+	if len(plan.Steps) == 0 {
+		return nil, ErrEmptyPlan
+	}
+	d, size, err := pushBundle(ctx, b, plan, temp)
+	if err != nil {
+		return nil, err
+	}
+	return &Packed{
+		Reference: b.Repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(plan.Bundle().Parts),
+		Wanted: plan.Wanted, Content: plan.Size, Bytes: size,
+	}, nil
+}
+
 // pushBundle packs the bundle of a plan in a directory below temp, and stores it
 // beside the image.
-func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
+func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
 	dir, err := os.MkdirTemp(temp, "thaw-bundle-")
 	if err != nil {
 		return d, 0, fmt.Errorf("no place to pack the bundle: %w; name a directory with --temp, or by TMPDIR", err)
@@ -264,7 +305,7 @@ func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan, temp s
 		return d, 0, err
 	}
 	defer f.Close()
-	if _, err := plan.Pack(ctx, f, scratch, origin{b.repo}.OpenRange); err != nil {
+	if _, err := plan.Pack(ctx, f, scratch, origin{b.Repo}.OpenRange); err != nil {
 		return d, 0, err
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
@@ -274,20 +315,20 @@ func pushBundle(ctx context.Context, b *blockImage, plan *tracefile.Plan, temp s
 	if layer.Digest, layer.Size, err = v1.SHA256(f); err != nil {
 		return d, 0, err
 	}
-	if _, err = b.repo.PushBlob(ctx, layer, f.Name(), nil); err != nil {
+	if _, err = b.Repo.PushBlob(ctx, layer, f.Name(), nil); err != nil {
 		return d, 0, err
 	}
 	d, err = pushBeside(ctx, b, tracefile.ArtifactTypeBundle, layer)
 	return d, layer.Size, err
 }
 
-func pushBeside(ctx context.Context, b *blockImage, artifactType string, layer v1.Descriptor) (v1.Descriptor, error) {
-	if _, err := b.repo.PushBytes(ctx, []byte(tracefile.EmptyConfig), tracefile.EmptyConfigType); err != nil {
+func pushBeside(ctx context.Context, b *BlockImage, artifactType string, layer v1.Descriptor) (v1.Descriptor, error) {
+	if _, err := b.Repo.PushBytes(ctx, []byte(tracefile.EmptyConfig), tracefile.EmptyConfigType); err != nil {
 		return v1.Descriptor{}, err
 	}
-	raw, err := tracefile.ArtifactManifest(artifactType, layer, v1.Descriptor{Digest: b.digest, Size: b.size})
+	raw, err := tracefile.ArtifactManifest(artifactType, layer, v1.Descriptor{Digest: b.Digest, Size: int64(len(b.Raw))})
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	return b.repo.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
+	return b.Repo.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
 }

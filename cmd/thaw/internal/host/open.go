@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"context"
@@ -20,7 +20,7 @@ import (
 // opener opens images for serving. What it learns it keeps in the cache, so that
 // it can do without the registry the next time.
 type opener struct {
-	*finder
+	*Finder
 	cache   *blockmap.Cache
 	fetcher *fetcher.Fetcher
 }
@@ -33,7 +33,7 @@ const patience = 2 * time.Second
 // closed when nothing reads it any more.
 type openImage struct {
 	*blockmap.Image
-	of      *blockImage
+	of      *BlockImage
 	fetcher *fetcher.Bound
 
 	cancel context.CancelFunc // of what is asked in the background
@@ -54,30 +54,30 @@ func (m *openImage) close() {
 // What the name meant the last time is in the cache, perhaps with all of its
 // bytes. It is served at once where the name is a digest or pinned to one, and else
 // where the registry says nothing for as long as patience lasts, or cannot answer.
-func (o *opener) open(ctx context.Context, name string, begin func(*blockImage)) (*openImage, error) {
+func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage)) (*openImage, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
-		return nil, usageError{err}
+		return nil, InvalidError{err}
 	}
-	repo, err := o.client.Open(ref)
+	repo, err := o.Client.Open(ref)
 	if err != nil {
 		return nil, err
 	}
 	known, err := o.recall(repo, name)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			o.log.Warn("what the cache knows of the image is of no use", "image", name, "err", err)
+			o.Log.Warn("what the cache knows of the image is of no use", "image", name, "err", err)
 		}
 		return o.ask(ctx, repo, name, begin)
 	}
 	begin(known)
-	if _, pinned := o.pins.of(ref); pinned || ref.Digest != (v1.Hash{}) {
+	if _, pinned := o.Pins.Of(ref); pinned || ref.Digest != (v1.Hash{}) {
 		return o.serveKnown(known, nil, func(ctx context.Context) { o.checkAccess(ctx, known) })
 	}
 
 	// The answer that is late is of interest all the same.
 	type answer struct {
-		b   *blockImage
+		b   *BlockImage
 		err error
 	}
 	answered := make(chan answer, 1)
@@ -120,7 +120,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*blockImage))
 }
 
 // ask opens an image that the cache does not know.
-func (o *opener) ask(ctx context.Context, repo *registry.Repo, name string, begin func(*blockImage)) (*openImage, error) {
+func (o *opener) ask(ctx context.Context, repo *registry.Repo, name string, begin func(*BlockImage)) (*openImage, error) {
 	b, err := o.manifest(ctx, repo, name)
 	if err != nil {
 		return nil, err
@@ -133,14 +133,14 @@ func (o *opener) ask(ctx context.Context, repo *registry.Repo, name string, begi
 }
 
 // serveFound opens b, of which the registry has told.
-func (o *opener) serveFound(ctx context.Context, known, b *blockImage, begin func(*blockImage)) (*openImage, error) {
-	if b.digest != known.digest {
+func (o *opener) serveFound(ctx context.Context, known, b *BlockImage, begin func(*BlockImage)) (*openImage, error) {
+	if b.Digest != known.Digest {
 		begin(b)
 	}
 	cached, err := o.load(ctx, b)
 	if err != nil {
 		m, instead := o.serveInstead(known, err)
-		if instead == nil && b.digest != known.digest {
+		if instead == nil && b.Digest != known.Digest {
 			begin(known)
 		}
 		return m, instead
@@ -154,7 +154,7 @@ func (o *opener) serveFound(ctx context.Context, known, b *blockImage, begin fun
 // serveInstead opens what is known, because of err. Nothing helps where the
 // registry has given an answer. Where it refuses us, the cache must have all: what
 // is missing would not come.
-func (o *opener) serveInstead(known *blockImage, err error) (*openImage, error) {
+func (o *opener) serveInstead(known *BlockImage, err error) (*openImage, error) {
 	var bad badImage
 	if errors.Is(err, registry.ErrNotFound) || errors.Is(err, errNoBlockImage) || errors.Is(err, errPinned) || errors.As(err, &bad) ||
 		errors.Is(err, context.Canceled) {
@@ -169,7 +169,7 @@ func (o *opener) serveInstead(known *blockImage, err error) (*openImage, error) 
 
 // serveKnown opens what is known. err says why it is not asked for, nil that
 // there is no need.
-func (o *opener) serveKnown(known *blockImage, err error, then func(context.Context)) (*openImage, error) {
+func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Context)) (*openImage, error) {
 	m, openErr := o.image(known, nil)
 	if openErr != nil {
 		return nil, openErr
@@ -177,10 +177,10 @@ func (o *opener) serveKnown(known *blockImage, err error, then func(context.Cont
 	missing := absent(m.Image)
 	if errors.Is(err, registry.ErrUnauthorized) && missing > 0 {
 		m.close()
-		return nil, fmt.Errorf("%w; the cache lacks %s of the image", err, bytesString(missing))
+		return nil, fmt.Errorf("%w; the cache lacks %d MiB of the image", err, (missing+1<<20-1)>>20)
 	}
 	if err != nil {
-		o.log.Warn("serving from the cache alone", "image", known.name, "missing_bytes", missing, "digest", known.digest.String(), "err", err)
+		o.Log.Warn("serving from the cache alone", "image", known.Name, "missing_bytes", missing, "digest", known.Digest.String(), "err", err)
 	}
 	if then != nil && (err != nil || missing > 0) {
 		m.background(then)
@@ -189,9 +189,9 @@ func (o *opener) serveKnown(known *blockImage, err error, then func(context.Cont
 }
 
 // image opens b, and has then run in the background until it is closed.
-func (o *opener) image(b *blockImage, then func(context.Context)) (*openImage, error) {
-	f := o.fetcher.From(origin{b.repo})
-	image, err := blockmap.NewImage(b.index, o.cache, f)
+func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
+	f := o.fetcher.From(origin{b.Repo})
+	image, err := blockmap.NewImage(b.Index, o.cache, f)
 	if err != nil {
 		return nil, err
 	}
@@ -209,7 +209,7 @@ func (m *openImage) background(f func(context.Context)) {
 }
 
 // askAgain asks until the registry answers what the name means.
-func (o *opener) askAgain(ctx context.Context, known *blockImage) {
+func (o *opener) askAgain(ctx context.Context, known *BlockImage) {
 	const first, most = 5 * time.Second, 2 * time.Minute
 	for wait := first; ; wait = min(2*wait, most) {
 		t := time.NewTimer(wait)
@@ -219,7 +219,7 @@ func (o *opener) askAgain(ctx context.Context, known *blockImage) {
 			t.Stop()
 			return
 		}
-		b, err := o.manifest(ctx, known.repo, known.name)
+		b, err := o.manifest(ctx, known.Repo, known.Name)
 		if err == nil || !errors.Is(err, registry.ErrUnavailable) {
 			o.compare(ctx, known, b, err)
 			return
@@ -229,21 +229,21 @@ func (o *opener) askAgain(ctx context.Context, known *blockImage) {
 
 // compare says what a late answer means for the image that is served: it stays,
 // for clients have it mounted.
-func (o *opener) compare(ctx context.Context, known, b *blockImage, err error) {
-	log := o.log.With("image", known.name, "digest", known.digest.String())
+func (o *opener) compare(ctx context.Context, known, b *BlockImage, err error) {
+	log := o.Log.With("image", known.Name, "digest", known.Digest.String())
 	switch {
 	case ctx.Err() != nil:
 	case errors.Is(err, registry.ErrUnavailable):
 		o.askAgain(ctx, known)
 	case err != nil:
 		log.Warn("the registry answers late, and not with the image that is served from the cache", "err", err)
-	case b.digest != known.digest:
+	case b.Digest != known.Digest:
 		// With a registry that is always slow, the name would stay with its first
 		// meaning for ever.
 		if _, err := o.load(ctx, b); err != nil && ctx.Err() == nil {
-			log.Warn("the image that the name means by now cannot be opened", "now", b.digest.String(), "err", err)
+			log.Warn("the image that the name means by now cannot be opened", "now", b.Digest.String(), "err", err)
 		}
-		log.Warn("the name means another image by now; the one from the cache is served until the name is opened anew", "now", b.digest.String())
+		log.Warn("the name means another image by now; the one from the cache is served until the name is opened anew", "now", b.Digest.String())
 	default:
 		log.Info("the registry answers: the image that is served from the cache is the current one")
 	}
@@ -251,34 +251,34 @@ func (o *opener) compare(ctx context.Context, known, b *blockImage, err error) {
 
 // checkAccess warns where the rest of an image that needed no look-up may not be
 // read.
-func (o *opener) checkAccess(ctx context.Context, b *blockImage) {
-	if err := b.repo.CheckAccess(ctx); err != nil && ctx.Err() == nil {
-		o.log.Warn("reads of what is not in the cache may fail", "image", b.name, "err", err)
+func (o *opener) checkAccess(ctx context.Context, b *BlockImage) {
+	if err := b.Repo.CheckAccess(ctx); err != nil && ctx.Err() == nil {
+		o.Log.Warn("reads of what is not in the cache may fail", "image", b.Name, "err", err)
 	}
 }
 
 // checkBlobs warns where the registry has lost a part of an image: reads would be
 // the first to notice.
-func (o *opener) checkBlobs(ctx context.Context, b *blockImage) {
-	d := b.manifest.Layers[1]
-	ok, err := b.repo.HasBlob(ctx, d)
+func (o *opener) checkBlobs(ctx context.Context, b *BlockImage) {
+	d := b.Manifest.Layers[1]
+	ok, err := b.Repo.HasBlob(ctx, d)
 	switch {
 	case ctx.Err() != nil:
 	case err != nil:
 		// A registry may refuse HEAD and still give the blob.
-		o.log.Debug("cannot see whether the registry has all of the image", "image", b.name, "err", err)
+		o.Log.Debug("cannot see whether the registry has all of the image", "image", b.Name, "err", err)
 	case !ok:
-		o.log.Warn("the registry has lost a part of the image", "image", b.name, "blob", d.Digest.String())
+		o.Log.Warn("the registry has lost a part of the image", "image", b.Name, "blob", d.Digest.String())
 	}
 }
 
 // load gets the index, from the cache if it can, and keeps what a later recall
 // needs.
-func (o *opener) load(ctx context.Context, b *blockImage) (cached bool, err error) {
-	encoded, err := o.cache.Blob(b.indexDigest())
+func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err error) {
+	encoded, err := o.cache.Blob(b.IndexDigest())
 	cached = err == nil
 	if !cached {
-		if encoded, err = b.repo.Blob(ctx, b.manifest.Index); err != nil {
+		if encoded, err = b.Repo.Blob(ctx, b.Manifest.Index); err != nil {
 			return false, err
 		}
 	}
@@ -287,19 +287,19 @@ func (o *opener) load(ctx context.Context, b *blockImage) (cached bool, err erro
 	}
 	// Now that all of it is here, the name means this image. The image is served
 	// as well without: what cannot be kept has to be asked for again.
-	kept, err := flatten.Resolution{Name: b.name, Manifest: b.digest, Source: b.source, Top: b.top}.Encode()
+	kept, err := flatten.Resolution{Name: b.Name, Manifest: b.Digest, Source: b.source, Top: b.top}.Encode()
 	if !cached {
 		err = errors.Join(err, o.cache.PutBlob(encoded))
 	}
-	if err = errors.Join(err, o.cache.PutBlob(b.raw), o.cache.PutRef(o.key(b.name), kept)); err != nil {
-		o.log.Warn("the cache cannot keep what the name means; a start without the registry will not find it", "image", b.name, "err", err)
+	if err = errors.Join(err, o.cache.PutBlob(b.Raw), o.cache.PutRef(o.key(b.Name), kept)); err != nil {
+		o.Log.Warn("the cache cannot keep what the name means; a start without the registry will not find it", "image", b.Name, "err", err)
 	}
 	return cached, nil
 }
 
 // recall finds what load has kept, and holds it to the rules for what a registry
 // says. It fails with fs.ErrNotExist where there is nothing.
-func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
+func (o *opener) recall(repo *registry.Repo, name string) (*BlockImage, error) {
 	kept, err := o.cache.Ref(o.key(name))
 	if err != nil {
 		return nil, err
@@ -312,27 +312,27 @@ func (o *opener) recall(repo *registry.Repo, name string) (*blockImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: r.Manifest, raw: raw, source: r.Source, top: r.Top}
+	b := &BlockImage{Name: name, Repo: repo, Digest: r.Manifest, Raw: raw, source: r.Source, top: r.Top}
 	if err := b.parse(); err != nil {
 		return nil, err
 	}
-	if b.source != (v1.Hash{}) && (b.manifest.Subject == nil || b.manifest.Subject.Digest != b.source) {
-		return nil, fmt.Errorf("the block image %s is not one of %s", b.digest, b.source)
+	if b.source != (v1.Hash{}) && (b.Manifest.Subject == nil || b.Manifest.Subject.Digest != b.source) {
+		return nil, fmt.Errorf("the block image %s is not one of %s", b.Digest, b.source)
 	}
-	if d := repo.Ref().Digest; d != (v1.Hash{}) && d != b.digest && d != b.source && d != b.top {
-		return nil, fmt.Errorf("the block image %s is not one of %s", b.digest, d)
+	if d := repo.Ref().Digest; d != (v1.Hash{}) && d != b.Digest && d != b.source && d != b.top {
+		return nil, fmt.Errorf("the block image %s is not one of %s", b.Digest, d)
 	}
-	if o.pins.check(repo.Ref(), b.digest) != nil {
+	if o.Pins.check(repo.Ref(), b.Digest) != nil {
 		return nil, fs.ErrNotExist // the registry may have the right one
 	}
-	encoded, err := o.cache.Blob(b.indexDigest())
+	encoded, err := o.cache.Blob(b.IndexDigest())
 	if err != nil {
 		return nil, err
 	}
 	return b, b.parseIndex(encoded)
 }
 
-func (o *opener) key(name string) string { return o.platform.String() + " " + name }
+func (o *opener) key(name string) string { return o.Platform.String() + " " + name }
 
 // absent is how much of an image is not in the cache.
 func absent(m *blockmap.Image) (n int64) {

@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"context"
@@ -15,36 +15,50 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// finder finds block images by name.
-type finder struct {
-	client   *registry.Client
-	platform *v1.Platform
-	pins     pins
-	log      *slog.Logger
+// Finder finds block images by name, and what is stored beside them. Its methods may
+// be called at once; its fields are not changed meanwhile.
+type Finder struct {
+	Client   *registry.Client
+	Platform *v1.Platform // to choose from a multi-platform image
+	Pins     Pins
+	Log      *slog.Logger
+
+	// ReadFile reads a trace file that the user names. It fails with an
+	// *fs.PathError whose Op is "open" where there is no such file: the name is
+	// one of an image then.
+	ReadFile func(ctx context.Context, name string, most int64) ([]byte, error)
 }
 
-func (f *finder) close() { f.client.Close() }
+// Close ends what f's client still has under way.
+func (f *Finder) Close() { f.Client.Close() }
 
-// blockImage is a block image that was found, with its index.
-type blockImage struct {
-	name     string
-	repo     *registry.Repo
-	digest   v1.Hash
-	size     int64  // of the manifest
-	raw      []byte // the manifest
-	manifest *flatten.Image
-	index    *blockmap.Index
+// BlockImage is a block image that was found, with its index. It is not changed once
+// it has been found.
+type BlockImage struct {
+	Name     string // by which it was found
+	Repo     *registry.Repo
+	Digest   v1.Hash // of its manifest
+	Raw      []byte  // its manifest
+	Manifest *flatten.Image
+	Index    *blockmap.Index
 
 	// How the name led to it: by an index, or not; and to a source image that it
 	// is beside, or to itself. What does not apply is zero.
 	top, source v1.Hash
 }
 
-// at is a reference to the block image itself.
-func (b *blockImage) at() string { return b.repo.Ref().WithDigest(b.digest).String() }
+// NewBlockImage is the block image of a manifest and an index that are at hand, as
+// after a build.
+func NewBlockImage(repo *registry.Repo, digest v1.Hash, raw []byte, index *blockmap.Index) (*BlockImage, error) {
+	b := &BlockImage{Name: repo.Ref().String(), Repo: repo, Digest: digest, Raw: raw, Index: index}
+	return b, b.parse()
+}
 
-// indexDigest is that of b's index, by which traces know their image.
-func (b *blockImage) indexDigest() blockmap.Digest { return digestOf(b.manifest.Index.Digest) }
+// Reference names the block image itself, by its digest.
+func (b *BlockImage) Reference() string { return b.Repo.Ref().WithDigest(b.Digest).String() }
+
+// IndexDigest is that of b's index, by which traces know their image.
+func (b *BlockImage) IndexDigest() blockmap.Digest { return digestOf(b.Manifest.Index.Digest) }
 
 // badImage is the error of an image that a name leads to, and that cannot be
 // used. The registry has answered, so the cache is no way out.
@@ -63,13 +77,13 @@ const maxCandidates = 16
 // be nothing to find.
 const tagTimeout = 10 * time.Second
 
-// find finds a block image and reads its index, without a cache.
-func (f *finder) find(ctx context.Context, name string) (*blockImage, error) {
+// Find finds a block image and reads its index, without a cache.
+func (f *Finder) Find(ctx context.Context, name string) (*BlockImage, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
-		return nil, usageError{err}
+		return nil, InvalidError{err}
 	}
-	repo, err := f.client.Open(ref)
+	repo, err := f.Client.Open(ref)
 	if err != nil {
 		return nil, err
 	}
@@ -77,28 +91,28 @@ func (f *finder) find(ctx context.Context, name string) (*blockImage, error) {
 	if err != nil {
 		return nil, err
 	}
-	encoded, err := repo.Blob(ctx, b.manifest.Index)
+	encoded, err := repo.Blob(ctx, b.Manifest.Index)
 	if err != nil {
 		return nil, err
 	}
 	return b, b.parseIndex(encoded)
 }
 
-func (b *blockImage) parseIndex(encoded []byte) (err error) {
-	if b.index, err = b.manifest.ParseIndex(encoded); err != nil {
-		return badImage{fmt.Errorf("%s: %w", b.name, err)}
+func (b *BlockImage) parseIndex(encoded []byte) (err error) {
+	if b.Index, err = b.Manifest.ParseIndex(encoded); err != nil {
+		return badImage{fmt.Errorf("%s: %w", b.Name, err)}
 	}
 	return nil
 }
 
 // manifest finds the manifest of the block image that repo's reference names:
 // itself, or the last one beside it that is of it.
-func (f *finder) manifest(ctx context.Context, repo *registry.Repo, name string) (*blockImage, error) {
-	img, err := repo.Resolve(ctx, f.platform)
+func (f *Finder) manifest(ctx context.Context, repo *registry.Repo, name string) (*BlockImage, error) {
+	img, err := repo.Resolve(ctx, f.Platform)
 	if err != nil {
 		return nil, err
 	}
-	b := &blockImage{name: name, repo: repo, digest: img.Digest, raw: img.Raw}
+	b := &BlockImage{Name: name, Repo: repo, Digest: img.Digest, Raw: img.Raw}
 	if img.Index != nil {
 		b.top = img.Index.Digest
 	}
@@ -106,7 +120,7 @@ func (f *finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 		if err := b.parse(); err != nil {
 			return nil, badImage{fmt.Errorf("%s: %w", name, err)}
 		}
-		return b, f.pins.check(repo.Ref(), b.digest)
+		return b, f.Pins.check(repo.Ref(), b.Digest)
 	}
 	b.source = img.Digest
 	return b, f.beside(ctx, b, img)
@@ -114,36 +128,36 @@ func (f *finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 
 // beside finds the block image beside img, and makes b it. A pinned one is taken
 // whether or not it is listed.
-func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image) error {
-	pin, pinned := f.pins.of(b.repo.Ref())
+func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image) error {
+	pin, pinned := f.Pins.Of(b.Repo.Ref())
 	if pinned {
 		// No list is needed to find it, and none can hide it.
-		switch d, err := b.repo.Lookup(ctx, b.repo.Ref().WithDigest(pin)); {
+		switch d, err := b.Repo.Lookup(ctx, b.Repo.Ref().WithDigest(pin)); {
 		case err == nil:
 			return b.takePinned(ctx, img, d)
 		case registry.Temporary(err) || ctx.Err() != nil:
 			return err
 		}
 	}
-	all, listErr := b.repo.Referrers(ctx, img.Descriptor, flatten.ArtifactTypeImage)
+	all, listErr := b.Repo.Referrers(ctx, img.Descriptor, flatten.ArtifactTypeImage)
 	if ctx.Err() != nil && listErr != nil {
 		return listErr
 	}
 	var other v1.Hash // fits, and is not the pinned one
 	take := func(d v1.Descriptor) (bool, error) {
-		raw, err := b.repo.Manifest(ctx, d)
+		raw, err := b.Repo.Manifest(ctx, d)
 		if registry.Temporary(err) || ctx.Err() != nil && err != nil {
 			return false, err // an older one is no answer
 		}
 		if err == nil {
-			b.raw, b.digest = raw, d.Digest
+			b.Raw, b.Digest = raw, d.Digest
 			if err = b.parse(); err == nil {
 				err = b.fits(img)
 			}
 		}
 		switch {
 		case err != nil:
-			f.log.Warn("passed over a block image that is not one of the image", "image", b.name, "manifest", d.Digest.String(), "err", err)
+			f.Log.Warn("passed over a block image that is not one of the image", "image", b.Name, "manifest", d.Digest.String(), "err", err)
 			return false, nil
 		case pinned:
 			other = d.Digest
@@ -165,7 +179,7 @@ func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image)
 	// A list may have lost the entry.
 	tagCtx, cancel := context.WithTimeout(ctx, tagTimeout)
 	defer cancel()
-	if d, err := b.repo.Lookup(tagCtx, b.repo.Ref().WithTag(flatten.ImageTag(img.Digest))); err == nil &&
+	if d, err := b.Repo.Lookup(tagCtx, b.Repo.Ref().WithTag(flatten.ImageTag(img.Digest))); err == nil &&
 		!slices.ContainsFunc(all, func(x v1.Descriptor) bool { return x.Digest == d.Digest }) {
 		if ok, err := take(d); ok || err != nil {
 			return err
@@ -173,40 +187,39 @@ func (f *finder) beside(ctx context.Context, b *blockImage, img *registry.Image)
 	}
 	switch {
 	case other != (v1.Hash{}):
-		return f.pins.check(b.repo.Ref(), other)
+		return f.Pins.check(b.Repo.Ref(), other)
 	case listErr != nil:
 		return listErr
 	case len(all) > 0:
 		return fmt.Errorf("%s: %w: %d candidates are listed, and none of those that were looked at is a block image of it; make one with: thaw build %s",
-			b.repo.Ref(), errNoBlockImage, len(all), b.repo.Ref())
+			b.Repo.Ref(), errNoBlockImage, len(all), b.Repo.Ref())
 	}
-	return fmt.Errorf("%s: %w; make one with: thaw build %s", b.repo.Ref(), errNoBlockImage, b.repo.Ref())
+	return fmt.Errorf("%s: %w; make one with: thaw build %s", b.Repo.Ref(), errNoBlockImage, b.Repo.Ref())
 }
 
 // takePinned makes b the block image that it is pinned to, if that is one of img.
-func (b *blockImage) takePinned(ctx context.Context, img *registry.Image, d v1.Descriptor) error {
-	raw, err := b.repo.Manifest(ctx, d)
+func (b *BlockImage) takePinned(ctx context.Context, img *registry.Image, d v1.Descriptor) error {
+	raw, err := b.Repo.Manifest(ctx, d)
 	if err != nil {
 		return err
 	}
-	b.raw, b.digest = raw, d.Digest
+	b.Raw, b.Digest = raw, d.Digest
 	if err = b.parse(); err == nil {
 		err = b.fits(img)
 	}
 	if err != nil {
-		return badImage{fmt.Errorf("the pinned %s is not a block image of %s: %w", d.Digest, b.repo.Ref(), err)}
+		return badImage{fmt.Errorf("the pinned %s is not a block image of %s: %w", d.Digest, b.Repo.Ref(), err)}
 	}
 	return nil
 }
 
 // parse reads b's manifest, and checks what everything else relies on: each part
 // has a SHA-256 digest.
-func (b *blockImage) parse() (err error) {
-	b.size = int64(len(b.raw))
-	if b.manifest, err = flatten.ParseImage(b.raw); err != nil {
+func (b *BlockImage) parse() (err error) {
+	if b.Manifest, err = flatten.ParseImage(b.Raw); err != nil {
 		return err
 	}
-	for _, d := range append([]v1.Descriptor{b.manifest.Config}, b.manifest.Layers...) {
+	for _, d := range append([]v1.Descriptor{b.Manifest.Config}, b.Manifest.Layers...) {
 		if !isSHA256(d.Digest) {
 			return fmt.Errorf("%w: a part of it has the digest %q, which is not a SHA-256 digest", blockmap.ErrCorrupt, d.Digest)
 		}
@@ -216,8 +229,8 @@ func (b *blockImage) parse() (err error) {
 
 // fits says whether b is a block image of img. Whoever may push can claim so; the
 // subject and the config, with its diff IDs, bind the claim to this very image.
-func (b *blockImage) fits(img *registry.Image) error {
-	switch m := b.manifest; {
+func (b *BlockImage) fits(img *registry.Image) error {
+	switch m := b.Manifest; {
 	case m.Subject == nil || m.Subject.Digest != img.Digest:
 		return fmt.Errorf("its subject is not %s", img.Digest)
 	case m.Config.Digest != img.Manifest.Config.Digest:

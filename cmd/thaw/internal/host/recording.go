@@ -1,4 +1,4 @@
-package main
+package host
 
 import (
 	"context"
@@ -18,6 +18,45 @@ type recording struct {
 	asked bool          // for under this name: its file is the result
 	saved chan struct{} // closed when the file is there, or lost
 	ended chan struct{} // closed when it is stored beside the image, where that is wanted
+	state string        // as in RecordingInfo; guarded by start.t.mu
+}
+
+// RecordingInfo describes the recording of a device's start.
+type RecordingInfo struct {
+	State   string `json:"state"` // recording, saved, stored (beside the image), discarded (nothing was read), or lost
+	File    string `json:"file"`  // where it is, or will be; stored recordings that nobody has named a file for have none
+	Ranges  int64  `json:"ranges"`
+	Bytes   int64  `json:"bytes"`         // that were touched
+	Dropped int64  `json:"dropped_bytes"` // that were touched too fast to be recorded
+}
+
+const (
+	recordingNow       = "recording"
+	recordingSaved     = "saved"
+	recordingStored    = "stored"
+	recordingDiscarded = "discarded"
+	recordingLost      = "lost"
+)
+
+func (rec *recording) set(state string) {
+	rec.start.t.mu.Lock()
+	defer rec.start.t.mu.Unlock()
+	rec.state = state
+}
+
+// recordingInfo is nil where the start is not recorded.
+func (s *start) recordingInfo() *RecordingInfo {
+	s.t.mu.Lock()
+	rec := s.rec
+	if rec == nil {
+		s.t.mu.Unlock()
+		return nil
+	}
+	in := &RecordingInfo{State: rec.state, File: rec.file.target}
+	s.t.mu.Unlock()
+	st := rec.Stats()
+	in.Ranges, in.Bytes, in.Dropped = st.Ranges, st.Bytes, st.Dropped
+	return in
 }
 
 // pushTimeout bounds how long a recording is on its way to the registry.
@@ -25,22 +64,22 @@ const pushTimeout = time.Minute
 
 func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	t := s.t
-	rec := &recording{start: s, asked: t.record != "", saved: make(chan struct{}), ended: make(chan struct{})}
+	rec := &recording{start: s, asked: t.Record != "", saved: make(chan struct{}), ended: make(chan struct{}), state: recordingNow}
 	var err error
 	if rec.asked {
-		rec.file, err = createRecord(t.record, t.log)
+		rec.file, err = createRecord(t.Record, t.log)
 	} else {
 		rec.file, err = t.dir.create(s.image, t.log)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if rec.file.direct && t.push {
+	if rec.file.direct && t.Push {
 		rec.file.discard()
-		return nil, usageError{fmt.Errorf("--trace-push reads the recording back: --record %s is not a regular file", t.record)}
+		return nil, InvalidError{fmt.Errorf("record to %s: it is not a regular file, so the recording cannot be read back and stored beside the image", t.Record)}
 	}
-	rec.Recorder = tracefile.NewRecorder(image.Image, s.image.indexDigest(), rec.file, tracefile.Options{
-		For: t.recordFor, Bytes: int64(t.recordBytes), Quiet: t.recordQuiet,
+	rec.Recorder = tracefile.NewRecorder(image.Image, s.image.IndexDigest(), rec.file, tracefile.Options{
+		For: t.RecordFor, Bytes: t.RecordBytes, Quiet: t.RecordQuiet,
 	})
 	t.mu.Lock()
 	s.rec = rec
@@ -48,7 +87,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	go func() {
 		defer close(rec.ended)
 		<-rec.Done()
-		if t.save(rec) && t.push {
+		if t.save(rec) && t.Push {
 			t.store(rec)
 		}
 	}()
@@ -59,21 +98,25 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 // to store.
 func (t *tracer) save(rec *recording) bool {
 	defer close(rec.saved)
-	log := t.log.With("image", rec.start.image.name)
+	log := t.log.With("image", rec.start.image.Name)
 	st, end := rec.Stats(), rec.End()
 	if err := rec.Stop(); err != nil {
+		rec.set(recordingLost)
 		log.Error("the recording is lost", "file", rec.file.target, "interrupted", rec.file.interrupted(), "err", err)
 		return false
 	}
-	if !t.ready.Load() || st.Bytes == 0 && (!rec.asked || rec.file.exists()) {
+	if !t.serving.Load() || st.Bytes == 0 && (!rec.asked || rec.file.exists()) {
+		rec.set(recordingDiscarded)
 		rec.file.discard()
 		log.Info("nothing was read, so there is no recording", "file", rec.file.target)
 		return false
 	}
 	if err := rec.file.keep(); err != nil {
+		rec.set(recordingLost)
 		log.Error("the recording is lost", "file", rec.file.target, "err", err)
 		return false
 	}
+	rec.set(recordingSaved)
 	log.Info("recorded a start", "ended", end.Why.String(), "bytes", st.Bytes, "dropped_bytes", st.Dropped, "file", rec.file.target)
 	if !rec.asked {
 		t.dir.prune()
@@ -85,7 +128,7 @@ func (t *tracer) save(rec *recording) bool {
 // has no other use.
 func (t *tracer) store(rec *recording) {
 	image := rec.start.image
-	log := t.log.With("image", image.name)
+	log := t.log.With("image", image.Name)
 	select {
 	case <-rec.start.listed:
 		if !rec.asked && rec.start.found() {
@@ -98,13 +141,14 @@ func (t *tracer) store(rec *recording) {
 	defer cancel()
 	file, err := os.ReadFile(rec.file.target)
 	if err == nil {
-		_, err = pushTrace(ctx, image, file)
+		_, err = image.PushTrace(ctx, file)
 	}
 	if err != nil {
 		log.Error("the recording could not be stored beside its image", "err", err, "file", rec.file.target,
-			"remedy", fmt.Sprintf("thaw trace push %s %s", image.at(), rec.file.target))
+			"remedy", fmt.Sprintf("thaw trace push %s %s", image.Reference(), rec.file.target))
 		return
 	}
+	rec.set(recordingStored)
 	log.Info("stored the recording beside its image")
 	if !rec.asked {
 		os.Remove(rec.file.target)
@@ -112,8 +156,8 @@ func (t *tracer) store(rec *recording) {
 }
 
 // stopRecording ends the recording of the start, if there is one and it has not
-// ended, and returns when its file is there.
-func (s *start) stopRecording() (stopped bool) {
+// ended, and returns when its file is complete or ctx ends.
+func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 	s.t.mu.Lock()
 	rec := s.rec
 	s.t.mu.Unlock()
@@ -126,14 +170,13 @@ func (s *start) stopRecording() (stopped bool) {
 	default:
 	}
 	go rec.Stop() // which waits for whoever reads a FIFO
-	return s.t.await(rec.saved) && rec.Stop() == nil
+	return s.t.await(ctx, rec.saved) && rec.Stop() == nil
 }
 
-// stopRecording ends what is being recorded, and says how many recordings that
-// were.
-func (t *tracer) stopRecording() (n int) {
+// stopRecordings ends all recordings, and returns how many it has ended.
+func (t *tracer) stopRecordings(ctx context.Context) (n int) {
 	for _, s := range t.all() {
-		if s.stopRecording() {
+		if s.stopRecording(ctx) {
 			n++
 		}
 	}

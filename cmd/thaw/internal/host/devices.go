@@ -1,0 +1,409 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
+
+	"thaw/blockmap"
+)
+
+// Spec says what a device is made of.
+type Spec struct {
+	Name  string // of the device; unique on its host
+	Image string // the reference of its image; Name if empty
+}
+
+// Device is a device of a Host, from the moment on that somebody asks for it. Its
+// methods may be called at any time, also after it has been closed.
+type Device struct {
+	of     *devices
+	id     string
+	spec   Spec
+	ready  chan struct{} // closed when opening it has ended
+	closed chan struct{} // closed when nothing of it is left
+	cancel context.CancelFunc
+
+	// Set before ready is closed: either err, or all others.
+	err   error
+	image *openImage
+	start *start
+	block blockmap.Device
+
+	// Guarded by of.mu.
+	users     int // those who have acquired it, and one more while it is permanent
+	permanent bool
+}
+
+// ID names the device on its host for as long as the host runs. It is never given to
+// another device, and is safe in a URL.
+func (d *Device) ID() string { return d.id }
+
+// Name is the name by which clients open the device.
+func (d *Device) Name() string { return d.spec.Name }
+
+// Block is the content of the device: what a transport serves. It is nil until the
+// device is ready. Whoever reads it has acquired the device, or knows that it is not
+// removed meanwhile.
+func (d *Device) Block() blockmap.Device {
+	select {
+	case <-d.ready:
+		return d.block
+	default:
+		return nil
+	}
+}
+
+// State is what a device is at.
+type State string
+
+// The states of a device, in their order.
+const (
+	Opening State = "opening" // its image is looked up, its index fetched
+	Ready   State = "ready"
+	Failed  State = "failed"  // to open; those who wait for it are told
+	Closing State = "closing" // nobody can open it any more
+)
+
+// DeviceInfo describes a device. Its JSON is what the control socket answers.
+type DeviceInfo struct {
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	Image     string `json:"image"`            // the reference that was asked for; once it is ready, that of the block image by digest
+	Digest    string `json:"digest,omitempty"` // of the block image
+	State     State  `json:"state"`
+	Error     string `json:"error,omitempty"` // why opening it failed
+	Permanent bool   `json:"permanent"`       // stays open without users
+	Users     int    `json:"users"`           // who have it open
+	Size      int64  `json:"bytes"`           // of the device
+	Stored    int64  `json:"stored_bytes"`    // of the image in the registry
+	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
+
+	Prefetch  *PrefetchInfo  `json:"prefetch,omitempty"`
+	Recording *RecordingInfo `json:"recording,omitempty"`
+}
+
+// Info describes the device as of now.
+func (d *Device) Info() DeviceInfo {
+	d.of.mu.Lock()
+	in := DeviceInfo{
+		ID: d.id, Name: d.spec.Name, Image: d.spec.Image, State: Ready, Permanent: d.permanent, Users: d.users,
+	}
+	if d.permanent {
+		in.Users--
+	}
+	if d.of.mu.named[d.spec.Name] != d {
+		in.State = Closing
+	}
+	d.of.mu.Unlock()
+	select {
+	case <-d.ready:
+	default:
+		in.State = Opening
+		return in
+	}
+	if d.err != nil {
+		in.State, in.Error = Failed, d.err.Error()
+		return in
+	}
+	in.Image, in.Digest, in.Size = d.image.of.Reference(), d.image.of.Digest.String(), d.image.Size()
+	for i := range d.image.of.Index.Streams {
+		t := &d.image.of.Index.Streams[i]
+		in.Stored += t.BlobSize
+		in.Content += int64(t.Blocks()) * blockmap.BlockSize
+	}
+	in.Prefetch, in.Recording = d.start.prefetchInfo(), d.start.recordingInfo()
+	return in
+}
+
+// AwaitPrefetch returns when this share (0 to 1) of what startup is known to read has
+// been prefetched, when no more of it will come, or when ctx ends. Where no trace is
+// found in time it returns at once: the device is usable all the same.
+func (d *Device) AwaitPrefetch(ctx context.Context, share float64) {
+	select {
+	case <-d.ready:
+	case <-ctx.Done():
+		return
+	}
+	if d.err == nil {
+		d.start.await(ctx, share)
+	}
+}
+
+// Errors of a Host that callers tell apart.
+var (
+	ErrNoDevice = errors.New("no such device")
+	ErrClosed   = errors.New("the host is stopping")
+)
+
+// devices are the devices of a host. A device is opened once, however many ask for it
+// at once, and is closed when its last user has left. A device that was added has
+// one user more, which leaves when the device is removed.
+type devices struct {
+	open  func(ctx context.Context, d *Device) error
+	close func(d *Device) // of one that is open
+	log   *slog.Logger
+	lines *rate.Limiter // of the log that clients can cause
+
+	ctx    context.Context // of all that is being opened
+	cancel context.CancelFunc
+
+	mu struct {
+		sync.Mutex
+		named    map[string]*Device // those that can be acquired
+		all      []*Device          // also those that are closing, in the order in which they were asked for
+		last     int                // ID that was given out
+		stopping bool               // nothing more is opened
+		stopped  bool               // nothing more is closed
+	}
+}
+
+// openTimeout bounds the opening of a device that clients wait for.
+const openTimeout = time.Minute
+
+func newDevices(log *slog.Logger, open func(context.Context, *Device) error, close func(*Device)) *devices {
+	t := &devices{open: open, close: close, log: log, lines: rate.NewLimiter(1, 20)}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	t.mu.named = make(map[string]*Device)
+	return t
+}
+
+// add opens devices that stay until they are removed: all of them or, where one
+// fails, none.
+func (t *devices) add(ctx context.Context, specs []Spec) ([]*Device, error) {
+	added, err := t.reserve(specs)
+	if err == nil {
+		g, gctx := errgroup.WithContext(ctx)
+		for _, d := range added {
+			g.Go(func() error {
+				select {
+				case <-d.ready:
+					return d.err
+				case <-gctx.Done():
+					return context.Cause(gctx)
+				}
+			})
+		}
+		if err = g.Wait(); err == nil {
+			err = ctx.Err()
+		}
+	}
+	if err != nil {
+		for _, d := range added {
+			t.remove(d)
+		}
+		return nil, err
+	}
+	return added, nil
+}
+
+// reserve makes devices permanent, and begins to open those that are not open.
+func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mu.stopping {
+		return nil, ErrClosed
+	}
+	for _, spec := range specs {
+		spec.Image = cmp.Or(spec.Image, spec.Name)
+		d := t.mu.named[spec.Name]
+		if d != nil && (d.permanent || d.spec != spec) {
+			return added, InvalidError{fmt.Errorf("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
+		}
+		if d == nil {
+			d = t.begin(spec, 0)
+		}
+		d.permanent = true
+		d.users++
+		added = append(added, d)
+	}
+	return added, nil
+}
+
+// remove undoes add. It reports whether d was there to be removed.
+func (t *devices) remove(d *Device) bool {
+	t.mu.Lock()
+	was := d.permanent
+	d.permanent = false
+	if was && t.mu.named[d.spec.Name] == d {
+		delete(t.mu.named, d.spec.Name)
+	}
+	t.mu.Unlock()
+	if was {
+		t.release(d)
+	}
+	return was
+}
+
+// acquire makes the caller a user of the device of that name, and waits until it is
+// open. Where there is no such device it is opened, if mayOpen says so. The caller
+// calls release once.
+func (t *devices) acquire(ctx context.Context, name string, mayOpen func(string) bool) (d *Device, release func(), err error) {
+	if d, err = t.join(name, mayOpen); err != nil {
+		return nil, nil, err
+	}
+	select {
+	case <-d.ready:
+		err = d.err
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		t.release(d)
+		return nil, nil, err
+	}
+	return d, func() { t.release(d) }, nil
+}
+
+func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) {
+	t.mu.Lock()
+	d := t.find(name)
+	if d != nil {
+		d.users++
+	}
+	t.mu.Unlock()
+	if d != nil {
+		return d, nil
+	}
+	if mayOpen == nil || !mayOpen(name) { // which may look at directories
+		return nil, ErrNoDevice
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if d = t.find(name); d == nil {
+		if t.mu.stopping {
+			return nil, ErrClosed
+		}
+		d = t.begin(Spec{name, name}, openTimeout)
+	}
+	d.users++
+	return d, nil
+}
+
+// find returns the device of that name; "" is the only permanent one. t.mu is held.
+func (t *devices) find(name string) (d *Device) {
+	if name != "" {
+		return t.mu.named[name]
+	}
+	for _, x := range t.mu.named {
+		if x.permanent {
+			if d != nil {
+				return nil
+			}
+			d = x
+		}
+	}
+	return d
+}
+
+// begin begins to open a device, within timeout where there is one. The opening goes
+// on when the one who asked first leaves, and ends with the last one who waits for
+// it. t.mu is held.
+func (t *devices) begin(spec Spec, timeout time.Duration) *Device {
+	t.mu.last++
+	d := &Device{of: t, id: strconv.Itoa(t.mu.last), spec: spec, ready: make(chan struct{}), closed: make(chan struct{})}
+	t.mu.named[spec.Name] = d
+	t.mu.all = append(t.mu.all, d)
+	var ctx context.Context
+	if timeout > 0 {
+		ctx, d.cancel = context.WithTimeout(t.ctx, timeout)
+	} else {
+		ctx, d.cancel = context.WithCancel(t.ctx)
+	}
+	go t.make(ctx, d)
+	return d
+}
+
+// make opens d for those who wait for it.
+func (t *devices) make(ctx context.Context, d *Device) {
+	defer d.cancel()
+	err := t.open(ctx, d)
+	t.mu.Lock()
+	d.err = err
+	close(d.ready)
+	forClient, abandoned := !d.permanent, d.users == 0
+	t.mu.Unlock()
+	if err != nil && forClient && ctx.Err() == nil && t.lines.Allow() {
+		t.log.Warn("an image cannot be opened for a client", "image", d.spec.Image, "err", err)
+	}
+	if abandoned {
+		t.end(d)
+	}
+}
+
+func (t *devices) release(d *Device) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if d.users--; d.users > 0 || t.mu.stopped {
+		return
+	}
+	if t.mu.named[d.spec.Name] == d {
+		delete(t.mu.named, d.spec.Name)
+	}
+	select {
+	case <-d.ready:
+		go t.end(d) // which may have a recording to store
+	default:
+		d.cancel() // and make ends it
+	}
+}
+
+// end closes d, which has no users and gets none.
+func (t *devices) end(d *Device) {
+	if d.err == nil {
+		t.close(d)
+	}
+	t.mu.Lock()
+	t.mu.all = slices.DeleteFunc(t.mu.all, func(x *Device) bool { return x == d })
+	t.mu.Unlock()
+	close(d.closed)
+}
+
+// stop ends what is being opened, removes what was added, and waits until all devices
+// without users are closed. Those that still have users stay as they are.
+func (t *devices) stop() {
+	t.mu.Lock()
+	t.mu.stopping = true
+	t.cancel()
+	t.mu.Unlock()
+	for _, d := range t.list() {
+		t.remove(d)
+	}
+	for wait := t.ending(); wait != nil; wait = t.ending() {
+		<-wait
+	}
+}
+
+// ending returns a channel that closes when one device more is opened or closed, nil
+// where none is under way.
+func (t *devices) ending() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, d := range t.mu.all {
+		select {
+		case <-d.ready:
+			if d.users == 0 {
+				return d.closed
+			}
+		default:
+			return d.ready
+		}
+	}
+	t.mu.stopped = true
+	return nil
+}
+
+func (t *devices) list() []*Device {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.mu.all)
+}

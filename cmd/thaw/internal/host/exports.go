@@ -1,0 +1,68 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"thaw/fetcher/registry"
+	"thaw/nbd"
+)
+
+// Exports offers the devices of a Host to NBD clients. A client may open any device
+// that is there, and any image whose reference is allowed. Where there is one
+// permanent device, it is the default export.
+type Exports struct {
+	host    *Host
+	allow   Allow
+	clients []string // names of certificates that may open anything; none: everybody may
+}
+
+// NewExports makes the exports of h. allow lists what clients may open by reference.
+// Where clients are given, only these may open anything.
+func NewExports(h *Host, allow Allow, clients []string) *Exports {
+	return &Exports{h, allow, clients}
+}
+
+// Open implements nbd.Exports. An image that several clients ask for at once is
+// opened once, and is closed when its last user has left.
+func (x *Exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd.Export, func(), error) {
+	if len(x.clients) > 0 && !c.Named(x.clients...) {
+		return nil, nil, nbd.ErrDenied // before anything is fetched for it
+	}
+	d, release, err := x.host.Acquire(ctx, name, x.allow.Match)
+	switch {
+	case err == nil:
+		return x.export(d), release, nil
+	case errors.Is(err, ErrNoDevice):
+		return nil, nil, nbd.ErrUnknownExport
+	case errors.Is(err, ErrClosed):
+		return nil, nil, nbd.ErrServerClosed
+	case errors.Is(err, registry.ErrNotFound):
+		return nil, nil, fmt.Errorf("%w: %w", nbd.ErrUnknownExport, err)
+	}
+	return nil, nil, err
+}
+
+func (x *Exports) export(d *Device) *nbd.Export {
+	return &nbd.Export{Name: d.Name(), Description: "read-only block image", Device: d.Block(), ReadOnly: true, Clients: x.clients}
+}
+
+// List implements nbd.Exports: the permanent devices in their order, and then those
+// that clients have open, by name.
+func (x *Exports) List(context.Context, nbd.ClientInfo) ([]nbd.Export, error) {
+	var permanent, others []nbd.Export
+	for _, d := range x.host.Devices() {
+		switch in := d.Info(); {
+		case in.State != Ready:
+		case in.Permanent:
+			permanent = append(permanent, *x.export(d))
+		default:
+			others = append(others, *x.export(d))
+		}
+	}
+	slices.SortFunc(others, func(a, b nbd.Export) int { return cmp.Compare(a.Name, b.Name) })
+	return append(permanent, others...), nil
+}

@@ -1,0 +1,211 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+
+	"thaw/blockmap"
+	"thaw/fetcher"
+	"thaw/fetcher/registry"
+	"thaw/nbd"
+)
+
+// Options are the settings of a Host.
+type Options struct {
+	// Finder finds the images. The host closes it.
+	Finder *Finder
+	// Dir is the cache directory. One process has it at a time.
+	Dir string
+	// Quota bounds the bytes in the cache: at least MinQuota, or 0 for no bound but
+	// the disk.
+	Quota int64
+	// Trace says what is recorded and what is prefetched when a device starts.
+	Trace TraceOptions
+	// Decoders is the number of threads that decompress prefetched chunks;
+	// GOMAXPROCS if zero.
+	Decoders int
+	// NBD is the server whose counts belong to Stats; nil for none.
+	NBD *nbd.Server
+}
+
+// MinQuota is the smallest quota of a cache.
+const MinQuota = 16 << 20
+
+// CheckQuota refuses a quota that is too small for the cache to be of use.
+func CheckQuota(quota int64) error {
+	if quota < 0 || quota > 0 && quota < MinQuota {
+		return InvalidError{fmt.Errorf("a cache of %d bytes is too small: the least is %dM", quota, MinQuota>>20)}
+	}
+	return nil
+}
+
+// InvalidError says that a request is wrong in itself, whatever the registry, the
+// cache and the devices are like: repeating it does not help.
+type InvalidError struct{ error }
+
+func (e InvalidError) Unwrap() error { return e.error }
+
+// Host is one host's thaw: see the package documentation for what may be called at
+// once.
+type Host struct {
+	cache   *blockmap.Cache
+	fetcher *fetcher.Fetcher
+	finder  *Finder
+	traces  *tracer
+	devices *devices
+	nbd     *nbd.Server
+	dir     string
+	log     *slog.Logger
+
+	limited context.CancelCauseFunc // ends what Stop waits for
+	stop    sync.Once
+	close   sync.Once
+}
+
+// Open opens the cache and makes a host without devices. It fails with
+// blockmap.ErrLocked where another process has the cache directory. The caller
+// closes the host.
+func Open(o Options) (*Host, error) {
+	h := &Host{finder: o.Finder, nbd: o.NBD, dir: o.Dir, log: o.Finder.Log}
+	err := CheckQuota(o.Quota)
+	if err == nil {
+		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Quota: o.Quota, Boot: bootID(h.log), Log: h.log})
+	}
+	if err != nil {
+		o.Finder.Close()
+		return nil, err
+	}
+	h.fetcher = fetcher.New(fetcher.Options{
+		Decoders: o.Decoders, Log: h.log, Temporary: registry.Temporary, RetryAfter: registry.RetryAfter,
+	})
+	limit, limited := context.WithCancelCause(context.Background())
+	h.limited = limited
+	h.traces = newTracer(limit, o.Trace, &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}, recordDir{o.Dir})
+	h.devices = newDevices(h.log, h.traces.openDevice, closeDevice)
+	return h, nil
+}
+
+// Add opens devices, all at once, that stay open until Remove or Stop. It returns
+// when all of them are ready, or with the first error, and then has added none. A
+// device that a client has open already becomes one that stays.
+func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
+	return h.devices.add(ctx, specs)
+}
+
+// Remove takes a device away that was added: nobody can open it any more. It waits
+// until the last user has left and the device is closed. When ctx ends first it
+// returns the cause, and the device is closed later.
+func (h *Host) Remove(ctx context.Context, id string) error {
+	d := h.Device(id)
+	if d == nil {
+		return fmt.Errorf("remove device %s: %w", id, ErrNoDevice)
+	}
+	if !h.devices.remove(d) {
+		return InvalidError{fmt.Errorf("remove device %s: it was not added, and closes when its last client leaves", id)}
+	}
+	select {
+	case <-d.closed:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("remove device %s: it is still in use: %w", id, context.Cause(ctx))
+	}
+}
+
+// Acquire makes the caller a user of the device of that name, and waits until it is
+// ready. "" is the only device that was added. Where there is no such device,
+// Acquire opens the image of that name, if mayOpen is given and says that it may: or
+// else it fails with ErrNoDevice. The caller calls release once, when it has no view
+// of the device any more.
+func (h *Host) Acquire(ctx context.Context, name string, mayOpen func(name string) bool) (d *Device, release func(), err error) {
+	return h.devices.acquire(ctx, name, mayOpen)
+}
+
+// Devices lists all devices in the order in which they were asked for, also those
+// that are being opened and closed.
+func (h *Host) Devices() []*Device { return h.devices.list() }
+
+// Device returns the device with that ID, nil where there is none.
+func (h *Host) Device(id string) *Device {
+	for _, d := range h.Devices() {
+		if d.id == id {
+			return d
+		}
+	}
+	return nil
+}
+
+// SetServing says that clients can read from now on. A recording that ends before is
+// not kept: nothing was read for a client.
+func (h *Host) SetServing() { h.traces.serving.Store(true) }
+
+// StopRecordings ends the recordings of all devices, and returns how many it has
+// ended, once their files are complete or ctx has ended.
+func (h *Host) StopRecordings(ctx context.Context) int { return h.traces.stopRecordings(ctx) }
+
+// Stop closes all devices, after which no transport uses one; recordings end, and are
+// stored where that is wanted. It waits for the registry, and for readers of
+// recordings, until ctx ends. Nothing can be opened any more.
+func (h *Host) Stop(ctx context.Context) {
+	h.stop.Do(func() {
+		stop := context.AfterFunc(ctx, func() { h.limited(context.Cause(ctx)) })
+		defer stop()
+		h.devices.stop()
+		h.traces.stop() // those of devices that are still in use
+	})
+}
+
+// Close stops the host, if Stop has not, and gives the cache directory back. Stats may
+// be called afterwards.
+func (h *Host) Close() {
+	h.close.Do(func() {
+		over, cancel := context.WithCancel(context.Background())
+		cancel()
+		h.Stop(over)
+		h.limited(nil)
+		h.fetcher.Close()
+		// A full disk, as a rule. Nothing is lost that cannot be fetched again.
+		if err := h.cache.Close(); err != nil {
+			h.log.Warn("the cache cannot be made durable; the newest chunks will be fetched again", "err", err)
+		}
+		h.finder.Close()
+	})
+}
+
+// openDevice opens the image of d, and begins its start.
+func (t *tracer) openDevice(ctx context.Context, d *Device) error {
+	s, image, err := t.open(ctx, d.spec.Image)
+	if err != nil {
+		return err
+	}
+	block, err := s.attach(ctx, image)
+	if err != nil {
+		s.stop()
+		image.close()
+		return err
+	}
+	d.start, d.image, d.block = s, image, block
+	return nil
+}
+
+func closeDevice(d *Device) {
+	d.start.stop()
+	d.image.close()
+}
+
+// bootID tells this run of the kernel from others. Without one the cache
+// trusts only what was made durable.
+func bootID(log *slog.Logger) blockmap.BootID {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	var id blockmap.BootID
+	if err == nil {
+		id, err = blockmap.ParseBootID(strings.TrimSpace(string(b)))
+	}
+	if err != nil {
+		log.Warn("this machine has no boot ID; after a crash the newest chunks will be fetched again", "err", err)
+	}
+	return id
+}

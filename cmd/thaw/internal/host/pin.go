@@ -1,0 +1,93 @@
+package host
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"thaw/fetcher/registry"
+)
+
+// Pins say which digests the block images of some names must have. A name is the
+// same however it is written: a pin of a tag holds with a digest behind the tag as
+// well, and a directory is where its symbolic links lead to.
+type Pins map[registry.Ref]v1.Hash
+
+// Of is the digest that ref is pinned to, if any.
+func (p Pins) Of(ref registry.Ref) (v1.Hash, bool) {
+	if len(p) == 0 {
+		return v1.Hash{}, false
+	}
+	ref = canonical(ref)
+	h, ok := p[ref]
+	if !ok && ref.Tag != "" && ref.Digest != (v1.Hash{}) {
+		ref.Digest = v1.Hash{}
+		h, ok = p[ref]
+	}
+	return h, ok
+}
+
+// canonical is ref with the one name of its directory.
+func canonical(ref registry.Ref) registry.Ref {
+	if ref.Layout != "" {
+		if dir, err := realPath(ref.Layout); err == nil {
+			ref.Layout = dir
+		}
+	}
+	return ref
+}
+
+// ParsePins reads pins as users write them, "sha256:HEX" or "IMAGE=sha256:HEX", for
+// the images that are named. others says that more images may be named later.
+func ParsePins(given, images []string, others bool) (Pins, error) {
+	p := make(Pins)
+	refs := make(map[registry.Ref]bool)
+	for _, name := range images {
+		// What is wrong with a name is said by whoever opens it.
+		if ref, err := registry.ParseRef(name); err == nil {
+			refs[canonical(ref)] = true
+		}
+	}
+	for _, s := range given {
+		name, digest := "", s
+		if i := strings.LastIndexByte(s, '='); i >= 0 {
+			name, digest = s[:i], s[i+1:]
+		}
+		h, err := v1.NewHash(digest)
+		if err != nil || !isSHA256(h) {
+			return nil, InvalidError{fmt.Errorf("--pin %s: the digest must be sha256: and 64 hexadecimal digits", s)}
+		}
+		if name == "" {
+			if len(images) != 1 {
+				return nil, InvalidError{fmt.Errorf("--pin %s: name the image: --pin IMAGE=%s", s, digest)}
+			}
+			name = images[0]
+		}
+		ref, err := registry.ParseRef(name)
+		if err != nil {
+			return nil, InvalidError{fmt.Errorf("--pin %s: %w", s, err)}
+		}
+		if ref = canonical(ref); !refs[ref] && !others {
+			return nil, InvalidError{fmt.Errorf("--pin %s: %s is not one of the images", s, name)}
+		}
+		if was, ok := p[ref]; ok && was != h {
+			return nil, InvalidError{fmt.Errorf("--pin: %s is pinned to both %s and %s", name, was, h)}
+		}
+		p[ref] = h
+	}
+	return p, nil
+}
+
+// errPinned says that a name leads to another block image than its pin. The
+// registry has answered, so the cache is no way out.
+var errPinned = errors.New("the block image is not the pinned one")
+
+// check says whether digest is the pinned one, if any is.
+func (p Pins) check(ref registry.Ref, digest v1.Hash) error {
+	if pin, ok := p.Of(ref); ok && digest != pin {
+		return fmt.Errorf("%w: %s has the block image %s, and %s is pinned", errPinned, ref, digest, pin)
+	}
+	return nil
+}

@@ -1,0 +1,54 @@
+package host
+
+import (
+	"runtime"
+	"runtime/metrics"
+
+	"thaw/fetcher"
+)
+
+// Stats are the counts of every layer of a Host. Its JSON is what the control socket
+// answers.
+type Stats struct {
+	fetcher.Stats
+	Cached      int64     `json:"cached_bytes"`    // on disk, what describes it included
+	Held        int64     `json:"held_bytes"`      // in memory, since the disk has no room
+	Evicted     int64     `json:"evicted_bytes"`   // since the start
+	Damaged     int64     `json:"damaged"`         // chunks and files of the cache that could not be read
+	OpenStreams int64     `json:"open_streams"`    // whose files are open
+	Devices     int       `json:"devices"`         // those that are being opened and closed included
+	Goroutines  int       `json:"goroutines"`      // of the process
+	Memory      int64     `json:"go_memory_bytes"` // that Go has from the system
+	NBD         *NBDStats `json:"nbd,omitempty"`
+}
+
+// NBDStats is nbd.Stats with names for JSON.
+type NBDStats struct {
+	Conns    int64 `json:"connections"`
+	Accepted int64 `json:"accepted"`
+	Hits     int64 `json:"hits"`
+	Misses   int64 `json:"misses"`
+	Others   int64 `json:"others"`
+	Errors   int64 `json:"errors"`
+	Sent     int64 `json:"sent_bytes"`
+	Repaired int64 `json:"repaired"`
+}
+
+// Stats returns the counts so far.
+func (h *Host) Stats() Stats {
+	memory := []metrics.Sample{{Name: "/memory/classes/total:bytes"}}
+	metrics.Read(memory)
+	st := Stats{
+		Stats: h.fetcher.Stats(), Cached: h.cache.Used(), Held: h.cache.Held(), Evicted: h.cache.Evicted(), Damaged: h.cache.Damaged(),
+		OpenStreams: h.cache.OpenStreams(), Devices: len(h.Devices()),
+		Goroutines: runtime.NumGoroutine(), Memory: int64(memory[0].Value.Uint64()),
+	}
+	if h.nbd != nil {
+		n := h.nbd.Stats()
+		st.NBD = &NBDStats{
+			Conns: n.Conns, Accepted: n.Accepted, Hits: n.Hits, Misses: n.Misses, Others: n.Others, Errors: n.Errors, Sent: n.Sent,
+			Repaired: n.Repaired,
+		}
+	}
+	return st
+}
