@@ -133,8 +133,8 @@ func TestRefusedSettings(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"--cache-size", "4M"}, "the least is 16M"},
-		{[]string{"--cache-size", "1"}, "the least is 16M"},
+		{[]string{"--cache-size", "4M"}, "the least size is 16M"},
+		{[]string{"--cache-size", "1"}, "the least size is 16M"},
 		{[]string{"--grace", "-1s"}, "--grace"},
 		{[]string{"--write-timeout", "-1s"}, "--write-timeout"},
 		{[]string{"--idle-timeout", "-1s"}, "--idle-timeout"},

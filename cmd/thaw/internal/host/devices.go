@@ -152,16 +152,16 @@ type devices struct {
 	open  func(ctx context.Context, d *Device) error
 	close func(d *Device) // of one that is open
 	log   *slog.Logger
-	lines *rate.Limiter // of the log that clients can cause
+	lines *rate.Limiter // limits the log lines that clients can cause
 
-	ctx    context.Context // of all that is being opened
+	ctx    context.Context // ends all openings
 	cancel context.CancelFunc
 
 	mu struct {
 		sync.Mutex
 		named    map[string]*Device // those that can be acquired
 		all      []*Device          // also those that are closing, in the order in which they were asked for
-		last     int                // ID that was given out
+		last     int                // the last ID given out
 		stopping bool               // nothing more is opened
 		stopped  bool               // nothing more is closed
 	}
@@ -229,7 +229,7 @@ func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
 	return added, nil
 }
 
-// remove undoes add. It reports whether d was there to be removed.
+// remove undoes add. It reports whether d was permanent.
 func (t *devices) remove(d *Device) bool {
 	t.mu.Lock()
 	was := d.permanent
@@ -274,7 +274,7 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 	if d != nil {
 		return d, nil
 	}
-	if mayOpen == nil || !mayOpen(name) { // which may look at directories
+	if mayOpen == nil || !mayOpen(name) { // not under the lock: it may read directories
 		return nil, ErrNoDevice
 	}
 	t.mu.Lock()
@@ -333,7 +333,7 @@ func (t *devices) make(ctx context.Context, d *Device) {
 	forClient, abandoned := !d.permanent, d.users == 0
 	t.mu.Unlock()
 	if err != nil && forClient && ctx.Err() == nil && t.lines.Allow() {
-		t.log.Warn("an image cannot be opened for a client", "image", d.spec.Image, "err", err)
+		t.log.Warn("cannot open an image for a client", "image", d.spec.Image, "err", err)
 	}
 	if abandoned {
 		t.end(d)
@@ -343,17 +343,20 @@ func (t *devices) make(ctx context.Context, d *Device) {
 func (t *devices) release(d *Device) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if d.users--; d.users > 0 || t.mu.stopped {
+	if d.users--; d.users > 0 {
 		return
 	}
 	if t.mu.named[d.spec.Name] == d {
 		delete(t.mu.named, d.spec.Name)
 	}
+	if t.mu.stopped {
+		return
+	}
 	select {
 	case <-d.ready:
-		go t.end(d) // which may have a recording to store
+		go t.end(d) // which may push a recording
 	default:
-		d.cancel() // and make ends it
+		d.cancel() // and then make ends it
 	}
 }
 
@@ -391,7 +394,7 @@ func (t *devices) ending() <-chan struct{} {
 	for _, d := range t.mu.all {
 		select {
 		case <-d.ready:
-			if d.users == 0 {
+			if d.users == 0 || d.err != nil { // those who waited for one that failed leave by themselves
 				return d.closed
 			}
 		default:

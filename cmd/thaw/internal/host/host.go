@@ -32,13 +32,15 @@ type Options struct {
 	NBD *nbd.Server
 }
 
-// MinQuota is the smallest quota of a cache.
-const MinQuota = 16 << 20
+// MinQuota is the smallest quota of a cache. Transports read in windows of 4 MiB, which
+// touch two of the largest chunks, and an eighth of the quota is for manifests and
+// indexes. Four of the largest chunks serve one request of any size, and the next one.
+const MinQuota = 4 * blockmap.MaxChunkBlocks * blockmap.BlockSize
 
-// CheckQuota refuses a quota that is too small for the cache to be of use.
+// CheckQuota refuses a quota below MinQuota.
 func CheckQuota(quota int64) error {
 	if quota < 0 || quota > 0 && quota < MinQuota {
-		return InvalidError{fmt.Errorf("a cache of %d bytes is too small: the least is %dM", quota, MinQuota>>20)}
+		return InvalidError{fmt.Errorf("a cache of %d bytes cannot hold what one request needs: the least size is %dM", quota, MinQuota>>20)}
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"math/rand/v2"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -208,8 +209,64 @@ func TestDevicesAtRunTime(t *testing.T) {
 	if _, err := h.Add(t.Context(), Spec{Name: "not a name"}); !errors.As(err, &invalid) {
 		t.Errorf("add what is no name: %v", err)
 	}
-	if _, err := Open(Options{Finder: r.finder(), Dir: t.TempDir(), Quota: MinQuota - 1}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "the least is") {
-		t.Errorf("a quota that is too small: %v", err)
+}
+
+// A cache of the least size serves requests of any size from chunks of the largest
+// size; a smaller one is refused. It fetches no chunk twice for one window of 4 MiB, as
+// which transports read.
+func TestLeastCacheSize(t *testing.T) {
+	r := newRegistry(t)
+	m := &blocktest.Image{Index: new(blockmap.Index), Blobs: make(map[blockmap.Digest][]byte)}
+	const chunk, chunks = blockmap.MaxChunkBlocks * blockmap.BlockSize, 12
+	rng := rand.NewChaCha8([32]byte{1})
+	for range 2 { // the first stream is the metadata's
+		var parts [][]byte
+		for range chunks / 2 {
+			p := make([]byte, chunk)
+			rng.Read(p)
+			parts = append(parts, p)
+		}
+		table, blob := blocktest.Stream(t, parts)
+		stream := uint32(len(m.Index.Streams))
+		m.Index.Streams = append(m.Index.Streams, *table)
+		m.Index.Runs = append(m.Index.Runs, blockmap.Run{Device: uint32(len(m.Content) / blockmap.BlockSize), Stream: stream, Count: table.Blocks()})
+		m.Blobs[table.Blob] = blob
+		m.Content = append(m.Content, bytes.Join(parts, nil)...)
+	}
+	m.Index.Blocks = uint32(len(m.Content) / blockmap.BlockSize)
+	if err := m.Index.Seal(); err != nil {
+		t.Fatal(err)
+	}
+	h := r.open(Options{Quota: MinQuota})
+	added, err := h.Add(t.Context(), Spec{Name: r.push("team/app:v1", m)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []blockmap.Extent{blockmap.Range(chunk-4096, 8192), blockmap.Range(9<<20, 4<<20), blockmap.Range(1<<20, 32<<20)} {
+		before := h.Stats().Chunks
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		v, err := blockmap.Read(ctx, added[0].Block(), e)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, e.Len())
+		if err := v.CopyTo(got); err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+			t.Errorf("bytes %v are wrong: %v", e, err)
+		}
+		v.Release()
+		if n, most := h.Stats().Chunks-before, (e.End-1)/chunk-e.Start/chunk+1; n > most && e.Len() <= 4<<20 {
+			t.Errorf("%d chunks were fetched for the %d of one request", n, most)
+		}
+	}
+	if used := h.Stats().Cached; used > MinQuota {
+		t.Errorf("%d bytes are in the cache", used)
+	}
+	for _, quota := range []int64{1, MinQuota - 1, -1} {
+		var invalid InvalidError
+		if _, err := Open(Options{Finder: r.finder(), Dir: t.TempDir(), Quota: quota}); !errors.As(err, &invalid) || !strings.Contains(err.Error(), "the least size is 16M") {
+			t.Errorf("a quota of %d: %v", quota, err)
+		}
 	}
 }
 
