@@ -164,7 +164,7 @@ func TestBundleStart(t *testing.T) {
 	}
 	s.term()
 	s = serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", other)
-	if !s.said("a trace is of no use") {
+	if !s.said("a trace cannot be used") {
 		t.Errorf("it does not say that %s has no traces:\n%s", other, s.stderr.String())
 	}
 	s.term()
@@ -274,7 +274,7 @@ func TestBadBundles(t *testing.T) {
 	}()
 	p.take()
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100")
-	if n := s.lines("a bundle is of no use"); n != len(bad) {
+	if n := s.lines("a bundle cannot be used"); n != len(bad) {
 		t.Errorf("%d lines for %d bad bundles:\n%s", n, len(bad), s.stderr.String())
 	}
 	if s.lines("the bundle is of no more use") != 1 || s.lines("replaying a trace") != 1 {

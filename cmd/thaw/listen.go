@@ -23,8 +23,8 @@ const (
 	cacheUsage  = "/var/cache/thaw for root, else thaw in $XDG_CACHE_HOME or ~/.cache"
 )
 
-// defaultSocket is where clients of a user find the server. A directory that
-// everybody may write to, such as /tmp, is no place for it.
+// defaultSocket is the socket of a user's server. It is never in a directory that
+// everybody may write to, such as /tmp.
 func defaultSocket(uid int) (string, error) {
 	if uid == 0 {
 		return "/run/thaw.sock", nil
@@ -32,7 +32,7 @@ func defaultSocket(uid int) (string, error) {
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
 		return filepath.Join(dir, "thaw.sock"), nil
 	}
-	return "", usageError{errors.New("there is no default address: XDG_RUNTIME_DIR is not set; give one, as in --listen unix:/run/user/1000/thaw.sock")}
+	return "", usageError{errors.New("there is no default address, because XDG_RUNTIME_DIR is not set: pass one, such as --listen unix:/run/user/1000/thaw.sock")}
 }
 
 // defaultCache is the directory of a user's cache.
@@ -43,7 +43,7 @@ func defaultCache(uid int) (string, error) {
 	if dir, err := os.UserCacheDir(); err == nil && filepath.IsAbs(dir) {
 		return filepath.Join(dir, "thaw"), nil
 	}
-	return "", usageError{errors.New("there is no default cache: neither XDG_CACHE_HOME nor HOME is an absolute path; give one, as in --cache /var/cache/thaw")}
+	return "", usageError{errors.New("there is no default cache, because neither XDG_CACHE_HOME nor HOME is an absolute path: pass one, such as --cache /var/cache/thaw")}
 }
 
 func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) {
@@ -75,13 +75,13 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 	}
 	for _, l := range ls {
 		if nbd.Exposed(l) && !o.exposed && (o.tls.Cert == "" || o.tlsOptional) {
-			return ls, usageError{fmt.Errorf("listening on %s shows images to other hosts, unencrypted, to whoever asks; give it a --tls-cert, or say --allow-plaintext if that is meant", l.Addr())}
+			return ls, usageError{fmt.Errorf("cannot listen on %s without TLS, because other hosts can reach it: pass --tls-cert, or --allow-plaintext", l.Addr())}
 		}
 	}
 	return ls, nil
 }
 
-// announced is what --json says when serving has begun.
+// announced is the ready line of --json.
 type announced struct {
 	Type    string           `json:"type"`
 	Exports []announceExport `json:"exports"`
@@ -94,11 +94,11 @@ type announceExport struct {
 	Digest string   `json:"digest"` // of the block image
 	Size   int64    `json:"bytes"`
 	URI    string   `json:"uri"`  // the first of URIs
-	URIs   []string `json:"uris"` // one a listener
+	URIs   []string `json:"uris"` // one for each listener
 }
 
-// announce says that serving has begun. Who was to hear it may be gone: that ends
-// nothing.
+// announce prints the ready line and notifies systemd. The server goes on if that fails:
+// whoever started it may be gone.
 func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Listener, requireTLS bool) error {
 	out := announced{Type: "ready", Exports: []announceExport{}}
 	for _, l := range ls {
@@ -132,9 +132,9 @@ func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Lis
 	return errors.Join(err, notifyErr)
 }
 
-// uri is how NBD clients name an export, by NBD's doc/uri.md: "nbds" where TLS is
-// required. Sockets of the abstract namespace have no URI that clients understand,
-// and are written as --listen has them.
+// uri is the URI of an export, as in NBD's doc/uri.md: its scheme is "nbds" if TLS is
+// required. A socket of the abstract namespace has no URI that clients understand; it is
+// written as in --listen.
 func uri(ctx context.Context, addr net.Addr, export string, requireTLS bool) string {
 	scheme := "nbd"
 	if requireTLS {
@@ -150,8 +150,8 @@ func uri(ctx context.Context, addr net.Addr, export string, requireTLS bool) str
 		if err != nil {
 			path = a.Name
 		}
-		// Only what is unreserved goes as it is, and slashes: a client may take
-		// "+" for itself or for a space.
+		// Everything but unreserved characters and slashes is escaped: some clients
+		// take "+" for a space.
 		socket := strings.NewReplacer("+", "%20", "%2F", "/").Replace(url.QueryEscape(path))
 		return scheme + "+unix://" + u.EscapedPath() + "?socket=" + socket
 	case *net.TCPAddr:
@@ -169,8 +169,7 @@ func uri(ctx context.Context, addr net.Addr, export string, requireTLS bool) str
 	return u.String()
 }
 
-// hostName is a name by which this host is reached: its own, if that can be
-// looked up.
+// hostName is the name of this host if that can be resolved, and else localhost.
 func hostName(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()

@@ -108,7 +108,7 @@ func TestPrefetchWaitIsBounded(t *testing.T) {
 	p, _, ref, _ := bundled(t, false)
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100", "--prefetch-rate", "10K",
 		"--prefetch-wait-for", "300ms", "--grace", "0s")
-	if !s.said("ready, though less than asked for") {
+	if !s.said("less than asked for was prefetched") {
 		t.Errorf("%s", s.stderr.String())
 	}
 	s.term()
@@ -121,7 +121,7 @@ func TestPrefetchWaitIsBounded(t *testing.T) {
 	})
 	began := time.Now()
 	s = serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100")
-	if took := time.Since(began); took > 30*time.Second || !s.said("ready, though less than asked for") {
+	if took := time.Since(began); took > 30*time.Second || !s.said("less than asked for was prefetched") {
 		t.Errorf("ready after %v\n%s", took, s.stderr.String())
 	}
 	s.term()
@@ -169,7 +169,7 @@ func TestControlSocket(t *testing.T) {
 	}
 	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir, "--record", dir+"/t")
 	s.kill()
-	if stderr, code := stop(); code != exitError || !strings.Contains(stderr, "no server has the cache") {
+	if stderr, code := stop(); code != exitError || !strings.Contains(stderr, "no server uses the cache") {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}
 	s = serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir, "--record", dir+"/t")

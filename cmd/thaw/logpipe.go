@@ -8,10 +8,9 @@ import (
 	"time"
 )
 
-// logPipe writes a log from a goroutine of its own. Whoever reads stderr may be
-// slow, stopped or gone, and no client of a server waits for that: lines that do
-// not fit in the buffer are dropped and counted, and so are those that cannot be
-// written.
+// logPipe writes a log from a goroutine of its own, because the reader of stderr may be
+// slow, stopped or gone, and no client of a server must wait for it. Lines that do not
+// fit in the buffer are dropped and counted; lines that cannot be written are lost.
 type logPipe struct {
 	w    io.Writer
 	done chan struct{}
@@ -26,7 +25,7 @@ type logPipe struct {
 // logLines is how many lines may wait.
 const logLines = 1024
 
-// newLogPipe starts a pipe to w. It says with warn how many lines were dropped.
+// newLogPipe starts a pipe to w. It logs to warn how many lines were dropped.
 func newLogPipe(w io.Writer, warn *slog.Logger) *logPipe {
 	p := &logPipe{w: w, done: make(chan struct{})}
 	lines := make(chan []byte, logLines)
@@ -59,7 +58,7 @@ func (p *logPipe) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// close writes what waits, but not for longer than d.
+// close writes the lines that wait, for d at most.
 func (p *logPipe) close(d time.Duration) {
 	p.mu.Lock()
 	lines := p.mu.lines

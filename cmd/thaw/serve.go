@@ -22,9 +22,8 @@ import (
 	"thaw/nbd"
 )
 
-// serve serves until ctx ends, and for not much longer than the grace after that,
-// whatever still waits for something then: what is left to a process that ends is
-// as good as what is left to one that is killed.
+// serve serves until ctx ends. It returns a second after the grace at the latest, even if
+// something still waits: all that is on disk is as safe as after a kill.
 func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 	if err := o.check(len(names)); err != nil {
 		return err
@@ -63,12 +62,12 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 	select {
 	case err = <-ended:
 	case <-t.C:
-		err = fmt.Errorf("stop: not all had ended %v after the signal", o.grace+time.Second)
+		err = fmt.Errorf("stop: requests or files were still waited for %v after the signal", o.grace+time.Second)
 	}
 	return err
 }
 
-// errGrace says that some had no answer when the time for that was over.
+// errGrace is why requests are abandoned when the grace is over.
 var errGrace = errors.New("the --grace was over with requests still under way")
 
 // service is one `thaw serve`.
@@ -77,7 +76,7 @@ type service struct {
 	serveOptions
 	find     *host.Finder
 	limit    context.Context // ends with the grace
-	stopping func()          // has the grace begin
+	stopping func()          // begins the grace
 	ready    atomic.Bool
 }
 
@@ -94,8 +93,8 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		s.find.Close()
 		return err
 	}
-	// The threads that decompress are of low priority, and each has one of Go's
-	// processors even while the kernel lets others go first.
+	// The threads that decompress have low priority. Each occupies one of Go's processors
+	// even while the kernel runs other threads, so there are more of these.
 	procs := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(procs + (procs+1)/2)
 	defer runtime.GOMAXPROCS(procs)
@@ -103,7 +102,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		Finder: s.find, Dir: s.cache, Quota: int64(s.quota), Trace: s.traceOptions(), Decoders: procs, NBD: server,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
-		return fmt.Errorf("%w; give this one a --cache of its own", err)
+		return fmt.Errorf("%w; give this server a --cache of its own", err)
 	}
 	if err != nil {
 		return err
@@ -111,7 +110,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer h.Close()
 	server.Exports = host.NewExports(h, s.allow, s.clients)
 	devices, err := h.Add(ctx, specs(names)...)
-	defer func() { // when nothing is read any more
+	defer func() { // after the server has stopped, so that nobody reads a device
 		h.Stop(s.limit)
 		if s.ready.Load() {
 			s.summary(h.Stats(), devices)
@@ -148,14 +147,14 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	h.SetServing()
 	s.ready.Store(true)
 	if err := s.announce(ctx, devices, listeners, server.RequireTLS); err != nil {
-		s.find.Log.Warn("nobody has heard that the server is ready", "err", err)
+		s.find.Log.Warn("cannot announce that the server is ready", "err", err)
 		s.stdout.err = nil
 	}
 	return s.serveUntil(ctx, server, listeners, h)
 }
 
-// watchFiles reads the hosts file and the certificates. It returns what reads them
-// again.
+// watchFiles reads the hosts file and the certificates. The functions that it returns
+// read them again.
 func (s *service) watchFiles(ctx context.Context, server *nbd.Server) (refresh []func(force bool), err error) {
 	if s.hosts != "" {
 		mirrors, err := interruptible(ctx, func() (func(bool), error) {
@@ -184,8 +183,7 @@ func specs(names []string) (all []host.Spec) {
 	return all
 }
 
-// serveUntil serves until ctx ends, which is the orderly end, or a listener
-// fails.
+// serveUntil serves until ctx ends, which is no error, or until a listener fails.
 func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, h *host.Host) error {
 	failed := make(chan error, len(ls))
 	for _, l := range ls {
@@ -200,7 +198,7 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	}
 	s.stopping()
 	_, notifyErr := daemon.SdNotify(false, daemon.SdNotifyStopping)
-	// Recordings end now: there is a time to store them then.
+	// Recordings end now, so that the grace is left to store them.
 	var wg sync.WaitGroup
 	wg.Go(func() { h.StopRecordings(s.limit) })
 	if e := server.Shutdown(s.limit); e != nil {

@@ -46,34 +46,36 @@ func serveCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "serve [IMAGE...]",
 		Short: "Serve images as network block devices",
-		Long: `serve exports block images over NBD. A block is fetched when it is first read,
-and kept in the cache; before the export is ready only its manifest and index
-are fetched. What a start is known to read, by its traces, or is likely to, is
-fetched ahead of it.
+		Long: `serve exports block images over NBD. It fetches a block when a client first reads
+it, and keeps it in the cache. Before an export is ready, serve fetches only its
+manifest and index. It prefetches the blocks that startup is known to read, from
+traces, or is likely to read.
 
-An IMAGE is a block image, or an image that has one beside it. Its name as given
-is the name of the export; a single image is the default export as well.
+IMAGE is a block image, or an image that has a block image beside it. The name of
+the export is IMAGE as given. A single image is also the default export.
 
 ` + allowHelp + `
 
-What the cache has is served without waiting for the registry: at once where the
-name is a digest or --pin names one, and else when the registry has not answered
-within 2 s.
+An image that is in the cache is served without waiting for the registry: at once
+if IMAGE has a digest or is pinned by --pin, otherwise if the registry does not
+answer within 2 s.
 
-When it is ready, one line on stdout says so: "ready:", and for each image a URI
-and a reference by the digest of the block image, which can be pinned. systemd is
-notified where it asked for that. Sockets passed by systemd are listened on
-instead of the default one. A socket of the abstract namespace (unix:@NAME) has no
-URI; qemu takes server.type=unix,server.path=NAME,server.abstract=on.
+When all images are ready, serve prints one line on stdout: "ready:", and for each
+image a URI, and a reference with the digest of the block image, which can be
+pinned. It notifies systemd if systemd asks for that. It listens on sockets passed
+by systemd instead of the default one. A socket of the abstract namespace
+(unix:@NAME) has no URI; qemu takes server.type=unix,server.path=NAME,server.abstract=on.
 
-SIGTERM and SIGINT finish what is in flight, within --grace. SIGHUP reads the
-files of --tls-cert, --tls-key, --tls-client-ca and --hosts again; so does a change
-of them. A file that cannot be used is a warning.
+On SIGTERM and SIGINT, serve finishes the requests in flight, within --grace. It
+reads the files of --tls-cert, --tls-key, --tls-client-ca and --hosts again when
+they change, and on SIGHUP. If it cannot use a file, it logs a warning and keeps
+the earlier content.
 
---record writes to a temporary file beside FILE, which becomes FILE when the
-recording ends. A server that is killed leaves it; the next one to record there
-makes it FILE.interrupted. Recordings of --trace auto that are not stored beside
-the image are kept in the cache directory, under traces, the last 32.`,
+--record FILE writes to a temporary file beside FILE and renames it to FILE when
+the recording ends. A server that is killed leaves the temporary file; the next
+recording to FILE renames it to FILE.interrupted. Recordings of --trace auto that
+are not stored beside the image stay in the cache directory, under traces; serve
+keeps the newest 32.`,
 		Example: `  thaw serve registry.example/team/app:v1
   thaw serve oci:/srv/images:app --listen unix:/run/app.sock --cache /var/cache/thaw
   thaw serve registry.example/a:1 registry.example/b:2 --listen tcp:127.0.0.1:10809
@@ -87,7 +89,7 @@ the image are kept in the cache directory, under traces, the last 32.`,
   qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 && len(o.allow) == 0 {
-				return usageError{errors.New("name an image to serve, or --allow clients to name them")}
+				return usageError{errors.New("name an image to serve, or let clients name images with --allow")}
 			}
 			return nil
 		},
@@ -95,42 +97,43 @@ the image are kept in the cache directory, under traces, the last 32.`,
 	}
 	f := c.Flags()
 	f.StringArrayVar(&o.listen, "listen", nil, "unix:PATH or tcp:HOST:PORT (repeatable; default: "+socketUsage+")")
-	f.StringVar(&o.cache, "cache", "", "directory for what was fetched (default: "+cacheUsage+")")
-	f.Var(&o.quota, "cache-size", "bound on what is kept there, at least 16M; the longest unused goes first (default: the disk)")
-	f.DurationVar(&o.grace, "grace", 30*time.Second, "for what is in flight when it is told to stop; about a second later it is gone")
-	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode there is")
-	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references like this, as in registry.example/team/* (repeatable)")
+	f.StringVar(&o.cache, "cache", "", "directory of the cache (default: "+cacheUsage+")")
+	f.Var(&o.quota, "cache-size", "largest size of the cache, at least 16M; the least recently used chunks are evicted (default: no limit but the disk)")
+	f.DurationVar(&o.grace, "grace", 30*time.Second, "time to finish requests in flight after SIGTERM; the server exits about a second later at the latest")
+	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode so far")
+	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references that match this pattern, such as registry.example/team/* (repeatable)")
 	f.StringArrayVar(&o.pin, "pin", nil, pinUsage)
 	f.BoolVar(&o.exposed, "allow-plaintext", false, "listen beyond this host without TLS")
-	f.StringVar(&o.tls.Cert, "tls-cert", "", "file with the server's certificate chain; TLS is required then")
-	f.StringVar(&o.tls.Key, "tls-key", "", "file with its key")
-	f.StringVar(&o.tls.ClientCA, "tls-client-ca", "", "file with the authorities that clients' certificates have to be of")
-	f.BoolVar(&o.tlsOptional, "tls-optional", false, "serve clients without TLS, too")
+	f.StringVar(&o.tls.Cert, "tls-cert", "", "file with the server's certificate chain; clients must use TLS then")
+	f.StringVar(&o.tls.Key, "tls-key", "", "file with the key of --tls-cert")
+	f.StringVar(&o.tls.ClientCA, "tls-client-ca", "", "file with the authorities that must have issued the clients' certificates")
+	f.BoolVar(&o.tlsOptional, "tls-optional", false, "serve clients without TLS as well")
 	f.StringArrayVar(&o.clients, "client", nil, "serve only clients whose certificate has this name (repeatable)")
-	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "at a time")
-	f.Var(&o.maxInFlight, "max-in-flight", "bytes of requests that a connection may have waiting")
-	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "for a client to say what it wants")
-	f.DurationVar(&o.write, "write-timeout", 0, "cut off a client that takes no byte of its replies for so long (default: never)")
-	f.DurationVar(&o.idle, "idle-timeout", 0, "cut off a client that asks for nothing for so long (default: never)")
-	f.StringVar(&o.trace.Record, "record", "", "record the start of the image to this file, which is replaced when the recording ends")
-	f.DurationVar(&o.trace.RecordFor, "record-for", 5*time.Minute, "how long a recording lasts from the first read")
-	f.Var(&o.recordBytes, "record-bytes", "how many bytes it may touch (default: any number)")
-	f.DurationVar(&o.trace.RecordQuiet, "record-quiet", 10*time.Second, "after which it ends when nothing new is read")
-	f.StringArrayVar(&o.trace.Use, "trace", nil, "fetch ahead what a trace says: a file, another version of the image, or auto for those beside the image, else recording one (repeatable)")
-	f.BoolVar(&o.trace.Push, "trace-push", false, "store what was recorded beside the image")
-	f.Var(&o.rate, "prefetch-rate", "bound on what is fetched ahead, bytes a second (default: the link)")
+	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "most connections at a time")
+	f.Var(&o.maxInFlight, "max-in-flight", "most bytes of requests waiting on one connection")
+	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "time for a client to finish the NBD handshake")
+	f.DurationVar(&o.write, "write-timeout", 0, "disconnect a client that receives no byte of its replies for this time (default: never)")
+	f.DurationVar(&o.idle, "idle-timeout", 0, "disconnect a client that sends no request for this time (default: never)")
+	f.StringVar(&o.trace.Record, "record", "", "file to record the start of the image to; it is replaced when the recording ends")
+	f.DurationVar(&o.trace.RecordFor, "record-for", 5*time.Minute, "end a recording this time after the first read")
+	f.Var(&o.recordBytes, "record-bytes", "end a recording after this many bytes of the device were read (default: no limit)")
+	f.DurationVar(&o.trace.RecordQuiet, "record-quiet", 10*time.Second, "end a recording when no new block was read for this time")
+	f.StringArrayVar(&o.trace.Use, "trace", nil, "trace to prefetch from: a file, another version of the image, or auto: the traces beside the image, or record one if there are none (repeatable)")
+	f.BoolVar(&o.trace.Push, "trace-push", false, "store recordings beside the image")
+	f.Var(&o.rate, "prefetch-rate", "most bytes to prefetch per second (default: no limit)")
 	o.ahead = aheadFlag{Metadata: true, Readahead: true, Program: true}
-	f.Var(&o.ahead, "fetch-ahead", "what to fetch ahead without a trace: metadata, readahead, program (what the image's program is made of), or none")
+	f.Var(&o.ahead, "fetch-ahead", "what to prefetch without a trace: metadata, readahead, program (the files of the image's program), or none")
 	f.IntVar(&o.wait, "prefetch-wait", 0, "delay readiness until this share of the trace is prefetched, in percent (default: do not wait)")
-	f.DurationVar(&o.waitFor, "prefetch-wait-for", time.Minute, "and be ready all the same after so long")
-	f.BoolVar(&a.json, "json", false, "say that it is ready as JSON")
+	f.DurationVar(&o.waitFor, "prefetch-wait-for", time.Minute, "longest delay by --prefetch-wait")
+	f.BoolVar(&a.json, "json", false, "print the ready line as JSON")
 	return c
 }
 
-// check says what does not go together, and fills in what depends on the user.
+// check fails if flags contradict each other, and sets the defaults that depend on the
+// user.
 func (o *serveOptions) check(images int) (err error) {
 	if !o.readOnly {
-		return usageError{errors.New("--read-only=false: writable devices are not there yet")}
+		return usageError{errors.New("--read-only=false: thaw cannot serve writable devices yet")}
 	}
 	if err := host.Allow(o.allow).Check(); err != nil {
 		return usageError{fmt.Errorf("--allow: %w", err)}
@@ -145,7 +148,7 @@ func (o *serveOptions) check(images int) (err error) {
 		"grace": o.grace, "handshake-timeout": o.handshake, "write-timeout": o.write, "idle-timeout": o.idle,
 	} {
 		if d < 0 {
-			return usageError{fmt.Errorf("--%s %v: a time is not negative", flag, d)}
+			return usageError{fmt.Errorf("--%s %v: a time cannot be negative", flag, d)}
 		}
 	}
 	if o.cache == "" {
@@ -160,13 +163,13 @@ func (o *serveOptions) checkTrace(images int, others bool) error {
 	auto := slices.Contains(o.trace.Use, host.Auto)
 	switch {
 	case o.trace.Record != "" && (images != 1 || others):
-		return errors.New("--record is of one image: serve one, and let clients open no others")
+		return errors.New("--record records one image: serve one image only, without --allow")
 	case o.trace.Push && !auto && o.trace.Record == "":
-		return errors.New("--trace-push needs a recording: --trace auto or --record FILE")
+		return errors.New("--trace-push needs a recording: add --trace auto or --record FILE")
 	case o.wait < 0 || o.wait > 100:
-		return fmt.Errorf("--prefetch-wait %d: it is a percentage", o.wait)
+		return fmt.Errorf("--prefetch-wait %d: it must be a percentage, 0 to 100", o.wait)
 	case o.waitFor < 0:
-		return fmt.Errorf("--prefetch-wait-for %v: it is a time to wait", o.waitFor)
+		return fmt.Errorf("--prefetch-wait-for %v: a time cannot be negative", o.waitFor)
 	}
 	return nil
 }
@@ -176,12 +179,12 @@ func (o *serveOptions) checkTLS() error {
 	case f.Cert == "" && (f.Key != "" || f.ClientCA != "" || o.tlsOptional || len(o.clients) > 0):
 		return usageError{errors.New("TLS needs a --tls-cert")}
 	case len(o.clients) > 0 && f.ClientCA == "":
-		return usageError{errors.New("--client needs a --tls-client-ca: names are believed of certificates alone")}
+		return usageError{errors.New("--client needs a --tls-client-ca: only a certificate proves a client's name")}
 	}
 	return nil
 }
 
-// traceOptions are the flags as a host takes them.
+// traceOptions converts the flags.
 func (o *serveOptions) traceOptions() host.TraceOptions {
 	t := o.trace
 	t.RecordBytes, t.Rate, t.Ahead = int64(o.recordBytes), int64(o.rate), host.Ahead(o.ahead)
@@ -219,7 +222,7 @@ next:
 				continue next
 			}
 		}
-		return fmt.Errorf("%q: it is none, or some of metadata, readahead and program, with commas between", given)
+		return fmt.Errorf("%q: it must be none, or a list of metadata, readahead and program separated by commas", given)
 	}
 	return nil
 }
@@ -233,18 +236,18 @@ func (f *aheadFlag) words() []aheadWord {
 	return []aheadWord{{"metadata", &f.Metadata}, {"readahead", &f.Readahead}, {"program", &f.Program}}
 }
 
-// allowHelp says what patterns mean.
-const allowHelp = `With --allow, clients open what they name: the export's name is the reference. A
-pattern is compared with the reference in full, part by part:
+// allowHelp explains the patterns of --allow.
+const allowHelp = `With --allow, a client opens an image by its reference, as the name of the export. A
+pattern must match the whole reference, part by part:
 
   HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]    REPOSITORY alone is Docker Hub's
   oci:DIRECTORY[:TAG]
 
-* stands for anything within one component of a path, a tag, or one label of a
-host name, and ? for one character; * as the whole host stands for any host. **
-at the end of a repository or directory stands for anything, slashes included;
-HOST** is all of that host, and ** alone all of all registries, but no directory.
-Host names match in any case, and a port only by a port. Without a tag a pattern matches any tag
-and digest; with a tag, only references without a digest; with a digest, only
-that. A directory counts as where its symbolic links lead to, and may not contain
-"..". Archives are never opened.`
+* matches anything within one component of a path, a tag, or one label of a host
+name, and ? matches one character. * as the whole host matches any host. ** at the
+end of a repository or directory matches anything, slashes included. HOST** matches
+all of that host, and ** alone all registries, but no directory. The case of host
+names does not matter. A port is matched only by a port. A pattern without a tag
+matches any tag and digest; with a tag, only references without a digest; with a
+digest, only that digest. Symbolic links in directories are resolved, and ".." is
+not allowed. Clients cannot open archives.`

@@ -17,10 +17,10 @@ import (
 func traceCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "trace",
-		Short: "Look at recorded starts, and keep them beside their images",
-		Long: `A trace is which blocks a start read, and when. "thaw serve --record FILE"
-makes one; "thaw serve --trace auto" uses those that are stored beside an image,
-and records where there is none.`,
+		Short: "Show recorded starts, and store them beside their images",
+		Long: `A trace lists the blocks that a start has read, and when. "thaw serve --record FILE"
+records one. "thaw serve --trace auto" prefetches from the traces that are stored
+beside an image, and records a trace if there are none.`,
 		Example: `  thaw serve registry.example/team/app:v1 --record app.trace
   thaw trace show app.trace
   thaw trace push registry.example/team/app:v1 app.trace
@@ -28,7 +28,7 @@ and records where there is none.`,
   thaw serve registry.example/team/app:v1 --trace auto`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageError{fmt.Errorf("there is no verb %q of trace", args[0])}
+				return usageError{fmt.Errorf("there is no command %q of trace", args[0])}
 			}
 			return nil
 		},
@@ -43,13 +43,13 @@ func traceShowCommand(a *app) *cobra.Command {
 	var pin []string
 	c := &cobra.Command{
 		Use:   "show FILE",
-		Short: "Sum a trace up",
+		Short: "Summarize a trace",
 		Example: `  thaw trace show app.trace
   thaw trace show app.trace --image registry.example/team/app:v1    # and what lies in which layer`,
 		Args: args(cobra.ExactArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error { return a.traceShow(c.Context(), args[0], image, pin) },
 	}
-	c.Flags().StringVar(&image, "image", "", "the image that it is of, to tell layers apart")
+	c.Flags().StringVar(&image, "image", "", "the image that the trace was recorded of, to show its layers")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print JSON")
 	return c
@@ -86,11 +86,11 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 	}
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1e3) }
 	fmt.Fprintf(a.stdout, "starts   %d, index sha256:%.12s…\n", s.Starts, s.Index)
-	fmt.Fprintf(a.stdout, "touched  %s of a device of %s, in %d ranges; %s were not there\n",
+	fmt.Fprintf(a.stdout, "touched  %s of a device of %s, in %d ranges; %s had to be fetched\n",
 		bytesString(s.Bytes), bytesString(s.Device), s.Ranges, bytesString(s.Misses))
 	fmt.Fprintf(a.stdout, "time     %s to the last first touch; recording: %s after %s\n", ms(s.Duration), s.Ended, ms(s.Recorded))
 	if s.Dropped > 0 {
-		fmt.Fprintf(a.stdout, "dropped  %s came too fast to be recorded\n", bytesString(s.Dropped))
+		fmt.Fprintf(a.stdout, "dropped  %s were read too fast to be recorded\n", bytesString(s.Dropped))
 	}
 	if s.Cut != "" {
 		fmt.Fprintf(a.stdout, "cut      %s\n", s.Cut)
@@ -115,9 +115,9 @@ func traceExportCommand(a *app) *cobra.Command {
 	var format, out, device string
 	c := &cobra.Command{
 		Use:   "export FILE",
-		Short: "Write a trace in the form of other programs",
-		Long: `export writes a trace as an iolog that fio replays against any device, or as text
-like blkparse's.`,
+		Short: "Convert a trace for other programs",
+		Long: `export writes a trace as an iolog, which fio replays against any device, or as text
+in the form of blkparse.`,
 		Example: `  thaw trace export app.trace --format fio --device /dev/nbd0 -o app.log
   fio --name=start --ioengine=psync --direct=1 --readonly --read_iolog=app.log`,
 		Args: args(cobra.ExactArgs(1)),
@@ -129,7 +129,7 @@ like blkparse's.`,
 			if out == "" {
 				return exportTrace(t, a.stdout, format, device)
 			}
-			// All of it before the file, so that what is there is not lost to an error.
+			// The file is written last, so that an error does not cost the old one.
 			var b bytes.Buffer
 			if err := exportTrace(t, &b, format, device); err != nil {
 				return err
@@ -137,9 +137,9 @@ like blkparse's.`,
 			return os.WriteFile(out, b.Bytes(), 0o666)
 		},
 	}
-	c.Flags().StringVar(&format, "format", "fio", "fio or blkparse")
+	c.Flags().StringVar(&format, "format", "fio", "format to write: fio or blkparse")
 	c.Flags().StringVarP(&out, "output", "o", "", "file to write (default: stdout)")
-	c.Flags().StringVar(&device, "device", "/dev/nbd0", "that a fio log names")
+	c.Flags().StringVar(&device, "device", "/dev/nbd0", "device that a fio log names")
 	return c
 }
 
@@ -150,7 +150,7 @@ func exportTrace(t *tracefile.Trace, w io.Writer, format, device string) error {
 	case "blkparse":
 		return t.WriteBlkparse(w)
 	}
-	return usageError{fmt.Errorf("a format %q: it is fio or blkparse", format)}
+	return usageError{fmt.Errorf("--format %q: it must be fio or blkparse", format)}
 }
 
 func tracePushCommand(a *app) *cobra.Command {
@@ -181,7 +181,7 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 		return err
 	}
 	if t.Index != b.IndexDigest() {
-		return fmt.Errorf("push %s: %w: it was recorded of index sha256:%v, %s has %s", path, tracefile.ErrOtherImage, t.Index, image, b.Manifest.Index.Digest)
+		return fmt.Errorf("push %s: %w: it was recorded of the index sha256:%v, but %s has the index %s", path, tracefile.ErrOtherImage, t.Index, image, b.Manifest.Index.Digest)
 	}
 	d, err := b.PushTrace(ctx, file)
 	if err != nil {
@@ -195,7 +195,7 @@ func traceStopCommand(a *app) *cobra.Command {
 	var cache string
 	c := &cobra.Command{
 		Use:     "stop",
-		Short:   "End the recordings of a server that is running",
+		Short:   "End the recordings of a running server",
 		Example: `  thaw trace stop --cache /var/cache/thaw`,
 		Args:    args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {

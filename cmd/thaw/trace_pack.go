@@ -17,13 +17,13 @@ func tracePackCommand(a *app) *cobra.Command {
 	var pin []string
 	c := &cobra.Command{
 		Use:   "pack IMAGE [TRACE...]",
-		Short: "Put all that a start reads into one blob beside the image",
-		Long: `pack makes a bundle: the chunks that the traces touch, in the order in which they
-are wanted, in one blob beside the image. "thaw serve --trace auto" uses it, so
-that a start is one download from beginning to end.
+		Short: "Store all chunks that a start reads as one blob beside the image",
+		Long: `pack makes a bundle: one blob beside the image with the chunks that the traces
+touch, in the order in which a start reads them. With "thaw serve --trace auto" a
+start is then one download from beginning to end.
 
-The traces are those that are stored beside the image, or the files given. Pack
-again when there are better ones: the last bundle is used.`,
+The traces are the files given, or else those that are stored beside the image. Run
+pack again when there are better traces: serve uses the newest bundle.`,
 		Example: `  thaw trace pack registry.example/team/app:v1
   thaw trace pack registry.example/team/app:v1 start.trace`,
 		Args: args(cobra.MinimumNArgs(1)),
@@ -31,17 +31,17 @@ again when there are better ones: the last bundle is used.`,
 			return a.tracePack(c.Context(), args[0], args[1:], temp, pin)
 		},
 	}
-	c.Flags().StringVar(&temp, "temp", "", "directory for the bundle until it is pushed (default: the system's)")
+	c.Flags().StringVar(&temp, "temp", "", "directory for the bundle until it is pushed (default: $TMPDIR, or /tmp)")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
 
-// packed is the result as --json prints it.
+// packed is the result that --json prints.
 type packed struct {
 	Type    string  `json:"type"`
 	Target  string  `json:"target"`
-	Starts  uint32  `json:"starts"` // that the plan is of
+	Starts  uint32  `json:"starts"` // that the traces are of
 	Chunks  int     `json:"chunks"`
 	Wanted  int64   `json:"wanted_bytes"`  // that the traces touch
 	Content int64   `json:"content_bytes"` // of the chunks
@@ -74,7 +74,7 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 			return err
 		}
 		if traces = b.StoredTraces(ctx, found.Traces, find.Log); len(traces) == 0 {
-			return fmt.Errorf("%s has no traces beside it: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
+			return fmt.Errorf("no traces are stored beside %s: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
 		}
 	}
 	p, err := packTraces(ctx, b, traces, temp)
@@ -95,7 +95,7 @@ func (p *packed) print(w io.Writer) {
 		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
-// packTraces makes the bundle of traces of an image, and stores it beside it.
+// packTraces makes a bundle of traces of an image, and stores it beside the image.
 func packTraces(ctx context.Context, b *host.BlockImage, traces []*tracefile.Trace, temp string) (*packed, error) {
 	p, err := b.Pack(ctx, traces, temp)
 	if err != nil {

@@ -24,10 +24,11 @@ func tracePlotCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "plot FILE",
 		Short: "Draw a trace",
-		Long: `plot draws a trace, as an SVG or a PNG: above, where on the device was read
-when, with what had to be fetched apart from what was there; below, how many
-bytes had been read by when. With --image each layer has a colour. Stretches
-without content are folded, and what would cover each other is drawn as one.`,
+		Long: `plot draws a trace as an SVG or a PNG. The upper chart shows which parts of the
+device were read at what time; reads that had to be fetched stand out. The lower
+chart shows how many bytes had been read by what time. With --image each layer has
+a colour of its own. Stretches of the device that were not read are folded, and
+marks that would cover each other are drawn as one.`,
 		Example: `  thaw trace plot app.trace -o app.svg
   thaw trace plot app.trace --image registry.example/team/app:v1 -o app.png    # coloured by layer`,
 		Args: args(cobra.ExactArgs(1)),
@@ -36,8 +37,8 @@ without content are folded, and what would cover each other is drawn as one.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVarP(&out, "output", "o", "", "file to write, whose name ends in .svg or .png")
-	f.StringVar(&image, "image", "", "the image that it is of, to tell layers apart")
+	f.StringVarP(&out, "output", "o", "", "file to write; its name ends in .svg or .png")
+	f.StringVar(&image, "image", "", "the image that the trace was recorded of, to colour its layers")
 	f.StringArrayVar(&pin, "pin", nil, pinUsage)
 	f.IntVar(&o.Width, "width", plot.DefaultWidth, "in pixels")
 	f.IntVar(&o.Height, "height", plot.DefaultHeight, "in pixels")
@@ -48,17 +49,17 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 	var write func(*plot.Picture, io.Writer) error
 	switch ext := filepath.Ext(out); {
 	case out == "":
-		return usageError{errors.New("where to? Name a file with -o, such as -o start.svg or -o start.png")}
+		return usageError{errors.New("name the file to write with -o, such as -o start.svg or -o start.png")}
 	case strings.EqualFold(ext, ".svg"):
 		write = (*plot.Picture).WriteSVG
 	case strings.EqualFold(ext, ".png"):
 		write = (*plot.Picture).WritePNG
 	default:
-		return usageError{fmt.Errorf("%s: pictures are written as .svg or .png, and the name says which", out)}
+		return usageError{fmt.Errorf("%s: the name of a picture must end in .svg or .png", out)}
 	}
 	for _, n := range []int{o.Width, o.Height} {
 		if n < plot.MinSize || n > plot.MaxSize {
-			return usageError{fmt.Errorf("a width or height of %d: it is from %d to %d pixels", n, plot.MinSize, plot.MaxSize)}
+			return usageError{fmt.Errorf("a width or height of %d: it must be %d to %d pixels", n, plot.MinSize, plot.MaxSize)}
 		}
 	}
 	t, _, err := readTrace(ctx, path)
@@ -71,7 +72,7 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 		}
 		o.Title = filepath.Base(path)
 		if path == "-" {
-			o.Title = "" // it has a better one
+			o.Title = "" // plot has a better title than "-"
 		}
 	} else {
 		find, err := a.access(ctx, pin, image)
@@ -89,7 +90,7 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 	if err != nil {
 		return err
 	}
-	// All of it before the file, so that what is there is not lost to an error.
+	// The file is written last, so that an error does not cost the old one.
 	var b bytes.Buffer
 	if err := write(p, &b); err != nil {
 		return fmt.Errorf("draw %s: %w", out, err)
@@ -97,7 +98,7 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 	return os.WriteFile(out, b.Bytes(), 0o666)
 }
 
-// streamNames are what people call the streams of an image.
+// streamNames names the streams of an image in a plot.
 func streamNames(b *host.BlockImage) []string {
 	diffIDs := make(map[string]string) // by blob
 	for _, l := range b.Manifest.Layers[1:] {

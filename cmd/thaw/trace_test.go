@@ -171,7 +171,7 @@ func TestBadTraces(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", junk, "--trace", dir+"/none")
-	if !s.said("a trace is of no use") {
+	if !s.said("a trace cannot be used") {
 		t.Errorf("%s", s.stderr.String())
 	}
 	tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 4096", s.uri())
@@ -184,8 +184,8 @@ func TestBadTraces(t *testing.T) {
 		{[]string{"trace", "show", junk}, 1, "junk"},
 		{[]string{"trace", "show", dir + "/none"}, 1, "no such file"},
 		{[]string{"trace", "push", image, junk}, 1, "junk"},
-		{[]string{"trace", "melt"}, 2, "no verb"},
-		{[]string{"trace", "stop", "--cache", dir + "/none"}, 1, "no server has the cache"},
+		{[]string{"trace", "melt"}, 2, "no command"},
+		{[]string{"trace", "stop", "--cache", dir + "/none"}, 1, "no server uses the cache"},
 		{[]string{"serve", image, image + "2", "--record", dir + "/r", "--cache", dir + "/c"}, 2, "serve one"},
 		{[]string{"serve", image, "--trace-push", "--cache", dir + "/c"}, 2, "needs a recording"},
 		{[]string{"serve", image, "--prefetch-wait", "101", "--cache", dir + "/c"}, 2, "percentage"},

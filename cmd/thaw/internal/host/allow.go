@@ -31,8 +31,8 @@ func (p Allow) Check() error {
 
 // Match reports whether a client may open name.
 func (p Allow) Match(name string) bool {
-	// What a pattern means is what the reference means: no other spelling, and
-	// no way up out of a directory.
+	// A pattern is compared with the parsed reference, so that no other spelling gets
+	// past it, and no ".." leads out of a directory.
 	ref, err := registry.ParseRef(name)
 	if err != nil || ref.Archive != "" || slices.Contains(strings.Split(ref.Layout, "/"), "..") {
 		return false
@@ -43,7 +43,7 @@ func (p Allow) Match(name string) bool {
 	})
 }
 
-// pattern is one of them in parts.
+// pattern is a parsed pattern.
 type pattern struct {
 	layout      bool
 	host        string // "*": any
@@ -95,16 +95,16 @@ func parsePattern(s string) (p pattern, err error) {
 			return p, err
 		}
 		if strings.Contains(strings.TrimSuffix(part, "**"), "**") {
-			return p, errors.New("** may stand at the end alone")
+			return p, errors.New("** is allowed only at the end")
 		}
 	}
 	return p, nil
 }
 
-// registryHub is how package registry writes the host of Docker Hub.
+// registryHub is the host of Docker Hub as package registry writes it.
 const registryHub = "index.docker.io"
 
-// cutHost parts the host from the repository, as ParseRef does.
+// cutHost separates the host from the repository, as ParseRef does.
 func cutHost(s string) (host, place string) {
 	first, rest, slash := strings.Cut(s, "/")
 	switch {
@@ -150,7 +150,7 @@ func (p pattern) matchRegistry(ref registry.Ref) bool {
 	return matchHost(p.host, strings.ToLower(ref.Registry)) && matchPlace(p.place, ref.Repository, false)
 }
 
-// matchHost compares hosts label by label: * is no more than one of them.
+// matchHost compares hosts label by label: * matches within one label.
 func matchHost(pattern, host string) bool {
 	if pattern == "*" || pattern == host {
 		return true
@@ -182,14 +182,14 @@ func splitPort(s string) (host, port string) {
 	return s, ""
 }
 
-// matchPlace compares repositories, or directories after their symbolic links.
+// matchPlace compares repositories, or directories with their symbolic links resolved.
 func matchPlace(pattern, place string, directory bool) bool {
 	if directory {
 		var err error
 		if place, err = realPath(place); err != nil {
 			return false
 		}
-		// The part without wildcards may be reached by links as well.
+		// Links are resolved in the part of the pattern without wildcards, too.
 		fixed, rest := pattern, ""
 		if i := strings.IndexAny(pattern, `*?[\`); i >= 0 {
 			i = strings.LastIndexByte(pattern[:i], '/') + 1
@@ -199,7 +199,7 @@ func matchPlace(pattern, place string, directory bool) bool {
 			return false
 		}
 		if rest == "" {
-			return place == fixed // what looks like a wildcard now is a name
+			return place == fixed // a wildcard character in it is part of a name
 		}
 		inside, ok := strings.CutPrefix(place, strings.TrimSuffix(fixed, "/")+"/")
 		if !ok {
@@ -212,7 +212,7 @@ func matchPlace(pattern, place string, directory bool) bool {
 		ok, _ := path.Match(pattern, place)
 		return ok
 	}
-	// As many components as prefix has match one by one, the last by its beginning.
+	// The components of prefix match one by one, the last one as a prefix.
 	want, have := strings.Split(prefix, "/"), strings.Split(place, "/")
 	if len(have) < len(want) {
 		return false
@@ -229,8 +229,8 @@ func matchPlace(pattern, place string, directory bool) bool {
 	return len(have) > len(want) || have[last] != ""
 }
 
-// realPath is where a directory is after all symbolic links. One that does not
-// exist is where it would be.
+// realPath resolves the symbolic links in the path of a directory, which need not
+// exist.
 func realPath(dir string) (string, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -249,8 +249,7 @@ func realPath(dir string) (string, error) {
 	}
 }
 
-// isMissing says that nothing at all has that name, not even a link that leads
-// nowhere.
+// isMissing reports whether nothing has that name, not even a broken symbolic link.
 func isMissing(path string) bool {
 	_, err := os.Lstat(path)
 	return errors.Is(err, fs.ErrNotExist)

@@ -23,15 +23,14 @@ import (
 )
 
 const (
-	// maxTraces is how many traces of an image are looked at, the last ones.
+	// maxTraces bounds how many traces of an image are read: the newest.
 	maxTraces = 32
-	// maxBundles is how many of its bundles are tried, the last one first.
+	// maxBundles bounds how many bundles of an image are tried, the newest first.
 	maxBundles = 8
 )
 
 // Beside lists what is stored beside an image for its starts: the manifests of traces
-// and of bundles. Where the registry's list keeps the order, the one pushed last is
-// the last one.
+// and of bundles. The newest is the last, where the registry's list keeps the order.
 type Beside struct{ Traces, Bundles []v1.Descriptor }
 
 // Beside finds what is stored beside the image.
@@ -50,7 +49,7 @@ func (b *BlockImage) Beside(ctx context.Context) (Beside, error) {
 	return found, err
 }
 
-// storedLayer is the descriptor of what a manifest beside an image is about.
+// storedLayer finds the trace or bundle that a listed manifest stores.
 func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, mediaType types.MediaType) (v1.Descriptor, error) {
 	if layer, ok := tracefile.AnnotatedLayer(d, mediaType); ok {
 		return layer, nil
@@ -71,11 +70,11 @@ func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor
 			return nil
 		}
 		if err != nil {
-			log.Warn("a stored trace is of no use", "image", b.Name, "manifest", d.Digest.String(), "err", err)
+			log.Warn("a stored trace cannot be used", "image", b.Name, "manifest", d.Digest.String(), "err", err)
 			continue
 		}
 		if trace.Cut != nil {
-			log.Warn("a stored trace ends early; what there is of it is used", "image", b.Name, "manifest", d.Digest.String(), "err", trace.Cut)
+			log.Warn("a stored trace ends early; thaw uses the part that is there", "image", b.Name, "manifest", d.Digest.String(), "err", trace.Cut)
 		}
 		traces = append(traces, trace)
 	}
@@ -88,7 +87,7 @@ func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefil
 		return nil, err
 	}
 	if layer.Size > tracefile.MaxSize {
-		return nil, fmt.Errorf("it has %d bytes, a trace at most %d", layer.Size, tracefile.MaxSize)
+		return nil, fmt.Errorf("it has %d bytes, and a trace has at most %d", layer.Size, tracefile.MaxSize)
 	}
 	blob, err := b.Repo.Blob(ctx, layer)
 	if err != nil {
@@ -101,8 +100,8 @@ func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefil
 	return trace, err
 }
 
-// RecordedTrace is a trace, and the index of the image that it was recorded of where
-// that is known.
+// RecordedTrace is a trace, with the index of the image that it was recorded of if that
+// is known.
 type RecordedTrace struct {
 	*tracefile.Trace
 	name string
@@ -136,7 +135,7 @@ func (f *Finder) readNamed(ctx context.Context, name string) (traces []RecordedT
 	}
 	b, err := f.Find(ctx, name)
 	if err != nil {
-		return nil, fmt.Errorf("it is no file, and as an image: %w", err)
+		return nil, fmt.Errorf("there is no such file, and it cannot be opened as an image: %w", err)
 	}
 	found, err := b.Beside(ctx)
 	if err != nil {
@@ -146,7 +145,7 @@ func (f *Finder) readNamed(ctx context.Context, name string) (traces []RecordedT
 		traces = append(traces, RecordedTrace{trace, name, b.Index})
 	}
 	if len(traces) == 0 {
-		return nil, errors.New("there are no traces beside that image")
+		return nil, errors.New("no traces are stored beside that image")
 	}
 	return traces, nil
 }
@@ -158,24 +157,24 @@ func (r RecordedTrace) Fit(b *BlockImage) (*tracefile.Trace, *tracefile.Carried,
 		return r.Trace, nil, nil
 	}
 	if r.of == nil {
-		return nil, nil, fmt.Errorf("%s: %w: name the image that it was recorded of instead", r.name, tracefile.ErrOtherImage)
+		return nil, nil, fmt.Errorf("%s: %w: name the image that it was recorded of instead of the file", r.name, tracefile.ErrOtherImage)
 	}
 	t, carried, err := tracefile.Translate(r.Trace, r.of, b.Index)
 	return t, &carried, err
 }
 
-// storedBundle is a bundle beside an image, about to be downloaded.
+// storedBundle is a bundle beside an image whose download has begun.
 type storedBundle struct {
 	head  *tracefile.Bundle
 	repo  *registry.Repo
 	layer v1.Descriptor
-	begin int64 // of the first frame
+	begin int64 // offset of the first frame
 	body  io.ReadCloser
-	end   context.CancelFunc // of body
-	asked time.Time          // for body
+	end   context.CancelFunc // ends body
+	asked time.Time          // when body was requested
 }
 
-// openBundle asks for the whole of a bundle and reads its head.
+// openBundle requests a whole bundle and reads its head.
 func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedBundle, err error) {
 	ctx, end := context.WithCancel(ctx)
 	s = &storedBundle{repo: b.Repo, end: end}
@@ -203,8 +202,8 @@ func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedB
 	return s, nil
 }
 
-// of says what the bundle has of an image. It is to be downloaded then, or
-// closed.
+// of maps the parts of the bundle to chunks of an image. The caller then downloads the
+// bundle, or closes it.
 func (s *storedBundle) of(image *blockmap.Image) (*fetcher.Bundle, error) {
 	wants, err := s.head.Wants(image.Index(), image.Stream)
 	if err != nil {
@@ -220,7 +219,7 @@ func (s *storedBundle) of(image *blockmap.Image) (*fetcher.Bundle, error) {
 	return f, nil
 }
 
-// open goes on with the download that is under way, or begins another one.
+// open continues the download that openBundle has begun, or begins another one at off.
 func (s *storedBundle) open(ctx context.Context, off int64) (io.ReadCloser, error) {
 	if body := s.body; body != nil {
 		s.body = nil
@@ -250,8 +249,8 @@ func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor,
 	return pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer)
 }
 
-// ErrEmptyPlan says that there is nothing to pack.
-var ErrEmptyPlan = errors.New("nothing that the traces touch is in the image")
+// ErrEmptyPlan is the error of Pack where it has nothing to pack.
+var ErrEmptyPlan = errors.New("the traces touch no chunk of the image")
 
 // Packed describes a bundle that was stored beside its image.
 type Packed struct {
@@ -263,8 +262,8 @@ type Packed struct {
 	Bytes     int64 // of the bundle
 }
 
-// Pack makes a bundle of what traces of the image touch, in a directory below temp,
-// and stores it beside the image.
+// Pack makes a bundle of the chunks that traces of the image touch, and stores it
+// beside the image. Its temporary files are in a directory below temp.
 func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp string) (*Packed, error) {
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
@@ -287,12 +286,12 @@ func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp s
 	}, nil
 }
 
-// pushBundle packs the bundle of a plan in a directory below temp, and stores it
-// beside the image.
+// pushBundle packs a plan's bundle in a directory below temp, and stores it beside the
+// image.
 func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
 	dir, err := os.MkdirTemp(temp, "thaw-bundle-")
 	if err != nil {
-		return d, 0, fmt.Errorf("no place to pack the bundle: %w; name a directory with --temp, or by TMPDIR", err)
+		return d, 0, fmt.Errorf("cannot make a directory to pack the bundle in: %w; name a directory with --temp or in TMPDIR", err)
 	}
 	defer os.RemoveAll(dir)
 	scratch, err := os.Create(filepath.Join(dir, "frames"))

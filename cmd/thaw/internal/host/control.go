@@ -14,11 +14,11 @@ import (
 	"thaw/nbd"
 )
 
-// controlName is the socket, in the cache directory, by which other verbs talk
-// to the server that has it: HTTP, with JSON bodies.
+// controlName is the socket in the cache directory by which other commands talk to the
+// server that uses the directory. It speaks HTTP with JSON bodies.
 //
-//	POST /trace/stop    ends recordings: {"stopped": N}
-//	GET  /stats         what `thaw serve` says at its end, as of now
+//	POST /trace/stop    ends all recordings: {"stopped": N}
+//	GET  /stats         the counts so far, see Stats
 const controlName = "control.sock"
 
 // Control is the server's side of the control socket.
@@ -28,8 +28,8 @@ type Control struct {
 	done chan struct{}
 }
 
-// StartControl listens in the cache directory. A host that cannot goes on without: the
-// path of a socket has at most 107 bytes.
+// StartControl serves the control socket until Stop. If it cannot listen, it logs why and
+// the host goes on without: the path of a socket has at most 107 bytes, for one.
 func (h *Host) StartControl(ctx context.Context) *Control {
 	c := &Control{host: h, done: make(chan struct{})}
 	l, err := nbd.Listen(ctx, "unix:"+filepath.Join(h.dir, controlName))
@@ -48,7 +48,7 @@ func (h *Host) StartControl(ctx context.Context) *Control {
 	return c
 }
 
-// Stop ends the requests that are under way, and removes the socket.
+// Stop closes the socket and its connections.
 func (c *Control) Stop() {
 	if c.http != nil {
 		c.http.Close()
@@ -72,14 +72,15 @@ func (c *Control) answer(w http.ResponseWriter, v any) {
 	}
 }
 
-// Times that a server has to answer: one that lives says something at once, and
-// what it is asked for may have files to write.
+// How long a client waits: a server that is alive answers /stats at once, and other
+// requests may have to wait for files.
 const (
 	aliveTimeout  = 2 * time.Second
 	answerTimeout = 30 * time.Second
 )
 
-// Ask calls the server that has the cache directory, and decodes what it answers.
+// Ask sends a request to the server that uses the cache directory, and decodes its
+// answer.
 func Ask(ctx context.Context, cache, method, path string, answer any) error {
 	var alive any
 	if err := askFor(ctx, aliveTimeout, cache, "GET", "/stats", &alive); err != nil {
@@ -103,17 +104,17 @@ func askFor(ctx context.Context, timeout time.Duration, cache, method, path stri
 	}
 	resp, err := client.Do(req)
 	if ctx.Err() != nil {
-		return fmt.Errorf("the server with the cache %s: %w", cache, context.Cause(ctx))
+		return fmt.Errorf("ask the server with the cache %s: %w", cache, context.Cause(ctx))
 	}
 	if err != nil {
-		return fmt.Errorf("no server has the cache %s: %w", cache, err)
+		return fmt.Errorf("no server uses the cache %s: %w", cache, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("the server with the cache %s answers %s", cache, resp.Status)
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(answer); err != nil {
-		return fmt.Errorf("the server with the cache %s: %w", cache, err)
+		return fmt.Errorf("ask the server with the cache %s: %w", cache, err)
 	}
 	return nil
 }

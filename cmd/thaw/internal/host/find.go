@@ -15,8 +15,8 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// Finder finds block images by name, and what is stored beside them. Its methods may
-// be called at once; its fields are not changed meanwhile.
+// Finder finds block images by name, and what is stored beside them. Its methods are
+// safe for concurrent use once its fields are set.
 type Finder struct {
 	Client   *registry.Client
 	Platform *v1.Platform // to choose from a multi-platform image
@@ -24,12 +24,12 @@ type Finder struct {
 	Log      *slog.Logger
 
 	// ReadFile reads a trace file that the user names. It fails with an
-	// *fs.PathError whose Op is "open" where there is no such file: the name is
-	// one of an image then.
+	// *fs.PathError whose Op is "open" if there is no such file: the name is taken
+	// for one of an image then.
 	ReadFile func(ctx context.Context, name string, most int64) ([]byte, error)
 }
 
-// Close ends what f's client still has under way.
+// Close closes the client.
 func (f *Finder) Close() { f.Client.Close() }
 
 // BlockImage is a block image that was found, with its index. It is not changed once
@@ -42,13 +42,13 @@ type BlockImage struct {
 	Manifest *flatten.Image
 	Index    *blockmap.Index
 
-	// How the name led to it: by an index, or not; and to a source image that it
-	// is beside, or to itself. What does not apply is zero.
+	// How the name led to the image: through the index top, and to the source image
+	// that it is beside. Zero where it did not.
 	top, source v1.Hash
 }
 
-// NewBlockImage is the block image of a manifest and an index that are at hand, as
-// after a build.
+// NewBlockImage makes a block image of a manifest and an index in memory, as a build
+// leaves them.
 func NewBlockImage(repo *registry.Repo, digest v1.Hash, raw []byte, index *blockmap.Index) (*BlockImage, error) {
 	b := &BlockImage{Name: repo.Ref().String(), Repo: repo, Digest: digest, Raw: raw, Index: index}
 	return b, b.parse()
@@ -57,11 +57,11 @@ func NewBlockImage(repo *registry.Repo, digest v1.Hash, raw []byte, index *block
 // Reference names the block image itself, by its digest.
 func (b *BlockImage) Reference() string { return b.Repo.Ref().WithDigest(b.Digest).String() }
 
-// IndexDigest is that of b's index, by which traces know their image.
+// IndexDigest is the digest of b's index. A trace names its image by it.
 func (b *BlockImage) IndexDigest() blockmap.Digest { return digestOf(b.Manifest.Index.Digest) }
 
-// badImage is the error of an image that a name leads to, and that cannot be
-// used. The registry has answered, so the cache is no way out.
+// badImage is the error of a name that leads to an unusable image. The registry has
+// answered, so the cached image is not served instead.
 type badImage struct{ error }
 
 func (e badImage) Unwrap() error { return e.error }
@@ -69,12 +69,11 @@ func (e badImage) Unwrap() error { return e.error }
 // errNoBlockImage says that an image has no block image beside it.
 var errNoBlockImage = errors.New("it is not a block image, and has none beside it")
 
-// maxCandidates is how many of the block images beside an image are looked at,
-// the last ones: anybody who may push can put one there.
+// maxCandidates bounds how many of the block images beside an image are examined,
+// newest first: anybody who may push can put one there.
 const maxCandidates = 16
 
-// tagTimeout bounds the look-up of a block image by its tag, for which there may
-// be nothing to find.
+// tagTimeout bounds the look-up of a block image by its tag, which need not exist.
 const tagTimeout = 10 * time.Second
 
 // Find finds a block image and reads its index, without a cache.
@@ -105,8 +104,8 @@ func (b *BlockImage) parseIndex(encoded []byte) (err error) {
 	return nil
 }
 
-// manifest finds the manifest of the block image that repo's reference names:
-// itself, or the last one beside it that is of it.
+// manifest finds the manifest of the block image that repo's reference names. That is
+// the manifest at the reference, or the newest block image beside it that belongs to it.
 func (f *Finder) manifest(ctx context.Context, repo *registry.Repo, name string) (*BlockImage, error) {
 	img, err := repo.Resolve(ctx, f.Platform)
 	if err != nil {
@@ -126,12 +125,12 @@ func (f *Finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 	return b, f.beside(ctx, b, img)
 }
 
-// beside finds the block image beside img, and makes b it. A pinned one is taken
-// whether or not it is listed.
+// beside finds the block image beside img and fills in b. A pinned block image is taken
+// whether or not the registry lists it.
 func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image) error {
 	pin, pinned := f.Pins.Of(b.Repo.Ref())
 	if pinned {
-		// No list is needed to find it, and none can hide it.
+		// A list is not needed to find it, and cannot hide it.
 		switch d, err := b.Repo.Lookup(ctx, b.Repo.Ref().WithDigest(pin)); {
 		case err == nil:
 			return b.takePinned(ctx, img, d)
@@ -143,11 +142,11 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 	if ctx.Err() != nil && listErr != nil {
 		return listErr
 	}
-	var other v1.Hash // fits, and is not the pinned one
+	var other v1.Hash // a block image of img that is not the pinned one
 	take := func(d v1.Descriptor) (bool, error) {
 		raw, err := b.Repo.Manifest(ctx, d)
 		if registry.Temporary(err) || ctx.Err() != nil && err != nil {
-			return false, err // an older one is no answer
+			return false, err // an older block image would be the wrong answer
 		}
 		if err == nil {
 			b.Raw, b.Digest = raw, d.Digest
@@ -157,7 +156,7 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 		}
 		switch {
 		case err != nil:
-			f.Log.Warn("passed over a block image that is not one of the image", "image", b.Name, "manifest", d.Digest.String(), "err", err)
+			f.Log.Warn("passed over a block image that does not belong to the image", "image", b.Name, "manifest", d.Digest.String(), "err", err)
 			return false, nil
 		case pinned:
 			other = d.Digest
@@ -165,7 +164,7 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 		}
 		return true, nil
 	}
-	// The one pushed last, where a list keeps the order.
+	// Newest first, where the list keeps the order.
 	candidates := slices.Clone(all[max(0, len(all)-maxCandidates):])
 	slices.Reverse(candidates)
 	for _, d := range candidates {
@@ -176,7 +175,7 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 			break // one is enough to name
 		}
 	}
-	// A list may have lost the entry.
+	// The list may have lost the entry: the block image has a tag of its own.
 	tagCtx, cancel := context.WithTimeout(ctx, tagTimeout)
 	defer cancel()
 	if d, err := b.Repo.Lookup(tagCtx, b.Repo.Ref().WithTag(flatten.ImageTag(img.Digest))); err == nil &&
@@ -191,13 +190,13 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 	case listErr != nil:
 		return listErr
 	case len(all) > 0:
-		return fmt.Errorf("%s: %w: %d candidates are listed, and none of those that were looked at is a block image of it; make one with: thaw build %s",
+		return fmt.Errorf("%s: %w: %d candidates are listed, and none of those that thaw examined belongs to it; make one with: thaw build %s",
 			b.Repo.Ref(), errNoBlockImage, len(all), b.Repo.Ref())
 	}
 	return fmt.Errorf("%s: %w; make one with: thaw build %s", b.Repo.Ref(), errNoBlockImage, b.Repo.Ref())
 }
 
-// takePinned makes b the block image that it is pinned to, if that is one of img.
+// takePinned fills in b with the pinned block image, if that belongs to img.
 func (b *BlockImage) takePinned(ctx context.Context, img *registry.Image, d v1.Descriptor) error {
 	raw, err := b.Repo.Manifest(ctx, d)
 	if err != nil {
@@ -213,8 +212,8 @@ func (b *BlockImage) takePinned(ctx context.Context, img *registry.Image, d v1.D
 	return nil
 }
 
-// parse reads b's manifest, and checks what everything else relies on: each part
-// has a SHA-256 digest.
+// parse reads b's manifest. It checks that each part has a SHA-256 digest, which all
+// other code relies on.
 func (b *BlockImage) parse() (err error) {
 	if b.Manifest, err = flatten.ParseImage(b.Raw); err != nil {
 		return err
@@ -227,8 +226,8 @@ func (b *BlockImage) parse() (err error) {
 	return nil
 }
 
-// fits says whether b is a block image of img. Whoever may push can claim so; the
-// subject and the config, with its diff IDs, bind the claim to this very image.
+// fits fails if b is not a block image of img. Anybody who may push can claim that it
+// is: the subject and the config, which has the diff IDs, tie it to this very image.
 func (b *BlockImage) fits(img *registry.Image) error {
 	switch m := b.Manifest; {
 	case m.Subject == nil || m.Subject.Digest != img.Digest:
@@ -241,14 +240,14 @@ func (b *BlockImage) fits(img *registry.Image) error {
 
 func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
 
-// isSHA256 says whether h is a well-formed SHA-256 digest.
+// isSHA256 reports whether h is a well-formed SHA-256 digest.
 func isSHA256(h v1.Hash) bool {
 	_, err := blockmap.ParseDigest(h.Hex)
 	return err == nil && h.Algorithm == "sha256"
 }
 
-// digestOf turns a hash into a Digest; one that is no SHA-256 becomes one that
-// nothing has.
+// digestOf converts a hash to a Digest. A hash that is not a SHA-256 becomes the zero
+// Digest, which no content has.
 func digestOf(h v1.Hash) blockmap.Digest {
 	d, err := blockmap.ParseDigest(h.Hex)
 	if err != nil || h.Algorithm != "sha256" {

@@ -17,26 +17,26 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// opener opens images for serving. What it learns it keeps in the cache, so that
-// it can do without the registry the next time.
+// opener opens images for serving. It keeps manifests, indexes and the meaning of names
+// in the cache, so that the next start can do without the registry.
 type opener struct {
 	*Finder
 	cache   *blockmap.Cache
 	fetcher *fetcher.Fetcher
 }
 
-// patience is how long the start of a device waits for a registry to say what is
-// known already, as of last time, or what is not needed.
+// patience is how long the start of a device waits for a registry where the cache
+// knows an earlier answer, or where the start can go on without an answer.
 const patience = 2 * time.Second
 
-// openImage is an image in the cache, with what fetches for it. It is to be
-// closed when nothing reads it any more.
+// openImage is an image in the cache, and the fetcher bound to its registry. The caller
+// closes it once nothing reads it.
 type openImage struct {
 	*blockmap.Image
 	of      *BlockImage
 	fetcher *fetcher.Bound
 
-	cancel context.CancelFunc // of what is asked in the background
+	cancel context.CancelFunc // of the requests in the background
 	asking sync.WaitGroup
 }
 
@@ -47,13 +47,13 @@ func (m *openImage) close() {
 	m.Image.Close()
 }
 
-// open opens an image. It calls begin for the image that is likely to be served,
-// as soon as it is known, and perhaps again for another one: what counts is the
-// last call.
+// open opens an image. It calls begin as soon as it knows which image it is likely to
+// serve, and may call begin again for another image. The last call counts.
 //
-// What the name meant the last time is in the cache, perhaps with all of its
-// bytes. It is served at once where the name is a digest or pinned to one, and else
-// where the registry says nothing for as long as patience lasts, or cannot answer.
+// The cache remembers the image that the name led to last time, perhaps with all of
+// its bytes. If the name is a digest or is pinned to one, that image is served at once.
+// Otherwise it is served if the registry does not answer within patience, or cannot
+// answer.
 func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage)) (*openImage, error) {
 	ref, err := registry.ParseRef(name)
 	if err != nil {
@@ -66,7 +66,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 	known, err := o.recall(repo, name)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
-			o.Log.Warn("what the cache knows of the image is of no use", "image", name, "err", err)
+			o.Log.Warn("the cache's record of the image cannot be used", "image", name, "err", err)
 		}
 		return o.ask(ctx, repo, name, begin)
 	}
@@ -75,7 +75,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		return o.serveKnown(known, nil, func(ctx context.Context) { o.checkAccess(ctx, known) })
 	}
 
-	// The answer that is late is of interest all the same.
+	// A late answer is still compared with what is served.
 	type answer struct {
 		b   *BlockImage
 		err error
@@ -93,7 +93,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		a := <-answered
 		o.compare(ctx, known, a.b, a.err)
 	}
-	give := func() { // the answer up
+	abandon := func() {
 		cancel()
 		<-answered
 	}
@@ -101,13 +101,13 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
-		give()
+		abandon()
 		return nil, context.Cause(ctx)
 	case <-t.C:
 		err := fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
 		m, err := o.serveKnown(known, err, late)
 		if err != nil {
-			give()
+			abandon()
 		}
 		return m, err
 	case a := <-answered:
@@ -132,7 +132,7 @@ func (o *opener) ask(ctx context.Context, repo *registry.Repo, name string, begi
 	return o.image(b, nil)
 }
 
-// serveFound opens b, of which the registry has told.
+// serveFound opens b, which the registry has answered with.
 func (o *opener) serveFound(ctx context.Context, known, b *BlockImage, begin func(*BlockImage)) (*openImage, error) {
 	if b.Digest != known.Digest {
 		begin(b)
@@ -151,9 +151,9 @@ func (o *opener) serveFound(ctx context.Context, known, b *BlockImage, begin fun
 	return o.image(b, func(ctx context.Context) { o.checkBlobs(ctx, b) })
 }
 
-// serveInstead opens what is known, because of err. Nothing helps where the
-// registry has given an answer. Where it refuses us, the cache must have all: what
-// is missing would not come.
+// serveInstead opens the known image because asking the registry failed with err. It
+// fails with err if the registry has given an answer. If the registry refuses access,
+// the cache must have the whole image: nothing else can be fetched.
 func (o *opener) serveInstead(known *BlockImage, err error) (*openImage, error) {
 	var bad badImage
 	if errors.Is(err, registry.ErrNotFound) || errors.Is(err, errNoBlockImage) || errors.Is(err, errPinned) || errors.As(err, &bad) ||
@@ -167,8 +167,8 @@ func (o *opener) serveInstead(known *BlockImage, err error) (*openImage, error) 
 	return o.serveKnown(known, err, then)
 }
 
-// serveKnown opens what is known. err says why it is not asked for, nil that
-// there is no need.
+// serveKnown opens the image that the cache knows. err is why the registry's answer is
+// not used; nil if no answer is needed.
 func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Context)) (*openImage, error) {
 	m, openErr := o.image(known, nil)
 	if openErr != nil {
@@ -188,7 +188,7 @@ func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Cont
 	return m, nil
 }
 
-// image opens b, and has then run in the background until it is closed.
+// image opens b, and runs then in the background until the image is closed.
 func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
 	f := o.fetcher.From(origin{b.Repo})
 	image, err := blockmap.NewImage(b.Index, o.cache, f)
@@ -208,7 +208,8 @@ func (m *openImage) background(f func(context.Context)) {
 	m.asking.Go(func() { f(ctx) })
 }
 
-// askAgain asks until the registry answers what the name means.
+// askAgain asks the registry, less and less often, until it answers what the name
+// means.
 func (o *opener) askAgain(ctx context.Context, known *BlockImage) {
 	const first, most = 5 * time.Second, 2 * time.Minute
 	for wait := first; ; wait = min(2*wait, most) {
@@ -227,8 +228,8 @@ func (o *opener) askAgain(ctx context.Context, known *BlockImage) {
 	}
 }
 
-// compare says what a late answer means for the image that is served: it stays,
-// for clients have it mounted.
+// compare logs what a late answer means for the image that is served. The device stays
+// as it is, because clients may have it mounted.
 func (o *opener) compare(ctx context.Context, known, b *BlockImage, err error) {
 	log := o.Log.With("image", known.Name, "digest", known.Digest.String())
 	switch {
@@ -236,29 +237,28 @@ func (o *opener) compare(ctx context.Context, known, b *BlockImage, err error) {
 	case errors.Is(err, registry.ErrUnavailable):
 		o.askAgain(ctx, known)
 	case err != nil:
-		log.Warn("the registry answers late, and not with the image that is served from the cache", "err", err)
+		log.Warn("the registry has answered late, and not with the image that is served from the cache", "err", err)
 	case b.Digest != known.Digest:
-		// With a registry that is always slow, the name would stay with its first
-		// meaning for ever.
+		// Without this, a registry that is always slow would leave the name with its
+		// first meaning for ever.
 		if _, err := o.load(ctx, b); err != nil && ctx.Err() == nil {
-			log.Warn("the image that the name means by now cannot be opened", "now", b.Digest.String(), "err", err)
+			log.Warn("the image that the name means by now cannot be kept in the cache", "now", b.Digest.String(), "err", err)
 		}
-		log.Warn("the name means another image by now; the one from the cache is served until the name is opened anew", "now", b.Digest.String())
+		log.Warn("the name means another image by now; the cached image is served until the device is opened again", "now", b.Digest.String())
 	default:
-		log.Info("the registry answers: the image that is served from the cache is the current one")
+		log.Info("the registry has answered: the image that is served from the cache is the current one")
 	}
 }
 
-// checkAccess warns where the rest of an image that needed no look-up may not be
-// read.
+// checkAccess warns if the registry does not let us read the image: its name needed no
+// look-up, but the bytes that the cache lacks have to be fetched.
 func (o *opener) checkAccess(ctx context.Context, b *BlockImage) {
 	if err := b.Repo.CheckAccess(ctx); err != nil && ctx.Err() == nil {
-		o.Log.Warn("reads of what is not in the cache may fail", "image", b.Name, "err", err)
+		o.Log.Warn("reads of chunks that are not in the cache may fail", "image", b.Name, "err", err)
 	}
 }
 
-// checkBlobs warns where the registry has lost a part of an image: reads would be
-// the first to notice.
+// checkBlobs warns if the registry has lost a blob of the image, before a read fails.
 func (o *opener) checkBlobs(ctx context.Context, b *BlockImage) {
 	d := b.Manifest.Layers[1]
 	ok, err := b.Repo.HasBlob(ctx, d)
@@ -266,14 +266,14 @@ func (o *opener) checkBlobs(ctx context.Context, b *BlockImage) {
 	case ctx.Err() != nil:
 	case err != nil:
 		// A registry may refuse HEAD and still give the blob.
-		o.Log.Debug("cannot see whether the registry has all of the image", "image", b.Name, "err", err)
+		o.Log.Debug("cannot check whether the registry has all blobs of the image", "image", b.Name, "err", err)
 	case !ok:
 		o.Log.Warn("the registry has lost a part of the image", "image", b.Name, "blob", d.Digest.String())
 	}
 }
 
-// load gets the index, from the cache if it can, and keeps what a later recall
-// needs.
+// load reads the index, from the cache if it is there, and keeps in the cache what a
+// later recall needs.
 func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err error) {
 	encoded, err := o.cache.Blob(b.IndexDigest())
 	cached = err == nil
@@ -285,20 +285,20 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 	if err := b.parseIndex(encoded); err != nil {
 		return cached, err
 	}
-	// Now that all of it is here, the name means this image. The image is served
-	// as well without: what cannot be kept has to be asked for again.
+	// The manifest and the index are here, so from now on the name leads to this
+	// image. If they cannot be kept, the image is served all the same.
 	kept, err := flatten.Resolution{Name: b.Name, Manifest: b.Digest, Source: b.source, Top: b.top}.Encode()
 	if !cached {
 		err = errors.Join(err, o.cache.PutBlob(encoded))
 	}
 	if err = errors.Join(err, o.cache.PutBlob(b.Raw), o.cache.PutRef(o.key(b.Name), kept)); err != nil {
-		o.Log.Warn("the cache cannot keep what the name means; a start without the registry will not find it", "image", b.Name, "err", err)
+		o.Log.Warn("the cache cannot keep what the name means: the next start will need the registry", "image", b.Name, "err", err)
 	}
 	return cached, nil
 }
 
-// recall finds what load has kept, and holds it to the rules for what a registry
-// says. It fails with fs.ErrNotExist where there is nothing.
+// recall finds what load has kept, and checks it by the rules for a registry's answer.
+// It fails with fs.ErrNotExist if nothing was kept.
 func (o *opener) recall(repo *registry.Repo, name string) (*BlockImage, error) {
 	kept, err := o.cache.Ref(o.key(name))
 	if err != nil {
@@ -334,7 +334,7 @@ func (o *opener) recall(repo *registry.Repo, name string) (*BlockImage, error) {
 
 func (o *opener) key(name string) string { return o.Platform.String() + " " + name }
 
-// absent is how much of an image is not in the cache.
+// absent counts the bytes of an image that are not in the cache.
 func absent(m *blockmap.Image) (n int64) {
 	for at := int64(0); at < m.Size(); {
 		s := m.Status(blockmap.Extent{Start: at, End: m.Size()})

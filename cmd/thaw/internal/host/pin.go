@@ -10,12 +10,12 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// Pins say which digests the block images of some names must have. A name is the
-// same however it is written: a pin of a tag holds with a digest behind the tag as
-// well, and a directory is where its symbolic links lead to.
+// Pins map references to the digests that their block images must have. The spelling of
+// a reference does not matter: the pin of a tag also applies to the tag with a digest,
+// and a directory is identified by where its symbolic links lead.
 type Pins map[registry.Ref]v1.Hash
 
-// Of is the digest that ref is pinned to, if any.
+// Of returns the digest that ref is pinned to, if it is pinned.
 func (p Pins) Of(ref registry.Ref) (v1.Hash, bool) {
 	if len(p) == 0 {
 		return v1.Hash{}, false
@@ -29,7 +29,7 @@ func (p Pins) Of(ref registry.Ref) (v1.Hash, bool) {
 	return h, ok
 }
 
-// canonical is ref with the one name of its directory.
+// canonical replaces the directory of ref by where its symbolic links lead.
 func canonical(ref registry.Ref) registry.Ref {
 	if ref.Layout != "" {
 		if dir, err := realPath(ref.Layout); err == nil {
@@ -40,12 +40,12 @@ func canonical(ref registry.Ref) registry.Ref {
 }
 
 // ParsePins reads pins as users write them, "sha256:HEX" or "IMAGE=sha256:HEX", for
-// the images that are named. others says that more images may be named later.
+// these images. others allows pins for images that are named later.
 func ParsePins(given, images []string, others bool) (Pins, error) {
 	p := make(Pins)
 	refs := make(map[registry.Ref]bool)
 	for _, name := range images {
-		// What is wrong with a name is said by whoever opens it.
+		// A bad name is reported when it is opened.
 		if ref, err := registry.ParseRef(name); err == nil {
 			refs[canonical(ref)] = true
 		}
@@ -80,11 +80,11 @@ func ParsePins(given, images []string, others bool) (Pins, error) {
 	return p, nil
 }
 
-// errPinned says that a name leads to another block image than its pin. The
-// registry has answered, so the cache is no way out.
+// errPinned is the error of a name that leads to another block image than the pinned
+// one. The registry has answered, so the cached image is not served instead.
 var errPinned = errors.New("the block image is not the pinned one")
 
-// check says whether digest is the pinned one, if any is.
+// check fails if ref is pinned to another digest.
 func (p Pins) check(ref registry.Ref, digest v1.Hash) error {
 	if pin, ok := p.Of(ref); ok && digest != pin {
 		return fmt.Errorf("%w: %s has the block image %s, and %s is pinned", errPinned, ref, digest, pin)

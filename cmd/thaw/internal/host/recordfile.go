@@ -17,15 +17,15 @@ import (
 	"thaw/tracefile"
 )
 
-// recordFile is what a recording is written to: a temporary file beside the one
-// that it is to become, ".NAME.tmp-RANDOM", so that an earlier recording is there
-// until the new one is whole. The process that records holds a lock on it.
+// recordFile is the file that a recording is written to: a temporary file beside its
+// target, ".NAME.tmp-RANDOM", which is renamed to the target when it is complete. An
+// earlier recording stays until then. The process that records holds a lock on the file.
 //
-// A process that was killed leaves its temporary file. The next one to record to
-// NAME, or to use the directory, makes it NAME.interrupted if it is a trace that
-// can be read, and else removes it.
+// A process that was killed leaves its temporary file. The next process that records to
+// NAME, or uses the directory, renames it to NAME.interrupted if it is a readable trace,
+// and removes it otherwise.
 //
-// A target that is not a regular file, such as a FIFO, is written to as it comes.
+// A target that is not a regular file, such as a FIFO, is written to directly.
 type recordFile struct {
 	*os.File
 	target string
@@ -34,7 +34,7 @@ type recordFile struct {
 
 const recordTemp = ".tmp-"
 
-// createRecord makes the file of a recording that is to become target.
+// createRecord makes the file of a recording with that target.
 func createRecord(target string, log *slog.Logger) (*recordFile, error) {
 	target, mode, err := recordTarget(target)
 	switch {
@@ -60,7 +60,7 @@ func createRecord(target string, log *slog.Logger) (*recordFile, error) {
 	}
 	r := &recordFile{File: f, target: target}
 	if mode != 0 {
-		// As if it was written over: the same permissions, and ours to write.
+		// As if the target was overwritten: it must be writable, and its permissions stay.
 		var was *os.File
 		if was, err = os.OpenFile(target, os.O_WRONLY, 0); err == nil {
 			err = errors.Join(was.Close(), f.Chmod(mode.Perm()))
@@ -76,8 +76,8 @@ func createRecord(target string, log *slog.Logger) (*recordFile, error) {
 	return r, nil
 }
 
-// recordTarget follows symbolic links, so that the file is replaced and not a link
-// to it. The mode is zero where there is no file yet.
+// recordTarget follows symbolic links, so that the file is replaced and not the link.
+// The mode is zero if there is no file yet.
 func recordTarget(path string) (string, fs.FileMode, error) {
 	for range 40 {
 		fi, err := os.Lstat(path)
@@ -88,7 +88,7 @@ func recordTarget(path string) (string, fs.FileMode, error) {
 			return path, 0, err
 		}
 		if clean := filepath.Clean(path); strings.HasPrefix(clean, "/dev/") || strings.HasPrefix(clean, "/proc/") {
-			// Whatever /dev/stdout is, it is open already, and not ours to replace.
+			// /dev/stdout and the like are open already, and must not be replaced.
 			return path, fs.ModeDevice, nil
 		}
 		if fi.Mode().Type() != fs.ModeSymlink {
@@ -106,12 +106,12 @@ func recordTarget(path string) (string, fs.FileMode, error) {
 	return path, 0, fmt.Errorf("%s: %w", path, unix.ELOOP)
 }
 
-// openDirect opens a FIFO, a device, a pipe. Nothing waits for whoever reads it:
-// a FIFO that nobody has open is refused, and writes have deadlines.
+// openDirect opens a FIFO, a device or a pipe. It refuses a FIFO without a reader, which
+// opening would wait for.
 func openDirect(path string) (*recordFile, error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ENXIO) {
-		return nil, fmt.Errorf("record to %s: nothing reads it; start its reader first", path)
+		return nil, fmt.Errorf("record to %s: nothing reads the FIFO; start its reader first", path)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("record: %w", err)
@@ -119,7 +119,7 @@ func openDirect(path string) (*recordFile, error) {
 	return &recordFile{File: f, target: path, direct: true}, nil
 }
 
-// keep makes the recording its target, durably.
+// keep renames the recording to its target, durably.
 func (r *recordFile) keep() error {
 	if r.direct {
 		return r.Close()
@@ -138,13 +138,13 @@ func (r *recordFile) keep() error {
 	return errors.Join(err, r.Close())
 }
 
-// exists says whether there is an earlier recording.
+// exists reports whether there is an earlier recording.
 func (r *recordFile) exists() bool {
 	_, err := os.Lstat(r.target)
 	return err == nil
 }
 
-// discard leaves everything as it was.
+// discard removes the recording; its target stays as it was.
 func (r *recordFile) discard() {
 	if !r.direct {
 		os.Remove(r.Name())
@@ -152,8 +152,8 @@ func (r *recordFile) discard() {
 	r.Close()
 }
 
-// interrupted keeps what there is of a recording that failed, beside the target,
-// and says where: "" if it is of no use.
+// interrupted keeps the readable part of a recording that failed beside the target, and
+// returns its path, "" if no part is readable.
 func (r *recordFile) interrupted() string {
 	defer r.Close()
 	if r.direct {
@@ -175,8 +175,9 @@ func keepInterrupted(temp, target string) string {
 	return ""
 }
 
-// recoverRecords cleans up behind processes that recorded to files in dir, or to
-// the one of that name, and were killed. It fails where one of them lives.
+// recoverRecords cleans up after killed processes that recorded to the file of that name
+// in dir, or to any file there if name is empty. It fails if a live process records to
+// the file of that name.
 func recoverRecords(dir, name string, log *slog.Logger) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -202,14 +203,15 @@ func recoverRecords(dir, name string, log *slog.Logger) error {
 			return errors.New("another server is recording to it; give this one a file of its own")
 		}
 		if kept := keepInterrupted(temp, target); kept != "" {
-			log.Warn("an earlier recording was interrupted; what there is of it is kept", "file", kept)
+			log.Warn("an earlier recording was interrupted; thaw keeps the part that is there", "file", kept)
 		}
 	}
 	return nil
 }
 
-// lockDir keeps others, for a moment, from looking for recordings in dir while one
-// is begun. Without the lock the worst is that both are refused.
+// lockDir keeps other processes from calling recoverRecords on dir while a recording is
+// begun. It waits for a second at most: without the lock two processes that begin at once
+// may both be refused.
 func lockDir(dir string) (unlock func()) {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -222,16 +224,16 @@ func lockDir(dir string) (unlock func()) {
 	}
 }
 
-// keptRecords is how many recordings stay in the cache directory, the last ones.
+// keptRecords is how many recordings stay in the cache directory: the newest.
 const keptRecords = 32
 
-// recordDir is where recordings go that have no file of their own.
+// recordDir is where recordings are written that the user has named no file for.
 type recordDir struct{ cache string }
 
 func (d recordDir) path() string { return filepath.Join(d.cache, "traces") }
 
-// create makes the file of a recording of an image: in the cache, or else where
-// temporary files go.
+// create makes the file of a recording of b in the cache directory, or among the
+// temporary files if that fails.
 func (d recordDir) create(b *BlockImage, log *slog.Logger) (*recordFile, error) {
 	name := fmt.Sprintf("%s-%.12s.trace", time.Now().UTC().Format("20060102T150405.000000"), b.Digest.Hex)
 	err := os.MkdirAll(d.path(), 0o700)
@@ -248,10 +250,10 @@ func (d recordDir) create(b *BlockImage, log *slog.Logger) (*recordFile, error) 
 	return f, nil
 }
 
-// recover cleans up behind a process that was killed.
+// recover cleans up after a process that was killed.
 func (d recordDir) recover(log *slog.Logger) {
 	if err := recoverRecords(d.path(), "", log); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		log.Warn("recordings in the cache cannot be looked at", "err", err)
+		log.Warn("cannot clean up the recordings in the cache directory", "err", err)
 	}
 	d.prune()
 }

@@ -10,21 +10,21 @@ import (
 	"thaw/tracefile"
 )
 
-// recording is a start that is being recorded.
+// recording is the recording of one start.
 type recording struct {
 	*tracefile.Recorder
 	start *start
 	file  *recordFile
-	asked bool          // for under this name: its file is the result
-	saved chan struct{} // closed when the file is there, or lost
-	ended chan struct{} // closed when it is stored beside the image, where that is wanted
+	asked bool          // the user has named the file
+	saved chan struct{} // closed when the file is complete, or lost
+	ended chan struct{} // closed when it is stored beside the image too, if it is to be
 	state string        // as in RecordingInfo; guarded by start.t.mu
 }
 
 // RecordingInfo describes the recording of a device's start.
 type RecordingInfo struct {
 	State   string `json:"state"` // recording, saved, stored (beside the image), discarded (nothing was read), or lost
-	File    string `json:"file"`  // where it is, or will be; stored recordings that nobody has named a file for have none
+	File    string `json:"file"`  // where it is or will be; a stored recording keeps it only if the user named it
 	Ranges  int64  `json:"ranges"`
 	Bytes   int64  `json:"bytes"`         // that were touched
 	Dropped int64  `json:"dropped_bytes"` // that were touched too fast to be recorded
@@ -59,7 +59,7 @@ func (s *start) recordingInfo() *RecordingInfo {
 	return in
 }
 
-// pushTimeout bounds how long a recording is on its way to the registry.
+// pushTimeout bounds the push of a recording.
 const pushTimeout = time.Minute
 
 func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
@@ -94,8 +94,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	return rec.Device(), nil
 }
 
-// save makes the recording's file what it is to be, and says whether there is one
-// to store.
+// save completes the recording's file, and reports whether there is one to store.
 func (t *tracer) save(rec *recording) bool {
 	defer close(rec.saved)
 	log := t.log.With("image", rec.start.image.Name)
@@ -108,7 +107,7 @@ func (t *tracer) save(rec *recording) bool {
 	if !t.serving.Load() || st.Bytes == 0 && (!rec.asked || rec.file.exists()) {
 		rec.set(recordingDiscarded)
 		rec.file.discard()
-		log.Info("nothing was read, so there is no recording", "file", rec.file.target)
+		log.Info("nothing was read, so no recording is kept", "file", rec.file.target)
 		return false
 	}
 	if err := rec.file.keep(); err != nil {
@@ -124,15 +123,15 @@ func (t *tracer) save(rec *recording) bool {
 	return st.Bytes > 0
 }
 
-// store stores the recording beside its image. One that nobody asked for by name
-// has no other use.
+// store stores the recording beside its image, and removes its file unless the user has
+// named it.
 func (t *tracer) store(rec *recording) {
 	image := rec.start.image
 	log := t.log.With("image", image.Name)
 	select {
 	case <-rec.start.listed:
 		if !rec.asked && rec.start.found() {
-			log.Info("traces are beside the image by now; the recording stays where it is", "file", rec.file.target)
+			log.Info("the image has traces by now; the recording stays in its file", "file", rec.file.target)
 			return
 		}
 	default:
@@ -155,8 +154,8 @@ func (t *tracer) store(rec *recording) {
 	}
 }
 
-// stopRecording ends the recording of the start, if there is one and it has not
-// ended, and returns when its file is complete or ctx ends.
+// stopRecording ends the recording of the start, if one is under way. It returns when
+// the file is complete, or when ctx ends, and reports whether it has ended one.
 func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 	s.t.mu.Lock()
 	rec := s.rec
@@ -169,7 +168,7 @@ func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 		return false
 	default:
 	}
-	go rec.Stop() // which waits for whoever reads a FIFO
+	go rec.Stop() // which may wait for the reader of a FIFO
 	return s.t.await(ctx, rec.saved) && rec.Stop() == nil
 }
 

@@ -15,13 +15,13 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// reloadEvery is how often files are looked at that may have changed.
+// reloadEvery is how often watched files are checked for changes.
 const reloadEvery = 3 * time.Second
 
-// Watched is a set of files whose content is in use, and which are read again when
-// they have changed: written over, renamed over, or behind a symbolic link that
-// leads elsewhere now. Files that cannot be used are a warning, once, and what
-// was read before stays.
+// Watched is the content of a set of files, which are read again when they change: when
+// they are overwritten, when another file is renamed over them, or when a symbolic link
+// in their path leads elsewhere. Files that cannot be read or parsed are logged once, and
+// the content read before stays in use.
 type Watched[T any] struct {
 	what  string
 	paths []string
@@ -32,11 +32,11 @@ type Watched[T any] struct {
 
 	mu struct {
 		sync.Mutex
-		seen []stamp // when they were read last, with success or without
+		seen []stamp // of the files when they were last read, successfully or not
 	}
 }
 
-// stamp is what tells one content of a file from another, short of reading it.
+// stamp tells whether a file has changed, without reading it.
 type stamp struct {
 	dev, ino     uint64
 	size         int64
@@ -57,7 +57,8 @@ func stampOf(path string) stamp {
 	return s
 }
 
-// Watch reads the files for the first time. An empty path is of no file.
+// Watch reads the files for the first time. Empty paths are ignored. It may wait for the
+// writer of a FIFO.
 func Watch[T any](what string, log *slog.Logger, read func() (T, error), paths ...string) (*Watched[T], error) {
 	w := &Watched[T]{what: what, read: read, log: log}
 	for _, p := range paths {
@@ -65,7 +66,7 @@ func Watch[T any](what string, log *slog.Logger, read func() (T, error), paths .
 			w.paths = append(w.paths, p)
 		}
 	}
-	w.mu.seen = w.stamps() // before they are read: a change meanwhile is one
+	w.mu.seen = w.stamps() // before they are read, so that a change meanwhile is seen
 	v, err := read()
 	if err != nil {
 		return nil, err
@@ -82,15 +83,14 @@ func (w *Watched[T]) stamps() []stamp {
 	return all
 }
 
-// Get is the content as of now, or of the last time that it was of use.
+// Get returns the current content, or the last one that could be read.
 func (w *Watched[T]) Get() T {
 	w.Refresh(false)
 	return *w.now.Load()
 }
 
-// Refresh reads the files again if they have changed, or if it is forced to, and
-// says whether there is something new. What is not a file, such as a pipe, can be
-// read but once.
+// Refresh reads the files again if they have changed or force is set, and reports whether
+// it has read new content. What is not a regular file, such as a pipe, is read only once.
 func (w *Watched[T]) Refresh(force bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -108,7 +108,7 @@ func (w *Watched[T]) Refresh(force bool) bool {
 	w.mu.seen = now
 	v, err := w.read()
 	if err != nil {
-		w.log.Warn("the "+w.what+" cannot be read again; what was read before stays in use", "err", err)
+		w.log.Warn("the "+w.what+" cannot be read again; the earlier content stays in use", "err", err)
 		return false
 	}
 	w.now.Store(&v)

@@ -40,17 +40,17 @@ type Ahead struct {
 
 func (o *TraceOptions) auto() bool { return slices.Contains(o.Use, Auto) }
 
-// tracer records the starts of devices, and fetches ahead what they will read.
+// tracer records the starts of devices, and prefetches what they will read.
 type tracer struct {
 	TraceOptions
 	opener *opener
 	dir    recordDir
-	limit  context.Context // nothing waits for longer, and nothing is pushed any more
+	limit  context.Context // ends all waiting and pushing, when the host stops
 	log    *slog.Logger
 
-	serving atomic.Bool // clients can read: recordings are of them
+	serving atomic.Bool // clients can read; recordings before that are not kept
 
-	mu     sync.Mutex // of what follows, and of each start's rec, replay and guessed
+	mu     sync.Mutex // guards starts, and of each start rec, replay, source and guessed
 	starts map[*start]struct{}
 }
 
@@ -61,8 +61,8 @@ func newTracer(limit context.Context, o TraceOptions, opener *opener, dir record
 	return &tracer{TraceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.Log, starts: make(map[*start]struct{})}
 }
 
-// await waits for c until ctx or t.limit ends, and for a moment more: what is left to
-// do then depends on this machine alone.
+// await waits for c until ctx or t.limit ends, and half a second longer: the work that
+// is left then depends on this machine alone. It reports whether c was closed.
 func (t *tracer) await(ctx context.Context, c <-chan struct{}) bool {
 	select {
 	case <-c:
@@ -80,8 +80,8 @@ func (t *tracer) await(ctx context.Context, c <-chan struct{}) bool {
 	}
 }
 
-// findTimeout bounds the look-up of what is beside an image. No device waits for
-// that long: see patience.
+// findTimeout bounds the look-up of traces and bundles beside an image. A device waits
+// for no longer than patience.
 const findTimeout = 10 * time.Second
 
 // start is the start of one device.
@@ -92,24 +92,24 @@ type start struct {
 	ctx    context.Context // ends with the device
 	cancel context.CancelFunc
 
-	listed  chan struct{} // closed when beside and listErr are there
+	listed  chan struct{} // closed when beside and listErr are set
 	beside  Beside
 	listErr error
 
-	attached bool // by attach, which begins all that follows
+	attached bool // set by attach, which begins all that follows
 
-	// Guarded by t.mu against those who ask at any time; loaded says that the last
-	// two are final.
+	// Guarded by t.mu, for prefetchInfo and recordingInfo. Once loaded is closed, all
+	// but rec are final.
 	rec     *recording
-	replay  *fetcher.Replay // nil: nothing says what will be read
+	replay  *fetcher.Replay // of a bundle or traces; nil without any
 	source  string          // of replay: "bundle" or "trace"
-	guessed *fetcher.Replay // of what is likely to be read then
-	loaded  chan struct{}   // closed when replay is there, or will not be
+	guessed *fetcher.Replay // of a guess, until there is a replay
+	loaded  chan struct{}   // closed when replay is set, or will not be
 }
 
 // open opens an image, and begins its start.
 func (t *tracer) open(ctx context.Context, name string) (s *start, image *openImage, err error) {
-	// What is likely to be served need not be what is served in the end.
+	// The image that opener expects to serve is not always the one that it serves.
 	image, err = t.opener.open(ctx, name, func(b *BlockImage) {
 		if s != nil {
 			s.stop()
@@ -131,8 +131,8 @@ func (t *tracer) open(ctx context.Context, name string) (s *start, image *openIm
 	return s, image, nil
 }
 
-// begin looks for what is known of an image's starts, from the moment on that its
-// manifest is known: the index is fetched meanwhile.
+// begin looks for traces and bundles beside the image as soon as its manifest is known,
+// while the index is fetched.
 func (t *tracer) begin(b *BlockImage) *start {
 	s := &start{t: t, image: b, begun: time.Now(), listed: make(chan struct{}), loaded: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -150,7 +150,8 @@ func (t *tracer) begin(b *BlockImage) *start {
 	return s
 }
 
-// within says whether c is closed before patience is lost.
+// within waits for c until ctx ends or patience is over, and reports whether c was
+// closed.
 func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
 	t := time.NewTimer(time.Until(s.begun.Add(patience)))
 	defer t.Stop()
@@ -163,13 +164,13 @@ func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
 	return false
 }
 
-// attach makes of an image the device to serve: itself, with what its start will
-// read being fetched ahead, or a recorder of it. What goes wrong with traces
-// costs speed, and no more.
+// attach returns the device to serve: the image, or a recorder around it where the start
+// is recorded. It begins the prefetch. A failure with traces costs speed only, except
+// that a recording the user asked for must be possible.
 func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, error) {
 	t := s.t
 	s.attached = true
-	go func() { // which asks the registry again; the device can be mounted meanwhile
+	go func() { // since it may ask the registry; the device is usable meanwhile
 		defer close(s.loaded)
 		s.load(image)
 		if s.replay == nil && t.Ahead.Readahead {
@@ -187,19 +188,20 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 	return device, err
 }
 
-// known says whether traces have been found, in time.
+// known reports whether traces were found in time.
 func (s *start) known(ctx context.Context) bool {
 	if s.within(ctx, s.listed) && s.found() {
 		return true
 	}
-	// Those of files and of other images are looked for meanwhile.
+	// Files and other images are searched at the same time.
 	return len(s.t.Use) > 1 && s.within(ctx, s.loaded) && s.replay != nil
 }
 
-// found says whether anything is beside the image, once that is listed.
+// found reports whether traces or bundles are beside the image, once listed is closed.
 func (s *start) found() bool { return len(s.beside.Traces)+len(s.beside.Bundles) > 0 }
 
-// load starts to fetch what bundles and traces say.
+// load begins to prefetch what a bundle and traces list, or else what the image's guess
+// lists.
 func (s *start) load(image *openImage) {
 	log := s.t.log.With("image", s.image.Name)
 	o := s.replayOptions()
@@ -208,7 +210,7 @@ func (s *start) load(image *openImage) {
 		<-s.listed // within findTimeout
 	}
 	if s.listErr != nil && s.ctx.Err() == nil {
-		log.Warn("what is beside the image cannot be found", "err", s.listErr)
+		log.Warn("cannot list the traces beside the image", "err", s.listErr)
 	}
 	what := []any{}
 	if bundle := s.bundle(image); bundle != nil {
@@ -216,7 +218,7 @@ func (s *start) load(image *openImage) {
 		what = append(what, "bundle_parts", len(bundle.Parts))
 	}
 	if o.Bundle == nil && s.guessed == nil {
-		s.guess(image) // which goes on until there is something better
+		s.guess(image) // until a trace replaces it
 	}
 	var wants []blockmap.Want
 	if trace := s.trace(o.Bundle == nil); trace != nil {
@@ -225,7 +227,7 @@ func (s *start) load(image *openImage) {
 			wants, err = plan.Wants(image.Stream)
 		}
 		if err != nil {
-			log.Warn("the trace cannot be replayed", "err", err)
+			log.Warn("the trace cannot be used", "err", err)
 		} else {
 			what = append(what, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
 		}
@@ -247,7 +249,7 @@ func (s *start) load(image *openImage) {
 	log.Info("replaying a trace", what...)
 }
 
-// bundle opens the last bundle beside the image.
+// bundle opens the newest bundle beside the image that can be used.
 func (s *start) bundle(image *openImage) *fetcher.Bundle {
 	for _, d := range slices.Backward(s.beside.Bundles) {
 		stored, err := openBundle(s.ctx, s.image, d)
@@ -261,13 +263,13 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 		if s.ctx.Err() != nil {
 			return nil
 		}
-		s.t.log.Warn("a bundle is of no use", "image", s.image.Name, "manifest", d.Digest.String(), "err", err)
+		s.t.log.Warn("a bundle cannot be used", "image", s.image.Name, "manifest", d.Digest.String(), "err", err)
 	}
 	return nil
 }
 
-// guess fetches ahead what any start is likely to read, where nothing says what
-// this one will.
+// guess prefetches what any start is likely to read: the filesystem's metadata, and the
+// image's program.
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
 	if s.t.Ahead.Metadata {
@@ -276,7 +278,7 @@ func (s *start) guess(image *openImage) {
 	if s.t.Ahead.Program {
 		extents, err := s.image.Manifest.Guess(image.Index().Blocks)
 		if err != nil {
-			s.t.log.Warn("the image's guess of its start is of no use", "image", s.image.Name, "err", err)
+			s.t.log.Warn("the guess in the image cannot be used", "image", s.image.Name, "err", err)
 		}
 		for _, e := range extents {
 			wants = append(wants, image.Missing(e)...)
@@ -290,18 +292,18 @@ func (s *start) guess(image *openImage) {
 	}
 }
 
-// replayOptions are those for what nobody waits for. More than the cache can hold
-// would push out what came first before it is read.
+// replayOptions bound a prefetch to what the cache can hold: more would evict the first
+// chunks before they are read.
 func (s *start) replayOptions() fetcher.ReplayOptions {
 	return fetcher.ReplayOptions{Rate: s.t.Rate, MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
-// smallMetadata is how much metadata is fetched whole, as it is stored: that of
-// some hundred thousand files.
+// smallMetadata is the largest stored size of metadata that is prefetched whole: some
+// hundred thousand files.
 const smallMetadata = 4 << 20
 
-// trace collects the traces that are to be used, and merges them. Those that are
-// stored beside the image are in its bundle, if it has one.
+// trace reads and merges the traces to use. stored includes those beside the image; a
+// bundle already has their chunks.
 func (s *start) trace(stored bool) *tracefile.Trace {
 	var traces []*tracefile.Trace
 	for _, use := range s.t.Use {
@@ -313,7 +315,7 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 		}
 		found, err := s.t.read(s.ctx, use, s.image)
 		if err != nil {
-			s.t.log.Warn("a trace is of no use", "trace", use, "image", s.image.Name, "err", err)
+			s.t.log.Warn("a trace cannot be used", "trace", use, "image", s.image.Name, "err", err)
 		}
 		traces = append(traces, found...)
 	}
@@ -328,17 +330,17 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	return merged
 }
 
-// read reads what one --trace names, and makes it be of b.
+// read reads the traces that use names, and translates them to b.
 func (t *tracer) read(ctx context.Context, use string, b *BlockImage) (traces []*tracefile.Trace, err error) {
 	found, err := t.opener.readNamed(ctx, use)
 	for _, r := range found {
-		if r.Cut != nil && r.of == nil { // storedTraces has said so of the others
-			t.log.Warn("a trace ends early; what there is of it is used", "trace", use, "err", r.Cut)
+		if r.Cut != nil && r.of == nil { // StoredTraces has logged it of the others
+			t.log.Warn("a trace ends early; thaw uses the part that is there", "trace", use, "err", r.Cut)
 		}
 		if r.of == nil {
-			// An index that was served once is still in the cache.
+			// The index of an image that was served before may be in the cache.
 			if encoded, err := t.opener.cache.Blob(r.Index); err == nil {
-				r.of, _ = blockmap.DecodeIndex(encoded) // or it is not known
+				r.of, _ = blockmap.DecodeIndex(encoded) // nil if it is damaged
 			}
 		}
 		trace, carried, fitErr := r.Fit(b)
@@ -347,15 +349,15 @@ func (t *tracer) read(ctx context.Context, use string, b *BlockImage) (traces []
 			continue
 		}
 		if carried != nil {
-			t.log.Info("a trace of another version is used", "image", b.Name, "what", carried.String())
+			t.log.Info("a trace of another version is used", "image", b.Name, "carried", carried.String())
 		}
 		traces = append(traces, trace)
 	}
 	return traces, err
 }
 
-// await returns when this share of what the start will read has been prefetched, or
-// when ctx ends. Where that cannot be, the start goes on without.
+// await returns when this share of the trace has been prefetched, when no more of it
+// will come, or when ctx ends.
 func (s *start) await(ctx context.Context, share float64) {
 	if share == 0 || !s.within(ctx, s.listed) {
 		return
@@ -370,7 +372,7 @@ func (s *start) await(ctx context.Context, share float64) {
 	case <-ctx.Done():
 	}
 	if err != nil && !errors.Is(ctx.Err(), context.Canceled) {
-		s.t.log.Warn("ready, though less than asked for was prefetched", "image", s.image.Name, "err", err)
+		s.t.log.Warn("the device is ready, but less than asked for was prefetched", "image", s.image.Name, "err", err)
 	}
 }
 
@@ -416,7 +418,8 @@ func (s *start) prefetchInfo() *PrefetchInfo {
 	return in
 }
 
-// stop ends all of it, and says what was lost. It is not called while attach is.
+// stop ends the start's prefetch and recording, and logs how far the prefetch came. It
+// must not be called while attach runs.
 func (s *start) stop() {
 	s.t.mu.Lock()
 	_, first := s.t.starts[s]
@@ -432,7 +435,7 @@ func (s *start) stop() {
 		return
 	}
 	if rec != nil {
-		go rec.Stop() // which waits for whoever reads a FIFO
+		go rec.Stop() // which may wait for the reader of a FIFO
 		s.t.await(s.t.limit, rec.ended)
 	}
 	if !s.t.await(s.t.limit, s.loaded) {
