@@ -5,19 +5,19 @@ import (
 	"slices"
 )
 
-// nearTurns is how far from its turn a chunk may be fetched that nobody waits for,
+// nearSeq is how far from its turn a chunk may be fetched that nobody waits for,
 // at leastWindow. It goes by the square of the window: on a line that is twice as
 // fast a chunk out of its turn holds up others half as long, and a request that it
 // saves is worth twice as many bytes.
-const nearTurns = 8
+const nearSeq = 8
 
-// reach is how many of the queue are looked at for what else is in a blob.
-const reach = 64
+// scanLimit is how many of the queue are looked at for what else is in a blob.
+const scanLimit = 64
 
-// gather collects the flights that can share a request with first: its neighbours
+// gather collects the fetches that can share a request with first: its neighbours
 // in the blob and, where nobody waits for it and the origin gives several ranges,
 // what of the blob is next in turn, with its neighbours.
-func (f *Fetcher) gather(s *source, first *flight) []*flight {
+func (f *Fetcher) gather(s *source, first *fetch) []*fetch {
 	from := first.at(s)
 	if first.demand {
 		return f.gatherRun(from, first, nil, min(f.o.MaxRequest, s.pace.behind()))
@@ -29,14 +29,14 @@ func (f *Fetcher) gather(s *source, first *flight) []*flight {
 		return f.gatherRun(from, first, nil, min(f.o.MaxRequest, s.pace.run()))
 	}
 	room := min(f.o.MaxRequest, s.pace.ranges())
-	var batch []*flight
-	for _, fl := range s.prefetch.flights[:min(reach, len(s.prefetch.flights))] {
-		if !fl.waits(false) || fl.at(s) != from || slices.Contains(batch, fl) {
+	var batch []*fetch
+	for _, ft := range s.prefetch.fetches[:min(scanLimit, len(s.prefetch.fetches))] {
+		if !ft.waits(false) || ft.at(s) != from || slices.Contains(batch, ft) {
 			continue
 		}
-		run := f.gatherRun(from, fl, batch, room)
-		for _, fl := range run {
-			room -= int64(fl.chunk().Stored)
+		run := f.gatherRun(from, ft, batch, room)
+		for _, ft := range run {
+			room -= int64(ft.chunk().Stored)
 		}
 		if ranges--; len(batch) > 0 && (ranges < 0 || room < 0) {
 			break
@@ -52,23 +52,23 @@ func (f *Fetcher) gather(s *source, first *flight) []*flight {
 // Those that nobody waits for only come behind one that somebody does, so that
 // they hold up nothing; and else only if their turn is near, so that chunks come
 // about in their order.
-func (f *Fetcher) gatherRun(from place, first *flight, batch []*flight, most int64) []*flight {
-	chunk := func(fl *flight) (off, stored int64) {
-		c := &from.table.Chunks[fl.key.chunk]
+func (f *Fetcher) gatherRun(from place, first *fetch, batch []*fetch, most int64) []*fetch {
+	chunk := func(ft *fetch) (off, stored int64) {
+		c := &from.table.Chunks[ft.key.chunk]
 		return c.Offset, int64(c.Stored)
 	}
-	run := []*flight{first}
+	run := []*fetch{first}
 	_, bytes := chunk(first)
 	near := from.src.pace.near()
-	neighbour := func(of *flight, step int) *flight {
-		fl := f.mu.flights[key{of.stream, of.key.chunk + step}]
-		if fl == nil || fl.state != queued || !fl.isAt(from) || slices.Contains(batch, fl) ||
-			!fl.demand && (fl.turn < first.turn-near || fl.turn > first.turn+near) {
+	neighbour := func(of *fetch, step int) *fetch {
+		ft := f.mu.fetches[key{of.stream, of.key.chunk + step}]
+		if ft == nil || ft.state != queued || !ft.isAt(from) || slices.Contains(batch, ft) ||
+			!ft.demand && (ft.seq < first.seq-near || ft.seq > first.seq+near) {
 			return nil
 		}
 		a, stored := chunk(of)
-		b, n := chunk(fl)
-		if bytes+n > f.o.MaxRequest || bytes+n > most && !fl.demand {
+		b, n := chunk(ft)
+		if bytes+n > f.o.MaxRequest || bytes+n > most && !ft.demand {
 			return nil
 		}
 		if step < 0 {
@@ -77,19 +77,19 @@ func (f *Fetcher) gatherRun(from place, first *flight, batch []*flight, most int
 		if a+stored != b {
 			return nil
 		}
-		return fl
+		return ft
 	}
-	add := func(fl *flight) {
-		_, n := chunk(fl)
-		run, bytes = append(run, fl), bytes+n
+	add := func(ft *fetch) {
+		_, n := chunk(ft)
+		run, bytes = append(run, ft), bytes+n
 	}
-	for fl := neighbour(first, 1); fl != nil; fl = neighbour(run[len(run)-1], 1) {
-		add(fl)
+	for ft := neighbour(first, 1); ft != nil; ft = neighbour(run[len(run)-1], 1) {
+		add(ft)
 	}
-	for fl := neighbour(first, -1); fl != nil && fl.demand == first.demand; fl = neighbour(fl, -1) {
-		add(fl)
+	for ft := neighbour(first, -1); ft != nil && ft.demand == first.demand; ft = neighbour(ft, -1) {
+		add(ft)
 	}
-	slices.SortFunc(run, func(a, b *flight) int { return cmp.Compare(a.key.chunk, b.key.chunk) })
+	slices.SortFunc(run, func(a, b *fetch) int { return cmp.Compare(a.key.chunk, b.key.chunk) })
 	return run
 }
 

@@ -37,31 +37,31 @@ type Part struct {
 }
 
 // A bundle that breaks is taken up again where it broke, this often.
-const carryTries = 3
+const downloadTries = 3
 
 // While a bundle is on its way it takes this much of MaxBytes, for the parts
 // that are being read and decompressed.
-const carryBytes = 8 << 20
+const downloadBytes = 8 << 20
 
 // The most that a reader waits for a bundle before its chunk is fetched alone.
-const mostPatience = 2 * time.Second
+const maxPatience = 2 * time.Second
 
-// carrier is a bundle on its way. A chunk in it is a flight like any other, but
+// download is a bundle on its way. A chunk in it is a fetch like any other, but
 // for its state: whoever asks for it waits for the download if that will have
 // it soon, and else has it fetched on its own.
-type carrier struct {
+type download struct {
 	asked time.Time // for the download
 	first time.Time // when its first part had come; zero until then
 	base  int64     // bytes that had come by then
 	got   int64     // bytes that have come by now
 	hangs bool      // somebody has lost patience, and nothing has come since
 
-	awaited map[*flight]struct{} // that readers wait for here
+	awaited map[*fetch]struct{} // that readers wait for here
 }
 
 // soon says whether the frame that ends at byte at, of so many bytes, comes about
 // as soon as it would alone, and how long is too long to wait for it then.
-func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration, ok bool) {
+func (c *download) soon(now time.Time, at, stored int64) (patience time.Duration, ok bool) {
 	if c.hangs {
 		return 0, false
 	}
@@ -74,50 +74,50 @@ func (c *carrier) soon(now time.Time, at, stored int64) (patience time.Duration,
 	eta := time.Duration(float64(at-c.got) * perByte)
 	// The download would give way to it.
 	alone := latency + time.Duration(float64(stored)*perByte)
-	return min(2*eta+latency+20*time.Millisecond, mostPatience), eta <= alone+alone/4+mostLater
+	return min(2*eta+latency+20*time.Millisecond, maxPatience), eta <= alone+alone/4+maxLater
 }
 
-// mostLater is how much later than alone a chunk may come by a bundle: it spares a
+// maxLater is how much later than alone a chunk may come by a bundle: it spares a
 // request, and bytes that come twice.
-const mostLater = 50 * time.Millisecond
+const maxLater = 50 * time.Millisecond
 
 // leave notes that nobody waits any more for what the bundle is to bring.
-func (c *carrier) leave(fl *flight) {
-	if fl.late != nil {
-		fl.late.Stop()
-		fl.late = nil
+func (c *download) leave(ft *fetch) {
+	if ft.late != nil {
+		ft.late.Stop()
+		ft.late = nil
 	}
-	delete(c.awaited, fl)
+	delete(c.awaited, ft)
 }
 
-// awaitCarrier decides what a reader of a carried chunk waits for. f.mu is held,
+// awaitDownload decides what a reader of a downloading chunk waits for. f.mu is held,
 // and dispatch is called behind it.
-func (f *Fetcher) awaitCarrier(fl *flight) {
-	c := fl.carrier
-	patience, ok := c.soon(time.Now(), fl.until, int64(fl.chunk().Stored))
+func (f *Fetcher) awaitDownload(ft *fetch) {
+	c := ft.download
+	patience, ok := c.soon(time.Now(), ft.until, int64(ft.chunk().Stored))
 	if !ok {
-		f.board(fl)
+		f.enqueue(ft)
 		return
 	}
 	got := c.got
-	c.awaited[fl] = struct{}{}
-	f.turnover()
-	fl.late = time.AfterFunc(patience, func() {
+	c.awaited[ft] = struct{}{}
+	f.wakePaused()
+	ft.late = time.AfterFunc(patience, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if _, ok := c.awaited[fl]; ok && !f.mu.closed {
+		if _, ok := c.awaited[ft]; ok && !f.mu.closed {
 			c.hangs = c.got == got
-			f.board(fl)
+			f.enqueue(ft)
 			f.dispatch()
 		}
 	})
 }
 
-// carry downloads a bundle and fills its chunks. It calls done for each part that
-// is here, from several goroutines. When it returns, nothing is carried any
+// downloadBundle downloads a bundle and fills its chunks. It calls done for each part that
+// is here, from several goroutines. When it returns, nothing is downloading any
 // more: what the bundle did not bring is queued. A bundle of which most is here
 // already, or on its way, is left alone.
-func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
+func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
 	f := b.f
 	if bundle.Close != nil {
 		defer bundle.Close()
@@ -148,31 +148,31 @@ func (b *Bound) carry(ctx context.Context, bundle *Bundle, limit *rate.Limiter, 
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
-	c := &carrier{asked: bundle.Asked, awaited: make(map[*flight]struct{})}
+	c := &download{asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
 	if c.asked.IsZero() {
 		c.asked = time.Now()
 	}
-	flights, missing := f.embark(c, bundle, b.src)
-	if flights == nil {
+	fetches, missing := f.beginDownload(c, bundle, b.src)
+	if fetches == nil {
 		return nil
 	}
 	err := f.download(ctx, b.src, c, bundle, missing, limit, done)
-	f.disembark(b.src, flights)
+	f.endDownload(b.src, fetches)
 	return err
 }
 
-// embark makes flights of the chunks that a bundle is to bring, and says which
+// beginDownload makes fetches of the chunks that a bundle is to bring, and says which
 // parts these are in; or does nothing where they are less than half of it, or
 // where the bundles that are on their way have taken the room.
-func (f *Fetcher) embark(c *carrier, bundle *Bundle, s *source) (flights []*flight, missing []bool) {
+func (f *Fetcher) beginDownload(c *download, bundle *Bundle, s *source) (fetches []*fetch, missing []bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.mu.closed {
 		return nil, nil
 	}
 	lacks := func(w blockmap.Want) bool {
-		fl := f.mu.flights[key{w.Stream, w.Chunk}]
-		return (fl == nil || fl.state == queued && !fl.demand) && !w.Stream.Has(w.Chunk)
+		ft := f.mu.fetches[key{w.Stream, w.Chunk}]
+		return (ft == nil || ft.state == queued && !ft.demand) && !w.Stream.Has(w.Chunk)
 	}
 	missing = make([]bool, len(bundle.Parts))
 	var at, lacking int64
@@ -185,14 +185,14 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, s *source) (flights []*flig
 	if lacking <= at/2 {
 		return nil, nil
 	}
-	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*carryBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, carryBytes) && f.admitsAhead(s, carryBytes)) {
+	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*downloadBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, downloadBytes) && f.admitsPrefetch(s, downloadBytes)) {
 		f.log.Info("there is no room for one more bundle; its chunks are fetched one by one", "bundles", f.mu.bundles)
 		return nil, nil
 	}
 	f.mu.bundles++
 	s.bundles++
-	f.charge(s, false, 1, carryBytes)
-	flights = make([]*flight, 0, len(bundle.Parts))
+	f.charge(s, false, 1, downloadBytes)
+	fetches = make([]*fetch, 0, len(bundle.Parts))
 	at = 0
 	for i, p := range bundle.Parts {
 		at += p.Stored
@@ -201,36 +201,36 @@ func (f *Fetcher) embark(c *carrier, bundle *Bundle, s *source) (flights []*flig
 				continue
 			}
 			k := key{w.Stream, w.Chunk}
-			fl := f.mu.flights[k]
-			if fl == nil {
-				f.mu.turns++
-				fl = &flight{key: k, place: place{s, w.Table}, turn: f.mu.turns, done: make(chan struct{})}
-				f.mu.flights[k] = fl
-				if digest := fl.chunk().Digest; f.mu.contents[digest] == nil {
-					f.mu.contents[digest] = fl
+			ft := f.mu.fetches[k]
+			if ft == nil {
+				f.mu.seq++
+				ft = &fetch{key: k, place: place{s, w.Table}, seq: f.mu.seq, done: make(chan struct{})}
+				f.mu.fetches[k] = ft
+				if digest := ft.chunk().Digest; f.mu.contents[digest] == nil {
+					f.mu.contents[digest] = ft
 				}
 			}
-			fl.state, fl.carrier, fl.until = carried, c, at
-			flights = append(flights, fl)
+			ft.state, ft.download, ft.until = downloading, c, at
+			fetches = append(fetches, ft)
 		}
 	}
-	return flights, missing
+	return fetches, missing
 }
 
-// disembark queues what the bundle did not bring and somebody wants.
-func (f *Fetcher) disembark(s *source, flights []*flight) {
+// endDownload queues what the bundle did not bring and somebody wants.
+func (f *Fetcher) endDownload(s *source, fetches []*fetch) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mu.bundles--
 	s.bundles--
-	f.charge(s, false, -1, -carryBytes)
-	for _, fl := range flights {
+	f.charge(s, false, -1, -downloadBytes)
+	for _, ft := range fetches {
 		switch {
-		case fl.state != carried:
-		case fl.isWanted():
-			f.board(fl)
+		case ft.state != downloading:
+		case ft.isWanted():
+			f.enqueue(ft)
 		default:
-			f.end(fl, context.Canceled)
+			f.end(ft, context.Canceled)
 		}
 	}
 	f.dispatch()
@@ -239,7 +239,7 @@ func (f *Fetcher) disembark(s *source, flights []*flight) {
 // download reads the bundle from beginning to end, over connections that break if
 // need be, and gives up at the first part that is not what it should be: who
 // made one wrong part may have made them all.
-func (f *Fetcher) download(ctx context.Context, s *source, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
+func (f *Fetcher) download(ctx context.Context, s *source, c *download, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
 	var off int64
 	next := 0
 	for try := 0; ; try++ {
@@ -252,7 +252,7 @@ func (f *Fetcher) download(ctx context.Context, s *source, c *carrier, bundle *B
 		if next > began {
 			try = 0
 		}
-		if try == carryTries-1 || f.o.Temporary != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !f.o.Temporary(err) {
+		if try == downloadTries-1 || f.o.Temporary != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !f.o.Temporary(err) {
 			return err
 		}
 		f.retries.Add(1)
@@ -267,7 +267,7 @@ func (f *Fetcher) download(ctx context.Context, s *source, c *carrier, bundle *B
 
 // downloadFrom reads the parts from number *next on, which begins at *off, in one
 // request, and moves both.
-func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
+func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	f.requests.Add(1)
@@ -277,10 +277,10 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundl
 	}
 	defer rc.Close()
 	r := newRequest(ctx, place{src: s})
-	r.carrier = c
+	r.download = c
 	defer r.cancel()
 	body := &incoming{f, r, rc}
-	var crowd crowd
+	var refusals refusals
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
 	for ; *next < len(bundle.Parts); *next++ {
@@ -324,11 +324,11 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundl
 		// sends it: what is fetched chunk by chunk will show whether it was.
 		f.decodeLater(s, &decoding, nil, func() {
 			defer f.buffers.Put(frame)
-			err := f.deliver(p, *frame)
+			err := f.keepPart(p, *frame)
 			if err == nil {
 				done(p)
 			}
-			if full := crowd.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
+			if full := refusals.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
 				cancel(fmt.Errorf("part %d: %w", i, err))
 			}
 		})
@@ -337,8 +337,8 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *carrier, bundl
 	return context.Cause(ctx)
 }
 
-// deliver stores a part wherever it is wanted, and wakes who waits for it.
-func (f *Fetcher) deliver(p Part, frame []byte) error {
+// keepPart stores a part wherever it is wanted, and wakes who waits for it.
+func (f *Fetcher) keepPart(p Part, frame []byte) error {
 	var content []byte
 	for _, w := range p.Wants {
 		if !w.Stream.Has(w.Chunk) {
@@ -352,18 +352,18 @@ func (f *Fetcher) deliver(p Part, frame []byte) error {
 					return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
 				}
 			}
-			if err := f.store(w.Stream, w.Chunk, content, func() bool { return f.isRead(key{w.Stream, w.Chunk}) }); err != nil {
+			if err := f.store(w.Stream, w.Chunk, content, func() bool { return f.isDemanded(key{w.Stream, w.Chunk}) }); err != nil {
 				if errors.Is(err, blockmap.ErrDigest) {
 					f.wrong.Add(1)
 				}
-				f.stays(key{w.Stream, w.Chunk})
+				f.fetchAlone(key{w.Stream, w.Chunk})
 				return err
 			}
 			f.chunks.Add(1)
 		}
 		f.mu.Lock()
-		if fl := f.mu.flights[key{w.Stream, w.Chunk}]; fl != nil {
-			f.end(fl, nil)
+		if ft := f.mu.fetches[key{w.Stream, w.Chunk}]; ft != nil {
+			f.end(ft, nil)
 			f.dispatch()
 		}
 		f.mu.Unlock()
@@ -371,36 +371,36 @@ func (f *Fetcher) deliver(p Part, frame []byte) error {
 	return nil
 }
 
-// isRead says whether somebody waits for a chunk.
-func (f *Fetcher) isRead(k key) bool {
+// isDemanded says whether somebody waits for a chunk.
+func (f *Fetcher) isDemanded(k key) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	fl := f.mu.flights[k]
-	return fl != nil && fl.demand
+	ft := f.mu.fetches[k]
+	return ft != nil && ft.demand
 }
 
-// stays has a chunk be fetched by itself that the bundle has brought in vain, if
+// fetchAlone has a chunk be fetched by itself that the bundle has brought in vain, if
 // somebody wants it.
-func (f *Fetcher) stays(k key) {
+func (f *Fetcher) fetchAlone(k key) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if fl := f.mu.flights[k]; fl != nil && fl.state == carried && fl.isWanted() && !f.mu.closed {
-		f.board(fl)
+	if ft := f.mu.fetches[k]; ft != nil && ft.state == downloading && ft.isWanted() && !f.mu.closed {
+		f.enqueue(ft)
 		f.dispatch()
 	}
 }
 
-// crowd notices that a cache cannot keep what is fetched ahead: several chunks in
+// refusals notices that a cache cannot keep what is fetched ahead: several chunks in
 // a row say so, where one may only have come when all others were in use.
-type crowd struct {
+type refusals struct {
 	mu sync.Mutex
 	n  int
 }
 
-const crowded = 3
+const maxRefusals = 3
 
 // full says whether this is the end of it: err is why a chunk could not be kept.
-func (c *crowd) full(err error) bool {
+func (c *refusals) full(err error) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err == nil {
@@ -408,5 +408,5 @@ func (c *crowd) full(err error) bool {
 		return false
 	}
 	c.n++
-	return c.n >= crowded
+	return c.n >= maxRefusals
 }

@@ -11,12 +11,12 @@ func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 func (f *Fetcher) Queued(b *Bound) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(b.src.demand.flights) + len(b.src.prefetch.flights)
+	return len(b.src.demand.fetches) + len(b.src.prefetch.fetches)
 }
 
-// Flights is how many chunks are on their way.
-func (f *Fetcher) Flights() int {
+// Fetches is how many chunks are on their way.
+func (f *Fetcher) Fetches() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.mu.flights)
+	return len(f.mu.fetches)
 }

@@ -9,9 +9,9 @@
 //	defer f.Close()
 //	image, err := blockmap.NewImage(index, cache, f.From(repository))
 //
-// A chunk on its way is a flight. Whoever asks for it while it is under way
-// joins it. A flight belongs to the Fetcher, not to who asked first: a reader
-// that gives up leaves the flight to the others, and ends it if there are none.
+// A chunk on its way is a fetch. Whoever asks for it while it is under way
+// joins it. A fetch belongs to the Fetcher, not to who asked first: a reader
+// that gives up leaves the fetch to the others, and ends it if there are none.
 //
 // Each Bound has bounds of its own, so that an origin that hangs holds up nobody
 // else. A chunk that a reader waits for and that comes too slowly is asked for
@@ -125,27 +125,27 @@ type Fetcher struct {
 
 	warnings rate.Sometimes
 
-	requests, bytes, chunks, local, retries, wrong, failed, mostAlive atomic.Int64
-	held, dropped, extra, overtaken, cancelled                        atomic.Int64
-	unstored                                                          atomic.Int64 // tries to store since one went well
-	claimed                                                           atomic.Int64 // the length of mu.claims
+	requests, bytes, chunks, local, retries, wrong, failed, maxInFlight atomic.Int64
+	held, dropped, extra, overtaken, cancelled                          atomic.Int64
+	unstored                                                            atomic.Int64 // tries to store since one went well
+	claimed                                                             atomic.Int64 // the length of mu.claims
 
 	mu struct {
 		sync.Mutex
-		closed   bool
-		turns    int64 // that were given out
-		flights  map[key]*flight
-		contents map[blockmap.Digest]*flight // the one that brings each content
-		urgent   map[*flight]struct{}        // those that somebody waits for
-		sources  []*source                   // those with something queued, the next one first
-		running  map[*request]struct{}       // but for extra ones
-		watching bool
-		pool     pool // of requests
-		spare    pool // of extra ones
-		bundles  int
-		refused  bool                  // somebody had no room since reclaim was called
-		claims   map[*request]struct{} // that have the line for themselves
-		turned   chan struct{}         // closed, and made anew, when others may have it
+		closed    bool
+		seq       int64 // that were given out
+		fetches   map[key]*fetch
+		contents  map[blockmap.Digest]*fetch // the one that brings each content
+		urgent    map[*fetch]struct{}        // those that somebody waits for
+		sources   []*source                  // those with something queued, the next one first
+		running   map[*request]struct{}      // but for extra ones
+		watching  bool
+		pool      pool // of requests
+		extraPool pool // of extra ones
+		bundles   int
+		refused   bool                  // somebody had no room since reclaim was called
+		claims    map[*request]struct{} // that have the line for themselves
+		resumed   chan struct{}         // closed, and made anew, when others may have it
 	}
 }
 
@@ -179,13 +179,13 @@ func New(o Options) *Fetcher {
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.warnings.Interval = warnEvery
 	f.mu.pool.most = load{2 * o.MaxRequests, 2 * o.MaxBytes}
-	f.mu.spare.most = load{8 * mostExtra, o.MaxBytes / 2}
-	f.mu.urgent = make(map[*flight]struct{})
+	f.mu.extraPool.most = load{8 * maxExtra, o.MaxBytes / 2}
+	f.mu.urgent = make(map[*fetch]struct{})
 	f.mu.running = make(map[*request]struct{})
 	f.mu.claims = make(map[*request]struct{})
-	f.mu.turned = make(chan struct{})
-	f.mu.flights = make(map[key]*flight)
-	f.mu.contents = make(map[blockmap.Digest]*flight)
+	f.mu.resumed = make(chan struct{})
+	f.mu.fetches = make(map[key]*fetch)
+	f.mu.contents = make(map[blockmap.Digest]*fetch)
 	return f
 }
 
@@ -201,9 +201,9 @@ func (f *Fetcher) Close() {
 	f.cancel()
 	f.mu.Lock()
 	f.mu.closed = true
-	for _, fl := range f.mu.flights {
-		if fl.state != running {
-			f.end(fl, blockmap.ErrClosed)
+	for _, ft := range f.mu.fetches {
+		if ft.state != running {
+			f.end(ft, blockmap.ErrClosed)
 		}
 	}
 	f.mu.Unlock()
@@ -215,14 +215,14 @@ func (f *Fetcher) Close() {
 // Stats returns the counts so far.
 func (f *Fetcher) Stats() Stats {
 	f.mu.Lock()
-	n := f.mu.pool.taken.requests + f.mu.spare.taken.requests
+	n := f.mu.pool.taken.requests + f.mu.extraPool.taken.requests
 	f.mu.Unlock()
 	return Stats{
 		Requests: f.requests.Load(), Bytes: f.bytes.Load(), Chunks: f.chunks.Load(), Local: f.local.Load(),
 		Retries: f.retries.Load(), Wrong: f.wrong.Load(), Failed: f.failed.Load(),
 		Held: f.held.Load(), Dropped: f.dropped.Load(),
 		Extra: f.extra.Load(), Overtaken: f.overtaken.Load(), Cancelled: f.cancelled.Load(),
-		InFlight: int64(n), MostAlive: f.mostAlive.Load(),
+		InFlight: int64(n), MostAlive: f.maxInFlight.Load(),
 	}
 }
 
@@ -232,12 +232,12 @@ type Bound struct {
 	f     *Fetcher
 	src   *source
 	ahead atomic.Pointer[readahead]
-	hints map[*flight]struct{} // that it has guessed; guarded by f.mu
+	hints map[*fetch]struct{} // that it has guessed; guarded by f.mu
 }
 
 // From binds f to an origin.
 func (f *Fetcher) From(o Origin) *Bound {
-	return &Bound{f: f, src: f.newSource(o), hints: make(map[*flight]struct{})}
+	return &Bound{f: f, src: f.newSource(o), hints: make(map[*fetch]struct{})}
 }
 
 // ReadAhead has chunks fetched that are likely to be demanded next, going by those
@@ -252,19 +252,19 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	if r := b.ahead.Load(); r != nil {
 		ahead = r.after(wants)
 	}
-	flights := b.join(wants, ahead, reader)
-	for i, fl := range flights {
-		if fl == nil {
+	fetches := b.join(wants, ahead, reader)
+	for i, ft := range fetches {
+		if ft == nil {
 			continue
 		}
 		select {
-		case <-fl.done:
-			if fl.err != nil {
-				b.f.leave(flights[i:])
-				return fl.err
+		case <-ft.done:
+			if ft.err != nil {
+				b.f.leave(fetches[i:])
+				return ft.err
 			}
 		case <-ctx.Done():
-			b.f.leave(flights[i:])
+			b.f.leave(fetches[i:])
 			return context.Cause(ctx)
 		}
 	}
@@ -280,12 +280,12 @@ func (b *Bound) Prefetch(wants []blockmap.Want) { b.join(nil, wants, hint) }
 func (b *Bound) Close() {
 	b.ahead.Store(nil)
 	b.f.mu.Lock()
-	hinted := make(map[*flight]int)
-	for fl := range b.hints {
-		hinted[fl] = 1
-		fl.hint = nil
+	hinted := make(map[*fetch]int)
+	for ft := range b.hints {
+		hinted[ft] = 1
+		ft.hint = nil
 	}
 	clear(b.hints)
 	b.f.mu.Unlock()
-	b.f.forget(hinted, context.Canceled)
+	b.f.cancelPrefetches(hinted, context.Canceled)
 }

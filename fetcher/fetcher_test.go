@@ -242,7 +242,7 @@ func TestFirstReaderLeaves(t *testing.T) {
 	})
 }
 
-// What stays wrong is an error that names it, and never data; what failed once
+// What fetchAlone wrong is an error that names it, and never data; what failed once
 // is tried again by the next reader.
 func TestGivesUp(t *testing.T) {
 	m := blocktest.NewImage(t, 9, 300)

@@ -33,18 +33,18 @@ const (
 	againAfter  = 4 * time.Second // until the same origin is asked once more
 	tooLong     = 3 * time.Second
 	avoidFor    = 30 * time.Second // a server that was overtaken
-	mostExtra   = 8                // extra requests of a source at once
-	fewExtra    = 16               // and in all, and a tenth of its requests
-	mostTries   = 3                // requests for a chunk at once
+	maxExtra    = 8                // extra requests of a source at once
+	freeExtra   = 16               // and in all, and a tenth of its requests
+	maxTries    = 3                // requests for a chunk at once
 	leastSpeed  = 4 << 10          // bytes a second of a request on a line that is shared
 	sharedSpeed = 256 << 10        // bytes a second of a source whose line is at work
 	goodBytes   = 64 << 10         // of a chunk that says that a source works
 	longest     = 4                // times RetryFor, that a chunk may take on such a line
-	mostVain    = 3                // extra requests in a row that were not quicker on such a line
+	maxUseless  = 3                // extra requests in a row that were not quicker on such a line
 )
 
 var (
-	errLate        = errors.New("the origin did not deliver it")
+	errLate        = errors.New("the origin did not keepPart it")
 	errNowhereElse = errors.New("there is nowhere else to ask")
 )
 
@@ -61,13 +61,13 @@ func (f *Fetcher) watch() {
 		if f.mu.closed || len(f.mu.urgent)+len(f.mu.running) == 0 {
 			return
 		}
-		f.lookAfter(time.Now())
+		f.checkAll(time.Now())
 		f.dispatch()
 		f.watch()
 	})
 }
 
-func (f *Fetcher) lookAfter(now time.Time) {
+func (f *Fetcher) checkAll(now time.Time) {
 	seen := make(map[*request]bool)
 	sample := func(r *request) {
 		if !seen[r] {
@@ -79,57 +79,57 @@ func (f *Fetcher) lookAfter(now time.Time) {
 		sample(r)
 	}
 	rates := make(map[*source]rates)
-	for fl := range f.mu.urgent {
-		for _, r := range fl.requests {
+	for ft := range f.mu.urgent {
+		for _, r := range ft.requests {
 			sample(r)
 			if src := r.place.src; rates[src].of == 0 {
 				rates[src] = src.rates(now)
 			}
 		}
 	}
-	for fl := range f.mu.urgent {
+	for ft := range f.mu.urgent {
 		switch {
-		case fl.state == running:
-			f.lookAtRunning(fl, now, rates)
-		case fl.state == following && now.Sub(fl.since) > stallAfter && fl.leader.outlook(now, rates) == stalls &&
-			fl.place.src != fl.leader.place.src:
+		case ft.state == running:
+			f.checkRunning(ft, now, rates)
+		case ft.state == duplicated && now.Sub(ft.since) > stallAfter && ft.original.outlook(now, rates) == stalls &&
+			ft.place.src != ft.original.place.src:
 			// Its own source may be better than that of who was first.
-			leader := fl.leader
-			leader.followers = slices.DeleteFunc(leader.followers, func(x *flight) bool { return x == fl })
-			fl.leader = nil
-			f.enqueue(fl)
-			f.reconsider(leader)
-		case fl.state == queued && now.Sub(fl.lastGood()) >= f.o.RetryFor:
-			f.giveUp(fl, f.late(fl))
+			original := ft.original
+			original.duplicates = slices.DeleteFunc(original.duplicates, func(x *fetch) bool { return x == ft })
+			ft.original = nil
+			f.push(ft)
+			f.update(original)
+		case ft.state == queued && now.Sub(ft.lastGood()) >= f.o.RetryFor:
+			f.giveUp(ft, f.late(ft))
 		}
 	}
 	for r := range f.mu.running {
 		if r.paused.IsZero() && now.Sub(r.moved) >= stallAfter {
-			f.lookAtStalled(r, now)
+			f.checkStalled(r, now)
 		}
 	}
 	f.reclaim(now)
 }
 
-// lookAtStalled asks other origins for what nobody waits for and does not come,
+// checkStalled asks other origins for what nobody waits for and does not come,
 // or gives it up.
-func (f *Fetcher) lookAtStalled(r *request, now time.Time) {
-	for _, fl := range r.flights {
+func (f *Fetcher) checkStalled(r *request, now time.Time) {
+	for _, ft := range r.fetches {
 		switch {
-		case fl.demand || !r.brings(fl) || len(fl.requests) > 1:
+		case ft.demand || !r.brings(ft) || len(ft.requests) > 1:
 		case now.Sub(r.moved) >= f.o.RetryFor:
-			f.giveUp(fl, f.late(fl))
-		case len(fl.others) > 0 && !now.Before(fl.rested):
-			f.askElsewhere(fl, false, now)
+			f.giveUp(ft, f.late(ft))
+		case len(ft.others) > 0 && !now.Before(ft.noExtraBefore):
+			f.askElsewhere(ft, false, now)
 		}
 	}
 }
 
 // lastGood is when one of its sources has brought a chunk last, or when a reader
 // began to wait if that was later.
-func (fl *flight) lastGood() time.Time {
-	last := fl.since
-	for _, p := range append([]place{fl.place}, fl.others...) {
+func (ft *fetch) lastGood() time.Time {
+	last := ft.since
+	for _, p := range append([]place{ft.place}, ft.others...) {
 		if p.src.good.After(last) {
 			last = p.src.good
 		}
@@ -137,27 +137,27 @@ func (fl *flight) lastGood() time.Time {
 	return last
 }
 
-// lookAtRunning asks for a chunk once more, or gives it up, where it does not come.
-func (f *Fetcher) lookAtRunning(fl *flight, now time.Time, rates map[*source]rates) {
-	tried := now.Sub(fl.began)
-	hope := fl.outlook(now, rates)
+// checkRunning asks for a chunk once more, or gives it up, where it does not come.
+func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates) {
+	tried := now.Sub(ft.began)
+	hope := ft.outlook(now, rates)
 	switch {
 	case hope == comes && tried < longest*f.o.RetryFor:
 		return
 	case hope == shares && tried < longest*f.o.RetryFor:
 		// It has its share of a line that is at work. Elsewhere may be another line.
-		if src := fl.requests[0].place.src; src.vain >= mostVain && now.Before(src.vainTill) {
+		if src := ft.requests[0].place.src; src.useless >= maxUseless && now.Before(src.uselessTill) {
 			return
 		}
-	case tried >= f.o.RetryFor, now.Sub(fl.lastGood()) >= f.o.RetryFor:
-		f.giveUp(fl, f.late(fl))
+	case tried >= f.o.RetryFor, now.Sub(ft.lastGood()) >= f.o.RetryFor:
+		f.giveUp(ft, f.late(ft))
 		return
 	}
-	if now.Before(fl.rested) || len(fl.requests) >= mostTries {
+	if now.Before(ft.noExtraBefore) || len(ft.requests) >= maxTries {
 		return
 	}
-	again := hope == stalls && !slices.ContainsFunc(fl.requests, func(r *request) bool { return !r.dead(fl, now) })
-	f.askElsewhere(fl, again, now)
+	again := hope == stalls && !slices.ContainsFunc(ft.requests, func(r *request) bool { return !r.dead(ft, now) })
+	f.askElsewhere(ft, again, now)
 }
 
 // outlook is what is to be expected of a request for a chunk.
@@ -170,28 +170,28 @@ const (
 )
 
 // outlook is the best one of its requests.
-func (fl *flight) outlook(now time.Time, rates map[*source]rates) (best outlook) {
-	for _, r := range fl.requests {
-		best = max(best, r.outlook(fl, now, rates[r.place.src]))
+func (ft *fetch) outlook(now time.Time, rates map[*source]rates) (best outlook) {
+	for _, r := range ft.requests {
+		best = max(best, r.outlook(ft, now, rates[r.place.src]))
 	}
 	return best
 }
 
-// left is how much is to come until a flight is here.
-func (r *request) left(fl *flight) int64 {
-	if i := slices.Index(r.flights, fl); i >= 0 && i < len(r.ends) {
+// left is how much is to come until a fetch is here.
+func (r *request) left(ft *fetch) int64 {
+	if i := slices.Index(r.fetches, ft); i >= 0 && i < len(r.ends) {
 		return r.ends[i] - r.got
 	}
-	return int64(r.stored(fl))
+	return int64(r.stored(ft))
 }
 
-func (r *request) outlook(fl *flight, now time.Time, all rates) outlook {
+func (r *request) outlook(ft *fetch, now time.Time, all rates) outlook {
 	if now.Sub(r.moved) >= stallAfter {
 		return stalls
 	}
 	rate, known := r.samples.rate()
 	switch {
-	case !known, float64(r.left(fl)) <= rate*tooLong.Seconds():
+	case !known, float64(r.left(ft)) <= rate*tooLong.Seconds():
 		return comes
 	case all.sum >= sharedSpeed && rate >= max(all.sum/float64(4*all.of), leastSpeed):
 		return shares
@@ -199,67 +199,67 @@ func (r *request) outlook(fl *flight, now time.Time, all rates) outlook {
 	return stalls
 }
 
-// dead says whether a request will not bring a flight at all.
-func (r *request) dead(fl *flight, now time.Time) bool {
+// dead says whether a request will not bring a fetch at all.
+func (r *request) dead(ft *fetch, now time.Time) bool {
 	if now.Sub(r.asked) < againAfter {
 		return false
 	}
 	rate, known := r.samples.rate()
-	return now.Sub(r.moved) >= againAfter || known && float64(r.left(fl)) > rate*30
+	return now.Sub(r.moved) >= againAfter || known && float64(r.left(ft)) > rate*30
 }
 
 // askElsewhere makes an extra request for a chunk: of another server, of another
 // origin that has it, or of the same one again. f.mu is held.
-func (f *Fetcher) askElsewhere(fl *flight, again bool, now time.Time) {
-	first := fl.requests[0]
+func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
+	first := ft.requests[0]
 	src := first.place.src
 	var ways []way
-	if o, ok := src.origin.(Elsewhere); ok && fl.demand {
+	if o, ok := src.origin.(Elsewhere); ok && ft.demand {
 		ways = append(ways, way{place: first.place, other: o, avoid: first.server})
 	}
-	for _, p := range fl.others {
-		if !slices.ContainsFunc(fl.requests, func(r *request) bool { return r.place.src == p.src }) {
+	for _, p := range ft.others {
+		if !slices.ContainsFunc(ft.requests, func(r *request) bool { return r.place.src == p.src }) {
 			ways = append(ways, way{place: p})
 		}
 	}
 	if again {
 		ways = append(ways, way{place: first.place})
 	}
-	bytes := cost(fl.chunk())
-	if len(ways) == 0 || src.extra >= fewExtra+src.asked/10 || src.spare.requests >= mostExtra ||
-		src.spare.requests > 0 && !f.mu.spare.admits(src.spare, bytes) {
+	bytes := cost(ft.chunk())
+	if len(ways) == 0 || src.extra >= freeExtra+src.asked/10 || src.extraLoad.requests >= maxExtra ||
+		src.extraLoad.requests > 0 && !f.mu.extraPool.admits(src.extraLoad, bytes) {
 		return
 	}
-	fl.rested = now.Add(stallAfter)
-	f.chargeSpare(src, 1, bytes)
+	ft.noExtraBefore = now.Add(stallAfter)
+	f.chargeExtra(src, 1, bytes)
 	r := newRequest(f.ctx, first.place)
 	r.extra = true
-	r.flights = []*flight{fl}
-	if fl.demand {
-		r.hurry()
+	r.fetches = []*fetch{ft}
+	if ft.demand {
+		r.markDemand()
 	}
-	fl.requests = append(fl.requests, r)
+	ft.requests = append(ft.requests, r)
 	f.wg.Go(func() {
-		asked := f.bringBy(r, fl, ways)
+		asked := f.runExtra(r, ft, ways)
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		if asked {
 			src.extra++
 			f.extra.Add(1)
-			if src.vain++; r.won {
-				src.vain = 0
+			if src.useless++; r.won {
+				src.useless = 0
 			}
-			src.vainTill = time.Now().Add(avoidFor)
+			src.uselessTill = time.Now().Add(avoidFor)
 		}
 		f.ended(r)
-		f.chargeSpare(src, -1, -bytes)
+		f.chargeExtra(src, -1, -bytes)
 		f.dispatch()
 	})
 }
 
-func (f *Fetcher) chargeSpare(s *source, n int, bytes int64) {
-	f.mu.spare.taken.add(n, bytes)
-	s.spare.add(n, bytes)
+func (f *Fetcher) chargeExtra(s *source, n int, bytes int64) {
+	f.mu.extraPool.taken.add(n, bytes)
+	s.extraLoad.add(n, bytes)
 }
 
 // way is where a chunk may be asked for as well.
@@ -269,17 +269,17 @@ type way struct {
 	avoid string
 }
 
-// bringBy brings a chunk by the first of the ways that has an answer, and says
+// runExtra brings a chunk by the first of the ways that has an answer, and says
 // whether any was asked.
-func (f *Fetcher) bringBy(r *request, fl *flight, ways []way) (asked bool) {
+func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	err := errNowhereElse
 	for _, w := range ways {
 		f.mu.Lock()
 		r.place, r.elsewhere = w.place, w.other != nil
-		r.expect(r.flights)
+		r.expect(r.fetches)
 		r.made = true
 		f.mu.Unlock()
-		c := &w.place.table.Chunks[fl.key.chunk]
+		c := &w.place.table.Chunks[ft.key.chunk]
 		var body io.ReadCloser
 		began := time.Now()
 		if w.other != nil {
@@ -295,7 +295,7 @@ func (f *Fetcher) bringBy(r *request, fl *flight, ways []way) (asked bool) {
 		f.requests.Add(1)
 		if err == nil {
 			f.answered(r, body, time.Since(began))
-			f.receive(r, body, r.flights)
+			f.receive(r, body, r.fetches)
 			body.Close()
 			return true
 		}
@@ -303,15 +303,15 @@ func (f *Fetcher) bringBy(r *request, fl *flight, ways []way) (asked bool) {
 			break
 		}
 	}
-	f.fail(r, r.flights, err)
+	f.fail(r, r.fetches, err)
 	return asked
 }
 
-// remember notes which server was overtaken, so that others are asked first for a
+// avoidSlower notes which server was overtaken, so that others are asked first for a
 // while: a request that is overtaken is cancelled, and so does not show what it
 // would have come to. f.mu is held.
-func (f *Fetcher) remember(fl *flight, quicker *request) {
-	for _, r := range fl.requests {
+func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
+	for _, r := range ft.requests {
 		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src && r.server != "" {
 			src.avoid, src.avoidTill = r.server, time.Now().Add(avoidFor)
 		}

@@ -464,8 +464,8 @@ func TestComingAndGoing(t *testing.T) {
 		stop()
 		r.Stop()
 		time.Sleep(2 * time.Second)
-		if n, flights := w.fetcher.Queued(bound), w.fetcher.Flights(); flights != 0 || w.origin.Alive() != 0 {
-			t.Errorf("%d are queued, %d on their way, %d requests go on", n, flights, w.origin.Alive())
+		if n, fetches := w.fetcher.Queued(bound), w.fetcher.Fetches(); fetches != 0 || w.origin.Alive() != 0 {
+			t.Errorf("%d are queued, %d on their way, %d requests go on", n, fetches, w.origin.Alive())
 		}
 		w.origin.Set(blocktest.Faults{})
 		if err := bound.Fetch(t.Context(), wants); err != nil {

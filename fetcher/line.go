@@ -10,8 +10,8 @@ import (
 // and leaves the line to the others. That pays where these take longer than the
 // round trip that it costs, so a fast line knows nothing of it.
 const (
-	mostClaim = 2 * time.Second        // that a request has the line for itself
-	mostPause = 2 * time.Second        // in a row, or the server may think that we are gone
+	maxClaim  = 2 * time.Second        // that a request has the line for itself
+	maxPause  = 2 * time.Second        // in a row, or the server may think that we are gone
 	leastFree = 500 * time.Millisecond // between two such pauses
 	claimDies = 250 * time.Millisecond // when nothing comes
 )
@@ -24,7 +24,7 @@ type incoming struct {
 }
 
 func (b *incoming) Read(p []byte) (int, error) {
-	b.f.giveWay(b.r)
+	b.f.awaitLink(b.r)
 	n, err := b.body.Read(p[:min(len(p), readSize)])
 	b.f.arrived(b.r, int64(n))
 	return n, err
@@ -40,23 +40,23 @@ func (f *Fetcher) arrived(r *request, n int64) {
 	if n > 0 {
 		r.got += n
 		r.moved = now
-		r.place.src.pace.landed(n, now)
+		r.place.src.pace.arrived(n, now)
 	}
-	f.claimLine(r, now)
-	if s := r.place.src; len(s.prefetch.flights) > 0 && !f.mu.closed {
+	f.claimLink(r, now)
+	if s := r.place.src; len(s.prefetch.fetches) > 0 && !f.mu.closed {
 		for f.startNext(s, false) {
 		}
 	}
 }
 
-// claimLine has others give way to a request for as long as that pays.
-func (f *Fetcher) claimLine(r *request, now time.Time) {
-	if r.carrier != nil {
+// claimLink has others give way to a request for as long as that pays.
+func (f *Fetcher) claimLink(r *request, now time.Time) {
+	if r.download != nil {
 		return
 	}
 	var end int64 // of what somebody waits for
-	for i, fl := range r.flights {
-		if i < len(r.ends) && fl.demand && r.brings(fl) {
+	for i, ft := range r.fetches {
+		if i < len(r.ends) && ft.demand && r.brings(ft) {
 			end = r.ends[i]
 		}
 	}
@@ -64,7 +64,7 @@ func (f *Fetcher) claimLine(r *request, now time.Time) {
 	pays := trip > 0 && end-r.got > trip
 	_, has := f.mu.claims[r]
 	switch {
-	case has && (!pays || !r.usesLine(now, len(f.mu.claims))):
+	case has && (!pays || !r.usesLink(now, len(f.mu.claims))):
 		f.unclaim(r)
 	case !has && pays && r.claimed.IsZero(): // once
 		r.claimed, r.before = now, r.got
@@ -73,30 +73,30 @@ func (f *Fetcher) claimLine(r *request, now time.Time) {
 	}
 }
 
-// usesLine says whether a request is worth giving way to, one of so many: it is for
+// usesLink says whether a request is worth giving way to, one of so many: it is for
 // a while, and if a fair part of what the line carries is its own.
-func (r *request) usesLine(now time.Time, of int) bool {
+func (r *request) usesLink(now time.Time, of int) bool {
 	since := now.Sub(r.claimed)
 	fair := r.place.src.pace.speed / float64(8*of)
-	return since <= mostClaim && (since < claimDies || float64(r.got-r.before) >= fair*since.Seconds())
+	return since <= maxClaim && (since < claimDies || float64(r.got-r.before) >= fair*since.Seconds())
 }
 
 func (f *Fetcher) unclaim(r *request) {
 	if _, ok := f.mu.claims[r]; ok {
 		delete(f.mu.claims, r)
 		f.claimed.Store(int64(len(f.mu.claims)))
-		f.turnover()
+		f.wakePaused()
 	}
 }
 
-// turnover wakes who gives way. f.mu is held.
-func (f *Fetcher) turnover() {
-	close(f.mu.turned)
-	f.mu.turned = make(chan struct{})
+// wakePaused wakes who gives way. f.mu is held.
+func (f *Fetcher) wakePaused() {
+	close(f.mu.resumed)
+	f.mu.resumed = make(chan struct{})
 }
 
-// giveWay returns when a request may be read.
-func (f *Fetcher) giveWay(r *request) {
+// awaitLink returns when a request may be read.
+func (f *Fetcher) awaitLink(r *request) {
 	if f.claimed.Load() == 0 {
 		return
 	}
@@ -104,9 +104,9 @@ func (f *Fetcher) giveWay(r *request) {
 	defer f.mu.Unlock()
 	for {
 		now := time.Now()
-		if !f.mustWait(r, now) {
+		if !f.mustPause(r, now) {
 			if !r.paused.IsZero() {
-				if now.Sub(r.paused) >= mostPause {
+				if now.Sub(r.paused) >= maxPause {
 					r.free = now.Add(leastFree)
 				}
 				r.paused = time.Time{}
@@ -117,11 +117,11 @@ func (f *Fetcher) giveWay(r *request) {
 		if r.paused.IsZero() {
 			r.paused = now
 		}
-		turned := f.mu.turned
+		resumed := f.mu.resumed
 		f.mu.Unlock()
 		t := time.NewTimer(claimDies / 4)
 		select {
-		case <-turned:
+		case <-resumed:
 		case <-t.C:
 		case <-r.ctx.Done():
 		}
@@ -130,17 +130,17 @@ func (f *Fetcher) giveWay(r *request) {
 	}
 }
 
-func (f *Fetcher) mustWait(r *request, now time.Time) bool {
-	if r.read() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= mostPause {
+func (f *Fetcher) mustPause(r *request, now time.Time) bool {
+	if r.awaited() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= maxPause {
 		return false
 	}
-	return f.lineIsTaken(r, now)
+	return f.linkIsTaken(r, now)
 }
 
-// lineIsTaken says whether a request other than r is to have the line for itself.
-func (f *Fetcher) lineIsTaken(r *request, now time.Time) bool {
+// linkIsTaken says whether a request other than r is to have the line for itself.
+func (f *Fetcher) linkIsTaken(r *request, now time.Time) bool {
 	for x := range f.mu.claims {
-		if x != r && now.Sub(x.moved) < claimDies && now.Sub(x.claimed) <= mostClaim {
+		if x != r && now.Sub(x.moved) < claimDies && now.Sub(x.claimed) <= maxClaim {
 			return true
 		}
 	}

@@ -12,7 +12,7 @@ import (
 // That is what the line carries in two round trips, or in a few hundredths of a
 // second if these are shorter: a start does not notice such a delay, and
 // servers are not as quick as their line. How much the line carries is what it
-// has been seen to carry. Where it is more than that, the window is filled
+// has been seen to downloadBundle. Where it is more than that, the window is filled
 // sooner than it was meant to be, and so grows.
 type pace struct {
 	most int64
@@ -63,7 +63,7 @@ func (p *pace) behind() int64 {
 
 // near is how far from its turn a chunk may be fetched.
 func (p *pace) near() int64 {
-	return max(nearTurns*p.wide()/firstWindow*p.wide()/firstWindow, 1)
+	return max(nearSeq*p.wide()/firstWindow*p.wide()/firstWindow, 1)
 }
 
 // requests are in flight in any case, however large they are: each of them leaves
@@ -77,14 +77,14 @@ func (p *pace) requests(ranges bool) int {
 		n = 3
 	}
 	if p.speed > 0 {
-		n = min(n, max(int(p.speed/slowLine), 1))
+		n = min(n, max(int(p.speed/slowLink), 1))
 	}
 	return n
 }
 
-// slowLine is the speed from which on it is worth while to have a second request
+// slowLink is the speed from which on it is worth while to have a second request
 // in flight, in bytes a second.
-const slowLine = 2 << 20
+const slowLink = 2 << 20
 
 // roundTrip is how much the line carries in a round trip; none before that is
 // known.
@@ -98,7 +98,7 @@ func (p *pace) answered(after time.Duration) {
 }
 
 // resume begins a round anew, with the first bytes that come: nothing was in
-// flight, and how long these take says nothing of how fast the line is.
+// fetch, and how long these take says nothing of how fast the line is.
 func (p *pace) resume() { p.began, p.came = time.Time{}, 0 }
 
 // paused begins a round anew when what lay in buffers has come.
@@ -107,8 +107,8 @@ func (p *pace) paused(now time.Time) {
 	p.quiet = now.Add(2 * leastRound)
 }
 
-// landed takes account of bytes that have come.
-func (p *pace) landed(bytes int64, now time.Time) {
+// arrived takes account of bytes that have come.
+func (p *pace) arrived(bytes int64, now time.Time) {
 	if now.Before(p.quiet) {
 		return
 	}

@@ -21,7 +21,7 @@ func (l line) run(p *pace, now *time.Time, rounds int) (windows []int64) {
 			took := max(l.latency, time.Duration(float64(n)/l.speed*float64(time.Second)))
 			*now = now.Add(took / 8)
 			p.answered(l.latency)
-			p.landed(n/8, *now)
+			p.arrived(n/8, *now)
 		}
 		windows = append(windows, p.window())
 	}
@@ -58,7 +58,7 @@ func TestPace(t *testing.T) {
 	p := newPace(most)
 	now := time.Now()
 	for range 100 {
-		p.landed(firstWindow, now)
+		p.arrived(firstWindow, now)
 	}
 	if p.window() != firstWindow {
 		t.Errorf("a window of %d without time passing", p.window())

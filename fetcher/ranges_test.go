@@ -22,8 +22,8 @@ func scattered(wants []blockmap.Want) (some []blockmap.Want) {
 	return some
 }
 
-// bring replays wants from an origin to their end.
-func (w *world) bring(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
+// fetchAll replays wants from an origin to their end.
+func (w *world) fetchAll(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
 	t.Helper()
 	r := w.fetcher.From(o).Replay(t.Context(), wants, fetcher.ReplayOptions{})
 	if err := r.Wait(t.Context(), 1); err != nil {
@@ -44,7 +44,7 @@ func TestRangesShareRequests(t *testing.T) {
 		w := newWorld(t, m, fetcher.Options{})
 		w.origin.GiveRanges(ranges)
 		wants := scattered(w.wants(t))
-		w.bring(t, w.origin, wants)
+		w.fetchAll(t, w.origin, wants)
 		for a, n := range w.origin.Asked() {
 			if n != 1 {
 				t.Errorf("%v was asked for %d times", a, n)
@@ -115,7 +115,7 @@ func TestRangesFail(t *testing.T) {
 				}
 				w.origin.Set(c.faults)
 				wants := scattered(w.wants(t))
-				w.bring(t, o, wants)
+				w.fetchAll(t, o, wants)
 				w.checkAll(t)
 				if st := w.fetcher.Stats(); st.Failed != 0 || c.forgets != (st.Retries == 0) {
 					t.Errorf("%+v", st)

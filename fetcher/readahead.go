@@ -32,9 +32,9 @@ type reading struct {
 }
 
 const (
-	nearby        = 8  // chunks on either side that make a place known
-	mostAhead     = 8  // chunks in a sequence
-	mostSequences = 64 // sequences of a stream that are remembered
+	nearby       = 8  // chunks on either side that make a place known
+	maxAhead     = 8  // chunks in a sequence
+	maxSequences = 64 // sequences of a stream that are remembered
 )
 
 // after returns what to fetch behind demanded chunks.
@@ -64,7 +64,7 @@ func (s *reading) demand(i int) (before, behind int) {
 	s.demanded[i/64] |= 1 << (i % 64)
 	if n, ok := s.next[i]; ok {
 		delete(s.next, i)
-		behind = min(2*n, mostAhead)
+		behind = min(2*n, maxAhead)
 	} else if known {
 		behind = 1
 	}
@@ -72,7 +72,7 @@ func (s *reading) demand(i int) (before, behind int) {
 		before = 1
 	}
 	if behind > 0 {
-		if len(s.next) == mostSequences {
+		if len(s.next) == maxSequences {
 			for old := range s.next {
 				delete(s.next, old) // any: few of them are still being read
 				break

@@ -143,12 +143,12 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	}
 	if o.Bundle != nil {
 		var err error
-		if wants, err = r.carry(ctx, b, o.Bundle, limit, wants); errors.Is(err, blockmap.ErrNoSpace) {
+		if wants, err = r.downloadBundle(ctx, b, o.Bundle, limit, wants); errors.Is(err, blockmap.ErrNoSpace) {
 			noRoom(err)
 			return
 		}
 	}
-	var crowd crowd
+	var refusals refusals
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -157,8 +157,8 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	if o.Rate > 0 {
 		window = min(window, max(o.Rate/4, 1)) // rather than nothing, and then a lot
 	}
-	landed := make(chan landing)
-	flying := make(map[*flight]int)
+	arrived := make(chan arrival)
+	pending := make(map[*fetch]int)
 	var ahead int64
 	ask := func(n int) error {
 		var bytes int64
@@ -167,13 +167,13 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 				return err
 			}
 		}
-		for i, fl := range b.join(wants[:n], nil, prefetch) {
-			l := landing{wants[i], fl}
+		for i, ft := range b.join(wants[:n], nil, prefetch) {
+			l := arrival{wants[i], ft}
 			bytes += stored(l.want)
-			if fl != nil {
-				flying[fl]++
+			if ft != nil {
+				pending[ft]++
 			}
-			wg.Go(func() { l.await(ctx, landed) })
+			wg.Go(func() { l.await(ctx, arrived) })
 		}
 		wants = wants[n:]
 		ahead += bytes
@@ -190,58 +190,58 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			}
 		}
 		select {
-		case l := <-landed:
+		case l := <-arrived:
 			n := stored(l.want)
 			ahead -= n
-			delete(flying, l.flight)
+			delete(pending, l.fetch)
 			r.update(l.count)
-			if err := l.unkept(); crowd.full(err) {
-				b.f.forget(flying, err)
+			if err := l.notStored(); refusals.full(err) {
+				b.f.cancelPrefetches(pending, err)
 				noRoom(err)
 				return
 			}
 		case <-ctx.Done():
-			b.f.forget(flying, context.Cause(ctx))
+			b.f.cancelPrefetches(pending, context.Cause(ctx))
 			r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, context.Cause(ctx)) })
 			return
 		}
 	}
 }
 
-// landing is the end of the way of one chunk; flight is nil where it was here
+// arrival is the end of the way of one chunk; fetch is nil where it was here
 // before.
-type landing struct {
-	want   blockmap.Want
-	flight *flight
+type arrival struct {
+	want  blockmap.Want
+	fetch *fetch
 }
 
-func (l landing) await(ctx context.Context, landed chan<- landing) {
-	if l.flight != nil {
+func (l arrival) await(ctx context.Context, arrived chan<- arrival) {
+	if l.fetch != nil {
 		select {
-		case <-l.flight.done:
+		case <-l.fetch.done:
 		case <-ctx.Done():
 			return
 		}
 	}
 	select {
-	case landed <- l:
+	case arrived <- l:
 	case <-ctx.Done():
 	}
 }
 
-// unkept is why a chunk that came could not be kept.
-func (l landing) unkept() error {
-	var unkept *storeError
-	if l.flight == nil || !errors.As(l.flight.err, &unkept) {
+// notStored is why a chunk that came could not be kept.
+func (l arrival) notStored() error {
+	var notStored *storeError
+	if l.fetch == nil || !errors.As(l.fetch.err, &notStored) {
 		return nil
 	}
-	return l.flight.err
+	return l.fetch.err
 }
 
-func (l landing) count(p *ReplayProgress) {
-	if l.flight != nil && l.flight.err != nil && !l.want.Stream.Has(l.want.Chunk) {
+func (l arrival) count(p *ReplayProgress) {
+	if l.fetch != nil && l.fetch.err != nil && !l.want.Stream.Has(l.want.Chunk) {
 		p.Failed++
-		p.Err = cmp.Or(p.Err, l.flight.err)
+		p.Err = cmp.Or(p.Err, l.fetch.err)
 		return
 	}
 	// It may have had to go again, if the cache is small.
@@ -249,12 +249,12 @@ func (l landing) count(p *ReplayProgress) {
 	p.DoneBytes += stored(l.want)
 }
 
-// carry downloads the bundle, and returns those of wants that it did not bring, and
+// downloadBundle downloads the bundle, and returns those of wants that it did not bring, and
 // what ended it if that was before its end.
-func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
+func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
 	var mu sync.Mutex
 	came := make(map[key]bool)
-	err := b.carry(ctx, bundle, limit, func(p Part) {
+	err := b.downloadBundle(ctx, bundle, limit, func(p Part) {
 		var bytes int64
 		mu.Lock()
 		for _, w := range p.Wants {

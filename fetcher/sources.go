@@ -14,20 +14,20 @@ type source struct {
 
 	demand, prefetch queue
 
-	active  load // what its requests take
-	ahead   load // the part of active that nobody waited for when it was asked for
-	bundles int  // the part of both that are bundles
-	running map[*request]struct{}
-	pace    *pace
+	active       load // what its requests take
+	prefetchLoad load // the part of active that nobody waited for when it was asked for
+	bundles      int  // the part of both that are bundles
+	running      map[*request]struct{}
+	pace         *pace
 
-	spare     load      // what its extra requests take, which are not part of active
-	asked     int64     // requests
-	extra     int64     // extra ones
-	good      time.Time // when it last brought a chunk that was right
-	avoid     string    // the server behind the origin that was too slow
-	avoidTill time.Time
-	vain      int // extra requests in a row that were not quicker
-	vainTill  time.Time
+	extraLoad   load      // what its extra requests take, which are not part of active
+	asked       int64     // requests
+	extra       int64     // extra ones
+	good        time.Time // when it last brought a chunk that was right
+	avoid       string    // the server behind the origin that was too slow
+	avoidTill   time.Time
+	useless     int // extra requests in a row that were not quicker
+	uselessTill time.Time
 
 	decoding chan struct{} // a token for each job that the decoders have of it
 	listed   bool          // in Fetcher.mu.sources
@@ -40,33 +40,33 @@ func (f *Fetcher) newSource(o Origin) *source {
 	}
 }
 
-// queue is flights in order of arrival. Those that have started, or are in another
+// queue is fetches in order of arrival. Those that have started, or are in another
 // queue by now, are skipped.
 type queue struct {
-	flights []*flight
+	fetches []*fetch
 	sweep   int // the length at which those that are skipped are taken out
 }
 
-// push adds a flight. Readers that come and go do not make the queue of a source
+// push adds a fetch. Readers that come and go do not make the queue of a source
 // that hangs grow for ever.
-func (q *queue) push(fl *flight) {
-	if len(q.flights) >= max(q.sweep, 64) {
-		q.flights = slices.DeleteFunc(q.flights, func(x *flight) bool { return !x.waits(fl.demand) })
-		q.sweep = 2 * len(q.flights)
+func (q *queue) push(ft *fetch) {
+	if len(q.fetches) >= max(q.sweep, 64) {
+		q.fetches = slices.DeleteFunc(q.fetches, func(x *fetch) bool { return !x.waits(ft.demand) })
+		q.sweep = 2 * len(q.fetches)
 	}
-	q.flights = append(q.flights, fl)
+	q.fetches = append(q.fetches, ft)
 }
 
 // first is the one to start next, or nil.
-func (q *queue) first(demand bool) *flight {
-	for len(q.flights) > 0 && !q.flights[0].waits(demand) {
-		q.flights[0] = nil
-		q.flights = q.flights[1:]
+func (q *queue) first(demand bool) *fetch {
+	for len(q.fetches) > 0 && !q.fetches[0].waits(demand) {
+		q.fetches[0] = nil
+		q.fetches = q.fetches[1:]
 	}
-	if len(q.flights) == 0 {
+	if len(q.fetches) == 0 {
 		return nil
 	}
-	return q.flights[0]
+	return q.fetches[0]
 }
 
 // place says where the compressed bytes of a chunk are.
@@ -95,63 +95,63 @@ func (p *pool) free(bytes int64) load {
 	return load{p.most.requests - p.taken.requests - 1, p.most.bytes - p.taken.bytes - bytes}
 }
 
-// admits says whether who has mine may make one more request.
-func (p *pool) admits(mine load, bytes int64) bool {
+// admits says whether who has own may make one more request.
+func (p *pool) admits(own load, bytes int64) bool {
 	free := p.free(bytes)
-	return mine.requests+1 <= free.requests && mine.bytes+bytes <= free.bytes
+	return own.requests+1 <= free.requests && own.bytes+bytes <= free.bytes
 }
 
 // admits says whether a source may make one more request. f.mu is held.
 func (f *Fetcher) admits(s *source, demand bool, bytes int64) bool {
 	if demand {
 		// One is always let through, however large its chunk is, and whatever hangs.
-		return s.active.requests == s.ahead.requests || f.mu.pool.admits(s.active, bytes)
+		return s.active.requests == s.prefetchLoad.requests || f.mu.pool.admits(s.active, bytes)
 	}
 	if s.active.requests == s.bundles {
 		return true
 	}
-	return f.mu.pool.admits(s.active, bytes) && f.admitsAhead(s, bytes)
+	return f.mu.pool.admits(s.active, bytes) && f.admitsPrefetch(s, bytes)
 }
 
-// admitsAhead says whether the part of the bounds that is for prefetches has room.
-func (f *Fetcher) admitsAhead(s *source, bytes int64) bool {
+// admitsPrefetch says whether the part of the bounds that is for prefetches has room.
+func (f *Fetcher) admitsPrefetch(s *source, bytes int64) bool {
 	free := f.mu.pool.free(bytes)
-	return float64(s.ahead.requests) < float64(min(f.o.MaxRequests, free.requests))*f.o.PrefetchShare &&
-		float64(s.ahead.bytes+bytes) <= float64(min(f.o.MaxBytes, free.bytes))*f.o.PrefetchShare
+	return float64(s.prefetchLoad.requests) < float64(min(f.o.MaxRequests, free.requests))*f.o.PrefetchShare &&
+		float64(s.prefetchLoad.bytes+bytes) <= float64(min(f.o.MaxBytes, free.bytes))*f.o.PrefetchShare
 }
 
-// enqueue has a flight fetched from any of the sources that have it: the first
+// push has a fetch fetched from any of the sources that have it: the first
 // that has room for it takes it. f.mu is held, and dispatch is called behind it.
-func (f *Fetcher) enqueue(fl *flight) {
-	fl.state = queued
-	f.list(fl, fl.place.src)
-	for i, p := range fl.others {
-		if p.src != fl.place.src && !slices.ContainsFunc(fl.others[:i], func(q place) bool { return q.src == p.src }) {
-			f.list(fl, p.src)
+func (f *Fetcher) push(ft *fetch) {
+	ft.state = queued
+	f.pushTo(ft, ft.place.src)
+	for i, p := range ft.others {
+		if p.src != ft.place.src && !slices.ContainsFunc(ft.others[:i], func(q place) bool { return q.src == p.src }) {
+			f.pushTo(ft, p.src)
 		}
 	}
 }
 
-// list queues a flight at one source.
-func (f *Fetcher) list(fl *flight, s *source) {
-	if fl.demand {
-		s.demand.push(fl)
+// pushTo queues a fetch at one source.
+func (f *Fetcher) pushTo(ft *fetch, s *source) {
+	if ft.demand {
+		s.demand.push(ft)
 	} else {
-		s.prefetch.push(fl)
+		s.prefetch.push(ft)
 	}
-	f.enlist(s)
+	f.addSource(s)
 }
 
-// enlist has dispatch look at a source.
-func (f *Fetcher) enlist(s *source) {
+// addSource has dispatch look at a source.
+func (f *Fetcher) addSource(s *source) {
 	if !s.listed {
 		s.listed = true
 		f.mu.sources = append(f.mu.sources, s)
 	}
 }
 
-// waits says whether a flight is to be started from a queue of that kind.
-func (fl *flight) waits(demand bool) bool { return fl.state == queued && fl.demand == demand }
+// waits says whether a fetch is to be started from a queue of that kind.
+func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
 
 // dispatch starts requests while the bounds allow, of each source in turn. f.mu
 // is held.
@@ -170,7 +170,7 @@ func (f *Fetcher) dispatch() {
 		}
 	}
 	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
-		s.listed = len(s.demand.flights)+len(s.prefetch.flights) > 0
+		s.listed = len(s.demand.fetches)+len(s.prefetch.fetches) > 0
 		return !s.listed
 	})
 	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
@@ -198,58 +198,58 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 		}
 	}
 	batch := f.gather(s, first)
-	for _, fl := range batch {
-		fl.take(first.at(s))
+	for _, ft := range batch {
+		ft.take(first.at(s))
 	}
 	bytes := costs(batch)
 	if !f.admits(s, demand, bytes) {
-		batch = []*flight{first} // which has room
+		batch = []*fetch{first} // which has room
 		bytes = costs(batch)
 	}
 	f.start(s, batch, demand, bytes)
 	return true
 }
 
-// smaller finds a flight behind the first of what is demanded that has room where
+// smaller finds a fetch behind the first of what is demanded that has room where
 // that has none; but not again and again, or the first would never have any.
-func (f *Fetcher) smaller(s *source, demand bool) *flight {
+func (f *Fetcher) smaller(s *source, demand bool) *fetch {
 	first := s.demand.first(true)
-	if !demand || first.passed >= mostPassed || !f.admits(s, demand, 0) {
+	if !demand || first.passed >= maxPassed || !f.admits(s, demand, 0) {
 		return nil
 	}
-	for _, fl := range s.demand.flights[1:min(reach, len(s.demand.flights))] {
-		if fl.waits(true) && f.admits(s, true, cost(fl.chunk())) {
+	for _, ft := range s.demand.fetches[1:min(scanLimit, len(s.demand.fetches))] {
+		if ft.waits(true) && f.admits(s, true, cost(ft.chunk())) {
 			first.passed++
-			return fl
+			return ft
 		}
 	}
 	return nil
 }
 
-// mostPassed bounds how many flights are started before one that has no room.
-const mostPassed = 16
+// maxPassed bounds how many fetches are started before one that has no room.
+const maxPassed = 16
 
-func costs(batch []*flight) (bytes int64) {
-	for _, fl := range batch {
-		bytes += cost(fl.chunk())
+func costs(batch []*fetch) (bytes int64) {
+	for _, ft := range batch {
+		bytes += cost(ft.chunk())
 	}
 	return bytes
 }
 
 // start makes a request for chunks of one blob.
-func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
+func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
 	if s.active.requests == 0 {
 		s.pace.resume()
 	}
 	f.charge(s, demand, 1, bytes)
-	f.mostAlive.Store(max(f.mostAlive.Load(), int64(f.mu.pool.taken.requests)))
+	f.maxInFlight.Store(max(f.maxInFlight.Load(), int64(f.mu.pool.taken.requests)))
 	r := newRequest(f.ctx, batch[0].place)
 	r.demand, r.bytes = demand, bytes
-	for _, fl := range batch {
-		fl.state = running
-		fl.requests = append(fl.requests, r)
-		if fl.tries == 0 && !fl.started {
-			fl.began, fl.started = r.asked, true
+	for _, ft := range batch {
+		ft.state = running
+		ft.requests = append(ft.requests, r)
+		if ft.tries == 0 && !ft.started {
+			ft.began, ft.started = r.asked, true
 		}
 	}
 	r.expect(batch)
@@ -258,7 +258,7 @@ func (f *Fetcher) start(s *source, batch []*flight, demand bool, bytes int64) {
 	f.mu.running[r] = struct{}{}
 	f.watch()
 	f.wg.Go(func() {
-		f.bring(r)
+		f.run(r)
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		f.ended(r)
@@ -289,10 +289,10 @@ func (f *Fetcher) reclaim(now time.Time) {
 			}
 		}
 		for s, r := range stalled {
-			mine := load{s.active.requests - ends[s].requests, s.active.bytes - ends[s].bytes}
+			own := load{s.active.requests - ends[s].requests, s.active.bytes - ends[s].bytes}
 			free := load{f.mu.pool.most.requests - f.mu.pool.taken.requests + freed.requests,
 				f.mu.pool.most.bytes - f.mu.pool.taken.bytes + freed.bytes}
-			if mine.requests <= 1 || mine.requests <= free.requests && mine.bytes <= free.bytes {
+			if own.requests <= 1 || own.requests <= free.requests && own.bytes <= free.bytes {
 				continue
 			}
 			freed.add(1, r.bytes)
@@ -316,12 +316,12 @@ func (r *request) stalls(now time.Time) bool {
 func (f *Fetcher) requeue(r *request) {
 	r.cancelled = true
 	r.cancel()
-	for _, fl := range r.flights {
-		if !r.brings(fl) {
+	for _, ft := range r.fetches {
+		if !r.brings(ft) {
 			continue
 		}
-		if fl.leave(r); len(fl.requests) == 0 {
-			f.enqueue(fl)
+		if ft.leave(r); len(ft.requests) == 0 {
+			f.push(ft)
 		}
 	}
 }
@@ -331,7 +331,7 @@ func (f *Fetcher) charge(s *source, demand bool, n int, bytes int64) {
 	f.mu.pool.taken.add(n, bytes)
 	s.active.add(n, bytes)
 	if !demand {
-		s.ahead.add(n, bytes)
+		s.prefetchLoad.add(n, bytes)
 	}
 }
 
@@ -342,14 +342,14 @@ func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	var left int64
 	var requests int
 	for r := range s.running {
-		if r.carrier != nil || !r.flows(now) {
+		if r.download != nil || !r.flows(now) {
 			continue
 		}
 		left += r.total - r.got
 		requests++
 	}
 	window := s.pace.window()
-	return !f.lineIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
 }
 
 // flows says whether a request takes part of the line, or is about to.

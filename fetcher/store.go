@@ -40,7 +40,7 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
 		}
 		// What takes the room may be in use by others, and not for long.
-		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > crowded {
+		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > maxRefusals {
 			return &storeError{err}
 		}
 		t := time.NewTimer(f.o.Backoff << try)

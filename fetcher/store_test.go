@@ -113,7 +113,7 @@ func TestHintsOnABadDisk(t *testing.T) {
 	var log warnings
 	w, bound := roomless(t, m, unix.ENOSPC, &log)
 	bound.Prefetch(w.wants(t))
-	settled(t, "all are over", func() bool { return w.fetcher.Flights() == 0 })
+	settled(t, "all are over", func() bool { return w.fetcher.Fetches() == 0 })
 	if lines := log.lines(); len(lines) != 0 {
 		t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 	}
