@@ -88,89 +88,8 @@ func (ft *fetch) hasReader() bool {
 	return ft.readers > 0 || slices.ContainsFunc(ft.duplicates, func(x *fetch) bool { return x.demand })
 }
 
-// Who asks for chunks.
-type asker uint8
-
-const (
-	reader   asker = iota
-	prefetch       // which takes back what it does not want any more
-	hint           // which is dropped where there are many
-)
-
-// maxHints bounds the fetches that a Bound has by hints and guesses.
-const maxHints = 256
-
-// join finds or makes the fetches of chunks: one for each of wants, or nil where
-// it is resident. Hints have no fetch but the ones they make. All start together,
-// so that neighbours share a request.
-func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*fetch {
-	f := b.f
-	fetches := make([]*fetch, len(wants))
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for i, w := range wants {
-		fetches[i] = b.fetch(w, as)
-	}
-	for _, w := range hinted {
-		b.fetch(w, hint)
-	}
-	f.dispatch()
-	return fetches
-}
-
-// fetch finds or makes the fetch of a chunk, or returns nil where it is
-// resident. f.mu is held.
-func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
-	f := b.f
-	k := key{w.Stream, w.Chunk}
-	here := place{b.src, w.Table}
-	if ft := f.mu.fetches[k]; ft != nil {
-		if as == hint {
-			return ft // it comes anyway
-		}
-		if !ft.isAt(here) && len(ft.others) < 4 {
-			ft.others = append(ft.others, here)
-			if ft.state == queued {
-				f.pushTo(ft, b.src)
-			}
-		}
-		if as == prefetch {
-			ft.wanted++
-			return ft
-		}
-		ft.readers++
-		f.promote(ft)
-		return ft
-	}
-	if w.Stream.Has(w.Chunk) {
-		return nil
-	}
-	if as == hint && len(b.hints) >= maxHints {
-		f.dropped.Add(1)
-		return nil
-	}
-	f.mu.seq++
-	ft := &fetch{key: k, place: here, seq: f.mu.seq, done: make(chan struct{})}
-	if f.mu.closed {
-		ft.state, ft.err = ended, blockmap.ErrClosed
-		close(ft.done)
-		return ft
-	}
-	f.mu.fetches[k] = ft
-	switch as {
-	case reader:
-		ft.readers = 1
-		f.markDemand(ft)
-	case hint:
-		ft.hint = b
-		b.hints[ft] = struct{}{}
-		fallthrough
-	case prefetch:
-		ft.wanted = 1
-	}
-	f.enqueue(ft)
-	return ft
-}
+// waits says whether a fetch is to be started from a queue of that kind.
+func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
 
 // hurry notes that somebody waits for a fetch from now on.
 func (f *Fetcher) markDemand(ft *fetch) {
@@ -267,41 +186,6 @@ func (f *Fetcher) drop(ft *fetch) {
 	f.end(ft, context.Canceled)
 }
 
-// enqueue has a fetch be fetched: alone, or behind one that brings its content
-// already. A fetch that a bundle was to bring has had enough of waiting for
-// such. f.mu is held, and dispatch is called behind it.
-func (f *Fetcher) enqueue(ft *fetch) {
-	if ft.state == downloading {
-		ft.download.leave(ft)
-	}
-	digest := ft.chunk().Digest
-	original := f.mu.contents[digest]
-	switch {
-	case original == ft || original == nil:
-	case original.state == downloading && ft.state == downloading:
-		f.addDuplicates(ft, original.duplicates...)
-		original.duplicates = nil
-	default:
-		ft.state = duplicated
-		f.addDuplicates(original, ft)
-		f.addDuplicates(original, ft.duplicates...)
-		ft.duplicates = nil
-		if ft.demand {
-			f.promote(original)
-		}
-		return
-	}
-	f.mu.contents[digest] = ft
-	f.push(ft)
-}
-
-func (f *Fetcher) addDuplicates(original *fetch, duplicates ...*fetch) {
-	for _, x := range duplicates {
-		x.original = original
-	}
-	original.duplicates = append(original.duplicates, duplicates...)
-}
-
 // cancelPrefetches takes back prefetches, each of which joined a fetch so many times. It
 // ends the fetches that nobody else wants: at once those that have not started,
 // and the others if they go on for long, since what comes may be of use.
@@ -393,21 +277,4 @@ func (f *Fetcher) end(ft *fetch, err error) {
 	if err == nil && other != nil && other != ft {
 		f.copyTo(other)
 	}
-}
-
-// copyTo fills the chunk of a fetch with a copy: another was quicker to bring its
-// content, from a source that works.
-func (f *Fetcher) copyTo(ft *fetch) {
-	if !ft.isWanted() {
-		return
-	}
-	f.wg.Go(func() {
-		if ft.stream.FillLocal(ft.key.chunk) {
-			f.local.Add(1)
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.end(ft, nil)
-			f.dispatch()
-		}
-	})
 }

@@ -104,27 +104,6 @@ func within(wants []blockmap.Want, most int64) []blockmap.Want {
 	return wants
 }
 
-// without is the bundle without the places that are not in kept, and up to the
-// last part that has any.
-func (b *Bundle) without(kept []blockmap.Want) *Bundle {
-	in := make(map[key]bool, len(kept))
-	for _, w := range kept {
-		in[key{w.Stream, w.Chunk}] = true
-	}
-	less := *b
-	less.Parts = nil
-	last := 0
-	for i, p := range b.Parts {
-		p.Wants = slices.DeleteFunc(slices.Clone(p.Wants), func(w blockmap.Want) bool { return !in[key{w.Stream, w.Chunk}] })
-		less.Parts = append(less.Parts, p)
-		if len(p.Wants) > 0 {
-			last = i + 1
-		}
-	}
-	less.Parts = less.Parts[:last]
-	return &less
-}
-
 // largestFrame is the most that a chunk takes: raw blocks in a zstd frame.
 const largestFrame = blockmap.MaxChunkBlocks*blockmap.BlockSize + 1<<17
 
@@ -273,23 +252,6 @@ func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, l
 			"err", err, "came", len(came), "left", len(left))
 	}
 	return left, err
-}
-
-// before lists the wants of a bundle, and then those of rest that are not in it.
-func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
-	seen := make(map[key]bool)
-	for _, p := range b.Parts {
-		for _, w := range p.Wants {
-			seen[key{w.Stream, w.Chunk}] = true
-			all = append(all, w)
-		}
-	}
-	for _, w := range rest {
-		if !seen[key{w.Stream, w.Chunk}] {
-			all = append(all, w)
-		}
-	}
-	return all
 }
 
 func (r *Replay) update(f func(p *ReplayProgress)) {

@@ -5,6 +5,35 @@ import (
 	"slices"
 )
 
+// queue is fetches in order of arrival. Those that have started, or are in another
+// queue by now, are skipped.
+type queue struct {
+	fetches []*fetch
+	sweep   int // the length at which those that are skipped are taken out
+}
+
+// push adds a fetch. Readers that come and go do not make the queue of a source
+// that hangs grow for ever.
+func (q *queue) push(ft *fetch) {
+	if len(q.fetches) >= max(q.sweep, 64) {
+		q.fetches = slices.DeleteFunc(q.fetches, func(x *fetch) bool { return !x.waits(ft.demand) })
+		q.sweep = 2 * len(q.fetches)
+	}
+	q.fetches = append(q.fetches, ft)
+}
+
+// first is the one to start next, or nil.
+func (q *queue) first(demand bool) *fetch {
+	for len(q.fetches) > 0 && !q.fetches[0].waits(demand) {
+		q.fetches[0] = nil
+		q.fetches = q.fetches[1:]
+	}
+	if len(q.fetches) == 0 {
+		return nil
+	}
+	return q.fetches[0]
+}
+
 // nearSeq is how far from its turn a chunk may be fetched that nobody waits for,
 // at leastWindow. It goes by the square of the window: on a line that is twice as
 // fast a chunk out of its turn holds up others half as long, and a request that it
@@ -93,10 +122,21 @@ func (f *Fetcher) gatherRun(from place, first *fetch, batch []*fetch, most int64
 	return run
 }
 
-// rangesOf is how many ranges of a blob an origin gives in one answer.
-func rangesOf(o Origin) int {
-	if r, ok := o.(Ranger); ok {
-		return r.Ranges()
+// smaller finds a fetch behind the first of what is demanded that has room where
+// that has none; but not again and again, or the first would never have any.
+func (f *Fetcher) smaller(s *source, demand bool) *fetch {
+	first := s.demand.first(true)
+	if !demand || first.passed >= maxPassed || !f.admits(s, demand, 0) {
+		return nil
 	}
-	return 1
+	for _, ft := range s.demand.fetches[1:min(scanLimit, len(s.demand.fetches))] {
+		if ft.waits(true) && f.admits(s, true, cost(ft.chunk())) {
+			first.passed++
+			return ft
+		}
+	}
+	return nil
 }
+
+// maxPassed bounds how many fetches are started before one that has no room.
+const maxPassed = 16

@@ -1,0 +1,161 @@
+package fetcher
+
+import (
+	"slices"
+	"time"
+)
+
+// push has a fetch fetched from any of the sources that have it: the first
+// that has room for it takes it. f.mu is held, and dispatch is called behind it.
+func (f *Fetcher) push(ft *fetch) {
+	ft.state = queued
+	f.pushTo(ft, ft.place.src)
+	for i, p := range ft.others {
+		if p.src != ft.place.src && !slices.ContainsFunc(ft.others[:i], func(q place) bool { return q.src == p.src }) {
+			f.pushTo(ft, p.src)
+		}
+	}
+}
+
+// pushTo queues a fetch at one source.
+func (f *Fetcher) pushTo(ft *fetch, s *source) {
+	if ft.demand {
+		s.demand.push(ft)
+	} else {
+		s.prefetch.push(ft)
+	}
+	f.addSource(s)
+}
+
+// addSource has dispatch look at a source.
+func (f *Fetcher) addSource(s *source) {
+	if !s.listed {
+		s.listed = true
+		f.mu.sources = append(f.mu.sources, s)
+	}
+}
+
+// dispatch starts requests while the bounds allow, of each source in turn. f.mu
+// is held.
+func (f *Fetcher) dispatch() {
+	if f.mu.closed {
+		return
+	}
+	for _, demand := range []bool{true, false} {
+		for again := true; again; {
+			again = false
+			for _, s := range f.mu.sources {
+				if f.startNext(s, demand) {
+					again = true
+				}
+			}
+		}
+	}
+	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
+		s.listed = len(s.demand.fetches)+len(s.prefetch.fetches) > 0
+		return !s.listed
+	})
+	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
+		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
+	}
+}
+
+// startNext starts the next request of a source, if there is one and the bounds
+// allow it.
+func (f *Fetcher) startNext(s *source, demand bool) bool {
+	first := s.demand.first(true)
+	if !demand {
+		if first != nil {
+			return false // what is demanded has no room, and prefetches must not take it
+		}
+		first = s.prefetch.first(false)
+	}
+	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
+		return false
+	}
+	if !f.admits(s, demand, cost(first.chunk())) {
+		f.mu.refused = true
+		if first = f.smaller(s, demand); first == nil {
+			return false
+		}
+	}
+	batch := f.gather(s, first)
+	for _, ft := range batch {
+		ft.take(first.at(s))
+	}
+	bytes := costs(batch)
+	if !f.admits(s, demand, bytes) {
+		batch = []*fetch{first} // which has room
+		bytes = costs(batch)
+	}
+	f.start(s, batch, demand, bytes)
+	return true
+}
+
+func costs(batch []*fetch) (bytes int64) {
+	for _, ft := range batch {
+		bytes += cost(ft.chunk())
+	}
+	return bytes
+}
+
+// start makes a request for chunks of one blob.
+func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
+	if s.active.requests == 0 {
+		s.pace.resume()
+	}
+	f.charge(s, demand, 1, bytes)
+	f.maxInFlight.Store(max(f.maxInFlight.Load(), int64(f.mu.pool.taken.requests)))
+	r := newRequest(f.ctx, batch[0].place)
+	r.demand, r.bytes = demand, bytes
+	for _, ft := range batch {
+		ft.state = running
+		ft.requests = append(ft.requests, r)
+		if ft.tries == 0 && !ft.started {
+			ft.began, ft.started = r.asked, true
+		}
+	}
+	r.expect(batch)
+	s.asked++
+	s.running[r] = struct{}{}
+	f.mu.running[r] = struct{}{}
+	f.watch()
+	f.wg.Go(func() {
+		f.run(r)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.ended(r)
+		f.charge(s, demand, -1, -bytes)
+		f.dispatch()
+	})
+}
+
+// keepsPace says whether a source may ask for more that nobody waits for: whether
+// what is on its way would not keep the line busy. What hardly moves does not.
+func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
+	now := time.Now()
+	var left int64
+	var requests int
+	for r := range s.running {
+		if r.download != nil || !r.flows(now) {
+			continue
+		}
+		left += r.total - r.got
+		requests++
+	}
+	window := s.pace.window()
+	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+}
+
+// flows says whether a request takes part of the line, or is about to.
+func (r *request) flows(now time.Time) bool {
+	if !r.paused.IsZero() || now.Sub(r.asked) < stuckAfter {
+		return true
+	}
+	src := r.place.src
+	rate, known := r.samples.lately()
+	return now.Sub(r.moved) < stuckAfter && (!known || rate >= src.pace.speed/float64(8*len(src.running)))
+}
+
+// stuckAfter is how long a request that brings nothing counts as one that will.
+const stuckAfter = time.Second
