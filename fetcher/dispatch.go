@@ -19,11 +19,7 @@ func (f *Fetcher) push(ft *fetch) {
 
 // pushTo queues a fetch at one source.
 func (f *Fetcher) pushTo(ft *fetch, s *source) {
-	if ft.demand {
-		s.demand.push(ft)
-	} else {
-		s.prefetch.push(ft)
-	}
+	s.queue.push(ft)
 	f.addSource(s)
 }
 
@@ -52,7 +48,7 @@ func (f *Fetcher) dispatch() {
 		}
 	}
 	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
-		s.listed = len(s.demand.fetches)+len(s.prefetch.fetches) > 0
+		s.listed = s.queue.len() > 0
 		return !s.listed
 	})
 	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
@@ -63,25 +59,26 @@ func (f *Fetcher) dispatch() {
 // startNext starts the next request of a source, if there is one and the bounds
 // allow it.
 func (f *Fetcher) startNext(s *source, demand bool) bool {
-	first := s.demand.first(true)
-	if !demand {
-		if first != nil {
-			return false // what is demanded has no room, and prefetches must not take it
-		}
-		first = s.prefetch.first(false)
+	if !demand && s.queue.next(true) != nil {
+		return false // what is demanded has no room, and prefetches must not take it
 	}
+	first := s.queue.next(demand)
 	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
 		return false
 	}
 	if !f.admits(s, demand, cost(first.chunk())) {
 		f.mu.refused = true
-		if first = f.smaller(s, demand); first == nil {
+		if !demand || !f.admits(s, true, 0) {
+			return false
+		}
+		if first = s.queue.smaller(func(ft *fetch) bool { return f.admits(s, true, cost(ft.chunk())) }); first == nil {
 			return false
 		}
 	}
-	batch := f.gather(s, first)
+	from := first.at(s)
+	batch := s.queue.gather(from, first, f.limits(s, demand))
 	for _, ft := range batch {
-		ft.take(first.at(s))
+		ft.take(from)
 	}
 	bytes := costs(batch)
 	if !f.admits(s, demand, bytes) {
@@ -90,6 +87,26 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 	}
 	f.start(s, batch, demand, bytes)
 	return true
+}
+
+// limits are those of the next request to a source.
+func (f *Fetcher) limits(s *source, demand bool) limits {
+	l := limits{request: f.o.MaxRequest, ranges: 1, near: s.pace.near()}
+	if !demand {
+		l.ranges = rangesOf(s.origin)
+	}
+	switch {
+	case demand:
+		l.bytes = s.pace.behind()
+	case l.ranges == 1:
+		// What nobody waits for comes in several requests at once, so that the link
+		// is not idle for the time from a request to its answer.
+		l.bytes = s.pace.run()
+	default:
+		l.bytes = s.pace.ranges()
+	}
+	l.bytes = min(l.bytes, l.request)
+	return l
 }
 
 func costs(batch []*fetch) (bytes int64) {

@@ -11,7 +11,7 @@ func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 func (f *Fetcher) Queued(b *Bound) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(b.src.demand.fetches) + len(b.src.prefetch.fetches)
+	return b.src.queue.len()
 }
 
 // Fetches is how many chunks are on their way.

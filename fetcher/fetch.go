@@ -88,9 +88,6 @@ func (ft *fetch) hasReader() bool {
 	return ft.readers > 0 || slices.ContainsFunc(ft.duplicates, func(x *fetch) bool { return x.demand })
 }
 
-// waits says whether a fetch is to be started from a queue of that kind.
-func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
-
 // hurry notes that somebody waits for a fetch from now on.
 func (f *Fetcher) markDemand(ft *fetch) {
 	ft.demand = true
@@ -158,8 +155,7 @@ func (f *Fetcher) update(ft *fetch) {
 			f.drop(ft)
 		} else if calmed {
 			// Its turn has been, so it is the next.
-			q := &ft.place.src.prefetch
-			q.fetches = append([]*fetch{ft}, q.fetches...)
+			ft.place.src.queue.pushFront(ft)
 			f.addSource(ft.place.src)
 		}
 	case running:

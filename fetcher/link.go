@@ -43,7 +43,7 @@ func (f *Fetcher) arrived(r *request, n int64) {
 		r.place.src.pace.arrived(n, now)
 	}
 	f.claimLink(r, now)
-	if s := r.place.src; len(s.prefetch.fetches) > 0 && !f.mu.closed {
+	if s := r.place.src; len(s.queue.prefetch.fetches) > 0 && !f.mu.closed {
 		for f.startNext(s, false) {
 		}
 	}

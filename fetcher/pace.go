@@ -61,6 +61,12 @@ func (p *pace) behind() int64 {
 	return max(int64(p.speed/4), firstWindow/4)
 }
 
+// nearSeq is how far from its turn a chunk may be fetched that nobody waits for,
+// at leastWindow. It goes by the square of the window: on a link that is twice as
+// fast a chunk out of its turn holds up others half as long, and a request that it
+// saves is worth twice as many bytes.
+const nearSeq = 8
+
 // near is how far from its turn a chunk may be fetched.
 func (p *pace) near() int64 {
 	return max(nearSeq*p.wide()/firstWindow*p.wide()/firstWindow, 1)

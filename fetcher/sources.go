@@ -11,7 +11,7 @@ import (
 type source struct {
 	origin Origin
 
-	demand, prefetch queue
+	queue queue // what waits for a request
 
 	active       load // what its requests take
 	prefetchLoad load // the part of active that nobody waited for when it was asked for
@@ -44,6 +44,10 @@ type place struct {
 	src   *source
 	table *blockmap.Table
 }
+
+// offset is where in the blob a chunk lies, stored how many bytes it has there.
+func (p place) offset(ft *fetch) int64 { return p.table.Chunks[ft.key.chunk].Offset }
+func (p place) stored(ft *fetch) int64 { return int64(p.table.Chunks[ft.key.chunk].Stored) }
 
 // load is what requests in flight take.
 type load struct {
