@@ -267,12 +267,12 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bund
 		if err := limit.WaitN(ctx, int(p.Stored)); err != nil {
 			return cmp.Or(context.Cause(ctx), err)
 		}
-		var frame *[]byte
+		var stored *[]byte
 		var n int64
 		if missing[*next] {
-			frame = f.buffer(int(p.Stored))
+			stored = f.buffer(int(p.Stored))
 			var m int
-			m, err = io.ReadFull(body, *frame)
+			m, err = io.ReadFull(body, *stored)
 			n = int64(m)
 		} else {
 			n, err = io.CopyN(io.Discard, body, p.Stored)
@@ -295,15 +295,15 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bund
 		c.got, c.hangs = *off, false
 		s.good = time.Now()
 		f.mu.Unlock()
-		if frame == nil {
+		if stored == nil {
 			continue
 		}
 		i := *next
 		// A part that is wrong is the fault of who made the bundle, and not of who
 		// sends it: what is fetched chunk by chunk will show whether it was.
 		f.decodeLater(s, &decoding, nil, func() {
-			defer f.buffers.Put(frame)
-			err := f.keepPart(p, *frame)
+			defer f.buffers.Put(stored)
+			err := f.keepPart(p, *stored)
 			if err == nil {
 				done(p)
 			}
@@ -314,6 +314,32 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bund
 	}
 	decoding.Wait()
 	return context.Cause(ctx)
+}
+
+// keepPart makes a part resident wherever it is wanted, and wakes who waits for it.
+func (f *Fetcher) keepPart(p Part, stored []byte) error {
+	fr := frame{f: f, stored: stored}
+	defer fr.release()
+	for _, w := range p.Wants {
+		k := key{w.Stream, w.Chunk}
+		if !w.Stream.Has(w.Chunk) { // or else a reader could not wait, and had it fetched
+			if err := f.keep(w, &fr, func() {}); err != nil {
+				if errors.Is(err, blockmap.ErrDigest) {
+					f.wrong.Add(1)
+				}
+				f.fetchAlone(k)
+				return err
+			}
+			f.chunks.Add(1)
+		}
+		f.mu.Lock()
+		if ft := f.mu.fetches[k]; ft != nil {
+			f.end(ft, nil)
+			f.dispatch()
+		}
+		f.mu.Unlock()
+	}
+	return nil
 }
 
 // fetchAlone has a chunk be fetched by itself that the bundle has brought in vain, if

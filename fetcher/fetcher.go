@@ -30,7 +30,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/time/rate"
 
 	"thaw/blockmap"
@@ -38,15 +37,15 @@ import (
 
 // Fetcher is the scheduler.
 type Fetcher struct {
-	o        Options
-	log      *slog.Logger
-	ctx      context.Context
-	cancel   context.CancelFunc
-	wg       sync.WaitGroup
-	zstd     *zstd.Decoder
-	buffers  sync.Pool
-	decode   chan struct{} // a token for each demanded chunk that is decoded beside its request
-	decoders *decoders     // of all other chunks
+	o            Options
+	log          *slog.Logger
+	ctx          context.Context
+	cancel       context.CancelFunc
+	wg           sync.WaitGroup
+	chunkDecoder *blockmap.ChunkDecoder
+	buffers      sync.Pool
+	decode       chan struct{} // a token for each demanded chunk that is decoded beside its request
+	decoders     *decoders     // of all other chunks
 
 	warnings rate.Sometimes
 
@@ -93,14 +92,9 @@ func New(o Options) *Fetcher {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	// What a reader waits for does not wait for the decoders. Only a
-	// nonsensical option makes this fail.
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(procs+o.Decoders), zstd.WithDecodeAllCapLimit(true),
-		zstd.WithDecoderMaxMemory(blockmap.MaxChunkBlocks*blockmap.BlockSize))
-	if err != nil {
-		panic(err)
-	}
-	f := &Fetcher{o: o, log: o.Log, zstd: dec, decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
+	// Chunks that readers wait for are decompressed beside what the decoders do.
+	f := &Fetcher{o: o, log: o.Log, chunkDecoder: blockmap.NewChunkDecoder(procs + o.Decoders),
+		decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
 	f.warnings.Interval = warnEvery
 	f.mu.pool.most = load{2 * o.MaxRequests, 2 * o.MaxBytes}
@@ -134,5 +128,5 @@ func (f *Fetcher) Close() {
 	f.mu.Unlock()
 	f.wg.Wait()
 	f.decoders.close()
-	f.zstd.Close()
+	f.chunkDecoder.Close()
 }

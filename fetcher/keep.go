@@ -8,71 +8,51 @@ import (
 	"thaw/blockmap"
 )
 
-// keep decompresses a chunk, and stores it if it is what it should be.
-func (f *Fetcher) keep(r *request, ft *fetch, stored []byte, decoded func()) error {
-	size := r.place.table.Chunks[ft.key.chunk].Size()
-	buf := f.buffer(size)
-	defer f.buffers.Put(buf)
-	content, err := f.zstd.DecodeAll(stored, (*buf)[:0:size])
-	decoded()
+// Every chunk that comes from a source goes through this file, whatever asked for
+// it: a demand, a prefetch, an extra request or a bundle. It is decompressed once,
+// and the cache verifies it before it stores it or holds it in memory.
+
+// frame is the content of a chunk as it came.
+type frame struct {
+	f      *Fetcher
+	stored []byte // compressed
+
+	content []byte // once it is decompressed, in buf
+	buf     *[]byte
+}
+
+// decompress makes content of a frame.
+func (fr *frame) decompress(c *blockmap.Chunk) (err error) {
+	if fr.content != nil {
+		return nil
+	}
+	if fr.buf == nil {
+		fr.buf = fr.f.buffer(c.Size())
+	}
+	fr.content, err = fr.f.chunkDecoder.Decompress(c, fr.stored, *fr.buf)
+	return err
+}
+
+// release gives back the memory of content.
+func (fr *frame) release() {
+	if fr.buf != nil {
+		fr.f.buffers.Put(fr.buf)
+		fr.buf, fr.content = nil, nil
+	}
+}
+
+// keep makes the chunk w resident from a frame: in the cache or, where that has no
+// room or its disk fails and a reader waits for the chunk, in memory. It calls
+// decompressed when only the disk is left to wait for. It fails with ErrDigest where
+// the frame holds something else, and with a storeError.
+func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
+	err := fr.decompress(&w.Table.Chunks[w.Chunk])
+	decompressed()
 	if err != nil {
-		return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
+		return err
 	}
-	return f.store(ft.stream, ft.key.chunk, content, func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return ft.demand && ft.state != ended
-	})
-}
-
-// keepPart stores a part wherever it is wanted, and wakes who waits for it.
-func (f *Fetcher) keepPart(p Part, frame []byte) error {
-	var content []byte
-	for _, w := range p.Wants {
-		if !w.Stream.Has(w.Chunk) {
-			if content == nil { // else somebody could not wait, and has fetched it
-				size := w.Table.Chunks[w.Chunk].Size()
-				buf := f.buffer(size)
-				defer f.buffers.Put(buf)
-				var err error
-				if content, err = f.zstd.DecodeAll(frame, (*buf)[:0:size]); err != nil {
-					f.wrong.Add(1)
-					return fmt.Errorf("%w: %w", blockmap.ErrDigest, err)
-				}
-			}
-			if err := f.store(w.Stream, w.Chunk, content, func() bool { return f.isDemanded(key{w.Stream, w.Chunk}) }); err != nil {
-				if errors.Is(err, blockmap.ErrDigest) {
-					f.wrong.Add(1)
-				}
-				f.fetchAlone(key{w.Stream, w.Chunk})
-				return err
-			}
-			f.chunks.Add(1)
-		}
-		f.mu.Lock()
-		if ft := f.mu.fetches[key{w.Stream, w.Chunk}]; ft != nil {
-			f.end(ft, nil)
-			f.dispatch()
-		}
-		f.mu.Unlock()
-	}
-	return nil
-}
-
-// storeError says that a chunk came and was what it should be, but that it could
-// not be kept.
-type storeError struct{ err error }
-
-func (e *storeError) Error() string { return e.err.Error() }
-
-func (e *storeError) Unwrap() error { return e.err }
-
-// store keeps content as chunk i of a stream: in the cache or, where that has no
-// room or its disk fails and somebody waits for the chunk, in memory. It fails
-// with ErrDigest where it is something else, and with a storeError.
-func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() bool) error {
 	for try := 0; ; try++ {
-		err := s.Fill(i, content)
+		err := w.Stream.Fill(w.Chunk, fr.content)
 		if err == nil {
 			f.unstored.Store(0)
 			return nil
@@ -80,18 +60,18 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 		if errors.Is(err, blockmap.ErrDigest) {
 			return err
 		}
-		if read() {
-			held := s.Hold(i, content)
+		if f.isDemanded(key{w.Stream, w.Chunk}) {
+			held := w.Stream.Hold(w.Chunk, fr.content)
 			if held == nil {
 				f.held.Add(1)
 				f.warnings.Do(func() {
-					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", s.ID().String(), "err", err)
+					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", w.Stream.ID().String(), "err", err)
 				})
 				return nil
 			}
 			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
 		}
-		// What takes the room may be in use by others, and not for long.
+		// Other chunks may be in use for a short time, and then make room.
 		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > maxRefusals {
 			return &storeError{err}
 		}
@@ -105,16 +85,35 @@ func (f *Fetcher) store(s *blockmap.Stream, i int, content []byte, read func() b
 	}
 }
 
-// storeTries bounds how often a place is looked for for a chunk that is here.
-const storeTries = 3
+const (
+	// storeTries bounds how often the cache is asked to store a chunk.
+	storeTries = 3
+	// warnEvery is how often the same warning is repeated.
+	warnEvery = 10 * time.Second
+)
 
-// warnEvery is how often the same warning is repeated.
-const warnEvery = 10 * time.Second
-
-// isDemanded says whether somebody waits for a chunk.
+// isDemanded says whether a reader waits for a chunk.
 func (f *Fetcher) isDemanded(k key) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	ft := f.mu.fetches[k]
 	return ft != nil && ft.demand
+}
+
+// storeError says that a chunk came and was the right one, and that the cache could
+// not keep it.
+type storeError struct{ err error }
+
+func (e *storeError) Error() string { return e.err.Error() }
+func (e *storeError) Unwrap() error { return e.err }
+
+// buffer returns n bytes, to be put back into f.buffers.
+func (f *Fetcher) buffer(n int) *[]byte {
+	p, _ := f.buffers.Get().(*[]byte)
+	if p == nil || cap(*p) < n {
+		b := make([]byte, n)
+		p = &b
+	}
+	*p = (*p)[:n]
+	return p
 }

@@ -138,8 +138,10 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 			f.buffers.Put(stored) // an extra request was quicker, or a copy
 			continue
 		}
-		keep := func(decoded func()) {
-			err := f.keep(r, ft, *stored, decoded)
+		keep := func(decompressed func()) {
+			fr := frame{f: f, stored: *stored}
+			err := f.keep(blockmap.Want{Stream: ft.stream, Table: r.place.table, Chunk: ft.key.chunk}, &fr, decompressed)
+			fr.release()
 			f.buffers.Put(stored)
 			if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
 				b.Distrust()
@@ -193,15 +195,4 @@ func (f *Fetcher) decodeLater(s *source, decoding *sync.WaitGroup, hurry <-chan 
 		decoding.Done()
 		decoding.Go(job)
 	}
-}
-
-// buffer returns n bytes, to be put back into f.buffers.
-func (f *Fetcher) buffer(n int) *[]byte {
-	p, _ := f.buffers.Get().(*[]byte)
-	if p == nil || cap(*p) < n {
-		b := make([]byte, n)
-		p = &b
-	}
-	*p = (*p)[:n]
-	return p
 }
