@@ -8,8 +8,6 @@ import (
 	"slices"
 	"sort"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-
 	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
@@ -19,7 +17,7 @@ import (
 // for the chunks that hold what is wanted.
 type contents struct {
 	src interface {
-		OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error)
+		OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 	}
 	streams []blockmap.Table // not sealed yet
 	dec     *blockmap.ChunkDecoder
@@ -148,7 +146,7 @@ func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
 }
 
 func (c *contents) fetch(ctx context.Context, t *blockmap.Table, x *blockmap.Chunk) ([]byte, error) {
-	r, err := c.src.OpenRange(ctx, hashOf(t.Blob), x.Offset, int64(x.Stored))
+	r, err := c.src.OpenRange(ctx, t.Blob, x.Offset, int64(x.Stored))
 	if err != nil {
 		return nil, err
 	}

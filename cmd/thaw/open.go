@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"sync"
 	"time"
@@ -190,7 +189,7 @@ func (o *opener) serveKnown(known *blockImage, err error, then func(context.Cont
 
 // image opens b, and has then run in the background until it is closed.
 func (o *opener) image(b *blockImage, then func(context.Context)) (*openImage, error) {
-	f := o.fetcher.From(origin{b.repo})
+	f := o.fetcher.From(b.repo)
 	image, err := blockmap.NewImage(b.index, o.cache, f)
 	if err != nil {
 		return nil, err
@@ -360,27 +359,4 @@ func absent(m *blockmap.Image) (n int64) {
 		at = s.End
 	}
 	return n
-}
-
-// origin is a repository as a fetcher sees it.
-type origin struct{ repo *registry.Repo }
-
-func (o origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
-	return o.repo.OpenRange(ctx, hashOf(blob), off, n)
-}
-
-// OpenRangeElsewhere asks other mirrors, or the registry, for bytes that come too
-// slowly from where they were asked for.
-func (o origin) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error) {
-	return o.repo.OpenRangeElsewhere(ctx, hashOf(blob), off, n, avoid)
-}
-
-func (o origin) Ranges() int { return o.repo.Ranges() }
-
-func (o origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
-	asked := make([]registry.Range, len(ranges))
-	for i, r := range ranges {
-		asked[i] = registry.Range{Off: r.Start, N: r.Len()}
-	}
-	return o.repo.OpenRanges(ctx, hashOf(blob), asked)
 }

@@ -123,7 +123,7 @@ func faultyRepo(t *testing.T, o Options) (*faulty, *Repo, v1.Descriptor, []byte)
 }
 
 func readRange(ctx context.Context, r *Repo, h v1.Hash, off, n int64) ([]byte, error) {
-	rc, err := r.OpenRange(ctx, h, off, n)
+	rc, err := r.OpenRange(ctx, digestOf(h), off, n)
 	if err != nil {
 		return nil, err
 	}

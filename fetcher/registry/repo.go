@@ -14,6 +14,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"thaw/blockmap"
 )
 
 // The bounds of what is read whole.
@@ -332,7 +334,8 @@ func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 // Mirrors that work are asked before the registry. A source whose answer does not
 // begin in the time that it usually takes is overtaken: the next one is asked
 // too, and the first answer wins. But nothing is asked twice: see Temporary.
-func (r *Repo) OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error) {
+func (r *Repo) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	digest := hashFrom(blob)
 	if off < 0 || n < 0 || off+n < off {
 		return nil, fmt.Errorf("read blob %s of %s: there is no range of %d bytes at %d", digest, r, n, off)
 	}
@@ -350,7 +353,8 @@ func (r *Repo) OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.
 // it asks the others, in their order. avoid is Body.Source of the request that is
 // late; empty is no source. A nil reader without an error means that there is no
 // other source at present.
-func (r *Repo) OpenRangeElsewhere(ctx context.Context, digest v1.Hash, off, n int64, avoid string) (io.ReadCloser, error) {
+func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error) {
+	digest := hashFrom(blob)
 	if off < 0 || n <= 0 || off+n < off {
 		return nil, fmt.Errorf("read blob %s of %s: there is no range of %d bytes at %d", digest, r, n, off)
 	}
