@@ -75,7 +75,7 @@ func BenchmarkConvert(b *testing.B) {
 	b.Run("decompress", func(b *testing.B) {
 		for b.Loop() {
 			in := open()
-			r, err := decompress(b.Context(), in, semaphore.NewWeighted(maxWindow))
+			r, err := decompress(b.Context(), in, semaphore.NewWeighted(blockmap.MaxWindow))
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -43,7 +43,7 @@ type authorizer struct {
 		sync.Mutex
 		challenge *challenge
 		tokens    [2]token // to pull, to push
-		renewals   [2]*renewal
+		renewals  [2]*renewal
 		login     *loginCall // under way
 		broken    error      // why the credentials could not be read, the last time
 	}
