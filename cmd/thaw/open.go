@@ -80,6 +80,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*blockImage))
 		err error
 	}
 	answered := make(chan answer, 1)
+	asked := time.Now()
 	askCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
 		b, err := o.manifest(askCtx, repo, name)
@@ -103,7 +104,10 @@ func (o *opener) open(ctx context.Context, name string, begin func(*blockImage))
 		give()
 		return nil, context.Cause(ctx)
 	case <-t.C:
-		err := fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
+		err := repo.LastFailure(asked)
+		if err == nil {
+			err = fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
+		}
 		m, err := o.serveKnown(known, err, late)
 		if err != nil {
 			give()

@@ -132,6 +132,24 @@ func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off
 	return b, nil
 }
 
+// LastFailure is how the last request to the registry that failed since a point in
+// time did so, or nil if none has. It is for a caller that will not wait until the
+// attempts of an operation are used up: what the operation comes to is not known
+// then, but what the registry has answered so far is.
+func (r *Repo) LastFailure(since time.Time) error {
+	m, ok := r.reader.(*remote)
+	if !ok {
+		return nil
+	}
+	s := m.origin.src
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.failedAt.Before(since) {
+		return nil
+	}
+	return s.mu.failure
+}
+
 // CheckAccess finds out whether r's reference can be read with the credentials
 // there are, at the cost of a request or two.
 func (r *Repo) CheckAccess(ctx context.Context) error {

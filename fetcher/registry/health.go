@@ -24,16 +24,18 @@ type source struct {
 
 	mu struct {
 		sync.Mutex
-		errors  map[int]int64
-		fails   int           // since it last worked
-		wrong   int           // bodies with wrong bytes, ever
-		until   time.Time     // leave it alone until then
-		noRange time.Time     // its ranges are not what was asked for; do not ask before
-		usual   time.Duration // from a request to its answer; 0 before the first
-		waiting int           // requests for blobs without an answer yet
-		heard   time.Time     // when there was the last answer
-		late    int           // requests that were overtaken since one was answered in time
-		probing bool          // a mirror that has failed is being tried
+		errors   map[int]int64
+		failure  error // of the last request that failed
+		failedAt time.Time
+		fails    int           // since it last worked
+		wrong    int           // bodies with wrong bytes, ever
+		until    time.Time     // leave it alone until then
+		noRange  time.Time     // its ranges are not what was asked for; do not ask before
+		usual    time.Duration // from a request to its answer; 0 before the first
+		waiting  int           // requests for blobs without an answer yet
+		heard    time.Time     // when there was the last answer
+		late     int           // requests that were overtaken since one was answered in time
+		probing  bool          // a mirror that has failed is being tried
 	}
 }
 
@@ -159,12 +161,15 @@ func (s *source) distrusted(now time.Time) bool {
 	return s.mu.wrong > 0 && now.Before(s.mu.until)
 }
 
+// failed takes note of a request that failed. A mirror rests then.
 func (s *source) failed(after time.Duration, cause error) {
-	if s.mirrorOf == "" {
-		return
-	}
 	now := time.Now()
 	s.mu.Lock()
+	s.mu.failure, s.mu.failedAt = cause, now
+	if s.mirrorOf == "" {
+		s.mu.Unlock()
+		return
+	}
 	// Requests that were under way together fail together, once.
 	first := !now.Before(s.mu.until)
 	d := after
