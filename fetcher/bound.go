@@ -7,13 +7,13 @@ import (
 	"thaw/blockmap"
 )
 
-// Bound is a Fetcher that knows where to fetch from. It has bounds of its own, so
-// that what hangs there holds up nobody else.
+// Bound is a Fetcher bound to the origin of one image. Its requests have limits of
+// their own, so an origin that hangs delays no other image.
 type Bound struct {
 	f     *Fetcher
 	src   *source
 	ahead atomic.Pointer[readahead]
-	hints map[*fetch]struct{} // that it has guessed; guarded by f.mu
+	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
 }
 
 // From binds f to an origin.
@@ -21,13 +21,13 @@ func (f *Fetcher) From(o Origin) *Bound {
 	return &Bound{f: f, src: f.newSource(o), hints: make(map[*fetch]struct{})}
 }
 
-// ReadAhead has chunks fetched that are likely to be demanded next, going by those
-// that have been. It is for where no Replay knows.
+// ReadAhead has chunks prefetched that readers are likely to demand next, judging by
+// those that they have demanded. It is for images without a trace.
 func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
 
-// Fetch returns when all of wants are resident, or with the first error: that
-// of a chunk given up, or that of ctx. What nobody else waits for is not fetched
-// any more then.
+// Fetch returns when all wants are resident, or with the first error: of a chunk that
+// was given up, or the cause of the end of ctx. After an error it cancels the fetches
+// that nobody else wants.
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	var ahead []blockmap.Want
 	if r := b.ahead.Load(); r != nil {
@@ -52,12 +52,12 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	return nil
 }
 
-// Prefetch has wants fetched when nobody waits for anything else. It is a hint:
-// where many are waiting to be fetched already, it is dropped.
+// Prefetch has wants fetched when no demand is waiting. It is a hint: it is dropped
+// where maxHints chunks are being prefetched already.
 func (b *Bound) Prefetch(wants []blockmap.Want) { b.join(nil, wants, hint) }
 
-// Close takes back what Prefetch and ReadAhead have asked for. It is for when
-// nobody uses the image any more.
+// Close cancels what Prefetch and ReadAhead have asked for. It is called when the image
+// is no longer in use.
 func (b *Bound) Close() {
 	b.ahead.Store(nil)
 	b.f.mu.Lock()
@@ -71,21 +71,21 @@ func (b *Bound) Close() {
 	b.f.cancelPrefetches(hinted, context.Canceled)
 }
 
-// Who asks for chunks.
+// asker says who asks for a chunk.
 type asker uint8
 
 const (
-	reader   asker = iota
-	prefetch       // which takes back what it does not want any more
-	hint           // which is dropped where there are many
+	reader   asker = iota // waits, and leaves if it gives up
+	prefetch              // waits, and calls cancelPrefetches if it is stopped
+	hint                  // does not wait, and is dropped where there are many
 )
 
-// maxHints bounds the fetches that a Bound has by hints and guesses.
+// maxHints bounds the fetches that a Bound has from hints and predictions.
 const maxHints = 256
 
-// join finds or makes the fetches of chunks: one for each of wants, or nil where
-// it is resident. Hints have no fetch but the ones they make. All start together,
-// so that neighbours share a request.
+// join finds or makes the fetches of chunks: one for each of wants, nil where the chunk
+// is resident. For those of hinted it only makes fetches. It starts requests when all
+// are queued, so that neighbours share one.
 func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*fetch {
 	f := b.f
 	fetches := make([]*fetch, len(wants))
@@ -101,7 +101,7 @@ func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []
 	return fetches
 }
 
-// fetch finds or makes the fetch of a chunk, or returns nil where it is
+// fetch finds or makes the fetch of a chunk, or returns nil where the chunk is
 // resident. f.mu is held.
 func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	f := b.f
@@ -109,7 +109,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	here := place{b.src, w.Table}
 	if ft := f.mu.fetches[k]; ft != nil {
 		if as == hint {
-			return ft // it comes anyway
+			return ft
 		}
 		if !ft.isAt(here) && len(ft.others) < 4 {
 			ft.others = append(ft.others, here)

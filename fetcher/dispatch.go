@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// push has a fetch fetched from any of the sources that have it: the first
-// that has room for it takes it. f.mu is held, and dispatch is called behind it.
+// push queues a fetch at all sources that have its chunk: the first that has room for
+// it takes it. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) push(ft *fetch) {
 	ft.state = queued
 	f.pushTo(ft, ft.place.src)
@@ -31,8 +31,8 @@ func (f *Fetcher) addSource(s *source) {
 	}
 }
 
-// dispatch starts requests while the bounds allow, of each source in turn. f.mu
-// is held.
+// dispatch starts requests while the bounds allow it, of each source in turn. f.mu is
+// held.
 func (f *Fetcher) dispatch() {
 	if f.mu.closed {
 		return
@@ -51,16 +51,16 @@ func (f *Fetcher) dispatch() {
 		s.listed = s.queue.len() > 0
 		return !s.listed
 	})
-	if n := len(f.mu.sources); n > 1 { // who was first is last the next time
+	if n := len(f.mu.sources); n > 1 { // the first is the last the next time
 		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
 	}
 }
 
-// startNext starts the next request of a source, if there is one and the bounds
-// allow it.
+// startNext starts the next request of a source, if there is one and the bounds allow
+// it.
 func (f *Fetcher) startNext(s *source, demand bool) bool {
 	if !demand && s.queue.next(true) != nil {
-		return false // what is demanded has no room, and prefetches must not take it
+		return false // a demand has no room, and prefetches must not take it
 	}
 	first := s.queue.next(demand)
 	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
@@ -82,7 +82,7 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 	}
 	bytes := costs(batch)
 	if !f.admits(s, demand, bytes) {
-		batch = []*fetch{first} // which has room
+		batch = []*fetch{first} // for which there is room
 		bytes = costs(batch)
 	}
 	f.start(s, batch, demand, bytes)
@@ -99,8 +99,8 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 	case demand:
 		l.bytes = s.pace.behind()
 	case l.ranges == 1:
-		// What nobody waits for comes in several requests at once, so that the link
-		// is not idle for the time from a request to its answer.
+		// Prefetches come by several requests at once, so that the link is not idle
+		// between a request and its answer.
 		l.bytes = s.pace.run()
 	default:
 		l.bytes = s.pace.ranges()
@@ -109,6 +109,7 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 	return l
 }
 
+// costs is the sum of the costs of fetches.
 func costs(batch []*fetch) (bytes int64) {
 	for _, ft := range batch {
 		bytes += cost(ft.chunk())
@@ -147,8 +148,9 @@ func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
 	})
 }
 
-// keepsPace says whether a source may ask for more that nobody waits for: whether
-// what is on its way would not keep the line busy. What hardly moves does not.
+// keepsPace says whether a source may make one more request for prefetches, of so many
+// bytes: only if those in flight do not keep the link busy. Requests that hardly bring
+// anything do not.
 func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	now := time.Now()
 	var left int64
@@ -164,7 +166,7 @@ func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
 }
 
-// flows says whether a request takes part of the line, or is about to.
+// flows says whether a request uses the link, or soon will.
 func (r *request) flows(now time.Time) bool {
 	if !r.paused.IsZero() || now.Sub(r.asked) < stuckAfter {
 		return true
@@ -174,5 +176,5 @@ func (r *request) flows(now time.Time) bool {
 	return now.Sub(r.moved) < stuckAfter && (!known || rate >= src.pace.speed/float64(8*len(src.running)))
 }
 
-// stuckAfter is how long a request that brings nothing counts as one that will.
+// stuckAfter is how long a request that brings nothing counts as one that soon will.
 const stuckAfter = time.Second

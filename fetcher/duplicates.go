@@ -1,8 +1,8 @@
 package fetcher
 
-// enqueue has a fetch be fetched: alone, or behind one that brings its content
-// already. A fetch that a bundle was to bring has had enough of waiting for
-// such. f.mu is held, and dispatch is called behind it.
+// enqueue queues a fetch at its sources or, where another fetch already brings the same
+// content, makes it a duplicate of that. A fetch that leaves a bundle download does not
+// wait for another one. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) enqueue(ft *fetch) {
 	if ft.state == downloading {
 		ft.download.leave(ft)
@@ -15,7 +15,7 @@ func (f *Fetcher) enqueue(ft *fetch) {
 		f.addDuplicates(ft, original.duplicates...)
 		original.duplicates = nil
 	default:
-		ft.state = duplicated
+		ft.state = duplicate
 		f.addDuplicates(original, ft)
 		f.addDuplicates(original, ft.duplicates...)
 		ft.duplicates = nil
@@ -28,6 +28,7 @@ func (f *Fetcher) enqueue(ft *fetch) {
 	f.push(ft)
 }
 
+// addDuplicates makes fetches duplicates of original.
 func (f *Fetcher) addDuplicates(original *fetch, duplicates ...*fetch) {
 	for _, x := range duplicates {
 		x.original = original
@@ -35,8 +36,8 @@ func (f *Fetcher) addDuplicates(original *fetch, duplicates ...*fetch) {
 	original.duplicates = append(original.duplicates, duplicates...)
 }
 
-// copyTo fills the chunk of a fetch with a copy: another was quicker to bring its
-// content, from a source that works.
+// copyTo ends a fetch with a copy of its content, which another fetch was quicker to
+// bring from a source that works.
 func (f *Fetcher) copyTo(ft *fetch) {
 	if !ft.isWanted() {
 		return

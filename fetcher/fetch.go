@@ -8,32 +8,33 @@ import (
 	"thaw/blockmap"
 )
 
-// fetch is one chunk on its way.
+// fetch is one chunk that is to become resident. There is at most one for each chunk
+// of the cache; whoever needs the chunk joins it.
 type fetch struct {
 	key
-	place  place
-	others []place // further places that readers who joined know of
-	demand bool    // somebody waits for it, or for one that follows it
-	// Readers that wait, and prefetches that want it, less those that left.
+	place  place   // where the chunk is read, or was tried last
+	others []place // where else it can be read, the next one first
+	demand bool    // a reader waits for it, or for a duplicate of it
+	// The readers that wait and the prefetches that want it, without those that left.
 	readers, wanted int
-	hint            *Bound // that has guessed it, which is one of wanted
+	hint            *Bound // whose hint or prediction is one of wanted
 	state           state
-	seq             int64 // its place among all that were ever asked for
+	seq             int64 // its number among all fetches, in order of arrival
 	started         bool
-	began           time.Time // its first try, or when somebody began to wait
-	since           time.Time // somebody waits
+	began           time.Time // when it was first tried, or when a reader began to wait
+	since           time.Time // when a reader began to wait
 	tries           int
-	passed          int // how many were started before it that are smaller
-	wrong           int
+	passed          int // smaller fetches that were started before it
+	wrong           int // tries that brought something else
 
-	requests      []*request // that are to bring it, while it is running
-	noExtraBefore time.Time  // no extra request for it before
+	requests      []*request // that bring it, while it is running
+	noExtraBefore time.Time  // when the next extra request may be made
 
-	original   *fetch   // that it follows
-	duplicates []*fetch // of the same content, for other places
+	original   *fetch   // the one in flight that it is a duplicate of
+	duplicates []*fetch // fetches of the same content for other chunks of the cache
 
-	download *download   // whose download brings it, while state is downloading
-	until    int64       // where its frame ends in there
+	download *download   // the bundle download that brings it, while it is downloading
+	until    int64       // where its frame ends in the bundle
 	late     *time.Timer // runs while a reader waits for the download
 
 	done chan struct{} // closed when err is final
@@ -43,20 +44,20 @@ type fetch struct {
 type state uint8
 
 const (
-	queued      state = iota
-	running           // within a request, or several
-	waiting           // for its next try
-	downloading       // within a bundle that is on its way
-	duplicated        // behind a fetch of the same content, to copy it then
+	queued      state = iota // it waits for a request
+	running                  // one or several requests bring it
+	waiting                  // it waits for its next try
+	downloading              // a bundle download brings it
+	duplicate                // another fetch brings its content, which it copies then
 	ended
 )
 
 func (ft *fetch) chunk() *blockmap.Chunk { return &ft.place.table.Chunks[ft.key.chunk] }
 
-// cost is what a chunk takes of MaxBytes.
+// cost is how many bytes of Options.MaxBytes a chunk takes.
 func cost(c *blockmap.Chunk) int64 { return int64(c.Stored) + int64(c.Size()) }
 
-// at is where a source has the chunk.
+// at is where a chunk lies at a source.
 func (ft *fetch) at(s *source) place {
 	if ft.place.src == s {
 		return ft.place
@@ -71,24 +72,24 @@ func (ft *fetch) at(s *source) place {
 
 func (ft *fetch) isAt(p place) bool { return ft.place == p || slices.Contains(ft.others, p) }
 
-// take makes p the place that is tried.
+// take makes p the place that is tried next.
 func (ft *fetch) take(p place) {
 	if i := slices.Index(ft.others, p); i >= 0 && ft.place != p {
 		ft.place, ft.others[i] = p, ft.place
 	}
 }
 
-// isWanted says whether anybody waits for it, or has it prefetched.
+// isWanted says whether a reader or a prefetch still wants it, or a duplicate of it.
 func (ft *fetch) isWanted() bool {
 	return ft.demand || ft.wanted > 0 || slices.ContainsFunc(ft.duplicates, (*fetch).isWanted)
 }
 
-// isDemanded says whether a reader waits for it, or for one that follows it.
+// hasReader says whether a reader waits for it, or for a duplicate of it.
 func (ft *fetch) hasReader() bool {
 	return ft.readers > 0 || slices.ContainsFunc(ft.duplicates, func(x *fetch) bool { return x.demand })
 }
 
-// hurry notes that somebody waits for a fetch from now on.
+// markDemand notes that a reader waits for a fetch from now on.
 func (f *Fetcher) markDemand(ft *fetch) {
 	ft.demand = true
 	ft.began = time.Now()
@@ -98,8 +99,8 @@ func (f *Fetcher) markDemand(ft *fetch) {
 	f.watch()
 }
 
-// promote makes a fetch, and the one that it follows, one that somebody waits
-// for. f.mu is held, and dispatch is called behind it.
+// promote makes a prefetch a demand, and the fetch that it is a duplicate of too. f.mu
+// is held; the caller calls dispatch.
 func (f *Fetcher) promote(ft *fetch) {
 	if ft.demand || ft.state == ended {
 		return
@@ -115,13 +116,12 @@ func (f *Fetcher) promote(ft *fetch) {
 		f.wakePaused()
 	case downloading:
 		f.awaitDownload(ft)
-	case duplicated:
+	case duplicate:
 		f.promote(ft.original)
 	}
 }
 
-// leave takes back that readers wait for fetches. What nobody else wants is not
-// fetched any more.
+// leave takes back a reader's part in fetches. It cancels those that nobody else wants.
 func (f *Fetcher) leave(fetches []*fetch) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -134,8 +134,8 @@ func (f *Fetcher) leave(fetches []*fetch) {
 	f.dispatch()
 }
 
-// update has a fetch be what those who are left want of it, which may be
-// nothing. f.mu is held, and dispatch is called behind it.
+// update adapts a fetch to the readers and prefetches that are left: it may become a
+// prefetch again, or end. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) update(ft *fetch) {
 	if ft.state == ended {
 		return
@@ -154,7 +154,7 @@ func (f *Fetcher) update(ft *fetch) {
 		if !wanted {
 			f.drop(ft)
 		} else if calmed {
-			// Its turn has been, so it is the next.
+			// Its turn as a prefetch is over, so it goes first.
 			ft.place.src.queue.pushFront(ft)
 			f.addSource(ft.place.src)
 		}
@@ -167,7 +167,7 @@ func (f *Fetcher) update(ft *fetch) {
 		if !wanted {
 			f.drop(ft)
 		}
-	case duplicated:
+	case duplicate:
 		original := ft.original
 		if !wanted {
 			f.drop(ft)
@@ -182,9 +182,9 @@ func (f *Fetcher) drop(ft *fetch) {
 	f.end(ft, context.Canceled)
 }
 
-// cancelPrefetches takes back prefetches, each of which joined a fetch so many times. It
-// ends the fetches that nobody else wants: at once those that have not started,
-// and the others if they go on for long, since what comes may be of use.
+// cancelPrefetches takes back prefetches; each has joined its fetch the given number of
+// times. Fetches that nobody else wants end: at once if they have not started, and
+// otherwise after cancelAfter, since their bytes may arrive before that and be of use.
 func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -194,7 +194,7 @@ func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
 		switch ft.state {
 		case running:
 			started = append(started, ft)
-		case queued, waiting, duplicated:
+		case queued, waiting, duplicate:
 			if !ft.isWanted() {
 				original := ft.original
 				f.end(ft, err)
@@ -217,11 +217,10 @@ func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
 	f.dispatch()
 }
 
-// cancelAfter is how long a request goes on that only prefetches wanted that have
-// been stopped.
+// cancelAfter is how long a request goes on that only stopped prefetches wanted.
 const cancelAfter = time.Second
 
-// end makes err final and wakes who waits. f.mu is held.
+// end ends a fetch with err, nil for success, and wakes those who wait. f.mu is held.
 func (f *Fetcher) end(ft *fetch, err error) {
 	if f.mu.fetches[ft.key] != ft {
 		return
@@ -241,8 +240,8 @@ func (f *Fetcher) end(ft *fetch, err error) {
 	}
 	ft.err = err
 	close(ft.done)
-	// Who follows it has the content now, to be copied; or else they try
-	// themselves, the first of them for all.
+	// If it has succeeded, its duplicates copy the content. Otherwise the first of them
+	// becomes the original of the others.
 	duplicates := ft.duplicates
 	ft.duplicates = nil
 	for _, x := range duplicates {
@@ -254,20 +253,20 @@ func (f *Fetcher) end(ft *fetch, err error) {
 		delete(f.mu.contents, digest)
 	}
 	if f.mu.closed {
-		return // Close ends them all
+		return // Close ends the duplicates
 	}
 	for _, r := range ft.requests {
 		f.cancelUnwanted(r)
 	}
 	ft.requests = nil
-	for _, duplicate := range duplicates {
+	for _, d := range duplicates {
 		switch {
 		case err == nil:
-			f.push(duplicate)
-		case duplicate.isWanted():
-			f.enqueue(duplicate)
+			f.push(d) // to be copied
+		case d.isWanted():
+			f.enqueue(d)
 		default:
-			f.end(duplicate, err)
+			f.end(d, err)
 		}
 	}
 	if err == nil && other != nil && other != ft {

@@ -1,25 +1,3 @@
-// Package fetcher brings chunks into the cache: each once however many wait
-// for it, what is waited for before what is not, several in one request,
-// verified, and retried until there is no more hope.
-//
-// One [Fetcher] serves all devices of a process. From binds it to where an
-// image's blobs come from, and makes what a [blockmap.Image] asks:
-//
-//	f := fetcher.New(fetcher.Options{})
-//	defer f.Close()
-//	image, err := blockmap.NewImage(index, cache, f.From(repository))
-//
-// A chunk on its way is a fetch. Whoever asks for it while it is under way
-// joins it. A fetch belongs to the Fetcher, not to who asked first: a reader
-// that gives up leaves the fetch to the others, and ends it if there are none.
-//
-// Each Bound has bounds of its own, so that an origin that hangs holds up nobody
-// else. A chunk that a reader waits for and that comes too slowly is asked for
-// elsewhere as well: see hedge.go. Where the cache has no room for it, it is
-// answered from memory.
-//
-// What is fetched ahead of readers comes by [Bound.Replay], from a list of chunks
-// or from a [Bundle] of them, or by [Bound.ReadAhead], which guesses.
 package fetcher
 
 import (
@@ -35,7 +13,7 @@ import (
 	"thaw/blockmap"
 )
 
-// Fetcher is the scheduler.
+// Fetcher schedules the fetches of a process. It is safe for concurrent use.
 type Fetcher struct {
 	o            Options
 	log          *slog.Logger
@@ -44,32 +22,32 @@ type Fetcher struct {
 	wg           sync.WaitGroup
 	chunkDecoder *blockmap.ChunkDecoder
 	buffers      sync.Pool
-	decode       chan struct{} // a token for each demanded chunk that is decoded beside its request
-	decoders     *decoders     // of all other chunks
+	decode       chan struct{} // a token for each demanded chunk that is decompressed while its request is read
+	decoders     *decoders     // for all other chunks
 
 	warnings rate.Sometimes
 
 	requests, bytes, chunks, local, retries, wrong, failed, maxInFlight atomic.Int64
 	held, dropped, extra, overtaken, cancelled                          atomic.Int64
-	unstored                                                            atomic.Int64 // tries to store since one went well
-	claimed                                                             atomic.Int64 // the length of mu.claims
+	unstored                                                            atomic.Int64 // failed attempts to store a chunk since the last success
+	claimed                                                             atomic.Int64 // len(mu.claims)
 
 	mu struct {
 		sync.Mutex
 		closed    bool
-		seq       int64 // that were given out
+		seq       int64 // of the last fetch
 		fetches   map[key]*fetch
-		contents  map[blockmap.Digest]*fetch // the one that brings each content
-		urgent    map[*fetch]struct{}        // those that somebody waits for
-		sources   []*source                  // those with something queued, the next one first
-		running   map[*request]struct{}      // but for extra ones
+		contents  map[blockmap.Digest]*fetch // the fetch that brings each content
+		urgent    map[*fetch]struct{}        // the demanded ones
+		sources   []*source                  // those with something queued, the next to be served first
+		running   map[*request]struct{}      // without extra ones
 		watching  bool
-		pool      pool // of requests
-		extraPool pool // of extra ones
+		pool      pool // shared by requests
+		extraPool pool // shared by extra requests
 		bundles   int
-		refused   bool                  // somebody had no room since reclaim was called
-		claims    map[*request]struct{} // that have the line for themselves
-		resumed   chan struct{}         // closed, and made anew, when others may have it
+		refused   bool                  // a source had no room for a request since reclaim was last called
+		claims    map[*request]struct{} // requests that others pause for, see link.go
+		resumed   chan struct{}         // closed and replaced when paused requests may go on
 	}
 }
 
@@ -79,7 +57,7 @@ type key struct {
 	chunk  int
 }
 
-// New makes a Fetcher, to be closed.
+// New makes a Fetcher. The caller closes it.
 func New(o Options) *Fetcher {
 	setDefault(&o.MaxRequests, 64)
 	setDefault(&o.MaxBytes, 128<<20)
@@ -92,7 +70,7 @@ func New(o Options) *Fetcher {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	// Chunks that readers wait for are decompressed beside what the decoders do.
+	// Demanded chunks are decompressed beside what the decoders do.
 	f := &Fetcher{o: o, log: o.Log, chunkDecoder: blockmap.NewChunkDecoder(procs + o.Decoders),
 		decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
@@ -115,7 +93,8 @@ func setDefault[T comparable](p *T, v T) {
 	}
 }
 
-// Close ends all fetches; who waits for one gets blockmap.ErrClosed.
+// Close ends all fetches; those who wait for one get blockmap.ErrClosed. It returns when
+// no goroutine is left.
 func (f *Fetcher) Close() {
 	f.cancel()
 	f.mu.Lock()

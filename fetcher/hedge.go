@@ -8,28 +8,28 @@ import (
 	"thaw/blockmap"
 )
 
-// A chunk that somebody waits for is looked after. Where its request brings nothing
-// for stallAfter, or will take longer than tooLong by what it has brought lately,
-// the chunk is asked for elsewhere as well; and where the request brings nothing
-// at all, of the same origin again. The first that has it is the one that counts.
+// A demanded chunk is watched. If its request brings nothing for stallAfter, or will take
+// longer than tooLong at its present speed, another server or source is asked for the
+// chunk as well. If the request brings nothing at all, so is the same origin again. The
+// first request that brings the chunk ends the fetch, and with it the others.
 const (
 	watchEvery  = 250 * time.Millisecond
-	stallAfter  = 2 * time.Second // without a byte
-	againAfter  = 4 * time.Second // until the same origin is asked once more
+	stallAfter  = 2 * time.Second // without a byte, until another server or source is asked
+	againAfter  = 4 * time.Second // without a byte, until the same origin is asked again
 	tooLong     = 3 * time.Second
-	avoidFor    = 30 * time.Second // a server that was overtaken
-	maxExtra    = 8                // extra requests of a source at once
-	freeExtra   = 16               // and in all, and a tenth of its requests
-	maxTries    = 3                // requests for a chunk at once
-	leastSpeed  = 4 << 10          // bytes a second of a request on a line that is shared
-	sharedSpeed = 256 << 10        // bytes a second of a source whose line is at work
-	goodBytes   = 64 << 10         // of a chunk that says that a source works
-	longest     = 4                // times RetryFor, that a chunk may take on such a line
-	maxUseless  = 3                // extra requests in a row that were not quicker on such a line
+	avoidFor    = 30 * time.Second // how long a server is avoided that was slower than an extra request
+	maxExtra    = 8                // extra requests of a source that are in flight at once
+	freeExtra   = 16               // extra requests of a source in all, and a tenth of its requests
+	maxTries    = 3                // requests for a chunk that are in flight at once
+	leastSpeed  = 4 << 10          // bytes a second, of a request on a shared link
+	sharedSpeed = 256 << 10        // bytes a second, of a source whose link is busy
+	goodBytes   = 64 << 10         // of a chunk, from which on it proves that its source works, however long it took
+	longest     = 4                // times RetryFor, that a chunk may take on a busy link
+	maxUseless  = 3                // extra requests in a row that were not quicker, on a busy link
 )
 
-// askElsewhere makes an extra request for a chunk: of another server, of another
-// origin that has it, or of the same one again. f.mu is held.
+// askElsewhere makes an extra request for a chunk: to another server, to another source
+// that has it, or to the same one again. f.mu is held.
 func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
 	first := ft.requests[0]
 	src := first.place.src
@@ -77,20 +77,21 @@ func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
 	})
 }
 
+// chargeExtra is charge for extra requests.
 func (f *Fetcher) chargeExtra(s *source, n int, bytes int64) {
 	f.mu.extraPool.taken.add(n, bytes)
 	s.extraLoad.add(n, bytes)
 }
 
-// way is where a chunk may be asked for as well.
+// way is one of the ways to ask for a chunk again.
 type way struct {
 	place place
-	other Elsewhere // if not nil, another server than avoid
+	other Elsewhere // if not nil, asked for another server than avoid
 	avoid string
 }
 
-// runExtra brings a chunk by the first of the ways that has an answer, and says
-// whether any was asked.
+// runExtra brings a chunk by the first way that gets an answer, and says whether any
+// request was made.
 func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	err := errNowhereElse
 	for _, w := range ways {
@@ -127,9 +128,9 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	return asked
 }
 
-// avoidSlower notes which server was overtaken, so that others are asked first for a
-// while: a request that is overtaken is cancelled, and so does not show what it
-// would have come to. f.mu is held.
+// avoidSlower notes which server an extra request has overtaken, so that others are asked
+// first for some time. The slower request is cancelled, so the registry's own measures
+// do not see how slow it was. f.mu is held.
 func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
 	for _, r := range ft.requests {
 		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src && r.server != "" {
@@ -138,8 +139,8 @@ func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
 	}
 }
 
-// openElsewhere opens a range where a server that was overtaken is not asked. It
-// gives nil without an error where there is none such, or no other.
+// openElsewhere opens a range from another server than one that is being avoided. It
+// returns nil without an error if none is, or if there is no other server.
 func (f *Fetcher) openElsewhere(r *request, e blockmap.Extent) (io.ReadCloser, error) {
 	src := r.place.src
 	o, ok := src.origin.(Elsewhere)

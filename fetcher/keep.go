@@ -12,16 +12,15 @@ import (
 // it: a demand, a prefetch, an extra request or a bundle. It is decompressed once,
 // and the cache verifies it before it stores it or holds it in memory.
 
-// frame is the content of a chunk as it came.
+// frame is the content of a chunk, compressed, and decompressed once that is needed.
 type frame struct {
-	f      *Fetcher
-	stored []byte // compressed
-
-	content []byte // once it is decompressed, in buf
+	f       *Fetcher
+	stored  []byte // as it came
+	content []byte // in buf; nil until it is decompressed
 	buf     *[]byte
 }
 
-// decompress makes content of a frame.
+// decompress sets content, if it is not set yet.
 func (fr *frame) decompress(c *blockmap.Chunk) (err error) {
 	if fr.content != nil {
 		return nil
@@ -33,7 +32,7 @@ func (fr *frame) decompress(c *blockmap.Chunk) (err error) {
 	return err
 }
 
-// release gives back the memory of content.
+// release returns the memory of content.
 func (fr *frame) release() {
 	if fr.buf != nil {
 		fr.f.buffers.Put(fr.buf)

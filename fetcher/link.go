@@ -5,18 +5,18 @@ import (
 	"time"
 )
 
-// Demand goes first on the line as well. What nobody waits for is not read while
-// bytes of what somebody waits for come: the sender stops when buffers are full,
-// and leaves the line to the others. That pays where these take longer than the
-// round trip that it costs, so a fast line knows nothing of it.
+// Demands go first on the link as well. While the bytes of a demand come, requests that
+// no reader waits for pause: they are not read, so their senders stop when the buffers
+// are full and leave the link to the demand. A pause costs a round trip, so a request
+// claims the link only if its bytes take longer than that; on a fast link none does.
 const (
-	maxClaim  = 2 * time.Second        // that a request has the line for itself
-	maxPause  = 2 * time.Second        // in a row, or the server may think that we are gone
-	leastFree = 500 * time.Millisecond // between two such pauses
-	claimDies = 250 * time.Millisecond // when nothing comes
+	maxClaim  = 2 * time.Second        // how long a request may claim the link
+	maxPause  = 2 * time.Second        // in a row; a server may take a longer one for a dead connection
+	leastFree = 500 * time.Millisecond // between two pauses of that length
+	claimDies = 250 * time.Millisecond // without a byte, until a claim is void
 )
 
-// incoming is the body of an answer.
+// incoming is the body of an answer, which pauses and is measured.
 type incoming struct {
 	f    *Fetcher
 	r    *request
@@ -32,7 +32,8 @@ func (b *incoming) Read(p []byte) (int, error) {
 
 const readSize = 256 << 10
 
-// arrived takes account of bytes that have come.
+// arrived notes bytes that have come, and starts prefetches for which there is room on the
+// link now.
 func (f *Fetcher) arrived(r *request, n int64) {
 	now := time.Now()
 	f.mu.Lock()
@@ -49,12 +50,12 @@ func (f *Fetcher) arrived(r *request, n int64) {
 	}
 }
 
-// claimLink has others give way to a request for as long as that pays.
+// claimLink has others pause for a request as long as that pays. f.mu is held.
 func (f *Fetcher) claimLink(r *request, now time.Time) {
 	if r.download != nil {
 		return
 	}
-	var end int64 // of what somebody waits for
+	var end int64 // of the last demanded chunk
 	for i, ft := range r.fetches {
 		if i < len(r.ends) && ft.demand && r.brings(ft) {
 			end = r.ends[i]
@@ -73,14 +74,15 @@ func (f *Fetcher) claimLink(r *request, now time.Time) {
 	}
 }
 
-// usesLink says whether a request is worth giving way to, one of so many: it is for
-// a while, and if a fair part of what the line carries is its own.
+// usesLink says whether others should go on pausing for a request, one of so many: for
+// maxClaim, and while it gets a fair part of what the link carries.
 func (r *request) usesLink(now time.Time, of int) bool {
 	since := now.Sub(r.claimed)
 	fair := r.place.src.pace.speed / float64(8*of)
 	return since <= maxClaim && (since < claimDies || float64(r.got-r.before) >= fair*since.Seconds())
 }
 
+// unclaim ends the claim of a request. f.mu is held.
 func (f *Fetcher) unclaim(r *request) {
 	if _, ok := f.mu.claims[r]; ok {
 		delete(f.mu.claims, r)
@@ -89,13 +91,13 @@ func (f *Fetcher) unclaim(r *request) {
 	}
 }
 
-// wakePaused wakes who gives way. f.mu is held.
+// wakePaused has paused requests look whether they may go on. f.mu is held.
 func (f *Fetcher) wakePaused() {
 	close(f.mu.resumed)
 	f.mu.resumed = make(chan struct{})
 }
 
-// awaitLink returns when a request may be read.
+// awaitLink pauses a request until it may be read.
 func (f *Fetcher) awaitLink(r *request) {
 	if f.claimed.Load() == 0 {
 		return
@@ -130,6 +132,7 @@ func (f *Fetcher) awaitLink(r *request) {
 	}
 }
 
+// mustPause says whether a request must wait for others.
 func (f *Fetcher) mustPause(r *request, now time.Time) bool {
 	if r.awaited() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= maxPause {
 		return false
@@ -137,7 +140,7 @@ func (f *Fetcher) mustPause(r *request, now time.Time) bool {
 	return f.linkIsTaken(r, now)
 }
 
-// linkIsTaken says whether a request other than r is to have the line for itself.
+// linkIsTaken says whether a request other than r claims the link.
 func (f *Fetcher) linkIsTaken(r *request, now time.Time) bool {
 	for x := range f.mu.claims {
 		if x != r && now.Sub(x.moved) < claimDies && now.Sub(x.claimed) <= maxClaim {

@@ -5,26 +5,35 @@ import (
 	"time"
 )
 
-// Options are the settings of a Fetcher. Zero values mean what is said here.
+// Options are the settings of a Fetcher. Each field says what zero means.
 type Options struct {
-	// What one origin's requests have at most. Several origins share twice as
-	// much, and each may have as much as is left.
-	MaxRequests int   // in flight at once; 64
-	MaxBytes    int64 // in flight, compressed and not; 128 MiB
+	// MaxRequests and MaxBytes bound the requests of one origin that are in flight at
+	// once: their number, by default 64, and the bytes that they take in memory,
+	// compressed and decompressed, by default 128 MiB. All origins together have twice
+	// as much, and one origin may have as much as it leaves free for the others.
+	MaxRequests int
+	MaxBytes    int64
+	// MaxRequest bounds the compressed bytes of a request for several chunks; 4 MiB by
+	// default.
+	MaxRequest int64
+	// PrefetchShare is the part of MaxRequests and MaxBytes, from 0 to 1, that
+	// prefetches may use; 0.5 by default.
+	PrefetchShare float64
+	// RetryFor is how long a chunk is tried before its readers get the error; 30 s by
+	// default. Backoff is the pause before the second try; it doubles with each try, up
+	// to 2 s, and is 50 ms by default.
+	RetryFor, Backoff time.Duration
+	// Log gets warnings and errors; nil for none.
+	Log *slog.Logger
 
-	MaxRequest    int64         // compressed bytes of a request for several chunks; 4 MiB
-	PrefetchShare float64       // of both bounds, at most this much for prefetches; 0.5
-	RetryFor      time.Duration // how long a chunk is tried before its readers get the error; 30 s
-	Backoff       time.Duration // before the second try, doubled each time up to 2 s; 50 ms
-	Log           *slog.Logger  // silent if nil
-
-	// Decoders is the number of threads of low priority that decompress what
-	// nobody waits for; GOMAXPROCS if zero. Where something else is served
-	// meanwhile that is urgent, GOMAXPROCS is better larger than this.
+	// Decoders is the number of low-priority threads that decompress prefetched chunks;
+	// GOMAXPROCS by default. A process that answers requests meanwhile should have a
+	// GOMAXPROCS larger than this.
 	Decoders int
 
-	// Temporary says whether an origin's error may pass, RetryAfter how long
-	// the origin asked to be left alone for. Nil: every error may, at once.
+	// Temporary says whether a request that failed with the error may succeed later;
+	// if nil, all may. RetryAfter returns the pause that the origin asked for; if nil,
+	// none.
 	Temporary  func(error) bool
 	RetryAfter func(error) time.Duration
 }

@@ -11,7 +11,8 @@ import (
 	"thaw/blockmap"
 )
 
-// run does what a request is for.
+// run brings the fetches of a request: from the cache where it has them by now, and
+// otherwise from the origin.
 func (f *Fetcher) run(r *request) {
 	var missing []*fetch
 	for _, ft := range r.fetches {
@@ -38,7 +39,7 @@ func (f *Fetcher) run(r *request) {
 	f.fetch(r, missing)
 }
 
-// runs are the ranges of the blob that chunks are in, and how many chunks each has.
+// runs are the ranges of the blob that hold fetches, and how many fetches each holds.
 func runs(p place, fetches []*fetch) (ranges []blockmap.Extent, counts []int) {
 	for _, ft := range fetches {
 		c := &p.table.Chunks[ft.key.chunk]
@@ -52,8 +53,8 @@ func runs(p place, fetches []*fetch) (ranges []blockmap.Extent, counts []int) {
 	return ranges, counts
 }
 
-// open asks the origin for ranges. A nil body without an error says that they can
-// only be had one by one.
+// open asks the origin for ranges. A nil body without an error means that each must be
+// asked for by itself.
 func (f *Fetcher) open(r *request, ranges []blockmap.Extent) (io.ReadCloser, error) {
 	src := r.place.src
 	if len(ranges) == 1 {
@@ -69,8 +70,7 @@ func (f *Fetcher) open(r *request, ranges []blockmap.Extent) (io.ReadCloser, err
 	return nil, nil
 }
 
-// fetch asks the origin for chunks. Each is finished as soon as its bytes are
-// there.
+// fetch asks the origin for fetches and finishes each as soon as its bytes have come.
 func (f *Fetcher) fetch(r *request, group []*fetch) {
 	ranges, counts := runs(r.place, group)
 	asked := time.Now()
@@ -92,7 +92,7 @@ func (f *Fetcher) fetch(r *request, group []*fetch) {
 	f.receive(r, body, group)
 }
 
-// answered takes account of the answer to a request.
+// answered notes the answer to a request, and how long it took.
 func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,24 +103,24 @@ func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) 
 	}
 }
 
-// fail finishes chunks that do not come.
+// fail finishes fetches whose bytes do not come.
 func (f *Fetcher) fail(r *request, group []*fetch, err error) {
 	for _, ft := range group {
 		f.finish(r, ft, err)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	// What comes next is the answer to another question.
+	// The next body begins behind them.
 	if i := slices.Index(r.fetches, group[len(group)-1]); i >= 0 {
 		r.got = r.ends[i]
 	}
 }
 
-// receive reads chunks from the body of an answer.
+// receive reads fetches from the body of an answer, and has them kept meanwhile.
 func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
-	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk that is kept meanwhile
+	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk of this request that is being kept
 	for i, ft := range group {
 		stored := f.buffer(r.stored(ft))
 		n, err := io.ReadFull(&incoming{f, r, body}, *stored)
@@ -135,7 +135,7 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		}
 		demanded, over := f.left(r, ft)
 		if over {
-			f.buffers.Put(stored) // an extra request was quicker, or a copy
+			f.buffers.Put(stored) // an extra request or a copy was quicker
 			continue
 		}
 		keep := func(decompressed func()) {
@@ -154,8 +154,8 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		case i == len(group)-1:
 			keep(func() {}) // nothing left to read meanwhile
 		default:
-			// Tokens of all are for the processor alone. Who waits for the disk,
-			// which may hang, holds up its own request.
+			// f.decode limits work of the processor only, for all requests. A chunk
+			// that waits for the disk, which may hang, delays its own request alone.
 			beside <- struct{}{}
 			f.decode <- struct{}{}
 			decoding.Go(func() {
@@ -166,27 +166,27 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	}
 }
 
-// left says whether somebody waits for ft, whose bytes have come, or for what is
-// left of a request behind it: for that the decoders are not waited for. And it
-// says whether ft is over already.
+// left says whether a reader waits for ft, whose bytes have come, or for a later fetch
+// of the request: then the request does not wait for a decoder. over says that ft has
+// ended already.
 func (f *Fetcher) left(r *request, ft *fetch) (demanded, over bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return r.awaited(), ft.state == ended
 }
 
-// decodeLater has a job done by the decoders, or at once where hurry is closed
-// before they are free. A source whose jobs hang occupies no more of them than
-// there are: see decoders.
-func (f *Fetcher) decodeLater(s *source, decoding *sync.WaitGroup, hurry <-chan struct{}, job func()) {
+// decodeLater has a decoder do a job, or a goroutine if urgent is closed before a
+// decoder is free. A source has at most as many jobs with the decoders as there are
+// decoders, so that one whose jobs hang does not crowd out the others.
+func (f *Fetcher) decodeLater(s *source, decoding *sync.WaitGroup, urgent <-chan struct{}, job func()) {
 	select {
 	case s.decoding <- struct{}{}:
-	case <-hurry:
+	case <-urgent:
 		decoding.Go(job)
 		return
 	}
 	decoding.Add(1)
-	if !f.decoders.do(hurry, func() {
+	if !f.decoders.do(urgent, func() {
 		defer decoding.Done()
 		job()
 		<-s.decoding

@@ -1,22 +1,21 @@
 package fetcher
 
-import (
-	"time"
-)
+import "time"
 
-// reclaim has sources that hold more than is free take back requests that bring
-// nothing, and queue their chunks again, where others are refused for want of room.
-// Without that who came first would keep half of all, and the next half of the rest.
+// reclaim cancels requests that bring nothing, of sources that hold more than is free,
+// and queues their chunks again, if a source had no room for a request. Otherwise the
+// first source that hangs would keep half of the pool, and the next one half of the
+// rest. f.mu is held.
 func (f *Fetcher) reclaim(now time.Time) {
 	if !f.mu.refused {
 		return
 	}
 	f.mu.refused = false
-	var freed load // what ends soon
+	var freed load // by requests that were cancelled and have not ended yet
 	ends := make(map[*source]load)
 	for again := true; again; {
 		again = false
-		stalled := make(map[*source]*request) // the last of each source
+		stalled := make(map[*source]*request) // the youngest of each source
 		for r := range f.mu.running {
 			if r.cancelled || !r.stalls(now) {
 				continue
@@ -49,7 +48,7 @@ func (r *request) stalls(now time.Time) bool {
 	return now.Sub(r.moved) >= stallAfter || known && rate < leastSpeed && r.got < r.total
 }
 
-// requeue ends a request, and queues again what it was to bring.
+// requeue cancels a request and queues its fetches again.
 func (f *Fetcher) requeue(r *request) {
 	r.cancelled = true
 	r.cancel()

@@ -4,8 +4,8 @@ import (
 	"sync"
 )
 
-// refusals notices that a cache cannot keep what is fetched ahead: several chunks in
-// a row say so, where one may only have come when all others were in use.
+// refusals counts prefetched chunks in a row that the cache refused to store. A single
+// one says little: all other chunks may have been in use when it came.
 type refusals struct {
 	mu sync.Mutex
 	n  int
@@ -13,7 +13,8 @@ type refusals struct {
 
 const maxRefusals = 3
 
-// full says whether this is the end of it: err is why a chunk could not be kept.
+// full notes whether a chunk was stored, err saying why not, and says whether the cache
+// has refused enough of them for the prefetch to end.
 func (c *refusals) full(err error) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -7,36 +7,37 @@ import (
 	"time"
 )
 
-// request brings chunks of one blob, in its order.
+// request asks a source for chunks of one blob, in its order.
 type request struct {
 	place  place
 	ctx    context.Context
 	cancel context.CancelFunc
 	asked  time.Time
-	demand bool  // somebody waited when it was made
-	bytes  int64 // what it takes of MaxBytes
-	extra  bool  // it was made since another brings its chunk too late
+	demand bool  // a reader waited when it was made
+	bytes  int64 // what it takes of Options.MaxBytes
+	extra  bool  // it was made because another is late, see hedge.go
 
-	elsewhere bool      // of an extra one: another server of the same origin was asked
-	download  *download // of a bundle's download, which is no request for chunks
+	elsewhere bool      // it is an extra one to another server of the same origin
+	download  *download // it is a bundle download, which has no fetches of its own
 
-	demanded chan struct{} // closed when somebody waits for one of its fetches
+	demanded chan struct{} // closed when a reader waits for one of its fetches
 	once     sync.Once     // closes demanded
 
 	// What follows is guarded by Fetcher.mu.
-	fetches    []*fetch  // what is to come, in its order
-	ends       []int64   // where each ends in what comes
-	total, got int64     // bytes that are to come, and that have
-	moved      time.Time // when bytes came last, or when they were asked for
-	samples    samples   // of got
-	made       bool      // and not only looked for in the cache
-	server     string    // that the bytes come from, where that is known
+	fetches    []*fetch  // what it brings, in the order of the blob
+	ends       []int64   // where each ends in the body
+	total, got int64     // bytes of the body, and those received
+	moved      time.Time // when the last bytes came, or when it was asked
+	samples    samples   // of got, over time
+	made       bool      // it was sent, and the chunks were not all in the cache
+	server     string    // where the bytes come from, if known
 	cancelled  bool
-	won        bool // it was an extra one, and the quickest
+	won        bool // it is an extra one that brought its chunk first
 
-	claimed      time.Time // when it began to have the line for itself, see claimLink
-	before       int64     // what had come by then
-	paused, free time.Time // since and until when it gives way, and does not, see awaitLink
+	claimed time.Time // when others began to pause for it, see claimLink
+	before  int64     // got at that time
+	paused  time.Time // since when it pauses for others, see awaitLink
+	free    time.Time // it does not pause again before this
 }
 
 func newRequest(ctx context.Context, p place) *request {
@@ -46,15 +47,15 @@ func newRequest(ctx context.Context, p place) *request {
 	return r
 }
 
-// hurry says that somebody waits for one of its fetches.
+// markDemand notes that a reader waits for one of its fetches.
 func (r *request) markDemand() { r.once.Do(func() { close(r.demanded) }) }
 
-// brings says whether a fetch is still to come by this request.
+// brings says whether a fetch is still to be ended by this request.
 func (r *request) brings(ft *fetch) bool {
 	return ft.state == running && slices.Contains(ft.requests, r)
 }
 
-// read says whether somebody waits for something that is to come. f.mu is held.
+// awaited says whether a reader waits for any of it. f.mu is held.
 func (r *request) awaited() bool {
 	if r.download != nil {
 		return len(r.download.awaited) > 0
@@ -62,7 +63,7 @@ func (r *request) awaited() bool {
 	return slices.ContainsFunc(r.fetches, func(ft *fetch) bool { return ft.demand && r.brings(ft) })
 }
 
-// expect says what is to come.
+// expect sets which fetches the body brings.
 func (r *request) expect(fetches []*fetch) {
 	r.fetches, r.ends, r.total = fetches, make([]int64, len(fetches)), 0
 	for i, ft := range fetches {
@@ -71,10 +72,10 @@ func (r *request) expect(fetches []*fetch) {
 	}
 }
 
-// stored is the length of a chunk's frame where the request is made.
+// stored is the length of a chunk's frame at the request's place.
 func (r *request) stored(ft *fetch) int { return int(r.place.table.Chunks[ft.key.chunk].Stored) }
 
-// left is how much is to come until a fetch is here.
+// left is how many bytes must still come until a fetch is complete.
 func (r *request) left(ft *fetch) int64 {
 	if i := slices.Index(r.fetches, ft); i >= 0 && i < len(r.ends) {
 		return r.ends[i] - r.got
@@ -82,12 +83,12 @@ func (r *request) left(ft *fetch) int64 {
 	return int64(r.stored(ft))
 }
 
-// leave notes that a request does not bring the fetch any more.
+// leave notes that a request no longer brings the fetch.
 func (ft *fetch) leave(r *request) {
 	ft.requests = slices.DeleteFunc(slices.Clone(ft.requests), func(x *request) bool { return x == r })
 }
 
-// ended takes a request out of the books. f.mu is held.
+// ended forgets a request. f.mu is held.
 func (f *Fetcher) ended(r *request) {
 	r.cancel()
 	delete(r.place.src.running, r)
@@ -95,8 +96,8 @@ func (f *Fetcher) ended(r *request) {
 	f.unclaim(r)
 }
 
-// check cancels a request if nobody wants any more of what it is to bring. f.mu
-// is held, and dispatch is called behind it.
+// cancelUnwanted cancels a request if nobody wants any of its fetches any more. f.mu is
+// held; the caller calls dispatch.
 func (f *Fetcher) cancelUnwanted(r *request) {
 	if r.cancelled {
 		return

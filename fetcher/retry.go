@@ -11,27 +11,27 @@ import (
 	"thaw/blockmap"
 )
 
-// wrongTries bounds how often wrong bytes are asked for again: an origin that
-// lies twice is not believed a fourth time.
-const wrongTries = 4
+const (
+	// wrongTries bounds the tries of a chunk whose bytes do not match its digest.
+	wrongTries = 4
+	// spaceTries bounds the tries of a demanded chunk that the cache has no room for.
+	spaceTries = 4
+)
 
-// spaceTries bounds how often room is looked for that a reader waits for.
-const spaceTries = 4
-
-// finish ends a fetch, or has it tried again. A try that fails is none that
-// matters while others are on their way.
+// finish ends a fetch that a request has brought, or has it tried again. A request that
+// fails does not matter while others still bring the fetch.
 func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer f.dispatch() // of what was waiting for it
+	defer f.dispatch() // what waited for the fetch or for room
 	if ft.state == ended || err != nil && !r.brings(ft) {
-		return // something else was faster, or this was not to bring it any more
+		return // another request was faster, or this one does not bring it any more
 	}
 	others := len(ft.requests) > 1
 	if err == nil {
 		f.chunkCame(r, ft, others)
 		f.end(ft, nil)
-		f.cancelUnwanted(r) // what is left of it may be wanted no more
+		f.cancelUnwanted(r) // nobody may want the rest of it any more
 		return
 	}
 	ft.leave(r)
@@ -60,7 +60,7 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 		f.giveUp(ft, err)
 	default:
 		f.retries.Add(1)
-		f.log.Debug("will try again", "err", err, "in", pause)
+		f.log.Debug("trying a chunk again", "err", err, "in", pause)
 		if len(ft.others) > 0 {
 			ft.place, ft.others = ft.others[0], append(ft.others[1:], ft.place)
 		}
@@ -69,14 +69,14 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 	}
 }
 
-// chunkCame takes account of a chunk that a request has brought.
+// chunkCame counts a chunk that a request has brought.
 func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 	if !r.made {
-		return // it was here
+		return // the cache had it
 	}
 	src := r.place.src
 	if now := time.Now(); now.Sub(r.asked) < tooLong || r.stored(ft) >= goodBytes {
-		src.good = now // and not one that brings a byte now and then
+		src.good = now // and does not only trickle
 	}
 	f.chunks.Add(1)
 	if r.extra && others {
@@ -86,7 +86,7 @@ func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 	}
 }
 
-// giveUp ends a fetch that cannot be had.
+// giveUp ends a fetch with an error.
 func (f *Fetcher) giveUp(ft *fetch, err error) {
 	f.failed.Add(1)
 	level := slog.LevelError
@@ -97,23 +97,21 @@ func (f *Fetcher) giveUp(ft *fetch, err error) {
 	f.end(ft, err)
 }
 
-// late is the error of a chunk that did not come in time.
+// late is the error of a fetch that its sources did not deliver in time.
 func (f *Fetcher) late(ft *fetch) error {
 	c := ft.chunk()
 	return fmt.Errorf("fetch chunk %d (%d bytes at %d of blob sha256:%.12s…): %w within %v",
 		ft.key.chunk, c.Stored, c.Offset, ft.place.table.Blob, errLate, f.o.RetryFor)
 }
 
-// pause is how long to wait before the next try, negative where there is to be
-// none.
+// pause is how long to wait before the next try, or negative if there is to be none.
 func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	permanent := ft.wrong >= wrongTries
 	var noRoom *storeError
 	switch {
 	case errors.Is(err, blockmap.ErrDigest), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, errNowhereElse):
 	case errors.As(err, &noRoom):
-		// What was fetched ahead may have taken the room, and can go for what
-		// somebody waits for.
+		// Prefetched chunks may have taken the room; they can be evicted for a demand.
 		if !ft.demand || ft.tries >= spaceTries {
 			return -1
 		}
@@ -131,7 +129,7 @@ func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	return pause
 }
 
-// heed makes a pause as long as the origin asks for, if it does.
+// heed lengthens a pause to what the origin asked for.
 func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
 	if f.o.RetryAfter != nil {
 		pause = max(pause, f.o.RetryAfter(err))
@@ -139,6 +137,7 @@ func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
 	return pause
 }
 
+// retryAfter queues a fetch again after a pause.
 func (f *Fetcher) retryAfter(ft *fetch, pause time.Duration) {
 	t := time.NewTimer(pause)
 	defer t.Stop()

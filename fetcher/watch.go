@@ -8,10 +8,11 @@ import (
 
 var (
 	errLate        = errors.New("the origin did not keepPart it")
-	errNowhereElse = errors.New("there is nowhere else to ask")
+	errNowhereElse = errors.New("no other server or origin has it")
 )
 
-// watch has what is on its way looked after. f.mu is held.
+// watch has checkAll called every watchEvery, while there is anything to check. f.mu is
+// held.
 func (f *Fetcher) watch() {
 	if f.mu.watching || f.mu.closed {
 		return
@@ -30,6 +31,8 @@ func (f *Fetcher) watch() {
 	})
 }
 
+// checkAll samples how fast requests bring their bytes, and does something about those
+// that are late. f.mu is held.
 func (f *Fetcher) checkAll(now time.Time) {
 	seen := make(map[*request]bool)
 	sample := func(r *request) {
@@ -54,9 +57,9 @@ func (f *Fetcher) checkAll(now time.Time) {
 		switch {
 		case ft.state == running:
 			f.checkRunning(ft, now, rates)
-		case ft.state == duplicated && now.Sub(ft.since) > stallAfter && ft.original.outlook(now, rates) == stalls &&
+		case ft.state == duplicate && now.Sub(ft.since) > stallAfter && ft.original.outlook(now, rates) == stalls &&
 			ft.place.src != ft.original.place.src:
-			// Its own source may be better than that of who was first.
+			// Its own source may be better than that of the original.
 			original := ft.original
 			original.duplicates = slices.DeleteFunc(original.duplicates, func(x *fetch) bool { return x == ft })
 			ft.original = nil
@@ -74,8 +77,8 @@ func (f *Fetcher) checkAll(now time.Time) {
 	f.reclaim(now)
 }
 
-// checkStalled asks other origins for what nobody waits for and does not come,
-// or gives it up.
+// checkStalled asks other sources for the prefetches of a request that brings nothing,
+// or gives them up.
 func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	for _, ft := range r.fetches {
 		switch {
@@ -88,8 +91,8 @@ func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	}
 }
 
-// lastGood is when one of its sources has brought a chunk last, or when a reader
-// began to wait if that was later.
+// lastGood is when one of its sources last brought a chunk, or when a reader began to
+// wait for it if that was later.
 func (ft *fetch) lastGood() time.Time {
 	last := ft.since
 	for _, p := range append([]place{ft.place}, ft.others...) {
@@ -100,7 +103,8 @@ func (ft *fetch) lastGood() time.Time {
 	return last
 }
 
-// checkRunning asks for a chunk once more, or gives it up, where it does not come.
+// checkRunning makes an extra request for a demanded chunk that is late, or gives the
+// chunk up.
 func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates) {
 	tried := now.Sub(ft.began)
 	hope := ft.outlook(now, rates)
@@ -108,7 +112,8 @@ func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates
 	case hope == comes && tried < longest*f.o.RetryFor:
 		return
 	case hope == shares && tried < longest*f.o.RetryFor:
-		// It has its share of a line that is at work. Elsewhere may be another line.
+		// It has a fair share of a link that is busy. Another server may have another
+		// link.
 		if src := ft.requests[0].place.src; src.useless >= maxUseless && now.Before(src.uselessTill) {
 			return
 		}
@@ -123,16 +128,16 @@ func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates
 	f.askElsewhere(ft, again, now)
 }
 
-// outlook is what is to be expected of a request for a chunk.
+// outlook says whether a request will bring a chunk in time.
 type outlook uint8
 
 const (
-	stalls outlook = iota // hardly anything comes
-	shares                // it comes late, since others come as well
-	comes                 // soon
+	stalls outlook = iota // it brings hardly anything
+	shares                // it is late, because it shares the link with others
+	comes                 // the chunk comes soon
 )
 
-// outlook is the best one of its requests.
+// outlook is the best outlook of its requests.
 func (ft *fetch) outlook(now time.Time, rates map[*source]rates) (best outlook) {
 	for _, r := range ft.requests {
 		best = max(best, r.outlook(ft, now, rates[r.place.src]))
