@@ -9,28 +9,27 @@ import (
 	"thaw/blockmap"
 )
 
-// Bundle is chunks that come in one download, in the order in which a start wants
-// them.
+// Bundle is chunks that come in one download, in the order in which a start reads them.
 type Bundle struct {
 	Parts []Part
-	// Open reads the frames of all parts, one behind the other, from byte off
-	// of them to their end. The body lives no longer than ctx.
+	// Open reads the frames of all parts, one behind the other, from byte off of them to
+	// their end. The body ends with ctx.
 	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
-	// Asked is when the body that Open gives first was asked for; zero if that is
-	// when Open is called.
+	// Asked is when the body that Open returns first was asked for; zero if Open asks
+	// for it.
 	Asked time.Time
-	// Close, if not nil, is called when Open will not be any more.
+	// Close, if not nil, is called when Open will not be called any more.
 	Close func()
 }
 
 // Part is one chunk's content in a Bundle.
 type Part struct {
 	Stored int64 // bytes of its zstd frame
-	// Wants are all places that the content belongs to. They may be none.
+	// Wants are all chunks of the cache that have this content; there may be none.
 	Wants []blockmap.Want
 }
 
-// before lists the wants of a bundle, and then those of rest that are not in it.
+// before is the wants of a bundle, followed by those of rest that are not in it.
 func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
 	seen := make(map[key]bool)
 	for _, p := range b.Parts {
@@ -47,9 +46,8 @@ func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
 	return all
 }
 
-// without is the bundle without the places that are not in kept, and up to the
-// last part that has any.
-func (b *Bundle) without(kept []blockmap.Want) *Bundle {
+// only is the bundle with the wants that are in kept, up to the last part that has any.
+func (b *Bundle) only(kept []blockmap.Want) *Bundle {
 	in := make(map[key]bool, len(kept))
 	for _, w := range kept {
 		in[key{w.Stream, w.Chunk}] = true

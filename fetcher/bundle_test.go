@@ -412,7 +412,7 @@ func TestBundleLies(t *testing.T) {
 				t.Errorf("its sender was distrusted %d times", n)
 			}
 			w.checkAll(t)
-			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "chunk by chunk") || !strings.Contains(lines[0], "digest") {
+			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "one by one") || !strings.Contains(lines[0], "digest") {
 				t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 			}
 			if st := w.fetcher.Stats(); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 {

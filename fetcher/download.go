@@ -15,87 +15,97 @@ import (
 	"thaw/blockmap"
 )
 
-// A bundle that breaks is taken up again where it broke, this often.
-const downloadTries = 3
+const (
+	// downloadTries bounds how often a download is resumed without a part in between.
+	downloadTries = 3
+	// downloadBytes is what a download takes of Options.MaxBytes, for the parts that
+	// are being read and decompressed.
+	downloadBytes = 8 << 20
+	// maxWait is the longest time that a reader waits for a download before its chunk
+	// is fetched by a request.
+	maxWait = 2 * time.Second
+	// maxLater is how much later than by a request a chunk may come by a download: that
+	// saves a request, and bytes that would come twice.
+	maxLater = 50 * time.Millisecond
+)
 
-// While a bundle is on its way it takes this much of MaxBytes, for the parts
-// that are being read and decompressed.
-const downloadBytes = 8 << 20
-
-// The most that a reader waits for a bundle before its chunk is fetched alone.
-const maxPatience = 2 * time.Second
-
-// download is a bundle on its way. A chunk in it is a fetch like any other, but
-// for its state: whoever asks for it waits for the download if that will have
-// it soon, and else has it fetched on its own.
+// download is a bundle that is being downloaded. A chunk in it is a fetch like any other.
+// A reader that needs it waits for the download if that brings it soon, and otherwise has
+// it fetched by a request.
 type download struct {
-	asked time.Time // for the download
-	first time.Time // when its first part had come; zero until then
-	base  int64     // bytes that had come by then
-	got   int64     // bytes that have come by now
-	hangs bool      // somebody has lost patience, and nothing has come since
+	f       *Fetcher
+	src     *source
+	bundle  *Bundle
+	limit   *rate.Limiter
+	done    func(Part) // called for each part that is resident, by several goroutines
+	missing []bool     // the parts that are not
+	fetches []*fetch   // of the chunks in these
+	next    int        // the part to be read next
+	off     int64      // where it begins
 
-	awaited map[*fetch]struct{} // that readers wait for here
+	// What follows is guarded by Fetcher.mu.
+	asked   time.Time           // when the bundle was asked for
+	first   time.Time           // when its first part had come; zero until then
+	base    int64               // bytes that had come by then
+	got     int64               // bytes that have come by now
+	hangs   bool                // a reader has waited too long, and nothing has come since
+	awaited map[*fetch]struct{} // those that readers wait for
 }
 
-// soon says whether the frame that ends at byte at, of so many bytes, comes about
-// as soon as it would alone, and how long is too long to wait for it then.
-func (c *download) soon(now time.Time, at, stored int64) (patience time.Duration, ok bool) {
-	if c.hangs {
+// soon says whether the frame that ends at byte at, of so many bytes, comes by the
+// download about as soon as it would by a request, and how long to wait for it.
+func (d *download) soon(now time.Time, at, stored int64) (wait time.Duration, ok bool) {
+	if d.hangs {
 		return 0, false
 	}
-	if c.first.IsZero() {
-		// What a start reads first is what a bundle begins with.
+	if d.first.IsZero() {
+		// A bundle begins with what a start reads first.
 		return 250 * time.Millisecond, at <= 2<<20
 	}
-	latency := c.first.Sub(c.asked)
-	perByte := float64(max(now.Sub(c.first), time.Millisecond)) / float64(max(c.got-c.base, 64<<10))
-	eta := time.Duration(float64(at-c.got) * perByte)
-	// The download would give way to it.
+	latency := d.first.Sub(d.asked)
+	perByte := float64(max(now.Sub(d.first), time.Millisecond)) / float64(max(d.got-d.base, 64<<10))
+	eta := time.Duration(float64(at-d.got) * perByte)
+	// The download would pause for a request.
 	alone := latency + time.Duration(float64(stored)*perByte)
-	return min(2*eta+latency+20*time.Millisecond, maxPatience), eta <= alone+alone/4+maxLater
+	return min(2*eta+latency+20*time.Millisecond, maxWait), eta <= alone+alone/4+maxLater
 }
 
-// maxLater is how much later than alone a chunk may come by a bundle: it spares a
-// request, and bytes that come twice.
-const maxLater = 50 * time.Millisecond
-
-// leave notes that nobody waits any more for what the bundle is to bring.
-func (c *download) leave(ft *fetch) {
+// leave notes that no reader waits for the download to bring a fetch any more.
+func (d *download) leave(ft *fetch) {
 	if ft.late != nil {
 		ft.late.Stop()
 		ft.late = nil
 	}
-	delete(c.awaited, ft)
+	delete(d.awaited, ft)
 }
 
-// awaitDownload decides what a reader of a downloading chunk waits for. f.mu is held,
-// and dispatch is called behind it.
+// awaitDownload has a reader of a chunk in a download wait for that, or for a request.
+// f.mu is held; the caller calls dispatch.
 func (f *Fetcher) awaitDownload(ft *fetch) {
-	c := ft.download
-	patience, ok := c.soon(time.Now(), ft.until, int64(ft.chunk().Stored))
+	d := ft.download
+	wait, ok := d.soon(time.Now(), ft.until, int64(ft.chunk().Stored))
 	if !ok {
 		f.enqueue(ft)
 		return
 	}
-	got := c.got
-	c.awaited[ft] = struct{}{}
+	got := d.got
+	d.awaited[ft] = struct{}{}
 	f.wakePaused()
-	ft.late = time.AfterFunc(patience, func() {
+	ft.late = time.AfterFunc(wait, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if _, ok := c.awaited[ft]; ok && !f.mu.closed {
-			c.hangs = c.got == got
+		if _, ok := d.awaited[ft]; ok && !f.mu.closed {
+			d.hangs = d.got == got
 			f.enqueue(ft)
 			f.dispatch()
 		}
 	})
 }
 
-// downloadBundle downloads a bundle and fills its chunks. It calls done for each part that
-// is here, from several goroutines. When it returns, nothing is downloading any
-// more: what the bundle did not bring is queued. A bundle of which most is here
-// already, or on its way, is left alone.
+// downloadBundle downloads a bundle and makes its chunks resident. It calls done for each
+// part that is resident, from several goroutines. When it returns, no chunk is
+// downloading any more: those that the bundle did not bring are queued. It does nothing
+// where most of the bundle is resident or in flight already.
 func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
 	f := b.f
 	if bundle.Close != nil {
@@ -110,73 +120,71 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	f.mu.Unlock()
 	defer f.wg.Done()
 	for _, p := range bundle.Parts {
-		here := true
+		resident := true
 		for _, w := range p.Wants {
 			switch {
 			case w.Stream.Has(w.Chunk):
 			case w.Stream.FillLocal(w.Chunk):
 				f.local.Add(1)
 			default:
-				here = false
+				resident = false
 			}
 		}
-		if here {
+		if resident {
 			done(p)
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
-	c := &download{asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
-	if c.asked.IsZero() {
-		c.asked = time.Now()
+	d := &download{f: f, src: b.src, bundle: bundle, limit: limit, done: done, asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
+	if d.asked.IsZero() {
+		d.asked = time.Now()
 	}
-	fetches, missing := f.beginDownload(c, bundle, b.src)
-	if fetches == nil {
+	if !d.begin() {
 		return nil
 	}
-	err := f.download(ctx, b.src, c, bundle, missing, limit, done)
-	f.endDownload(b.src, fetches)
-	return err
+	defer d.end()
+	return d.run(ctx)
 }
 
-// beginDownload makes fetches of the chunks that a bundle is to bring, and says which
-// parts these are in; or does nothing where they are less than half of it, or
-// where the bundles that are on their way have taken the room.
-func (f *Fetcher) beginDownload(c *download, bundle *Bundle, s *source) (fetches []*fetch, missing []bool) {
+// begin makes fetches of the chunks that a bundle brings. It does nothing, and says so,
+// where these are less than half of the bundle, or where other downloads have taken the
+// room.
+func (d *download) begin() bool {
+	f, s := d.f, d.src
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.mu.closed {
-		return nil, nil
+		return false
 	}
 	lacks := func(w blockmap.Want) bool {
 		ft := f.mu.fetches[key{w.Stream, w.Chunk}]
 		return (ft == nil || ft.state == queued && !ft.demand) && !w.Stream.Has(w.Chunk)
 	}
-	missing = make([]bool, len(bundle.Parts))
+	d.missing = make([]bool, len(d.bundle.Parts))
 	var at, lacking int64
-	for i, p := range bundle.Parts {
+	for i, p := range d.bundle.Parts {
 		at += p.Stored
-		if missing[i] = slices.ContainsFunc(p.Wants, lacks); missing[i] {
+		if d.missing[i] = slices.ContainsFunc(p.Wants, lacks); d.missing[i] {
 			lacking += p.Stored
 		}
 	}
 	if lacking <= at/2 {
-		return nil, nil
+		return false
 	}
 	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*downloadBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, downloadBytes) && f.admitsPrefetch(s, downloadBytes)) {
-		f.log.Info("there is no room for one more bundle; its chunks are fetched one by one", "bundles", f.mu.bundles)
-		return nil, nil
+		f.log.Info("no room for one more bundle download, so thaw fetches its chunks one by one", "downloads", f.mu.bundles)
+		return false
 	}
 	f.mu.bundles++
 	s.bundles++
 	f.charge(s, false, 1, downloadBytes)
-	fetches = make([]*fetch, 0, len(bundle.Parts))
 	at = 0
-	for i, p := range bundle.Parts {
+	for i, p := range d.bundle.Parts {
 		at += p.Stored
 		for _, w := range p.Wants {
-			if !missing[i] || !lacks(w) {
+			if !d.missing[i] || !lacks(w) {
 				continue
 			}
 			k := key{w.Stream, w.Chunk}
@@ -189,21 +197,22 @@ func (f *Fetcher) beginDownload(c *download, bundle *Bundle, s *source) (fetches
 					f.mu.contents[digest] = ft
 				}
 			}
-			ft.state, ft.download, ft.until = downloading, c, at
-			fetches = append(fetches, ft)
+			ft.state, ft.download, ft.until = downloading, d, at
+			d.fetches = append(d.fetches, ft)
 		}
 	}
-	return fetches, missing
+	return true
 }
 
-// endDownload queues what the bundle did not bring and somebody wants.
-func (f *Fetcher) endDownload(s *source, fetches []*fetch) {
+// end queues the fetches that the bundle did not bring and that are still wanted.
+func (d *download) end() {
+	f := d.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.mu.bundles--
-	s.bundles--
-	f.charge(s, false, -1, -downloadBytes)
-	for _, ft := range fetches {
+	d.src.bundles--
+	f.charge(d.src, false, -1, -downloadBytes)
+	for _, ft := range d.fetches {
 		switch {
 		case ft.state != downloading:
 		case ft.isWanted():
@@ -215,27 +224,26 @@ func (f *Fetcher) endDownload(s *source, fetches []*fetch) {
 	f.dispatch()
 }
 
-// download reads the bundle from beginning to end, over connections that break if
-// need be, and gives up at the first part that is not what it should be: who
-// made one wrong part may have made them all.
-func (f *Fetcher) download(ctx context.Context, s *source, c *download, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part)) error {
-	var off int64
-	next := 0
+// run reads the bundle from its beginning to its end. Where a connection breaks, it
+// resumes. It gives up at the first part that is wrong: the others were made by the same
+// program, and may be wrong too.
+func (d *download) run(ctx context.Context) error {
+	f := d.f
 	for try := 0; ; try++ {
-		began := next
-		err := f.downloadFrom(ctx, s, c, bundle, missing, limit, done, &next, &off)
+		began := d.next
+		err := d.read(ctx)
 		var unstored *storeError
-		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || next == len(bundle.Parts) {
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || d.next == len(d.bundle.Parts) {
 			return err
 		}
-		if next > began {
+		if d.next > began {
 			try = 0
 		}
 		if try == downloadTries-1 || f.o.Temporary != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !f.o.Temporary(err) {
 			return err
 		}
 		f.retries.Add(1)
-		f.log.Debug("the bundle broke off; it is taken up again", "err", err, "part", next, "of", len(bundle.Parts))
+		f.log.Debug("resuming a bundle download that broke off", "err", err, "part", d.next, "of", len(d.bundle.Parts))
 		select {
 		case <-time.After(f.heed(err, f.o.Backoff<<try)):
 		case <-ctx.Done():
@@ -244,68 +252,41 @@ func (f *Fetcher) download(ctx context.Context, s *source, c *download, bundle *
 	}
 }
 
-// downloadFrom reads the parts from number *next on, which begins at *off, in one
-// request, and moves both.
-func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bundle *Bundle, missing []bool, limit *rate.Limiter, done func(Part), next *int, off *int64) error {
+// read reads the parts from d.next on, in one request.
+func (d *download) read(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	f := d.f
 	f.requests.Add(1)
-	rc, err := bundle.Open(ctx, *off)
+	rc, err := d.bundle.Open(ctx, d.off)
 	if err != nil {
 		return err
 	}
 	defer rc.Close()
-	r := newRequest(ctx, place{src: s})
-	r.download = c
+	r := newRequest(ctx, place{src: d.src})
+	r.download = d
 	defer r.cancel()
 	body := &incoming{f, r, rc}
 	var refusals refusals
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
-	for ; *next < len(bundle.Parts); *next++ {
-		p := bundle.Parts[*next]
-		if err := limit.WaitN(ctx, int(p.Stored)); err != nil {
-			return cmp.Or(context.Cause(ctx), err)
-		}
-		var stored *[]byte
-		var n int64
-		if missing[*next] {
-			stored = f.buffer(int(p.Stored))
-			var m int
-			m, err = io.ReadFull(body, *stored)
-			n = int64(m)
-		} else {
-			n, err = io.CopyN(io.Discard, body, p.Stored)
-		}
-		f.bytes.Add(n)
+	for ; d.next < len(d.bundle.Parts); d.next++ {
+		i, p := d.next, d.bundle.Parts[d.next]
+		stored, err := d.readPart(ctx, body)
 		if err != nil {
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			if ctx.Err() != nil {
-				err = context.Cause(ctx)
-			}
-			return fmt.Errorf("part %d: %w", *next, err)
+			return err
 		}
-		*off += p.Stored
-		f.mu.Lock()
-		if c.first.IsZero() {
-			c.first, c.base = time.Now(), *off
-		}
-		c.got, c.hangs = *off, false
-		s.good = time.Now()
-		f.mu.Unlock()
+		d.received(p)
 		if stored == nil {
 			continue
 		}
-		i := *next
-		// A part that is wrong is the fault of who made the bundle, and not of who
-		// sends it: what is fetched chunk by chunk will show whether it was.
-		f.decodeLater(s, &decoding, nil, func() {
+		// A wrong part is not the fault of the server that sends it, so no server is
+		// distrusted for it. Chunks that are fetched by requests tell whether one is.
+		f.decodeLater(d.src, &decoding, nil, func() {
 			defer f.buffers.Put(stored)
 			err := f.keepPart(p, *stored)
 			if err == nil {
-				done(p)
+				d.done(p)
 			}
 			if full := refusals.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
 				cancel(fmt.Errorf("part %d: %w", i, err))
@@ -316,13 +297,54 @@ func (f *Fetcher) downloadFrom(ctx context.Context, s *source, c *download, bund
 	return context.Cause(ctx)
 }
 
-// keepPart makes a part resident wherever it is wanted, and wakes who waits for it.
+// readPart reads the next part, or skips it and returns nil if it is not missing.
+func (d *download) readPart(ctx context.Context, body io.Reader) (stored *[]byte, err error) {
+	p := d.bundle.Parts[d.next]
+	if err := d.limit.WaitN(ctx, int(p.Stored)); err != nil {
+		return nil, cmp.Or(context.Cause(ctx), err)
+	}
+	var n int64
+	if d.missing[d.next] {
+		stored = d.f.buffer(int(p.Stored))
+		var m int
+		m, err = io.ReadFull(body, *stored)
+		n = int64(m)
+	} else {
+		n, err = io.CopyN(io.Discard, body, p.Stored)
+	}
+	d.f.bytes.Add(n)
+	if err == nil {
+		return stored, nil
+	}
+	switch {
+	case ctx.Err() != nil:
+		err = context.Cause(ctx)
+	case err == io.EOF:
+		err = io.ErrUnexpectedEOF
+	}
+	return nil, fmt.Errorf("part %d: %w", d.next, err)
+}
+
+// received notes that a part has come.
+func (d *download) received(p Part) {
+	d.off += p.Stored
+	d.f.mu.Lock()
+	defer d.f.mu.Unlock()
+	now := time.Now()
+	if d.first.IsZero() {
+		d.first, d.base = now, d.off
+	}
+	d.got, d.hangs = d.off, false
+	d.src.good = now
+}
+
+// keepPart makes a part resident in all its places, and ends the fetches of these.
 func (f *Fetcher) keepPart(p Part, stored []byte) error {
 	fr := frame{f: f, stored: stored}
 	defer fr.release()
 	for _, w := range p.Wants {
 		k := key{w.Stream, w.Chunk}
-		if !w.Stream.Has(w.Chunk) { // or else a reader could not wait, and had it fetched
+		if !w.Stream.Has(w.Chunk) { // a request may have been faster
 			if err := f.keep(w, &fr, func() {}); err != nil {
 				if errors.Is(err, blockmap.ErrDigest) {
 					f.wrong.Add(1)
@@ -342,8 +364,8 @@ func (f *Fetcher) keepPart(p Part, stored []byte) error {
 	return nil
 }
 
-// fetchAlone has a chunk be fetched by itself that the bundle has brought in vain, if
-// somebody wants it.
+// fetchAlone queues the fetch of a chunk that a bundle has brought in vain, if it is still
+// wanted.
 func (f *Fetcher) fetchAlone(k key) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
