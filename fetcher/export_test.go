@@ -1,20 +1,20 @@
 package fetcher
 
-// OccupyDecoders keeps all of them busy until the channel is closed.
+// OccupyDecoders keeps all decoders busy until the channel is closed.
 func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 	for range f.o.Decoders {
 		f.decoders.do(nil, func() { <-until })
 	}
 }
 
-// Queued is how long the queues of a Bound are.
+// Queued is how many fetches the queue of a Bound holds.
 func (f *Fetcher) Queued(b *Bound) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return b.src.queue.len()
 }
 
-// Fetches is how many chunks are on their way.
+// Fetches is how many fetches have not ended.
 func (f *Fetcher) Fetches() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -12,8 +12,7 @@ import (
 	"thaw/fetcher"
 )
 
-// scattered is every third chunk, in an order of its own, so that few have
-// neighbours.
+// scattered is every third chunk, in random order, so that few have neighbours.
 func scattered(wants []blockmap.Want) (some []blockmap.Want) {
 	for i := 0; i < len(wants); i += 3 {
 		some = append(some, wants[i])
@@ -35,8 +34,8 @@ func (w *world) fetchAll(t *testing.T, o fetcher.Origin, wants []blockmap.Want) 
 	}
 }
 
-// Where an origin gives several ranges in one answer, what is fetched ahead comes
-// in fewer requests, each chunk once as ever.
+// If an origin gives several ranges in one answer, prefetches need fewer requests, and each
+// chunk still comes once.
 func TestRangesShareRequests(t *testing.T) {
 	m := blocktest.NewImage(t, 80, 6000)
 	requests := make(map[int]int)
@@ -61,7 +60,7 @@ func TestRangesShareRequests(t *testing.T) {
 	}
 }
 
-// Who waits for a chunk gets it by a request of its own, whatever is queued.
+// A demand does not share a request with other ranges, whatever is queued.
 func TestDemandSharesNoRanges(t *testing.T) {
 	m := blocktest.NewImage(t, 81, 3000)
 	synctest.Test(t, func(t *testing.T) {
@@ -86,12 +85,12 @@ func TestDemandSharesNoRanges(t *testing.T) {
 	})
 }
 
-// forgetful says that it gives several ranges, and then does not.
+// forgetful is an origin that says that it gives several ranges, and then does not.
 type forgetful struct{ *blocktest.Origin }
 
 func (forgetful) Ranges() int { return 16 }
 
-// What cannot be had in several ranges, or fails in one of them, comes one by one.
+// Chunks that cannot be read as several ranges, or fail so, are read one by one.
 func TestRangesFail(t *testing.T) {
 	m := blocktest.NewImage(t, 82, 3000)
 	for name, c := range map[string]struct {
@@ -128,7 +127,7 @@ func TestRangesFail(t *testing.T) {
 	}
 }
 
-// What nobody wants any more is not asked for.
+// Prefetches that were stopped are not asked for.
 func TestRangesAreTakenBack(t *testing.T) {
 	m := blocktest.NewImage(t, 83, 3000)
 	synctest.Test(t, func(t *testing.T) {
