@@ -1,7 +1,6 @@
 package blockmap
 
 import (
-	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -582,9 +581,8 @@ func (s *Stream) pinned(i int) *streamFiles {
 
 // check says whether p is the content of chunk i.
 func (s *Stream) check(i int, p []byte) error {
-	c := &s.table.Chunks[i]
-	if len(p) != c.Size() || Digest(sha256.Sum256(p)) != c.Digest {
-		return fmt.Errorf("chunk %d of stream %.12s: %w", i, s.id, ErrDigest)
+	if err := s.table.Chunks[i].Verify(p); err != nil {
+		return fmt.Errorf("chunk %d of stream %.12s: %w", i, s.id, err)
 	}
 	return nil
 }

@@ -23,8 +23,8 @@ import (
 	"thaw/fetcher"
 )
 
-// load is a bundle of all contents of a world, and the server that it comes
-// from, which sends as much as it is let.
+// load is a bundle of all contents of a world, and the server that it comes from, which
+// sends as many bytes as a test allows.
 type load struct {
 	fetcher.Bundle
 	frames []byte
@@ -75,7 +75,7 @@ func (l *load) replace(i int, frame []byte) {
 	l.Parts[i].Stored = int64(len(frame))
 }
 
-// let allows so many bytes to go out, and says what happens then.
+// let allows so many bytes to be sent, and sets what happens then.
 func (l *load) let(free int64, brk error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -156,7 +156,7 @@ func (w *world) replay(t *testing.T, l *load, wants []blockmap.Want) *fetcher.Re
 	return r
 }
 
-// resident counts the wants that are here.
+// resident counts the wants that are resident.
 func resident(wants []blockmap.Want) (n int) {
 	for _, x := range wants {
 		if x.Stream.Has(x.Chunk) {
@@ -166,7 +166,7 @@ func resident(wants []blockmap.Want) (n int) {
 	return n
 }
 
-// fetch demands one chunk, and says how long it took.
+// fetch demands one chunk, and returns how long that took.
 func (w *world) fetch(t *testing.T, x blockmap.Want) time.Duration {
 	t.Helper()
 	began := time.Now()
@@ -174,7 +174,7 @@ func (w *world) fetch(t *testing.T, x blockmap.Want) time.Duration {
 		t.Error(err)
 	}
 	if !x.Stream.Has(x.Chunk) {
-		t.Error("what was fetched is not here")
+		t.Error("the chunk that was fetched is not resident")
 	}
 	return time.Since(began)
 }
@@ -206,10 +206,10 @@ func settled(t *testing.T, what string, ok func() bool) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	t.Fatalf("it does not come to this: %s", what)
+	t.Fatalf("timed out: %s", what)
 }
 
-// A bundle fills all places of its contents in its order, and nothing else is
+// A bundle makes all chunks with its contents resident, in its order, and nothing else is
 // asked of the origin.
 func TestBundle(t *testing.T) {
 	m := blocktest.NewImage(t, 40, 1500)
@@ -233,17 +233,17 @@ func TestBundle(t *testing.T) {
 	l.let(l.ends[10]-1, nil)
 	time.Sleep(5 * time.Millisecond)
 	if n := resident(wants); n != first {
-		t.Errorf("%d chunks are here of the %d that have been sent", n, first)
+		t.Errorf("%d chunks are resident, %d were sent", n, first)
 	}
 	for _, p := range l.Parts[:10] {
 		if resident(p.Wants) != len(p.Wants) {
-			t.Error("a part is not here, and one behind it is")
+			t.Error("a part is missing and a later one is resident")
 		}
 	}
 	short, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
 	defer cancel()
 	if err := r.Wait(short, 0.9); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("waiting for what has not come: %v", err)
+		t.Errorf("Wait for more than has come: %v", err)
 	}
 	l.let(1<<40, nil)
 	checkDone(t, r)
@@ -257,7 +257,7 @@ func TestBundle(t *testing.T) {
 	}
 }
 
-// Parts that belong nowhere are skipped.
+// Parts that no chunk of the image has are skipped.
 func TestBundleOfMore(t *testing.T) {
 	w := newWorld(t, blocktest.NewImage(t, 41, 600), fetcher.Options{})
 	wants := w.wants(t)
@@ -272,13 +272,13 @@ func TestBundleOfMore(t *testing.T) {
 	r := w.replay(t, l, nil)
 	checkDone(t, r)
 	if n := resident(wants); n != len(wants)-left || w.origin.Requests() > 0 {
-		t.Errorf("%d of %d chunks are here, %d requests", n, len(wants)-left, w.origin.Requests())
+		t.Errorf("%d of %d chunks are resident, %d requests", n, len(wants)-left, w.origin.Requests())
 	}
 	w.checkAll(t)
 }
 
-// Who reads what a bundle will have soon waits for that, and who reads what is
-// far away in it does not.
+// A reader waits for the bundle if the chunk comes soon by it, and not if the chunk is
+// far away in it.
 func TestReadersOfABundle(t *testing.T) {
 	m := blocktest.NewImage(t, 42, 3000)
 	synctest.Test(t, func(t *testing.T) {
@@ -305,14 +305,14 @@ func TestReadersOfABundle(t *testing.T) {
 			t.Errorf("%d requests", n)
 		}
 		if st := w.fetcher.Stats(); st.Chunks != int64(len(wants)) {
-			t.Errorf("%d chunks were brought, there are %d: what was here was brought again", st.Chunks, len(wants))
+			t.Errorf("%d chunks were fetched, there are %d: resident chunks were fetched again", st.Chunks, len(wants))
 		}
 		w.checkAll(t)
 	})
 }
 
-// A bundle that hangs holds up one reader for as long as it has patience, and the
-// next not at all; whatever the bounds are, and however long it has hung.
+// A bundle that hangs delays one reader for a short time, and the next ones not at all,
+// whatever the bounds are and however long it has hung.
 func TestBundleHangs(t *testing.T) {
 	m := blocktest.NewImage(t, 43, 1500)
 	for _, o := range []fetcher.Options{{}, {MaxRequests: 1}, {MaxBytes: 1 << 20}} {
@@ -378,8 +378,8 @@ func frameOf(t *testing.T, content []byte) []byte {
 	return enc.EncodeAll(content, nil)
 }
 
-// A bundle with one part that is wrong is of no more use; the rest comes chunk by
-// chunk, and nothing is lost or counted wrong.
+// The download of a bundle ends at the first wrong part; the other chunks are fetched one
+// by one, and nothing is lost or counted wrong.
 func TestBundleLies(t *testing.T) {
 	m := blocktest.NewImage(t, 44, 1500)
 	for name, alter := range map[string]func(frame []byte) []byte{
@@ -412,7 +412,7 @@ func TestBundleLies(t *testing.T) {
 				t.Errorf("its sender was distrusted %d times", n)
 			}
 			w.checkAll(t)
-			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "chunk by chunk") || !strings.Contains(lines[0], "digest") {
+			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "one by one") || !strings.Contains(lines[0], "digest") {
 				t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 			}
 			if st := w.fetcher.Stats(); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 {
@@ -447,7 +447,7 @@ func random(n int) []byte {
 	return b
 }
 
-// A body that breaks is taken up again behind the last part that came whole.
+// A download that breaks off resumes behind the last whole part.
 func TestBundleBreaks(t *testing.T) {
 	m := blocktest.NewImage(t, 45, 1500)
 	for name, brk := range map[string]error{"cut": io.EOF, "broken": blocktest.ErrInjected} {
@@ -461,7 +461,7 @@ func TestBundleBreaks(t *testing.T) {
 			checkDone(t, r)
 			w.checkAll(t)
 			if want := []int64{0, l.ends[3], l.ends[4], l.ends[4], l.ends[19]}; !slices.Equal(l.opens(), want) {
-				t.Errorf("taken up at %v, want %v", l.opens(), want)
+				t.Errorf("resumed at %v, want %v", l.opens(), want)
 			}
 			if n := w.origin.Requests(); n > 0 {
 				t.Errorf("%d requests beside the bundle", n)
@@ -473,7 +473,7 @@ func TestBundleBreaks(t *testing.T) {
 	}
 }
 
-// Three tries without progress are the end of it; so is an error that is final.
+// A download ends after three tries without progress, or with a permanent error.
 func TestBundleIsGivenUp(t *testing.T) {
 	m := blocktest.NewImage(t, 46, 1500)
 	gone := errors.New("gone for good")
@@ -515,7 +515,7 @@ func TestBundleIsGivenUp(t *testing.T) {
 	}
 }
 
-// What a bundle has not brought in a minute is still tried as long as anything.
+// A chunk that a bundle has not brought in a minute is still tried for RetryFor.
 func TestBundleDoesNotUseUpTheRetries(t *testing.T) {
 	m := blocktest.NewImage(t, 47, 600)
 	synctest.Test(t, func(t *testing.T) {
@@ -563,11 +563,11 @@ func TestBundleOnABadDisk(t *testing.T) {
 	checkDone(t, r)
 	r.Stop()
 	if resident(last) != len(last) || w.origin.Requests() != 1 || len(l.opens()) != 1 {
-		t.Errorf("%d of %d are here; %d requests, opened at %v", resident(last), len(last), w.origin.Requests(), l.opens())
+		t.Errorf("%d of %d are resident; %d requests, opened at %v", resident(last), len(last), w.origin.Requests(), l.opens())
 	}
 }
 
-// A bundle of which most is here is not downloaded.
+// A bundle that is mostly resident is not downloaded.
 func TestBundleOfWhatIsHere(t *testing.T) {
 	m := blocktest.NewImage(t, 48, 1500)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1})
@@ -595,11 +595,11 @@ func TestBundleOfWhatIsHere(t *testing.T) {
 	checkDone(t, r)
 	r.Stop()
 	if len(l.opens()) > 0 || l.closed != 1 {
-		t.Error("a bundle of which all is here was downloaded")
+		t.Error("a bundle that is resident was downloaded")
 	}
 }
 
-// Who waits for what a bundle was to bring gets it when that is stopped.
+// When a bundle is stopped, a reader that waits for it gets its chunk by a request.
 func TestBundleIsStopped(t *testing.T) {
 	m := blocktest.NewImage(t, 49, 1500)
 	synctest.Test(t, func(t *testing.T) {
@@ -632,7 +632,7 @@ func TestBundleIsStopped(t *testing.T) {
 	})
 }
 
-// Closing the Fetcher ends a bundle at any point.
+// Close ends a bundle download at any point.
 func TestCloseEndsABundle(t *testing.T) {
 	m := blocktest.NewImage(t, 50, 1500)
 	for i := range 30 {
@@ -649,7 +649,7 @@ func TestCloseEndsABundle(t *testing.T) {
 			t.Errorf("a reader got %v", err)
 		}
 		if err := r.Wait(t.Context(), 1); err == nil && resident(wants) < len(wants) {
-			t.Error("it says that all has come")
+			t.Error("Wait says that all has come")
 		} else if err != nil && strings.Contains(err.Error(), "%!") {
 			t.Error(err)
 		}
@@ -665,7 +665,7 @@ func TestCloseEndsABundle(t *testing.T) {
 	}
 }
 
-// The rate is kept with a bundle, too.
+// The rate limit holds for a bundle, too.
 func TestBundleRate(t *testing.T) {
 	m := blocktest.NewImage(t, 51, 12000)
 	synctest.Test(t, func(t *testing.T) {
@@ -681,8 +681,8 @@ func TestBundleRate(t *testing.T) {
 	})
 }
 
-// Two starts at once with the same plan bring each content once, and the one that
-// ends early takes nothing from the other.
+// Two starts at once with the same plan fetch each content once, and the one that ends
+// early takes nothing from the other.
 func TestTwoReplays(t *testing.T) {
 	m := blocktest.NewImage(t, 52, 1500)
 	for _, bundle := range []bool{false, true} {
@@ -740,8 +740,8 @@ func TestTwoReplays(t *testing.T) {
 	}
 }
 
-// Anything at once, over and over, in a cache too small for it: every read is
-// right.
+// Reads, prefetches, replays and bundles at once, in a cache that is too small for them:
+// every read gets the right bytes.
 func TestSoak(t *testing.T) {
 	m := blocktest.NewImage(t, 53, 2500)
 	rounds := 12

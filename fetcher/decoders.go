@@ -8,28 +8,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// decoders are threads that decompress, check and store what nobody waits for.
-// They are of low priority: a start that is given its chunks faster than it
-// reads them would otherwise wait, while both of two processors unpack what
-// it wants later, for them to answer what it reads now. The kernel is asked,
-// and not Go's scheduler, since the program that starts is another process.
+// decoders are threads of low priority that decompress, verify and store prefetched
+// chunks. If they had normal priority, both processors of a small host could be busy with
+// chunks that a start reads later, while it waits for one that it reads now. The kernel's
+// priorities are used, and not Go's scheduler, because the program that starts is another
+// process.
 //
-// A thread that the kernel keeps waiting holds one of Go's GOMAXPROCS all the
-// same, so there should be more of these than decoders: see Options.Decoders.
+// A thread that waits for a processor still holds one of Go's GOMAXPROCS, so there should
+// be more of these than decoders: see Options.Decoders.
 //
-// A job may hang, since it writes to a disk. A thread that has had one for long
-// is replaced by another, and ends when the job does. So the jobs of a source
-// that hang hold up those of others for stuckAfter at most; how many hang is
-// bounded by what a source may have in flight.
+// A job writes to a disk and may hang. A thread whose job takes longer than stuckAfter is
+// replaced by another, and ends with its job. So a source whose jobs hang delays the
+// jobs of others for stuckAfter at most, and how many of its jobs hang is bounded by what
+// it may have in flight.
 type decoders struct {
 	work chan func()
 	wg   sync.WaitGroup
 	once sync.Once // closes work
 }
 
-// niceness is what the decoders' threads have more than the process. A processor
-// that is wanted by others gives them a tenth of its time, and all of it when it is
-// idle.
+// niceness is how much nicer the decoders' threads are than the process. On a processor
+// that other threads want they get a tenth of the time, and on an idle one all of it.
 const niceness = 10
 
 func newDecoders(n int) *decoders {
@@ -41,20 +40,20 @@ func newDecoders(n int) *decoders {
 }
 
 func (d *decoders) run() {
-	// It is never unlocked, so the thread ends with the goroutine, and nobody
-	// else gets one of low priority.
+	// The goroutine never unlocks the thread, so the thread ends with it, and no other
+	// goroutine runs at low priority.
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
-		// The first thread of a process does not end, and its priority is taken
-		// for that of the process. While it is held here, another is found.
+		// The first thread of a process never ends, and tools show its priority as that
+		// of the process. It is held here until another goroutine has got another one.
 		defer runtime.UnlockOSThread()
 		var other sync.WaitGroup
 		other.Go(d.run)
 		other.Wait()
 		return
 	}
-	// Only a sandbox refuses this; then it is as urgent as the rest. The kernel
-	// gives 20 less the niceness.
+	// Only a sandbox refuses this, and then the thread keeps the normal priority. The
+	// system call returns 20 minus the niceness.
 	if p, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Getpid()); err == nil {
 		_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), min(20-p+niceness, 19))
 	}
@@ -65,7 +64,7 @@ func (d *decoders) run() {
 	}
 }
 
-// replaced does a job, and says whether another thread was started meanwhile.
+// replaced does a job, and says whether another thread has replaced this one meanwhile.
 func (d *decoders) replaced(job func()) bool {
 	var mu sync.Mutex
 	var done, replaced bool
@@ -85,18 +84,18 @@ func (d *decoders) replaced(job func()) bool {
 	return replaced
 }
 
-// do has f called as soon as a thread is free, and returns then; or it returns
-// false once hurry is closed.
-func (d *decoders) do(hurry <-chan struct{}, f func()) bool {
+// do hands f to a thread as soon as one is free. It returns false if urgent is closed
+// before that.
+func (d *decoders) do(urgent <-chan struct{}, f func()) bool {
 	select {
 	case d.work <- f:
 		return true
-	case <-hurry:
+	case <-urgent:
 		return false
 	}
 }
 
-// close returns when all threads have ended. Nothing is handed to do any more.
+// close returns when all threads have ended. do must not be called any more.
 func (d *decoders) close() {
 	d.once.Do(func() { close(d.work) })
 	d.wg.Wait()

@@ -15,7 +15,7 @@ import (
 	"thaw/fetcher"
 )
 
-// nice counts the threads of this process that have yielded priority.
+// nice counts the threads of this process that have a low priority.
 func nice(t *testing.T) (n int) {
 	t.Helper()
 	own, err := unix.Getpriority(unix.PRIO_PROCESS, os.Getpid())
@@ -44,7 +44,7 @@ func nice(t *testing.T) (n int) {
 	return n
 }
 
-// The decoders' threads are of low priority, no others are, and they end with the
+// The decoders' threads have a low priority, no others have, and they end with the
 // Fetcher.
 func TestDecodersAreNice(t *testing.T) {
 	settled(t, "those of earlier tests end", func() bool { return nice(t) == 0 })
@@ -68,7 +68,7 @@ func TestDecodersAreNice(t *testing.T) {
 	settled(t, "they end", func() bool { return nice(t) == 0 })
 }
 
-// Who waits for a chunk does not wait for decoders: they may have no processor.
+// A reader does not wait for the decoders, which may get no processor.
 func TestDemandDoesNotWaitForDecoders(t *testing.T) {
 	m := blocktest.NewImage(t, 71, 1500)
 	w := newWorld(t, m, fetcher.Options{Decoders: 2})

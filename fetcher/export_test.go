@@ -1,22 +1,22 @@
 package fetcher
 
-// OccupyDecoders keeps all of them busy until the channel is closed.
+// OccupyDecoders keeps all decoders busy until the channel is closed.
 func (f *Fetcher) OccupyDecoders(until <-chan struct{}) {
 	for range f.o.Decoders {
 		f.decoders.do(nil, func() { <-until })
 	}
 }
 
-// Queued is how long the queues of a Bound are.
+// Queued is how many fetches the queue of a Bound holds.
 func (f *Fetcher) Queued(b *Bound) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(b.src.demand.flights) + len(b.src.prefetch.flights)
+	return b.src.queue.len()
 }
 
-// Flights is how many chunks are on their way.
-func (f *Fetcher) Flights() int {
+// Fetches is how many fetches have not ended.
+func (f *Fetcher) Fetches() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(f.mu.flights)
+	return len(f.mu.fetches)
 }

@@ -86,7 +86,7 @@ func TestConforms(t *testing.T) {
 	})
 }
 
-// An origin that fails in every way, now and then, shows in nothing but time.
+// An origin that fails now and then, in any way, only costs time.
 func TestConformsOverABadOrigin(t *testing.T) {
 	m := blocktest.NewImage(t, 2, 600)
 	for name, f := range map[string]blocktest.Faults{
@@ -106,7 +106,7 @@ func TestConformsOverABadOrigin(t *testing.T) {
 	}
 }
 
-// Each chunk once, however many readers wait for it.
+// Each chunk is fetched once, however many readers wait for it.
 func TestEachChunkOnce(t *testing.T) {
 	m := blocktest.NewImage(t, 3, 2000)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1}) // a chunk a request, to count them
@@ -137,7 +137,7 @@ func TestEachChunkOnce(t *testing.T) {
 	}
 }
 
-// Neighbours in one request.
+// Neighbours share requests.
 func TestNeighbours(t *testing.T) {
 	m := blocktest.NewImage(t, 4, 2000)
 	w := newWorld(t, m, fetcher.Options{})
@@ -156,7 +156,7 @@ func TestNeighbours(t *testing.T) {
 	}
 }
 
-// 32 distinct chunks are under way at once.
+// 32 chunks are in flight at once.
 func TestInFlight(t *testing.T) {
 	m := blocktest.NewImage(t, 5, 6000)
 	synctest.Test(t, func(t *testing.T) {
@@ -192,8 +192,7 @@ func TestBound(t *testing.T) {
 	}
 }
 
-// A demand does not wait behind prefetches, and one that asks for what is being
-// prefetched makes that a demand.
+// A demand does not wait behind prefetches, and promotes a prefetch of the same chunk.
 func TestDemandBeforePrefetch(t *testing.T) {
 	m := blocktest.NewImage(t, 7, 4000)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 4})
@@ -231,7 +230,7 @@ func TestFirstReaderLeaves(t *testing.T) {
 		synctest.Wait()
 		cancel()
 		if err := <-first; !errors.Is(err, context.Canceled) {
-			t.Errorf("who gave up got %v", err)
+			t.Errorf("the reader that gave up got %v", err)
 		}
 		if err := <-second; err != nil {
 			t.Error(err)
@@ -242,8 +241,7 @@ func TestFirstReaderLeaves(t *testing.T) {
 	})
 }
 
-// What stays wrong is an error that names it, and never data; what failed once
-// is tried again by the next reader.
+// Bytes that stay wrong are an error, and never data. The next reader tries again.
 func TestGivesUp(t *testing.T) {
 	m := blocktest.NewImage(t, 9, 300)
 	permanent := errors.New("gone for good")
@@ -277,14 +275,14 @@ func TestGivesUp(t *testing.T) {
 				}
 				w.origin.Set(blocktest.Faults{})
 				if err := w.read(t.Context(), e); err != nil {
-					t.Errorf("once it is mended: %v", err)
+					t.Errorf("when the origin works again: %v", err)
 				}
 			})
 		})
 	}
 }
 
-// A batch of which one chunk is wrong is asked for again in that part alone.
+// Only the wrong chunk of a request is asked for again.
 func TestPartOfABatch(t *testing.T) {
 	m := blocktest.NewImage(t, 10, 1000)
 	w := newWorld(t, m, fetcher.Options{Backoff: time.Millisecond})
@@ -297,7 +295,7 @@ func TestPartOfABatch(t *testing.T) {
 	}
 }
 
-// Retries are spaced, and heed what the origin asks for: by the clock.
+// Pauses between retries grow, and are as long as the origin asks for.
 func TestBackoff(t *testing.T) {
 	m := blocktest.NewImage(t, 11, 300)
 	for name, c := range map[string]struct {
@@ -328,7 +326,7 @@ func TestBackoff(t *testing.T) {
 	}
 }
 
-// Close ends what hangs, and tells who waits.
+// Close ends requests that hang, and readers get ErrClosed.
 func TestClose(t *testing.T) {
 	m := blocktest.NewImage(t, 12, 1000)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 3})
@@ -337,7 +335,7 @@ func TestClose(t *testing.T) {
 	for _, e := range w.places(t, 8) {
 		wg.Go(func() {
 			if err := w.device.Fault(t.Context(), e); !errors.Is(err, blockmap.ErrClosed) {
-				t.Errorf("who waited got %v", err)
+				t.Errorf("a reader got %v", err)
 			}
 		})
 	}
@@ -354,7 +352,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// Two images that share a stream fetch it once, from whichever origin answers.
+// Two images that share a stream fetch it once, from the origin that answers.
 func TestTwoOrigins(t *testing.T) {
 	m := blocktest.NewImage(t, 13, 500)
 	w := newWorld(t, m, fetcher.Options{Backoff: time.Millisecond, RetryFor: 5 * time.Second})

@@ -15,7 +15,7 @@ import (
 	"thaw/fetcher"
 )
 
-// mirrored is an origin with a mirror, which is asked first, as a registry's is.
+// mirrored is an origin with a mirror that is asked first.
 type mirrored struct {
 	mirror, origin *blocktest.Origin
 }
@@ -37,7 +37,7 @@ func newMirrored(m *blocktest.Image) mirrored {
 	return x
 }
 
-// However slow the first try is, another source has the chunk in a few seconds.
+// However slow the first request is, another source brings the chunk in a few seconds.
 func TestSlowTryIsOvertaken(t *testing.T) {
 	// At 100 KB/s the smaller ones come in time.
 	m := large(t, 30, 1<<20)
@@ -106,8 +106,8 @@ func TestSlowTryIsOvertaken(t *testing.T) {
 	}
 }
 
-// Where there is one origin alone that sometimes gives no answer, another request is
-// all it takes.
+// If there is only one origin and it does not answer a request, another request to it is
+// made.
 func TestOneOriginIsAskedAgain(t *testing.T) {
 	m := blocktest.NewImage(t, 150, 2000)
 	for name, fault := range map[string]blocktest.Faults{"no answer": {Mute: true, Left: 1}, "no bytes": {Hang: true, Left: 1}, "1 B/s": {Trickle: 1, Left: 1}} {
@@ -127,7 +127,7 @@ func TestOneOriginIsAskedAgain(t *testing.T) {
 	}
 }
 
-// A reader waits for RetryFor and no longer, whatever the origin does.
+// A reader waits for RetryFor at most, whatever the origin does.
 func TestReadersTimeIsBounded(t *testing.T) {
 	m := large(t, 30, 1<<20)
 	for name, fault := range map[string]blocktest.Faults{
@@ -164,9 +164,9 @@ func TestReadersTimeIsBounded(t *testing.T) {
 	}
 }
 
-// A line that is slow and at work is no reason to ask for more, or to give up: all
-// comes, however long it takes.
-func TestSlowLineIsWaitedFor(t *testing.T) {
+// On a link that is slow and busy no extra requests are made and no chunk is given up,
+// however long it takes.
+func TestSlowLinkIsWaitedFor(t *testing.T) {
 	m := large(t, 60, 1<<20)
 	synctest.Test(t, func(t *testing.T) {
 		o := &far{wire: newWire(400e3, 20*time.Millisecond, 128<<10), ranges: 1}
@@ -184,7 +184,7 @@ func TestSlowLineIsWaitedFor(t *testing.T) {
 		readers.Wait()
 		took, line := time.Since(began), time.Duration(float64(m.Index.Streams[1].BlobSize)/400e3*float64(time.Second))
 		if took > line+line/5 {
-			t.Errorf("it took %v, and the line's time is %v", took, line)
+			t.Errorf("it took %v, and the link's time is %v", took, line)
 		}
 	})
 }
@@ -215,7 +215,7 @@ func TestExtraRequestsAreBounded(t *testing.T) {
 	})
 }
 
-// What nobody waits for is not asked for twice.
+// No extra request is made for a prefetch.
 func TestPrefetchIsNotAskedForTwice(t *testing.T) {
 	m := blocktest.NewImage(t, 152, 1000)
 	synctest.Test(t, func(t *testing.T) {
@@ -233,13 +233,13 @@ func TestPrefetchIsNotAskedForTwice(t *testing.T) {
 		}
 		// And the replay ends some time, whatever hangs.
 		if err := r.Wait(t.Context(), 1); err == nil {
-			t.Error("nothing has come, and that is all")
+			t.Error("the prefetch did not come")
 		}
 		r.Stop()
 	})
 }
 
-// An extra request that fails leaves the first one alone, and the other way round.
+// If the extra request fails, the first one goes on, and the other way round.
 func TestOneOfSeveralTriesFails(t *testing.T) {
 	m := blocktest.NewImage(t, 153, 1000)
 	for name, fault := range map[string]blocktest.Faults{
@@ -281,8 +281,8 @@ func TestOneOfSeveralTriesFails(t *testing.T) {
 	}
 }
 
-// A request for several chunks of which one is wanted at once goes on for the rest
-// when that one has been had from elsewhere.
+// A request whose demanded chunk an extra request has brought goes on for its other
+// chunks.
 func TestRestOfAnOvertakenRequest(t *testing.T) {
 	m := long(t, 40)
 	synctest.Test(t, func(t *testing.T) {
@@ -311,7 +311,7 @@ func TestRestOfAnOvertakenRequest(t *testing.T) {
 	})
 }
 
-// Readers who leave are counted: what nobody waits for any more ends.
+// A fetch ends when all its readers have left.
 func TestReadersLeave(t *testing.T) {
 	m := blocktest.NewImage(t, 160, 4000)
 	synctest.Test(t, func(t *testing.T) {
@@ -350,8 +350,8 @@ func TestReadersLeave(t *testing.T) {
 	})
 }
 
-// One that leaves takes nothing from those who stay: other readers, a replay, who
-// waits for the same content elsewhere, who shares the request.
+// A reader that leaves takes nothing from those that stay: other readers, a replay, a
+// duplicate, other chunks of the request.
 func TestOneReaderLeaves(t *testing.T) {
 	m := blocktest.NewImage(t, 161, 1500)
 	l := long(t, 40)
@@ -375,7 +375,7 @@ func TestOneReaderLeaves(t *testing.T) {
 			}
 			began := time.Now()
 			if err := <-stay; err != nil || time.Since(began) > 2100*time.Millisecond {
-				t.Errorf("who stayed waited for %v more: %v", time.Since(began), err)
+				t.Errorf("the reader that stayed waited for %v more: %v", time.Since(began), err)
 			}
 			synctest.Wait()
 			if n := w.origin.Requests(); n != 1 || w.origin.Alive() != 0 {
@@ -407,8 +407,8 @@ func TestOneReaderLeaves(t *testing.T) {
 	})
 }
 
-// When all who waited at a content have left, its request ends, whoever was first.
-func TestFollowersLeave(t *testing.T) {
+// When all readers of a content have left, its request ends, whichever leaves first.
+func TestReadersOfDuplicatesLeave(t *testing.T) {
 	m := blocktest.NewImage(t, 162, 600)
 	for _, order := range [][]int{{0, 1, 2}, {2, 1, 0}, {1, 2, 0}} {
 		t.Run(fmt.Sprint(order), func(t *testing.T) {
@@ -442,7 +442,7 @@ func TestFollowersLeave(t *testing.T) {
 	}
 }
 
-// Readers come and go at what hangs, in all ways: nothing is left of them.
+// Readers that come and go while everything hangs leave nothing behind.
 func TestComingAndGoing(t *testing.T) {
 	m := blocktest.NewImage(t, 163, 2000)
 	synctest.Test(t, func(t *testing.T) {
@@ -464,8 +464,8 @@ func TestComingAndGoing(t *testing.T) {
 		stop()
 		r.Stop()
 		time.Sleep(2 * time.Second)
-		if n, flights := w.fetcher.Queued(bound), w.fetcher.Flights(); flights != 0 || w.origin.Alive() != 0 {
-			t.Errorf("%d are queued, %d on their way, %d requests go on", n, flights, w.origin.Alive())
+		if n, fetches := w.fetcher.Queued(bound), w.fetcher.Fetches(); fetches != 0 || w.origin.Alive() != 0 {
+			t.Errorf("%d are queued, %d on their way, %d requests go on", n, fetches, w.origin.Alive())
 		}
 		w.origin.Set(blocktest.Faults{})
 		if err := bound.Fetch(t.Context(), wants); err != nil {

@@ -5,31 +5,31 @@ import (
 	"time"
 )
 
-// line is a line of that speed in bytes a second, and the latency of a request.
+// line is a link of that speed in bytes a second, and the latency of a request.
 type line struct {
 	speed   float64
 	latency time.Duration
 }
 
-// run has pieces of a window's eighth land as the line lets them, for some rounds,
-// and returns the windows after each.
+// run has pieces of an eighth of the window arrive at the speed of the link, for some
+// rounds, and returns the window after each.
 func (l line) run(p *pace, now *time.Time, rounds int) (windows []int64) {
 	for range rounds {
 		for range 8 {
 			n := p.window()
-			// What is in flight takes a round trip, or the line's time for it.
+			// What is in flight takes a round trip, or the link's time for it.
 			took := max(l.latency, time.Duration(float64(n)/l.speed*float64(time.Second)))
 			*now = now.Add(took / 8)
 			p.answered(l.latency)
-			p.landed(n/8, *now)
+			p.arrived(n/8, *now)
 		}
 		windows = append(windows, p.window())
 	}
 	return windows
 }
 
-// The window becomes what fills the line for two round trips, or for leastAhead,
-// within its bounds, and follows a line that changes.
+// The window becomes what fills the link for two round trips, or for leastAhead, within
+// its bounds, and follows a link that changes.
 func TestPace(t *testing.T) {
 	const most = 64 << 20
 	for _, c := range []struct {
@@ -58,7 +58,7 @@ func TestPace(t *testing.T) {
 	p := newPace(most)
 	now := time.Now()
 	for range 100 {
-		p.landed(firstWindow, now)
+		p.arrived(firstWindow, now)
 	}
 	if p.window() != firstWindow {
 		t.Errorf("a window of %d without time passing", p.window())

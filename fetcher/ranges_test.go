@@ -12,8 +12,7 @@ import (
 	"thaw/fetcher"
 )
 
-// scattered is every third chunk, in an order of its own, so that few have
-// neighbours.
+// scattered is every third chunk, in random order, so that few have neighbours.
 func scattered(wants []blockmap.Want) (some []blockmap.Want) {
 	for i := 0; i < len(wants); i += 3 {
 		some = append(some, wants[i])
@@ -22,8 +21,8 @@ func scattered(wants []blockmap.Want) (some []blockmap.Want) {
 	return some
 }
 
-// bring replays wants from an origin to their end.
-func (w *world) bring(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
+// fetchAll replays wants from an origin to their end.
+func (w *world) fetchAll(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
 	t.Helper()
 	r := w.fetcher.From(o).Replay(t.Context(), wants, fetcher.ReplayOptions{})
 	if err := r.Wait(t.Context(), 1); err != nil {
@@ -35,8 +34,8 @@ func (w *world) bring(t *testing.T, o fetcher.Origin, wants []blockmap.Want) {
 	}
 }
 
-// Where an origin gives several ranges in one answer, what is fetched ahead comes
-// in fewer requests, each chunk once as ever.
+// If an origin gives several ranges in one answer, prefetches need fewer requests, and each
+// chunk still comes once.
 func TestRangesShareRequests(t *testing.T) {
 	m := blocktest.NewImage(t, 80, 6000)
 	requests := make(map[int]int)
@@ -44,7 +43,7 @@ func TestRangesShareRequests(t *testing.T) {
 		w := newWorld(t, m, fetcher.Options{})
 		w.origin.GiveRanges(ranges)
 		wants := scattered(w.wants(t))
-		w.bring(t, w.origin, wants)
+		w.fetchAll(t, w.origin, wants)
 		for a, n := range w.origin.Asked() {
 			if n != 1 {
 				t.Errorf("%v was asked for %d times", a, n)
@@ -61,7 +60,7 @@ func TestRangesShareRequests(t *testing.T) {
 	}
 }
 
-// Who waits for a chunk gets it by a request of its own, whatever is queued.
+// A demand does not share a request with other ranges, whatever is queued.
 func TestDemandSharesNoRanges(t *testing.T) {
 	m := blocktest.NewImage(t, 81, 3000)
 	synctest.Test(t, func(t *testing.T) {
@@ -86,12 +85,12 @@ func TestDemandSharesNoRanges(t *testing.T) {
 	})
 }
 
-// forgetful says that it gives several ranges, and then does not.
+// forgetful is an origin that says that it gives several ranges, and then does not.
 type forgetful struct{ *blocktest.Origin }
 
 func (forgetful) Ranges() int { return 16 }
 
-// What cannot be had in several ranges, or fails in one of them, comes one by one.
+// Chunks that cannot be read as several ranges, or fail so, are read one by one.
 func TestRangesFail(t *testing.T) {
 	m := blocktest.NewImage(t, 82, 3000)
 	for name, c := range map[string]struct {
@@ -115,7 +114,7 @@ func TestRangesFail(t *testing.T) {
 				}
 				w.origin.Set(c.faults)
 				wants := scattered(w.wants(t))
-				w.bring(t, o, wants)
+				w.fetchAll(t, o, wants)
 				w.checkAll(t)
 				if st := w.fetcher.Stats(); st.Failed != 0 || c.forgets != (st.Retries == 0) {
 					t.Errorf("%+v", st)
@@ -128,7 +127,7 @@ func TestRangesFail(t *testing.T) {
 	}
 }
 
-// What nobody wants any more is not asked for.
+// Prefetches that were stopped are not asked for.
 func TestRangesAreTakenBack(t *testing.T) {
 	m := blocktest.NewImage(t, 83, 3000)
 	synctest.Test(t, func(t *testing.T) {

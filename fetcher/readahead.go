@@ -7,37 +7,36 @@ import (
 	"thaw/blockmap"
 )
 
-// readahead guesses from the chunks that readers demand which they will want
-// next, where no trace says so. It goes by two habits of starts:
+// readahead predicts, from the chunks that readers have demanded, those that they will
+// demand next. It is for starts without a trace, and uses two of their habits:
 //
-// What lies together is read together. Chunks follow files in the order of
-// their layer, so a chunk's neighbours are of the same file, directory or
-// package. Where something nearby has been demanded before, the nearest chunk
-// on each side is likely to be.
+// Starts read what lies together. Chunks follow files in the order of their layer, so the
+// neighbours of a chunk belong to the same file, directory or package. If a chunk nearby
+// was demanded before, the neighbour on each side is likely to be demanded too.
 //
-// What is read in sequence goes on. A demand for the very chunk at which the
-// last guess ended says that all of it was read, and doubles the next one.
+// Starts read in sequence. If the chunk behind the last prediction is demanded, all of
+// the prediction was right, and the next one is twice as long.
 //
-// Over a slow link that takes a quarter off a start, for an eighth to a quarter
-// more bytes: bench/README.md has the figures, and the command that gave them.
+// Over a slow link this makes a start a quarter shorter, for an eighth to a quarter more
+// bytes: bench/README.md has the figures and the commands.
 type readahead struct {
 	mu      sync.Mutex
 	streams map[*blockmap.Stream]*reading
 }
 
-// reading is what is known of the demands of one stream.
+// reading is what is known about the demands of one stream.
 type reading struct {
 	demanded []uint64    // one bit a chunk
-	next     map[int]int // where a guess ended, and how many chunks it had
+	next     map[int]int // the chunk behind a prediction, and how many chunks that had
 }
 
 const (
-	nearby        = 8  // chunks on either side that make a place known
-	mostAhead     = 8  // chunks in a sequence
-	mostSequences = 64 // sequences of a stream that are remembered
+	nearby       = 8  // chunks on either side that count as nearby
+	maxAhead     = 8  // chunks of a prediction in a sequence
+	maxSequences = 64 // predictions of a stream that are remembered
 )
 
-// after returns what to fetch behind demanded chunks.
+// after returns what to prefetch when chunks are demanded.
 func (r *readahead) after(wants []blockmap.Want) (ahead []blockmap.Want) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -57,14 +56,14 @@ func (r *readahead) after(wants []blockmap.Want) (ahead []blockmap.Want) {
 	return ahead
 }
 
-// demand notes that chunk i is demanded, and says how many chunks before and
-// behind it are likely to be.
+// demand notes that chunk i is demanded, and returns how many chunks before and behind it
+// are likely to be demanded next.
 func (s *reading) demand(i int) (before, behind int) {
 	known := s.near(i)
 	s.demanded[i/64] |= 1 << (i % 64)
 	if n, ok := s.next[i]; ok {
 		delete(s.next, i)
-		behind = min(2*n, mostAhead)
+		behind = min(2*n, maxAhead)
 	} else if known {
 		behind = 1
 	}
@@ -72,7 +71,7 @@ func (s *reading) demand(i int) (before, behind int) {
 		before = 1
 	}
 	if behind > 0 {
-		if len(s.next) == mostSequences {
+		if len(s.next) == maxSequences {
 			for old := range s.next {
 				delete(s.next, old) // any: few of them are still being read
 				break
@@ -83,7 +82,7 @@ func (s *reading) demand(i int) (before, behind int) {
 	return before, behind
 }
 
-// near says whether a chunk nearby has been demanded before.
+// near says whether a chunk nearby was demanded before.
 func (s *reading) near(i int) bool {
 	for first := max(i-nearby, 0); first <= i+nearby && first/64 < len(s.demanded); {
 		last := min(first|63, i+nearby)

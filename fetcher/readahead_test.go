@@ -38,9 +38,9 @@ func long(t *testing.T, n int) *blocktest.Image {
 	return m
 }
 
-// ahead demands chunks of stream 1 one after the other, each when the one before
-// and what was fetched with it are here. It returns which had to be waited for,
-// and which are here in the end.
+// ahead demands chunks of stream 1 one after the other, each when the one before and what
+// was prefetched with it are resident. It returns those that the reader waited for, and
+// those that are resident in the end.
 func ahead(t *testing.T, n int, readAhead bool, demands []int) (waited, here []int) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, long(t, n), fetcher.Options{})
@@ -83,8 +83,8 @@ func sequence(from, to int) (s []int) {
 	return s
 }
 
-// A reader in sequence waits at ever larger steps, and each window ends where the
-// next one begins.
+// A reader in sequence waits at ever larger steps; each prediction begins where the last
+// one ended.
 func TestReadAheadInSequence(t *testing.T) {
 	waited, here := ahead(t, 100, true, sequence(20, 60))
 	if want := []int{20, 21, 23, 26, 31, 40, 49, 58}; !slices.Equal(waited, want) {
@@ -94,11 +94,11 @@ func TestReadAheadInSequence(t *testing.T) {
 		t.Errorf("chunks %v were fetched, want %v", here, want)
 	}
 	if waited, here := ahead(t, 100, false, sequence(20, 60)); !slices.Equal(waited, sequence(20, 60)) || !slices.Equal(here, waited) {
-		t.Errorf("without readahead it waited for %v, and %v is here", waited, here)
+		t.Errorf("without readahead it waited for %v, and %v is resident", waited, here)
 	}
 }
 
-// Scattered reads bring nothing but themselves.
+// Scattered reads cause no prefetches.
 func TestReadAheadOfScatteredReads(t *testing.T) {
 	demands := []int{90, 10, 50, 70, 30, 0, 99}
 	if _, here := ahead(t, 100, true, demands); !slices.Equal(here, slices.Sorted(slices.Values(demands))) {
@@ -106,7 +106,7 @@ func TestReadAheadOfScatteredReads(t *testing.T) {
 	}
 }
 
-// Reads near each other bring the neighbours, on both sides.
+// Reads near each other prefetch the neighbours on both sides.
 func TestReadAheadOfNeighbours(t *testing.T) {
 	waited, here := ahead(t, 200, true, []int{100, 105, 104, 64, 63, 191, 199})
 	if want := []int{100, 105, 64, 63, 191, 199}; !slices.Equal(waited, want) {

@@ -16,23 +16,20 @@ import (
 
 // ReplayOptions are the settings of a Replay.
 type ReplayOptions struct {
-	// Rate bounds the bytes a second that are asked of the origin; 0 for no
-	// bound but the Fetcher's.
+	// Rate bounds the bytes a second that the replay asks the origin for; 0 for no limit
+	// but the Fetcher's.
 	Rate int64
-	// Window is how many compressed bytes of the list may be queued, where
-	// neighbours find each other; 16 MiB if zero.
+	// Window is how many compressed bytes of the list are queued at once, so that
+	// neighbours can share requests; 16 MiB by default.
 	Window int64
-	// MaxBytes bounds what the chunks take in the cache, uncompressed; 0 for no
-	// bound. What is beyond it, the bundle's chunks first and then the list, is
-	// left out.
+	// MaxBytes bounds the bytes that the chunks take in the cache; 0 for no limit. The
+	// replay ends there, counting the bundle's chunks first and then the list.
 	MaxBytes int64
-	// Bundle, if there is one, is downloaded first. Its chunks need not be in
-	// the list as well.
+	// Bundle, if not nil, is downloaded first. Its chunks need not be in the list.
 	Bundle *Bundle
 }
 
-// Replay fetches a list of chunks in its order, ahead of readers. What a reader
-// asks for meanwhile goes first, as ever.
+// Replay prefetches a list of chunks in its order. Demands still go first.
 type Replay struct {
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -40,21 +37,21 @@ type Replay struct {
 	mu struct {
 		sync.Mutex
 		p       ReplayProgress
-		changed chan struct{} // closed, and made anew, when p changes
+		changed chan struct{} // closed and replaced when p changes
 	}
 }
 
-// ReplayProgress says how far a Replay is. Bytes are compressed ones.
+// ReplayProgress is the progress of a Replay. Bytes are compressed.
 type ReplayProgress struct {
-	Chunks, Bytes         int64 // of the list, the bundle's included
-	DoneChunks, DoneBytes int64 // here, whoever brought them
-	Failed                int64 // chunks that could not be had
-	Err                   error // of the first of them, or why it was ended
+	Chunks, Bytes         int64 // of the list and the bundle
+	DoneChunks, DoneBytes int64 // resident, or evicted again, whatever brought them
+	Failed                int64 // chunks that were given up
+	Err                   error // of the first of these, or why the replay ended early
 	Began, Ended          time.Time
 }
 
-// Replay starts to fetch wants, which are in the order that they are to come
-// in. It goes on until all are here or given up, until ctx ends, or until Stop.
+// Replay starts to fetch wants, in their order. It ends when all are resident or given
+// up, with ctx, or by Stop.
 func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptions) *Replay {
 	if o.Window == 0 {
 		o.Window = 16 << 20
@@ -71,7 +68,7 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 			"chunks", len(kept), "of", len(wants), "max_bytes", o.MaxBytes)
 		wants = kept
 		if o.Bundle != nil {
-			o.Bundle = o.Bundle.without(kept)
+			o.Bundle = o.Bundle.only(kept)
 		}
 	}
 	r.mu.p.Chunks = int64(len(wants))
@@ -86,8 +83,8 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	return r
 }
 
-// within lists the first of wants that take at most so many bytes. A chunk that is
-// listed twice takes none the second time.
+// within is the first of wants that take at most so many bytes. A chunk that is listed
+// twice counts once.
 func within(wants []blockmap.Want, most int64) []blockmap.Want {
 	if most <= 0 {
 		return wants
@@ -104,33 +101,12 @@ func within(wants []blockmap.Want, most int64) []blockmap.Want {
 	return wants
 }
 
-// without is the bundle without the places that are not in kept, and up to the
-// last part that has any.
-func (b *Bundle) without(kept []blockmap.Want) *Bundle {
-	in := make(map[key]bool, len(kept))
-	for _, w := range kept {
-		in[key{w.Stream, w.Chunk}] = true
-	}
-	less := *b
-	less.Parts = nil
-	last := 0
-	for i, p := range b.Parts {
-		p.Wants = slices.DeleteFunc(slices.Clone(p.Wants), func(w blockmap.Want) bool { return !in[key{w.Stream, w.Chunk}] })
-		less.Parts = append(less.Parts, p)
-		if len(p.Wants) > 0 {
-			last = i + 1
-		}
-	}
-	less.Parts = less.Parts[:last]
-	return &less
-}
-
-// largestFrame is the most that a chunk takes: raw blocks in a zstd frame.
+// largestFrame is the longest frame of a chunk: raw blocks and their headers.
 const largestFrame = blockmap.MaxChunkBlocks*blockmap.BlockSize + 1<<17
 
 func stored(w blockmap.Want) int64 { return int64(w.Table.Chunks[w.Chunk].Stored) }
 
-// run keeps a window of the list in flight.
+// run downloads the bundle, and then keeps a window of the list queued or in flight.
 func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o ReplayOptions) {
 	defer r.update(func(p *ReplayProgress) { p.Ended = time.Now() })
 	limit := rate.NewLimiter(rate.Inf, 0)
@@ -143,22 +119,22 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	}
 	if o.Bundle != nil {
 		var err error
-		if wants, err = r.carry(ctx, b, o.Bundle, limit, wants); errors.Is(err, blockmap.ErrNoSpace) {
+		if wants, err = r.downloadBundle(ctx, b, o.Bundle, limit, wants); errors.Is(err, blockmap.ErrNoSpace) {
 			noRoom(err)
 			return
 		}
 	}
-	var crowd crowd
+	var refusals refusals
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	window := o.Window
 	if o.Rate > 0 {
-		window = min(window, max(o.Rate/4, 1)) // rather than nothing, and then a lot
+		window = min(window, max(o.Rate/4, 1)) // a steady flow, rather than bursts
 	}
-	landed := make(chan landing)
-	flying := make(map[*flight]int)
+	arrived := make(chan arrival)
+	pending := make(map[*fetch]int)
 	var ahead int64
 	ask := func(n int) error {
 		var bytes int64
@@ -167,13 +143,13 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 				return err
 			}
 		}
-		for i, fl := range b.join(wants[:n], nil, prefetch) {
-			l := landing{wants[i], fl}
+		for i, ft := range b.join(wants[:n], nil, prefetch) {
+			l := arrival{wants[i], ft}
 			bytes += stored(l.want)
-			if fl != nil {
-				flying[fl]++
+			if ft != nil {
+				pending[ft]++
 			}
-			wg.Go(func() { l.await(ctx, landed) })
+			wg.Go(func() { l.await(ctx, arrived) })
 		}
 		wants = wants[n:]
 		ahead += bytes
@@ -190,71 +166,72 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 			}
 		}
 		select {
-		case l := <-landed:
+		case l := <-arrived:
 			n := stored(l.want)
 			ahead -= n
-			delete(flying, l.flight)
+			delete(pending, l.fetch)
 			r.update(l.count)
-			if err := l.unkept(); crowd.full(err) {
-				b.f.forget(flying, err)
+			if err := l.notStored(); refusals.full(err) {
+				b.f.cancelPrefetches(pending, err)
 				noRoom(err)
 				return
 			}
 		case <-ctx.Done():
-			b.f.forget(flying, context.Cause(ctx))
+			b.f.cancelPrefetches(pending, context.Cause(ctx))
 			r.update(func(p *ReplayProgress) { p.Err = cmp.Or(p.Err, context.Cause(ctx)) })
 			return
 		}
 	}
 }
 
-// landing is the end of the way of one chunk; flight is nil where it was here
-// before.
-type landing struct {
-	want   blockmap.Want
-	flight *flight
+// arrival is the end of one chunk's fetch, which is nil if the chunk was resident.
+type arrival struct {
+	want  blockmap.Want
+	fetch *fetch
 }
 
-func (l landing) await(ctx context.Context, landed chan<- landing) {
-	if l.flight != nil {
+// await sends the arrival when the fetch ends.
+func (l arrival) await(ctx context.Context, arrived chan<- arrival) {
+	if l.fetch != nil {
 		select {
-		case <-l.flight.done:
+		case <-l.fetch.done:
 		case <-ctx.Done():
 			return
 		}
 	}
 	select {
-	case landed <- l:
+	case arrived <- l:
 	case <-ctx.Done():
 	}
 }
 
-// unkept is why a chunk that came could not be kept.
-func (l landing) unkept() error {
-	var unkept *storeError
-	if l.flight == nil || !errors.As(l.flight.err, &unkept) {
+// notStored is why the cache did not keep a chunk that came.
+func (l arrival) notStored() error {
+	var notStored *storeError
+	if l.fetch == nil || !errors.As(l.fetch.err, &notStored) {
 		return nil
 	}
-	return l.flight.err
+	return l.fetch.err
 }
 
-func (l landing) count(p *ReplayProgress) {
-	if l.flight != nil && l.flight.err != nil && !l.want.Stream.Has(l.want.Chunk) {
+// count adds the arrival to the progress.
+func (l arrival) count(p *ReplayProgress) {
+	if l.fetch != nil && l.fetch.err != nil && !l.want.Stream.Has(l.want.Chunk) {
 		p.Failed++
-		p.Err = cmp.Or(p.Err, l.flight.err)
+		p.Err = cmp.Or(p.Err, l.fetch.err)
 		return
 	}
-	// It may have had to go again, if the cache is small.
+	// In a small cache it may have been evicted since; it counts all the same.
 	p.DoneChunks++
 	p.DoneBytes += stored(l.want)
 }
 
-// carry downloads the bundle, and returns those of wants that it did not bring, and
-// what ended it if that was before its end.
-func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
+// downloadBundle downloads the bundle. It returns those of wants that the bundle did not
+// bring, and the error that ended the download early.
+func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
 	var mu sync.Mutex
 	came := make(map[key]bool)
-	err := b.carry(ctx, bundle, limit, func(p Part) {
+	err := b.downloadBundle(ctx, bundle, limit, func(p Part) {
 		var bytes int64
 		mu.Lock()
 		for _, w := range p.Wants {
@@ -269,27 +246,10 @@ func (r *Replay) carry(ctx context.Context, b *Bound, bundle *Bundle, limit *rat
 	})
 	left := slices.DeleteFunc(slices.Clone(wants), func(w blockmap.Want) bool { return came[key{w.Stream, w.Chunk}] })
 	if err != nil && ctx.Err() == nil && !errors.Is(err, blockmap.ErrNoSpace) {
-		b.f.log.Warn("the bundle is of no more use; what it did not bring is fetched chunk by chunk",
+		b.f.log.Warn("the bundle download failed, so thaw fetches the chunks that it did not bring one by one",
 			"err", err, "came", len(came), "left", len(left))
 	}
 	return left, err
-}
-
-// before lists the wants of a bundle, and then those of rest that are not in it.
-func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
-	seen := make(map[key]bool)
-	for _, p := range b.Parts {
-		for _, w := range p.Wants {
-			seen[key{w.Stream, w.Chunk}] = true
-			all = append(all, w)
-		}
-	}
-	for _, w := range rest {
-		if !seen[key{w.Stream, w.Chunk}] {
-			all = append(all, w)
-		}
-	}
-	return all
 }
 
 func (r *Replay) update(f func(p *ReplayProgress)) {
@@ -300,15 +260,15 @@ func (r *Replay) update(f func(p *ReplayProgress)) {
 	r.mu.changed = make(chan struct{})
 }
 
-// Progress says how far it is.
+// Progress returns the progress so far.
 func (r *Replay) Progress() ReplayProgress {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.mu.p
 }
 
-// Wait returns when share (0 to 1) of the list's bytes are here, or when no
-// more will come: with an error then, unless it was enough.
+// Wait returns nil when share (0 to 1) of the bytes are resident. It returns an error when
+// the replay has ended before that.
 func (r *Replay) Wait(ctx context.Context, share float64) error {
 	for {
 		r.mu.Lock()
@@ -328,8 +288,8 @@ func (r *Replay) Wait(ctx context.Context, share float64) error {
 	}
 }
 
-// Stop ends it, if it has not ended, and returns when nothing of it is left.
-// What nobody has asked for is not fetched any more.
+// Stop ends the replay, and returns when it has ended. Chunks that no reader wants are not
+// fetched any more.
 func (r *Replay) Stop() {
 	r.cancel()
 	<-r.done

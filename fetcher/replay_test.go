@@ -43,13 +43,13 @@ func TestReplay(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	if n := len(w.wants(t)); before > n*4/5 {
-		t.Errorf("%d requests for %d chunks: neighbours did not travel together", before, n)
+		t.Errorf("%d requests for %d chunks: neighbours did not share them", before, n)
 	}
 	r.Stop()
 }
 
-// A reader does not wait for what is ahead of it in the list; and each chunk is
-// fetched once all the same.
+// A reader does not wait for chunks that are earlier in the list, and each chunk is still
+// fetched once.
 func TestReplayUnderReaders(t *testing.T) {
 	m := blocktest.NewImage(t, 31, 3000)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 8})
@@ -74,7 +74,7 @@ func TestReplayUnderReaders(t *testing.T) {
 	}
 }
 
-// Stop ends what nobody waits for.
+// Stop cancels what no reader waits for.
 func TestReplayStops(t *testing.T) {
 	m := blocktest.NewImage(t, 32, 3000)
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 2})
@@ -85,7 +85,7 @@ func TestReplayStops(t *testing.T) {
 	}
 	r.Stop()
 	if err := r.Wait(t.Context(), 1); err == nil {
-		t.Error("it was stopped, and says that it is done")
+		t.Error("Wait says that a stopped replay is done")
 	}
 	asked := w.origin.Requests()
 	if asked > 2 {
@@ -101,7 +101,7 @@ func TestReplayStops(t *testing.T) {
 	}
 }
 
-// What cannot be had is counted, and the rest comes.
+// Chunks that are given up are counted, and the others come.
 func TestReplayGoesOn(t *testing.T) {
 	m := blocktest.NewImage(t, 33, 1000)
 	gone := errors.New("gone")
@@ -116,7 +116,7 @@ func TestReplayGoesOn(t *testing.T) {
 	}
 }
 
-// The rate is kept, by the clock.
+// A replay keeps its rate limit.
 func TestReplayRate(t *testing.T) {
 	m := blocktest.NewImage(t, 34, 12000)
 	synctest.Test(t, func(t *testing.T) {

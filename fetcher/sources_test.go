@@ -36,7 +36,7 @@ func (w *world) with(t testing.TB, m *blocktest.Image) *image {
 	return x
 }
 
-// apart cuts wants so that each is alone.
+// apart makes a list of each want.
 func apart(wants []blockmap.Want) (each [][]blockmap.Want) {
 	for i := range wants {
 		each = append(each, wants[i:i+1])
@@ -44,8 +44,8 @@ func apart(wants []blockmap.Want) (each [][]blockmap.Want) {
 	return each
 }
 
-// However many origins hang, and in whatever way, with readers and what is fetched
-// ahead waiting for each: the next one is served as if it was alone.
+// However many origins hang, in whatever way, with demands and prefetches waiting for
+// each: the next origin is served as if it were alone.
 func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 	good := blocktest.NewImage(t, 100, 3000)
 	var bad []*blocktest.Image
@@ -129,7 +129,7 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 	}
 }
 
-// Beside k origins that hang the next one has 1/(k+2) of what all may have.
+// Beside k origins that hang the next one gets 1/(k+2) of the pool.
 func TestSharesOfTheBounds(t *testing.T) {
 	good := blocktest.NewImage(t, 120, 6000)
 	var bad []*blocktest.Image
@@ -176,8 +176,8 @@ func TestSharesOfTheBounds(t *testing.T) {
 	}
 }
 
-// What a source has queued and has no room for is in nobody's way, its own least of
-// all: demand goes before what is ahead, in whatever order they were asked for.
+// Fetches that have no room are in nobody's way: demands go before prefetches of the same
+// source, in whatever order they were asked for.
 func TestDemandBehindAPrefetchThatHangs(t *testing.T) {
 	m := blocktest.NewImage(t, 135, 4000)
 	synctest.Test(t, func(t *testing.T) {
@@ -228,8 +228,8 @@ func (f *hungFile) WriteAt(p []byte, off int64) (int, error) {
 	return f.File.WriteAt(p, off)
 }
 
-// A large chunk that has no room beside requests that hang does not hold up small
-// ones behind it, and has its turn.
+// A large chunk that has no room beside requests that hang does not delay the small ones
+// behind it, and gets its turn.
 func TestLargeChunkAtTheHead(t *testing.T) {
 	small, largest := long(t, 60), large(t, 3, 1<<20)
 	synctest.Test(t, func(t *testing.T) {
@@ -263,8 +263,8 @@ func TestLargeChunkAtTheHead(t *testing.T) {
 	})
 }
 
-// A disk that hangs under one image holds up no other: neither the threads that
-// decompress nor the tokens are all taken.
+// A disk that hangs under one image delays no other: neither the decoders nor the tokens
+// are all taken.
 func TestDiskThatHangsUnderOneImage(t *testing.T) {
 	bad, good := blocktest.NewImage(t, 140, 4000), blocktest.NewImage(t, 141, 3000)
 	disk := &hungDisk{FS: blockmap.OS, release: make(chan struct{})}
@@ -310,8 +310,8 @@ func TestDiskThatHangsUnderOneImage(t *testing.T) {
 	ahead.Stop()
 }
 
-// Two images share a stream, and the origin of the first hangs: who reads the
-// second has it from there in a few seconds, by any way.
+// Two images share a stream, and the origin of the first hangs: a reader of the second gets
+// its chunks from the second's origin in a few seconds.
 func TestSharedWithAnOriginThatHangs(t *testing.T) {
 	m := blocktest.NewImage(t, 145, 2000)
 	for _, ahead := range []bool{false, true} {
@@ -352,7 +352,7 @@ func TestSharedWithAnOriginThatHangs(t *testing.T) {
 	}
 }
 
-// The same content in another stream does not wait either.
+// So does a reader of another stream with the same content.
 func TestContentSharedWithAnOriginThatHangs(t *testing.T) {
 	m := blocktest.NewImage(t, 146, 600)
 	synctest.Test(t, func(t *testing.T) {

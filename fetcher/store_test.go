@@ -43,7 +43,7 @@ func roomless(t *testing.T, m *blocktest.Image, fault error, log *warnings) (*wo
 
 var diskFaults = map[string]error{"full": unix.ENOSPC, "quota": unix.EDQUOT, "bad": unix.EIO, "read-only": unix.EROFS, "no files": unix.EMFILE}
 
-// Whatever is wrong with the disk, who reads gets right bytes.
+// Whatever is wrong with the disk, readers get the right bytes.
 func TestReadersOfABadDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 170, 2000)
 	for name, fault := range diskFaults {
@@ -71,7 +71,7 @@ func TestReadersOfABadDisk(t *testing.T) {
 	}
 }
 
-// What is fetched ahead and has no room ends soon, and quietly.
+// A replay that finds no room ends soon, with one line in the log.
 func TestReplayOnABadDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 171, 8000)
 	for name, fault := range diskFaults {
@@ -107,19 +107,19 @@ func TestReplayOnABadDisk(t *testing.T) {
 	}
 }
 
-// Hints that find no room say nothing.
+// Hints that find no room log nothing.
 func TestHintsOnABadDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 172, 1000)
 	var log warnings
 	w, bound := roomless(t, m, unix.ENOSPC, &log)
 	bound.Prefetch(w.wants(t))
-	settled(t, "all are over", func() bool { return w.fetcher.Flights() == 0 })
+	settled(t, "all are over", func() bool { return w.fetcher.Fetches() == 0 })
 	if lines := log.lines(); len(lines) != 0 {
 		t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 	}
 }
 
-// Who waits for a part of a bundle gets it when the disk has no room for it.
+// A reader gets a part of a bundle that the disk has no room for.
 func TestBundleOnAFullDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 173, 2000)
 	synctest.Test(t, func(t *testing.T) {
@@ -144,7 +144,7 @@ func TestBundleOnAFullDisk(t *testing.T) {
 	})
 }
 
-// All of the quota is in use by others: who reads something else gets it.
+// When all of the quota is in use, a reader of something else still gets it.
 func TestQuotaInUse(t *testing.T) {
 	m := blocktest.NewImage(t, 174, 3000)
 	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 2 << 20})
@@ -182,8 +182,8 @@ func TestQuotaInUse(t *testing.T) {
 	}
 }
 
-// A prefetch is bounded by what the cache has room for, in the order of its list,
-// and is done then.
+// A replay is bounded by what the cache has room for, in the order of its list, and is done
+// then.
 func TestReplayWithinBounds(t *testing.T) {
 	m := blocktest.NewImage(t, 175, 2000)
 	for _, bundle := range []bool{false, true} {

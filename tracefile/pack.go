@@ -3,8 +3,6 @@ package tracefile
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -75,7 +73,7 @@ type packer struct {
 	bundle  *Bundle
 	at      []int64 // of each part's frame in scratch, which has room for it as it was
 	scratch Scratch
-	dec     *zstd.Decoder
+	dec     *blockmap.ChunkDecoder
 	enc     *zstd.Encoder
 	slots   chan struct{} // a token for each chunk that is compressed
 }
@@ -93,9 +91,8 @@ func newPacker(p *Plan, scratch Scratch) (*packer, error) {
 	if err != nil {
 		return nil, err
 	}
-	k.dec, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true),
-		zstd.WithDecoderMaxMemory(blockmap.MaxChunkBlocks*blockmap.BlockSize))
-	return k, err
+	k.dec = blockmap.NewChunkDecoder(cap(k.slots))
+	return k, nil
 }
 
 func (k *packer) close() {
@@ -154,9 +151,9 @@ func (k *packer) read(ctx context.Context, r *packRun, open func(context.Context
 		if _, err := io.ReadFull(body, frame); err != nil {
 			return err
 		}
-		content, err := k.dec.DecodeAll(frame, make([]byte, 0, c.Size()))
-		if err != nil || blockmap.Digest(sha256.Sum256(content)) != c.Digest {
-			return errors.Join(fmt.Errorf("%d bytes at %d: %w", c.Stored, c.Offset, blockmap.ErrDigest), err)
+		content, err := k.dec.Decode(c, frame, nil)
+		if err != nil {
+			return fmt.Errorf("%d bytes at %d: %w", c.Stored, c.Offset, err)
 		}
 		select {
 		case k.slots <- struct{}{}:

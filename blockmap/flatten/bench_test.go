@@ -10,6 +10,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
 )
 
 // discard is a Target that keeps nothing.
@@ -21,7 +23,7 @@ func (discard) PushBytes(context.Context, v1.Descriptor, []byte) error          
 func (discard) Tagged(context.Context, string) ([]byte, error)                     { return nil, nil }
 func (discard) PushManifest(context.Context, v1.Descriptor, []byte, string) error  { return nil }
 func (discard) PushFile(context.Context, v1.Descriptor, string, func(int64)) error { return nil }
-func (discard) OpenRange(context.Context, v1.Hash, int64, int64) (io.ReadCloser, error) {
+func (discard) OpenRange(context.Context, blockmap.Digest, int64, int64) (io.ReadCloser, error) {
 	return nil, os.ErrNotExist
 }
 
@@ -73,7 +75,7 @@ func BenchmarkConvert(b *testing.B) {
 	b.Run("decompress", func(b *testing.B) {
 		for b.Loop() {
 			in := open()
-			r, err := decompress(b.Context(), in, semaphore.NewWeighted(maxWindow))
+			r, err := decompress(b.Context(), in, semaphore.NewWeighted(blockmap.MaxWindow))
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -52,7 +52,7 @@ type Target interface {
 	PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error
 	// OpenRange reads n bytes of a blob from off, or ends in an error. They are
 	// checked by who reads them.
-	OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error)
+	OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 }
 
 // Options are the settings of a build. What is built depends on the first four

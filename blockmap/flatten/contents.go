@@ -2,15 +2,11 @@ package flatten
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"sort"
-
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/klauspost/compress/zstd"
 
 	"thaw/blockmap"
 	"thaw/blockmap/ext4"
@@ -21,10 +17,10 @@ import (
 // for the chunks that hold what is wanted.
 type contents struct {
 	src interface {
-		OpenRange(ctx context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error)
+		OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 	}
 	streams []blockmap.Table // not sealed yet
-	dec     *zstd.Decoder
+	dec     *blockmap.ChunkDecoder
 	held    []heldChunk // the one used last comes first
 	budget  int64       // bytes of chunks that may still be read
 	failed  error       // of the target: what it did not give is not known to be absent
@@ -47,12 +43,8 @@ const (
 // errBudget says that a guess is as good as it gets for what it may cost.
 var errBudget = errors.New("too much was read already")
 
-func newContents(src Target, streams []blockmap.Table) (*contents, error) {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true))
-	if err != nil {
-		return nil, err
-	}
-	return &contents{src: src, streams: streams, dec: dec, budget: maxGuessReads}, nil
+func newContents(src Target, streams []blockmap.Table) *contents {
+	return &contents{src: src, streams: streams, dec: blockmap.NewChunkDecoder(1), budget: maxGuessReads}
 }
 
 func (c *contents) close() { c.dec.Close() }
@@ -154,7 +146,7 @@ func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
 }
 
 func (c *contents) fetch(ctx context.Context, t *blockmap.Table, x *blockmap.Chunk) ([]byte, error) {
-	r, err := c.src.OpenRange(ctx, hashOf(t.Blob), x.Offset, int64(x.Stored))
+	r, err := c.src.OpenRange(ctx, t.Blob, x.Offset, int64(x.Stored))
 	if err != nil {
 		return nil, err
 	}
@@ -163,12 +155,12 @@ func (c *contents) fetch(ctx context.Context, t *blockmap.Table, x *blockmap.Chu
 	if _, err := io.ReadFull(r, stored); err != nil {
 		return nil, unexpected(err)
 	}
-	b, err := c.dec.DecodeAll(stored, make([]byte, 0, x.Size()))
-	if err == nil && len(b) == x.Size() && sha256.Sum256(b) == x.Digest {
-		return b, nil
+	b, err := c.dec.Decode(x, stored, nil)
+	if err != nil {
+		if d, ok := r.(interface{ Distrust() }); ok {
+			d.Distrust()
+		}
+		return nil, err
 	}
-	if d, ok := r.(interface{ Distrust() }); ok {
-		d.Distrust()
-	}
-	return nil, blockmap.ErrDigest
+	return b, nil
 }

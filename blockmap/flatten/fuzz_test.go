@@ -128,7 +128,7 @@ func convertPlain(t testing.TB, layer []byte, out io.Writer) (*blockmap.Table, [
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // a header can ask for 16 TiB of hole
 	defer cancel()
-	r, err := decompress(ctx, bytes.NewReader(layer), semaphore.NewWeighted(maxWindow))
+	r, err := decompress(ctx, bytes.NewReader(layer), semaphore.NewWeighted(blockmap.MaxWindow))
 	if err != nil {
 		return nil, nil, err
 	}

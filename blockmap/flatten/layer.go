@@ -82,7 +82,7 @@ func newConverter(chunkSize, level int, log *slog.Logger) (*converter, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &converter{c, semaphore.NewWeighted(maxWindow), log}, nil
+	return &converter{c, semaphore.NewWeighted(blockmap.MaxWindow), log}, nil
 }
 
 // convert reads the tar of a layer, compressed or not, and writes the contents
@@ -381,12 +381,9 @@ func dropper(log *slog.Logger) func(attribute, entry string) {
 	}
 }
 
-// The window of a zstd layer: the most that is read, and what most layers have
-// at most. Layers with larger ones are converted one by one.
-const (
-	maxWindow    = 128 << 20
-	commonWindow = 8 << 20
-)
+// commonWindow is the largest window of most zstd layers. Layers with larger ones,
+// up to blockmap.MaxWindow, are converted one by one.
+const commonWindow = 8 << 20
 
 // decompress looks at the first bytes of a layer, which are believed before its
 // media type: images whose media types are wrong are in use. windows is what
@@ -411,12 +408,12 @@ func decompress(ctx context.Context, r io.Reader, windows *semaphore.Weighted) (
 		memory := int64(commonWindow)
 		var h zstd.Header
 		if h.Decode(head) == nil && !h.Skippable && h.WindowSize > commonWindow {
-			memory = maxWindow
+			memory = blockmap.MaxWindow
 		}
 		if err := windows.Acquire(ctx, memory); err != nil {
 			return nil, context.Cause(ctx)
 		}
-		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		z, err := blockmap.NewZstdReader(b)
 		if err != nil {
 			windows.Release(memory)
 			return nil, fmt.Errorf("read the zstd layer: %w", err)

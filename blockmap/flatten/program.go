@@ -67,10 +67,7 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []blockmap.Table) 
 	if err := json.Unmarshal(b.src.Config, &c); err != nil {
 		return nil, nil // diffIDs has read it
 	}
-	contents, err := newContents(b.dst, streams)
-	if err != nil {
-		return nil, err
-	}
+	contents := newContents(b.dst, streams)
 	defer contents.close()
 	g := &guesser{
 		log: b.Log, tree: t, contents: contents, env: make(map[string]string),

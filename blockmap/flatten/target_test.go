@@ -104,7 +104,8 @@ func (t *dirTarget) PushManifest(_ context.Context, d v1.Descriptor, raw []byte,
 	return os.WriteFile(t.path("tags", tag), []byte(d.Digest.Hex), 0o644)
 }
 
-func (t *dirTarget) OpenRange(_ context.Context, digest v1.Hash, off, n int64) (io.ReadCloser, error) {
+func (t *dirTarget) OpenRange(_ context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
+	digest := hashOf(blob)
 	if t.ranged != nil {
 		if err := t.ranged(digest); err != nil {
 			return nil, err

@@ -3,7 +3,6 @@ package flatten
 import (
 	"bufio"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
 	"thaw/blockmap"
@@ -147,10 +145,7 @@ func verifyConfig(ctx context.Context, m *Image, open Opener) error {
 // verifyStream reads a stream's blob from its beginning to its end, and writes
 // its content to w.
 func verifyStream(ctx context.Context, t *blockmap.Table, d v1.Descriptor, open Opener, w io.Writer) error {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecodeAllCapLimit(true))
-	if err != nil {
-		return err
-	}
+	dec := blockmap.NewChunkDecoder(1)
 	defer dec.Close()
 	body, err := open(ctx, d)
 	if err != nil {
@@ -171,12 +166,9 @@ func verifyStream(ctx context.Context, t *blockmap.Table, d v1.Descriptor, open 
 			return unexpected(err)
 		}
 		content = grow(content, c.Size())
-		got, err := dec.DecodeAll(stored, content[:0:c.Size()])
+		got, err := dec.Decode(c, stored, content)
 		if err != nil {
-			return fmt.Errorf("chunk %d at byte %d of blob %v: %w: %w", i, c.Offset, t.Blob, blockmap.ErrCorrupt, err)
-		}
-		if len(got) != c.Size() || sha256.Sum256(got) != c.Digest {
-			return fmt.Errorf("chunk %d at byte %d of blob %v: %w", i, c.Offset, t.Blob, blockmap.ErrDigest)
+			return fmt.Errorf("chunk %d at byte %d of blob %v: %w", i, c.Offset, t.Blob, err)
 		}
 		if _, err := w.Write(got); err != nil {
 			return err

@@ -277,7 +277,7 @@ func TestBadBundles(t *testing.T) {
 	if n := s.lines("a bundle cannot be used"); n != len(bad) {
 		t.Errorf("%d lines for %d bad bundles:\n%s", n, len(bad), s.stderr.String())
 	}
-	if s.lines("the bundle is of no more use") != 1 || s.lines("replaying a trace") != 1 {
+	if s.lines("the bundle download failed") != 1 || s.lines("replaying a trace") != 1 {
 		t.Errorf("of the bundle that lies it says:\n%s", s.stderr.String())
 	}
 	before := len(p.take())
@@ -360,7 +360,7 @@ func TestRegistryDiesWithinABundle(t *testing.T) {
 		return cut(w, r)
 	})
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto")
-	if !s.said("the bundle is of no more use") {
+	if !s.said("the bundle download failed") {
 		t.Errorf("it does not say that the bundle is lost:\n%s", s.stderr.String())
 	}
 	qemuRead(t, s.uri(), "read 0 64k") // what comes first

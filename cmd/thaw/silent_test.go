@@ -146,6 +146,28 @@ func TestRefusedWithPartsMissing(t *testing.T) {
 	}
 }
 
+// A registry that fails is not one that says nothing: what it answers is said.
+func TestFailingRegistryIsTold(t *testing.T) {
+	reg := startRegistry(t, "", t.TempDir(), "")
+	p := startProxy(t, reg.addr)
+	ref := p.host() + "/team/app:v1"
+	push(t, ref, sample(t))
+	must(t, "build", "--size", "64M", ref)
+	cache := t.TempDir()
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache, "--fetch-ahead", "none")
+	s.term()
+	p.set(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Retry-After", "60")
+		http.Error(w, "out of disk", http.StatusInternalServerError)
+		return false
+	})
+	s = serving(t, ref, "--listen", "unix:"+socket(t), "--cache", cache, "--fetch-ahead", "none")
+	if !s.said("serving from the cache alone") || !s.said("500") || !s.said("out of disk") {
+		t.Errorf("it does not say what the registry answers:\n%s", s.stderr.String())
+	}
+	s.term()
+}
+
 // A lost blob is told without anybody waiting for that.
 func TestLostBlobIsTold(t *testing.T) {
 	reg := startRegistry(t, "", t.TempDir(), "")

@@ -19,6 +19,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
 )
 
 // tool pipes b through a program.
@@ -619,7 +621,7 @@ func FuzzXZGuard(f *testing.F) {
 		runtime.ReadMemStats(&before)
 		io.Copy(io.Discard, io.LimitReader(z, 1<<20))
 		runtime.ReadMemStats(&after)
-		if n := after.TotalAlloc - before.TotalAlloc; n > 3*maxWindow {
+		if n := after.TotalAlloc - before.TotalAlloc; n > 3*blockmap.MaxWindow {
 			t.Fatalf("%d MiB for %d bytes", n>>20, len(b))
 		}
 	})

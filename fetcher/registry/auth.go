@@ -2,16 +2,10 @@ package registry
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 )
@@ -49,7 +43,7 @@ type authorizer struct {
 		sync.Mutex
 		challenge *challenge
 		tokens    [2]token // to pull, to push
-		flights   [2]*flight
+		renewals  [2]*renewal
 		login     *loginCall // under way
 		broken    error      // why the credentials could not be read, the last time
 	}
@@ -67,8 +61,8 @@ type token struct {
 	renew  time.Time // zero: when it is refused
 }
 
-// flight is a token on its way.
-type flight struct {
+// renewal is a token that one request gets while others wait for it.
+type renewal struct {
 	done   chan struct{}
 	header string
 	err    error
@@ -119,12 +113,12 @@ func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *
 			a.mu.Unlock()
 			return t.header, nil
 		}
-		f := a.mu.flights[i]
+		f := a.mu.renewals[i]
 		if f == nil {
-			f = &flight{done: make(chan struct{})}
-			a.mu.flights[i] = f
+			f = &renewal{done: make(chan struct{})}
+			a.mu.renewals[i] = f
 			a.mu.Unlock()
-			a.fly(ctx, f, i, ch)
+			a.complete(ctx, f, i, ch)
 			return f.header, f.err
 		}
 		a.mu.Unlock()
@@ -140,11 +134,12 @@ func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *
 	}
 }
 
-func (a *authorizer) fly(ctx context.Context, f *flight, i int, ch *challenge) {
+// complete gets the token of a renewal, and tells those who wait.
+func (a *authorizer) complete(ctx context.Context, f *renewal, i int, ch *challenge) {
 	t, err := a.fetch(ctx, i == slot(true), ch)
 	f.header, f.err = t.header, err
 	a.mu.Lock()
-	a.mu.tokens[i], a.mu.flights[i] = t, nil
+	a.mu.tokens[i], a.mu.renewals[i] = t, nil
 	if err == nil {
 		a.mu.challenge = ch
 	}
@@ -242,239 +237,4 @@ func (a *authorizer) explain(resp *http.Response) (*http.Response, error) {
 		return resp, nil
 	}
 	return nil, a.because(badStatus(resp))
-}
-
-func basic(l Login) string {
-	return "Basic " + base64.StdEncoding.EncodeToString([]byte(l.Username+":"+l.Password))
-}
-
-// exchange gets a token from the realm that the registry named.
-func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, login Login) (token, error) {
-	realm, err := url.Parse(ch.params["realm"])
-	if err != nil || realm.Host == "" || realm.User != nil {
-		return token{}, errors.New("the realm in its challenge is not a URL")
-	}
-	// The password goes there.
-	if realm.Scheme != "https" && (realm.Scheme != "http" || a.root.Scheme != "http" && !isLoopback(realm.Hostname())) {
-		return token{}, fmt.Errorf("the realm in its challenge, %s, is not HTTPS", redact(realm))
-	}
-	actions := "pull"
-	if push {
-		actions = "pull,push"
-	}
-	var scopes []string
-	if !a.foreign { // who knows what the repository is called there
-		scopes = []string{"repository:" + a.repository + ":" + actions}
-	}
-	if s := ch.params["scope"]; s != "" && !slices.Contains(scopes, s) && len(s) < 1024 {
-		scopes = append(scopes, s)
-	}
-	if login.IdentityToken != "" {
-		form := url.Values{
-			"grant_type":    {"refresh_token"},
-			"refresh_token": {login.IdentityToken},
-			"client_id":     {"thaw"},
-			"scope":         {strings.Join(scopes, " ")},
-		}
-		if s := ch.params["service"]; s != "" {
-			form.Set("service", s)
-		}
-		t, err := a.ask(ctx, http.MethodPost, realm, form, "")
-		if s := statusOf(err); s != http.StatusNotFound && s != http.StatusMethodNotAllowed {
-			return t, err
-		}
-	}
-	q := realm.Query()
-	q["scope"] = scopes
-	if s := ch.params["service"]; s != "" {
-		q.Set("service", s)
-	}
-	auth := ""
-	if login.Username != "" || login.Password != "" {
-		q.Set("account", login.Username)
-		auth = basic(login)
-	}
-	u := *realm
-	u.RawQuery = q.Encode()
-	return a.ask(ctx, http.MethodGet, &u, nil, auth)
-}
-
-// ask requests a token, and follows redirects. The password goes to another host
-// than the one that the registry named in no case, nor does the refresh token.
-func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form url.Values, auth string) (token, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, a.client.opts.HeaderTimeout, errStalled)
-	defer cancel()
-	sent := time.Now()
-	resp, err := a.send(ctx, method, u, form, auth)
-	for n := 0; err == nil && isRedirect(resp.StatusCode); n++ {
-		v := resp.Header.Get("Location")
-		resp.Body.Close()
-		next, bad := u.Parse(v)
-		switch {
-		case bad != nil, v == "", next.Host == "", next.Scheme != "https" && next.Scheme != u.Scheme, n == maxRedirects:
-			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
-		case next.Host != u.Host || next.Scheme != u.Scheme && u.Scheme == "https":
-			if form != nil {
-				return token{}, fmt.Errorf("%s: the token service redirects to %s, which must not have the identity token", redact(u), next.Host)
-			}
-			auth = ""
-		}
-		if resp.StatusCode == http.StatusSeeOther && form != nil {
-			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
-		}
-		next.User = nil
-		u = next
-		resp, err = a.send(ctx, method, u, form, auth)
-	}
-	if err != nil {
-		return token{}, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		err := badStatus(resp)
-		a.client.toldToWait(u.Host, RetryAfter(err))
-		return token{}, err
-	}
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 256<<10))
-	if err != nil {
-		return token{}, noAnswer(resp.Request, err)
-	}
-	t, err := readToken(b, sent)
-	if err != nil {
-		return token{}, fmt.Errorf("%s: %w", redact(u), err)
-	}
-	return t, nil
-}
-
-func isRedirect(status int) bool {
-	switch status {
-	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		return true
-	}
-	return false
-}
-
-func (a *authorizer) send(ctx context.Context, method string, u *url.URL, form url.Values, auth string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), strings.NewReader(form.Encode()))
-	if err != nil {
-		return nil, errors.New("the realm in its challenge is not a URL")
-	}
-	req.Header.Set("User-Agent", a.client.opts.UserAgent)
-	if form != nil {
-		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-	}
-	if auth != "" {
-		req.Header.Set("Authorization", auth)
-	}
-	resp, err := a.client.transport.RoundTrip(req)
-	if err != nil {
-		return nil, noAnswer(req, err)
-	}
-	return resp, nil
-}
-
-// readToken reads what a token service answers. Some write the seconds as a
-// string, or null.
-func readToken(b []byte, sent time.Time) (token, error) {
-	var answer struct {
-		Token       string          `json:"token"`
-		AccessToken string          `json:"access_token"`
-		ExpiresIn   json.RawMessage `json:"expires_in"`
-	}
-	// Not the error of the parser: it may quote the token.
-	if json.Unmarshal(b, &answer) != nil {
-		return token{}, errors.New("the answer cannot be read")
-	}
-	if answer.Token == "" {
-		answer.Token = answer.AccessToken
-	}
-	if answer.Token == "" || strings.ContainsFunc(answer.Token, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
-		return token{}, errors.New("there is no token in the answer")
-	}
-	// The token spec: 60 seconds where nothing is said.
-	life := 60 * time.Second
-	if s, err := strconv.ParseFloat(strings.Trim(string(answer.ExpiresIn), `" `), 64); err == nil && s > 0 {
-		life = time.Duration(min(s, 30*24*3600) * float64(time.Second))
-	}
-	return token{header: "Bearer " + answer.Token, renew: sent.Add(life - min(life/10, 10*time.Second))}, nil
-}
-
-// challenge is what a registry wants.
-type challenge struct {
-	scheme string // "bearer" or "basic"
-	params map[string]string
-}
-
-// readChallenge takes the first bearer challenge of the WWW-Authenticate
-// headers, or else the first basic one (RFC 9110, 11.6.1).
-func readChallenge(headers []string) *challenge {
-	var found *challenge
-	for _, h := range headers {
-		for h = strings.TrimLeft(h, " \t,"); h != ""; h = strings.TrimLeft(h, " \t,") {
-			var c challenge
-			c.scheme, h = cutToken(h)
-			if c.scheme == "" {
-				break
-			}
-			c.scheme = strings.ToLower(c.scheme)
-			c.params, h = readParams(h)
-			if c.scheme == "bearer" && c.params["realm"] != "" {
-				return &c
-			}
-			if c.scheme == "basic" && found == nil {
-				found = &c
-			}
-		}
-	}
-	return found
-}
-
-// readParams reads name=value pairs up to the next scheme.
-func readParams(s string) (map[string]string, string) {
-	params := make(map[string]string)
-	for {
-		s = strings.TrimLeft(s, " \t,")
-		name, rest := cutToken(s)
-		rest = strings.TrimLeft(rest, " \t")
-		if name == "" || !strings.HasPrefix(rest, "=") {
-			return params, s
-		}
-		rest = strings.TrimLeft(rest[1:], " \t")
-		var value string
-		if strings.HasPrefix(rest, `"`) {
-			value, rest = cutQuoted(rest[1:])
-		} else {
-			value, rest = cutToken(rest)
-			if value == "" {
-				return params, ""
-			}
-		}
-		params[strings.ToLower(name)] = value
-		s = rest
-	}
-}
-
-// cutToken cuts off a token (RFC 9110, 5.6.2), leniently.
-func cutToken(s string) (string, string) {
-	i := strings.IndexFunc(s, func(c rune) bool { return c <= ' ' || c >= 0x7f || strings.ContainsRune(`",=`, c) })
-	if i < 0 {
-		return s, ""
-	}
-	return s[:i], s[i:]
-}
-
-func cutQuoted(s string) (string, string) {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		switch s[i] {
-		case '"':
-			return b.String(), s[i+1:]
-		case '\\':
-			if i++; i == len(s) {
-				return b.String(), ""
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String(), ""
 }

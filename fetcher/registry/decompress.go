@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"compress/bzip2"
 	"context"
 	"errors"
 	"fmt"
@@ -13,16 +12,10 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 )
 
 const (
-	// maxWindow is the most memory that a decoder of an archive may take for
-	// its window, as much as the tools take that write with it.
-	maxWindow = 128 << 20
-
 	// An archive is decompressed to this many bytes at most, and this many for
 	// each of its own. More is nothing but zeros, or an attack.
 	archiveBase   = 16 << 30
@@ -144,21 +137,16 @@ func decompress(r io.Reader) (plain io.ReadCloser, kind string, err error) {
 	case isTar(head): // whatever its first member is called
 		return nil, "", nil
 	case begins("\x1f\x8b"):
-		kind = "gzip"
-		z, err := gzip.NewReader(b)
-		return z, kind, err
+		z, err := newGzipReader(b)
+		return z, "gzip", err
 	case begins("\x28\xb5\x2f\xfd"), len(head) >= 4 && head[0]&0xf0 == 0x50 && string(head[1:4]) == "\x2a\x4d\x18":
-		kind = "zstd"
-		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, kind, err
-		}
-		return z.IOReadCloser(), kind, nil
+		z, err := newZstdReader(b)
+		return z, "zstd", err
 	case begins(xzMagic):
 		z, err := newXZReader(b)
 		return z, "xz", err
 	case begins("BZh") && len(head) >= 10 && string(head[4:10]) == "1AY&SY":
-		return io.NopCloser(bzip2.NewReader(b)), "bzip2", nil
+		return newBzip2Reader(b), "bzip2", nil
 	}
 	for magic, name := range map[string]string{
 		"\x04\x22\x4d\x18": "lz4", "LZIP": "lzip", "PK\x03\x04": "zip", "\x89LZO": "lzop", "7z\xbc\xaf\x27\x1c": "7z",

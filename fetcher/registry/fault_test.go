@@ -123,7 +123,7 @@ func faultyRepo(t *testing.T, o Options) (*faulty, *Repo, v1.Descriptor, []byte)
 }
 
 func readRange(ctx context.Context, r *Repo, h v1.Hash, off, n int64) ([]byte, error) {
-	rc, err := r.OpenRange(ctx, h, off, n)
+	rc, err := r.OpenRange(ctx, digestOf(h), off, n)
 	if err != nil {
 		return nil, err
 	}
@@ -678,5 +678,45 @@ func TestTLS(t *testing.T) {
 	insecure := openRepo(t, dial(newClient(t, Options{Insecure: []string{"example.com"}})), "example.com/app")
 	if _, err := readRange(ctx, insecure, hashOf(layer), 10, 1000); !errors.Is(err, ErrNotFound) {
 		t.Errorf("%v", err)
+	}
+}
+
+// What the registry has answered so far can be told while an operation goes on
+// trying.
+func TestLastFailure(t *testing.T) {
+	f, r, _, _ := faultyRepo(t, Options{backoff: time.Hour})
+	if err := r.LastFailure(time.Time{}); err != nil {
+		t.Errorf("before any request has failed: %v", err)
+	}
+	began := time.Now()
+	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+		w.Header().Set("Content-Type", "text/plain")
+		w.WriteHeader(http.StatusInternalServerError)
+		io.WriteString(w, "the disk is on fire")
+		return true
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	resolved := make(chan error, 1)
+	go func() {
+		_, err := r.Resolve(ctx, nil)
+		resolved <- err
+	}()
+	for deadline := time.Now().Add(10 * time.Second); r.LastFailure(began) == nil && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if err := r.LastFailure(began); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "500") || !strings.Contains(err.Error(), "the disk is on fire") {
+		t.Errorf("%v", err)
+	}
+	if err := r.LastFailure(time.Now().Add(time.Second)); err != nil {
+		t.Errorf("what came before that: %v", err)
+	}
+	cancel()
+	if err := <-resolved; err == nil {
+		t.Error("the image was found")
+	}
+	dir := openRepo(t, newClient(t, Options{}), "oci:"+t.TempDir())
+	if _, err := dir.Resolve(t.Context(), nil); err == nil || dir.LastFailure(time.Time{}) != nil {
+		t.Errorf("a layout: %v", dir.LastFailure(time.Time{}))
 	}
 }

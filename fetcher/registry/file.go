@@ -13,6 +13,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
 )
 
 // errNotRegular says that something lies where a file is expected.
@@ -112,6 +114,9 @@ func newSum() sum { return sum{sha256.New()} }
 func (s sum) hash() v1.Hash {
 	return v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(s.Sum(nil))}
 }
+
+// hashFrom is a digest as registries have it.
+func hashFrom(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
 
 func hashOf(b []byte) v1.Hash {
 	s := newSum()

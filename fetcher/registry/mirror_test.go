@@ -173,7 +173,7 @@ func TestMirrors(t *testing.T) {
 	})
 	t.Run("it sends wrong bytes", func(t *testing.T) {
 		r := open(t)
-		rc, err := r.OpenRange(ctx, l.Digest, 0, 1000)
+		rc, err := r.OpenRange(ctx, digestOf(l.Digest), 0, 1000)
 		if err != nil {
 			t.Fatal(err)
 		}

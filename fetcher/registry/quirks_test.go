@@ -843,7 +843,7 @@ func TestRangeGuessed(t *testing.T) {
 		}
 		w.Write(layer)
 	}))
-	rc, err := r.OpenRange(t.Context(), l.Digest, 5000, 100)
+	rc, err := r.OpenRange(t.Context(), digestOf(l.Digest), 5000, 100)
 	if err != nil {
 		t.Fatal(err)
 	}

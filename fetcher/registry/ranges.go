@@ -16,10 +16,9 @@ import (
 	"sync/atomic"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-)
 
-// A Range is the N bytes of a blob from Off.
-type Range struct{ Off, N int64 }
+	"thaw/blockmap"
+)
 
 // maxRanges of one request. They spare most of what requests cost, see
 // BenchmarkRanges, in a header of some 300 bytes.
@@ -40,18 +39,19 @@ func (r *Repo) Ranges() int {
 // an error. A nil reader without an error is the answer where Ranges is 1, or
 // has become 1 by this call: ask for each by OpenRange then. For the rest it is
 // as OpenRange.
-func (r *Repo) OpenRanges(ctx context.Context, digest v1.Hash, ranges []Range) (io.ReadCloser, error) {
+func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
+	digest := hashFrom(blob)
 	m, ok := r.reader.(*remote)
 	if !ok || len(ranges) > maxRanges {
 		return nil, nil
 	}
-	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b Range) int { return cmp.Compare(a.Off, b.Off) })
+	sorted := slices.SortedFunc(slices.Values(ranges), func(a, b blockmap.Extent) int { return cmp.Compare(a.Start, b.Start) })
 	var end int64
 	for _, x := range sorted {
-		if x.N <= 0 || x.Off < end || x.Off+x.N < x.Off {
+		if x.End <= x.Start || x.Start < end {
 			return nil, fmt.Errorf("read blob %s of %s: the ranges %v are not apart", digest, r, ranges)
 		}
-		end = x.Off + x.N
+		end = x.End
 	}
 	b, release, err := race(ctx, m, digest, m.holders(digest, ""), func(ctx context.Context, e *endpoint) (*Body, error) {
 		return e.openRanges(ctx, digest, ranges)
@@ -92,7 +92,7 @@ func (s *several) most() int {
 }
 
 // openRanges gives nil without an error where the source does not give several.
-func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Range) (*Body, error) {
+func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []blockmap.Extent) (*Body, error) {
 	s := &e.src.several.state
 	if !e.src.givesRanges() {
 		return nil, nil
@@ -108,8 +108,8 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []Rang
 		if i > 0 {
 			header = append(header, ',')
 		}
-		header = fmt.Appendf(header, "%d-%d", x.Off, x.Off+x.N-1)
-		n += x.N
+		header = fmt.Appendf(header, "%d-%d", x.Start, x.End-1)
+		n += x.Len()
 	}
 	resp, err := e.ask(ctx, digest, string(header))
 	if err != nil {
@@ -167,7 +167,7 @@ type parts struct {
 	body     io.ReadCloser
 	r        *bufio.Reader
 	boundary []byte // with the dashes before it
-	ranges   []Range
+	ranges   []blockmap.Extent
 	left     int64 // of the part
 	after    bool  // a part, whose end comes first
 	src      *source
@@ -230,7 +230,7 @@ func (p *parts) next() error {
 		case err == bufio.ErrBufferFull:
 			return bad("a line of a part's header is longer than %d bytes", p.r.Size())
 		case err == io.EOF:
-			return fmt.Errorf("%w before the part from byte %d", ErrTruncated, want.Off)
+			return fmt.Errorf("%w before the part from byte %d", ErrTruncated, want.Start)
 		case err != nil:
 			return err
 		}
@@ -238,13 +238,13 @@ func (p *parts) next() error {
 		switch {
 		case !begun:
 			if begun = bytes.Equal(line, p.boundary); !begun && (len(line) > 0 || p.after) {
-				return bad("%.80q where the part from byte %d should begin", line, want.Off)
+				return bad("%.80q where the part from byte %d should begin", line, want.Start)
 			}
 		case len(line) == 0:
 			if !found {
 				return bad("a part does not say where it is from")
 			}
-			p.left, p.ranges, p.after = want.N, p.ranges[1:], true
+			p.left, p.ranges, p.after = want.Len(), p.ranges[1:], true
 			return nil
 		default:
 			name, value, _ := strings.Cut(string(line), ":")
@@ -255,8 +255,8 @@ func (p *parts) next() error {
 			if err != nil {
 				return bad("%w", err)
 			}
-			if first != want.Off || last != want.Off+want.N-1 {
-				return bad("bytes %d-%d come, %d-%d were next", first, last, want.Off, want.Off+want.N-1)
+			if first != want.Start || last != want.End-1 {
+				return bad("bytes %d-%d come, %d-%d were next", first, last, want.Start, want.End-1)
 			}
 			found = true
 		}

@@ -18,22 +18,24 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"thaw/blockmap"
 )
 
-var someRanges = []Range{{70_001, 300_000}, {3, 10}, {1 << 20, 1}, {1<<20 + 1, 9}, {2 << 20, 3}}
+var someRanges = []blockmap.Extent{blockmap.Range(70_001, 300_000), blockmap.Range(3, 10), blockmap.Range(1<<20, 1), blockmap.Range(1<<20+1, 9), blockmap.Range(2<<20, 3)}
 
 // bytesOf are what is to come of ranges.
-func bytesOf(content []byte, ranges []Range) (all []byte) {
+func bytesOf(content []byte, ranges []blockmap.Extent) (all []byte) {
 	for _, x := range ranges {
-		all = append(all, content[x.Off:x.Off+x.N]...)
+		all = append(all, content[x.Start:x.End]...)
 	}
 	return all
 }
 
 // readRanges gives nil without an error where the ranges have to be asked for
 // one by one.
-func readRanges(r *Repo, h v1.Hash, ranges []Range) ([]byte, error) {
-	rc, err := r.OpenRanges(context.Background(), h, ranges)
+func readRanges(r *Repo, h v1.Hash, ranges []blockmap.Extent) ([]byte, error) {
+	rc, err := r.OpenRanges(context.Background(), digestOf(h), ranges)
 	if err != nil || rc == nil {
 		return nil, err
 	}
@@ -93,16 +95,16 @@ func TestRanges(t *testing.T) {
 
 func TestRangesMisused(t *testing.T) {
 	f, r, l, _ := faultyRepo(t, Options{})
-	for _, ranges := range [][]Range{
-		{{5, 3}, {3, 3}}, {{0, 10}, {9, 5}}, {{-1, 3}, {10, 5}}, {{0, 0}, {10, 5}}, {{0, 5}, {10, -1}}, {{5, 1}, {6, 1<<63 - 1}},
+	for _, ranges := range [][]blockmap.Extent{
+		{blockmap.Range(5, 3), blockmap.Range(3, 3)}, {blockmap.Range(0, 10), blockmap.Range(9, 5)}, {blockmap.Range(-1, 3), blockmap.Range(10, 5)}, {blockmap.Range(0, 0), blockmap.Range(10, 5)}, {blockmap.Range(0, 5), blockmap.Range(10, -1)}, {blockmap.Range(5, 1), blockmap.Range(6, 1<<63-1)},
 	} {
 		if _, err := readRanges(r, l.Digest, ranges); err == nil || Temporary(err) {
 			t.Errorf("%v: %v", ranges, err)
 		}
 	}
-	many := make([]Range, maxRanges+1)
+	many := make([]blockmap.Extent, maxRanges+1)
 	for i := range many {
-		many[i] = Range{int64(i) * 2, 1}
+		many[i] = blockmap.Range(int64(i)*2, 1)
 	}
 	if b, err := readRanges(r, l.Digest, many); b != nil || err != nil || f.requests.Load() != 0 {
 		t.Errorf("%d bytes, %v, %d requests", len(b), err, f.requests.Load())
@@ -127,7 +129,7 @@ func contentRange(off, n int) string {
 // another try may mend, or it is said that the ranges have to be asked for one by
 // one; and they can be then.
 func TestRangesFaults(t *testing.T) {
-	ranges := []Range{{100, 5000}, {90_000, 8000}}
+	ranges := []blockmap.Extent{blockmap.Range(100, 5000), blockmap.Range(90_000, 8000)}
 	layer := noise(2<<20+3, 7)
 	a, b := string(layer[100:5100]), string(layer[90_000:98_000])
 	answer := func(contentType, body string) http.HandlerFunc {
@@ -234,7 +236,7 @@ func TestRangesFaults(t *testing.T) {
 				t.Errorf("then %d bytes, %v", len(got), err)
 			}
 			for _, x := range ranges {
-				if b, err := readRange(t.Context(), r, l.Digest, x.Off, x.N); err != nil || !bytes.Equal(b, layer[x.Off:x.Off+x.N]) {
+				if b, err := readRange(t.Context(), r, l.Digest, x.Start, x.Len()); err != nil || !bytes.Equal(b, layer[x.Start:x.End]) {
 					t.Errorf("one of them: %v", err)
 				}
 			}
@@ -291,7 +293,7 @@ func TestRangesOfMirrors(t *testing.T) {
 	origin.set(asBlob(serveContent(layer)))
 	mirror.set(asBlob(serveContent(layer)))
 
-	rc, err := r.OpenRanges(t.Context(), l.Digest, someRanges)
+	rc, err := r.OpenRanges(t.Context(), digestOf(l.Digest), someRanges)
 	if err != nil || rc.(*Body).Source() != mirror.URL {
 		t.Fatalf("%v", err)
 	}
@@ -346,7 +348,7 @@ func TestRangesWithoutEnd(t *testing.T) {
 		<-r.Context().Done()
 	}))
 	start := time.Now()
-	ranges := []Range{{3, 5}, {100, 9}}
+	ranges := []blockmap.Extent{blockmap.Range(3, 5), blockmap.Range(100, 9)}
 	if b, err := readRanges(r, l.Digest, ranges); err != nil || !bytes.Equal(b, bytesOf(layer, ranges)) {
 		t.Errorf("%d bytes, %v", len(b), err)
 	}
@@ -365,7 +367,7 @@ func BenchmarkRanges(b *testing.B) {
 		b.Run(fmt.Sprintf("ranges=%d", each), func(b *testing.B) {
 			b.SetBytes(n * size)
 			for b.Loop() {
-				requests := make(chan []Range)
+				requests := make(chan []blockmap.Extent)
 				var wg sync.WaitGroup
 				for range 5 {
 					wg.Go(func() {
@@ -377,9 +379,9 @@ func BenchmarkRanges(b *testing.B) {
 					})
 				}
 				for i := 0; i < n; i += each {
-					var ranges []Range
+					var ranges []blockmap.Extent
 					for j := i; j < min(i+each, n); j++ {
-						ranges = append(ranges, Range{int64(j) * stride, size})
+						ranges = append(ranges, blockmap.Range(int64(j)*stride, size))
 					}
 					requests <- ranges
 				}
@@ -391,13 +393,13 @@ func BenchmarkRanges(b *testing.B) {
 }
 
 // readAny reads ranges as a fetcher does, and counts their bytes.
-func readAny(r *Repo, h v1.Hash, ranges []Range) (int64, error) {
+func readAny(r *Repo, h v1.Hash, ranges []blockmap.Extent) (int64, error) {
 	var rc io.ReadCloser
 	var err error
 	if len(ranges) == 1 {
-		rc, err = r.OpenRange(context.Background(), h, ranges[0].Off, ranges[0].N)
+		rc, err = r.OpenRange(context.Background(), digestOf(h), ranges[0].Start, ranges[0].Len())
 	} else {
-		rc, err = r.OpenRanges(context.Background(), h, ranges)
+		rc, err = r.OpenRanges(context.Background(), digestOf(h), ranges)
 	}
 	if err != nil {
 		return 0, err
@@ -455,7 +457,7 @@ func FuzzParts(f *testing.F) {
 		if how%2 == 1 {
 			in = iotest.OneByteReader(in)
 		}
-		ranges := []Range{{2, 3}, {9, 1}}
+		ranges := []blockmap.Extent{blockmap.Range(2, 3), blockmap.Range(9, 1)}
 		p := &parts{body: io.NopCloser(in), r: bufio.NewReaderSize(in, 64), boundary: []byte("--b"), ranges: ranges,
 			src: &source{log: slog.New(slog.DiscardHandler)}}
 		got, err := io.ReadAll(&Body{rc: p, left: 4})

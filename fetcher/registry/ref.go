@@ -108,6 +108,9 @@ func parseRegistry(s string) (Ref, error) {
 	if s == "" {
 		return Ref{}, errors.New("it is empty")
 	}
+	if strings.HasPrefix(s, "/") || strings.HasPrefix(s, "./") || strings.HasPrefix(s, "../") {
+		return Ref{}, errors.New("it is a path, and not the name of a repository")
+	}
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {
 		return Ref{}, fmt.Errorf("write it without %s://, as %s", scheme, rest)
 	}
@@ -137,8 +140,9 @@ func parseRegistry(s string) (Ref, error) {
 	} else if digest == (v1.Hash{}) {
 		r.Tag = "latest"
 	}
-	if r.Registry == dockerHub && r.Repository != "" && !strings.Contains(r.Repository, "/") {
-		r.Repository = "library/" + r.Repository
+	given := r.Repository
+	if r.Registry == dockerHub && given != "" && !strings.Contains(given, "/") {
+		r.Repository = "library/" + given
 	}
 	switch {
 	case r.Repository == "":
@@ -147,7 +151,7 @@ func parseRegistry(s string) (Ref, error) {
 		return Ref{}, errors.New("the name of the repository is longer than 255 bytes")
 	case !reRepository.MatchString(r.Repository):
 		return Ref{}, fmt.Errorf("%q is not the name of a repository: lower-case letters and digits, "+
-			"parted by . _ or -, in components parted by /", r.Repository)
+			"parted by . _ or -, in components parted by /", given)
 	}
 	return r, nil
 }

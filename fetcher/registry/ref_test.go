@@ -51,7 +51,10 @@ func TestParseRef(t *testing.T) {
 		{"", "it is empty"},
 		{"https://registry.example/app", "write it without https://, as registry.example/app"},
 		{"Registry.example/App", "not the name of a repository"},
-		{"App", "not the name of a repository"},
+		{"App", `"App" is not the name of a repository`}, // and not library/App, which nobody has written
+		{"./dir", "it is a path"},
+		{"../dir:tag", "it is a path"},
+		{"/var/lib/image.tar", "it is a path"},
 		{"registry.example/app:", "is not a tag"},
 		{"registry.example/app:-x", "is not a tag"},
 		{"registry.example/app:" + strings.Repeat("x", 129), "is not a tag"},

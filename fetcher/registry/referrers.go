@@ -14,6 +14,93 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
+// Referrers gives the manifests whose subject is the one given, those of the
+// given types if there are any, with their annotations. It asks the referrers
+// API and the fallback tag, at the registry or at a mirror that is trusted to
+// resolve.
+//
+// A descriptor in such a list is only a claim of whoever may push there: its
+// manifest says what it is and what its subject is.
+func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTypes ...string) ([]v1.Descriptor, error) {
+	fail := func(err error) ([]v1.Descriptor, error) {
+		return nil, fmt.Errorf("find referrers of %s in %s: %w", subject.Digest, r, err)
+	}
+	all, err := r.finder.referrers(ctx, subject, artifactTypes)
+	if err != nil {
+		return fail(err)
+	}
+	seen := make(map[v1.Hash]bool)
+	all = slices.DeleteFunc(all, func(d v1.Descriptor) bool {
+		again := d.Digest.Algorithm != "sha256" || seen[d.Digest]
+		seen[d.Digest] = true
+		return again
+	})
+	if len(artifactTypes) == 0 {
+		return all, nil
+	}
+	lookErr := r.look(ctx, subject, all)
+	if ctx.Err() != nil {
+		return fail(lookErr)
+	}
+	found := slices.DeleteFunc(all, func(d v1.Descriptor) bool { return !slices.Contains(artifactTypes, d.ArtifactType) })
+	// One that cannot be looked at does not hide the others, and is not none.
+	if len(found) == 0 && Temporary(lookErr) {
+		return fail(lookErr)
+	}
+	return found, nil
+}
+
+// untyped says that a list of referrers does not say what d is: some leave it
+// out, and some take the type of the config for it, as drafts of the spec did.
+func untyped(d v1.Descriptor) bool {
+	return d.ArtifactType == "" || d.ArtifactType == string(types.OCIEmptyJSON) || d.ArtifactType == string(types.DockerConfigJSON) ||
+		strings.Contains(d.ArtifactType, ".config.")
+}
+
+// Bounds of the manifests that are looked at to find out what they are: in all,
+// and at once.
+const maxLooks, looksAtOnce = 64, 8
+
+// look completes the descriptors of a list that do not say what they are, by
+// their manifests. One that is about another subject loses its type. The error
+// is of the last manifest that could not be had.
+func (r *Repo) look(ctx context.Context, subject v1.Descriptor, list []v1.Descriptor) error {
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var failed error
+	slots := make(chan struct{}, looksAtOnce)
+	looks := 0
+	for i, d := range list {
+		if !untyped(d) {
+			continue
+		}
+		if looks++; looks > maxLooks {
+			break
+		}
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			raw, err := r.Manifest(ctx, d)
+			if err != nil {
+				mu.Lock()
+				failed = err
+				mu.Unlock()
+				return
+			}
+			s, full, err := asReferrer(raw, d)
+			switch {
+			case err != nil || s == nil:
+			case s.Digest != subject.Digest:
+				list[i].ArtifactType = ""
+			default:
+				list[i] = full
+			}
+		})
+	}
+	wg.Wait()
+	return failed
+}
+
 // referrers asks the origin and the mirrors that are trusted to resolve. Such a
 // mirror that knows of none is not believed: it may be older than they are, or
 // not know the API.

@@ -16,6 +16,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"thaw/blockmap"
 )
 
 // trickle sends an answer that never ends, a byte now and then, until the client
@@ -123,7 +125,7 @@ func TestTrickle(t *testing.T) {
 func TestSlowReader(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{StallTimeout: 100 * time.Millisecond})
 	_ = f
-	rc, err := r.OpenRange(t.Context(), l.Digest, 0, l.Size)
+	rc, err := r.OpenRange(t.Context(), digestOf(l.Digest), 0, l.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +198,7 @@ func TestMirrorHangs(t *testing.T) {
 			var b []byte
 			var err error
 			if i%4 == 0 {
-				ranges := []Range{{off, 10}, {off + 100, 10}}
+				ranges := []blockmap.Extent{blockmap.Range(off, 10), blockmap.Range(off+100, 10)}
 				if b, err = readRanges(r, l.Digest, ranges); err == nil && b != nil && !bytes.Equal(b, bytesOf(layer, ranges)) {
 					t.Error("wrong ranges")
 				}
@@ -267,7 +269,7 @@ func TestMirrorLateOnce(t *testing.T) {
 	})
 	from := make(map[string]int)
 	for range 10 {
-		rc, err := r.OpenRange(t.Context(), l.Digest, 0, 10)
+		rc, err := r.OpenRange(t.Context(), digestOf(l.Digest), 0, 10)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -290,7 +292,7 @@ func TestOpenRangeElsewhere(t *testing.T) {
 	mirror.set(asBlob(func(w http.ResponseWriter, r *http.Request) {
 		trickle(w, r, http.Header{"Content-Range": {"bytes 0-99999/2097155"}, "Content-Length": {"100000"}}, 206, nil)
 	}))
-	late, err := r.OpenRange(ctx, l.Digest, 0, 100_000)
+	late, err := r.OpenRange(ctx, digestOf(l.Digest), 0, 100_000)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,7 +302,7 @@ func TestOpenRangeElsewhere(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	rc, err := r.OpenRangeElsewhere(ctx, l.Digest, 0, 100_000, late.(*Body).Source())
+	rc, err := r.OpenRangeElsewhere(ctx, digestOf(l.Digest), 0, 100_000, late.(*Body).Source())
 	if err != nil || rc == nil {
 		t.Fatal(rc, err)
 	}
@@ -316,26 +318,26 @@ func TestOpenRangeElsewhere(t *testing.T) {
 		t.Error("a mirror that trickled does not rest")
 	}
 	// The only other source rests; of the origin alone there is no other.
-	if rc, err := r.OpenRangeElsewhere(ctx, l.Digest, 0, 10, origin.URL); rc != nil || err != nil {
+	if rc, err := r.OpenRangeElsewhere(ctx, digestOf(l.Digest), 0, 10, origin.URL); rc != nil || err != nil {
 		t.Errorf("%v, %v", rc, err)
 	}
 	alone := openRepo(t, newClient(t, Options{}), origin.host()+"/app:v1")
-	if rc, err := alone.OpenRangeElsewhere(ctx, l.Digest, 0, 10, origin.URL); rc != nil || err != nil {
+	if rc, err := alone.OpenRangeElsewhere(ctx, digestOf(l.Digest), 0, 10, origin.URL); rc != nil || err != nil {
 		t.Errorf("%v, %v", rc, err)
 	}
 	dir := openRepo(t, newClient(t, Options{}), "oci:"+t.TempDir())
-	if rc, err := dir.OpenRangeElsewhere(ctx, l.Digest, 0, 10, ""); rc != nil || err != nil {
+	if rc, err := dir.OpenRangeElsewhere(ctx, digestOf(l.Digest), 0, 10, ""); rc != nil || err != nil {
 		t.Errorf("%v, %v", rc, err)
 	}
 	for _, x := range [][2]int64{{-1, 5}, {0, 0}, {5, 1<<63 - 1}} {
-		if _, err := r.OpenRangeElsewhere(ctx, l.Digest, x[0], x[1], ""); err == nil {
+		if _, err := r.OpenRangeElsewhere(ctx, digestOf(l.Digest), x[0], x[1], ""); err == nil {
 			t.Errorf("%v: no error", x)
 		}
 	}
 	// The origin hangs, and the mirror is asked instead.
 	origin2, mirror2, r2, l2, layer2 := mirrored(t, Options{HeaderTimeout: time.Minute})
 	origin2.set(hang)
-	rc, err = r2.OpenRangeElsewhere(ctx, l2.Digest, 7, 100, origin2.URL)
+	rc, err = r2.OpenRangeElsewhere(ctx, digestOf(l2.Digest), 7, 100, origin2.URL)
 	if err != nil || rc == nil || rc.(*Body).Source() != mirror2.URL {
 		t.Fatal(rc, err)
 	}

@@ -138,7 +138,7 @@ func TestSetMirrors(t *testing.T) {
 	_, l := pushImage(t, ctx, r, "v1", layer, amd64)
 	read := func(want *faulty) {
 		t.Helper()
-		rc, err := r.OpenRange(ctx, l.Digest, 5, 100)
+		rc, err := r.OpenRange(ctx, digestOf(l.Digest), 5, 100)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/ulikunitz/xz"
 	"github.com/ulikunitz/xz/lzma"
+
+	"thaw/blockmap"
 )
 
 const xzMagic = "\xfd7zXZ\x00"
@@ -22,7 +24,7 @@ func newXZReader(b *bufio.Reader) (io.ReadCloser, error) {
 }
 
 // xzGuard passes an xz file on (xz-file-format.txt, version 1.2.1) and refuses
-// one whose blocks ask for a dictionary of more than maxWindow: the decoder
+// one whose blocks ask for a dictionary of more than blockmap.MaxWindow: the decoder
 // would allocate up to 4 GiB for four bytes of header. To find the headers of
 // the blocks it walks the file: what it knows the length of it passes on.
 //
@@ -151,8 +153,8 @@ func checkXZBlock(h []byte) error {
 		if err != nil {
 			return errXZ
 		}
-		if size > maxWindow {
-			return fmt.Errorf("it takes a dictionary of %d MiB to decompress, and thaw allows %d: compress it again by xz -9 or less", size>>20, maxWindow>>20)
+		if size > blockmap.MaxWindow {
+			return fmt.Errorf("it takes a dictionary of %d MiB to decompress, and thaw allows %d: compress it again by xz -9 or less", size>>20, blockmap.MaxWindow>>20)
 		}
 	}
 	return nil

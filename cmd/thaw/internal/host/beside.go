@@ -187,7 +187,7 @@ func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedB
 		return nil, err
 	}
 	s.asked = time.Now()
-	if s.body, err = b.Repo.OpenRange(ctx, s.layer.Digest, 0, s.layer.Size); err != nil {
+	if s.body, err = b.Repo.OpenRange(ctx, digestOf(s.layer.Digest), 0, s.layer.Size); err != nil {
 		return nil, err
 	}
 	if s.head, err = tracefile.ReadBundle(s.body); err == nil {
@@ -229,7 +229,7 @@ func (s *storedBundle) open(ctx context.Context, off int64) (io.ReadCloser, erro
 		}
 		body.Close()
 	}
-	return s.repo.OpenRange(ctx, s.layer.Digest, s.begin+off, s.layer.Size-s.begin-off)
+	return s.repo.OpenRange(ctx, digestOf(s.layer.Digest), s.begin+off, s.layer.Size-s.begin-off)
 }
 
 func (s *storedBundle) close() {
@@ -304,7 +304,7 @@ func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp s
 		return d, 0, err
 	}
 	defer f.Close()
-	if _, err := plan.Pack(ctx, f, scratch, origin{b.Repo}.OpenRange); err != nil {
+	if _, err := plan.Pack(ctx, f, scratch, b.Repo.OpenRange); err != nil {
 		return d, 0, err
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {

@@ -238,8 +238,6 @@ func (b *BlockImage) fits(img *registry.Image) error {
 	return nil
 }
 
-func hashOf(d blockmap.Digest) v1.Hash { return v1.Hash{Algorithm: "sha256", Hex: d.String()} }
-
 // isSHA256 reports whether h is a well-formed SHA-256 digest.
 func isSHA256(h v1.Hash) bool {
 	_, err := blockmap.ParseDigest(h.Hex)

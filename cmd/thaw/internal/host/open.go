@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"sync"
 	"time"
@@ -81,6 +80,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		err error
 	}
 	answered := make(chan answer, 1)
+	asked := time.Now()
 	askCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
 		b, err := o.manifest(askCtx, repo, name)
@@ -104,7 +104,10 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		abandon()
 		return nil, context.Cause(ctx)
 	case <-t.C:
-		err := fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
+		err := repo.LastFailure(asked)
+		if err == nil {
+			err = fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
+		}
 		m, err := o.serveKnown(known, err, late)
 		if err != nil {
 			abandon()
@@ -190,7 +193,7 @@ func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Cont
 
 // image opens b, and runs then in the background until the image is closed.
 func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
-	f := o.fetcher.From(origin{b.Repo})
+	f := o.fetcher.From(b.Repo)
 	image, err := blockmap.NewImage(b.Index, o.cache, f)
 	if err != nil {
 		return nil, err
@@ -344,27 +347,4 @@ func absent(m *blockmap.Image) (n int64) {
 		at = s.End
 	}
 	return n
-}
-
-// origin is a repository as a fetcher sees it.
-type origin struct{ repo *registry.Repo }
-
-func (o origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
-	return o.repo.OpenRange(ctx, hashOf(blob), off, n)
-}
-
-// OpenRangeElsewhere asks other mirrors, or the registry, for bytes that come too
-// slowly from where they were asked for.
-func (o origin) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error) {
-	return o.repo.OpenRangeElsewhere(ctx, hashOf(blob), off, n, avoid)
-}
-
-func (o origin) Ranges() int { return o.repo.Ranges() }
-
-func (o origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
-	asked := make([]registry.Range, len(ranges))
-	for i, r := range ranges {
-		asked[i] = registry.Range{Off: r.Start, N: r.Len()}
-	}
-	return o.repo.OpenRanges(ctx, hashOf(blob), asked)
 }

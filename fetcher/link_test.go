@@ -16,9 +16,9 @@ import (
 	"thaw/fetcher"
 )
 
-// wire is a line that all bodies of an origin share, one packet of each in turn. A
-// body that is not read fills its window, and is sent no more then; that there is
-// room again the sender knows half a round trip later.
+// wire is a link that all bodies of an origin share, one packet of each in turn. A body
+// that is not read is sent until its window is full; when there is room again, the sender
+// learns so half a round trip later.
 type wire struct {
 	rate   float64 // bytes a second
 	rtt    time.Duration
@@ -51,7 +51,7 @@ type wired struct {
 	stop   func() bool
 }
 
-// open has bytes sent: half a round trip after it was asked.
+// open begins to send a body, half a round trip after the request.
 func (w *wire) open(ctx context.Context, b []byte) (io.ReadCloser, error) {
 	select {
 	case <-time.After(w.rtt): // to the server, and the headers back
@@ -69,7 +69,7 @@ func (w *wire) open(ctx context.Context, b []byte) (io.ReadCloser, error) {
 
 func (w *wire) wake() { w.mu.Lock(); defer w.mu.Unlock(); w.cond.Broadcast() }
 
-// send sends the next packet, and goes on when it has left. w.mu is held.
+// send sends the next packet, and goes on when it has been sent. w.mu is held.
 func (w *wire) send() {
 	if w.busy {
 		return
@@ -201,7 +201,7 @@ func (o *far) world(t testing.TB, m *blocktest.Image) (*world, *fetcher.Bound, [
 	return w, w.fetcher.From(o), wants
 }
 
-// ahead is what is fetched while a reader demands chunks.
+// ahead is what is prefetched while a reader demands chunks.
 type besides string
 
 const (
@@ -210,8 +210,8 @@ const (
 	bundle besides = "bundle"
 )
 
-// demands reads chunks of the largest size, one after the other with pauses, and
-// says how long they took.
+// demands reads chunks of the largest size, one after the other with pauses, and returns
+// how long they took.
 func demands(t *testing.T, o *far, m *blocktest.Image, with besides) (took []time.Duration, all time.Duration) {
 	w, bound, wants := o.world(t, m)
 	var list, cold []blockmap.Want
@@ -259,8 +259,8 @@ func demands(t *testing.T, o *far, m *blocktest.Image, with besides) (took []tim
 	return took, all
 }
 
-// On a slow line a reader waits hardly longer beside what is fetched ahead.
-func TestDemandFirstOnTheLine(t *testing.T) {
+// On a slow link a reader hardly waits longer while chunks are prefetched.
+func TestDemandFirstOnTheLink(t *testing.T) {
 	m := large(t, 70, 1<<20)
 	for ranges, window := range map[int]int{1: 128 << 10, 16: 256 << 10} {
 		median := make(map[besides]time.Duration)
@@ -280,8 +280,8 @@ func TestDemandFirstOnTheLine(t *testing.T) {
 	}
 }
 
-// A replay takes what the line takes for it.
-func TestReplayFillsTheLine(t *testing.T) {
+// A replay takes as long as the link takes for its bytes.
+func TestReplayFillsTheLink(t *testing.T) {
 	for _, c := range []struct {
 		rate float64
 		rtt  time.Duration
@@ -302,9 +302,9 @@ func TestReplayFillsTheLine(t *testing.T) {
 					took := time.Since(began)
 					r.Stop()
 					least := time.Duration(float64(o.sent)/c.rate*float64(time.Second)) + c.rtt
-					t.Logf("it took %v, the line's time is %v; %d requests", took, least, w.fetcher.Stats().Requests)
+					t.Logf("it took %v, the link's time is %v; %d requests", took, least, w.fetcher.Stats().Requests)
 					if took > least+least/33+3*c.rtt {
-						t.Errorf("it took %v, the line's time is %v", took, least)
+						t.Errorf("it took %v, the link's time is %v", took, least)
 					}
 				})
 			})
@@ -312,9 +312,9 @@ func TestReplayFillsTheLine(t *testing.T) {
 	}
 }
 
-// A start reads in the order of its replay, and now and then what is not in it. On a
-// line that is fast enough that costs the replay nothing.
-func TestStartOnAFastLine(t *testing.T) {
+// A start reads in the order of its replay, and now and then a chunk that is not in it. On
+// a fast link that costs the replay nothing.
+func TestStartOnAFastLink(t *testing.T) {
 	for _, size := range []int{1 << 20, 256 << 10} {
 		m := large(t, 75, size)
 		for _, ranges := range []int{1, 16} {
@@ -344,9 +344,9 @@ func TestStartOnAFastLine(t *testing.T) {
 					}
 					r.Stop()
 					took, line := time.Since(began), time.Duration(float64(o.sent)/25e6*float64(time.Second))
-					t.Logf("chunks of %d KiB, %d ranges, %s: %v, the line's time is %v", size>>10, ranges, with, took, line)
+					t.Logf("chunks of %d KiB, %d ranges, %s: %v, the link's time is %v", size>>10, ranges, with, took, line)
 					if took > line+line/10+50*time.Millisecond {
-						t.Errorf("chunks of %d KiB, %d ranges, %s: it took %v, and the line's time is %v", size>>10, ranges, with, took, line)
+						t.Errorf("chunks of %d KiB, %d ranges, %s: it took %v, and the link's time is %v", size>>10, ranges, with, took, line)
 					}
 				})
 			}
@@ -354,7 +354,7 @@ func TestStartOnAFastLine(t *testing.T) {
 	}
 }
 
-// uneven is a far origin of which one range comes slowly, over a line of its own.
+// uneven is a far origin that sends one range slowly, over a link of its own.
 type uneven struct {
 	*far
 	slow int64 // where the range begins
@@ -368,7 +368,7 @@ func (o *uneven) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 	return o.far.OpenRange(ctx, blob, off, n)
 }
 
-// slowly is a body that has so many bytes each time that pause has passed.
+// slowly is a body that gets so many bytes after each pause.
 type slowly struct {
 	ctx   context.Context
 	b     []byte
@@ -387,8 +387,7 @@ func (s *slowly) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// A demand that does not get on stops nothing that is fetched ahead: neither one that
-// hangs in the middle, nor one that trickles.
+// A demand that hangs in the middle, or trickles, does not stop prefetches.
 func TestSlowDemandDoesNotStopTheRest(t *testing.T) {
 	m := large(t, 70, 1<<20)
 	for name, body := range map[string]func(ctx context.Context, b []byte) io.Reader{
@@ -422,7 +421,7 @@ func TestSlowDemandDoesNotStopTheRest(t *testing.T) {
 					}
 					took, line := time.Since(began), time.Duration(float64(o.sent)/2e6*float64(time.Second))
 					if took > line+2500*time.Millisecond {
-						t.Errorf("it took %v, and the line's time is %v", took, line)
+						t.Errorf("it took %v, and the link's time is %v", took, line)
 					}
 					cancel()
 					<-read

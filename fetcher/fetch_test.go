@@ -13,7 +13,7 @@ import (
 	"thaw/fetcher"
 )
 
-// shared are the places of the content that all streams have.
+// shared are the chunks with the content that all streams have.
 func (w *world) shared(t *testing.T) (places []blockmap.Want) {
 	t.Helper()
 	for _, x := range w.wants(t) {
@@ -24,7 +24,7 @@ func (w *world) shared(t *testing.T) (places []blockmap.Want) {
 	return places
 }
 
-// Two places of one content are one request, whoever demands which.
+// Chunks of the same content are fetched by one request, whichever is demanded.
 func TestOneContentOnce(t *testing.T) {
 	m := blocktest.NewImage(t, 60, 600)
 	synctest.Test(t, func(t *testing.T) {
@@ -45,7 +45,8 @@ func TestOneContentOnce(t *testing.T) {
 	})
 }
 
-// Who demands a place of what is being prefetched for another has that hurry up.
+// A demand for a chunk whose content is being prefetched for another chunk promotes that
+// prefetch.
 func TestDemandOfAPrefetchedContent(t *testing.T) {
 	m := blocktest.NewImage(t, 61, 2000)
 	synctest.Test(t, func(t *testing.T) {
@@ -69,8 +70,8 @@ func TestDemandOfAPrefetchedContent(t *testing.T) {
 	})
 }
 
-// When the one that fetches for all fails, the next tries where it knows of.
-func TestFollowersTryThemselves(t *testing.T) {
+// When the original of several duplicates fails, the next one tries its own source.
+func TestDuplicatesTryThemselves(t *testing.T) {
 	m := blocktest.NewImage(t, 62, 600)
 	gone := errors.New("gone for good")
 	synctest.Test(t, func(t *testing.T) {
@@ -99,8 +100,8 @@ func TestFollowersTryThemselves(t *testing.T) {
 	})
 }
 
-// A reader that comes to what has been failing for long has its own time; and so
-// has who waited behind another.
+// A reader that joins a fetch that has failed for long has all of RetryFor, and so has one
+// that waits for a duplicate.
 func TestEachReaderHasItsTime(t *testing.T) {
 	m := blocktest.NewImage(t, 63, 600)
 	synctest.Test(t, func(t *testing.T) {
@@ -126,7 +127,7 @@ func TestEachReaderHasItsTime(t *testing.T) {
 	})
 }
 
-// What is read ahead is nothing that a reader waits for, or that can fail it.
+// A reader does not wait for what is read ahead, and does not fail with it.
 func TestReadAheadCostsNothing(t *testing.T) {
 	m := long(t, 60)
 	gone := errors.New("gone for good")
@@ -152,7 +153,7 @@ func TestReadAheadCostsNothing(t *testing.T) {
 	})
 }
 
-// A list with all kinds of lines in it.
+// A list with resident, failing and repeated chunks.
 func TestReplayOfAnything(t *testing.T) {
 	m := blocktest.NewImage(t, 64, 1500)
 	gone := errors.New("gone for good")
@@ -172,7 +173,7 @@ func TestReplayOfAnything(t *testing.T) {
 			t.Errorf("%v, %+v", err, p)
 		}
 		if n := resident(wants[:10]); n != 8 {
-			t.Errorf("%d of 8 chunks are here", n)
+			t.Errorf("%d of 8 chunks are resident", n)
 		}
 		before := w.origin.Requests()
 		r = bound.Replay(t.Context(), slices.Concat(wants[5:15], list, wants[5:15]), fetcher.ReplayOptions{})
@@ -187,7 +188,7 @@ func TestReplayOfAnything(t *testing.T) {
 	})
 }
 
-// A replay that was stopped says so.
+// Wait fails when the replay was stopped.
 func TestReplayWaitAfterStop(t *testing.T) {
 	m := blocktest.NewImage(t, 65, 600)
 	w := newWorld(t, m, fetcher.Options{})
@@ -198,12 +199,12 @@ func TestReplayWaitAfterStop(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if err := r.Wait(t.Context(), 0); err != nil {
-		t.Errorf("nothing is enough, and that has come: %v", err)
+		t.Errorf("Wait for nothing: %v", err)
 	}
 	w.origin.Set(blocktest.Faults{})
 }
 
-// What has come and had to go again, in a small cache, has come.
+// A chunk that a small cache has evicted again counts as prefetched.
 func TestReplayInASmallCache(t *testing.T) {
 	m := blocktest.NewImage(t, 66, 2000)
 	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000}) // one chunk, or two

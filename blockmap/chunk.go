@@ -1,0 +1,71 @@
+package blockmap
+
+import (
+	"crypto/sha256"
+	"fmt"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// Verify says whether content is that of the chunk, by its digest, and fails with
+// ErrDigest if it is not. It is the one place where content is compared with an
+// index: Stream.Fill and Stream.Hold call it, and so does ChunkDecoder.Decode.
+func (c *Chunk) Verify(content []byte) error {
+	if len(content) != c.Size() || Digest(sha256.Sum256(content)) != c.Digest {
+		return ErrDigest
+	}
+	return nil
+}
+
+// ChunkDecoder makes chunks of what blobs and bundles hold of them: a zstd frame
+// each. It may be used at once.
+type ChunkDecoder struct{ zstd *zstd.Decoder }
+
+// NewChunkDecoder makes one that decodes several chunks at once. It is to be closed.
+func NewChunkDecoder(atOnce int) *ChunkDecoder {
+	// The content's length is known: a frame that claims more is refused before
+	// memory is taken for it. Only an option that makes no sense is an error.
+	z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(atOnce), zstd.WithDecodeAllCapLimit(true),
+		zstd.WithDecoderMaxMemory(MaxChunkBlocks*BlockSize))
+	if err != nil {
+		panic(err)
+	}
+	return &ChunkDecoder{z}
+}
+
+// Close frees the decoder.
+func (d *ChunkDecoder) Close() { d.zstd.Close() }
+
+// Decompress returns the content of chunk c from its frame, in buf if c.Size()
+// bytes fit there. The content is not verified: Stream.Fill and Stream.Hold do so.
+func (d *ChunkDecoder) Decompress(c *Chunk, frame, buf []byte) ([]byte, error) {
+	size := c.Size()
+	if cap(buf) < size {
+		buf = make([]byte, size)
+	}
+	content, err := d.zstd.DecodeAll(frame, buf[:0:size])
+	if err != nil {
+		return nil, &frameError{err}
+	}
+	return content, nil
+}
+
+// Decode is Decompress for content that goes anywhere but to a Stream: it verifies
+// it.
+func (d *ChunkDecoder) Decode(c *Chunk, frame, buf []byte) ([]byte, error) {
+	content, err := d.Decompress(c, frame, buf)
+	if err != nil {
+		return nil, err
+	}
+	return content, c.Verify(content)
+}
+
+// frameError says that a frame cannot be decompressed: then it is not that of the
+// chunk, and is corrupt.
+type frameError struct{ err error }
+
+func (e *frameError) Error() string {
+	return fmt.Sprintf("%v: it cannot be decompressed: %v", ErrDigest, e.err)
+}
+
+func (e *frameError) Unwrap() []error { return []error{ErrDigest, ErrCorrupt, e.err} }

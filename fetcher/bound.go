@@ -1,0 +1,156 @@
+package fetcher
+
+import (
+	"context"
+	"sync/atomic"
+
+	"thaw/blockmap"
+)
+
+// Bound is a Fetcher bound to the origin of one image. Its requests have limits of
+// their own, so an origin that hangs delays no other image.
+type Bound struct {
+	f     *Fetcher
+	src   *source
+	ahead atomic.Pointer[readahead]
+	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
+}
+
+// From binds f to an origin.
+func (f *Fetcher) From(o Origin) *Bound {
+	return &Bound{f: f, src: f.newSource(o), hints: make(map[*fetch]struct{})}
+}
+
+// ReadAhead has chunks prefetched that readers are likely to demand next, judging by
+// those that they have demanded. It is for images without a trace.
+func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
+
+// Fetch returns when all wants are resident, or with the first error: of a chunk that
+// was given up, or the cause of the end of ctx. After an error it cancels the fetches
+// that nobody else wants.
+func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
+	var ahead []blockmap.Want
+	if r := b.ahead.Load(); r != nil {
+		ahead = r.after(wants)
+	}
+	fetches := b.join(wants, ahead, reader)
+	for i, ft := range fetches {
+		if ft == nil {
+			continue
+		}
+		select {
+		case <-ft.done:
+			if ft.err != nil {
+				b.f.leave(fetches[i:])
+				return ft.err
+			}
+		case <-ctx.Done():
+			b.f.leave(fetches[i:])
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// Prefetch has wants fetched when no demand is waiting. It is a hint: it is dropped
+// where maxHints chunks are being prefetched already.
+func (b *Bound) Prefetch(wants []blockmap.Want) { b.join(nil, wants, hint) }
+
+// Close cancels what Prefetch and ReadAhead have asked for. It is called when the image
+// is no longer in use.
+func (b *Bound) Close() {
+	b.ahead.Store(nil)
+	b.f.mu.Lock()
+	hinted := make(map[*fetch]int)
+	for ft := range b.hints {
+		hinted[ft] = 1
+		ft.hint = nil
+	}
+	clear(b.hints)
+	b.f.mu.Unlock()
+	b.f.cancelPrefetches(hinted, context.Canceled)
+}
+
+// asker says who asks for a chunk.
+type asker uint8
+
+const (
+	reader   asker = iota // waits, and leaves if it gives up
+	prefetch              // waits, and calls cancelPrefetches if it is stopped
+	hint                  // does not wait, and is dropped where there are many
+)
+
+// maxHints bounds the fetches that a Bound has from hints and predictions.
+const maxHints = 256
+
+// join finds or makes the fetches of chunks: one for each of wants, nil where the chunk
+// is resident. For those of hinted it only makes fetches. It starts requests when all
+// are queued, so that neighbours share one.
+func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*fetch {
+	f := b.f
+	fetches := make([]*fetch, len(wants))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i, w := range wants {
+		fetches[i] = b.fetch(w, as)
+	}
+	for _, w := range hinted {
+		b.fetch(w, hint)
+	}
+	f.dispatch()
+	return fetches
+}
+
+// fetch finds or makes the fetch of a chunk, or returns nil where the chunk is
+// resident. f.mu is held.
+func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
+	f := b.f
+	k := key{w.Stream, w.Chunk}
+	here := place{b.src, w.Table}
+	if ft := f.mu.fetches[k]; ft != nil {
+		if as == hint {
+			return ft
+		}
+		if !ft.isAt(here) && len(ft.others) < 4 {
+			ft.others = append(ft.others, here)
+			if ft.state == queued {
+				f.pushTo(ft, b.src)
+			}
+		}
+		if as == prefetch {
+			ft.wanted++
+			return ft
+		}
+		ft.readers++
+		f.promote(ft)
+		return ft
+	}
+	if w.Stream.Has(w.Chunk) {
+		return nil
+	}
+	if as == hint && len(b.hints) >= maxHints {
+		f.dropped.Add(1)
+		return nil
+	}
+	f.mu.seq++
+	ft := &fetch{key: k, place: here, seq: f.mu.seq, done: make(chan struct{})}
+	if f.mu.closed {
+		ft.state, ft.err = ended, blockmap.ErrClosed
+		close(ft.done)
+		return ft
+	}
+	f.mu.fetches[k] = ft
+	switch as {
+	case reader:
+		ft.readers = 1
+		f.markDemand(ft)
+	case hint:
+		ft.hint = b
+		b.hints[ft] = struct{}{}
+		fallthrough
+	case prefetch:
+		ft.wanted = 1
+	}
+	f.enqueue(ft)
+	return ft
+}

@@ -1,0 +1,180 @@
+package fetcher
+
+import (
+	"slices"
+	"time"
+)
+
+// push queues a fetch at all sources that have its chunk: the first that has room for
+// it takes it. f.mu is held; the caller calls dispatch.
+func (f *Fetcher) push(ft *fetch) {
+	ft.state = queued
+	f.pushTo(ft, ft.place.src)
+	for i, p := range ft.others {
+		if p.src != ft.place.src && !slices.ContainsFunc(ft.others[:i], func(q place) bool { return q.src == p.src }) {
+			f.pushTo(ft, p.src)
+		}
+	}
+}
+
+// pushTo queues a fetch at one source.
+func (f *Fetcher) pushTo(ft *fetch, s *source) {
+	s.queue.push(ft)
+	f.addSource(s)
+}
+
+// addSource has dispatch look at a source.
+func (f *Fetcher) addSource(s *source) {
+	if !s.listed {
+		s.listed = true
+		f.mu.sources = append(f.mu.sources, s)
+	}
+}
+
+// dispatch starts requests while the bounds allow it, of each source in turn. f.mu is
+// held.
+func (f *Fetcher) dispatch() {
+	if f.mu.closed {
+		return
+	}
+	for _, demand := range []bool{true, false} {
+		for again := true; again; {
+			again = false
+			for _, s := range f.mu.sources {
+				if f.startNext(s, demand) {
+					again = true
+				}
+			}
+		}
+	}
+	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
+		s.listed = s.queue.len() > 0
+		return !s.listed
+	})
+	if n := len(f.mu.sources); n > 1 { // the first is the last the next time
+		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
+	}
+}
+
+// startNext starts the next request of a source, if there is one and the bounds allow
+// it.
+func (f *Fetcher) startNext(s *source, demand bool) bool {
+	if !demand && s.queue.next(true) != nil {
+		return false // a demand has no room, and prefetches must not take it
+	}
+	first := s.queue.next(demand)
+	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
+		return false
+	}
+	if !f.admits(s, demand, cost(first.chunk())) {
+		f.mu.refused = true
+		if !demand || !f.admits(s, true, 0) {
+			return false
+		}
+		if first = s.queue.smaller(func(ft *fetch) bool { return f.admits(s, true, cost(ft.chunk())) }); first == nil {
+			return false
+		}
+	}
+	from := first.at(s)
+	batch := s.queue.gather(from, first, f.limits(s, demand))
+	for _, ft := range batch {
+		ft.take(from)
+	}
+	bytes := costs(batch)
+	if !f.admits(s, demand, bytes) {
+		batch = []*fetch{first} // for which there is room
+		bytes = costs(batch)
+	}
+	f.start(s, batch, demand, bytes)
+	return true
+}
+
+// limits are those of the next request to a source.
+func (f *Fetcher) limits(s *source, demand bool) limits {
+	l := limits{request: f.o.MaxRequest, ranges: 1, near: s.pace.near()}
+	if !demand {
+		l.ranges = rangesOf(s.origin)
+	}
+	switch {
+	case demand:
+		l.bytes = s.pace.behind()
+	case l.ranges == 1:
+		// Prefetches come by several requests at once, so that the link is not idle
+		// between a request and its answer.
+		l.bytes = s.pace.run()
+	default:
+		l.bytes = s.pace.ranges()
+	}
+	l.bytes = min(l.bytes, l.request)
+	return l
+}
+
+// costs is the sum of the costs of fetches.
+func costs(batch []*fetch) (bytes int64) {
+	for _, ft := range batch {
+		bytes += cost(ft.chunk())
+	}
+	return bytes
+}
+
+// start makes a request for chunks of one blob.
+func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
+	if s.active.requests == 0 {
+		s.pace.resume()
+	}
+	f.charge(s, demand, 1, bytes)
+	f.maxInFlight.Store(max(f.maxInFlight.Load(), int64(f.mu.pool.taken.requests)))
+	r := newRequest(f.ctx, batch[0].place)
+	r.demand, r.bytes = demand, bytes
+	for _, ft := range batch {
+		ft.state = running
+		ft.requests = append(ft.requests, r)
+		if ft.tries == 0 && !ft.started {
+			ft.began, ft.started = r.asked, true
+		}
+	}
+	r.expect(batch)
+	s.asked++
+	s.running[r] = struct{}{}
+	f.mu.running[r] = struct{}{}
+	f.watch()
+	f.wg.Go(func() {
+		f.run(r)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.ended(r)
+		f.charge(s, demand, -1, -bytes)
+		f.dispatch()
+	})
+}
+
+// keepsPace says whether a source may make one more request for prefetches, of so many
+// bytes: only if those in flight do not keep the link busy. Requests that hardly bring
+// anything do not.
+func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
+	now := time.Now()
+	var left int64
+	var requests int
+	for r := range s.running {
+		if r.download != nil || !r.flows(now) {
+			continue
+		}
+		left += r.total - r.got
+		requests++
+	}
+	window := s.pace.window()
+	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+}
+
+// flows says whether a request uses the link, or soon will.
+func (r *request) flows(now time.Time) bool {
+	if !r.paused.IsZero() || now.Sub(r.asked) < stuckAfter {
+		return true
+	}
+	src := r.place.src
+	rate, known := r.samples.lately()
+	return now.Sub(r.moved) < stuckAfter && (!known || rate >= src.pace.speed/float64(8*len(src.running)))
+}
+
+// stuckAfter is how long a request that brings nothing counts as one that soon will.
+const stuckAfter = time.Second

@@ -1,0 +1,54 @@
+package fetcher
+
+// enqueue queues a fetch at its sources or, where another fetch already brings the same
+// content, makes it a duplicate of that. A fetch that leaves a bundle download does not
+// wait for another one. f.mu is held; the caller calls dispatch.
+func (f *Fetcher) enqueue(ft *fetch) {
+	if ft.state == downloading {
+		ft.download.leave(ft)
+	}
+	digest := ft.chunk().Digest
+	original := f.mu.contents[digest]
+	switch {
+	case original == ft || original == nil:
+	case original.state == downloading && ft.state == downloading:
+		f.addDuplicates(ft, original.duplicates...)
+		original.duplicates = nil
+	default:
+		ft.state = duplicate
+		f.addDuplicates(original, ft)
+		f.addDuplicates(original, ft.duplicates...)
+		ft.duplicates = nil
+		if ft.demand {
+			f.promote(original)
+		}
+		return
+	}
+	f.mu.contents[digest] = ft
+	f.push(ft)
+}
+
+// addDuplicates makes fetches duplicates of original.
+func (f *Fetcher) addDuplicates(original *fetch, duplicates ...*fetch) {
+	for _, x := range duplicates {
+		x.original = original
+	}
+	original.duplicates = append(original.duplicates, duplicates...)
+}
+
+// copyTo ends a fetch with a copy of its content, which another fetch was quicker to
+// bring from a source that works.
+func (f *Fetcher) copyTo(ft *fetch) {
+	if !ft.isWanted() {
+		return
+	}
+	f.wg.Go(func() {
+		if ft.stream.FillLocal(ft.key.chunk) {
+			f.local.Add(1)
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.end(ft, nil)
+			f.dispatch()
+		}
+	})
+}

@@ -1,0 +1,275 @@
+package fetcher
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// fetch is one chunk that is to become resident. There is at most one for each chunk
+// of the cache; whoever needs the chunk joins it.
+type fetch struct {
+	key
+	place  place   // where the chunk is read, or was tried last
+	others []place // where else it can be read, the next one first
+	demand bool    // a reader waits for it, or for a duplicate of it
+	// The readers that wait and the prefetches that want it, without those that left.
+	readers, wanted int
+	hint            *Bound // whose hint or prediction is one of wanted
+	state           state
+	seq             int64 // its number among all fetches, in order of arrival
+	started         bool
+	began           time.Time // when it was first tried, or when a reader began to wait
+	since           time.Time // when a reader began to wait
+	tries           int
+	passed          int // smaller fetches that were started before it
+	wrong           int // tries that brought something else
+
+	requests      []*request // that bring it, while it is running
+	noExtraBefore time.Time  // when the next extra request may be made
+
+	original   *fetch   // the one in flight that it is a duplicate of
+	duplicates []*fetch // fetches of the same content for other chunks of the cache
+
+	download *download   // the bundle download that brings it, while it is downloading
+	until    int64       // where its frame ends in the bundle
+	late     *time.Timer // runs while a reader waits for the download
+
+	done chan struct{} // closed when err is final
+	err  error
+}
+
+type state uint8
+
+const (
+	queued      state = iota // it waits for a request
+	running                  // one or several requests bring it
+	waiting                  // it waits for its next try
+	downloading              // a bundle download brings it
+	duplicate                // another fetch brings its content, which it copies then
+	ended
+)
+
+func (ft *fetch) chunk() *blockmap.Chunk { return &ft.place.table.Chunks[ft.key.chunk] }
+
+// cost is how many bytes of Options.MaxBytes a chunk takes.
+func cost(c *blockmap.Chunk) int64 { return int64(c.Stored) + int64(c.Size()) }
+
+// at is where a chunk lies at a source.
+func (ft *fetch) at(s *source) place {
+	if ft.place.src == s {
+		return ft.place
+	}
+	for _, p := range ft.others {
+		if p.src == s {
+			return p
+		}
+	}
+	return ft.place
+}
+
+func (ft *fetch) isAt(p place) bool { return ft.place == p || slices.Contains(ft.others, p) }
+
+// take makes p the place that is tried next.
+func (ft *fetch) take(p place) {
+	if i := slices.Index(ft.others, p); i >= 0 && ft.place != p {
+		ft.place, ft.others[i] = p, ft.place
+	}
+}
+
+// isWanted says whether a reader or a prefetch still wants it, or a duplicate of it.
+func (ft *fetch) isWanted() bool {
+	return ft.demand || ft.wanted > 0 || slices.ContainsFunc(ft.duplicates, (*fetch).isWanted)
+}
+
+// hasReader says whether a reader waits for it, or for a duplicate of it.
+func (ft *fetch) hasReader() bool {
+	return ft.readers > 0 || slices.ContainsFunc(ft.duplicates, func(x *fetch) bool { return x.demand })
+}
+
+// markDemand notes that a reader waits for a fetch from now on.
+func (f *Fetcher) markDemand(ft *fetch) {
+	ft.demand = true
+	ft.began = time.Now()
+	ft.started = ft.state == running
+	ft.since = ft.began
+	f.mu.urgent[ft] = struct{}{}
+	f.watch()
+}
+
+// promote makes a prefetch a demand, and the fetch that it is a duplicate of too. f.mu
+// is held; the caller calls dispatch.
+func (f *Fetcher) promote(ft *fetch) {
+	if ft.demand || ft.state == ended {
+		return
+	}
+	f.markDemand(ft)
+	switch ft.state {
+	case queued:
+		f.push(ft)
+	case running:
+		for _, r := range ft.requests {
+			r.markDemand()
+		}
+		f.wakePaused()
+	case downloading:
+		f.awaitDownload(ft)
+	case duplicate:
+		f.promote(ft.original)
+	}
+}
+
+// leave takes back a reader's part in fetches. It cancels those that nobody else wants.
+func (f *Fetcher) leave(fetches []*fetch) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, ft := range fetches {
+		if ft != nil {
+			ft.readers--
+			f.update(ft)
+		}
+	}
+	f.dispatch()
+}
+
+// update adapts a fetch to the readers and prefetches that are left: it may become a
+// prefetch again, or end. f.mu is held; the caller calls dispatch.
+func (f *Fetcher) update(ft *fetch) {
+	if ft.state == ended {
+		return
+	}
+	calmed := ft.demand && !ft.hasReader()
+	if calmed {
+		ft.demand = false
+		delete(f.mu.urgent, ft)
+		if ft.state == downloading {
+			ft.download.leave(ft)
+		}
+	}
+	wanted := ft.isWanted()
+	switch ft.state {
+	case queued:
+		if !wanted {
+			f.drop(ft)
+		} else if calmed {
+			// Its turn as a prefetch is over, so it goes first.
+			ft.place.src.queue.pushFront(ft)
+			f.addSource(ft.place.src)
+		}
+	case running:
+		for _, r := range slices.Clone(ft.requests) {
+			f.cancelUnwanted(r)
+		}
+		f.wakePaused()
+	case waiting:
+		if !wanted {
+			f.drop(ft)
+		}
+	case duplicate:
+		original := ft.original
+		if !wanted {
+			f.drop(ft)
+		}
+		f.update(original)
+	}
+}
+
+// drop ends a fetch that nobody wants.
+func (f *Fetcher) drop(ft *fetch) {
+	f.cancelled.Add(1)
+	f.end(ft, context.Canceled)
+}
+
+// cancelPrefetches takes back prefetches; each has joined its fetch the given number of
+// times. Fetches that nobody else wants end: at once if they have not started, and
+// otherwise after cancelAfter, since their bytes may arrive before that and be of use.
+func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var started []*fetch
+	for ft, n := range fetches {
+		ft.wanted -= n
+		switch ft.state {
+		case running:
+			started = append(started, ft)
+		case queued, waiting, duplicate:
+			if !ft.isWanted() {
+				original := ft.original
+				f.end(ft, err)
+				if original != nil {
+					f.update(original)
+				}
+			}
+		}
+	}
+	if len(started) > 0 {
+		time.AfterFunc(cancelAfter, func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			for _, ft := range started {
+				f.update(ft)
+			}
+			f.dispatch()
+		})
+	}
+	f.dispatch()
+}
+
+// cancelAfter is how long a request goes on that only stopped prefetches wanted.
+const cancelAfter = time.Second
+
+// end ends a fetch with err, nil for success, and wakes those who wait. f.mu is held.
+func (f *Fetcher) end(ft *fetch, err error) {
+	if f.mu.fetches[ft.key] != ft {
+		return
+	}
+	delete(f.mu.fetches, ft.key)
+	if ft.state == downloading {
+		ft.download.leave(ft)
+	}
+	if ft.original != nil {
+		ft.original.duplicates = slices.DeleteFunc(ft.original.duplicates, func(x *fetch) bool { return x == ft })
+		ft.original = nil
+	}
+	ft.state = ended
+	delete(f.mu.urgent, ft)
+	if ft.hint != nil {
+		delete(ft.hint.hints, ft)
+	}
+	ft.err = err
+	close(ft.done)
+	// If it has succeeded, its duplicates copy the content. Otherwise the first of them
+	// becomes the original of the others.
+	duplicates := ft.duplicates
+	ft.duplicates = nil
+	for _, x := range duplicates {
+		x.original = nil
+	}
+	digest := ft.chunk().Digest
+	other := f.mu.contents[digest]
+	if other == ft {
+		delete(f.mu.contents, digest)
+	}
+	if f.mu.closed {
+		return // Close ends the duplicates
+	}
+	for _, r := range ft.requests {
+		f.cancelUnwanted(r)
+	}
+	ft.requests = nil
+	for _, d := range duplicates {
+		switch {
+		case err == nil:
+			f.push(d) // to be copied
+		case d.isWanted():
+			f.enqueue(d)
+		default:
+			f.end(d, err)
+		}
+	}
+	if err == nil && other != nil && other != ft {
+		f.copyTo(other)
+	}
+}

@@ -1,0 +1,118 @@
+package fetcher
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// Every chunk that comes from a source goes through this file, whatever asked for
+// it: a demand, a prefetch, an extra request or a bundle. It is decompressed once,
+// and the cache verifies it before it stores it or holds it in memory.
+
+// frame is the content of a chunk, compressed, and decompressed once that is needed.
+type frame struct {
+	f       *Fetcher
+	stored  []byte // as it came
+	content []byte // in buf; nil until it is decompressed
+	buf     *[]byte
+}
+
+// decompress sets content, if it is not set yet.
+func (fr *frame) decompress(c *blockmap.Chunk) (err error) {
+	if fr.content != nil {
+		return nil
+	}
+	if fr.buf == nil {
+		fr.buf = fr.f.buffer(c.Size())
+	}
+	fr.content, err = fr.f.chunkDecoder.Decompress(c, fr.stored, *fr.buf)
+	return err
+}
+
+// release returns the memory of content.
+func (fr *frame) release() {
+	if fr.buf != nil {
+		fr.f.buffers.Put(fr.buf)
+		fr.buf, fr.content = nil, nil
+	}
+}
+
+// keep makes the chunk w resident from a frame: in the cache or, where that has no
+// room or its disk fails and a reader waits for the chunk, in memory. It calls
+// decompressed when only the disk is left to wait for. It fails with ErrDigest where
+// the frame holds something else, and with a storeError.
+func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
+	err := fr.decompress(&w.Table.Chunks[w.Chunk])
+	decompressed()
+	if err != nil {
+		return err
+	}
+	for try := 0; ; try++ {
+		err := w.Stream.Fill(w.Chunk, fr.content)
+		if err == nil {
+			f.unstored.Store(0)
+			return nil
+		}
+		if errors.Is(err, blockmap.ErrDigest) {
+			return err
+		}
+		if f.isDemanded(key{w.Stream, w.Chunk}) {
+			held := w.Stream.Hold(w.Chunk, fr.content)
+			if held == nil {
+				f.held.Add(1)
+				f.warnings.Do(func() {
+					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", w.Stream.ID().String(), "err", err)
+				})
+				return nil
+			}
+			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
+		}
+		// Other chunks may be in use for a short time, and then make room.
+		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > maxRefusals {
+			return &storeError{err}
+		}
+		t := time.NewTimer(f.o.Backoff << try)
+		select {
+		case <-t.C:
+		case <-f.ctx.Done():
+			t.Stop()
+			return &storeError{err}
+		}
+	}
+}
+
+const (
+	// storeTries bounds how often the cache is asked to store a chunk.
+	storeTries = 3
+	// warnEvery is how often the same warning is repeated.
+	warnEvery = 10 * time.Second
+)
+
+// isDemanded says whether a reader waits for a chunk.
+func (f *Fetcher) isDemanded(k key) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ft := f.mu.fetches[k]
+	return ft != nil && ft.demand
+}
+
+// storeError says that a chunk came and was the right one, and that the cache could
+// not keep it.
+type storeError struct{ err error }
+
+func (e *storeError) Error() string { return e.err.Error() }
+func (e *storeError) Unwrap() error { return e.err }
+
+// buffer returns n bytes, to be put back into f.buffers.
+func (f *Fetcher) buffer(n int) *[]byte {
+	p, _ := f.buffers.Get().(*[]byte)
+	if p == nil || cap(*p) < n {
+		b := make([]byte, n)
+		p = &b
+	}
+	*p = (*p)[:n]
+	return p
+}

@@ -1,0 +1,183 @@
+package fetcher
+
+import (
+	"cmp"
+	"slices"
+)
+
+// queue decides what a source's next request brings. It holds the fetches that
+// wait for a request to the source, in two lists: those that readers demand and
+// those that are prefetched, each in order of arrival. It starts nothing: no
+// goroutine, no clock, no I/O. Its callers hold Fetcher.mu.
+//
+// A fetch may be in the queues of several sources, and its state says whether it
+// still waits. So a fetch that another source has taken, or that has ended, is not
+// taken out of the lists at once: the queue skips it, and drops it when it comes to
+// the front or when a list has doubled. A fetch that becomes a demand is pushed
+// again, into the other list.
+type queue struct {
+	demand, prefetch list
+	at               map[key]*fetch // what the lists hold, to find the neighbours of a fetch
+}
+
+// list is one of the two orders.
+type list struct {
+	fetches []*fetch
+	sweep   int // the length at which fetches that no longer wait here are taken out
+}
+
+// limits bound one request. Bytes are compressed.
+type limits struct {
+	request int64 // bytes of a request, in any case
+	bytes   int64 // bytes up to which prefetched chunks are added
+	ranges  int   // ranges of a blob that a request may have
+	near    int64 // how far out of its turn a prefetched chunk may come
+}
+
+// push adds a fetch at the end of the list of its kind.
+func (q *queue) push(ft *fetch) {
+	l := q.list(ft.demand)
+	// Readers that come and go must not make the queue of a source that hangs grow
+	// without bound.
+	if len(l.fetches) >= max(l.sweep, 64) {
+		l.fetches = slices.DeleteFunc(l.fetches, func(x *fetch) bool { return q.skip(x, ft.demand) })
+		l.sweep = 2 * len(l.fetches)
+	}
+	l.fetches = append(l.fetches, ft)
+	q.index(ft)
+}
+
+// pushFront adds a fetch at the front: its turn has been.
+func (q *queue) pushFront(ft *fetch) {
+	l := q.list(ft.demand)
+	l.fetches = append([]*fetch{ft}, l.fetches...)
+	q.index(ft)
+}
+
+func (q *queue) list(demand bool) *list {
+	if demand {
+		return &q.demand
+	}
+	return &q.prefetch
+}
+
+func (q *queue) index(ft *fetch) {
+	if q.at == nil {
+		q.at = make(map[key]*fetch)
+	}
+	q.at[ft.key] = ft
+}
+
+// skip says whether a fetch no longer waits in the list of that kind. One that no
+// longer waits at all is nobody's neighbour either.
+func (q *queue) skip(ft *fetch, demand bool) bool {
+	if ft.state != queued && q.at[ft.key] == ft {
+		delete(q.at, ft.key)
+	}
+	return !ft.waits(demand)
+}
+
+// waits says whether a fetch is to be started from a list of that kind.
+func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
+
+// len is how many fetches the lists hold, those that are skipped included.
+func (q *queue) len() int { return len(q.demand.fetches) + len(q.prefetch.fetches) }
+
+// next is the fetch whose turn it is, or nil.
+func (q *queue) next(demand bool) *fetch {
+	l := q.list(demand)
+	for len(l.fetches) > 0 && q.skip(l.fetches[0], demand) {
+		l.fetches[0] = nil
+		l.fetches = l.fetches[1:]
+	}
+	if len(l.fetches) == 0 {
+		return nil
+	}
+	return l.fetches[0]
+}
+
+// smaller finds a demanded fetch that fits where the first one does not. It passes
+// the first one a bounded number of times, or that would never have room.
+func (q *queue) smaller(fits func(*fetch) bool) *fetch {
+	first := q.next(true)
+	if first == nil || first.passed >= maxPassed {
+		return nil
+	}
+	l := &q.demand
+	for _, ft := range l.fetches[1:min(scanLimit, len(l.fetches))] {
+		if ft.waits(true) && fits(ft) {
+			first.passed++
+			return ft
+		}
+	}
+	return nil
+}
+
+const (
+	// maxPassed bounds how many fetches are started before one that has no room.
+	maxPassed = 16
+	// scanLimit bounds how many fetches of a list are looked at.
+	scanLimit = 64
+)
+
+// gather collects the fetches that can share a request with first at a place: its
+// neighbours in the blob and, where first is prefetched and a request may have
+// several ranges, what else of the blob is next in turn, with its neighbours. The
+// order is that of the request.
+func (q *queue) gather(from place, first *fetch, l limits) []*fetch {
+	if first.demand || l.ranges == 1 {
+		return q.neighbours(from, first, nil, l)
+	}
+	var batch []*fetch
+	for _, ft := range q.prefetch.fetches[:min(scanLimit, len(q.prefetch.fetches))] {
+		if !ft.waits(false) || !ft.isAt(from) || slices.Contains(batch, ft) {
+			continue
+		}
+		run := q.neighbours(from, ft, batch, l)
+		for _, ft := range run {
+			l.bytes -= from.stored(ft)
+		}
+		if l.ranges--; len(batch) > 0 && (l.ranges < 0 || l.bytes < 0) {
+			break
+		}
+		batch = append(batch, run...)
+	}
+	return batch
+}
+
+// neighbours collects first and the fetches beside it in the blob that wait here
+// and are not in batch. Demanded ones are added up to l.request. Prefetched ones are
+// added up to l.bytes, only behind a demanded one, so that they delay nothing, and
+// only if their turn is near, so that chunks come about in their order.
+func (q *queue) neighbours(from place, first *fetch, batch []*fetch, l limits) []*fetch {
+	run := []*fetch{first}
+	bytes := from.stored(first)
+	neighbour := func(of *fetch, step int) *fetch {
+		ft := q.at[key{of.stream, of.key.chunk + step}]
+		if ft == nil || ft.state != queued || !ft.isAt(from) || slices.Contains(batch, ft) ||
+			!ft.demand && (ft.seq < first.seq-l.near || ft.seq > first.seq+l.near) {
+			return nil
+		}
+		n := from.stored(ft)
+		if bytes+n > l.request || bytes+n > l.bytes && !ft.demand {
+			return nil
+		}
+		before, behind := of, ft
+		if step < 0 {
+			before, behind = ft, of
+		}
+		if from.offset(before)+from.stored(before) != from.offset(behind) {
+			return nil
+		}
+		return ft
+	}
+	add := func(ft *fetch) { run, bytes = append(run, ft), bytes+from.stored(ft) }
+	for ft := neighbour(first, 1); ft != nil; ft = neighbour(run[len(run)-1], 1) {
+		add(ft)
+	}
+	for ft := neighbour(first, -1); ft != nil && ft.demand == first.demand; ft = neighbour(ft, -1) {
+		add(ft)
+	}
+	slices.SortFunc(run, func(a, b *fetch) int { return cmp.Compare(a.key.chunk, b.key.chunk) })
+	return run
+}

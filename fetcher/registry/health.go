@@ -1,0 +1,253 @@
+package registry
+
+import (
+	"errors"
+	"log/slog"
+	"maps"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A source is a registry or a mirror as a whole: its health and its counters.
+type source struct {
+	name     string // scheme and host
+	mirrorOf string // empty for a registry itself
+	log      *slog.Logger
+
+	requests, bytes atomic.Int64
+	ignoresRange    atomic.Bool  // has been logged
+	listsReferrers  atomic.Bool  // by the API
+	noExpect        atomic.Bool  // refuses Expect: 100-continue
+	maxBody         atomic.Int64 // of an upload's requests, where it has refused more; 0: not known
+	several         several      // ranges in one answer
+
+	mu struct {
+		sync.Mutex
+		errors   map[int]int64
+		failure  error // of the last request that failed
+		failedAt time.Time
+		fails    int           // since it last worked
+		wrong    int           // bodies with wrong bytes, ever
+		until    time.Time     // leave it alone until then
+		noRange  time.Time     // its ranges are not what was asked for; do not ask before
+		usual    time.Duration // from a request to its answer; 0 before the first
+		waiting  int           // requests for blobs without an answer yet
+		heard    time.Time     // when there was the last answer
+		late     int           // requests that were overtaken since one was answered in time
+		probing  bool          // a mirror that has failed is being tried
+	}
+}
+
+// Times that a mirror is left alone for: doubled with each failure.
+const (
+	restAfterFailure, maxRestAfterFailure = time.Second, 2 * time.Minute
+	restAfterWrong, maxRestAfterWrong     = time.Minute, time.Hour
+	restAfterMissing                      = time.Minute // the mirror may pull it yet
+	noRangeTime                           = time.Minute
+)
+
+// A source whose answer has not begun after lateFactor times its usual latency,
+// within bounds, is overtaken: the next one is asked too. Servers that are well
+// seldom take four times as long as usual, and a reader can lose 250 ms.
+const (
+	lateFactor       = 4
+	minLate, maxLate = 250 * time.Millisecond, 2 * time.Second
+	lateFirst        = time.Second // of a source that has not answered yet: it includes the handshakes
+	maxLateInARow    = 4           // then a mirror rests
+	maxWaiting       = 16          // requests of a mirror that does not answer any
+)
+
+// lateAfter is how long to wait for an answer before the next source is asked.
+func (s *source) lateAfter() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.usual == 0 {
+		return lateFirst
+	}
+	return min(max(lateFactor*s.mu.usual, minLate), maxLate)
+}
+
+// enter says whether a mirror may be asked for a blob now, and counts the request
+// if so: not while it rests; only once at a time after it has failed, until it
+// works; and not while as many wait as one that hangs may have.
+func (s *source) enter(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mirrorOf != "" {
+		silent := now.Sub(s.mu.heard) > max(minLate, 2*s.mu.usual)
+		if now.Before(s.mu.until) || s.mu.probing || s.mu.waiting >= maxWaiting && silent {
+			return false
+		}
+		s.mu.probing = s.mu.fails > 0
+	}
+	s.mu.waiting++
+	return true
+}
+
+// leave ends what enter began.
+func (s *source) leave() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.waiting--
+	s.mu.probing = false
+}
+
+// answered takes note of the time from a request to its answer, whatever that is.
+func (s *source) answered(took time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.heard = time.Now()
+	if s.mu.usual == 0 {
+		s.mu.usual = max(took, 1)
+	} else {
+		s.mu.usual += (took - s.mu.usual) / 8
+	}
+}
+
+var errLate = errors.New("it did not answer in the time that it usually takes")
+
+// overtaken takes note of a request that had no answer when another source was
+// asked. A mirror of which several in a row are rests like one that fails.
+func (s *source) overtaken() {
+	s.mu.Lock()
+	s.mu.late++
+	hangs := s.mu.late >= maxLateInARow
+	s.mu.Unlock()
+	if hangs {
+		s.failed(0, errLate)
+	}
+}
+
+// inTime takes note of an answer that came before another source was asked.
+func (s *source) inTime() {
+	s.mu.Lock()
+	s.mu.late = 0
+	s.mu.Unlock()
+}
+
+// ignoreRanges has the source asked for whole blobs for a while.
+func (s *source) ignoreRanges(why string) {
+	now := time.Now()
+	s.mu.Lock()
+	first := !now.Before(s.mu.noRange)
+	s.mu.noRange = now.Add(noRangeTime)
+	s.mu.Unlock()
+	if first {
+		s.log.Warn("server's answers to range requests are wrong, so whole blobs are read, which is slow", "source", s.name, "for", noRangeTime, "err", why)
+	}
+}
+
+func (s *source) givesRanges() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !time.Now().Before(s.mu.noRange)
+}
+
+// resting says whether a mirror is being left alone. A registry never is.
+func (s *source) resting(now time.Time) bool {
+	if s.mirrorOf == "" {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return now.Before(s.mu.until)
+}
+
+// distrusted says whether a mirror rests because of wrong bytes.
+func (s *source) distrusted(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mu.wrong > 0 && now.Before(s.mu.until)
+}
+
+// failed takes note of a request that failed. A mirror rests then.
+func (s *source) failed(after time.Duration, cause error) {
+	now := time.Now()
+	s.mu.Lock()
+	s.mu.failure, s.mu.failedAt = cause, now
+	if s.mirrorOf == "" {
+		s.mu.Unlock()
+		return
+	}
+	// Requests that were under way together fail together, once.
+	first := !now.Before(s.mu.until)
+	d := after
+	if first {
+		s.mu.fails++
+		d = max(d, min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure))
+	}
+	if t := now.Add(d); t.After(s.mu.until) {
+		s.mu.until = t
+	}
+	s.mu.Unlock()
+	if first {
+		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d, "err", cause)
+	}
+}
+
+func (s *source) distrust() {
+	s.mu.Lock()
+	s.mu.wrong++
+	d := min(restAfterWrong<<min(s.mu.wrong-1, 16), maxRestAfterWrong)
+	s.mu.until = time.Now().Add(d)
+	s.mu.Unlock()
+	if s.mirrorOf != "" {
+		s.log.Warn("mirror sends wrong bytes, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d)
+	} else {
+		s.log.Warn("registry sends wrong bytes", "registry", s.name)
+	}
+}
+
+func (s *source) succeeded() {
+	if s.mirrorOf == "" {
+		return
+	}
+	s.mu.Lock()
+	s.mu.fails, s.mu.late = 0, 0
+	s.mu.Unlock()
+}
+
+// count counts an error by its status, 0 for no answer.
+func (s *source) count(status int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.errors == nil {
+		s.mu.errors = make(map[int]int64)
+	}
+	s.mu.errors[status]++
+}
+
+// SourceStats are the counters of a registry or a mirror.
+type SourceStats struct {
+	// Source is a scheme and a host; MirrorOf is empty for a registry.
+	Source, MirrorOf string
+	// Requests are those sent, wherever the registry redirected them to, but
+	// for tokens; Bytes are those received in bodies.
+	Requests, Bytes int64
+	// Errors are answers by status from 400 on, and under 0 the requests
+	// that had none. Those that only asked for credentials are among them.
+	Errors map[int]int64
+	// Wrong counts the bodies that were distrusted.
+	Wrong int64
+	// Resting says that a mirror is being left alone.
+	Resting bool
+}
+
+// Stats gives the counters of every source that was opened, mirrors before
+// the registry they stand for.
+func (c *Client) Stats() []SourceStats {
+	c.mu.Lock()
+	order := c.mu.order[:len(c.mu.order):len(c.mu.order)]
+	c.mu.Unlock()
+	var all []SourceStats
+	for _, s := range order {
+		st := SourceStats{Source: s.name, MirrorOf: s.mirrorOf, Requests: s.requests.Load(), Bytes: s.bytes.Load(),
+			Resting: s.resting(time.Now())}
+		s.mu.Lock()
+		st.Errors, st.Wrong = maps.Clone(s.mu.errors), int64(s.mu.wrong)
+		s.mu.Unlock()
+		all = append(all, st)
+	}
+	return all
+}

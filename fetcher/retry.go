@@ -1,0 +1,157 @@
+package fetcher
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"thaw/blockmap"
+)
+
+const (
+	// wrongTries bounds the tries of a chunk whose bytes do not match its digest.
+	wrongTries = 4
+	// spaceTries bounds the tries of a demanded chunk that the cache has no room for.
+	spaceTries = 4
+)
+
+// finish ends a fetch that a request has brought, or has it tried again. A request that
+// fails does not matter while others still bring the fetch.
+func (f *Fetcher) finish(r *request, ft *fetch, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer f.dispatch() // what waited for the fetch or for room
+	if ft.state == ended || err != nil && !r.brings(ft) {
+		return // another request was faster, or this one does not bring it any more
+	}
+	others := len(ft.requests) > 1
+	if err == nil {
+		f.chunkCame(r, ft, others)
+		f.end(ft, nil)
+		f.cancelUnwanted(r) // nobody may want the rest of it any more
+		return
+	}
+	ft.leave(r)
+	ft.tries++
+	if errors.Is(err, blockmap.ErrDigest) {
+		f.wrong.Add(1)
+		ft.wrong++
+	}
+	if len(ft.requests) > 0 {
+		f.log.Debug("one of several requests for a chunk failed", "err", err)
+		return
+	}
+	c := ft.chunk()
+	err = fmt.Errorf("fetch %s chunk %d (%d bytes at %d of blob sha256:%.12s…): %w",
+		map[bool]string{true: "demanded", false: "prefetched"}[ft.demand],
+		ft.key.chunk, c.Stored, c.Offset, ft.place.table.Blob, err)
+	pause := f.pause(ft, err)
+	var noRoom *storeError
+	switch {
+	case f.mu.closed:
+		f.end(ft, fmt.Errorf("%w: %w", blockmap.ErrClosed, err))
+	case pause < 0 && !ft.demand && errors.As(err, &noRoom):
+		f.log.Debug("no room for a prefetched chunk", "err", err)
+		f.end(ft, err)
+	case pause < 0:
+		f.giveUp(ft, err)
+	default:
+		f.retries.Add(1)
+		f.log.Debug("trying a chunk again", "err", err, "in", pause)
+		if len(ft.others) > 0 {
+			ft.place, ft.others = ft.others[0], append(ft.others[1:], ft.place)
+		}
+		ft.state = waiting
+		f.wg.Go(func() { f.retryAfter(ft, pause) })
+	}
+}
+
+// chunkCame counts a chunk that a request has brought.
+func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
+	if !r.made {
+		return // the cache had it
+	}
+	src := r.place.src
+	if now := time.Now(); now.Sub(r.asked) < tooLong || r.stored(ft) >= goodBytes {
+		src.good = now // and does not only trickle
+	}
+	f.chunks.Add(1)
+	if r.extra && others {
+		r.won = true
+		f.overtaken.Add(1)
+		f.avoidSlower(ft, r)
+	}
+}
+
+// giveUp ends a fetch with an error.
+func (f *Fetcher) giveUp(ft *fetch, err error) {
+	f.failed.Add(1)
+	level := slog.LevelError
+	if !ft.demand {
+		level = slog.LevelWarn
+	}
+	f.log.Log(f.ctx, level, "gave up a chunk", "err", err, "tries", ft.tries)
+	f.end(ft, err)
+}
+
+// late is the error of a fetch that its sources did not deliver in time.
+func (f *Fetcher) late(ft *fetch) error {
+	c := ft.chunk()
+	return fmt.Errorf("fetch chunk %d (%d bytes at %d of blob sha256:%.12s…): %w within %v",
+		ft.key.chunk, c.Stored, c.Offset, ft.place.table.Blob, errLate, f.o.RetryFor)
+}
+
+// pause is how long to wait before the next try, or negative if there is to be none.
+func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
+	permanent := ft.wrong >= wrongTries
+	var noRoom *storeError
+	switch {
+	case errors.Is(err, blockmap.ErrDigest), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, errNowhereElse):
+	case errors.As(err, &noRoom):
+		// Prefetched chunks may have taken the room; they can be evicted for a demand.
+		if !ft.demand || ft.tries >= spaceTries {
+			return -1
+		}
+	default:
+		permanent = permanent || f.o.Temporary != nil && !f.o.Temporary(err)
+	}
+	if permanent && ft.tries > len(ft.others) {
+		return -1
+	}
+	limit := min(f.o.Backoff<<min(ft.tries-1, 10), 2*time.Second)
+	pause := f.heed(err, limit/2+rand.N(limit/2+1))
+	if time.Since(ft.began)+pause > f.o.RetryFor || ft.demand && time.Since(ft.lastGood())+pause > f.o.RetryFor {
+		return -1
+	}
+	return pause
+}
+
+// heed lengthens a pause to what the origin asked for.
+func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
+	if f.o.RetryAfter != nil {
+		pause = max(pause, f.o.RetryAfter(err))
+	}
+	return pause
+}
+
+// retryAfter queues a fetch again after a pause.
+func (f *Fetcher) retryAfter(ft *fetch, pause time.Duration) {
+	t := time.NewTimer(pause)
+	defer t.Stop()
+	select {
+	case <-f.ctx.Done():
+		return // Close has ended the fetch
+	case <-ft.done:
+		return
+	case <-t.C:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ft.state == waiting && !f.mu.closed {
+		f.push(ft)
+		f.dispatch()
+	}
+}

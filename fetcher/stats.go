@@ -1,0 +1,33 @@
+package fetcher
+
+// Stats are the counts of a Fetcher.
+type Stats struct {
+	Requests     int64 `json:"requests"`           // to origins
+	Bytes        int64 `json:"fetched_bytes"`      // received from origins, compressed
+	Chunks       int64 `json:"fetched_chunks"`     // received from origins and stored
+	Local        int64 `json:"local_chunks"`       // chunks copied from another stream of the cache
+	Retries      int64 `json:"retries"`            // tries after the first one of a chunk or bundle
+	Wrong        int64 `json:"wrong_chunks"`       // chunks received that did not match their digest
+	Failed       int64 `json:"failed_chunks"`      // chunks given up
+	Held         int64 `json:"held_chunks"`        // chunks held in memory, because the cache could not store them
+	Dropped      int64 `json:"dropped_hints"`      // hints dropped, because too many chunks were being prefetched
+	Extra        int64 `json:"extra_requests"`     // made because another request was late
+	Overtaken    int64 `json:"overtaken_requests"` // requests whose chunk an extra request brought first
+	Cancelled    int64 `json:"cancelled_fetches"`  // fetches and requests cancelled because nobody wanted them any more
+	InFlight     int64 `json:"in_flight"`          // requests at present
+	MostInFlight int64 `json:"most_in_flight"`     // the largest number of requests that were in flight at once
+}
+
+// Stats returns the counts so far.
+func (f *Fetcher) Stats() Stats {
+	f.mu.Lock()
+	n := f.mu.pool.taken.requests + f.mu.extraPool.taken.requests
+	f.mu.Unlock()
+	return Stats{
+		Requests: f.requests.Load(), Bytes: f.bytes.Load(), Chunks: f.chunks.Load(), Local: f.local.Load(),
+		Retries: f.retries.Load(), Wrong: f.wrong.Load(), Failed: f.failed.Load(),
+		Held: f.held.Load(), Dropped: f.dropped.Load(),
+		Extra: f.extra.Load(), Overtaken: f.overtaken.Load(), Cancelled: f.cancelled.Load(),
+		InFlight: int64(n), MostInFlight: f.maxInFlight.Load(),
+	}
+}
