@@ -139,7 +139,7 @@ func (c *Cache) load() error {
 	if err := errors.Join(c.small.load(blobsDir, refsDir, rootsDir), c.roots.load(), c.streams.load()); err != nil {
 		return err
 	}
-	c.evictor.evict(0)
+	_, _ = c.evictor.evict(0) // the next fill meets the failure
 	return nil
 }
 

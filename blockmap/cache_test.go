@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -330,6 +331,141 @@ func TestQuotaInUse(t *testing.T) {
 		if err != nil || !bytes.Equal(got, m.Content[at:at+4096]) {
 			t.Fatalf("read at %d: wrong, or %v", at, err)
 		}
+	}
+}
+
+// Fills of a cache that is small, but larger than what is in use, all find room,
+// however many there are at once.
+func TestFillsAtOnceUnderAQuota(t *testing.T) {
+	var chunks [][]byte
+	for i := range 96 {
+		chunks = append(chunks, bytes.Repeat([]byte{byte(i), 1}, 64<<10))
+	}
+	table, _ := blocktest.Stream(t, chunks)
+	c := newCache(t, t.TempDir(), quiet(blockmap.CacheOptions{Quota: 4 << 20})) // 32 chunks
+	s, err := c.Stream(table)
+	must(t, err)
+	var wg sync.WaitGroup
+	for g := range 12 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(g), 1))
+			for range 200 {
+				i := rng.IntN(len(chunks))
+				if err := s.Fill(i, chunks[i]); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if c.Evicted() == 0 || c.Used() > c.Quota() {
+		t.Errorf("%d bytes were evicted, %d are used, %d are allowed", c.Evicted(), c.Used(), c.Quota())
+	}
+}
+
+// spaceOf is what the files of a cache, and the directories of its streams, take
+// on disk.
+func spaceOf(t *testing.T, dir string) (n int64) {
+	t.Helper()
+	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() && filepath.Base(filepath.Dir(path)) != "streams" {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			n += info.Sys().(*syscall.Stat_t).Blocks * 512
+		}
+		return err
+	}))
+	return n
+}
+
+// What cannot be given back to the disk goes on to count, and the quota holds all
+// the same.
+func TestQuotaCountsWhatCannotBePunched(t *testing.T) {
+	m := blocktest.NewImage(t, 28, 3000)
+	fsys, dir := blocktest.NewFS(), t.TempDir()
+	quota := int64(len(m.Content)) / 2
+	c := newCache(t, dir, quiet(blockmap.CacheOptions{FS: fsys, Quota: quota}))
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.hold = true
+	image, err := blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	read := func() {
+		t.Helper()
+		for at := int64(0); at < image.Size(); at += 64 << 10 {
+			e := blockmap.Range(at, min(64<<10, image.Size()-at))
+			got, err := blocktest.Read(t.Context(), image, e)
+			if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+		}
+	}
+	fsys.Fail(func(op, path string) error {
+		if op == "punch" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	for range 3 {
+		read()
+	}
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n > quota+64<<10 || c.Used() < n {
+		t.Errorf("%d bytes are on disk and %d are counted, %d are allowed", n, c.Used(), quota)
+	}
+	if c.Held() == 0 {
+		t.Error("no chunk is held in memory: this tests nothing")
+	}
+	fsys.Fail(nil)
+	for range 2 {
+		read()
+	}
+	c.StoreHeld()
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n > quota || c.Used() < n || c.Used() > quota {
+		t.Errorf("the disk is well again: %d bytes are on it and %d are counted, %d are allowed", n, c.Used(), quota)
+	}
+}
+
+// A part of a chunk that was written before the disk was full counts too.
+func TestTornChunkCounts(t *testing.T) {
+	chunk := bytes.Repeat([]byte{1, 2}, 64<<10)
+	table, _ := blocktest.Stream(t, [][]byte{chunk})
+	fsys, dir := blocktest.NewFS(), t.TempDir()
+	c := newCache(t, dir, quiet(blockmap.CacheOptions{FS: fsys}))
+	s, err := c.Stream(table)
+	must(t, err)
+	fsys.Shrink(24) // pages, of 32
+	if err := s.Fill(0, chunk); !errors.Is(err, blockmap.ErrNoSpace) || s.Has(0) {
+		t.Fatalf("a chunk that has no room: %v", err)
+	}
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n < 64<<10 || c.Used() < n {
+		t.Errorf("%d bytes are on disk, and %d are counted", n, c.Used())
+	}
+}
+
+// A file in the place of a directory of the cache is an error that says what to do.
+func TestFileInPlaceOfDirectory(t *testing.T) {
+	for _, name := range []string{"", "streams", "blobs", "blobs/sha256", "refs", "roots"} {
+		dir := filepath.Join(t.TempDir(), "cache")
+		path := filepath.Join(dir, name)
+		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		must(t, os.WriteFile(path, []byte("a file"), 0o600))
+		c, err := blockmap.OpenCache(dir, blockmap.CacheOptions{})
+		if err == nil {
+			c.Close()
+			t.Fatalf("%s is a file, and was taken for a directory", path)
+		}
+		for _, want := range []string{path + " is not a directory", "remove it"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%q does not say %q", err, want)
+			}
+		}
+		must(t, os.Remove(path))
+		newCache(t, dir, blockmap.CacheOptions{})
 	}
 }
 

@@ -74,7 +74,10 @@ func (e *evictor) storeAlone(n int64, store func() error) (err error) {
 	if time.Now().UnixNano() < e.fullUntil.Load() {
 		return err
 	}
-	for try := 0; diskFull(err) && try < fullTries && e.evict(n<<try) > 0; try++ {
+	for try := 0; diskFull(err) && try < fullTries; try++ {
+		if freed, _ := e.evict(n << try); freed == 0 {
+			break
+		}
 		err = store()
 	}
 	if diskFull(err) {
@@ -96,8 +99,8 @@ func (e *evictor) reserve(n int64) error {
 		if e.disk.over() == 0 {
 			return nil
 		}
-		if e.evict(0) == 0 {
-			break
+		if _, err := e.evict(0); err != nil {
+			break // it would evict more and more, and free nothing
 		}
 	}
 	if e.disk.over() == 0 {
@@ -152,15 +155,14 @@ func (e *evictor) measure() {
 		s.measure()
 	}
 	e.turn.Unlock()
-	if e.disk.over() > 0 {
-		e.evict(0)
-	}
+	_, _ = e.evict(0) // the next fill meets the failure
 }
 
 // evict frees at least atLeast bytes, and what is over the quota together with a
 // reserve, so that not every fill has to evict; and the space of torn chunks. It
-// returns the bytes freed: for torn chunks an upper bound.
-func (e *evictor) evict(atLeast int64) (freed int64) {
+// returns the bytes freed, for torn chunks an upper bound, and why some could not
+// be freed.
+func (e *evictor) evict(atLeast int64) (freed int64, err error) {
 	e.turn.Lock()
 	defer e.turn.Unlock()
 	want := atLeast
@@ -168,14 +170,14 @@ func (e *evictor) evict(atLeast int64) (freed int64) {
 		want = max(want, over+e.disk.quota/32)
 	}
 	if want == 0 {
-		return 0
+		return 0, nil
 	}
-	freed = e.evictChunks(want)
+	freed, err = e.evictChunks(want)
 	freed += e.streams.removeEmpty()
 	if freed < want {
 		freed += e.evictSmall(want - freed)
 	}
-	return freed
+	return freed, err
 }
 
 // evictSmall frees about n bytes of small files.
@@ -241,7 +243,7 @@ type eviction struct {
 
 // evictChunks frees about want bytes of chunks, and the space of torn ones.
 // e.turn is held.
-func (e *evictor) evictChunks(want int64) (freed int64) {
+func (e *evictor) evictChunks(want int64) (freed int64, err error) {
 	v := &eviction{e: e, failed: make(map[*Stream]error)}
 	for x := range e.takeTorn() {
 		switch {
@@ -264,13 +266,13 @@ func (e *evictor) evictChunks(want int64) (freed int64) {
 		}
 	}
 	v.flush()
-	freed = v.punch()
+	freed, err = v.punch()
 	e.disk.used.Add(-v.bytes)
 	e.evicted.Add(v.bytes)
 	for s := range v.failed {
 		s.measure()
 	}
-	return freed
+	return freed, err
 }
 
 // begin takes a chunk for the evictor, and opens the files that it is in.
@@ -308,8 +310,9 @@ func (v *eviction) flush() {
 	}
 }
 
-// punch gives the space back, and returns how many bytes that were.
-func (v *eviction) punch() (freed int64) {
+// punch gives the space back. It returns how many bytes that were, and the first
+// failure.
+func (v *eviction) punch() (freed int64, first error) {
 	for _, x := range v.going {
 		c := &x.stream.table.Chunks[x.chunk]
 		err := v.failed[x.stream]
@@ -322,10 +325,11 @@ func (v *eviction) punch() (freed int64) {
 		x.stream.files.unmeasured.Store(true)
 		if err != nil {
 			v.e.tear(x)
+			first = cmp.Or(first, err)
 		} else {
 			freed += int64(c.Size())
 		}
 		x.stream.pins.endEvict(x.chunk)
 	}
-	return freed
+	return freed, first
 }

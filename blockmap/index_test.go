@@ -26,6 +26,33 @@ func TestIndexRoundTrip(t *testing.T) {
 	}
 }
 
+// A program of today reads the index that one of yesterday wrote, and writes the
+// same.
+func TestFrozenIndex(t *testing.T) {
+	chunks := func(first byte, counts ...uint32) (all []blockmap.Chunk) {
+		var block, off uint32
+		for i, n := range counts {
+			all = append(all, blockmap.Chunk{Digest: blockmap.Digest{first, byte(i)}, Offset: int64(off + 7), Stored: 100 * n, Block: block, Count: n})
+			block, off = block+n, off+7+100*n
+		}
+		return all
+	}
+	ix := &blockmap.Index{
+		Blocks: 5000,
+		Streams: []blockmap.Table{
+			{Blob: blockmap.Digest{1}, BlobSize: 50_000, Chunks: chunks(3, 256, 1, 44)},
+			{Blob: blockmap.Digest{2}, BlobSize: 1 << 33, Chunks: chunks(4, 1024, 300)},
+		},
+		Runs: []blockmap.Run{{Device: 0, Count: 200}, {Device: 300, Stream: 1, Block: 1000, Count: 324}, {Device: 4000, Block: 200, Count: 101}},
+	}
+	must(t, ix.Seal())
+	got, err := blockmap.DecodeIndex(frozen(t, "index", ix.Encode()))
+	must(t, err)
+	if !reflect.DeepEqual(got, ix) {
+		t.Error("the frozen index is decoded to another one")
+	}
+}
+
 func TestIndexAltered(t *testing.T) {
 	b := blocktest.NewImage(t, 1, 200).Index.Encode()
 	for i := range b {
