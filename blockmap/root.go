@@ -33,6 +33,16 @@ type Root struct {
 	Refs    []string // names under which PutRef keeps what leads to the image
 }
 
+// RootOf is the root of an image that is made of ix, still without small blobs and
+// names.
+func RootOf(image Digest, ix *Index) Root {
+	r := Root{Image: image}
+	for i := range ix.Streams {
+		r.Streams = append(r.Streams, ix.Streams[i].ID())
+	}
+	return r
+}
+
 const (
 	rootMagic   = "thawroot"
 	rootVersion = 1

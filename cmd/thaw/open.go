@@ -288,6 +288,11 @@ func (o *opener) load(ctx context.Context, b *blockImage) (cached bool, err erro
 	// Now that all of it is here, the name means this image. The image is served
 	// as well without: what cannot be kept has to be asked for again.
 	ref, err := json.Marshal(remembered{Format: rememberedFormat, Name: b.name, Manifest: b.digest, Source: b.source, Top: b.top})
+	// The root comes first: blobs that no root holds are the first to be evicted.
+	root := blockmap.RootOf(digestOf(b.digest), b.index)
+	root.Blobs = []blockmap.Digest{root.Image, b.indexDigest()}
+	root.Refs = []string{o.key(b.name)}
+	err = errors.Join(err, o.cache.AddRoot(root))
 	if !cached {
 		err = errors.Join(err, o.cache.PutBlob(encoded))
 	}
