@@ -25,7 +25,7 @@ import (
 //	       number of small blobs; for each 32 bytes: its digest
 //	       number of names; for each its length and its bytes
 //
-// Streams, blobs and names are sorted, and each is there once.
+// Streams, blobs and names are sorted, and none is listed twice.
 type Root struct {
 	Image   Digest   // of the manifest of the block image
 	Streams []Digest // IDs
@@ -33,8 +33,8 @@ type Root struct {
 	Refs    []string // names under which PutRef keeps what leads to the image
 }
 
-// RootOf is the root of an image that is made of ix, still without small blobs and
-// names.
+// RootOf returns the root of an image with the streams of ix. The caller adds small
+// blobs and names.
 func RootOf(image Digest, ix *Index) Root {
 	r := Root{Image: image}
 	for i := range ix.Streams {
@@ -55,7 +55,7 @@ const (
 	rootLimit    = 8 << 20 // bytes of a file
 )
 
-// union is r with what o has besides, in the order of the format.
+// union returns r with the lists of o added, sorted as in the format.
 func (r *Root) union(o Root) Root {
 	digests := func(a, b []Digest) []Digest {
 		all := slices.Concat(a, b)
@@ -116,7 +116,7 @@ func DecodeRoot(b []byte) (*Root, error) {
 		return nil, fmt.Errorf("%w: root version %d, this program reads %d", ErrCorrupt, v, rootVersion)
 	}
 	if n := binary.LittleEndian.Uint32(b[12:]); int64(n) != int64(len(b)-rootHeader) {
-		return nil, fmt.Errorf("%w: a root of %d bytes says that it has %d", ErrCorrupt, len(b)-rootHeader, n)
+		return nil, fmt.Errorf("%w: the body of the root has %d bytes, and its header says %d", ErrCorrupt, len(b)-rootHeader, n)
 	}
 	if rootSum(b) != binary.LittleEndian.Uint32(b[16:]) {
 		return nil, fmt.Errorf("%w: the root does not match its checksum", ErrCorrupt)
@@ -126,7 +126,7 @@ func DecodeRoot(b []byte) (*Root, error) {
 	digests := func(what string, limit int) []Digest {
 		n := d.Count(len(Digest{}))
 		if n > limit {
-			d.Fail("%d %s, where there can be %d", n, what, limit)
+			d.Fail("%d %s; at most %d are allowed", n, what, limit)
 		}
 		if d.Err() != nil {
 			return nil
@@ -141,7 +141,7 @@ func DecodeRoot(b []byte) (*Root, error) {
 	r.Blobs = digests("blobs", maxRootBlobs)
 	n := d.Count(1)
 	if n > maxRootRefs {
-		d.Fail("%d names, where there can be %d", n, maxRootRefs)
+		d.Fail("%d names; at most %d are allowed", n, maxRootRefs)
 	}
 	for i := 0; i < n && d.Err() == nil; i++ {
 		r.Refs = append(r.Refs, d.String(maxRefName))

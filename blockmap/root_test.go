@@ -8,11 +8,14 @@ import (
 	"flag"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -312,4 +315,50 @@ func TestRootOnAFailingDisk(t *testing.T) {
 	}
 	fsys.Fail(nil)
 	must(t, c.AddRoot(someRoot()))
+}
+
+// Roots, small files and chunks that come and go at once under a small quota: no
+// goroutine waits for ever, and the files are those of the roots that are left.
+func TestRootsAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	c := newCache(t, dir, blockmap.CacheOptions{Quota: 1 << 20, SyncEvery: time.Millisecond})
+	var chunks [][]byte
+	for i := range 40 {
+		chunks = append(chunks, bytes.Repeat([]byte{byte(i), 7}, 32<<10))
+	}
+	table := first(blocktest.Stream(t, chunks))
+	s, err := c.Stream(table)
+	must(t, err)
+	var wg sync.WaitGroup
+	for g := range 6 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(g), 5))
+			for n := range 60 {
+				image := blockmap.Digest{byte(rng.IntN(8))}
+				b := bytes.Repeat([]byte{byte(g), byte(n)}, 8<<10)
+				name := fmt.Sprint("name ", rng.IntN(10))
+				i := rng.IntN(len(chunks))
+				err := errors.Join(
+					c.AddRoot(blockmap.Root{Image: image, Streams: []blockmap.Digest{s.ID()}, Blobs: []blockmap.Digest{sha256.Sum256(b)}, Refs: []string{name}}),
+					c.PutBlob(b), c.PutRef(name, b[:100]), s.Fill(i, chunks[i]))
+				if rng.IntN(4) == 0 {
+					err = errors.Join(err, c.RemoveRoot(image))
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	s.Release()
+	must(t, c.Sync())
+	if c.Used() > c.Quota() {
+		t.Errorf("%d bytes are used, %d are allowed", c.Used(), c.Quota())
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "roots/*"))
+	must(t, err)
+	if len(files) != len(c.Roots()) {
+		t.Errorf("%d files of roots for %d roots", len(files), len(c.Roots()))
+	}
 }
