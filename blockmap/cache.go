@@ -45,10 +45,10 @@ import (
 //	residency.syncing
 //	rootStore.writing
 //	fileWriter.writing
-//	the rest, each held alone and for a moment: residency.mu, mapFile.mu,
-//	streamStore.mu, smallStore.mu, rootStore.mu, fileWriter.mu, evictor.torn, held.mu
+//	one of residency.mu, mapFile.mu, streamStore.mu, smallStore.mu, rootStore.mu,
+//	fileWriter.mu, evictor.torn, held.mu
 //
-// streamFiles.mu of a second stream is only tried for: closeIdle does so.
+// No goroutine holds streamFiles.mu, or marking, of two streams.
 type Cache struct {
 	disk    *disk
 	writer  *fileWriter
@@ -143,7 +143,8 @@ func (c *Cache) load() error {
 	return nil
 }
 
-// tend does now and then what no request waits for.
+// tend does the periodic work: it makes durable, stores what is held in memory, and
+// closes and removes streams that no image uses.
 func (c *Cache) tend(ctx context.Context, every time.Duration) {
 	t := time.NewTicker(every)
 	defer t.Stop()

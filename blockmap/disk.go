@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// disk is the directory of a cache: where it lies, how many bytes it may take,
-// and how many it takes. It has no lock. A cache has one disk today; nothing in
-// the streams, the small files or the evictor assumes that there is only one.
+// disk is the directory of a cache: where it lies, how many bytes it may take, and
+// how many it takes. It has no lock. Streams, small files and the evictor each know
+// the disk that they are on.
 type disk struct {
 	dir   string
 	fs    FS
@@ -38,9 +38,10 @@ func (d *disk) over() int64 {
 	return max(0, d.used.Load()-d.quota)
 }
 
-// drop reports that a part of the cache was damaged, and is removed.
-func (d *disk) drop(what string, err error) {
-	d.log.Warn("removed a damaged part of the cache; it will be fetched again", "what", what, "err", err)
+// drop reports that a part of the cache was damaged, and is removed. kind is
+// "stream", "blob" or "root".
+func (d *disk) drop(kind, id string, err error) {
+	d.log.Warn("removed a damaged part of the cache; it will be fetched again", kind, id, "err", err)
 	d.dropped.Add(1)
 }
 

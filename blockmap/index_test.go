@@ -21,13 +21,12 @@ func TestIndexRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !reflect.DeepEqual(got, m.Index) {
-			t.Fatalf("seed %d: what was decoded is not what was encoded", seed)
+			t.Fatalf("seed %d: the decoded index differs from the encoded one", seed)
 		}
 	}
 }
 
-// A program of today reads the index that one of yesterday wrote, and writes the
-// same.
+// The program reads the index that earlier versions wrote, and writes the same bytes.
 func TestFrozenIndex(t *testing.T) {
 	chunks := func(first byte, counts ...uint32) (all []blockmap.Chunk) {
 		var block, off uint32
@@ -67,8 +66,7 @@ func TestIndexAltered(t *testing.T) {
 	}
 }
 
-// A right checksum makes no index right: these are what the checks behind it
-// are for.
+// An index may be wrong though its checksum is right: the other checks find that.
 func TestIndexHostile(t *testing.T) {
 	chunk := func(block, count uint32) blockmap.Chunk {
 		return blockmap.Chunk{Block: block, Count: count, Stored: 10, Offset: int64(block) * 10}
@@ -98,7 +96,7 @@ func TestIndexHostile(t *testing.T) {
 	}
 }
 
-// The memory that an index takes goes by its length, and not by what it claims.
+// The memory that an index takes depends on its length, and not on its numbers.
 func TestIndexOfFewBytes(t *testing.T) {
 	ix := blockmap.Index{Blocks: math.MaxUint32, Streams: make([]blockmap.Table, 1)}
 	b := ix.Encode()
@@ -112,22 +110,22 @@ func TestIndexOfFewBytes(t *testing.T) {
 		}
 	}).AllocedBytesPerOp()
 	if allocated > 16<<10 {
-		t.Errorf("an index of %d bytes takes %d", len(b), allocated)
+		t.Errorf("an index of %d bytes takes %d bytes of memory", len(b), allocated)
 	}
 	for _, block := range []uint32{0, 1, 1 << 20, math.MaxUint32 - 1} {
 		if run, ok := got.Lookup(block); ok || run.Device != 0 || run.Count != math.MaxUint32 {
-			t.Errorf("block %d is in %v", block, run)
+			t.Errorf("block %d is in run %v, and the index has none", block, run)
 		}
 	}
 }
 
-// noFetch is an origin that has nothing.
+// noFetch fails every fetch.
 type noFetch struct{}
 
 func (noFetch) Fetch(context.Context, []blockmap.Want) error { return blocktest.ErrInjected }
 func (noFetch) Prefetch([]blockmap.Want)                     {}
 
-// use does with an index what serving it does.
+// use reads an index in the ways that a server does.
 func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 	image, err := blockmap.NewImage(ix, c, noFetch{})
 	if err != nil {
@@ -141,7 +139,7 @@ func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 		if v, ok := image.View(e); ok {
 			v.Release()
 		} else if err := image.Fault(t.Context(), e); !errors.Is(err, blocktest.ErrInjected) {
-			t.Fatalf("what is not here can be had: %v", err)
+			t.Fatalf("a fetch that must fail: %v", err)
 		}
 		if s := image.Status(e); s.Len() <= 0 || s.Start != e.Start {
 			t.Fatalf("the status of %v is about %v", e, s.Extent)
@@ -163,8 +161,7 @@ func FuzzIndex(f *testing.F) {
 	f.Add(empty.Encode())
 	c := newCache(f, f.TempDir(), blockmap.CacheOptions{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		// Past the checksum, which would keep the fuzzer from everything
-		// that lies behind it.
+		// With a right checksum the fuzzer reaches the code behind the check.
 		if len(b) >= 20 {
 			b = append([]byte(nil), b...)
 			blockmap.SealIndex(b)

@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// A bitmap does what a slice of bools does.
+// A bitmap gives the same answers as a slice of bools.
 func TestBitmap(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	for _, n := range []uint32{1, 63, 64, 65, 200, 1000} {
@@ -84,7 +84,7 @@ func someMap(t testing.TB) (path string, id Digest, data FileID) {
 	return path, id, data
 }
 
-// A program of today reads the map that one of yesterday wrote, and writes the same.
+// The program reads the map that earlier versions wrote, and writes the same bytes.
 func TestFrozenMap(t *testing.T) {
 	path, id, data := someMap(t)
 	got, err := os.ReadFile(path)
@@ -157,7 +157,7 @@ func FuzzMap(f *testing.F) {
 	f.Add(b)
 	f.Add(b[:mapHeader])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) >= mapHeader { // a right checksum, so that what lies behind it is reached
+		if len(b) >= mapHeader { // with a right checksum the fuzzer reaches the code behind the check
 			var h mapHead
 			copy(h.id[:], b[16:])
 			h.blocks = uint32(b[48]) | uint32(b[49])<<8 | uint32(b[50])<<16
@@ -178,7 +178,7 @@ func FuzzMap(f *testing.F) {
 	})
 }
 
-// What is held keeps no more than it holds: neither in its order nor in its bytes.
+// The order of held chunks lists each once, and their bytes stay within the limit.
 func TestHeldIsBounded(t *testing.T) {
 	h := held{limit: 10 << 10}
 	s := new(Stream)
@@ -209,7 +209,8 @@ func TestHeldIsBounded(t *testing.T) {
 	}
 }
 
-// Pins keep a chunk from the evictor, and the evictor keeps out pins.
+// A pinned chunk cannot be evicted, and a chunk that is being evicted cannot be
+// pinned.
 func TestPins(t *testing.T) {
 	p := make(pins, 2)
 	if !p.pin(1) || !p.any() || p.beginEvict(1) {

@@ -23,8 +23,8 @@ import (
 
 var update = flag.Bool("update", false, "write the frozen bytes in testdata anew")
 
-// frozen compares b with the bytes in testdata, which are never changed: a program
-// of today reads what one of yesterday wrote.
+// frozen fails unless b is the content of a file in testdata, and returns it. These
+// files never change: they are what earlier versions of the program wrote.
 func frozen(t *testing.T, name string, b []byte) []byte {
 	t.Helper()
 	path := filepath.Join("testdata", name)
@@ -86,7 +86,7 @@ func sealRoot(b []byte) []byte {
 	return b
 }
 
-// A right checksum makes no root right.
+// A root may be wrong though its checksum is right.
 func TestRootHostile(t *testing.T) {
 	empty := blockmap.Root{Image: blockmap.Digest{1}}
 	head := empty.Encode()[:20+32]
@@ -118,7 +118,7 @@ func FuzzRoot(f *testing.F) {
 	f.Add((&blockmap.Root{}).Encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= 20 {
-			b = sealRoot(b) // past the checksum, to what lies behind it
+			b = sealRoot(b) // so that the fuzzer reaches the code behind the check
 		}
 		r, err := blockmap.DecodeRoot(b)
 		if err != nil {
@@ -133,7 +133,7 @@ func FuzzRoot(f *testing.F) {
 	})
 }
 
-// Roots outlive the process; one that is damaged is dropped.
+// Roots outlive the process. Damaged roots are dropped.
 func TestRootsAreKept(t *testing.T) {
 	dir := t.TempDir()
 	c := newCache(t, dir, blockmap.CacheOptions{})
@@ -189,8 +189,8 @@ func TestRootsAreKept(t *testing.T) {
 
 func first(t *blockmap.Table, _ []byte) *blockmap.Table { return t }
 
-// A stream that no root holds goes before one that a root does, also where it was
-// used last.
+// Chunks of streams that no root holds are evicted before those of streams that a
+// root holds, even if they were used later.
 func TestUnrootedStreamsGoFirst(t *testing.T) {
 	c := newCache(t, t.TempDir(), quiet(blockmap.CacheOptions{Quota: 4 << 20}))
 	var tables []*blockmap.Table
@@ -223,8 +223,8 @@ func TestUnrootedStreamsGoFirst(t *testing.T) {
 	}
 }
 
-// Small files that no root holds go first; then the roots that were used longest
-// ago, with what only they hold, those of images in use last.
+// Small files that no root holds are evicted first. Then the least recently used
+// roots go, with what only they hold, and roots of images in use last.
 func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	dir := t.TempDir()
 	const quota = 8 << 20 // of which 1 MiB is for small files
@@ -297,7 +297,7 @@ func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	used.Release()
 }
 
-// A root that the disk does not take holds all the same, until the process ends.
+// A root that cannot be written holds until the process ends.
 func TestRootOnAFailingDisk(t *testing.T) {
 	fsys := blocktest.NewFS()
 	c := newCache(t, t.TempDir(), blockmap.CacheOptions{FS: fsys})
@@ -317,8 +317,8 @@ func TestRootOnAFailingDisk(t *testing.T) {
 	must(t, c.AddRoot(someRoot()))
 }
 
-// Roots, small files and chunks that come and go at once under a small quota: no
-// goroutine waits for ever, and the files are those of the roots that are left.
+// Roots, small files and chunks are added and removed at once under a small quota.
+// No goroutine waits for ever, and each root that is left has its file.
 func TestRootsAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	c := newCache(t, dir, blockmap.CacheOptions{Quota: 1 << 20, SyncEvery: time.Millisecond})

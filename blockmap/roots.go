@@ -57,7 +57,7 @@ func (rs *rootStore) load() error {
 			err = fmt.Errorf("%w: it is the root of image %.12s", ErrCorrupt, r.Image)
 		}
 		if err != nil {
-			rs.disk.drop("root "+e.Name(), err)
+			rs.disk.drop("root", e.Name(), err)
 			if _, err := rs.small.remove(path); err != nil {
 				return err
 			}

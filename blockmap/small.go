@@ -186,7 +186,7 @@ func (s *smallStore) blob(d Digest) ([]byte, error) {
 		return nil, err
 	}
 	if sha256.Sum256(b) != d {
-		s.disk.drop("blob "+d.String(), errors.New("its content has another digest"))
+		s.disk.drop("blob", d.String(), errors.New("its content has another digest"))
 		_, err := s.remove(path)
 		return nil, errors.Join(fs.ErrNotExist, err)
 	}

@@ -202,7 +202,7 @@ func (s *Stream) tryOpen() error {
 // held.
 func (s *Stream) replaceFiles(err error) error {
 	if s.forgetAll() > 0 {
-		s.store.disk.drop(s.id.String(), err)
+		s.store.disk.drop("stream", s.id.String(), err)
 	}
 	if err := errors.Join(s.store.disk.fs.RemoveAll(s.path("")), s.makeDir()); err != nil {
 		return err

@@ -85,7 +85,7 @@ func (st *streamStore) load() error {
 			continue
 		}
 		if err != nil {
-			st.disk.drop(d.Name(), err)
+			st.disk.drop("stream", d.Name(), err)
 		}
 		if s != nil {
 			if _, err := s.remove(); err != nil {
