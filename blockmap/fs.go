@@ -120,27 +120,34 @@ func (osFS) Lock(path string) (io.Closer, error) {
 	return f, nil
 }
 
+// control calls do with the descriptor of the file, which stays open and the file's
+// own until do returns: another goroutine may close the file meanwhile.
+func (f osFile) control(op string, do func(fd int) error) error {
+	err := fs.ErrClosed // the only reason for which do is not called
+	if raw, e := f.SyscallConn(); e == nil {
+		_ = raw.Control(func(fd uintptr) { err = do(int(fd)) })
+	}
+	if err != nil {
+		return &os.PathError{Op: op, Path: f.Name(), Err: err}
+	}
+	return nil
+}
+
 func (f osFile) Stat() (size, allocated int64, err error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return 0, 0, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	err = f.control("stat", func(fd int) error { return unix.Fstat(fd, &st) })
+	if err != nil {
+		return 0, 0, err
 	}
 	return st.Size, st.Blocks * 512, nil
 }
 
-func (f osFile) Sync() error {
-	if err := unix.Fdatasync(int(f.Fd())); err != nil {
-		return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
-	}
-	return nil
-}
+func (f osFile) Sync() error { return f.control("fdatasync", unix.Fdatasync) }
 
 func (f osFile) PunchHole(off, n int64) error {
-	err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	if err != nil {
-		return &os.PathError{Op: "punch hole", Path: f.Name(), Err: err}
-	}
-	return nil
+	return f.control("punch hole", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
 }
 
 func (f osFile) Map(n int64) (mmap.MMap, error) {
@@ -154,8 +161,9 @@ func (f osFile) Map(n int64) (mmap.MMap, error) {
 func (f osFile) Identity() (id FileID, err error) {
 	var st unix.Statx_t
 	const want = unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
-	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {
-		return id, &os.PathError{Op: "statx", Path: f.Name(), Err: err}
+	err = f.control("statx", func(fd int) error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st) })
+	if err != nil {
+		return id, err
 	}
 	id.Inode, id.Device = st.Ino, unix.Mkdev(st.Dev_major, st.Dev_minor)
 	if st.Mask&unix.STATX_BTIME != 0 {
@@ -169,14 +177,15 @@ func (f osFile) Identity() (id FileID, err error) {
 }
 
 func (f osFile) InPlace() {
-	fd := int(f.Fd())
-	flags, err := unix.IoctlGetInt(fd, unix.FS_IOC_GETFLAGS)
-	var fs unix.Statfs_t
-	if err != nil || unix.Fstatfs(fd, &fs) != nil || fs.Type != unix.BTRFS_SUPER_MAGIC {
-		return
-	}
-	// Where the ioctl fails, a full disk costs more time, and nothing breaks.
-	_ = unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
+	// Where this fails, a full disk costs more time, and nothing breaks.
+	_ = f.control("set flags", func(fd int) error {
+		var st unix.Statfs_t
+		flags, err := unix.IoctlGetInt(fd, unix.FS_IOC_GETFLAGS)
+		if err = errors.Join(err, unix.Fstatfs(fd, &st)); err != nil || st.Type != unix.BTRFS_SUPER_MAGIC {
+			return err
+		}
+		return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
+	})
 }
 
 // fsNoCOW is FS_NOCOW_FL of linux/fs.h.
