@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// quiet has no sync going on behind the test's back.
+// quiet sets o so that no sync runs while a test does.
 func quiet(o blockmap.CacheOptions) blockmap.CacheOptions {
 	o.SyncEvery = time.Hour
 	return o
@@ -41,7 +42,7 @@ func readAll(t *testing.T, image *blockmap.Image, m *blocktest.Image) {
 	t.Helper()
 	got, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()))
 	if err != nil || !bytes.Equal(got, m.Content) {
-		t.Fatalf("the image does not read as it should (%v)", err)
+		t.Fatalf("the image has wrong bytes, or %v", err)
 	}
 }
 
@@ -62,9 +63,8 @@ func TestKilledProcessLosesNothing(t *testing.T) {
 	}
 }
 
-// After a power cut, and after the file system has gone and come back without one,
-// every block that is said to be here is right, whatever had been fetched, evicted
-// and synced, in whatever order.
+// After a power cut, and after a forced remount, every resident block has the right
+// bytes, in any order of fetches, evictions and syncs before.
 func TestPowerCut(t *testing.T) {
 	m := blocktest.NewImage(t, 21, 1200)
 	kept := 0
@@ -84,13 +84,13 @@ func TestPowerCut(t *testing.T) {
 				if s.Resident {
 					got, err := blocktest.Read(t.Context(), image, s.Extent)
 					if err != nil || !bytes.Equal(got, m.Content[s.Start:s.End]) {
-						t.Fatalf("seed %d, boot %d: %v is said to be here, and is not what it was (%v)", seed, boot, s.Extent, err)
+						t.Fatalf("seed %d, boot %d: %v is resident and has wrong bytes, or %v", seed, boot, s.Extent, err)
 					}
 				}
 				at = s.End
 			}
 			if origin.Requests() != 0 {
-				t.Fatal("reading what is here took requests")
+				t.Fatal("a read of resident blocks sent requests")
 			}
 			var wg sync.WaitGroup
 			for range rng.IntN(40) {
@@ -123,7 +123,7 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	if kept == 0 {
-		t.Error("nothing ever survived: this tests nothing")
+		t.Error("no block ever survived: this tests nothing")
 	}
 }
 
@@ -151,7 +151,7 @@ func TestSecondProcess(t *testing.T) {
 	}
 }
 
-// Damage of every kind costs a refetch, and nothing else.
+// Each kind of damage costs a refetch, and nothing else.
 func TestDamagedCache(t *testing.T) {
 	m := blocktest.NewImage(t, 23, 600)
 	each := func(name string, damage func(t *testing.T, stream string)) {
@@ -235,18 +235,18 @@ func TestFullDisk(t *testing.T) {
 	}
 	for i := range m.Index.Streams {
 		if s, err := c.Stream(&m.Index.Streams[i]); err != nil || s.Resident() != 0 {
-			t.Errorf("%d bytes are here, and none could be written (%v)", s.Resident(), err)
+			t.Errorf("%d bytes are resident, and none could be written (%v)", s.Resident(), err)
 		}
 	}
 	if c.Used() > 64<<10 {
-		t.Errorf("%d bytes are counted, and nothing but tables and maps is kept", c.Used())
+		t.Errorf("%d bytes are counted, and only tables and maps are kept", c.Used())
 	}
 	fsys.Fail(nil)
 	readAll(t, image, m)
 }
 
-// fillable opens a stream of chunks of so many blocks each, on a disk that has
-// room for room blocks, as a device of its own.
+// fillable opens a stream whose chunks have the given numbers of blocks, as a device
+// of its own, on a disk that has space for room blocks.
 func fillable(t *testing.T, room int64, blocks ...int) (image *blockmap.Image, fill func(i int) error) {
 	t.Helper()
 	var chunks [][]byte
@@ -263,32 +263,34 @@ func fillable(t *testing.T, room int64, blocks ...int) (image *blockmap.Image, f
 	must(t, err)
 	s, err := c.Stream(&ix.Streams[0])
 	must(t, err)
-	const tablePages, mapPages = 1, 3 // that the stream takes besides
+	const tablePages, mapPages = 1, 3 // that the stream takes as well
 	fsys.Shrink(room + tablePages + mapPages)
 	return image, func(i int) error { return s.Fill(i, chunks[i]) }
 }
 
-// What a chunk has taken of a disk that then was full goes for the next one.
+// A chunk that was written in part before the disk was full makes room for the next
+// one.
 func TestTornChunkLeavesTheDisk(t *testing.T) {
 	image, fill := fillable(t, 15, 6, 10, 10)
 	must(t, fill(0))
 	v, ok := image.View(blockmap.Range(0, blockmap.BlockSize))
 	if !ok {
-		t.Fatal("a chunk that was just filled is not here")
+		t.Fatal("a chunk that was just filled is not resident")
 	}
-	// It is in use: there is no room, and 9 of the 10 blocks are written.
+	// The view pins chunk 0, so there is no room, and 9 of the 10 blocks of chunk 1
+	// are written.
 	if err := fill(1); !errors.Is(err, blockmap.ErrNoSpace) {
 		t.Errorf("10 blocks where there is room for 9: %v", err)
 	}
 	v.Release()
-	// The disk is left alone for a moment, and then there is room.
-	eventually(t, "a disk that has room again is taken for full", func() bool { return fill(2) == nil })
+	// The cache leaves a full disk alone for a second.
+	eventually(t, "the disk has room again, and the cache does not use it", func() bool { return fill(2) == nil })
 	must(t, fill(1))
 	must(t, fill(0))
 }
 
-// Two chunks that fit on a disk one after the other both get there, though
-// neither does while both are being written.
+// Chunks that fit on the disk only one after the other are all stored, though all are
+// filled at once.
 func TestFillsTakeTurnsOnAFullDisk(t *testing.T) {
 	_, fill := fillable(t, 150, 100, 100, 100, 100)
 	for range 50 {
@@ -304,8 +306,8 @@ func TestFillsTakeTurnsOnAFullDisk(t *testing.T) {
 	}
 }
 
-// A quota that views hold all of is an error for who wants more, and no more
-// than that.
+// While views pin all of the quota, a reader that needs more gets an error. When the
+// views are released every read succeeds.
 func TestQuotaInUse(t *testing.T) {
 	m := blocktest.NewImage(t, 26, 1500)
 	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{Quota: 1 << 20})
@@ -320,7 +322,7 @@ func TestQuotaInUse(t *testing.T) {
 		}
 	}
 	if !errors.Is(err, blockmap.ErrNoSpace) {
-		t.Errorf("all of the quota is in use: %v", err)
+		t.Errorf("a read while all of the quota is in use: %v", err)
 	}
 	for i := range held {
 		held[i].Release()
@@ -328,12 +330,147 @@ func TestQuotaInUse(t *testing.T) {
 	for at := int64(0); at < image.Size(); at += 4096 {
 		got, err := blocktest.Read(t.Context(), image, blockmap.Range(at, 4096))
 		if err != nil || !bytes.Equal(got, m.Content[at:at+4096]) {
-			t.Fatalf("read at %d: wrong, or %v", at, err)
+			t.Fatalf("read at %d: wrong bytes, or %v", at, err)
 		}
 	}
 }
 
-// What was used lately stays; and the space of what goes is really given back.
+// In a small cache that is larger than all fills in progress, every fill finds room.
+func TestFillsAtOnceUnderAQuota(t *testing.T) {
+	var chunks [][]byte
+	for i := range 96 {
+		chunks = append(chunks, bytes.Repeat([]byte{byte(i), 1}, 64<<10))
+	}
+	table, _ := blocktest.Stream(t, chunks)
+	c := newCache(t, t.TempDir(), quiet(blockmap.CacheOptions{Quota: 4 << 20})) // 32 chunks
+	s, err := c.Stream(table)
+	must(t, err)
+	var wg sync.WaitGroup
+	for g := range 12 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(g), 1))
+			for range 200 {
+				i := rng.IntN(len(chunks))
+				if err := s.Fill(i, chunks[i]); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if c.Evicted() == 0 || c.Used() > c.Quota() {
+		t.Errorf("%d bytes were evicted, %d are used, %d are allowed", c.Evicted(), c.Used(), c.Quota())
+	}
+}
+
+// spaceOf is the space that the files of a cache and the directories of its streams
+// take on disk.
+func spaceOf(t *testing.T, dir string) (n int64) {
+	t.Helper()
+	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() && filepath.Base(filepath.Dir(path)) != "streams" {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			n += info.Sys().(*syscall.Stat_t).Blocks * 512
+		}
+		return err
+	}))
+	return n
+}
+
+// Data that cannot be punched still counts, so that the disk never holds more than
+// the quota.
+func TestQuotaCountsWhatCannotBePunched(t *testing.T) {
+	m := blocktest.NewImage(t, 28, 3000)
+	fsys, dir := blocktest.NewFS(), t.TempDir()
+	quota := int64(len(m.Content)) / 2
+	c := newCache(t, dir, quiet(blockmap.CacheOptions{FS: fsys, Quota: quota}))
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.hold = true
+	image, err := blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	read := func() {
+		t.Helper()
+		for at := int64(0); at < image.Size(); at += 64 << 10 {
+			e := blockmap.Range(at, min(64<<10, image.Size()-at))
+			got, err := blocktest.Read(t.Context(), image, e)
+			if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+		}
+	}
+	fsys.Fail(func(op, path string) error {
+		if op == "punch" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	for range 3 {
+		read()
+	}
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n > quota+64<<10 || c.Used() < n {
+		t.Errorf("%d bytes are on disk and %d are counted, %d are allowed", n, c.Used(), quota)
+	}
+	if c.Held() == 0 {
+		t.Error("no chunk is held in memory: this tests nothing")
+	}
+	fsys.Fail(nil)
+	for range 2 {
+		read()
+	}
+	c.StoreHeld()
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n > quota || c.Used() < n || c.Used() > quota {
+		t.Errorf("punching works again: %d bytes are on disk and %d are counted, %d are allowed", n, c.Used(), quota)
+	}
+}
+
+// A part of a chunk that was written before the disk was full counts too.
+func TestTornChunkCounts(t *testing.T) {
+	chunk := bytes.Repeat([]byte{1, 2}, 64<<10)
+	table, _ := blocktest.Stream(t, [][]byte{chunk})
+	fsys, dir := blocktest.NewFS(), t.TempDir()
+	c := newCache(t, dir, quiet(blockmap.CacheOptions{FS: fsys}))
+	s, err := c.Stream(table)
+	must(t, err)
+	fsys.Shrink(24) // pages, of 32
+	if err := s.Fill(0, chunk); !errors.Is(err, blockmap.ErrNoSpace) || s.Has(0) {
+		t.Fatalf("a chunk that does not fit: %v", err)
+	}
+	must(t, c.Sync())
+	if n := spaceOf(t, dir); n < 64<<10 || c.Used() < n {
+		t.Errorf("%d bytes are on disk, and %d are counted", n, c.Used())
+	}
+}
+
+// Where a file is in the place of a directory of the cache, the error says what to
+// do.
+func TestFileInPlaceOfDirectory(t *testing.T) {
+	for _, name := range []string{"", "streams", "blobs", "blobs/sha256", "refs", "roots"} {
+		dir := filepath.Join(t.TempDir(), "cache")
+		path := filepath.Join(dir, name)
+		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		must(t, os.WriteFile(path, []byte("a file"), 0o600))
+		c, err := blockmap.OpenCache(dir, blockmap.CacheOptions{})
+		if err == nil {
+			c.Close()
+			t.Fatalf("%s is a file, and OpenCache succeeded", path)
+		}
+		for _, want := range []string{path + " is not a directory", "remove it"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%q does not say %q", err, want)
+			}
+		}
+		must(t, os.Remove(path))
+		newCache(t, dir, blockmap.CacheOptions{})
+	}
+}
+
+// Chunks that were used lately stay, and the disk gets the space of evicted ones back.
 func TestEvictsTheCold(t *testing.T) {
 	m := blocktest.NewImage(t, 27, 6000)
 	dir := t.TempDir()
@@ -353,7 +490,7 @@ func TestEvictsTheCold(t *testing.T) {
 	}
 	before := origin.Requests()
 	if _, err := blocktest.Read(t.Context(), image, hot); err != nil || origin.Requests() != before {
-		t.Errorf("what was read all the time was evicted (%v)", err)
+		t.Errorf("chunks that were read all the time were evicted (%v)", err)
 	}
 	var allocated int64
 	err := filepath.WalkDir(filepath.Join(dir, "streams"), func(path string, d fs.DirEntry, err error) error {
@@ -396,11 +533,11 @@ func TestBlobsAndRefs(t *testing.T) {
 		t.Errorf("a damaged blob: %v", err)
 	}
 	if c.Dropped() != 1 {
-		t.Error("it was not counted")
+		t.Error("the damaged blob was not counted")
 	}
 }
 
-// Several exports of one image keep the same files at once.
+// Several exports of one image store the same files at once.
 func TestPutsAtOnce(t *testing.T) {
 	c := newCache(t, t.TempDir(), blockmap.CacheOptions{})
 	const name = "registry.example/a:v1"
@@ -419,7 +556,7 @@ func TestPutsAtOnce(t *testing.T) {
 			t.Errorf("%d bytes, %v", len(got), err)
 		}
 		if ref, err := c.Ref(name); err != nil || len(ref) < 1000 || !bytes.Equal(ref, bytes.Repeat(ref[:1], 1000+int(ref[0]))) {
-			t.Errorf("a mixture of %d bytes, %v", len(ref), err)
+			t.Errorf("a mixture of two writes, of %d bytes, or %v", len(ref), err)
 		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// disk is a file system of the test's own, on a loop device of its own.
+// disk is a file system on a loop device, both made for one test.
 type disk struct {
 	t                      *testing.T
 	file, device, at, kind string
@@ -37,7 +37,7 @@ func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
 	f, err := os.Open(d.device)
 	must(t, err)
 	defer f.Close()
-	// What is in the page cache of the file would hide what the disk does.
+	// The page cache of the file would hide failures of the disk.
 	must(t, unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_DIRECT_IO, 1))
 	d.mount()
 	t.Cleanup(d.unmount)
@@ -67,7 +67,7 @@ func (d *disk) unmount() {
 	must(d.t, unix.Unmount(d.at, 0))
 }
 
-// fill takes all the space that is left.
+// fill writes a file that takes all the space that is left, and returns its path.
 func (d *disk) fill() string {
 	d.t.Helper()
 	path := filepath.Join(d.at, "filler")
@@ -91,8 +91,8 @@ func (d *disk) fill() string {
 }
 
 // goodUpTo makes every sector of the disk from end on bad, for reads and for writes:
-// the kernel knows the device to end there, and answers with EIO. What is in them
-// stays, and is back when end is 0, which makes all of them good.
+// the device ends there, and the kernel answers with EIO. The content of the bad
+// sectors stays. With end 0 all sectors are good again.
 func (d *disk) goodUpTo(end int64) {
 	d.t.Helper()
 	f, err := os.Open(d.device)
@@ -104,7 +104,7 @@ func (d *disk) goodUpTo(end int64) {
 	must(d.t, unix.IoctlLoopSetStatus64(int(f.Fd()), status))
 }
 
-// forget drops what the kernel has of a file in memory.
+// forget drops the pages of a file from the kernel's page cache.
 func forget(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Open(path)
@@ -113,9 +113,9 @@ func forget(t *testing.T, path string) {
 	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 }
 
-// A cache on a disk that fills up, and is full when it is opened, gives every
-// reader the right bytes, whether the file system writes over data in place or
-// not; and on it goes where there is room again.
+// A cache on a disk that fills up, or is full when the cache is opened, gives every
+// reader the right bytes, on file systems that overwrite in place and on others.
+// When there is room again the cache uses it.
 func TestRealFullDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 80, 6000)
 	for _, mkfs := range [][]string{{"mkfs.btrfs", "-q", "-M"}, {"mkfs.ext4", "-q", "-m", "0"}} {
@@ -160,7 +160,7 @@ func TestRealFullDisk(t *testing.T) {
 			if err := c.Close(); err != nil {
 				t.Logf("close on a full disk: %v", err)
 			}
-			boot = blockmap.BootID{2} // so that the maps are written
+			boot = blockmap.BootID{2} // another boot, so that the maps are written
 			c = open()
 			check("opened full")
 			must(t, os.Remove(filler))
@@ -177,8 +177,8 @@ func TestRealFullDisk(t *testing.T) {
 	}
 }
 
-// A file system that goes away and comes back without a reboot has lost what it had
-// not written. Live bits say that it is there.
+// A file system that is remounted by force, without a reboot, has lost what it had
+// not written, though live bits say that the blocks are resident.
 func TestRealRemount(t *testing.T) {
 	m := blocktest.NewImage(t, 81, 4000)
 	d := newDisk(t, 96<<20, "mkfs.ext4", "-q")
@@ -187,7 +187,7 @@ func TestRealRemount(t *testing.T) {
 	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/4))
 	must(t, err)
 	must(t, c.Sync())
-	// Evictions make the maps durable, with the bits of what is not.
+	// Evictions make the maps durable, with live bits of data that is not durable.
 	for at := int64(0); at < image.Size(); at += 64 << 10 {
 		_, err := blocktest.Read(t.Context(), image, blockmap.Range(at, min(64<<10, image.Size()-at)))
 		must(t, err)
@@ -204,7 +204,7 @@ func TestRealRemount(t *testing.T) {
 		t.Fatal(e)
 	}
 	must(t, f.Close())
-	_ = c.Close() // which nothing can be made durable in
+	_ = c.Close() // it fails: nothing can be made durable
 	d.unmount()
 	d.mount()
 	c, image, _ = openImage(t, dir, m, blockmap.CacheOptions{Boot: boot})
@@ -212,8 +212,8 @@ func TestRealRemount(t *testing.T) {
 	must(t, c.Close())
 }
 
-// Sectors that cannot be read cost chunks, which are fetched again; sectors that
-// cannot be written, too. A disk whose sectors are good again is used again.
+// Chunks in sectors that cannot be read or written are fetched again. A disk whose
+// sectors are good again is used again.
 func TestRealBadSectors(t *testing.T) {
 	m := blocktest.NewImage(t, 82, 4000)
 	for _, mkfs := range [][]string{
@@ -254,7 +254,7 @@ func TestRealBadSectors(t *testing.T) {
 			for range 3 {
 				check("bad sectors")
 				if err := c.Sync(); err != nil {
-					t.Logf("sync to a disk that is broken: %v", err)
+					t.Logf("sync to a broken disk: %v", err)
 				}
 			}
 			if c.Damaged() == 0 {
@@ -262,7 +262,7 @@ func TestRealBadSectors(t *testing.T) {
 			}
 			d.goodUpTo(0)
 			check("good again")
-			_ = c.Close() // syncs that failed
+			_ = c.Close() // it reports syncs that failed
 			for _, path := range dataFiles(t, dir) {
 				forget(t, path)
 			}

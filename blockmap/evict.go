@@ -2,24 +2,60 @@ package blockmap
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
+// evictor makes room: for the quota, and on a full disk. It evicts, in this
+// order, the least recently used first:
+//
+//  1. chunks of streams that no root holds,
+//  2. other chunks,
+//  3. empty streams that no image has,
+//  4. small files that no root holds,
+//  5. roots, with the small files that only they hold.
+//
+// Small files go before chunks only where they take more than their share.
+type evictor struct {
+	disk    *disk
+	streams *streamStore
+	small   *smallStore
+	roots   *rootStore
+
+	// crowded is held across the storing of a chunk or a small file: by many at
+	// once while the disk has room, by one alone while it is full.
+	crowded sync.RWMutex
+
+	// turn makes eviction one goroutine's work at a time. A fill that finds its
+	// chunk being evicted waits for it. It is held across I/O.
+	turn sync.Mutex
+
+	fullUntil atomic.Int64 // ns since 1970: the disk is full, and left alone
+	evicted   atomic.Int64
+
+	// torn are absent chunks that may take room on disk all the same: they could
+	// not be written to their end, or not be punched, or not be read.
+	torn struct {
+		sync.Mutex
+		chunks map[chunkRef]struct{}
+	}
+}
+
 // squeeze calls store, which puts n bytes on the disk. Where the disk is full it
-// is called again while nothing else is stored, after others have been evicted: or
-// else several would take what is freed, and none have enough. It fails with
-// ErrNoSpace where that does not help.
-func (c *Cache) squeeze(n int64, store func() error) error {
-	c.crowded.RLock()
+// evicts, and calls store again while nothing else is stored: otherwise several
+// would take what is freed, and none would have enough. It fails with ErrNoSpace
+// where that does not help.
+func (e *evictor) squeeze(n int64, store func() error) error {
+	e.crowded.RLock()
 	err := store()
-	c.crowded.RUnlock()
+	e.crowded.RUnlock()
 	if diskFull(err) {
-		err = c.storeAlone(n, store)
+		err = e.storeAlone(n, store)
 	}
 	if diskFull(err) {
 		err = fmt.Errorf("the disk of the cache is full: %w", ErrNoSpace)
@@ -27,22 +63,25 @@ func (c *Cache) squeeze(n int64, store func() error) error {
 	return err
 }
 
-// storeAlone evicts more with each try: other programs may be quicker to take what is
-// freed, and file systems that write nothing in place give an extent back only
-// when all of it has gone. Where that does not help either, the disk is left alone
-// for a while, so that neither the cache nor time is wasted on it.
-func (c *Cache) storeAlone(n int64, store func() error) (err error) {
-	c.crowded.Lock()
-	defer c.crowded.Unlock()
+// storeAlone evicts more with each try: other programs may be quicker to take what
+// is freed, and file systems that write nothing in place give an extent back only
+// when all of it is free. Where that does not help the disk is left alone for a
+// while, so that neither the cache nor time is wasted on it.
+func (e *evictor) storeAlone(n int64, store func() error) (err error) {
+	e.crowded.Lock()
+	defer e.crowded.Unlock()
 	err = unix.ENOSPC
-	if time.Now().UnixNano() < c.fullUntil.Load() {
+	if time.Now().UnixNano() < e.fullUntil.Load() {
 		return err
 	}
-	for try := 0; diskFull(err) && try < fullTries && c.evict(n<<try) > 0; try++ {
+	for try := 0; diskFull(err) && try < fullTries; try++ {
+		if freed, _ := e.evict(n << try); freed == 0 {
+			break
+		}
 		err = store()
 	}
 	if diskFull(err) {
-		c.fullUntil.Store(time.Now().Add(fullFor).UnixNano())
+		e.fullUntil.Store(time.Now().Add(fullFor).UnixNano())
 	}
 	return err
 }
@@ -52,229 +91,245 @@ const (
 	fullFor   = time.Second
 )
 
-// reserve makes room for n bytes, evicting where the quota needs it.
-func (c *Cache) reserve(n int64) error {
-	if c.used.Add(n) <= c.quota || c.quota == 0 {
-		return nil
-	}
-	// What is freed may be another's by the time that it is counted.
+// reserve counts n bytes as used, evicting where the quota requires it.
+func (e *evictor) reserve(n int64) error {
+	e.disk.used.Add(n)
+	// Another fill may take what is freed before it is counted here.
 	for range 16 {
-		c.evict(0)
-		if c.used.Load() <= c.quota {
+		if e.disk.over() == 0 {
 			return nil
 		}
+		if _, err := e.evict(0); err != nil {
+			break // it would evict more and more, and free nothing
+		}
 	}
-	c.used.Add(-n)
-	return fmt.Errorf("the cache's %d bytes are all in use: %w", c.quota, ErrNoSpace)
+	if e.disk.over() == 0 {
+		return nil
+	}
+	e.disk.used.Add(-n)
+	return fmt.Errorf("all %d bytes of the cache are in use: %w", e.disk.quota, ErrNoSpace)
 }
 
-func (c *Cache) unreserve(n int64) { c.used.Add(-n) }
-
-// awaitEviction returns when the eviction that is under way has ended.
-func (c *Cache) awaitEviction() {
-	c.evictor.Lock()
+// await returns when the eviction that is under way has ended.
+func (e *evictor) await() {
+	e.turn.Lock()
 	//lint:ignore SA2001 the wait is all that is wanted
-	c.evictor.Unlock()
+	e.turn.Unlock()
 }
 
-// tear notes that a chunk is not here and may take room on the disk all the same,
-// since it could not be written to its end, or not be punched: its blocks go
-// when the room is needed.
-func (c *Cache) tear(h holder) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.mu.torn[h] = struct{}{}
+// tear notes a torn chunk.
+func (e *evictor) tear(x chunkRef) {
+	x.stream.files.unmeasured.Store(true)
+	e.torn.Lock()
+	defer e.torn.Unlock()
+	if e.torn.chunks == nil {
+		e.torn.chunks = make(map[chunkRef]struct{})
+	}
+	e.torn.chunks[x] = struct{}{}
 }
 
-func (c *Cache) takeTorn() map[holder]struct{} {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	torn := c.mu.torn
-	c.mu.torn = make(map[holder]struct{})
+func (e *evictor) takeTorn() map[chunkRef]struct{} {
+	e.torn.Lock()
+	defer e.torn.Unlock()
+	torn := e.torn.chunks
+	e.torn.chunks = nil
 	return torn
 }
 
-// evict frees at least atLeast bytes and what lies over the quota, in one go
-// with a reserve, so that not every fill has to; and what torn chunks take. It
-// returns the bytes freed, of torn chunks the most that it may be.
-func (c *Cache) evict(atLeast int64) (freed int64) {
-	c.evictor.Lock()
-	defer c.evictor.Unlock()
-	want := atLeast
-	if c.quota > 0 {
-		if over := c.used.Load() - c.quota; over > 0 {
-			want = max(want, over+c.quota/32)
+// forget drops the torn chunks of a stream that was removed.
+func (e *evictor) forget(s *Stream) {
+	e.torn.Lock()
+	defer e.torn.Unlock()
+	for x := range e.torn.chunks {
+		if x.stream == s {
+			delete(e.torn.chunks, x)
 		}
+	}
+}
+
+// measure corrects what is counted as used by what the streams take on disk, and
+// evicts where that is over the quota.
+func (e *evictor) measure() {
+	e.turn.Lock()
+	for _, s := range e.streams.all() {
+		s.measure()
+	}
+	e.turn.Unlock()
+	_, _ = e.evict(0) // the next fill meets the failure
+}
+
+// evict frees at least atLeast bytes, and what is over the quota together with a
+// reserve, so that not every fill has to evict; and the space of torn chunks. It
+// returns the bytes freed, for torn chunks an upper bound, and why some could not
+// be freed.
+func (e *evictor) evict(atLeast int64) (freed int64, err error) {
+	e.turn.Lock()
+	defer e.turn.Unlock()
+	want := atLeast
+	if over := e.disk.over(); over > 0 {
+		want = max(want, over+e.disk.quota/32)
 	}
 	if want == 0 {
-		return 0
+		return 0, nil
 	}
-	freed = c.evictChunks(want)
-	freed += c.removeEmpty()
+	freed, err = e.evictChunks(want)
+	freed += e.streams.removeEmpty()
 	if freed < want {
-		freed += c.small.evict(want - freed)
+		freed += e.evictSmall(want - freed)
 	}
-	return freed
+	return freed, err
 }
 
-// evictChunks frees about want bytes: the chunks that were not used for the
-// longest time. c.evictor is held.
-func (c *Cache) evictChunks(want int64) (freed int64) {
+// evictSmall frees about n bytes of small files.
+func (e *evictor) evictSmall(n int64) (freed int64) {
+	for {
+		freed += e.small.evict(n-freed, e.roots.holdsFile)
+		if freed >= n {
+			return freed
+		}
+		image, ok := e.roots.coldest(e.streams.idInUse)
+		if !ok {
+			return freed
+		}
+		// What only this root held can go in the next round.
+		n, err := e.roots.remove(image)
+		if err != nil {
+			e.disk.log.Warn("cannot evict the root of an image", "image", image.String(), "err", err)
+		}
+		freed += n
+	}
+}
+
+// coldest lists the chunks that may be evicted, the first to go first.
+func (e *evictor) coldest() []chunkRef {
 	type candidate struct {
-		holder
-		age uint32
+		chunkRef
+		rooted bool
+		age    uint32
 	}
-	var cold []candidate
-	tick := c.tick.Load()
-	for _, s := range c.all() {
+	var all []candidate
+	now := e.streams.clock.now()
+	for _, s := range e.streams.all() {
+		rooted := e.roots.holdsStream(s.id)
 		for i := range s.table.Chunks {
-			if s.has(i) {
-				cold = append(cold, candidate{holder{s, i}, tick - s.used[i].Load()})
+			if c := &s.table.Chunks[i]; s.res.any(c.Block, c.Count) {
+				all = append(all, candidate{chunkRef{s, i}, rooted, now - s.used[i].Load()})
 			}
 		}
 	}
-	slices.SortFunc(cold, func(a, b candidate) int { return cmp.Compare(b.age, a.age) })
-	var going []holder
-	failed := make(map[*Stream]error) // of the streams touched
-	var n int64
-	unmark := func(x holder) {
-		t := &x.stream.table.Chunks[x.chunk]
-		n += int64(x.stream.res.clear(t.Block, t.Count)) * BlockSize
-		going = append(going, x)
-	}
-	// begin has a chunk pinned for the evictor, and the files that it is in open.
-	begin := func(x holder) bool {
-		if failed[x.stream] != nil || !x.stream.pins[x.chunk].CompareAndSwap(0, evicting) {
-			return false
+	slices.SortFunc(all, func(a, b candidate) int {
+		if a.rooted != b.rooted {
+			if b.rooted {
+				return -1
+			}
+			return 1
 		}
-		if err := x.stream.open(); err != nil {
-			x.stream.pins[x.chunk].Add(-evicting)
-			c.log.Warn("cannot evict", "stream", x.stream.id.String(), "err", err)
-			failed[x.stream] = err
-			return false
-		}
-		failed[x.stream] = nil
-		return true
+		return cmp.Compare(b.age, a.age)
+	})
+	cold := make([]chunkRef, len(all))
+	for i := range all {
+		cold[i] = all[i].chunkRef
 	}
-	for x := range c.takeTorn() {
+	return cold
+}
+
+// eviction is one call of evictChunks.
+type eviction struct {
+	e      *evictor
+	going  []chunkRef        // absent, and to be punched
+	failed map[*Stream]error // of the streams touched
+	bytes  int64             // that were resident
+}
+
+// evictChunks frees about want bytes of chunks, and the space of torn ones.
+// e.turn is held.
+func (e *evictor) evictChunks(want int64) (freed int64, err error) {
+	v := &eviction{e: e, failed: make(map[*Stream]error)}
+	for x := range e.takeTorn() {
 		switch {
-		case !begin(x):
-			c.tear(x) // somebody tries again, or looks
+		case !v.begin(x):
+			e.tear(x) // it is being filled or viewed
 		case x.stream.has(x.chunk):
-			x.stream.pins[x.chunk].Add(-evicting)
+			x.stream.pins.endEvict(x.chunk)
 		default:
-			unmark(x)
+			v.clear(x)
 		}
 	}
-	for _, x := range cold {
-		if n >= want {
-			break
-		}
-		if begin(x.holder) {
-			unmark(x.holder)
+	if v.bytes < want {
+		for _, x := range e.coldest() {
+			if v.bytes >= want {
+				break
+			}
+			if v.begin(x) {
+				v.clear(x)
+			}
 		}
 	}
-	// No bit may say "here" of a block whose data has gone, not even after a
-	// power cut: the maps reach the disk before the holes are punched.
-	for s, err := range failed {
-		if err == nil {
-			if err = s.res.flush(); err != nil {
-				c.log.Error("cannot evict: the map could not be written, and the data stays", "stream", s.id.String(), "err", err)
-			}
-			failed[s] = err
-		}
+	v.flush()
+	freed, err = v.punch()
+	e.disk.used.Add(-v.bytes)
+	e.evicted.Add(v.bytes)
+	for s := range v.failed {
+		s.measure()
 	}
-	for _, x := range going {
-		t := &x.stream.table.Chunks[x.chunk]
-		err := failed[x.stream]
-		if err == nil {
-			// Files that were given up meanwhile have gone from the disk.
-			if f := x.stream.files.Load(); f != nil {
-				err = f.data.PunchHole(int64(t.Block)*BlockSize, int64(t.Size()))
-			}
-			if err != nil {
-				c.log.Error("cannot evict", "stream", x.stream.id.String(), "err", err)
-			}
-		}
+	return freed, err
+}
+
+// begin takes a chunk for the evictor, and opens the files that it is in.
+func (v *eviction) begin(x chunkRef) bool {
+	if v.failed[x.stream] != nil || !x.stream.pins.beginEvict(x.chunk) {
+		return false
+	}
+	if err := x.stream.open(); err != nil {
+		x.stream.pins.endEvict(x.chunk)
+		v.e.disk.log.Warn("cannot evict", "stream", x.stream.id.String(), "err", err)
+		v.failed[x.stream] = err
+		return false
+	}
+	v.failed[x.stream] = nil
+	return true
+}
+
+func (v *eviction) clear(x chunkRef) {
+	c := &x.stream.table.Chunks[x.chunk]
+	v.bytes += int64(x.stream.res.clear(c.Block, c.Count)) * BlockSize
+	v.going = append(v.going, x)
+}
+
+// flush makes the maps durable before the holes are punched: no bit may say
+// "resident" of a block whose data is gone, not even after a power cut.
+func (v *eviction) flush() {
+	for s, err := range v.failed {
 		if err != nil {
-			c.tear(x)
+			continue
+		}
+		if err := s.res.flush(); err != nil {
+			v.e.disk.log.Error("cannot evict: the map could not be written, so the data stays", "stream", s.id.String(), "err", err)
+			v.failed[s] = err
+		}
+	}
+}
+
+// punch gives the space back. It returns how many bytes that were, and the first
+// failure.
+func (v *eviction) punch() (freed int64, first error) {
+	for _, x := range v.going {
+		c := &x.stream.table.Chunks[x.chunk]
+		err := v.failed[x.stream]
+		// A file that was given up meanwhile is gone from the disk.
+		if f := x.stream.files.current.Load(); err == nil && f != nil {
+			if err = f.punch(int64(c.Block)*BlockSize, int64(c.Size())); err != nil {
+				v.e.disk.log.Error("cannot evict: the data could not be punched, so it stays", "stream", x.stream.id.String(), "err", err)
+			}
+		}
+		x.stream.files.unmeasured.Store(true)
+		if err != nil {
+			v.e.tear(x)
+			first = cmp.Or(first, err)
 		} else {
-			freed += int64(t.Size())
+			freed += int64(c.Size())
 		}
-		x.stream.pins[x.chunk].Add(-evicting)
+		x.stream.pins.endEvict(x.chunk)
 	}
-	c.used.Add(-n)
-	c.evicted.Add(n)
-	return freed
-}
-
-// removeEmpty takes streams that no image has, and of which nothing is here, off
-// the disk, and returns the bytes that their tables and maps took.
-func (c *Cache) removeEmpty() (freed int64) {
-	for _, s := range c.all() {
-		if s.res.count() > 0 {
-			continue
-		}
-		// Under the lock that images open streams under: none gets one that goes.
-		c.opening.Lock()
-		c.mu.RLock()
-		users := s.users
-		c.mu.RUnlock()
-		var removed bool
-		var err error
-		n := s.onDisk.Load()
-		if users == 0 {
-			if removed, err = s.remove(); removed {
-				c.forget(s)
-				freed += n
-			}
-		}
-		c.opening.Unlock()
-		if err != nil {
-			c.log.Warn("cannot remove an empty stream", "stream", s.id.String(), "err", err)
-		}
-	}
-	return freed
-}
-
-// closeIdle closes the files of streams that no image has or, where there are too
-// many open or hard is set, of those that were not used for the longest time.
-func (c *Cache) closeIdle(hard bool) {
-	type idle struct {
-		s   *Stream
-		age uint32
-	}
-	var rest []idle
-	tick := c.tick.Load()
-	for _, s := range c.all() {
-		if err := s.closeRetired(); err != nil {
-			c.log.Warn("close", "stream", s.id.String(), "err", err)
-		}
-		if s.files.Load() == nil {
-			continue
-		}
-		c.mu.RLock()
-		users := s.users
-		c.mu.RUnlock()
-		if users > 0 {
-			rest = append(rest, idle{s, tick - s.lastUse.Load()})
-		} else if _, err := s.tryClose(); err != nil {
-			c.log.Warn("close", "stream", s.id.String(), "err", err)
-		}
-	}
-	if !hard {
-		return
-	}
-	slices.SortFunc(rest, func(a, b idle) int { return cmp.Compare(b.age, a.age) })
-	for n := len(rest)/8 + 1; n > 0 && len(rest) > 0; rest = rest[1:] {
-		s := rest[0].s
-		err := s.sync() // or it cannot be closed
-		closed, closeErr := s.tryClose()
-		if err = errors.Join(err, closeErr); err != nil {
-			c.log.Warn("close", "stream", s.id.String(), "err", err)
-		}
-		if closed {
-			n--
-		}
-	}
+	return freed, first
 }

@@ -9,7 +9,7 @@ func SealIndex(b []byte) {
 }
 
 // LimitOpen bounds the streams that are open at once.
-func (c *Cache) LimitOpen(n int64) { c.openLimit = n }
+func (c *Cache) LimitOpen(n int64) { c.streams.openLimit = n }
 
 // StoreHeld puts what is held in memory on the disk, as happens now and then.
-func (c *Cache) StoreHeld() { c.storeHeld() }
+func (c *Cache) StoreHeld() { c.streams.held.store() }

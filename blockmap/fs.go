@@ -16,19 +16,19 @@ import (
 // full disk, an I/O error or a power cut. OS is the real one.
 type FS interface {
 	MkdirAll(path string) error
-	// Open opens a file for reading and writing. One that is not there is
-	// created or, if create is false, fs.ErrNotExist.
+	// Open opens a file for reading and writing. If it does not exist it is
+	// created, or Open fails with fs.ErrNotExist where create is false.
 	Open(path string, create bool) (File, error)
 	Rename(from, to string) error
 	RemoveAll(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
 	// SyncDir makes the entries of a directory durable.
 	SyncDir(path string) error
-	// Lock takes path as the lock of this process, or fails at once with
-	// ErrLocked. Closing it, or the end of the process, lets go.
+	// Lock takes the lock at path for this process, or fails at once with
+	// ErrLocked. Closing it, or the end of the process, releases it.
 	Lock(path string) (io.Closer, error)
-	// Private fails unless the directory at path belongs to this user alone:
-	// nobody else can write to it, or put another in its place.
+	// Private fails unless the directory at path belongs to this user alone: no
+	// other user can write to it, or put another directory in its place.
 	Private(path string) error
 }
 
@@ -37,37 +37,40 @@ type File interface {
 	io.ReaderAt
 	io.WriterAt
 	io.Closer
-	// Stat is the length of the file, and the space that it takes on disk.
+	// Stat returns the length of the file and the space that it takes on disk, in
+	// bytes.
 	Stat() (size, allocated int64, err error)
 	Truncate(size int64) error
 	// Sync makes the content and the length durable.
 	Sync() error
-	// PunchHole gives the space of a range back; it reads as zeros then.
+	// PunchHole gives the space of a range back to the disk. The range reads as
+	// zeros afterwards.
 	PunchHole(off, n int64) error
 	// Map maps the first n bytes for reading, shared with the file.
 	Map(n int64) (mmap.MMap, error)
-	// Identity tells the file from a copy of it, and this mount of its file
-	// system from another one.
+	// Identity distinguishes the file from a copy of it, and this mount of its
+	// file system from another mount.
 	Identity() (FileID, error)
-	// InPlace asks the file system to write over what an empty file will hold
-	// where it lies, so that this needs no space. Not all do.
+	// InPlace asks the file system to overwrite the blocks of a file in place, so
+	// that an overwrite needs no space. The file is still empty. File systems that
+	// cannot do so ignore it.
 	InPlace()
 }
 
-// FileID identifies a file. What is zero is not known.
+// FileID identifies a file. A field that is zero is not known.
 type FileID struct {
 	Inode  uint64
 	Born   int64  // when the inode was made, in ns since 1970
-	Device uint64 // the file system is on: may change from boot to boot
-	Mount  uint64 // of this mount, never used again until the machine is rebooted
+	Device uint64 // of the file system; may change from boot to boot
+	Mount  uint64 // ID of the mount, which is not used again before a reboot
 }
 
-// sameFile says whether a and b are of one file, and not of a copy.
+// sameFile says whether a and b are the same file, and not a file and its copy.
 func (a FileID) sameFile(b FileID) bool {
 	return a.Inode == b.Inode && a.Born == b.Born && (a.Born != 0 || a.Device == b.Device)
 }
 
-// ErrLocked is what the second process on one cache directory gets.
+// ErrLocked means that another process has the cache directory.
 var ErrLocked = errors.New("in use by another process")
 
 // OS is the file system of the machine.
@@ -117,27 +120,34 @@ func (osFS) Lock(path string) (io.Closer, error) {
 	return f, nil
 }
 
+// control calls do with the descriptor of the file, which stays open and the file's
+// own until do returns: another goroutine may close the file meanwhile.
+func (f osFile) control(op string, do func(fd int) error) error {
+	err := fs.ErrClosed // the only reason for which do is not called
+	if raw, e := f.SyscallConn(); e == nil {
+		_ = raw.Control(func(fd uintptr) { err = do(int(fd)) })
+	}
+	if err != nil {
+		return &os.PathError{Op: op, Path: f.Name(), Err: err}
+	}
+	return nil
+}
+
 func (f osFile) Stat() (size, allocated int64, err error) {
 	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return 0, 0, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+	err = f.control("stat", func(fd int) error { return unix.Fstat(fd, &st) })
+	if err != nil {
+		return 0, 0, err
 	}
 	return st.Size, st.Blocks * 512, nil
 }
 
-func (f osFile) Sync() error {
-	if err := unix.Fdatasync(int(f.Fd())); err != nil {
-		return &os.PathError{Op: "fdatasync", Path: f.Name(), Err: err}
-	}
-	return nil
-}
+func (f osFile) Sync() error { return f.control("fdatasync", unix.Fdatasync) }
 
 func (f osFile) PunchHole(off, n int64) error {
-	err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	if err != nil {
-		return &os.PathError{Op: "punch hole", Path: f.Name(), Err: err}
-	}
-	return nil
+	return f.control("punch hole", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
 }
 
 func (f osFile) Map(n int64) (mmap.MMap, error) {
@@ -151,14 +161,15 @@ func (f osFile) Map(n int64) (mmap.MMap, error) {
 func (f osFile) Identity() (id FileID, err error) {
 	var st unix.Statx_t
 	const want = unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
-	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, want, &st); err != nil {
-		return id, &os.PathError{Op: "statx", Path: f.Name(), Err: err}
+	err = f.control("statx", func(fd int) error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st) })
+	if err != nil {
+		return id, err
 	}
 	id.Inode, id.Device = st.Ino, unix.Mkdev(st.Dev_major, st.Dev_minor)
 	if st.Mask&unix.STATX_BTIME != 0 {
 		id.Born = st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
 	}
-	// Before Linux 6.8 there are only mount IDs that are used again.
+	// Before Linux 6.8 mount IDs are reused, so the ID of the mount is not known.
 	if st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
 		id.Mount = st.Mnt_id
 	}
@@ -166,14 +177,15 @@ func (f osFile) Identity() (id FileID, err error) {
 }
 
 func (f osFile) InPlace() {
-	fd := int(f.Fd())
-	flags, err := unix.IoctlGetInt(fd, unix.FS_IOC_GETFLAGS)
-	var fs unix.Statfs_t
-	if err != nil || unix.Fstatfs(fd, &fs) != nil || fs.Type != unix.BTRFS_SUPER_MAGIC {
-		return
-	}
-	// Where it is refused a full disk costs more, and nothing breaks.
-	_ = unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
+	// Where this fails, a full disk costs more time, and nothing breaks.
+	_ = f.control("set flags", func(fd int) error {
+		var st unix.Statfs_t
+		flags, err := unix.IoctlGetInt(fd, unix.FS_IOC_GETFLAGS)
+		if err = errors.Join(err, unix.Fstatfs(fd, &st)); err != nil || st.Type != unix.BTRFS_SUPER_MAGIC {
+			return err
+		}
+		return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
+	})
 }
 
 // fsNoCOW is FS_NOCOW_FL of linux/fs.h.
@@ -196,13 +208,13 @@ func (osFS) Private(path string) error {
 		const group, others, sticky = 0o020, 0o002, 0o1000
 		switch {
 		case dir == real && st.Uid != uid:
-			return fmt.Errorf("%s belongs to user %d and thaw runs as user %d: use a directory of its own", dir, st.Uid, uid)
+			return fmt.Errorf("%s belongs to user %d, and thaw runs as user %d: use a directory of user %d", dir, st.Uid, uid, uid)
 		case dir == real && st.Mode&(group|others) != 0:
-			return fmt.Errorf("other users can write to %s: run chmod go-w %s once nothing in it is theirs, or use another directory", dir, dir)
+			return fmt.Errorf("other users can write to %s: remove what they put there and run chmod go-w %s, or use another directory", dir, dir)
 		case dir != real && st.Uid != uid && st.Uid != 0:
-			return fmt.Errorf("user %d can replace %s, since %s is theirs: use another directory", st.Uid, real, dir)
+			return fmt.Errorf("user %d can replace %s, because %s belongs to that user: use another directory", st.Uid, real, dir)
 		case dir != real && st.Mode&others != 0 && st.Mode&sticky == 0:
-			return fmt.Errorf("other users can replace %s, since they can write to %s: use another directory", real, dir)
+			return fmt.Errorf("other users can replace %s, because they can write to %s: use another directory", real, dir)
 		}
 		if dir == filepath.Dir(dir) {
 			return nil
@@ -210,12 +222,12 @@ func (osFS) Private(path string) error {
 	}
 }
 
-// newSuffix is of a file that is not whole yet.
+// newSuffix ends the name of a file that is not whole yet.
 const newSuffix = ".new"
 
-// writeFile puts b at path, in place of what was there. A killed process leaves
-// the one or the other whole; a power cut may leave anything until the file has
-// been synced, so whoever reads it checks what it reads.
+// writeFile replaces the file at path by one with the content b. A process that is
+// killed leaves the old file or the new one, whole. A power cut may leave anything
+// until the file has been synced, so every reader checks what it reads.
 func writeFile(fsys FS, path string, b []byte) error {
 	tmp := path + newSuffix
 	if err := fsys.RemoveAll(tmp); err != nil {
@@ -230,14 +242,13 @@ func writeFile(fsys FS, path string, b []byte) error {
 		err = fsys.Rename(tmp, path)
 	}
 	if err != nil {
-		// It may take what the disk has left.
+		// It may take the last space of the disk.
 		err = errors.Join(err, fsys.RemoveAll(tmp))
 	}
 	return err
 }
 
-// syncFile makes a file and its name durable. One that has been removed
-// meanwhile needs no more.
+// syncFile makes a file and its name durable, unless it has been removed.
 func syncFile(fsys FS, path string) error {
 	f, err := fsys.Open(path, false)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -252,8 +263,8 @@ func syncFile(fsys FS, path string) error {
 	return fsys.SyncDir(filepath.Dir(path))
 }
 
-// readFile reads a file of at most limit bytes. A file that is not there is
-// fs.ErrNotExist.
+// readFile reads a file of at most limit bytes. It fails with fs.ErrNotExist where
+// there is none.
 func readFile(fsys FS, path string, limit int64) ([]byte, error) {
 	f, err := fsys.Open(path, false)
 	if err != nil {
@@ -265,7 +276,7 @@ func readFile(fsys FS, path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if size > limit {
-		return nil, fmt.Errorf("%s has %d bytes, at most %d are expected", path, size, limit)
+		return nil, fmt.Errorf("%s has %d bytes; at most %d are allowed", path, size, limit)
 	}
 	b := make([]byte, size)
 	if _, err := f.ReadAt(b, 0); err != nil && err != io.EOF {

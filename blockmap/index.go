@@ -26,11 +26,11 @@ func ParseDigest(s string) (d Digest, err error) {
 	return Digest(b), nil
 }
 
-// Index says what a device is made of. It is immutable once decoded or
+// Index says what a device is made of. It does not change once it is decoded or
 // sealed.
 //
-// On disk and in the registry, integers little-endian, numbers in the body
-// unsigned varints unless they are said to be signed:
+// Its format on disk and in the registry follows. Integers are little-endian;
+// numbers in the body are unsigned varints unless they are marked as signed:
 //
 //	 0  8  magic "thawindx"
 //	 8  4  version, 1
@@ -50,13 +50,13 @@ func ParseDigest(s string) (d Digest, err error) {
 //	               stream's run before
 //	           blocks
 //
-// A run of neighbouring files costs some five bytes, a chunk some 37.
+// A run of neighbouring files takes about 5 bytes, a chunk about 37.
 type Index struct {
 	Blocks  uint32  // size of the device in blocks
 	Streams []Table // stream 0 holds the metadata of the filesystem
 	Runs    []Run   // sorted by Device, disjoint
 
-	shift uint8    // of slots
+	shift uint8    // log2 of the blocks of a slot
 	slots []uint32 // slots[i]: the first run that ends behind block i<<shift
 }
 
@@ -71,8 +71,8 @@ type Run struct {
 
 // Table is the chunk table of one stream.
 type Table struct {
-	Blob     Digest // of the blob that holds the compressed chunks
-	BlobSize int64
+	Blob     Digest  // of the blob that holds the compressed chunks
+	BlobSize int64   // in bytes
 	Chunks   []Chunk // in stream order, without gaps
 
 	slots []uint32 // slots[i]: the chunk that holds block i<<slotShift
@@ -82,7 +82,7 @@ type Table struct {
 type Chunk struct {
 	Digest Digest // of the content
 	Offset int64  // of the compressed bytes in the blob
-	Stored uint32 // how many these are
+	Stored uint32 // length of the compressed bytes
 	Block  uint32 // first block in the stream
 	Count  uint32 // blocks
 }
@@ -90,29 +90,29 @@ type Chunk struct {
 // Size is the length of the chunk's content in bytes.
 func (c *Chunk) Size() int { return int(c.Count) * BlockSize }
 
-// Limits of the format. They keep a hostile index from asking for more memory
-// than an honest one of its length.
+// Limits of the format. With them a hostile index takes no more memory than an
+// honest index of the same length.
 const (
 	MaxChunkBlocks = 1024 // 4 MiB
-	// MaxStreams is what an index may have: a stream takes descriptors when it
-	// is read. Images of more than 127 layers can hardly be run.
+	// MaxStreams bounds the streams of an index: each takes descriptors when it is
+	// read. Container runtimes hardly run images of more than 127 layers.
 	MaxStreams = 1024
 
 	indexMagic   = "thawindx"
 	indexVersion = 1
 	indexHeader  = 20
 
-	// One slot a 256 blocks (1 MiB) leaves a search of a few records.
+	// With one slot for 256 blocks (1 MiB) a search looks at a few records.
 	slotShift = 8
-	// slotsARun bounds the slots of an index that has few runs in a large
-	// device: their number is not to depend on what a few bytes claim.
+	// slotsARun bounds the slots of an index that has few runs in a large device:
+	// otherwise a few bytes could claim any number of slots.
 	slotsARun, leastSlots = 4, 64
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// storedLimit is the most that compressing n bytes can make of them: a zstd
-// frame of raw blocks, with room to spare.
+// storedLimit is the largest size of n bytes after compression: a zstd frame of
+// raw blocks, with room to spare.
 func storedLimit(n int) uint64 { return uint64(n) + uint64(n)>>6 + 512 }
 
 // ID names the stream by its content: equal streams have equal IDs, however
@@ -162,8 +162,8 @@ func (t *Table) seal() {
 	}
 }
 
-// Seal sorts the runs, merges neighbours and makes the index ready for
-// look-ups, or says what is wrong with it. Who builds an index calls it once.
+// Seal sorts the runs, merges neighbours and makes the index ready for look-ups,
+// or says what is wrong with it. Code that builds an index calls it once.
 func (ix *Index) Seal() error {
 	slices.SortFunc(ix.Runs, func(a, b Run) int { return cmp.Compare(a.Device, b.Device) })
 	merged := ix.Runs[:0]
@@ -180,7 +180,7 @@ func (ix *Index) Seal() error {
 	ix.Runs = merged
 	checked, err := DecodeIndex(ix.Encode())
 	if err != nil {
-		return fmt.Errorf("this index could not be read back: %w", err)
+		return fmt.Errorf("seal the index: it cannot be read back: %w", err)
 	}
 	*ix = *checked
 	return nil
@@ -199,8 +199,8 @@ func (ix *Index) after(block uint32) int {
 	})
 }
 
-// Lookup returns the run that holds a block of the device or, where none does,
-// false and the hole in the place of a run.
+// Lookup returns the run that holds a block of the device. Where no run does it
+// returns false, and the hole that holds the block in the form of a run.
 func (ix *Index) Lookup(block uint32) (Run, bool) {
 	i := ix.after(block)
 	if i < len(ix.Runs) && ix.Runs[i].Device <= block {
@@ -284,11 +284,10 @@ func (t *Table) Append(b []byte) []byte {
 	return b
 }
 
-// DecodeIndex reads an index without trusting it: every offset, count and
-// length is checked before it is used or allocated for. It fails with
-// ErrCorrupt, and allocates at most some eight bytes for each byte of b. What
-// comes out can be laid over streams: it has at least one block, and at least the
-// stream of the metadata.
+// DecodeIndex reads an index without trusting it: every offset, count and length
+// is checked before it is used or allocated for. It fails with ErrCorrupt, and
+// allocates at most about eight bytes for each byte of b. The index has at least
+// one block, and at least the stream of the metadata.
 func DecodeIndex(b []byte) (*Index, error) {
 	if len(b) < indexHeader || string(b[:8]) != indexMagic {
 		return nil, fmt.Errorf("%w: not a thaw index", ErrCorrupt)
@@ -297,7 +296,7 @@ func DecodeIndex(b []byte) (*Index, error) {
 		return nil, fmt.Errorf("%w: index version %d, this program reads %d", ErrCorrupt, v, indexVersion)
 	}
 	if n := binary.LittleEndian.Uint32(b[12:]); int64(n) != int64(len(b)-indexHeader) {
-		return nil, fmt.Errorf("%w: index of %d bytes says that it has %d", ErrCorrupt, len(b)-indexHeader, n)
+		return nil, fmt.Errorf("%w: the body of the index has %d bytes, and its header says %d", ErrCorrupt, len(b)-indexHeader, n)
 	}
 	if indexSum(b) != binary.LittleEndian.Uint32(b[16:]) {
 		return nil, fmt.Errorf("%w: the index does not match its checksum", ErrCorrupt)
@@ -307,10 +306,10 @@ func DecodeIndex(b []byte) (*Index, error) {
 	const leastTable, leastRun = 32 + 2, 4
 	n := d.Count(leastTable)
 	if d.Err() == nil && ix.Blocks == 0 {
-		d.Fail("a device without blocks")
+		d.Fail("the device has no blocks")
 	}
 	if d.Err() == nil && (n == 0 || n > MaxStreams) {
-		d.Fail("%d streams, where there can be 1 to %d", n, MaxStreams)
+		d.Fail("%d streams; 1 to %d are allowed", n, MaxStreams)
 		n = 0
 	}
 	ix.Streams = make([]Table, n)
@@ -324,12 +323,12 @@ func DecodeIndex(b []byte) (*Index, error) {
 		dev := end + d.Uvarint(math.MaxUint32)
 		s := uint32(d.Uvarint(MaxStreams))
 		if d.Err() == nil && int(s) >= n {
-			d.Fail("run %d is of stream %d of %d", i, s, n)
+			d.Fail("run %d is in stream %d, and there are %d", i, s, n)
 		}
 		if d.Err() != nil {
 			break
 		}
-		// The sum may wrap: a start that is not in the stream is caught below.
+		// The sum may wrap. The check below finds a start outside the stream.
 		block := uint64(int64(last[s]) + d.Varint())
 		count := d.Uvarint(math.MaxUint32)
 		end = dev + count
@@ -339,9 +338,9 @@ func DecodeIndex(b []byte) (*Index, error) {
 		case count == 0:
 			d.Fail("run %d is empty", i)
 		case end > uint64(ix.Blocks):
-			d.Fail("run %d ends at block %d of %d", i, end, ix.Blocks)
+			d.Fail("run %d ends at block %d of a device of %d", i, end, ix.Blocks)
 		case block >= size || count > size-block:
-			d.Fail("run %d is of blocks %d+%d of stream %d, which has %d", i, block, count, s, size)
+			d.Fail("run %d has blocks %d+%d of stream %d, which has %d", i, block, count, s, size)
 		}
 		ix.Runs[i] = Run{uint32(dev), s, uint32(block), uint32(count)}
 		last[s] = uint32(block + count)
@@ -354,7 +353,7 @@ func DecodeIndex(b []byte) (*Index, error) {
 	return ix, nil
 }
 
-// DecodeTable reads a table from where Append wrote it. Faults are left in d.
+// DecodeTable reads what Append wrote. A failure is in d.Err.
 func DecodeTable(d *Decoder, t *Table) {
 	t.Blob = d.Digest()
 	t.BlobSize = int64(d.Uvarint(math.MaxInt64))
@@ -378,7 +377,7 @@ func DecodeTable(d *Decoder, t *Table) {
 		case block > math.MaxUint32:
 			d.Fail("chunk %d ends at block %d", i, block)
 		case skip > t.BlobSize-off || int64(c.Stored) > t.BlobSize-off-skip:
-			d.Fail("chunk %d lies behind the end of its blob", i)
+			d.Fail("chunk %d lies beyond the end of its blob", i)
 		}
 		c.Offset = off + skip
 		off = c.Offset + int64(c.Stored)

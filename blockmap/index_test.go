@@ -21,8 +21,34 @@ func TestIndexRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !reflect.DeepEqual(got, m.Index) {
-			t.Fatalf("seed %d: what was decoded is not what was encoded", seed)
+			t.Fatalf("seed %d: the decoded index differs from the encoded one", seed)
 		}
+	}
+}
+
+// The program reads the index that earlier versions wrote, and writes the same bytes.
+func TestFrozenIndex(t *testing.T) {
+	chunks := func(first byte, counts ...uint32) (all []blockmap.Chunk) {
+		var block, off uint32
+		for i, n := range counts {
+			all = append(all, blockmap.Chunk{Digest: blockmap.Digest{first, byte(i)}, Offset: int64(off + 7), Stored: 100 * n, Block: block, Count: n})
+			block, off = block+n, off+7+100*n
+		}
+		return all
+	}
+	ix := &blockmap.Index{
+		Blocks: 5000,
+		Streams: []blockmap.Table{
+			{Blob: blockmap.Digest{1}, BlobSize: 50_000, Chunks: chunks(3, 256, 1, 44)},
+			{Blob: blockmap.Digest{2}, BlobSize: 1 << 33, Chunks: chunks(4, 1024, 300)},
+		},
+		Runs: []blockmap.Run{{Device: 0, Count: 200}, {Device: 300, Stream: 1, Block: 1000, Count: 324}, {Device: 4000, Block: 200, Count: 101}},
+	}
+	must(t, ix.Seal())
+	got, err := blockmap.DecodeIndex(frozen(t, "index", ix.Encode()))
+	must(t, err)
+	if !reflect.DeepEqual(got, ix) {
+		t.Error("the frozen index is decoded to another one")
 	}
 }
 
@@ -40,8 +66,7 @@ func TestIndexAltered(t *testing.T) {
 	}
 }
 
-// A right checksum makes no index right: these are what the checks behind it
-// are for.
+// An index may be wrong though its checksum is right: the other checks find that.
 func TestIndexHostile(t *testing.T) {
 	chunk := func(block, count uint32) blockmap.Chunk {
 		return blockmap.Chunk{Block: block, Count: count, Stored: 10, Offset: int64(block) * 10}
@@ -71,7 +96,7 @@ func TestIndexHostile(t *testing.T) {
 	}
 }
 
-// The memory that an index takes goes by its length, and not by what it claims.
+// The memory that an index takes depends on its length, and not on its numbers.
 func TestIndexOfFewBytes(t *testing.T) {
 	ix := blockmap.Index{Blocks: math.MaxUint32, Streams: make([]blockmap.Table, 1)}
 	b := ix.Encode()
@@ -85,22 +110,22 @@ func TestIndexOfFewBytes(t *testing.T) {
 		}
 	}).AllocedBytesPerOp()
 	if allocated > 16<<10 {
-		t.Errorf("an index of %d bytes takes %d", len(b), allocated)
+		t.Errorf("an index of %d bytes takes %d bytes of memory", len(b), allocated)
 	}
 	for _, block := range []uint32{0, 1, 1 << 20, math.MaxUint32 - 1} {
 		if run, ok := got.Lookup(block); ok || run.Device != 0 || run.Count != math.MaxUint32 {
-			t.Errorf("block %d is in %v", block, run)
+			t.Errorf("block %d is in run %v, and the index has none", block, run)
 		}
 	}
 }
 
-// noFetch is an origin that has nothing.
+// noFetch fails every fetch.
 type noFetch struct{}
 
 func (noFetch) Fetch(context.Context, []blockmap.Want) error { return blocktest.ErrInjected }
 func (noFetch) Prefetch([]blockmap.Want)                     {}
 
-// use does with an index what serving it does.
+// use reads an index in the ways that a server does.
 func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 	image, err := blockmap.NewImage(ix, c, noFetch{})
 	if err != nil {
@@ -114,7 +139,7 @@ func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 		if v, ok := image.View(e); ok {
 			v.Release()
 		} else if err := image.Fault(t.Context(), e); !errors.Is(err, blocktest.ErrInjected) {
-			t.Fatalf("what is not here can be had: %v", err)
+			t.Fatalf("a fetch that must fail: %v", err)
 		}
 		if s := image.Status(e); s.Len() <= 0 || s.Start != e.Start {
 			t.Fatalf("the status of %v is about %v", e, s.Extent)
@@ -136,8 +161,7 @@ func FuzzIndex(f *testing.F) {
 	f.Add(empty.Encode())
 	c := newCache(f, f.TempDir(), blockmap.CacheOptions{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		// Past the checksum, which would keep the fuzzer from everything
-		// that lies behind it.
+		// With a right checksum the fuzzer reaches the code behind the check.
 		if len(b) >= 20 {
 			b = append([]byte(nil), b...)
 			blockmap.SealIndex(b)

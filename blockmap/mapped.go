@@ -5,13 +5,13 @@ import (
 	"unsafe"
 )
 
-// CopyMapped copies src to dst as copy does. src may be of a mapped file that
-// can no longer be read, since it was truncated or its disk has a bad sector: the
-// processor's fault becomes ErrDamaged then, where it would end the process, and
-// some of dst may have been written to.
+// CopyMapped copies src to dst as copy does. src may be part of a mapped file that
+// can no longer be read, because it was truncated or its disk has a bad sector.
+// The fault, which would end the process, becomes ErrDamaged; a part of dst may
+// have been written then.
 //
-// Whatever in this process looks at the bytes of a view goes through here. System
-// calls that are given such bytes fail with EFAULT by themselves.
+// All code of this process that reads the bytes of a view uses CopyMapped. A
+// system call that is given such bytes fails with EFAULT by itself.
 func CopyMapped(dst, src []byte) (err error) {
 	if len(dst) == 0 || len(src) == 0 {
 		return nil
@@ -23,7 +23,7 @@ func CopyMapped(dst, src []byte) (err error) {
 		if r := recover(); r != nil {
 			fault, ok := r.(interface{ Addr() uintptr })
 			if !ok || fault.Addr() < first || fault.Addr() >= first+uintptr(len(src)) {
-				panic(r) // not of src
+				panic(r) // the fault is not in src
 			}
 			err = ErrDamaged
 		}

@@ -4,26 +4,28 @@ import (
 	"bytes"
 	"cmp"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"io/fs"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 )
 
-// small is the store of small files: blobs by digest, and what names meant. All
-// of them count against the quota. They are worth more than chunks of their
-// size, for with them a restart needs no network, so they go only when they take
-// more than a share of the quota, or the disk is full of nothing else.
-type small struct {
-	c  *Cache
+// smallStore keeps small files: blobs by digest, what names meant, and roots. All
+// of them count against the quota, in whole blocks. With them a restart needs no
+// network, so they are worth more than chunks of their size: they go only when
+// they take more than a share of the quota, or when the disk is full of nothing
+// else.
+type smallStore struct {
+	disk    *disk
+	writer  *fileWriter
+	evictor *evictor
+
 	mu struct {
 		sync.Mutex
 		files map[string]smallFile // by path
-		bytes int64
+		bytes int64                // the space that they take
 	}
 }
 
@@ -41,51 +43,58 @@ const (
 	refLimit  = 1 << 20
 )
 
-// load takes note of what an earlier process left, and removes what one that was
-// killed was about to write.
-func (s *small) load(dir string) error {
-	entries, err := s.c.fs.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
-		info, err := e.Info()
-		switch {
-		case err != nil:
-		case !info.Mode().IsRegular() || strings.HasSuffix(path, newSuffix):
-			err = s.c.fs.RemoveAll(path)
-		default:
-			s.note(path, smallFile{info.Size(), info.ModTime()})
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+// load notes the files that an earlier process left, and removes those that it
+// had not finished.
+func (s *smallStore) load(dirs ...string) error {
+	for _, dir := range dirs {
+		entries, err := s.disk.fs.ReadDir(s.disk.path(dir))
+		if err != nil {
 			return err
+		}
+		for _, e := range entries {
+			path := s.disk.path(dir, e.Name())
+			info, err := e.Info()
+			switch {
+			case err != nil:
+			case !info.Mode().IsRegular() || strings.HasSuffix(path, newSuffix):
+				err = s.disk.fs.RemoveAll(path)
+			default:
+				s.note(path, smallFile{info.Size(), info.ModTime()})
+			}
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// note takes note of a file that was written or, where its size is negative, is
-// no longer there.
-func (s *small) note(path string, f smallFile) {
+// note notes a file that was written.
+func (s *smallStore) note(path string, f smallFile) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mu.files == nil {
 		s.mu.files = make(map[string]smallFile)
 	}
-	n := -s.mu.files[path].size
-	if f.size < 0 {
-		delete(s.mu.files, path)
-	} else {
-		s.mu.files[path] = f
-		n += f.size
-	}
+	n := allocated(f.size) - allocated(s.mu.files[path].size)
+	s.mu.files[path] = f
 	s.mu.bytes += n
-	s.c.used.Add(n)
+	s.disk.used.Add(n)
 }
 
-// touch notes that a file is used, and says whether it is there.
-func (s *small) touch(path string) (smallFile, bool) {
+// forget undoes note, and returns the space that was counted.
+func (s *smallStore) forget(path string) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := allocated(s.mu.files[path].size)
+	delete(s.mu.files, path)
+	s.mu.bytes -= n
+	s.disk.used.Add(-n)
+	return n
+}
+
+// touch notes that a file is used, and returns it if it exists.
+func (s *smallStore) touch(path string) (smallFile, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f, ok := s.mu.files[path]
@@ -96,30 +105,51 @@ func (s *small) touch(path string) (smallFile, bool) {
 	return f, ok
 }
 
-// put keeps b at path, making room for it if need be.
-func (s *small) put(path string, b []byte) error {
-	n := int64(len(b))
-	if err := s.c.squeeze(n+BlockSize, func() error { return s.c.put(path, b) }); err != nil {
+// put keeps b at path, evicting for it where that is necessary.
+func (s *smallStore) put(path string, b []byte) error {
+	return s.store(path, int64(len(b)), func(put func([]byte) error) error { return put(b) })
+}
+
+// store keeps at path what fill puts, some size bytes, evicting where that is
+// necessary. fill may be called several times, and may put nothing.
+func (s *smallStore) store(path string, size int64, fill func(put func(b []byte) error) error) error {
+	n := int64(-1)
+	put := func(b []byte) error {
+		n = int64(len(b))
+		return s.writer.put(path, b)
+	}
+	err := s.evictor.squeeze(size+BlockSize, func() error { return fill(put) })
+	if err != nil || n < 0 {
 		return err
 	}
 	s.note(path, smallFile{n, time.Now()})
-	if s.c.quota > 0 {
-		s.mu.Lock()
-		over := s.mu.bytes - s.c.quota/smallShare
-		s.mu.Unlock()
-		if over > 0 {
-			s.evict(over)
-		}
-		if s.c.used.Load() > s.c.quota {
-			s.c.evict(0)
-		}
+	if s.disk.quota == 0 {
+		return nil
 	}
+	if over := s.size() - s.disk.quota/smallShare; over > 0 {
+		s.evictor.evictSmall(over)
+	}
+	_, _ = s.evictor.evict(0) // b is kept all the same
 	return nil
 }
 
-// evict removes about n bytes, what was not used for the longest time first, and
-// returns how many that were. The file that was used last stays.
-func (s *small) evict(n int64) (freed int64) {
+func (s *smallStore) size() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mu.bytes
+}
+
+// remove removes a file, and returns the space that it took.
+func (s *smallStore) remove(path string) (freed int64, err error) {
+	if err := s.disk.fs.RemoveAll(path); err != nil {
+		return 0, err
+	}
+	return s.forget(path), nil
+}
+
+// evict removes about n bytes of files that are not held, the least recently used
+// first, and returns how many that were. The file that was used last stays.
+func (s *smallStore) evict(n int64, held func(path string) bool) (freed int64) {
 	type file struct {
 		path string
 		smallFile
@@ -135,61 +165,66 @@ func (s *small) evict(n int64) (freed int64) {
 		if freed >= n || i == len(all)-1 {
 			break
 		}
-		if err := s.c.fs.RemoveAll(f.path); err != nil {
-			s.c.log.Warn("cannot evict a small file", "path", f.path, "err", err)
+		if held(f.path) {
 			continue
 		}
-		s.note(f.path, smallFile{size: -1})
-		freed += f.size
+		n, err := s.remove(f.path)
+		if err != nil {
+			s.disk.log.Warn("cannot evict a small file", "path", f.path, "err", err)
+		}
+		freed += n
 	}
 	return freed
 }
 
-// Blob returns the small blob of that digest, or fs.ErrNotExist. One that has
-// been damaged is removed and is not there.
-func (c *Cache) Blob(d Digest) ([]byte, error) {
-	path := c.blobPath(d)
-	b, err := readFile(c.fs, path, blobLimit)
+// blob returns the small blob of that digest, or fs.ErrNotExist. One that has
+// been damaged is removed.
+func (s *smallStore) blob(d Digest) ([]byte, error) {
+	path := s.disk.blobPath(d)
+	b, err := readFile(s.disk.fs, path, blobLimit)
 	if err != nil {
 		return nil, err
 	}
 	if sha256.Sum256(b) != d {
-		c.drop("blob "+d.String(), errors.New("its content has another digest"))
-		c.small.note(path, smallFile{size: -1})
-		return nil, errors.Join(fs.ErrNotExist, c.fs.RemoveAll(path))
+		s.disk.drop("blob", d.String(), errors.New("its content has another digest"))
+		_, err := s.remove(path)
+		return nil, errors.Join(fs.ErrNotExist, err)
 	}
-	c.small.touch(path)
+	s.touch(path)
 	return b, nil
 }
 
-// PutBlob keeps b for a later Blob. Where there is no room for it the caller can
-// go on without: a restart then needs the registry.
-func (c *Cache) PutBlob(b []byte) error {
-	path := c.blobPath(sha256.Sum256(b))
-	if f, ok := c.small.touch(path); ok && f.size == int64(len(b)) {
+// putBlob keeps b under its digest.
+func (s *smallStore) putBlob(b []byte) error {
+	path := s.disk.blobPath(sha256.Sum256(b))
+	if f, ok := s.touch(path); ok && f.size == int64(len(b)) {
 		return nil
 	}
-	return c.small.put(path, b)
+	return s.put(path, b)
 }
 
-// Ref returns what PutRef kept under name, or fs.ErrNotExist. After a power cut
-// it may be anything: whoever reads it checks it.
-func (c *Cache) Ref(name string) ([]byte, error) {
-	c.small.touch(c.refPath(name))
-	return readFile(c.fs, c.refPath(name), refLimit)
+// ref returns what a name leads to, or fs.ErrNotExist.
+func (s *smallStore) ref(name string) ([]byte, error) {
+	path := s.disk.refPath(name)
+	s.touch(path)
+	return readFile(s.disk.fs, path, refLimit)
 }
 
-// PutRef keeps b under a name, in place of what was there.
-func (c *Cache) PutRef(name string, b []byte) error {
-	if old, err := c.Ref(name); err == nil && bytes.Equal(old, b) {
+// putRef keeps what a name leads to, in place of what it led to before.
+func (s *smallStore) putRef(name string, b []byte) error {
+	if old, err := s.ref(name); err == nil && bytes.Equal(old, b) {
 		return nil
 	}
-	return c.small.put(c.refPath(name), b)
+	return s.put(s.disk.refPath(name), b)
 }
 
-func (c *Cache) blobPath(d Digest) string { return filepath.Join(c.dir, blobsDir, d.String()) }
+// blobPath is where the small blob of that digest lies.
+func (d *disk) blobPath(g Digest) string { return d.path(blobsDir, g.String()) }
 
-func (c *Cache) refPath(name string) string {
-	sum := sha256.Sum256([]byte(name))
-	return filepath.Join(c.dir, refsDir, hex.EncodeToString(sum[:]))
+// refPath is where what a name leads to lies.
+func (d *disk) refPath(name string) string {
+	return d.path(refsDir, Digest(sha256.Sum256([]byte(name))).String())
 }
+
+// rootPath is where the root of an image lies.
+func (d *disk) rootPath(image Digest) string { return d.path(rootsDir, image.String()) }

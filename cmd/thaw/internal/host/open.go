@@ -291,6 +291,11 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 	// The manifest and the index are here, so from now on the name leads to this
 	// image. If they cannot be kept, the image is served all the same.
 	kept, err := flatten.Resolution{Name: b.Name, Manifest: b.Digest, Source: b.source, Top: b.top}.Encode()
+	// The root comes first: blobs that no root holds are the first to be evicted.
+	root := blockmap.RootOf(digestOf(b.Digest), b.Index)
+	root.Blobs = []blockmap.Digest{root.Image, b.IndexDigest()}
+	root.Refs = []string{o.key(b.Name)}
+	err = errors.Join(err, o.cache.AddRoot(root))
 	if !cached {
 		err = errors.Join(err, o.cache.PutBlob(encoded))
 	}

@@ -1,0 +1,172 @@
+package blockmap
+
+import (
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"runtime/debug"
+
+	"github.com/edsrzf/mmap-go"
+	"golang.org/x/sys/unix"
+)
+
+// dataFile is an open sparse file of blocks, mapped for reading. It knows nothing
+// of what the blocks are. Only its methods touch the file and the mapping, so
+// that another way to read and write (without the page cache) has one place.
+//
+// Behind its content the file has one more block, the guard, filled with
+// guardWord. While the end of the guard is there nobody has cut the file short,
+// nor cut it and made it longer again: then some blocks would fault, and others
+// would silently read as zeros.
+type dataFile struct {
+	f    File
+	id   FileID
+	size int64     // of the content, without the guard
+	m    mmap.MMap // the content and the guard
+}
+
+const (
+	guardSize = BlockSize
+	guardWord = 0x6472_6175_6777_6174 // "tawguard", read as little-endian
+)
+
+// guard is the content of the guard.
+func guard() []byte {
+	b := make([]byte, 0, guardSize)
+	for range guardSize / 8 {
+		b = binary.LittleEndian.AppendUint64(b, guardWord)
+	}
+	return b
+}
+
+// errReplaced says that a data file is not the one that was written.
+var errReplaced = errors.New("the data was cut short or replaced")
+
+// notOurs says whether err means that something else, or nothing, is in the place
+// of a file of the cache. A full or read-only disk is not that.
+func notOurs(err error) bool {
+	for _, e := range []error{errReplaced, fs.ErrNotExist, unix.EISDIR, unix.ENOTDIR, unix.ELOOP, unix.ENXIO, unix.EINVAL, unix.ESPIPE} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// statData checks the data file at path for size bytes of content without keeping
+// it open, and returns which file it is and the space that it takes.
+func statData(fsys FS, path string, size int64) (id FileID, space int64, err error) {
+	f, err := fsys.Open(path, false)
+	if err != nil {
+		return id, 0, err
+	}
+	defer f.Close()
+	length, space, err := f.Stat()
+	if err != nil {
+		return id, 0, err
+	}
+	if length != size+guardSize {
+		return id, 0, errReplaced
+	}
+	var end [8]byte
+	if _, err := f.ReadAt(end[:], length-8); err != nil || binary.LittleEndian.Uint64(end[:]) != guardWord {
+		return id, 0, errors.Join(errReplaced, err)
+	}
+	id, err = f.Identity()
+	return id, space, err
+}
+
+// openData opens the data file at path for size bytes of content. Where known is
+// set it must be the file was, or errReplaced is returned; where not, a file that
+// is missing or not whole is made anew.
+func openData(fsys FS, path string, size int64, was FileID, known bool) (d *dataFile, err error) {
+	d = &dataFile{size: size}
+	if d.f, err = fsys.Open(path, !known); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.close())
+			d = nil
+		}
+	}()
+	length, _, err := d.f.Stat()
+	if err != nil {
+		return d, err
+	}
+	if d.id, err = d.f.Identity(); err != nil {
+		return d, err
+	}
+	whole := length == size+guardSize
+	if known && (!was.sameFile(d.id) || !whole) {
+		return d, errReplaced
+	}
+	if whole {
+		if d.m, err = d.f.Map(length); err != nil {
+			return d, err
+		}
+		if d.intact() {
+			return d, nil
+		}
+		if known {
+			return d, errReplaced
+		}
+	}
+	return d, d.makeAnew()
+}
+
+// makeAnew empties the file and writes the guard. Nothing is known of what lay in
+// it.
+func (d *dataFile) makeAnew() (err error) {
+	if d.m != nil {
+		err = d.m.Unmap()
+		d.m = nil
+	}
+	if err = errors.Join(err, d.f.Truncate(0), d.f.Truncate(d.size+guardSize)); err != nil {
+		return err
+	}
+	if _, err := d.f.WriteAt(guard(), d.size); err != nil {
+		return err
+	}
+	d.m, err = d.f.Map(d.size + guardSize)
+	return err
+}
+
+// intact says whether the file is still what it was. It costs a load.
+func (d *dataFile) intact() (ok bool) {
+	old := debug.SetPanicOnFault(true)
+	defer func() {
+		debug.SetPanicOnFault(old)
+		if recover() != nil {
+			ok = false
+		}
+	}()
+	return binary.LittleEndian.Uint64(d.m[len(d.m)-8:]) == guardWord
+}
+
+// bytes are n bytes at off, where they are mapped. Reading them may fault: see
+// CopyMapped.
+func (d *dataFile) bytes(off, n int64) []byte { return d.m[off : off+n : off+n] }
+
+func (d *dataFile) write(p []byte, off int64) error {
+	_, err := d.f.WriteAt(p, off)
+	return err
+}
+
+// punch gives the space of n bytes at off back.
+func (d *dataFile) punch(off, n int64) error { return d.f.PunchHole(off, n) }
+
+// space is how many bytes the file takes on disk.
+func (d *dataFile) space() (int64, error) {
+	_, n, err := d.f.Stat()
+	return n, err
+}
+
+func (d *dataFile) sync() error { return d.f.Sync() }
+
+func (d *dataFile) close() (err error) {
+	if d.m != nil {
+		err = d.m.Unmap()
+	}
+	return errors.Join(err, d.f.Close())
+}

@@ -1,0 +1,231 @@
+package blockmap
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"flag"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+)
+
+// A bitmap gives the same answers as a slice of bools.
+func TestBitmap(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	for _, n := range []uint32{1, 63, 64, 65, 200, 1000} {
+		m, model := newBitmap(n), make([]bool, n)
+		for range 500 {
+			b := rng.Uint32N(n)
+			k := 1 + rng.Uint32N(n-b)
+			part := model[b : b+k]
+			set := 0
+			for _, x := range part {
+				if x {
+					set++
+				}
+			}
+			if m.has(b, k) != (set == int(k)) || m.any(b, k) != (set > 0) {
+				t.Fatalf("bits %d+%d of %d: has %v, any %v, and %d are set", b, k, n, m.has(b, k), m.any(b, k), set)
+			}
+			end := slices.Index(part, !part[0])
+			if end < 0 {
+				end = len(part)
+			}
+			if length, is := m.run(b, k); int(length) != end || is != part[0] {
+				t.Fatalf("the run from %d of %d is %d times %v, not %d times %v", b, n, length, is, end, part[0])
+			}
+			value := rng.IntN(2) == 0
+			if value {
+				if added := m.set(b, k); int(added) != int(k)-set {
+					t.Fatalf("set %d+%d: %d were added, not %d", b, k, added, int(k)-set)
+				}
+			} else if gone := m.clear(b, k); int(gone) != set {
+				t.Fatalf("clear %d+%d: %d are gone, not %d", b, k, gone, set)
+			}
+			all := 0
+			for i := range part {
+				part[i] = value
+			}
+			for _, x := range model {
+				if x {
+					all++
+				}
+			}
+			if m.count() != int64(all) {
+				t.Fatalf("%d bits are counted, %d are set", m.count(), all)
+			}
+		}
+	}
+}
+
+// someMap writes the map of a stream of 70,000 blocks, of which some are durable
+// and some only live.
+func someMap(t testing.TB) (path string, id Digest, data FileID) {
+	t.Helper()
+	path, id = filepath.Join(t.TempDir(), "map"), Digest{1, 2, 3}
+	data = FileID{Inode: 11, Born: 12, Device: 13, Mount: 14}
+	r := newResidency(id, 70_000)
+	r.set(3, 200)
+	if err := r.file.attach(OS, path, BootID{7}, data); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.sync(func() error { return nil }, nil); err != nil {
+		t.Fatal(err)
+	}
+	r.set(69_000, 1000)
+	r.clear(100, 10)
+	if err := r.file.detach(); err != nil {
+		t.Fatal(err)
+	}
+	return path, id, data
+}
+
+// The program reads the map that earlier versions wrote, and writes the same bytes.
+func TestFrozenMap(t *testing.T) {
+	path, id, data := someMap(t)
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const name = "testdata/map.gz"
+	if f := flag.Lookup("update"); f != nil && f.Value.String() == "true" {
+		var b bytes.Buffer
+		w := gzip.NewWriter(&b)
+		_, err := w.Write(got)
+		if err = errors.Join(err, w.Close(), os.WriteFile(name, b.Bytes(), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := io.ReadAll(z)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("the map that is written is not the frozen one (%v)", err)
+	}
+	if err := os.WriteFile(path, want, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		boot BootID
+		data FileID
+		live bool
+	}{
+		{"the same boot", BootID{7}, data, true},
+		{"another boot", BootID{8}, data, false},
+		{"boot not known", BootID{}, data, false},
+		{"mounted anew", BootID{7}, FileID{11, 12, 13, 15}, false},
+		{"mount not known", BootID{7}, FileID{11, 12, 13, 0}, false},
+	} {
+		r := newResidency(id, 70_000)
+		if err := r.file.load(OS, path, c.boot, c.data); err != nil {
+			t.Fatal(err)
+		}
+		durable := r.has(3, 97) && !r.any(100, 10) && r.has(110, 93) && !r.any(203, 60_000)
+		if !durable || r.has(69_000, 1000) != c.live || !c.live && r.any(69_000, 1000) {
+			t.Errorf("%s: durable bits are right: %v; live ones are believed: %v", c.name, durable, r.has(69_000, 1000))
+		}
+	}
+	for what, err := range map[string]error{
+		"another stream's": newResidency(Digest{9}, 70_000).file.load(OS, path, BootID{7}, data),
+		"another length":   newResidency(id, 70_001).file.load(OS, path, BootID{7}, data),
+		"another file's":   newResidency(id, 70_000).file.load(OS, path, BootID{7}, FileID{99, 12, 13, 14}),
+	} {
+		if err == nil {
+			t.Errorf("%s map was believed", what)
+		}
+	}
+}
+
+func FuzzMap(f *testing.F) {
+	path, _, _ := someMap(f)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Add(b[:mapHeader])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= mapHeader { // with a right checksum the fuzzer reaches the code behind the check
+			var h mapHead
+			copy(h.id[:], b[16:])
+			h.blocks = uint32(b[48]) | uint32(b[49])<<8 | uint32(b[50])<<16
+			b = append(h.encode(), b[mapHeadLen:]...)
+		}
+		h, live, durable, err := decodeMap(b)
+		if err != nil {
+			if !errors.Is(err, ErrCorrupt) {
+				t.Fatal(err)
+			}
+			return
+		}
+		for _, m := range []bitmap{live, durable} {
+			if m.count() > int64(h.blocks) {
+				t.Fatalf("%d of %d blocks are resident", m.count(), h.blocks)
+			}
+		}
+	})
+}
+
+// The order of held chunks lists each once, and their bytes stay within the limit.
+func TestHeldIsBounded(t *testing.T) {
+	h := held{limit: 10 << 10}
+	s := new(Stream)
+	stays := chunkRef{s, -1}
+	h.put(stays, make([]byte, 10))
+	for i := range 1000 {
+		x := chunkRef{s, i % 7}
+		h.put(x, make([]byte, 1<<10))
+		if i%3 == 0 {
+			h.drop(x)
+		}
+		if len(h.mu.order) != len(h.mu.chunks) || h.size() > h.limit || h.n.Load() != int64(len(h.mu.chunks)) {
+			t.Fatalf("%d entries in order, %d chunks counted, for %d chunks of %d bytes", len(h.mu.order), h.n.Load(), len(h.mu.chunks), h.size())
+		}
+	}
+	if !h.has(stays) {
+		t.Error("a chunk went, and there was room")
+	}
+	big := make([]byte, 9<<10)
+	h.put(chunkRef{s, 100}, big)
+	h.put(chunkRef{s, 101}, big)
+	if h.has(chunkRef{s, 100}) || h.has(stays) || !h.has(chunkRef{s, 101}) {
+		t.Error("the first to come were not the first to go")
+	}
+	h.dropAll(s)
+	if h.any() || h.size() != 0 || len(h.mu.order) != 0 {
+		t.Errorf("%d bytes are held of a stream that is gone", h.size())
+	}
+}
+
+// A pinned chunk cannot be evicted, and a chunk that is being evicted cannot be
+// pinned.
+func TestPins(t *testing.T) {
+	p := make(pins, 2)
+	if !p.pin(1) || !p.any() || p.beginEvict(1) {
+		t.Error("a pinned chunk can be evicted")
+	}
+	p.unpin(1)
+	if p.any() || !p.beginEvict(1) || !p.any() {
+		t.Error("a chunk that is not pinned cannot be evicted")
+	}
+	if p.pin(1) || !p.pin(0) {
+		t.Error("a chunk that is being evicted can be pinned, or another cannot")
+	}
+	p.unpin(0)
+	p.endEvict(1)
+	if p.any() || !p.pin(1) {
+		t.Error("a chunk cannot be pinned after an eviction")
+	}
+}
