@@ -53,7 +53,7 @@ func ParseDigest(s string) (d Digest, err error) {
 // A run of neighbouring files costs some five bytes, a chunk some 37.
 type Index struct {
 	Blocks  uint32  // size of the device in blocks
-	Streams []Table // stream 0 holds the metadata of the filesystem
+	Streams []Table
 	Runs    []Run   // sorted by Device, disjoint
 
 	shift uint8    // of slots
@@ -89,6 +89,14 @@ type Chunk struct {
 
 // Size is the length of the chunk's content in bytes.
 func (c *Chunk) Size() int { return int(c.Count) * BlockSize }
+
+// ChunkDigest is the digest that a Chunk of this content has.
+func ChunkDigest(content []byte) Digest { return sha256.Sum256(content) }
+
+// Holds reports whether content is the content of the chunk.
+func (c *Chunk) Holds(content []byte) bool {
+	return len(content) == c.Size() && ChunkDigest(content) == c.Digest
+}
 
 // Limits of the format. They keep a hostile index from asking for more memory
 // than an honest one of its length.
@@ -287,8 +295,8 @@ func (t *Table) Append(b []byte) []byte {
 // DecodeIndex reads an index without trusting it: every offset, count and
 // length is checked before it is used or allocated for. It fails with
 // ErrCorrupt, and allocates at most some eight bytes for each byte of b. What
-// comes out can be laid over streams: it has at least one block, and at least the
-// stream of the metadata.
+// comes out can be laid over streams: it has at least one block and at least one
+// stream.
 func DecodeIndex(b []byte) (*Index, error) {
 	if len(b) < indexHeader || string(b[:8]) != indexMagic {
 		return nil, fmt.Errorf("%w: not a thaw index", ErrCorrupt)

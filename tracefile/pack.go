@@ -3,7 +3,6 @@ package tracefile
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -155,7 +154,7 @@ func (k *packer) read(ctx context.Context, r *packRun, open func(context.Context
 			return err
 		}
 		content, err := k.dec.DecodeAll(frame, make([]byte, 0, c.Size()))
-		if err != nil || blockmap.Digest(sha256.Sum256(content)) != c.Digest {
+		if err != nil || !c.Holds(content) {
 			return errors.Join(fmt.Errorf("%d bytes at %d: %w", c.Stored, c.Offset, blockmap.ErrDigest), err)
 		}
 		select {

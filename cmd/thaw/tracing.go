@@ -314,7 +314,7 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
 	if s.t.ahead.metadata {
-		wants = image.MissingMetadata(smallMetadata)
+		wants = image.MissingStream(0, smallMetadata)
 	}
 	if s.t.ahead.program {
 		extents, err := s.image.manifest.Guess(image.Index().Blocks)
