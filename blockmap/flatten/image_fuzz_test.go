@@ -45,7 +45,7 @@ func FuzzBlockImage(f *testing.F) {
 		m := v1.Manifest{ArtifactType: ArtifactTypeImage, MediaType: mediaTypeManifest, Config: describe(mediaTypeConfig, []byte("{}")),
 			Layers: []v1.Descriptor{describe(MediaTypeIndex, b)}, Annotations: map[string]string{AnnotationGuess: guess}}
 		for i := range ix.Streams {
-			m.Layers = append(m.Layers, *streamDescriptor(&ix.Streams[i], v1.Hash{}))
+			m.Layers = append(m.Layers, describeBlob(&ix.Streams[i]))
 		}
 		raw, err := json.Marshal(m)
 		if err != nil {
@@ -66,7 +66,7 @@ func FuzzBlockImage(f *testing.F) {
 			}
 		}
 		new(Reporter).Report(image, ix)
-		if Verify(t.Context(), image, ix, open, t.TempDir()) == nil {
+		if Verify(t.Context(), image, ix, open, FromLayers, t.TempDir()) == nil {
 			t.Fatal("random data was taken for a file system")
 		}
 	})

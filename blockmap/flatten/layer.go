@@ -9,7 +9,6 @@ import (
 	"hash"
 	"io"
 	"log/slog"
-	"runtime"
 
 	"golang.org/x/sync/semaphore"
 
@@ -18,41 +17,44 @@ import (
 
 // converter converts layers, several at once.
 type converter struct {
-	*compressor
 	windows *semaphore.Weighted // bytes of memory for the windows of zstd layers
 	log     *slog.Logger
 }
 
-func newConverter(chunkSize, level int, log *slog.Logger) (*converter, error) {
-	c, err := newCompressor(chunkSize, level, runtime.GOMAXPROCS(0))
-	if err != nil {
-		return nil, err
-	}
-	return &converter{c, semaphore.NewWeighted(maxWindow), log}, nil
+func newConverter(log *slog.Logger) *converter {
+	return &converter{semaphore.NewWeighted(maxWindow), log}
 }
 
-// convert reads the tar of a layer, compressed or not, and writes the contents
-// of its files to out as a stream. It returns the TOC of the layer. diffID is
-// what the uncompressed tar is to hash to.
-func (c *converter) convert(ctx context.Context, r io.Reader, diffID blockmap.Digest, out io.Writer) (*blockmap.Table, []byte, error) {
-	plain, err := decompress(ctx, r, c.windows)
+// convert reads the tar of a layer, compressed or not, writes the contents of its
+// files to the stream s, and ends s. It returns the TOC of the layer. diffID is
+// the digest of the uncompressed tar.
+func (c *converter) convert(ctx context.Context, r io.Reader, diffID blockmap.Digest, s *StreamWriter) (*StreamFile, []byte, error) {
+	var toc tocWriter
+	f, err := s.end(c.readLayer(ctx, r, diffID, newPacker(s), &toc))
 	if err != nil {
 		return nil, nil, err
+	}
+	blob, err := toc.close(f.Table)
+	if err != nil {
+		f.Discard()
+		return nil, nil, err
+	}
+	return f, blob, nil
+}
+
+func (c *converter) readLayer(ctx context.Context, r io.Reader, diffID blockmap.Digest, p *packer, toc *tocWriter) (err error) {
+	defer recovered(&err)
+	plain, err := decompress(ctx, r, c.windows)
+	if err != nil {
+		return err
 	}
 	defer plain.Close()
 	sum := sha256.New()
-	p := newPacker(ctx, c.compressor, out)
-	var toc tocWriter
-	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, &toc, c.log)
+	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, toc, c.log)
 	if err == nil && blockmap.Digest(sum.Sum(nil)) != diffID {
 		err = fmt.Errorf("the layer is not the one that the image config names: its content has digest sha256:%x, not %v", sum.Sum(nil), diffID)
 	}
-	table, err := p.close(err)
-	if err != nil {
-		return nil, nil, err
-	}
-	blob, err := toc.close(table)
-	return table, blob, err
+	return err
 }
 
 // hashWriter is a hash without its io.StringWriter and the like.

@@ -237,11 +237,11 @@ func TestHoleBomb(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPacker(t.Context(), c, io.Discard)
+	p := newPacker(newStreamWriter(t.Context(), c, io.Discard))
 	var toc tocWriter
 	// 15 TiB, in base 256.
 	err = readTar(t.Context(), bytes.NewReader(sparseOf("\x80\x00\x00\x00\x00\x00\x0f\x00\x00\x00\x00\x00")), p, &toc, slog.New(slog.DiscardHandler))
-	if _, closed := p.close(err); closed == nil || !strings.Contains(closed.Error(), "holes") {
+	if _, closed := p.finish(err); closed == nil || !strings.Contains(closed.Error(), "holes") {
 		t.Errorf("%v", closed)
 	}
 }

@@ -226,7 +226,7 @@ func elfOf(t testing.TB, b []byte) (*contents, *ext4.Inode) {
 	held := make([]byte, int(n)*blockSize)
 	copy(held, b)
 	return &contents{
-		streams: []blockmap.Table{{}, {Chunks: []blockmap.Chunk{{Count: n}}}},
+		streams: []Stream{{}, {Table: &blockmap.Table{Chunks: []blockmap.Chunk{{Count: n}}}}},
 		held:    []heldChunk{{stream: 1, chunk: 0, b: held}},
 	}, in
 }

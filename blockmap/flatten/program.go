@@ -11,7 +11,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
 
@@ -62,12 +61,12 @@ const (
 )
 
 // guess finds what the image's start will read. It fails only with ctx.
-func (b *builder) guess(ctx context.Context, t *tree, streams []blockmap.Table) ([]want, error) {
+func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want, error) {
 	var c v1.ConfigFile
 	if err := json.Unmarshal(b.src.Config, &c); err != nil {
 		return nil, nil // diffIDs has read it
 	}
-	contents, err := newContents(b.dst, streams)
+	contents, err := newContents(b.streams.temp, b.dst, streams)
 	if err != nil {
 		return nil, err
 	}

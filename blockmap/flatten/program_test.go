@@ -138,7 +138,7 @@ func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wan
 		t.Fatal(err)
 	}
 	tr := newTree()
-	b := &builder{Options: o, src: &src.Source, dst: dst}
+	b := &builder{Options: o, src: &src.Source, dst: dst, streams: &Streams{}}
 	b.Log = slog.New(slog.DiscardHandler)
 	if b.diffIDs, err = diffIDs(&src.Source); err != nil {
 		t.Fatal(err)
@@ -164,7 +164,8 @@ func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wan
 	if len(res.Index.Streams) == 1 {
 		res.Index.Streams = append(res.Index.Streams, blockmap.Table{})
 	}
-	if wants, err = b.guess(t.Context(), tr, res.Index.Streams); err != nil {
+	m, ix := readBack(t, res, dst)
+	if wants, err = b.guess(t.Context(), tr, m.Streams(ix)); err != nil {
 		t.Fatal(err)
 	}
 	for _, w := range wants {

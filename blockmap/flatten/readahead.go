@@ -39,14 +39,7 @@ func newReadAhead(r io.Reader, closeSource func()) *readAhead {
 			case <-a.stop:
 				return
 			}
-			// Not io.ReadFull: it calls a clean end and a layer cut short by
-			// the same name.
-			n, err := 0, error(nil)
-			for n < size && err == nil {
-				var m int
-				m, err = r.Read(b[n:size])
-				n += m
-			}
+			n, err := fill(r, b[:size])
 			a.blocks <- block{b[:n], err}
 			if err != nil {
 				return
@@ -54,6 +47,18 @@ func newReadAhead(r io.Reader, closeSource func()) *readAhead {
 		}
 	}()
 	return a
+}
+
+// fill reads until b is full or r ends. It is not io.ReadFull, which calls a clean
+// end and a layer cut short by the same name.
+func fill(r io.Reader, b []byte) (n int, err error) {
+	defer recovered(&err)
+	for n < len(b) && err == nil {
+		var m int
+		m, err = r.Read(b[n:])
+		n += m
+	}
+	return n, err
 }
 
 func (a *readAhead) Read(p []byte) (int, error) {

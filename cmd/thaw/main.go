@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"thaw/blockmap/flatten"
 )
 
 func main() {
@@ -74,7 +76,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(out.err, syscall.EPIPE):
 		return exitError // whoever read the results has seen enough
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		err = errors.New("interrupted")
+		var u *flatten.Unfinished
+		if errors.As(err, &u) {
+			err = fmt.Errorf("interrupted: %s", u.Reuse())
+		} else {
+			err = errors.New("interrupted")
+		}
 	}
 	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError

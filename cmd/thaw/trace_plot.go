@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,6 +84,11 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 			return err
 		}
 		o.Title, o.Index, o.Names = image, b.index, streamNames(b)
+		for i := range b.index.Streams {
+			if b.manifest.Role(i) == flatten.RoleMetadata {
+				o.Metadata = append(o.Metadata, i)
+			}
+		}
 	}
 	p, err := plot.New(t, o)
 	if err != nil {
@@ -98,15 +104,15 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 
 // streamNames are what people call the streams of an image.
 func streamNames(b *blockImage) []string {
-	diffIDs := make(map[string]string) // by blob
-	for _, l := range b.manifest.Layers[1:] {
-		diffIDs[l.Digest.Hex] = l.Annotations[flatten.AnnotationDiffID]
-	}
-	names := []string{"metadata"}
-	for i := 1; i < len(b.index.Streams); i++ {
-		name := fmt.Sprintf("layer %d", i)
-		if id := diffIDs[b.index.Streams[i].Blob.String()]; len(id) > 19 {
-			name += " (" + id[7:19] + ")" // as inspect has it
+	var names []string
+	for i := range b.index.Streams {
+		name := string(b.manifest.Role(i))
+		switch b.manifest.Role(i) {
+		case flatten.RoleMetadata:
+		case flatten.RoleLayer:
+			name = fmt.Sprintf("layer %d (%.12s)", i, b.manifest.DiffID(i).Hex) // as inspect has it
+		default:
+			name = fmt.Sprintf("%s %d", cmp.Or(name, "stream"), i)
 		}
 		names = append(names, name)
 	}

@@ -314,7 +314,9 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
 	if s.t.ahead.metadata {
-		wants = image.MissingStream(0, smallMetadata)
+		if i, ok := s.image.manifest.Metadata(); ok {
+			wants = image.MissingStream(i, smallMetadata)
+		}
 	}
 	if s.t.ahead.program {
 		extents, err := s.image.manifest.Guess(image.Index().Blocks)
