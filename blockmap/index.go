@@ -52,9 +52,9 @@ func ParseDigest(s string) (d Digest, err error) {
 //
 // A run of neighbouring files costs some five bytes, a chunk some 37.
 type Index struct {
-	Blocks  uint32  // size of the device in blocks
+	Blocks  uint32 // size of the device in blocks
 	Streams []Table
-	Runs    []Run   // sorted by Device, disjoint
+	Runs    []Run // sorted by Device, disjoint
 
 	shift uint8    // of slots
 	slots []uint32 // slots[i]: the first run that ends behind block i<<shift

@@ -37,7 +37,7 @@ type Options struct {
 	Title string // for instance the image's name
 	// Index is that of the image. Without it there is one colour, and no
 	// telling what is free space.
-	Index *blockmap.Index
+	Index    *blockmap.Index
 	Names    []string // of the streams of Index, by position; those that lack one are numbered
 	Metadata []int    // the streams of Index that hold metadata of the filesystem: they are grey
 
