@@ -155,7 +155,7 @@ func fuzzTars(t testing.TB) [][]byte {
 	tars := [][]byte{nil, make([]byte, 1024), gzipped(t, make([]byte, 1024))}
 	for _, set := range [][]treeCase{layerCases, nameCases, metadataCases} {
 		for _, c := range set {
-			if c.name == "the same layer twice" || c.name == "a directory of 100,000 entries" || c.name == "over 4 GiB" || c.name == "contents" {
+			if c.name == "the same layer twice" || c.name == "a directory whose index has two levels" || c.name == "over 4 GiB" || c.name == "contents" {
 				continue
 			}
 			for _, b := range c.layers(t) {

@@ -50,7 +50,7 @@ func (c *converter) readLayer(ctx context.Context, r io.Reader, diffID blockmap.
 	}
 	defer plain.Close()
 	sum := sha256.New()
-	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, toc, c.log)
+	err = readTar(ctx, io.TeeReader(plain, hashWriter{sum}), p, toc, maxHoles, c.log)
 	if err == nil && blockmap.Digest(sum.Sum(nil)) != diffID {
 		err = fmt.Errorf("the layer is not the one that the image config names: its content has digest sha256:%x, not %v", sum.Sum(nil), diffID)
 	}
@@ -62,10 +62,12 @@ type hashWriter struct{ h hash.Hash }
 
 func (w hashWriter) Write(p []byte) (int, error) { return w.h.Write(p) }
 
-func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, log *slog.Logger) error {
+// readTar packs the files of a tar and lists its entries. holes bounds the bytes of
+// the holes of its sparse files.
+func readTar(ctx context.Context, r io.Reader, p *packer, toc *tocWriter, holes int64, log *slog.Logger) error {
 	in := &tally{r: r}
 	tr := tar.NewReader(in)
-	files := &sparseFile{r: tr, in: in, left: maxHoles}
+	files := &sparseFile{r: tr, in: in, left: holes, limit: holes}
 	drop := dropper(log)
 	last := ""
 	for n := 0; ; n++ {

@@ -88,7 +88,7 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want,
 	}
 	if contents.failed != nil {
 		// Half a guess would differ from one build to the next.
-		b.Log.Warn("what a start will read is not guessed", "cause", contents.failed)
+		b.Log.Warn("what a start will read is not guessed", "err", contents.failed)
 		return nil, nil
 	}
 	return g.wants, nil
@@ -116,7 +116,7 @@ func (g *guesser) run(ctx context.Context, argv []string, depth int) {
 	head, err := g.contents.read(ctx, n.inode, 0, 256) // as much as the kernel looks at
 	line, ok := strings.CutPrefix(string(head), "#!")
 	if err != nil || !ok {
-		g.log.Debug("guess: not a program", "file", file, "cause", err)
+		g.log.Debug("guess: not a program", "file", file, "err", err)
 		return
 	}
 	g.want(file)
@@ -265,7 +265,7 @@ func (g *guesser) read(ctx context.Context, file string) string {
 	}
 	b, err := g.contents.read(ctx, in, 0, maxScript)
 	if err != nil {
-		g.log.Debug("guess: not read", "file", file, "cause", err)
+		g.log.Debug("guess: not read", "file", file, "err", err)
 	}
 	return string(b)
 }

@@ -123,14 +123,15 @@ func (m madeELF) bytes() string {
 // each once.
 func guessed(t testing.TB, c v1.Config, lines ...line) []string {
 	t.Helper()
-	names, _ := guessedParts(t, c, lines...)
+	names, _ := guessedParts(t, newTarget(t), c, lines...)
 	return names
 }
 
-func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wants []want) {
+// guessedParts gives the parts of files as well. A target that has the layer of
+// these lines saves the conversion.
+func guessedParts(t testing.TB, dst *dirTarget, c v1.Config, lines ...line) (names []string, wants []want) {
 	t.Helper()
 	src := newSource(t, plain, tarball(t, lines...)).configured(t, func(old *v1.Config) { *old = c })
-	dst := newTarget(t)
 	o := testOptions
 	o.NoGuess, o.TempDir, o.Tag = true, t.TempDir(), "x"
 	res, err := Build(t.Context(), &src.Source, dst, o)
@@ -253,7 +254,7 @@ func TestPrograms(t *testing.T) {
 
 // TestLargeFiles guesses parts of them.
 func TestLargeFiles(t *testing.T) {
-	_, wants := guessedParts(t, command("/bin/python3", "/app/data"), exe("bin/python3", madeELF{pad: 20 << 20}.bytes()), reg("app/data", noise(1, 30<<20)))
+	_, wants := guessedParts(t, newTarget(t), command("/bin/python3", "/app/data"), exe("bin/python3", madeELF{pad: 20 << 20}.bytes()), reg("app/data", noise(1, 30<<20)))
 	total := int64(0)
 	for _, w := range wants {
 		total += w.n

@@ -26,7 +26,8 @@ func (t *tally) Read(p []byte) (int, error) {
 type sparseFile struct {
 	r     io.Reader
 	in    *tally
-	left  int64 // bytes of holes
+	limit int64 // bytes of holes, in all files
+	left  int64 // of these
 	holes int64 // of this file
 }
 
@@ -42,7 +43,7 @@ func (s *sparseFile) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
 	s.holes += int64(n) - (s.in.n - before)
 	if s.holes > s.left {
-		return 0, fmt.Errorf("a sparse file: those of the layer have more than %d GiB of holes", maxHoles>>30)
+		return 0, fmt.Errorf("a sparse file: those of the layer have more than %d MiB of holes", s.limit>>20)
 	}
 	return n, err
 }
