@@ -1,7 +1,6 @@
 package blockmap
 
 import (
-	"crypto/sha256"
 	"fmt"
 
 	"github.com/klauspost/compress/zstd"
@@ -11,7 +10,7 @@ import (
 // ErrDigest if it is not. It is the one place where content is compared with an
 // index: Stream.Fill and Stream.Hold call it, and so does ChunkDecoder.Decode.
 func (c *Chunk) Verify(content []byte) error {
-	if len(content) != c.Size() || Digest(sha256.Sum256(content)) != c.Digest {
+	if len(content) != c.Size() || ChunkDigest(content) != c.Digest {
 		return ErrDigest
 	}
 	return nil

@@ -120,10 +120,10 @@ func (m *Image) Prefetch(e Extent) {
 	m.fetch.Prefetch(m.Missing(e))
 }
 
-// MissingMetadata lists the chunks of the filesystem's metadata that are not
-// resident, or none if together they are stored as more than limit bytes.
-func (m *Image) MissingMetadata(limit int64) (wants []Want) {
-	s, t := m.streams[0], &m.ix.Streams[0]
+// MissingStream lists the chunks of a stream of the index that are not resident,
+// or none if the stream is stored as more than limit bytes.
+func (m *Image) MissingStream(stream int, limit int64) (wants []Want) {
+	s, t := m.streams[stream], &m.ix.Streams[stream]
 	if t.BlobSize > limit {
 		return nil
 	}

@@ -52,9 +52,9 @@ func ParseDigest(s string) (d Digest, err error) {
 //
 // A run of neighbouring files takes about 5 bytes, a chunk about 37.
 type Index struct {
-	Blocks  uint32  // size of the device in blocks
-	Streams []Table // stream 0 holds the metadata of the filesystem
-	Runs    []Run   // sorted by Device, disjoint
+	Blocks  uint32 // size of the device in blocks
+	Streams []Table
+	Runs    []Run // sorted by Device, disjoint
 
 	shift uint8    // log2 of the blocks of a slot
 	slots []uint32 // slots[i]: the first run that ends behind block i<<shift
@@ -89,6 +89,9 @@ type Chunk struct {
 
 // Size is the length of the chunk's content in bytes.
 func (c *Chunk) Size() int { return int(c.Count) * BlockSize }
+
+// ChunkDigest is the digest that a Chunk of this content has.
+func ChunkDigest(content []byte) Digest { return sha256.Sum256(content) }
 
 // Limits of the format. With them a hostile index takes no more memory than an
 // honest index of the same length.
@@ -287,7 +290,7 @@ func (t *Table) Append(b []byte) []byte {
 // DecodeIndex reads an index without trusting it: every offset, count and length
 // is checked before it is used or allocated for. It fails with ErrCorrupt, and
 // allocates at most about eight bytes for each byte of b. The index has at least
-// one block, and at least the stream of the metadata.
+// one block and at least one stream.
 func DecodeIndex(b []byte) (*Index, error) {
 	if len(b) < indexHeader || string(b[:8]) != indexMagic {
 		return nil, fmt.Errorf("%w: not a thaw index", ErrCorrupt)

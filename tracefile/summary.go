@@ -41,7 +41,7 @@ type Percentile struct {
 
 // StreamSummary is the part of a trace that lies in one stream.
 type StreamSummary struct {
-	Stream int           `json:"stream"` // 0 holds the metadata; Hole is none
+	Stream int           `json:"stream"` // position in the index; Hole is none
 	Size   int64         `json:"stream_bytes"`
 	Bytes  int64         `json:"bytes"`
 	Misses int64         `json:"miss_bytes"`

@@ -86,7 +86,7 @@ func Stream(t testing.TB, chunks [][]byte) (*blockmap.Table, []byte) {
 	for _, c := range chunks {
 		frame := enc.EncodeAll(c, nil)
 		table.Chunks = append(table.Chunks, blockmap.Chunk{
-			Digest: sha256.Sum256(c), Offset: int64(len(blob)), Stored: uint32(len(frame)),
+			Digest: blockmap.ChunkDigest(c), Offset: int64(len(blob)), Stored: uint32(len(frame)),
 			Block: table.Blocks(), Count: uint32(len(c) / blockmap.BlockSize),
 		})
 		blob = append(blob, frame...)

@@ -12,18 +12,22 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// contents reads in files of the image that is being built. Layers are in the
-// target by then, and those that are reused are nowhere else, so it is asked
-// for the chunks that hold what is wanted.
+// contents reads in files of the image that is being built. Streams that this
+// build has made are still on disk, as far as there was room; the target is asked
+// for the chunks of all others.
 type contents struct {
-	src interface {
-		OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
-	}
-	streams []blockmap.Table // not sealed yet
+	kept    *tempDir
+	src     chunkSource
+	streams []Stream
 	dec     *blockmap.ChunkDecoder
 	held    []heldChunk // the one used last comes first
 	budget  int64       // bytes of chunks that may still be read
 	failed  error       // of the target: what it did not give is not known to be absent
+}
+
+// chunkSource is the part of a Target that contents needs.
+type chunkSource interface {
+	OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 }
 
 type heldChunk struct {
@@ -43,8 +47,8 @@ const (
 // errBudget says that a guess is as good as it gets for what it may cost.
 var errBudget = errors.New("too much was read already")
 
-func newContents(src Target, streams []blockmap.Table) *contents {
-	return &contents{src: src, streams: streams, dec: blockmap.NewChunkDecoder(1), budget: maxGuessReads}
+func newContents(kept *tempDir, src chunkSource, streams []Stream) *contents {
+	return &contents{kept: kept, src: src, streams: streams, dec: blockmap.NewChunkDecoder(1), budget: maxGuessReads}
 }
 
 func (c *contents) close() { c.dec.Close() }
@@ -84,7 +88,7 @@ func runsFrom(in *ext4.Inode, block int64) []ext4.Run {
 
 // from returns what a chunk holds from a block of its stream on.
 func (c *contents) from(ctx context.Context, stream, block uint32) ([]byte, error) {
-	t := &c.streams[stream]
+	t := c.streams[stream].Table
 	i, ok := slices.BinarySearchFunc(t.Chunks, block, func(c blockmap.Chunk, block uint32) int {
 		switch {
 		case block < c.Block:
@@ -112,7 +116,7 @@ func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
 			return h.b, nil
 		}
 	}
-	t := &c.streams[stream]
+	t := c.streams[stream].Table
 	x := &t.Chunks[i]
 	if c.failed != nil {
 		return nil, c.failed
@@ -146,6 +150,13 @@ func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
 }
 
 func (c *contents) fetch(ctx context.Context, t *blockmap.Table, x *blockmap.Chunk) ([]byte, error) {
+	if stored := c.kept.read(t.Blob, x.Offset, int64(x.Stored)); stored != nil {
+		b, err := c.dec.Decode(x, stored, nil)
+		if err == nil {
+			return b, nil
+		}
+		c.kept.drop(t.Blob) // the disk does not give what was written
+	}
 	r, err := c.src.OpenRange(ctx, t.Blob, x.Offset, int64(x.Stored))
 	if err != nil {
 		return nil, err

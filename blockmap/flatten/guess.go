@@ -124,6 +124,23 @@ func (g *guess) add(start, count uint32) {
 	}
 }
 
+// guessOf is a guess of these extents.
+func guessOf(extents []blockmap.Extent) *guess {
+	g := new(guess)
+	for _, e := range extents {
+		g.add(uint32(e.Start/blockSize), uint32(e.Len()/blockSize))
+	}
+	return g
+}
+
+func (g *guess) extents() []blockmap.Extent {
+	l := make([]blockmap.Extent, len(g.ranges))
+	for i, r := range g.ranges {
+		l[i] = blockmap.Range(int64(r.start)*blockSize, int64(r.count)*blockSize)
+	}
+	return l
+}
+
 func (g *guess) encode() string {
 	b := []byte{guessVersion}
 	var end uint32

@@ -211,6 +211,30 @@ func TestGuessIsOfTheDevice(t *testing.T) {
 	}
 }
 
+// TestGuessReadsWhatWasPushed guesses from the streams that the build has made,
+// without asking the target for a part of them. Of a layer that the target had
+// before, it asks for the parts.
+func TestGuessReadsWhatWasPushed(t *testing.T) {
+	src, dst := guessable(t), newTarget(t)
+	asked := make(map[string]int)
+	dst.ranged = func(h v1.Hash) error { asked[h.Hex]++; return nil }
+	res := build(t, src, dst, testOptions)
+	if len(asked) > 0 || res.Guess.Files != 5 {
+		t.Errorf("a fresh build asks for parts of %v, and guesses %+v", asked, res.Guess)
+	}
+	// The lower layer is there, the upper one is not.
+	half := newTarget(t)
+	build(t, newSource(t, gzipped, src.tars[0]), half, testOptions)
+	half.ranged = dst.ranged
+	again := build(t, src, half, testOptions)
+	if !bytes.Equal(again.Raw, res.Raw) {
+		t.Errorf("built on a layer that was there:\n%s\nwant\n%s", again.Raw, res.Raw)
+	}
+	if lower := res.Index.Streams[1].Blob.String(); len(asked) != 1 || asked[lower] == 0 {
+		t.Errorf("the guess asks for parts of %v, and only %s was not at hand", asked, lower)
+	}
+}
+
 // TestGuessAgain builds from layers that the target has: they are not read, and
 // the guess is the same. What it cannot have of the target makes it fail no
 // build, and no half of a guess.
@@ -324,13 +348,20 @@ func TestGuessBuildFails(t *testing.T) {
 	src, dst := guessable(t), newTarget(t)
 	o := testOptions
 	o.TempDir = filepath.Join(t.TempDir())
-	// A build that ends while it guesses has made nothing.
+	// A build that ends while it guesses has made no image, and says that all layers
+	// are done.
 	ctx, cancel := cancelled(t)
+	o.NoGuess = true
+	build(t, src, dst, o)
+	o.NoGuess = false
+	made := dst.manifests(ArtifactTypeImage)
 	dst.ranged = func(v1.Hash) error { cancel(errPush); return errPush }
-	if _, err := Build(ctx, &src.Source, dst, o); !errors.Is(err, errPush) {
-		t.Errorf("error %v", err)
+	_, err := Build(ctx, &src.Source, dst, o)
+	var u *Unfinished
+	if !errors.Is(err, errPush) || !errors.As(err, &u) || u.Kept != 2 || u.Layers != 2 {
+		t.Errorf("error %v: %+v", err, u)
 	}
-	if dst.manifests(ArtifactTypeImage) != 0 {
+	if dst.manifests(ArtifactTypeImage) != made {
 		t.Error("a manifest is there")
 	}
 }

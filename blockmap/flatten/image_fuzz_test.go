@@ -7,6 +7,8 @@ import (
 	"encoding/json"
 	"hash/crc32"
 	"io"
+	"os"
+	"path/filepath"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -21,17 +23,23 @@ func FuzzBlockImage(f *testing.F) {
 	images := []*blocktest.Image{blocktest.NewImage(f, 1, 50), blocktest.NewImage(f, 2, 200)}
 	blobs := make(map[string][]byte)
 	for _, m := range images {
-		f.Add(m.Index.Encode(), "")
+		f.Add(m.Index.Encode(), "", false)
+		f.Add(m.Index.Encode(), "", true)
 		for d, b := range m.Blobs {
 			blobs[d.String()] = b
 		}
 	}
-	f.Add((&blockmap.Index{Blocks: 8}).Encode(), "AQ")
-	f.Add((&blockmap.Index{Blocks: 8, Streams: make([]blockmap.Table, 1)}).Encode(), "AQAB")
+	f.Add((&blockmap.Index{Blocks: 8}).Encode(), "AQ", false)
+	f.Add((&blockmap.Index{Blocks: 8, Streams: make([]blockmap.Table, 1)}).Encode(), "AQAB", true)
+	config, err := json.Marshal(v1.ConfigFile{RootFS: v1.RootFS{DiffIDs: []v1.Hash{hashOf(blockmap.Digest{1})}}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	blobs[describe("", config).Digest.Hex] = config
 	open := func(_ context.Context, d v1.Descriptor) (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(blobs[d.Digest.Hex])), nil
 	}
-	f.Fuzz(func(t *testing.T, b []byte, guess string) {
+	f.Fuzz(func(t *testing.T, b []byte, guess string, overlay bool) {
 		if len(b) >= 20 { // past the checksum
 			b = bytes.Clone(b)
 			binary.LittleEndian.PutUint32(b[12:], uint32(len(b)-20))
@@ -42,10 +50,17 @@ func FuzzBlockImage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		m := v1.Manifest{ArtifactType: ArtifactTypeImage, MediaType: mediaTypeManifest, Config: describe(mediaTypeConfig, []byte("{}")),
+		m := v1.Manifest{ArtifactType: ArtifactTypeImage, MediaType: mediaTypeManifest, Config: describe(mediaTypeConfig, config),
 			Layers: []v1.Descriptor{describe(MediaTypeIndex, b)}, Annotations: map[string]string{AnnotationGuess: guess}}
 		for i := range ix.Streams {
-			m.Layers = append(m.Layers, *streamDescriptor(&ix.Streams[i], v1.Hash{}))
+			s := Stream{Role: RoleLayer, DiffID: hashOf(blockmap.Digest{1}), Table: &ix.Streams[i]}
+			switch {
+			case i == 0:
+				s.Role = RoleMetadata
+			case overlay && i == len(ix.Streams)-1:
+				s.Role = RoleOverlay
+			}
+			m.Layers = append(m.Layers, s.descriptor())
 		}
 		raw, err := json.Marshal(m)
 		if err != nil {
@@ -66,8 +81,44 @@ func FuzzBlockImage(f *testing.F) {
 			}
 		}
 		new(Reporter).Report(image, ix)
-		if Verify(t.Context(), image, ix, open, t.TempDir()) == nil {
+		policy, err := image.Policy()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if Verify(t.Context(), image, ix, open, policy, t.TempDir()) == nil {
 			t.Fatal("random data was taken for a file system")
+		}
+	})
+}
+
+// FuzzManifest asks a hostile manifest all that a reader asks one.
+func FuzzManifest(f *testing.F) {
+	for _, file := range []string{"image.v1.json", "overlay.v1.json"} {
+		b, err := os.ReadFile(filepath.Join("testdata", file))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+		f.Add(bytes.ReplaceAll(b, []byte(`"layer"`), []byte(`"verity"`)))
+		f.Add(bytes.ReplaceAll(b, []byte(`"vnd.thaw.role"`), []byte(`"x"`)))
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		m, err := ParseImage(raw)
+		if err != nil {
+			return
+		}
+		overlay := false
+		for i := range len(m.Layers) - 1 {
+			overlay = overlay || m.Role(i) == RoleOverlay
+			if id := m.DiffID(i); id != (v1.Hash{}) && len(id.Hex) != 64 {
+				t.Errorf("stream %d has the diff ID %q", i, id)
+			}
+		}
+		if i, ok := m.Metadata(); ok && m.Role(i) != RoleMetadata {
+			t.Errorf("stream %d is not metadata", i)
+		}
+		if p, err := m.Policy(); err == nil && (p == WithOverlays) != overlay {
+			t.Errorf("the policy is %v", p)
 		}
 	})
 }

@@ -1,10 +1,15 @@
 package flatten
 
-import "thaw/blockmap"
+import (
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"thaw/blockmap"
+)
 
 // StreamReport says of one stream of an index what `thaw inspect` shows.
 type StreamReport struct {
-	DiffID  string // of the layer; empty for the metadata
+	Role    Role
+	DiffID  string // of the layer; "" if the stream was not made of one
 	Blob    blockmap.Digest
 	Chunks  int
 	Content int64 // bytes of the stream
@@ -24,17 +29,16 @@ func (r *Reporter) Report(m *Image, ix *blockmap.Index) []StreamReport {
 	if r.seen == nil {
 		r.seen = make(map[blockmap.Digest]bool)
 	}
-	diffIDs := make(map[string]string)
-	for _, d := range m.Layers[1:] {
-		diffIDs[d.Digest.Hex] = d.Annotations[AnnotationDiffID]
-	}
 	reports := make([]StreamReport, len(ix.Streams))
 	for i := range ix.Streams {
 		t := &ix.Streams[i]
 		p := &reports[i]
 		*p = StreamReport{
-			DiffID: diffIDs[t.Blob.String()], Blob: t.Blob, Chunks: len(t.Chunks),
+			Role: m.Role(i), Blob: t.Blob, Chunks: len(t.Chunks),
 			Content: int64(t.Blocks()) * blockSize, Stored: t.BlobSize,
+		}
+		if id := m.DiffID(i); id != (v1.Hash{}) {
+			p.DiffID = id.String()
 		}
 		for j := range t.Chunks {
 			if c := &t.Chunks[j]; r.seen[c.Digest] {

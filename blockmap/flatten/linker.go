@@ -51,7 +51,7 @@ func (g *guesser) link(ctx context.Context, real string, in *ext4.Inode, f *elfF
 	}
 	interp, ld, err := g.elf(ctx, f.interp)
 	if err != nil {
-		g.log.Debug("guess: no dynamic linker", "program", real, "linker", f.interp, "cause", err)
+		g.log.Debug("guess: no dynamic linker", "program", real, "linker", f.interp, "err", err)
 		return // the kernel would not start it either
 	}
 	l := &linker{

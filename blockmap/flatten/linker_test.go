@@ -135,6 +135,7 @@ func TestLinkerOfThisMachine(t *testing.T) {
 		if _, err := os.Stat(program); err != nil {
 			continue
 		}
+		dst := newTarget(t) // the image is the same for each environment
 		for _, env := range []string{"", "LD_LIBRARY_PATH=/opt/1:/opt/2"} {
 			root := t.TempDir()
 			lines := []line{dir("opt"), reg("etc/ld.so.conf", "include /etc/conf.d/*.conf\n"), reg("etc/conf.d/z.conf", "/opt/0\n"), reg("etc/conf.d/y.conf", "/opt/2\n/opt/1\n")}
@@ -175,7 +176,7 @@ func TestLinkerOfThisMachine(t *testing.T) {
 			if env != "" {
 				c.Env = []string{env}
 			}
-			names := guessed(t, c, lines...)
+			names, _ := guessedParts(t, dst, c, lines...)
 			if len(names) < 2 || names[0] != "/bin/prog" || names[1] != ld {
 				t.Fatalf("guessed %v", names)
 			}
@@ -226,7 +227,7 @@ func elfOf(t testing.TB, b []byte) (*contents, *ext4.Inode) {
 	held := make([]byte, int(n)*blockSize)
 	copy(held, b)
 	return &contents{
-		streams: []blockmap.Table{{}, {Chunks: []blockmap.Chunk{{Count: n}}}},
+		streams: []Stream{{}, {Table: &blockmap.Table{Chunks: []blockmap.Chunk{{Count: n}}}}},
 		held:    []heldChunk{{stream: 1, chunk: 0, b: held}},
 	}, in
 }

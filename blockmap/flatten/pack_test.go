@@ -34,13 +34,13 @@ func pack(t testing.TB, chunkSize int, files []named) *packed {
 	}
 	r := &packed{runs: make(map[string][]ext4.Run)}
 	var out bytes.Buffer
-	p := newPacker(t.Context(), c, &out)
+	p := newPacker(newStreamWriter(t.Context(), c, &out))
 	for _, f := range files {
 		if r.runs[f.name], err = p.file(strings.NewReader(f.content), int64(len(f.content))); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if r.table, err = p.close(nil); err != nil {
+	if r.table, err = p.finish(nil); err != nil {
 		t.Fatal(err)
 	}
 	r.blob = out.Bytes()
@@ -267,18 +267,18 @@ func TestPackFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, after := range []int{0, 1, 100_000, 300_000, 500_000 + 100} {
-		p := newPacker(t.Context(), c, &failingWriter{after})
+		p := newPacker(newStreamWriter(t.Context(), c, &failingWriter{after}))
 		_, err := p.file(strings.NewReader(noise(1, 500_000)), 500_000)
-		if _, err = p.close(err); err != errPush {
+		if _, err = p.finish(err); err != errPush {
 			t.Errorf("failing after %d bytes: %v", after, err)
 		}
 	}
-	p := newPacker(t.Context(), c, io.Discard)
+	p := newPacker(newStreamWriter(t.Context(), c, io.Discard))
 	_, err = p.file(strings.NewReader("short"), 100_000)
-	if _, err = p.close(err); err != io.ErrUnexpectedEOF {
+	if _, err = p.finish(err); err != io.ErrUnexpectedEOF {
 		t.Errorf("a short file: %v", err)
 	}
-	if n := len(c.slots) + len(c.flight); n != 0 {
+	if n := len(c.slots) + len(c.unwritten); n != 0 {
 		t.Errorf("%d slots are still taken", n)
 	}
 }

@@ -11,7 +11,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
 
@@ -62,12 +61,12 @@ const (
 )
 
 // guess finds what the image's start will read. It fails only with ctx.
-func (b *builder) guess(ctx context.Context, t *tree, streams []blockmap.Table) ([]want, error) {
+func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want, error) {
 	var c v1.ConfigFile
 	if err := json.Unmarshal(b.src.Config, &c); err != nil {
 		return nil, nil // diffIDs has read it
 	}
-	contents := newContents(b.dst, streams)
+	contents := newContents(b.streams.temp, b.dst, streams)
 	defer contents.close()
 	g := &guesser{
 		log: b.Log, tree: t, contents: contents, env: make(map[string]string),
@@ -86,7 +85,7 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []blockmap.Table) 
 	}
 	if contents.failed != nil {
 		// Half a guess would differ from one build to the next.
-		b.Log.Warn("what a start will read is not guessed", "cause", contents.failed)
+		b.Log.Warn("what a start will read is not guessed", "err", contents.failed)
 		return nil, nil
 	}
 	return g.wants, nil
@@ -114,7 +113,7 @@ func (g *guesser) run(ctx context.Context, argv []string, depth int) {
 	head, err := g.contents.read(ctx, n.inode, 0, 256) // as much as the kernel looks at
 	line, ok := strings.CutPrefix(string(head), "#!")
 	if err != nil || !ok {
-		g.log.Debug("guess: not a program", "file", file, "cause", err)
+		g.log.Debug("guess: not a program", "file", file, "err", err)
 		return
 	}
 	g.want(file)
@@ -263,7 +262,7 @@ func (g *guesser) read(ctx context.Context, file string) string {
 	}
 	b, err := g.contents.read(ctx, in, 0, maxScript)
 	if err != nil {
-		g.log.Debug("guess: not read", "file", file, "cause", err)
+		g.log.Debug("guess: not read", "file", file, "err", err)
 	}
 	return string(b)
 }

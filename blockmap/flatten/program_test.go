@@ -123,14 +123,15 @@ func (m madeELF) bytes() string {
 // each once.
 func guessed(t testing.TB, c v1.Config, lines ...line) []string {
 	t.Helper()
-	names, _ := guessedParts(t, c, lines...)
+	names, _ := guessedParts(t, newTarget(t), c, lines...)
 	return names
 }
 
-func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wants []want) {
+// guessedParts gives the parts of files as well. A target that has the layer of
+// these lines saves the conversion.
+func guessedParts(t testing.TB, dst *dirTarget, c v1.Config, lines ...line) (names []string, wants []want) {
 	t.Helper()
 	src := newSource(t, plain, tarball(t, lines...)).configured(t, func(old *v1.Config) { *old = c })
-	dst := newTarget(t)
 	o := testOptions
 	o.NoGuess, o.TempDir, o.Tag = true, t.TempDir(), "x"
 	res, err := Build(t.Context(), &src.Source, dst, o)
@@ -138,7 +139,7 @@ func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wan
 		t.Fatal(err)
 	}
 	tr := newTree()
-	b := &builder{Options: o, src: &src.Source, dst: dst}
+	b := &builder{Options: o, src: &src.Source, dst: dst, streams: &Streams{}}
 	b.Log = slog.New(slog.DiscardHandler)
 	if b.diffIDs, err = diffIDs(&src.Source); err != nil {
 		t.Fatal(err)
@@ -164,7 +165,8 @@ func guessedParts(t testing.TB, c v1.Config, lines ...line) (names []string, wan
 	if len(res.Index.Streams) == 1 {
 		res.Index.Streams = append(res.Index.Streams, blockmap.Table{})
 	}
-	if wants, err = b.guess(t.Context(), tr, res.Index.Streams); err != nil {
+	m, ix := readBack(t, res, dst)
+	if wants, err = b.guess(t.Context(), tr, m.Streams(ix)); err != nil {
 		t.Fatal(err)
 	}
 	for _, w := range wants {
@@ -252,7 +254,7 @@ func TestPrograms(t *testing.T) {
 
 // TestLargeFiles guesses parts of them.
 func TestLargeFiles(t *testing.T) {
-	_, wants := guessedParts(t, command("/bin/python3", "/app/data"), exe("bin/python3", madeELF{pad: 20 << 20}.bytes()), reg("app/data", noise(1, 30<<20)))
+	_, wants := guessedParts(t, newTarget(t), command("/bin/python3", "/app/data"), exe("bin/python3", madeELF{pad: 20 << 20}.bytes()), reg("app/data", noise(1, 30<<20)))
 	total := int64(0)
 	for _, w := range wants {
 		total += w.n

@@ -182,7 +182,7 @@ func build(t testing.TB, src *testSource, dst *dirTarget, o Options) *Result {
 		t.Fatal(err)
 	}
 	m, ix := readBack(t, res, dst)
-	if err := Verify(t.Context(), m, ix, dst.open, ""); err != nil {
+	if err := Verify(t.Context(), m, ix, dst.open, FromLayers, ""); err != nil {
 		t.Fatalf("verify: %v", err)
 	}
 	if left, err := os.ReadDir(o.TempDir); err != nil || len(left) > 0 {

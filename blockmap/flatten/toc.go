@@ -16,23 +16,6 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// entry is one line of a layer: a file, or the absence of one.
-type entry struct {
-	kind  kind
-	name  string      // clean, relative to the root; "" is the root itself
-	link  string      // symlinks: the target as it stands; hard links: the name of the target, clean
-	inode *ext4.Inode // of kindFile
-}
-
-type kind uint8
-
-const (
-	kindFile     kind = iota // of any type: it is in the inode's mode
-	kindHardLink             // another name for link
-	kindWhiteout             // name is not there any more
-	kindOpaque               // the directory name has nothing of the layers below
-)
-
 // A TOC (table of contents) is what a conversion keeps of a layer beside its
 // stream: the chunk table and all entries in tar order. With it an image is
 // built from the layer without reading it. The blob is one zstd frame of

@@ -2,6 +2,7 @@ package flatten
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,42 +21,44 @@ import (
 // bytes are not those of the descriptor.
 type Opener func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
 
-// Verify fetches all of an image and checks it: every blob and every chunk
-// against its digest, the map of the device against the order that it has, the
-// streams against the config, and the file system against itself; the guess only
-// for being one of this device. It returns the first fault. temp is a directory for the metadata, "" the system's.
-func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp string) error {
+// Verify fetches all of an image and checks it: every blob and every chunk against
+// its digest, the roles of the streams, the map of the device and the filesystem
+// against the policy, and the streams against the config. Of the guess it checks
+// only that it is one of this device. It returns the first fault. temp is a
+// directory for the metadata, "" for the system's.
+func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Policy, temp string) error {
+	temp = cmp.Or(temp, os.TempDir())
 	f, err := os.CreateTemp(temp, "thaw-verify-")
 	if err != nil {
-		return err
+		return tempError(temp, err)
 	}
 	defer f.Close()
 	if err := os.Remove(f.Name()); err != nil {
 		return err
 	}
-	if len(ix.Streams) == 0 {
-		return fmt.Errorf("index: %w: it has no streams", blockmap.ErrCorrupt)
+	if len(ix.Streams) == 0 || len(ix.Streams) != len(m.Layers)-1 {
+		return fmt.Errorf("index: %w: it has %d streams, and the image has %d", blockmap.ErrCorrupt, len(ix.Streams), len(m.Layers)-1)
 	}
-	if err := verifyRuns(ix); err != nil {
+	if err := p.check(m, ix); err != nil {
 		return fmt.Errorf("index: %w: %w", blockmap.ErrCorrupt, err)
 	}
 	if _, err := m.Guess(ix.Blocks); err != nil {
 		return err
 	}
-	descriptors := make(map[v1.Hash]v1.Descriptor)
-	for _, d := range m.Layers[1:] {
-		descriptors[d.Digest] = d
-	}
+	meta := &metadata{ix: ix, file: f, at: make(map[uint32]int64)}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
+	var kept int64
 	for i := range ix.Streams {
 		t := &ix.Streams[i]
 		keep := io.Writer(io.Discard)
-		if i == 0 {
-			keep = f
+		if p.metadata(m, i) {
+			meta.at[uint32(i)] = kept
+			keep = &tempWriter{io.NewOffsetWriter(f, kept), temp}
+			kept += int64(t.Blocks()) * blockSize
 		}
 		g.Go(func() error {
-			if err := verifyStream(gctx, t, descriptors[hashOf(t.Blob)], open, keep); err != nil {
+			if err := verifyStream(gctx, t, m.Layers[1+i], open, keep); err != nil {
 				return fmt.Errorf("stream %d: %w", i, err)
 			}
 			return nil
@@ -70,42 +73,21 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, temp
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	if err := ext4.Check(&metadata{ix, f}, int64(ix.Blocks)*blockSize); err != nil {
+	if err := ext4.Check(meta, int64(ix.Blocks)*blockSize); err != nil {
 		return fmt.Errorf("the file system: %w", err)
 	}
 	return nil
 }
 
-// verifyRuns holds the map of the device to the order of ext4.Layout: all of
-// stream 0, then contents of files without a gap, in the order of the streams.
-// The file system does not know what its files are to contain, so nothing else
-// would find two runs that have changed places.
-func verifyRuns(ix *blockmap.Index) error {
-	var meta uint32 // blocks of stream 0 so far
-	var last *blockmap.Run
-	for i := range ix.Runs {
-		r := &ix.Runs[i]
-		switch {
-		case r.Stream == 0 && last != nil:
-			return fmt.Errorf("metadata at block %d of the device, behind contents of files", r.Device)
-		case r.Stream == 0 && r.Block != meta:
-			return fmt.Errorf("block %d of the metadata is at block %d of the device, where block %d belongs", r.Block, r.Device, meta)
-		case r.Stream == 0:
-			meta += r.Count
-			continue
-		case last == nil:
-		case r.Device != last.Device+last.Count:
-			return fmt.Errorf("a gap in the contents of files at block %d of the device", last.Device+last.Count)
-		case r.Stream < last.Stream || r.Stream == last.Stream && r.Block < last.Block+last.Count:
-			return fmt.Errorf("block %d of stream %d is at block %d of the device, behind block %d of stream %d",
-				r.Block, r.Stream, r.Device, last.Block+last.Count-1, last.Stream)
-		}
-		last = r
-	}
-	if n := ix.Streams[0].Blocks(); meta != n {
-		return fmt.Errorf("%d of %d blocks of metadata are on the device", meta, n)
-	}
-	return nil
+// tempWriter names the remedy where its disk is full.
+type tempWriter struct {
+	w   io.Writer
+	dir string
+}
+
+func (w *tempWriter) Write(p []byte) (int, error) {
+	n, err := w.w.Write(p)
+	return n, tempError(w.dir, err)
 }
 
 // maxConfig is far beyond what registries take.
@@ -192,11 +174,12 @@ func grow(b []byte, n int) []byte {
 	return b[:n]
 }
 
-// metadata reads the device as far as the file system's own blocks go. Nothing
-// else is asked for by a check.
+// metadata reads the device as far as the blocks of the filesystem itself go. A
+// check asks for nothing else.
 type metadata struct {
 	ix   *blockmap.Index
-	meta io.ReaderAt
+	file io.ReaderAt
+	at   map[uint32]int64 // in file: the streams that can hold such blocks
 }
 
 func (m *metadata) ReadAt(p []byte, off int64) (int, error) {
@@ -212,13 +195,14 @@ func (m *metadata) ReadAt(p []byte, off int64) (int, error) {
 		// To the end of the run, or of the hole.
 		end := int64(r.Device)*blockSize + int64(r.Count)*blockSize
 		left = left[:min(int64(len(left)), end-at)]
+		start, holds := m.at[r.Stream]
 		switch {
 		case !ok:
 			clear(left)
-		case r.Stream != 0:
+		case !holds:
 			return n, fmt.Errorf("block %d is the file system's, and lies in stream %d, among the contents of files", at/blockSize, r.Stream)
 		default:
-			if _, err := m.meta.ReadAt(left, int64(r.Block)*blockSize+at-int64(r.Device)*blockSize); err != nil {
+			if _, err := m.file.ReadAt(left, start+int64(r.Block)*blockSize+at-int64(r.Device)*blockSize); err != nil {
 				return n, unexpected(err)
 			}
 		}

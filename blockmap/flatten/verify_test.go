@@ -38,9 +38,9 @@ func (f *fakeImage) stream(n int, change func(content []byte)) {
 		f.t.Fatal(err)
 	}
 	var out bytes.Buffer
-	p := newPacker(f.t.Context(), c, &out)
+	p := newStreamWriter(f.t.Context(), c, &out)
 	_, err = p.Write(content)
-	table, err := p.close(err)
+	table, err := p.finish(err)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -49,7 +49,7 @@ func (f *fakeImage) stream(n int, change func(content []byte)) {
 			d.Digest, d.Size = hashOf(table.Blob), table.BlobSize
 		}
 	}
-	if err := f.dst.PushBytes(f.t.Context(), *streamDescriptor(table, v1.Hash{}), out.Bytes()); err != nil {
+	if err := f.dst.PushBytes(f.t.Context(), describeBlob(table), out.Bytes()); err != nil {
 		f.t.Fatal(err)
 	}
 	f.ix.Streams[n] = *table
@@ -208,7 +208,7 @@ func TestVerifyFinds(t *testing.T) {
 			f.m, f.ix = readBack(t, res, dst)
 			c.plant(f)
 			temp := t.TempDir()
-			err := Verify(t.Context(), f.m, f.ix, dst.open, temp)
+			err := Verify(t.Context(), f.m, f.ix, dst.open, FromLayers, temp)
 			if c.says == "" {
 				if err != nil {
 					t.Fatal(err)
@@ -221,7 +221,7 @@ func TestVerifyFinds(t *testing.T) {
 			}
 		})
 	}
-	if err := Verify(t.Context(), &Image{}, new(blockmap.Index), nil, ""); !errors.Is(err, blockmap.ErrCorrupt) {
+	if err := Verify(t.Context(), &Image{}, new(blockmap.Index), nil, FromLayers, ""); !errors.Is(err, blockmap.ErrCorrupt) {
 		t.Errorf("an index of nothing: %v", err)
 	}
 }

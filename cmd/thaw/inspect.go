@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"text/tabwriter"
@@ -50,7 +51,7 @@ type inspected struct {
 }
 
 type inspectedStream struct {
-	Kind    string `json:"kind"` // metadata or layer
+	Kind    string `json:"kind"` // metadata, layer or overlay; data if the role is unknown
 	DiffID  string `json:"diff_id,omitempty"`
 	Blob    string `json:"blob"`
 	Chunks  int    `json:"chunks"`
@@ -96,11 +97,8 @@ func describe(b *host.BlockImage, streams []flatten.StreamReport) *inspected {
 	if s := b.Manifest.Subject; s != nil {
 		in.Subject = s.Digest.String()
 	}
-	for i, s := range streams {
-		kind := "layer"
-		if i == 0 {
-			kind = "metadata"
-		}
+	for _, s := range streams {
+		kind := cmp.Or(string(s.Role), "data")
 		in.Streams = append(in.Streams, inspectedStream{kind, s.DiffID, "sha256:" + s.Blob.String(), s.Chunks, s.Content, s.Live, s.Stored, s.Shared})
 		in.Chunks += s.Chunks
 		in.Content += s.Content

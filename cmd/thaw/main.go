@@ -18,6 +18,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"thaw/blockmap/flatten"
 	"thaw/cmd/thaw/internal/host"
 )
 
@@ -76,7 +77,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(out.err, syscall.EPIPE):
 		return exitError // whoever read the results has seen enough
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		err = errors.New("interrupted")
+		var u *flatten.Unfinished
+		if errors.As(err, &u) {
+			err = fmt.Errorf("interrupted: %s", u.Reuse())
+		} else {
+			err = errors.New("interrupted")
+		}
 	}
 	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"thaw/blockmap/flatten"
 	"thaw/cmd/thaw/internal/host"
 	"thaw/tracefile"
 )
@@ -100,10 +101,9 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 	}
 	for _, l := range s.Streams {
 		name := fmt.Sprintf("stream %d", l.Stream)
-		switch l.Stream {
-		case tracefile.Hole:
+		if l.Stream == tracefile.Hole {
 			name = "holes"
-		case 0:
+		} else if b.Manifest.Role(l.Stream) == flatten.RoleMetadata {
 			name = "metadata"
 		}
 		fmt.Fprintf(a.stdout, "%-10s %s of %s, in %d chunks of %s\n", name, bytesString(l.Bytes), bytesString(l.Size), l.Chunks, bytesString(l.Stored))

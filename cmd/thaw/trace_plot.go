@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -85,6 +86,11 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 			return err
 		}
 		o.Title, o.Index, o.Names = image, b.Index, streamNames(b)
+		for i := range b.Index.Streams {
+			if b.Manifest.Role(i) == flatten.RoleMetadata {
+				o.Metadata = append(o.Metadata, i)
+			}
+		}
 	}
 	p, err := plot.New(t, o)
 	if err != nil {
@@ -100,15 +106,15 @@ func (a *app) tracePlot(ctx context.Context, path, image, out string, o plot.Opt
 
 // streamNames names the streams of an image in a plot.
 func streamNames(b *host.BlockImage) []string {
-	diffIDs := make(map[string]string) // by blob
-	for _, l := range b.Manifest.Layers[1:] {
-		diffIDs[l.Digest.Hex] = l.Annotations[flatten.AnnotationDiffID]
-	}
-	names := []string{"metadata"}
-	for i := 1; i < len(b.Index.Streams); i++ {
-		name := fmt.Sprintf("layer %d", i)
-		if id := diffIDs[b.Index.Streams[i].Blob.String()]; len(id) > 19 {
-			name += " (" + id[7:19] + ")" // as inspect has it
+	var names []string
+	for i := range b.Index.Streams {
+		name := string(b.Manifest.Role(i))
+		switch b.Manifest.Role(i) {
+		case flatten.RoleMetadata:
+		case flatten.RoleLayer:
+			name = fmt.Sprintf("layer %d (%.12s)", i, b.Manifest.DiffID(i).Hex) // as inspect has it
+		default:
+			name = fmt.Sprintf("%s %d", cmp.Or(name, "stream"), i)
 		}
 		names = append(names, name)
 	}

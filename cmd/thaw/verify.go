@@ -54,7 +54,11 @@ func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error
 		return err
 	}
 	open := func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) { return b.Repo.OpenBlob(ctx, d) }
-	if err := flatten.Verify(ctx, b.Manifest, b.Index, open, temp); err != nil {
+	policy, err := b.Manifest.Policy()
+	if err != nil {
+		return fmt.Errorf("verify %s: %w", name, err)
+	}
+	if err := flatten.Verify(ctx, b.Manifest, b.Index, open, policy, temp); err != nil {
 		return fmt.Errorf("verify %s: %w", name, err)
 	}
 	in := describe(b, new(flatten.Reporter).Report(b.Manifest, b.Index))

@@ -1,7 +1,7 @@
 // Package plot draws a trace: where on the device a start reads, and how many
 // bytes it has read by when, coloured by the stream that they come from.
 //
-//	p, err := plot.New(t, plot.Options{Title: "team/app:v1", Index: ix, Names: names})
+//	p, err := plot.New(t, plot.Options{Title: "team/app:v1", Index: ix, Names: names, Metadata: []int{0}})
 //	err = p.WriteSVG(w) // or WritePNG
 //
 // The upper panel has a mark for each touch, at its time and its offset on the
@@ -37,8 +37,9 @@ type Options struct {
 	Title string // for instance the image's name
 	// Index is that of the image. Without it there is one colour, and no
 	// telling what is free space.
-	Index *blockmap.Index
-	Names []string // of the streams of Index, by position; those that lack one are numbered
+	Index    *blockmap.Index
+	Names    []string // of the streams of Index, by position; those that lack one are numbered
+	Metadata []int    // the streams of Index that hold metadata of the filesystem: they are grey
 
 	Width, Height int // pixels of a PNG, 1/96 inch of an SVG; 0 for DefaultWidth and DefaultHeight
 }
@@ -183,7 +184,7 @@ func split(points []tracefile.Point, o Options) []series {
 			s.name, s.colour = "what was read", palette[0]
 		case i == tracefile.Hole:
 			s.name, s.colour = "holes, all zeros", colourHoles
-		case i > 0 && used == len(palette):
+		case !slices.Contains(o.Metadata, i) && used == len(palette):
 			if others == nil {
 				others = &series{colour: colourOthers}
 			}
@@ -198,7 +199,7 @@ func split(points []tracefile.Point, o Options) []series {
 			size := int64(o.Index.Streams[i].Blocks()) * blockmap.BlockSize
 			s.about = fmt.Sprintf("%s of %s read", bytesString(read[i]), bytesString(size))
 			s.colour = colourMetadata
-			if i > 0 {
+			if !slices.Contains(o.Metadata, i) {
 				s.colour = palette[used]
 				used++
 			}

@@ -113,7 +113,7 @@ func TestSeries(t *testing.T) {
 		touch(20, 2500, 100, false), // stream 2
 		touch(300, 1<<20, 5, false), // a hole
 	)
-	p := picture(t, x, Options{Title: "an <image> & more", Index: ix, Names: []string{"metadata", "layer 1", "layer 2"}})
+	p := picture(t, x, Options{Title: "an <image> & more", Index: ix, Metadata: []int{0}, Names: []string{"metadata", "layer 1", "layer 2"}})
 	type line struct {
 		name, about  string
 		hits, misses int
@@ -175,7 +175,7 @@ func TestManyStreams(t *testing.T) {
 	for i := range uint32(30) {
 		touches = append(touches, touch(int(i), i*1000, i+1, true))
 	}
-	p := picture(t, traceOf(ix, touches...), Options{Index: ix, Width: 800, Height: 600})
+	p := picture(t, traceOf(ix, touches...), Options{Index: ix, Metadata: []int{0}, Width: 800, Height: 600})
 	if len(p.series) != len(palette)+2 {
 		t.Fatalf("%d series", len(p.series))
 	}
@@ -252,7 +252,7 @@ func TestSmall(t *testing.T) {
 		"last":  traceOf(ix, touch(0, 1<<20-1, 1, false)),
 		"long":  traceOf(ix, touch(0, 0, 1, false), touch(3600*1000, 1, 1, true)),
 	} {
-		for _, o := range []Options{{Index: ix, Width: 600, Height: 400}, {Width: MinSize, Height: MinSize}, {Width: 700, Height: 320}} {
+		for _, o := range []Options{{Index: ix, Metadata: []int{0}, Width: 600, Height: 400}, {Width: MinSize, Height: MinSize}, {Width: 700, Height: 320}} {
 			p := picture(t, x, o)
 			_, texts, _ := drawn(t, p)
 			if empty := slices.Contains(texts, "nothing was read"); empty != (name == "empty") {
@@ -283,7 +283,7 @@ func TestMerged(t *testing.T) {
 	if back {
 		t.Fatal("time does not go back: this tests nothing")
 	}
-	p := picture(t, merged, Options{Index: ix})
+	p := picture(t, merged, Options{Index: ix, Metadata: []int{0}})
 	for _, c := range [][]tracefile.Sum{p.all, p.series[0].curve} {
 		if !slices.IsSortedFunc(c, func(a, b tracefile.Sum) int { return int(a.At - b.At) }) {
 			t.Errorf("the curve goes back: %v", c)
@@ -305,9 +305,9 @@ func TestSame(t *testing.T) {
 	for i := range uint32(2000) {
 		touches = append(touches, touch(int(i*7%501), i*10, 1+i%9, i%3 == 0))
 	}
-	one, _, _ := drawn(t, picture(t, traceOf(ix, touches...), Options{Index: ix, Width: 400, Height: 400}))
+	one, _, _ := drawn(t, picture(t, traceOf(ix, touches...), Options{Index: ix, Metadata: []int{0}, Width: 400, Height: 400}))
 	for range 3 {
-		if two, _, _ := drawn(t, picture(t, traceOf(ix, touches...), Options{Index: ix, Width: 400, Height: 400})); one != two {
+		if two, _, _ := drawn(t, picture(t, traceOf(ix, touches...), Options{Index: ix, Metadata: []int{0}, Width: 400, Height: 400})); one != two {
 			t.Fatal("two pictures of the same trace differ")
 		}
 	}

@@ -273,7 +273,9 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
 	if s.t.Ahead.Metadata {
-		wants = image.MissingMetadata(smallMetadata)
+		if i, ok := s.image.Manifest.Metadata(); ok {
+			wants = image.MissingStream(i, smallMetadata)
+		}
 	}
 	if s.t.Ahead.Program {
 		extents, err := s.image.Manifest.Guess(image.Index().Blocks)

@@ -1,0 +1,114 @@
+package flatten
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"thaw/blockmap"
+	"thaw/blockmap/ext4"
+)
+
+// layout is what the layers add up to.
+type layout struct {
+	fs      *ext4.Filesystem
+	wants   []want
+	streams []Stream // the metadata, which has no table yet, and those of the layers in order
+}
+
+// layOut puts the layers together. Nothing is pushed.
+func (b *builder) layOut(ctx context.Context, layers []*converted) (*layout, error) {
+	l := &layout{streams: make([]Stream, 1, len(layers)+1)}
+	l.streams[0].Role = RoleMetadata // ext4.Layout says so
+	t := newTree()
+	for i, c := range layers {
+		stream := uint32(len(l.streams))
+		if c.stream != nil {
+			l.streams = append(l.streams, Stream{Role: RoleLayer, DiffID: b.diffIDs[i], Table: c.table})
+		}
+		if err := t.applyLayer(ctx, c.toc, stream, c.stored()); err != nil {
+			return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(layers), b.src.Layers[i].Digest, err)
+		}
+	}
+	var err error
+	if !b.NoGuess {
+		l.wants, err = b.guess(ctx, t, l.streams)
+		b.streams.temp.release()
+		if err != nil {
+			return nil, err
+		}
+	}
+	if l.fs, err = ext4.Layout(t.inodes(), b.ext4Options()); err != nil {
+		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
+	}
+	return l, nil
+}
+
+// ext4Options are a function of the image, so that every build of it gives the
+// same bytes.
+func (b *builder) ext4Options() ext4.Options {
+	o := ext4.Options{Size: b.Size}
+	h := sha256.New()
+	fmt.Fprintf(h, "thaw filesystem %d\n", layerVersion)
+	for _, id := range b.diffIDs {
+		fmt.Fprintln(h, id)
+	}
+	sum := h.Sum(nil)
+	copy(o.UUID[:], sum)
+	copy(o.HashSeed[:], sum[16:])
+	for _, id := range []*[16]byte{&o.UUID, &o.HashSeed} {
+		id[6] = id[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of its own
+		id[8] = id[8]&0x3f | 0x80
+	}
+	var c v1.ConfigFile
+	if json.Unmarshal(b.src.Config, &c) == nil && !c.Created.IsZero() {
+		o.Time = timeOf(c.Created.Time)
+	}
+	return o
+}
+
+// image pushes the image of the layers.
+func (b *builder) image(ctx context.Context, layers []*converted, l *layout) (*Result, error) {
+	res := &Result{}
+	twice := make(map[*converted]bool)
+	for i, c := range layers {
+		res.Layers = append(res.Layers, LayerResult{
+			DiffID: b.diffIDs[i], Reused: c.reused || twice[c],
+			Content: int64(c.table.Blocks()) * blockSize, Stored: c.table.BlobSize,
+		})
+		twice[c] = true
+	}
+	var err error
+	if l.streams[0].Table, err = b.metadata(ctx, l.fs); err != nil {
+		return nil, err
+	}
+	if res.Index, err = NewIndex(l.fs.Blocks(), l.fs.Runs(), l.streams); err != nil {
+		return nil, err
+	}
+	g, report := locate(res.Index, l.wants)
+	res.Guess = report
+	res.Assembled, err = Assemble(ctx, b.dst, l.streams, res.Index, b.src.Manifest, AssembleOptions{
+		Config: b.src.Config, Guess: g.extents(), Tag: b.Tag, Pin: b.Pin, Log: b.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return res, nil
+}
+
+// metadata makes and pushes the stream of the filesystem's metadata.
+func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.Table, error) {
+	s, err := b.streams.Create(ctx)
+	if err != nil {
+		return nil, err
+	}
+	f, err := s.end(fs.WriteMeta(s))
+	if err != nil {
+		return nil, fmt.Errorf("write the filesystem's metadata: %w", err)
+	}
+	defer f.Discard()
+	return f.Table, f.Push(ctx, b.dst, func(int64) {})
+}

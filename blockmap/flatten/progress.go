@@ -1,0 +1,36 @@
+package flatten
+
+import "io"
+
+// Progress hears how a build goes. Its methods are called from several
+// goroutines, layer by layer in order.
+type Progress interface {
+	// Read: n more bytes of a layer's blob, as it is stored, were read.
+	Read(layer int, n int64)
+	// Push: the layer is converted, and its stream of size bytes is on its way.
+	Push(layer int, size int64)
+	// Pushed: n bytes of the stream have been sent so far.
+	Pushed(layer int, n int64)
+	// Done: the layer is in the target; reused says that it was before.
+	Done(layer int, reused bool)
+}
+
+// counter tells Progress what is read.
+type counter struct {
+	r     io.Reader
+	p     Progress
+	layer int
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.p.Read(c.layer, int64(n))
+	return n, err
+}
+
+type silent struct{}
+
+func (silent) Read(int, int64)   {}
+func (silent) Push(int, int64)   {}
+func (silent) Pushed(int, int64) {}
+func (silent) Done(int, bool)    {}

@@ -1,0 +1,223 @@
+package flatten
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+)
+
+// tempDir holds the streams of one build until they are pushed. Its owner keeps a
+// lock (flock) on it, which ends with the process: a directory of this name that
+// nobody has locked is what a killed build left behind. Every build removes those
+// before it makes its own.
+type tempDir struct {
+	path string
+	lock *os.File // the directory
+
+	mu   sync.Mutex
+	kept map[blockmap.Digest]*tempFile // streams that were pushed, by blob; see keep
+}
+
+const tempPrefix = "thaw-streams-"
+
+// maxKept bounds the bytes of pushed streams that a build keeps on disk. The
+// largest go first: of those, a guess reads the smallest part.
+const maxKept = 2 << 30
+
+// newTempDir makes a directory below parent, "" for the system's directory.
+func newTempDir(parent string) (*tempDir, error) {
+	parent = cmp.Or(parent, os.TempDir())
+	removeLeftovers(parent)
+	for {
+		path, err := os.MkdirTemp(parent, tempPrefix)
+		if err != nil {
+			return nil, fmt.Errorf("make a temporary directory for streams: %w", tempError(parent, err))
+		}
+		lock, err := os.Open(path)
+		if err == nil {
+			err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		}
+		// Between the two calls another build may have taken the directory for a
+		// leftover.
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) || err == nil && !sameFile(lock, path) {
+			lock.Close()
+			continue
+		}
+		if lock == nil {
+			os.Remove(path)
+			return nil, fmt.Errorf("open the temporary directory for streams: %w", err)
+		}
+		// A file system without locks has no leftovers either: nobody can lock
+		// them, so nobody removes them.
+		return &tempDir{path: path, lock: lock, kept: make(map[blockmap.Digest]*tempFile)}, nil
+	}
+}
+
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Lstat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// removeLeftovers removes the directories of killed builds of this user. Failures
+// to do so are no fault of the build that begins.
+func removeLeftovers(parent string) {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		if e.IsDir() && strings.HasPrefix(e.Name(), tempPrefix) {
+			removeLeftover(filepath.Join(parent, e.Name()))
+		}
+	}
+}
+
+func removeLeftover(path string) {
+	// Others may write to the parent: only a directory of this user is opened.
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	dir := os.NewFile(uintptr(fd), path)
+	defer dir.Close()
+	var s unix.Stat_t
+	if unix.Fstat(fd, &s) != nil || int(s.Uid) != os.Geteuid() || unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return
+	}
+	if sameFile(dir, path) {
+		os.RemoveAll(path)
+	}
+}
+
+func (t *tempDir) remove() error {
+	t.release()
+	err := os.RemoveAll(t.path)
+	return errors.Join(err, t.lock.Close())
+}
+
+func (t *tempDir) create() (*tempFile, error) {
+	f, err := os.CreateTemp(t.path, "stream-")
+	if err != nil {
+		return nil, fmt.Errorf("make a temporary file for a stream: %w", tempError(filepath.Dir(t.path), err))
+	}
+	return &tempFile{File: f, dir: t}, nil
+}
+
+// keep takes over the file of a stream that was pushed, so that the guess can read
+// the stream from disk. The file has no name any more.
+func (t *tempDir) keep(blob blockmap.Digest, f *tempFile) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.kept[blob] != nil {
+		f.discard()
+		return
+	}
+	os.Remove(f.Name()) // the target may have moved it away
+	t.kept[blob] = f
+	for {
+		var total int64
+		largest := blob
+		for b, f := range t.kept {
+			total += f.size
+			if f.size > t.kept[largest].size {
+				largest = b
+			}
+		}
+		if total <= maxKept {
+			return
+		}
+		t.kept[largest].Close()
+		delete(t.kept, largest)
+		if largest == blob {
+			return // all was within the bound without it
+		}
+	}
+}
+
+// read returns n bytes of a kept stream from off, or nil if it is not kept.
+func (t *tempDir) read(blob blockmap.Digest, off, n int64) []byte {
+	if t == nil {
+		return nil
+	}
+	t.mu.Lock()
+	f := t.kept[blob]
+	t.mu.Unlock()
+	if f == nil || off < 0 || n < 0 || n > f.size-off {
+		return nil
+	}
+	b := make([]byte, n)
+	if _, err := f.ReadAt(b, off); err != nil {
+		t.drop(blob)
+		return nil
+	}
+	return b
+}
+
+// drop gives up one kept stream.
+func (t *tempDir) drop(blob blockmap.Digest) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f := t.kept[blob]; f != nil {
+		f.Close()
+		delete(t.kept, blob)
+	}
+}
+
+// release gives up all kept streams, and reports whether there were any.
+func (t *tempDir) release() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	any := len(t.kept) > 0
+	for _, f := range t.kept {
+		f.Close()
+	}
+	clear(t.kept)
+	return any
+}
+
+// tempFile is the file of a stream.
+type tempFile struct {
+	*os.File
+	dir  *tempDir
+	size int64
+}
+
+// Write makes room for p, where the disk is full, by giving up kept streams.
+func (f *tempFile) Write(p []byte) (int, error) {
+	n, err := f.File.Write(p)
+	if errors.Is(err, unix.ENOSPC) && f.dir.release() {
+		var m int
+		m, err = f.File.Write(p[n:])
+		n += m
+	}
+	f.size += int64(n)
+	return n, tempError(filepath.Dir(f.dir.path), err)
+}
+
+func (f *tempFile) discard() {
+	if f == nil {
+		return // a test's stream, which is not in a file
+	}
+	f.Close()
+	os.Remove(f.Name())
+}
+
+// tempError names the remedy for a full disk.
+func tempError(dir string, err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("the temporary directory %s is full: free space there, or name another directory with --temp or TMPDIR: %w", dir, err)
+	}
+	return err
+}
