@@ -24,7 +24,8 @@ type residency struct {
 	// syncing makes sync one caller's at a time. It is held across I/O.
 	syncing sync.Mutex
 
-	// mu is held to clear bits, and to begin and end a sync.
+	// mu is held to set and clear bits, and to begin and end a sync: a sync sees all
+	// bits of a call of set, or none.
 	mu struct {
 		sync.Mutex
 		// While a sync is under way: the bits cleared since it began. Their
@@ -58,7 +59,9 @@ func (r *residency) count() int64 { return r.file.live.count() }
 // set marks n blocks from b as resident, and returns how many of them were not.
 // Their data has been written.
 func (r *residency) set(b, n uint32) (added uint32) {
+	r.mu.Lock()
 	added = r.file.live.set(b, n)
+	r.mu.Unlock()
 	r.file.write(b, n)
 	return added
 }
@@ -87,20 +90,20 @@ func (r *residency) flush() error { return r.file.flush() }
 func (r *residency) sync(syncData func() error, lost func(b, n uint32)) error {
 	r.syncing.Lock()
 	defer r.syncing.Unlock()
-	r.mu.Lock()
-	r.mu.cleared = make(map[uint32]uint64)
-	r.mu.Unlock()
 	type change struct {
 		i    uint32
 		bits uint64
 	}
 	var changes []change
 	live, durable := r.file.live, r.file.durable
+	r.mu.Lock()
+	r.mu.cleared = make(map[uint32]uint64)
 	for i := range uint32(len(live)) {
 		if w := live.word(i) &^ durable.word(i); w != 0 {
 			changes = append(changes, change{i, w})
 		}
 	}
+	r.mu.Unlock()
 	var err error
 	if len(changes) > 0 {
 		err = syncData()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 )
 
@@ -176,6 +177,32 @@ func FuzzMap(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A sync that runs while blocks are set makes all of them durable or none: a part of
+// a chunk would be fetched again as a whole.
+func TestSyncTakesAllOrNone(t *testing.T) {
+	const words, each = 400, 64
+	for range 30 {
+		r := newResidency(Digest{1}, words*64)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for b := uint32(32); b+each <= words*64; b += each { // each across two words
+				r.set(b, each)
+			}
+		})
+		for range 50 {
+			if err := r.sync(func() error { return nil }, nil); err != nil {
+				t.Fatal(err)
+			}
+			for b := uint32(32); b+each <= words*64; b += each {
+				if d := r.file.durable; d.any(b, each) != d.has(b, each) {
+					t.Fatalf("a part of blocks %d+%d is durable", b, each)
+				}
+			}
+		}
+		wg.Wait()
+	}
 }
 
 // The order of held chunks lists each once, and their bytes stay within the limit.
