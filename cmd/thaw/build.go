@@ -52,6 +52,12 @@ this image, when it is built again, or of an earlier version, found by content.`
 			if err := flatten.CheckChunkSize(o.ChunkSize); err != nil {
 				return usageError{err}
 			}
+			if o.Jobs < 0 {
+				return usageError{fmt.Errorf("--jobs %d: it must be at least 1, or 0 for as many as there are processors, 8 at most", o.Jobs)}
+			}
+			if o.Size >= tooLargeDevice {
+				return usageError{fmt.Errorf("--size %s: it must be less than %s", deviceSize.String(), sizeString(tooLargeDevice))}
+			}
 			if o.Level < 1 || o.Level > 22 {
 				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
 			}
@@ -71,6 +77,10 @@ this image, when it is built again, or of an earlier version, found by content.`
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
+
+// tooLargeDevice is the size at which the numbers of 4 KiB blocks no longer have 32
+// bits.
+const tooLargeDevice = 16 << 40
 
 // Beyond this much memory the garbage collector works harder: builds run
 // beside other things.
@@ -99,6 +109,9 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 		}
 	} else if srcRef.Archive != "" {
 		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
+	}
+	if s := a.screen(); s != nil {
+		a.stderr = s // logs are written above the progress
 	}
 	find, err := a.access(ctx, pin, args[len(args)-1])
 	if err != nil {
@@ -129,10 +142,13 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if err := dst.CheckPush(ctx); err != nil {
 		return err
 	}
-	p := newProgress(a, source)
+	p := newProgress(a, find.log, source, srcRef, dstRef)
 	o.Log, o.Progress = find.log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
+	if err != nil && ctx.Err() != nil {
+		return unfinishedError{err, keptLayers(p.kept(), len(source.Layers), dstRef)}
+	}
 	if err != nil {
 		return fmt.Errorf("build %s: %w", srcRef, err)
 	}
@@ -145,7 +161,23 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
 	}
-	return a.printBuilt(srcRef, dst, o.Tag, res, bundle, time.Since(began))
+	took := time.Since(began)
+	name := srcRef
+	if len(args) == 2 {
+		name = dstRef
+	}
+	return a.printBuilt(srcRef, dst, o.Tag, res, bundle, a.serveLine(ctx, find, name, dst.Ref(), res.Manifest.Digest), took)
+}
+
+// keptLayers says what the next build finds in the target.
+func keptLayers(kept, all int, dst registry.Ref) string {
+	switch {
+	case kept == 0:
+		return fmt.Sprintf("none of the %d layers was complete, so that the next build begins anew", all)
+	case kept == all:
+		return fmt.Sprintf("all %d layers are in %s, and the next build reuses them", all, dst.Place())
+	}
+	return fmt.Sprintf("%d of %d layers are in %s, and the next build reuses them", kept, all, dst.Place())
 }
 
 // packBuilt packs what was recorded for an image that was just built.
@@ -243,6 +275,7 @@ type built struct {
 	Guess      builtGuess   `json:"guess"`
 	Bundle     *packed      `json:"bundle,omitempty"`
 	Seconds    float64      `json:"seconds"`
+	Serve      string       `json:"serve"` // a command for a shell
 }
 
 // builtGuess is what a start is guessed to read: nothing where no guess was made.
@@ -260,7 +293,7 @@ type builtLayer struct {
 	Stored  int64  `json:"stored_bytes"`
 }
 
-func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, bundle *packed, took time.Duration) error {
+func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, bundle *packed, serve string, took time.Duration) error {
 	place := dst.Ref().WithDigest(res.Manifest.Digest)
 	if tag != "" {
 		place = dst.Ref().WithTag(tag)
@@ -268,7 +301,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	b := built{
 		Type: "built", Source: src.String(), Target: place.String(), Digest: res.Manifest.Digest.String(),
 		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
-		Guess: builtGuess(res.Guess), Bundle: bundle,
+		Guess: builtGuess(res.Guess), Bundle: bundle, Serve: serve,
 	}
 	reused := 0
 	for _, l := range res.Layers {
@@ -303,10 +336,6 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 		bundle.print(a.stdout)
 	}
 	fmt.Fprintf(a.stdout, "time     %.1f s\n", b.Seconds)
-	if tag == "" {
-		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", src)
-	} else {
-		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", b.Target)
-	}
+	fmt.Fprintf(a.stdout, "serve    %s\n", serve)
 	return nil
 }

@@ -15,22 +15,26 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
-
-	"github.com/spf13/cobra"
 )
 
 func main() {
 	// Go ends a program that writes to a closed pipe on stdout or stderr, unless
-	// it asks for SIGPIPE. Then the write fails, and what that means is decided
-	// where it is made. (Ignored signals are inherited by credential helpers;
-	// signals that are asked for are not.)
+	// it asks for SIGPIPE. Then the write fails, and its caller decides what that
+	// means. (Ignored signals are inherited by credential helpers; signals that are
+	// asked for are not.)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
-		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until run knows what it means
+	ends := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		if reloads(os.Args[1:]) {
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until the command asks for it
+		} else {
+			ends = append(ends, syscall.SIGHUP)
+		}
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// A second signal ends the process at once. But what sends one to a process and to
-	// its group, as timeout and supervisors do, has sent it twice and means one.
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
+	// The first signal ends the command in order: it cancels its uploads and removes
+	// its temporary files. A second one ends the process at once. But timeout and
+	// supervisors signal the process and its group: that is one request, sent twice.
 	context.AfterFunc(ctx, func() { time.AfterFunc(sameSignal, stop) })
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
@@ -52,18 +56,23 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// unfinishedError is that of work that was ended before its time. kept says what
+// of it the next run reuses.
+type unfinishedError struct {
+	error
+	kept string
+}
+
+func (e unfinishedError) Unwrap() error { return e.error }
+
 // run is all of the program but its process.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	out := &results{w: stdout}
-	root := rootCommand(out, stderr)
+	a := &app{stdout: out, stderr: stderr}
+	root := rootCommand(a)
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(stderr)
-	if !reloads(root, args) && !signal.Ignored(syscall.SIGHUP) {
-		var stop context.CancelFunc
-		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
-		defer stop()
-	}
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil || out.err != nil {
 		err = out.err
@@ -74,7 +83,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case errors.Is(out.err, syscall.EPIPE):
 		return exitError // whoever read the results has seen enough
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		err = errors.New("interrupted")
+		if unfinished, ok := errors.AsType[unfinishedError](err); ok {
+			err = fmt.Errorf("interrupted: %s", unfinished.kept)
+		} else {
+			err = errors.New("interrupted")
+		}
+	default:
+		if h := hint(err, cmd.Flags().Args(), a.temp); h != "" {
+			err = fmt.Errorf("%w; %s", err, h)
+		}
 	}
 	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
 	var usage usageError
@@ -100,10 +117,10 @@ func afterEnd(ctx context.Context, d time.Duration) <-chan struct{} {
 	return c
 }
 
-// reloads says whether the command of args takes SIGHUP as a request to read
-// its files again. For all others it means what SIGTERM means.
-func reloads(root *cobra.Command, args []string) bool {
-	c, _, err := root.Find(args)
+// reloads says whether args run a command that takes SIGHUP as the request to
+// read its files again. SIGHUP ends all other commands, as SIGTERM does.
+func reloads(args []string) bool {
+	c, _, err := rootCommand(new(app)).Find(args)
 	return err == nil && c.Name() == "serve"
 }
 

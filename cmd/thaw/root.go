@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -37,8 +36,7 @@ type app struct {
 	temp      string // for archives that are compressed; "": the system's
 }
 
-func rootCommand(stdout *results, stderr io.Writer) *cobra.Command {
-	a := &app{stdout: stdout, stderr: stderr}
+func rootCommand(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "thaw",
 		Short: "Start container images before they have arrived",
@@ -65,14 +63,16 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
+	root.Version = thisVersion().line()
+	root.SetVersionTemplate("{{.Version}}\n")
 	f := root.PersistentFlags()
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "log more")
 	f.StringVar(&a.logFormat, "log-format", "text", "text or json, on stderr")
 	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to this registry, HOST[:PORT]; loopback always is (repeatable)")
 	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
-	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "platform to choose from a multi-platform image: OS/ARCH[/VARIANT]")
+	f.StringVar(&a.platform, "platform", defaultPlatform, "platform to choose from a multi-platform image: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
+	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a), versionCommand(a))
 	return root
 }
 
@@ -141,6 +141,7 @@ func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, e
 		HeaderTimeout: 8 * time.Second,
 		StallTimeout:  8 * time.Second,
 		Settle:        settle,
+		UserAgent:     thisVersion().userAgent(),
 	}
 	if a.hosts != "" {
 		var err error
@@ -193,10 +194,19 @@ func (a *app) wantedPlatform() (*v1.Platform, error) {
 	return p, nil
 }
 
-// terminal says whether progress can be drawn.
-func (a *app) terminal() bool {
+// screen is stderr where that is a terminal that can draw progress, or nil.
+func (a *app) screen() *screen {
 	f, ok := a.stderr.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd()))
+	if !ok || !term.IsTerminal(int(f.Fd())) || os.Getenv("TERM") == "dumb" {
+		return nil
+	}
+	return &screen{out: f, size: func() (width, height int) {
+		width, height, err := term.GetSize(int(f.Fd()))
+		if err != nil || width <= 0 || height <= 0 {
+			return 80, 24
+		}
+		return width, height
+	}}
 }
 
 // printJSON prints v as one line on stdout.

@@ -13,7 +13,6 @@ import (
 )
 
 func verifyCommand(a *app) *cobra.Command {
-	var temp string
 	var pin []string
 	c := &cobra.Command{
 		Use:   "verify IMAGE",
@@ -23,9 +22,9 @@ index, blobs and chunks, the index, and the structure of the ext4 filesystem. It
 prints the first fault and exits with 1, or one line and 0.`,
 		Example: `  thaw verify registry.example/team/app:v1`,
 		Args:    args(cobra.ExactArgs(1)),
-		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], temp, pin) },
+		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], pin) },
 	}
-	c.Flags().StringVar(&temp, "temp", "", "directory for the filesystem's metadata (default: the system's)")
+	c.Flags().StringVar(&a.temp, "temp", "", "directory for the filesystem's metadata (default: the system's)")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
@@ -42,7 +41,7 @@ type verified struct {
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error {
+func (a *app) verify(ctx context.Context, name string, pin pinFlags) error {
 	began := time.Now()
 	find, err := a.access(ctx, pin, name)
 	if err != nil {
@@ -54,7 +53,7 @@ func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error
 		return err
 	}
 	open := func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) { return b.repo.OpenBlob(ctx, d) }
-	if err := flatten.Verify(ctx, b.manifest, b.index, open, temp); err != nil {
+	if err := flatten.Verify(ctx, b.manifest, b.index, open, a.temp); err != nil {
 		return fmt.Errorf("verify %s: %w", name, err)
 	}
 	in := describe(b, new(flatten.Reporter).Report(b.manifest, b.index))
