@@ -23,25 +23,28 @@ func buildCommand(a *app) *cobra.Command {
 	var traces, pin []string
 	c := &cobra.Command{
 		Use:   "build SRC [DST]",
-		Short: "Make a block image of a container image",
-		Long: `build flattens a container image into a block image.
+		Short: "Build a block image from a container image",
+		Long: `build flattens a container image into a block image, and pushes it.
 
-SRC is a registry reference, oci:DIR[:TAG] for an OCI layout directory,
-docker-archive:FILE[:NAME] for what "docker save" writes, or
-oci-archive:FILE[:TAG] for a tar of an OCI layout. Archives may be compressed by
-gzip, zstd, xz or bzip2. DST is a registry reference or oci:DIR:TAG. Without DST
-the block image goes beside SRC as its referrer: the name of SRC finds it from
-then on. Its own tag "thaw-image-…" is for registries that lose referrers.
+SRC is the container image: any IMAGE that "thaw help" lists. DST is where the
+block image goes: a registry reference with a tag, or oci:DIR:TAG. Without DST
+it becomes a referrer of SRC, in the same repository or layout, so that the name
+of SRC finds it. It gets the tag "thaw-image-…" as well, for registries that
+lose referrers.
 
-Layers are converted beside each other. One whose stream is in the target
-already is neither read nor sent; it is found by the tag "thaw-layer-…".
+build converts several layers at once. It keeps each converted layer in the
+target under the tag "thaw-layer-…". Later builds neither download nor push a
+layer that is there. An interrupted build leaves no image, only the layers that
+were complete.
 
-What a start will read first is guessed from the program that the image runs,
-the libraries that it is linked with and the interpreter of a script. The guess
-is a part of the block image, for starts that have no trace.
+build predicts which files startup will read: the program that the image runs,
+the libraries that it is linked with, and the interpreter of a script. The
+prediction is part of the block image. "thaw serve" uses it when it has no
+trace.
 
-With --trace the starts that were recorded are packed, as by "thaw trace pack": of
-this image, when it is built again, or of an earlier version, found by content.`,
+With --trace, build also packs recorded starts into a bundle, as "thaw trace
+pack" does. They may be starts of an earlier version of the image: thaw finds
+the content that both versions have.`,
 		Example: `  thaw build registry.example/team/app:v1
   thaw build registry.example/team/app:v1 oci:/srv/images:app
   thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G
@@ -59,21 +62,21 @@ this image, when it is built again, or of an earlier version, found by content.`
 				return usageError{fmt.Errorf("--size %s: it must be less than %s", deviceSize.String(), sizeString(tooLargeDevice))}
 			}
 			if o.Level < 1 || o.Level > 22 {
-				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
+				return usageError{fmt.Errorf("--level %d: it must be from 1 to 22", o.Level)}
 			}
 			o.TempDir = a.temp
 			return a.build(c.Context(), args, o, traces, pin)
 		},
 	}
 	f := c.Flags()
-	f.Var(&deviceSize, "size", "of the device: what the image does not take is free space, which costs nothing")
-	f.Var(&chunkSize, "chunk-size", "of what is fetched at once: a power of two")
-	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "of zstd compression, 1 to 22")
-	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
-	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
-	f.StringArrayVar(&traces, "trace", nil, "pack a bundle from a trace: a file, or another version of the image for those beside it (repeatable)")
-	f.StringVar(&a.temp, "temp", "", "directory for streams until they are pushed, and for decompressed archives (default: $TMPDIR, or /tmp)")
-	f.StringArrayVar(&pin, "pin", nil, "fail, and push no manifest, unless the block image has this digest: sha256:HEX")
+	f.Var(&deviceSize, "size", "`SIZE` of the device in bytes, or with K, M, G or T; the free space in it costs nothing")
+	f.Var(&chunkSize, "chunk-size", "`SIZE` of a chunk, which is what one fetch brings: a power of two from 16K to 4M")
+	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "compress chunks at the zstd level `N`, 1 to 22")
+	f.IntVar(&o.Jobs, "jobs", 0, "convert `N` layers at once (default: the number of processors, at most 8)")
+	f.BoolVar(&o.NoGuess, "no-guess", false, "do not predict what startup will read")
+	f.StringArrayVar(&traces, "trace", nil, "pack a bundle of `TRACE`: a trace file, or an image for the traces beside it (repeatable)")
+	f.StringVar(&a.temp, "temp", "", "keep temporary files in `DIR`: streams until they are pushed, decompressed archives (default: $TMPDIR, or /tmp)")
+	f.StringArrayVar(&pin, "pin", nil, "fail before the block image is pushed unless its digest is `DIGEST`: sha256:HEX")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -82,8 +85,8 @@ this image, when it is built again, or of an earlier version, found by content.`
 // bits.
 const tooLargeDevice = 16 << 40
 
-// Beyond this much memory the garbage collector works harder: builds run
-// beside other things.
+// buildMemory is the size of the heap from which on the garbage collector works
+// harder: builds run beside other programs.
 const buildMemory = 384 << 20
 
 func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string, pin pinFlags) error {
@@ -99,16 +102,16 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 			return usageError{err}
 		}
 		if dstRef.Archive != "" {
-			return usageError{fmt.Errorf("%s: an archive can only be read; push to a registry or to oci:DIR:TAG", args[1])}
+			return usageError{fmt.Errorf("%s: archives cannot be written: give a registry reference or oci:DIR:TAG", args[1])}
 		}
 		if dstRef.Digest != (v1.Hash{}) {
-			return usageError{fmt.Errorf("%s: a digest cannot be pushed to; give a tag", dstRef)}
+			return usageError{fmt.Errorf("%s: a digest cannot be pushed to: give a tag", dstRef)}
 		}
 		if o.Tag = dstRef.Tag; o.Tag == "" {
-			return usageError{fmt.Errorf("%s: the target needs a tag", dstRef)}
+			return usageError{fmt.Errorf("%s: DST needs a tag", dstRef)}
 		}
 	} else if srcRef.Archive != "" {
-		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
+		return usageError{fmt.Errorf("%s: archives cannot be written: give a DST for the block image", srcRef)}
 	}
 	if s := a.screen(); s != nil {
 		a.stderr = s // logs are written above the progress
@@ -121,7 +124,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if h, ok := find.pins.of(dstRef); ok {
 		o.Pin = h.String()
 	}
-	find.pins = nil // an earlier block image may have another digest
+	find.pins = nil // block images of earlier builds may have other digests
 	src, err := find.client.Open(srcRef)
 	if err != nil {
 		return err
@@ -138,7 +141,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if err != nil {
 		return err
 	}
-	// Known now rather than after the work.
+	// Missing rights are to be known before the work.
 	if err := dst.CheckPush(ctx); err != nil {
 		return err
 	}
@@ -156,9 +159,9 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if len(recorded) > 0 {
 		bundle, err = packBuilt(ctx, dst, res, recorded, o.TempDir)
 		if errors.Is(err, errEmptyPlan) {
-			find.log.Warn("no bundle was made", "err", err)
+			find.log.Warn("the build makes no bundle", "err", err)
 		} else if err != nil {
-			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
+			return fmt.Errorf("%s was built, but its bundle was not: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
 	}
 	took := time.Since(began)
@@ -180,7 +183,7 @@ func keptLayers(kept, all int, dst registry.Ref) string {
 	return fmt.Sprintf("%d of %d layers are in %s, and the next build reuses them", kept, all, dst.Place())
 }
 
-// packBuilt packs what was recorded for an image that was just built.
+// packBuilt packs recorded starts for the image that was just built.
 func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []recordedTrace, temp string) (*packed, error) {
 	b := &blockImage{name: dst.Ref().String(), repo: dst, digest: res.Manifest.Digest, raw: res.Raw, index: res.Index}
 	if err := b.parse(); err != nil {
@@ -204,7 +207,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 		return nil, err
 	}
 	if img.ArtifactType == flatten.ArtifactTypeImage {
-		return nil, fmt.Errorf("%s is a block image already: name the image that it was built from", repo.Ref())
+		return nil, fmt.Errorf("%s is a block image: name the container image that it was built from", repo.Ref())
 	}
 	config, err := repo.Blob(ctx, img.Manifest.Config)
 	if err != nil {
@@ -222,7 +225,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 // target is a repository as a build sees it.
 type target struct{ *registry.Repo }
 
-// HasBlob looks at the bytes as well where no registry does.
+// HasBlob reads the blob of a layout as well, since no registry has checked it.
 func (t target) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) { return t.Holds(ctx, d) }
 
 func (t target) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
@@ -235,12 +238,12 @@ func (t target) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error 
 	return err
 }
 
-// lookupTime bounds a look-up that only saves work.
+// lookupTime bounds the look-up of a converted layer.
 const lookupTime = 30 * time.Second
 
-// Tagged looks for a kept conversion, which only saves work: however the registry
-// refuses, there is none, and the layer is converted. Some answer 401, 403 or 500
-// for a tag that they do not have.
+// Tagged looks up a converted layer, which only saves work: if the look-up fails,
+// the layer is converted again. Some registries answer 401, 403 or 500 for a tag that
+// they do not have.
 func (t target) Tagged(ctx context.Context, tag string) ([]byte, error) {
 	lctx, cancel := context.WithTimeout(ctx, lookupTime)
 	defer cancel()
@@ -278,7 +281,7 @@ type built struct {
 	Serve      string       `json:"serve"` // a command for a shell
 }
 
-// builtGuess is what a start is guessed to read: nothing where no guess was made.
+// builtGuess is what startup is predicted to read; zero without a prediction.
 type builtGuess struct {
 	Files  int   `json:"files"`
 	Bytes  int64 `json:"bytes"`
@@ -321,7 +324,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	}
 	fmt.Fprintf(a.stdout, "%s\n", b.Target)
 	fmt.Fprintf(a.stdout, "digest   %s\n", b.Digest)
-	fmt.Fprintf(a.stdout, "layers   %d, of which %d were there already\n", len(b.Layers), reused)
+	fmt.Fprintf(a.stdout, "layers   %d, %d of them reused\n", len(b.Layers), reused)
 	fmt.Fprintf(a.stdout, "content  %s in %d chunks, stored as %s; index %s\n",
 		bytesString(b.Content), b.Chunks, bytesString(b.Stored), bytesString(b.IndexBytes))
 	if g := b.Guess; g.Files > 0 {
@@ -329,7 +332,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 		if g.Files > 1 {
 			files = fmt.Sprintf("%d files", g.Files)
 		}
-		fmt.Fprintf(a.stdout, "guess    a start reads %s: %s in %d chunks, stored as %s\n",
+		fmt.Fprintf(a.stdout, "guess    startup reads %s: %s in %d chunks, stored as %s\n",
 			files, bytesString(g.Bytes), g.Chunks, bytesString(g.Stored))
 	}
 	if bundle != nil {

@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A build says what it has guessed, and does without a guess when it is told to:
-// layers and index are the same either way.
+// A build says what it predicts, and predicts nothing with --no-guess. Layers and
+// index are the same either way.
 func TestBuildGuess(t *testing.T) {
 	reg := startRegistry(t, "", t.TempDir(), "")
 	ref := reg.addr + "/team/app:v1"
@@ -69,7 +69,7 @@ func TestBuildGuess(t *testing.T) {
 	if again.Digest != with.Digest {
 		t.Errorf("built again: %s, want %s", again.Digest, with.Digest)
 	}
-	if out := must(t, "build", ref); !strings.Contains(out, "a start reads 1 file:") {
+	if out := must(t, "build", ref); !strings.Contains(out, "startup reads 1 file:") {
 		t.Errorf("printed:\n%s", out)
 	}
 	must(t, "verify", ref)

@@ -1,9 +1,9 @@
-// Command thaw starts container images before they have arrived: it builds
-// block images (build), serves them as network block devices (serve), and looks
-// at them (inspect, verify). `thaw help` says how.
+// Command thaw starts container images before they have arrived: it builds block
+// images (build), serves them as network block devices (serve), and examines them
+// (inspect, verify). `thaw help` has the rest.
 //
-// This package wires: each verb is a file that parses flags, builds the graph
-// of what it needs and prints what came of it.
+// Each command is a file that parses flags, connects the parts that it needs, and
+// prints the result.
 package main
 
 import (
@@ -51,7 +51,7 @@ const (
 	exitUsage = 2
 )
 
-// usageError is a command line that means nothing.
+// usageError is the error of a wrong command line.
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
@@ -65,7 +65,7 @@ type unfinishedError struct {
 
 func (e unfinishedError) Unwrap() error { return e.error }
 
-// run is all of the program but its process.
+// run is the program without its process.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	out := &results{w: stdout}
 	a := &app{stdout: out, stderr: stderr}
@@ -81,7 +81,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case err == nil:
 		return exitOK
 	case errors.Is(out.err, syscall.EPIPE):
-		return exitError // whoever read the results has seen enough
+		return exitError // the reader has closed the pipe, and wants no more
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		if unfinished, ok := errors.AsType[unfinishedError](err); ok {
 			err = fmt.Errorf("interrupted: %s", unfinished.kept)
@@ -124,8 +124,8 @@ func reloads(args []string) bool {
 	return err == nil && c.Name() == "serve"
 }
 
-// results is stdout. It keeps the first error, so that a command whose results
-// nobody has got does not report success.
+// results is stdout. It keeps the first error of a write, so that a command does not
+// report success if its results were lost.
 type results struct {
 	w   io.Writer
 	err error

@@ -106,8 +106,8 @@ func versionCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of thaw",
-		Long: `version prints which thaw this is: the version of its module, the commit that it was
-built from and whether the working tree was modified, the version of Go, the
+		Long: `version prints which thaw this is: the version of its module, the commit that it
+was built from and whether the working tree was modified, the version of Go, the
 platform, and the features that were built in.`,
 		Example: `  thaw version
   thaw version --json`,
