@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"thaw/blockmap"
 	"thaw/blockmap/flatten"
@@ -277,5 +278,24 @@ func writeTrace(t testing.TB, path, layout string, b built) {
 	}
 	if err := os.WriteFile(path, file.Bytes(), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The reference names each command and each flag.
+func TestReference(t *testing.T) {
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	for _, c := range commands(rootCommand(new(app))) {
+		if c.Runnable() && !c.HasSubCommands() && !strings.Contains(text, "`"+strings.Replace(c.UseLine(), " [flags]", "", 1)+"`") {
+			t.Errorf("README.md does not have the command `%s`", strings.Replace(c.UseLine(), " [flags]", "", 1))
+		}
+		c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			if f.Name != "help" && f.Name != "version" && !regexp.MustCompile("--"+f.Name+`\b[^-]`).MatchString(text) {
+				t.Errorf("README.md does not have --%s of %s", f.Name, c.CommandPath())
+			}
+		})
 	}
 }
