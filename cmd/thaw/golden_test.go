@@ -158,6 +158,10 @@ func TestGoldenJSON(t *testing.T) {
 	writeTrace(t, dir+"/start.trace", dir+"/dst", b)
 	goldenJSON(t, "trace-show", must(t, "trace", "show", "--json", dir+"/start.trace"), dir)
 	goldenJSON(t, "trace-show-image", must(t, "trace", "show", "--json", dir+"/start.trace", "--image", image), dir)
+	goldenJSON(t, "trace-push", must(t, "trace", "push", "--json", image, dir+"/start.trace"), dir)
+	recording := serving(t, image, "--listen", "unix:"+dir+"/r", "--cache", dir+"/recording", "--record", dir+"/r.trace")
+	goldenJSON(t, "trace-stop", must(t, "trace", "stop", "--json", "--cache", dir+"/recording"), dir)
+	recording.kill()
 	goldenJSON(t, "trace-pack", must(t, "trace", "pack", "--json", image, dir+"/start.trace"), dir)
 	goldenJSON(t, "build-trace", must(t, "build", "--json", "--size", "64M", "--trace", dir+"/start.trace", "oci:"+dir+"/src", image), dir)
 }
