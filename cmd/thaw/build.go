@@ -150,7 +150,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
 	if err != nil && ctx.Err() != nil {
-		return unfinishedError{err, keptLayers(p.kept(), len(source.Layers), dstRef)}
+		return unfinishedError{err, keptLayers(p.kept(), len(source.Layers))}
 	}
 	if err != nil {
 		return fmt.Errorf("build %s: %w", srcRef, err)
@@ -173,14 +173,16 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 }
 
 // keptLayers says what the next build finds in the target.
-func keptLayers(kept, all int, dst registry.Ref) string {
-	switch {
-	case kept == 0:
-		return fmt.Sprintf("none of the %d layers was complete, so that the next build begins anew", all)
-	case kept == all:
-		return fmt.Sprintf("all %d layers are in %s, and the next build reuses them", all, dst.Place())
+func keptLayers(kept, all int) string {
+	switch kept {
+	case 0:
+		return "no layer was finished: the next build starts from the beginning"
+	case all:
+		return "all layers are converted and pushed: the next build reuses them"
+	case 1:
+		return fmt.Sprintf("1 of %d layers is converted and pushed: the next build reuses it", all)
 	}
-	return fmt.Sprintf("%d of %d layers are in %s, and the next build reuses them", kept, all, dst.Place())
+	return fmt.Sprintf("%d of %d layers are converted and pushed: the next build reuses them", kept, all)
 }
 
 // packBuilt packs recorded starts for the image that was just built.

@@ -216,11 +216,11 @@ func TestInterruptedBuild(t *testing.T) {
 		}
 		return stderr.String()
 	}
-	want := "thaw: interrupted: none of the 2 layers was complete, so that the next build begins anew\n"
+	want := "thaw: interrupted: no layer was finished: the next build starts from the beginning\n"
 	if got := interrupt(0); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	want = "thaw: interrupted: 1 of 2 layers are in " + p.host() + "/team/app, and the next build reuses them\n"
+	want = "thaw: interrupted: 1 of 2 layers is converted and pushed: the next build reuses it\n"
 	if got := interrupt(1); !strings.HasSuffix(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}
@@ -251,8 +251,8 @@ func TestFullTemp(t *testing.T) {
 			t.Setenv("TMPDIR", temp)
 		}
 		_, stderr, code := thaw(t, args...)
-		if want := temp + " is full: name a directory with more room by --temp, or by TMPDIR\n"; code != exitError || !strings.HasSuffix(stderr, want) {
-			t.Errorf("%q: exit %d, want %q:\n%s", args, code, want, stderr)
+		if code != exitError || !strings.Contains(stderr, temp+" is full: ") || strings.Count(stderr, "--temp") != 1 {
+			t.Errorf("%q: exit %d:\n%s", args, code, stderr)
 		}
 		if left := filesIn(t, temp); len(left) > 0 {
 			t.Errorf("it has left %q", left)

@@ -3,8 +3,14 @@ package main
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"thaw/fetcher/registry"
 )
@@ -57,6 +63,44 @@ func TestNotFound(t *testing.T) {
 		if _, stderr, code := thaw(t, "build", "--hosts", "hosts", c.name); code != exitError || !strings.HasSuffix(stderr, "; "+c.want+"\n") {
 			t.Errorf("thaw build %s: exit %d, want %q:\n%s", c.name, code, c.want, stderr)
 		}
+	}
+}
+
+// An image for several platforms is that for this host's, or the error says which
+// there are.
+func TestPlatforms(t *testing.T) {
+	foreign := map[string]string{"amd64": "s390x"}[runtime.GOARCH]
+	if foreign == "" {
+		foreign = "amd64"
+	}
+	dir := t.TempDir()
+	add := func(arch string, n int) mutate.IndexAddendum {
+		return mutate.IndexAddendum{Add: imageOf(t, layerOf(t, files(uint64(n), "a", n)...)),
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: arch}}}
+	}
+	for name, images := range map[string][]mutate.IndexAddendum{
+		"both":  {add(foreign, 2), add(runtime.GOARCH, 1)},
+		"other": {add(foreign, 2), add("riscv64", 3)},
+	} {
+		p, err := layout.Write(dir+"/"+name, empty.Index)
+		if err == nil {
+			err = p.AppendIndex(mutate.AppendManifests(empty.Index, images...))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := add(runtime.GOARCH, 1).Add.(v1.Image).Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, "build", "--size", "64M", "oci:"+dir+"/both", "oci:"+dir+"/dst:x")
+	if in := inspectJSON(t, "oci:"+dir+"/dst:x"); in.Subject != want.String() {
+		t.Errorf("built from %s, want %s", in.Subject, want)
+	}
+	list := fmt.Sprintf("not found: no image for %s, there are: linux/riscv64, linux/%s\n", defaultPlatform, foreign)
+	if _, stderr, code := thaw(t, "build", "oci:"+dir+"/other"); code != exitError || !strings.HasSuffix(stderr, list) {
+		t.Errorf("exit %d, want %q:\n%s", code, list, stderr)
 	}
 }
 

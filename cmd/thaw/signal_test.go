@@ -29,7 +29,7 @@ func TestEndedBuildLeavesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		status := b.wait()
-		want := "thaw: interrupted: none of the 2 layers was complete, so that the next build begins anew\n"
+		want := "thaw: interrupted: no layer was finished: the next build starts from the beginning\n"
 		if status.ExitStatus() != exitError || !strings.HasSuffix(b.stderr.String(), want) {
 			t.Errorf("%v: exit %d, want %q:\n%s", sig, status.ExitStatus(), want, b.stderr.String())
 		}
@@ -69,13 +69,8 @@ func TestSecondSignalEndsABuild(t *testing.T) {
 		ended := make(chan struct{})
 		go func() {
 			defer close(ended)
-			for {
-				select {
-				case <-time.After(50 * time.Millisecond):
-				}
-				if b.signal(sig) != nil { // it is gone
-					return
-				}
+			for b.signal(sig) == nil { // until it is gone
+				time.Sleep(50 * time.Millisecond)
 			}
 		}()
 		if status := b.wait(); !status.Signaled() || status.Signal() != sig {
