@@ -209,7 +209,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 		return nil, err
 	}
 	if img.ArtifactType == flatten.ArtifactTypeImage {
-		return nil, fmt.Errorf("%s is a block image: name the container image that it was built from", repo.Ref())
+		return nil, fmt.Errorf("%s is a block image already: name the container image that it was built from", repo.Ref())
 	}
 	config, err := repo.Blob(ctx, img.Manifest.Config)
 	if err != nil {

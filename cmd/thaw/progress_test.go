@@ -54,7 +54,12 @@ func TestProgressRows(t *testing.T) {
 		a := &app{stderr: &screen{out: io.Discard, size: func() (int, int) { return 80, 24 }}}
 		p := newProgress(a, nil, src, fromRef, toRef)
 		defer p.end()
-		show := func(width, most int) string { return strings.Join(p.rows(time.Now(), width, most), "\n") }
+		rows := func(width, most int) []string {
+			p.screen.mu.Lock() // as when it draws them
+			defer p.screen.mu.Unlock()
+			return p.rows(time.Now(), width, most)
+		}
+		show := func(width, most int) string { return strings.Join(rows(width, most), "\n") }
 		want := func(what string, width, most int, want string) {
 			t.Helper()
 			if got := show(width, most); got != strings.TrimPrefix(want, "\n") {
@@ -120,7 +125,7 @@ layer 119/120 000000000119 [##########] pushing 1.0 of 1.0 MiB, 512 KiB/s
 		want("all layers", 79, 23, `
 120 of 120 layers (1 reused) [##########] assembling the filesystem`)
 		for width := range 100 {
-			for _, row := range p.rows(time.Now(), width, 23) {
+			for _, row := range rows(width, 23) {
 				if len(row) > width {
 					t.Errorf("%d characters in %d columns: %q", len(row), width, row)
 				}
