@@ -65,7 +65,7 @@ const (
 // newProgress begins to show the build of src, from one place to another. It wraps
 // the layers' Open, so as to know what they wait for. It is to be ended.
 func newProgress(a *app, log *slog.Logger, src *flatten.Source, from, to registry.Ref) *progress {
-	p := &progress{out: a.stderr, from: host(from), to: host(to), began: time.Now()}
+	p := &progress{out: a.stderr, from: placeName(from), to: placeName(to), began: time.Now()}
 	for i, d := range src.Layers {
 		l := &layerProgress{number: i + 1, of: len(src.Layers), digest: d.Digest.Hex, size: max(d.Size, 0)}
 		p.layers = append(p.layers, l)
@@ -96,8 +96,8 @@ func newProgress(a *app, log *slog.Logger, src *flatten.Source, from, to registr
 	return p
 }
 
-// host names the place of ref in a few characters.
-func host(ref registry.Ref) string { return cmp.Or(ref.Registry, ref.Layout, ref.Archive) }
+// placeName names the place of ref in a few characters.
+func placeName(ref registry.Ref) string { return cmp.Or(ref.Registry, ref.Layout, ref.Archive) }
 
 // end shows nothing more. It leaves no row on the screen.
 func (p *progress) end() { p.stop() }
