@@ -46,11 +46,7 @@ func (a *app) serveLine(ctx context.Context, find *finder, name, place registry.
 
 // leadsTo says whether a server that is given name finds this block image.
 func leadsTo(ctx context.Context, find *finder, name registry.Ref, digest v1.Hash) bool {
-	repo, err := find.client.Open(name)
-	if err != nil {
-		return false
-	}
-	b, err := find.manifest(ctx, repo, name.String())
+	b, err := find.find(ctx, name.String())
 	return err == nil && b.digest == digest
 }
 
