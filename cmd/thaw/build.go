@@ -24,25 +24,28 @@ func buildCommand(a *app) *cobra.Command {
 	var traces, pin []string
 	c := &cobra.Command{
 		Use:   "build SRC [DST]",
-		Short: "Make a block image of a container image",
-		Long: `build flattens a container image into a block image.
+		Short: "Build a block image from a container image",
+		Long: `build flattens a container image into a block image, and pushes it.
 
-SRC is a registry reference, oci:DIR[:TAG] for an OCI layout directory,
-docker-archive:FILE[:NAME] for what "docker save" writes, or
-oci-archive:FILE[:TAG] for a tar of an OCI layout. Archives may be compressed by
-gzip, zstd, xz or bzip2. DST is a registry reference or oci:DIR:TAG. Without DST
-the block image goes beside SRC as its referrer: the name of SRC finds it from
-then on. Its own tag "thaw-image-…" is for registries that lose referrers.
+SRC is the container image: any IMAGE that "thaw help" lists. DST is where the
+block image goes: a registry reference with a tag, or oci:DIR:TAG. Without DST
+it becomes a referrer of SRC, in the same repository or layout, so that the name
+of SRC finds it. It gets the tag "thaw-image-…" as well, for registries that
+lose referrers.
 
-Layers are converted beside each other. One whose stream is in the target
-already is neither read nor sent; it is found by the tag "thaw-layer-…".
+build converts several layers at once. It keeps each converted layer in the
+target under the tag "thaw-layer-…". Later builds neither download nor push a
+layer that is there. An interrupted build leaves no image, only the layers that
+were complete.
 
-What a start will read first is guessed from the program that the image runs,
-the libraries that it is linked with and the interpreter of a script. The guess
-is a part of the block image, for starts that have no trace.
+build predicts which files startup will read: the program that the image runs,
+the libraries that it is linked with, and the interpreter of a script. The
+prediction is part of the block image. "thaw serve" uses it when it has no
+trace.
 
-With --trace the starts that were recorded are packed, as by "thaw trace pack": of
-this image, when it is built again, or of an earlier version, found by content.`,
+With --trace, build also packs recorded starts into a bundle, as "thaw trace
+pack" does. They may be starts of an earlier version of the image: thaw finds
+the content that both versions have.`,
 		Example: `  thaw build registry.example/team/app:v1
   thaw build registry.example/team/app:v1 oci:/srv/images:app
   thaw build docker-archive:app.tar registry.example/team/app:v1-thaw --size 20G
@@ -53,28 +56,38 @@ this image, when it is built again, or of an earlier version, found by content.`
 			if err := flatten.CheckChunkSize(o.ChunkSize); err != nil {
 				return usageError{err}
 			}
+			if o.Jobs < 0 {
+				return usageError{fmt.Errorf("--jobs %d: it must be at least 1, or 0 for as many as there are processors, 8 at most", o.Jobs)}
+			}
+			if o.Size >= tooLargeDevice {
+				return usageError{fmt.Errorf("--size %s: it must be less than %s", deviceSize.String(), sizeString(tooLargeDevice))}
+			}
 			if o.Level < 1 || o.Level > 22 {
-				return usageError{fmt.Errorf("a compression level %d: it is 1 to 22", o.Level)}
+				return usageError{fmt.Errorf("--level %d: it must be from 1 to 22", o.Level)}
 			}
 			o.TempDir = a.temp
 			return a.build(c.Context(), args, o, traces, pin)
 		},
 	}
 	f := c.Flags()
-	f.Var(&deviceSize, "size", "of the device: what the image does not take is free space, which costs nothing")
-	f.Var(&chunkSize, "chunk-size", "of what is fetched at once: a power of two")
-	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "of zstd compression, 1 to 22")
-	f.IntVar(&o.Jobs, "jobs", 0, "layers converted at once (default: as many as processors)")
-	f.BoolVar(&o.NoGuess, "no-guess", false, "do not guess what a start will read")
-	f.StringArrayVar(&traces, "trace", nil, "pack a bundle from a trace: a file, or another version of the image for those beside it (repeatable)")
-	f.StringVar(&a.temp, "temp", "", "directory for streams until they are pushed, and for decompressed archives (default: $TMPDIR, or /tmp)")
-	f.StringArrayVar(&pin, "pin", nil, "fail, and push no manifest, unless the block image has this digest: sha256:HEX")
+	f.Var(&deviceSize, "size", "`SIZE` of the device in bytes, or with K, M, G or T; the free space in it costs nothing")
+	f.Var(&chunkSize, "chunk-size", "`SIZE` of a chunk, which is what one fetch brings: a power of two from 16K to 4M")
+	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "compress chunks at the zstd level `N`, 1 to 22")
+	f.IntVar(&o.Jobs, "jobs", 0, "convert `N` layers at once (default: the number of processors, at most 8)")
+	f.BoolVar(&o.NoGuess, "no-guess", false, "do not predict what startup will read")
+	f.StringArrayVar(&traces, "trace", nil, "pack a bundle of `TRACE`: a trace file, or an image for the traces beside it (repeatable)")
+	f.StringVar(&a.temp, "temp", "", "keep temporary files in `DIR`: streams until they are pushed, decompressed archives (default: $TMPDIR, or /tmp)")
+	f.StringArrayVar(&pin, "pin", nil, "fail before the block image is pushed unless its digest is `DIGEST`: sha256:HEX")
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
 
-// Beyond this much memory the garbage collector works harder: builds run
-// beside other things.
+// tooLargeDevice is the size at which the numbers of 4 KiB blocks no longer have 32
+// bits.
+const tooLargeDevice = 16 << 40
+
+// buildMemory is the size of the heap from which on the garbage collector works
+// harder: builds run beside other programs.
 const buildMemory = 384 << 20
 
 func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string, pin pinFlags) error {
@@ -90,16 +103,19 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 			return usageError{err}
 		}
 		if dstRef.Archive != "" {
-			return usageError{fmt.Errorf("%s: an archive can only be read; push to a registry or to oci:DIR:TAG", args[1])}
+			return usageError{fmt.Errorf("%s: archives cannot be written: give a registry reference or oci:DIR:TAG", args[1])}
 		}
 		if dstRef.Digest != (v1.Hash{}) {
-			return usageError{fmt.Errorf("%s: a digest cannot be pushed to; give a tag", dstRef)}
+			return usageError{fmt.Errorf("%s: a digest cannot be pushed to: give a tag", dstRef)}
 		}
 		if o.Tag = dstRef.Tag; o.Tag == "" {
-			return usageError{fmt.Errorf("%s: the target needs a tag", dstRef)}
+			return usageError{fmt.Errorf("%s: DST needs a tag", dstRef)}
 		}
 	} else if srcRef.Archive != "" {
-		return usageError{errors.New("an archive can only be read: say where the block image is to go")}
+		return usageError{fmt.Errorf("%s: archives cannot be written: give a DST for the block image", srcRef)}
+	}
+	if s := a.screen(); s != nil {
+		a.stderr = s // logs are written above the progress
 	}
 	find, err := a.access(ctx, pin, args[len(args)-1])
 	if err != nil {
@@ -109,7 +125,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if h, ok := find.Pins.Of(dstRef); ok {
 		o.Pin = h.String()
 	}
-	find.Pins = nil // an earlier block image may have another digest
+	find.Pins = nil // block images of earlier builds may have other digests
 	src, err := find.Client.Open(srcRef)
 	if err != nil {
 		return err
@@ -126,11 +142,11 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if err != nil {
 		return err
 	}
-	// Known now rather than after the work.
+	// Missing rights are to be known before the work.
 	if err := dst.CheckPush(ctx); err != nil {
 		return err
 	}
-	p := newProgress(a, source)
+	p := newProgress(a, find.Log, source, srcRef, dstRef)
 	o.Log, o.Progress = find.Log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
@@ -141,15 +157,20 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if len(recorded) > 0 {
 		bundle, err = packBuilt(ctx, dst, res, recorded, o.TempDir)
 		if errors.Is(err, host.ErrEmptyPlan) {
-			find.Log.Warn("no bundle was made", "err", err)
+			find.Log.Warn("the build makes no bundle", "err", err)
 		} else if err != nil {
-			return fmt.Errorf("%s was built, but has no bundle: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
+			return fmt.Errorf("%s was built, but its bundle was not: %w", dst.Ref().WithDigest(res.Manifest.Digest), err)
 		}
 	}
-	return a.printBuilt(srcRef, dst, o.Tag, res, bundle, time.Since(began))
+	took := time.Since(began)
+	name := srcRef
+	if len(args) == 2 {
+		name = dstRef
+	}
+	return a.printBuilt(srcRef, dst, o.Tag, res, bundle, a.serveLine(ctx, find, name, dst.Ref(), res.Manifest.Digest), took)
 }
 
-// packBuilt packs what was recorded for an image that was just built.
+// packBuilt packs recorded starts for the image that was just built.
 func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, recorded []host.RecordedTrace, temp string) (*packed, error) {
 	b, err := host.NewBlockImage(dst, res.Manifest.Digest, res.Raw, res.Index)
 	if err != nil {
@@ -173,7 +194,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 		return nil, err
 	}
 	if img.ArtifactType == flatten.ArtifactTypeImage {
-		return nil, fmt.Errorf("%s is a block image already: name the image that it was built from", repo.Ref())
+		return nil, fmt.Errorf("%s is a block image already: name the container image that it was built from", repo.Ref())
 	}
 	config, err := repo.Blob(ctx, img.Manifest.Config)
 	if err != nil {
@@ -191,7 +212,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 // target is a repository as a build sees it.
 type target struct{ *registry.Repo }
 
-// HasBlob looks at the bytes as well where no registry does.
+// HasBlob reads the blob of a layout as well, since no registry has checked it.
 func (t target) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) { return t.Holds(ctx, d) }
 
 func (t target) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
@@ -204,12 +225,12 @@ func (t target) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error 
 	return err
 }
 
-// lookupTime bounds a look-up that only saves work.
+// lookupTime bounds the look-up of a converted layer.
 const lookupTime = 30 * time.Second
 
-// Tagged looks for a kept conversion, which only saves work: however the registry
-// refuses, there is none, and the layer is converted. Some answer 401, 403 or 500
-// for a tag that they do not have.
+// Tagged looks up a converted layer, which only saves work: if the look-up fails,
+// the layer is converted again. Some registries answer 401, 403 or 500 for a tag that
+// they do not have.
 func (t target) Tagged(ctx context.Context, tag string) ([]byte, error) {
 	lctx, cancel := context.WithTimeout(ctx, lookupTime)
 	defer cancel()
@@ -244,9 +265,10 @@ type built struct {
 	Guess      builtGuess   `json:"guess"`
 	Bundle     *packed      `json:"bundle,omitempty"`
 	Seconds    float64      `json:"seconds"`
+	Serve      string       `json:"serve"` // a command for a shell
 }
 
-// builtGuess is what a start is guessed to read: nothing where no guess was made.
+// builtGuess is what startup is predicted to read; zero without a prediction.
 type builtGuess struct {
 	Files  int   `json:"files"`
 	Bytes  int64 `json:"bytes"`
@@ -261,7 +283,7 @@ type builtLayer struct {
 	Stored  int64  `json:"stored_bytes"`
 }
 
-func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, bundle *packed, took time.Duration) error {
+func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *flatten.Result, bundle *packed, serve string, took time.Duration) error {
 	place := dst.Ref().WithDigest(res.Manifest.Digest)
 	if tag != "" {
 		place = dst.Ref().WithTag(tag)
@@ -269,7 +291,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	b := built{
 		Type: "built", Source: src.String(), Target: place.String(), Digest: res.Manifest.Digest.String(),
 		DeviceSize: int64(res.Index.Blocks) * blockmap.BlockSize, IndexBytes: res.IndexBytes, Seconds: took.Seconds(),
-		Guess: builtGuess(res.Guess), Bundle: bundle,
+		Guess: builtGuess(res.Guess), Bundle: bundle, Serve: serve,
 	}
 	reused := 0
 	for _, l := range res.Layers {
@@ -289,7 +311,7 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	}
 	fmt.Fprintf(a.stdout, "%s\n", b.Target)
 	fmt.Fprintf(a.stdout, "digest   %s\n", b.Digest)
-	fmt.Fprintf(a.stdout, "layers   %d, of which %d were there already\n", len(b.Layers), reused)
+	fmt.Fprintf(a.stdout, "layers   %d, %d of them reused\n", len(b.Layers), reused)
 	fmt.Fprintf(a.stdout, "content  %s in %d chunks, stored as %s; index %s\n",
 		bytesString(b.Content), b.Chunks, bytesString(b.Stored), bytesString(b.IndexBytes))
 	if g := b.Guess; g.Files > 0 {
@@ -297,17 +319,13 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 		if g.Files > 1 {
 			files = fmt.Sprintf("%d files", g.Files)
 		}
-		fmt.Fprintf(a.stdout, "guess    a start reads %s: %s in %d chunks, stored as %s\n",
+		fmt.Fprintf(a.stdout, "guess    startup reads %s: %s in %d chunks, stored as %s\n",
 			files, bytesString(g.Bytes), g.Chunks, bytesString(g.Stored))
 	}
 	if bundle != nil {
 		bundle.print(a.stdout)
 	}
 	fmt.Fprintf(a.stdout, "time     %.1f s\n", b.Seconds)
-	if tag == "" {
-		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", src)
-	} else {
-		fmt.Fprintf(a.stdout, "serve    thaw serve %s\n", b.Target)
-	}
+	fmt.Fprintf(a.stdout, "serve    %s\n", serve)
 	return nil
 }

@@ -18,20 +18,30 @@ func inspectCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "inspect IMAGE...",
 		Short: "Show what block images are made of",
-		Long: `inspect shows the streams of a block image, one a layer and one for the
-filesystem's metadata: how much content they have, how much of it the filesystem
-shows, how small it is stored, and how much of it lies in chunks that another
-stream has too. With several images that is what each shares with those before.`,
+		Long: `inspect shows what block images are made of: one stream of the filesystem's
+metadata, and one of the content of each layer. For each stream it prints
+
+    chunks    the number of its chunks
+    content   its size
+    shown     the share of it that no upper layer hides
+    stored    its size in the registry
+    ratio     the stored size relative to the content
+    shared    the share of it in chunks that another stream has, too
+
+With several images, "shared" counts the streams of the images before as well.`,
 		Example: `  thaw inspect registry.example/team/app:v1
   thaw inspect registry.example/team/app:v1 registry.example/team/app:v2
   thaw inspect oci:/srv/images:app --json`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error { return a.inspect(c.Context(), args, pin) },
 	}
-	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
-	c.Flags().BoolVar(&a.json, "json", false, "print JSON, a line an image")
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinImageUsage)
+	c.Flags().BoolVar(&a.json, "json", false, "print the results as JSON, one line for each image")
 	return c
 }
+
+// pinImageUsage is the help of --pin for a command that only reads images.
+const pinImageUsage = "fail unless the block image has this `DIGEST`: [IMAGE=]sha256:HEX; IMAGE= is needed if there are several images (repeatable)"
 
 // inspected is what --json prints.
 type inspected struct {

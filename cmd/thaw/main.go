@@ -1,9 +1,9 @@
-// Command thaw starts container images before they have arrived: it builds
-// block images (build), serves them as network block devices (serve), and looks
-// at them (inspect, verify). `thaw help` says how.
+// Command thaw starts container images before they have arrived: it builds block
+// images (build), serves them as network block devices (serve), and examines them
+// (inspect, verify). `thaw help` has the rest.
 //
-// This package wires: each verb is a file that parses flags, builds the graph
-// of what it needs and prints what came of it.
+// Each command is a file that parses flags, connects the parts that it needs, and
+// prints the result.
 package main
 
 import (
@@ -16,24 +16,28 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/spf13/cobra"
-
 	"thaw/blockmap/flatten"
 	"thaw/cmd/thaw/internal/host"
 )
 
 func main() {
 	// Go ends a program that writes to a closed pipe on stdout or stderr, unless
-	// it asks for SIGPIPE. Then the write fails, and what that means is decided
-	// where it is made. (Ignored signals are inherited by credential helpers;
-	// signals that are asked for are not.)
+	// it asks for SIGPIPE. Then the write fails, and its caller decides what that
+	// means. (Ignored signals are inherited by credential helpers; signals that are
+	// asked for are not.)
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
-		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until run knows what it means
+	ends := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		if reloads(os.Args[1:]) {
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP) // until the command asks for it
+		} else {
+			ends = append(ends, syscall.SIGHUP)
+		}
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	// A second signal ends the process at once. But what sends one to a process and to
-	// its group, as timeout and supervisors do, has sent it twice and means one.
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
+	// The first signal ends the command in order: it cancels its uploads and removes
+	// its temporary files. A second one ends the process at once. But timeout and
+	// supervisors signal the process and its group: that is one request, sent twice.
 	context.AfterFunc(ctx, func() { time.AfterFunc(sameSignal, stop) })
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
@@ -50,23 +54,19 @@ const (
 	exitUsage = 2
 )
 
-// usageError is a command line that means nothing.
+// usageError is the error of a wrong command line.
 type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
-// run is all of the program but its process.
+// run is the program without its process.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	out := &results{w: stdout}
-	root := rootCommand(out, stderr)
+	a := &app{stdout: out, stderr: stderr}
+	root := rootCommand(a)
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(stderr)
-	if !reloads(root, args) && !signal.Ignored(syscall.SIGHUP) {
-		var stop context.CancelFunc
-		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
-		defer stop()
-	}
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil || out.err != nil {
 		err = out.err
@@ -75,13 +75,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case err == nil:
 		return exitOK
 	case errors.Is(out.err, syscall.EPIPE):
-		return exitError // whoever read the results has seen enough
+		return exitError // the reader has closed the pipe, and wants no more
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
-		var u *flatten.Unfinished
-		if errors.As(err, &u) {
-			err = fmt.Errorf("interrupted: %s", u.Reuse())
+		if unfinished, ok := errors.AsType[*flatten.Unfinished](err); ok {
+			err = fmt.Errorf("interrupted: %s", unfinished.Reuse())
 		} else {
 			err = errors.New("interrupted")
+		}
+	default:
+		if h := hint(err, cmd.Flags().Args(), a.temp); h != "" {
+			err = fmt.Errorf("%w; %s", err, h)
 		}
 	}
 	text, code := fmt.Sprintf("thaw: %v\n", err), exitError
@@ -109,15 +112,15 @@ func afterEnd(ctx context.Context, d time.Duration) <-chan struct{} {
 	return c
 }
 
-// reloads says whether the command of args takes SIGHUP as a request to read
-// its files again. For all others it means what SIGTERM means.
-func reloads(root *cobra.Command, args []string) bool {
-	c, _, err := root.Find(args)
+// reloads says whether args run a command that takes SIGHUP as the request to
+// read its files again. SIGHUP ends all other commands, as SIGTERM does.
+func reloads(args []string) bool {
+	c, _, err := rootCommand(new(app)).Find(args)
 	return err == nil && c.Name() == "serve"
 }
 
-// results is stdout. It keeps the first error, so that a command whose results
-// nobody has got does not report success.
+// results is stdout. It keeps the first error of a write, so that a command does not
+// report success if its results were lost.
 type results struct {
 	w   io.Writer
 	err error

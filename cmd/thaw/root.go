@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -23,8 +22,8 @@ import (
 	"thaw/fetcher/registry"
 )
 
-// app holds what every verb has in common: the flags for all of them, and
-// where to print.
+// app holds what all commands share: the flags that all of them take, and where
+// they print.
 type app struct {
 	stdout *results
 	stderr io.Writer
@@ -35,24 +34,30 @@ type app struct {
 	insecure  []string
 	hosts     string
 	platform  string
-	temp      string // for archives that are compressed; "": the system's
+	temp      string // directory for temporary files; "": the system's
 }
 
-func rootCommand(stdout *results, stderr io.Writer) *cobra.Command {
-	a := &app{stdout: stdout, stderr: stderr}
+func rootCommand(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "thaw",
 		Short: "Start container images before they have arrived",
-		Long: `thaw starts a container image before it has arrived. An image is flattened
-once into a filesystem of blocks, which is kept in an ordinary registry beside
-it; a host attaches it as a block device at once, and each block is fetched when
-it is first read.
+		Long: `thaw starts a container image before it has arrived. "thaw build" flattens an
+image once into a block image: a filesystem in chunks, which a registry keeps
+beside the image. "thaw serve" gives a host the block image as a network block
+device at once. Each chunk is fetched when it is first read.
 
-An IMAGE is registry.example/team/app:v1, …@sha256:…, oci:DIR[:TAG] for an OCI
-layout directory, or oci-archive:FILE[:TAG] for a tar of one. Credentials come
-from docker's config and its helpers.
+An IMAGE is one of these:
 
-Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`,
+    registry.example/team/app:v1           an image in a registry
+    registry.example/team/app@sha256:HEX   the same, by its digest
+    oci:DIR[:TAG]                          an OCI layout directory
+    oci-archive:FILE[:TAG]                 a tar of an OCI layout
+    docker-archive:FILE[:NAME]             what "docker save" wrote
+
+Archives are only for building from, and may be compressed by gzip, zstd, xz or
+bzip2. Credentials come from Docker's configuration and its credential helpers.
+
+Results are written to stdout, progress and logs to stderr.`,
 		Example: `  thaw build registry.example/team/app:v1
   thaw serve registry.example/team/app:v1 --listen unix:/run/app.sock
   nbdinfo 'nbd+unix:///?socket=/run/app.sock'`,
@@ -60,24 +65,50 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 		SilenceUsage:  true,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageError{fmt.Errorf("there is no verb %q", args[0])}
+				return usageError{fmt.Errorf("there is no command %q", args[0])}
 			}
 			return nil
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
+	root.Version = thisVersion().line()
+	root.SetVersionTemplate("{{.Version}}\n")
+	root.SetUsageTemplate(usageTemplate)
 	f := root.PersistentFlags()
-	f.BoolVarP(&a.verbose, "verbose", "v", false, "log more")
-	f.StringVar(&a.logFormat, "log-format", "text", "text or json, on stderr")
-	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to this registry, HOST[:PORT]; loopback always is (repeatable)")
-	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
-	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "platform to choose from a multi-platform image: OS/ARCH[/VARIANT]")
+	f.BoolVarP(&a.verbose, "verbose", "v", false, "log debug messages, too")
+	f.StringVar(&a.logFormat, "log-format", "text", "`FORMAT` of the log, which goes to stderr: text or json")
+	f.StringSliceVar(&a.insecure, "plain-http", nil, "speak HTTP to the registry `HOST`[:PORT], as to those on loopback addresses (repeatable)")
+	f.StringVar(&a.hosts, "hosts", "", "read mirrors from `FILE`: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
+	f.StringVar(&a.platform, "platform", defaultPlatform, "`PLATFORM` to choose from a multi-platform image: OS/ARCH[/VARIANT]; defaults to that of this host")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
+	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a), versionCommand(a), manCommand(a))
+	completions(root)
 	return root
 }
 
-// args makes a number of arguments that does not fit a usageError.
+// usageTemplate is cobra's, with lines of 80 columns and the exit codes.
+const usageTemplate = `Usage:{{if .Runnable}}
+  {{.UseLine}}{{end}}{{if .HasAvailableSubCommands}}
+  {{.CommandPath}} [command]{{end}}{{if .HasExample}}
+
+Examples:
+{{.Example}}{{end}}{{if .HasAvailableSubCommands}}
+
+Commands:{{range .Commands}}{{if (or .IsAvailableCommand (eq .Name "help"))}}
+  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}{{end}}{{if .HasAvailableLocalFlags}}
+
+Flags:
+{{.LocalFlags.FlagUsagesWrapped 80 | trimTrailingWhitespaces}}{{end}}{{if .HasAvailableInheritedFlags}}
+
+Global flags:
+{{.InheritedFlags.FlagUsagesWrapped 80 | trimTrailingWhitespaces}}{{end}}
+
+Exit codes: 0 for success, 1 for a failure, 2 for a wrong command line.{{if .HasAvailableSubCommands}}
+
+Use "{{.CommandPath}} [command] --help" for more about a command.{{end}}
+`
+
+// args makes a usageError of a wrong number of arguments.
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
 		if err := check(c, args); err != nil {
@@ -89,8 +120,8 @@ func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// access is what every verb that reads images begins with: it finds images, of
-// which those given can be pinned. It is to be closed.
+// access opens what every command that reads images needs. pin holds pins of the
+// given images. The caller closes it.
 func (a *app) access(ctx context.Context, pin pinFlags, images ...string) (*host.Finder, error) {
 	log, err := a.log()
 	if err != nil {
@@ -122,14 +153,14 @@ func (a *app) log() (*slog.Logger, error) {
 	case "json":
 		return slog.New(slog.NewJSONHandler(a.stderr, o)), nil
 	}
-	return nil, usageError{fmt.Errorf("a log format %q: it is text or json", a.logFormat)}
+	return nil, usageError{fmt.Errorf("--log-format %s: it must be text or json", a.logFormat)}
 }
 
-// settle is registry.Options.Settle. Tests push to registries that nobody else pushes
-// to, and lower it.
+// settle is registry.Options.Settle. Tests lower it: nobody else pushes to their
+// registries.
 var settle time.Duration
 
-// client makes what all access to images goes through.
+// client makes the client of registries, layouts and archives.
 func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, error) {
 	o := registry.Options{
 		Credentials: credentials,
@@ -137,11 +168,12 @@ func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, e
 		Proxy:       http.ProxyFromEnvironment,
 		TempDir:     a.temp,
 		Log:         log,
-		// So that a connection that hangs leaves time, within the half minute
-		// that a reader waits, for another try.
+		// A reader waits for 30 s. A connection that hangs leaves it time for two
+		// more tries.
 		HeaderTimeout: 8 * time.Second,
 		StallTimeout:  8 * time.Second,
 		Settle:        settle,
+		UserAgent:     thisVersion().userAgent(),
 	}
 	if a.hosts != "" {
 		var err error
@@ -165,7 +197,7 @@ func readMirrors(path string) (registry.Mirrors, error) {
 	return m, nil
 }
 
-// credentials asks docker's config and credential helpers, anew each time.
+// credentials asks Docker's configuration and credential helpers, each time anew.
 func credentials(ctx context.Context, host, repository string) (registry.Login, error) {
 	auth, err := authn.Resolve(ctx, authn.DefaultKeychain, resource{host, repository})
 	if err != nil {
@@ -180,7 +212,7 @@ func credentials(ctx context.Context, host, repository string) (registry.Login, 
 	}, nil
 }
 
-// resource is a repository in the words of package authn.
+// resource is a repository as package authn names it.
 type resource struct{ host, repository string }
 
 func (r resource) String() string      { return r.host + "/" + r.repository }
@@ -189,21 +221,30 @@ func (r resource) RegistryStr() string { return r.host }
 func (a *app) wantedPlatform() (*v1.Platform, error) {
 	p, err := v1.ParsePlatform(a.platform)
 	if err != nil || p.OS == "" || p.Architecture == "" {
-		return nil, usageError{fmt.Errorf("a platform %q: it is OS/ARCH[/VARIANT]", a.platform)}
+		return nil, usageError{fmt.Errorf("--platform %s: it must be OS/ARCH[/VARIANT]", a.platform)}
 	}
 	return p, nil
 }
 
-// terminal says whether progress can be drawn.
-func (a *app) terminal() bool {
+// screen is stderr where that is a terminal that can draw progress, or nil.
+func (a *app) screen() *screen {
 	f, ok := a.stderr.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd()))
+	if !ok || !term.IsTerminal(int(f.Fd())) || os.Getenv("TERM") == "dumb" {
+		return nil
+	}
+	return &screen{out: f, size: func() (width, height int) {
+		width, height, err := term.GetSize(int(f.Fd()))
+		if err != nil || width <= 0 || height <= 0 {
+			return 80, 24
+		}
+		return width, height
+	}}
 }
 
 // printJSON prints v as one line on stdout.
 func (a *app) printJSON(v any) error { return json.NewEncoder(a.stdout).Encode(v) }
 
-// size is a flag of bytes, with K, M, G, T for powers of 1024.
+// size is a flag for a number of bytes, in which K, M, G and T are powers of 1024.
 type size int64
 
 func (s *size) Type() string { return "size" }
@@ -219,13 +260,13 @@ func (s *size) Set(v string) error {
 	}
 	n, err := strconv.ParseInt(v, 10, 64)
 	if err != nil || n < 0 || n > 1<<62>>shift {
-		return fmt.Errorf("a size is a number of bytes, or of K, M, G or T")
+		return fmt.Errorf("a size is a number of bytes, or a number with K, M, G or T")
 	}
 	*s = size(n << shift)
 	return nil
 }
 
-// sizeString is what Set takes.
+// sizeString writes n as Set reads it.
 func sizeString(n int64) string {
 	for i := 3; i >= 0; i-- {
 		if unit := int64(1) << (10 * (i + 1)); n >= unit && n%unit == 0 {
@@ -235,7 +276,7 @@ func sizeString(n int64) string {
 	return strconv.FormatInt(n, 10)
 }
 
-// bytesString is for reading: 1.4 GiB.
+// bytesString writes n for people: 1.4 GiB.
 func bytesString(n int64) string {
 	switch {
 	case n >= 10<<30:

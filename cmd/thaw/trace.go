@@ -163,7 +163,15 @@ func tracePushCommand(a *app) *cobra.Command {
 		RunE:    func(c *cobra.Command, args []string) error { return a.tracePush(c.Context(), args[0], args[1], pin) },
 	}
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
+}
+
+// pushedTrace is what --json prints.
+type pushedTrace struct {
+	Type   string `json:"type"`
+	Target string `json:"target"`
+	Digest string `json:"digest"`
 }
 
 func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) error {
@@ -187,7 +195,11 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintln(a.stdout, b.Repo.Ref().WithDigest(d.Digest))
+	target := b.Repo.Ref().WithDigest(d.Digest).String()
+	if a.json {
+		return a.printJSON(pushedTrace{"pushed", target, d.Digest.String()})
+	}
+	_, err = fmt.Fprintln(a.stdout, target)
 	return err
 }
 
@@ -211,10 +223,20 @@ func traceStopCommand(a *app) *cobra.Command {
 			if err := host.Ask(c.Context(), cache, "POST", "/trace/stop", &answer); err != nil {
 				return err
 			}
+			if a.json {
+				return a.printJSON(stoppedRecordings{"stopped", answer.Stopped})
+			}
 			_, err := fmt.Fprintf(a.stdout, "%d recordings have ended\n", answer.Stopped)
 			return err
 		},
 	}
 	c.Flags().StringVar(&cache, "cache", "", "directory of the server's cache (default: "+cacheUsage+")")
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
+}
+
+// stoppedRecordings is what --json prints.
+type stoppedRecordings struct {
+	Type       string `json:"type"`
+	Recordings int    `json:"recordings"`
 }

@@ -13,20 +13,20 @@ import (
 )
 
 func verifyCommand(a *app) *cobra.Command {
-	var temp string
 	var pin []string
 	c := &cobra.Command{
 		Use:   "verify IMAGE",
-		Short: "Fetch all of a block image and check it",
-		Long: `verify fetches a block image whole and checks it: the digests of manifest,
-index, blobs and chunks, the index, and the structure of the ext4 filesystem. It
-prints the first fault and exits with 1, or one line and 0.`,
+		Short: "Download a block image and check all of it",
+		Long: `verify downloads all of a block image and checks it: the digests of the
+manifest, the index, the blobs and the chunks, what the index says, and the
+structure of the ext4 filesystem. It prints one line if all is right, and fails
+with the first fault that it finds.`,
 		Example: `  thaw verify registry.example/team/app:v1`,
 		Args:    args(cobra.ExactArgs(1)),
-		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], temp, pin) },
+		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], pin) },
 	}
-	c.Flags().StringVar(&temp, "temp", "", "directory for the filesystem's metadata (default: the system's)")
-	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
+	c.Flags().StringVar(&a.temp, "temp", "", "keep the filesystem's metadata in `DIR` meanwhile (default: $TMPDIR, or /tmp)")
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinImageUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
@@ -42,7 +42,7 @@ type verified struct {
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error {
+func (a *app) verify(ctx context.Context, name string, pin pinFlags) error {
 	began := time.Now()
 	find, err := a.access(ctx, pin, name)
 	if err != nil {
@@ -58,7 +58,7 @@ func (a *app) verify(ctx context.Context, name, temp string, pin pinFlags) error
 	if err != nil {
 		return fmt.Errorf("verify %s: %w", name, err)
 	}
-	if err := flatten.Verify(ctx, b.Manifest, b.Index, open, policy, temp); err != nil {
+	if err := flatten.Verify(ctx, b.Manifest, b.Index, open, policy, a.temp); err != nil {
 		return fmt.Errorf("verify %s: %w", name, err)
 	}
 	in := describe(b, new(flatten.Reporter).Report(b.Manifest, b.Index))

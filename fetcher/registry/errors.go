@@ -54,6 +54,14 @@ type httpError struct {
 func (e *httpError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s: ", e.method, e.url)
+	if e.err == ErrNotFound && e.status != 0 {
+		// The status, its text and the spec's code all say so.
+		code, _, _ := strings.Cut(e.detail, " ")
+		if !strings.HasSuffix(code, "_UNKNOWN") {
+			code = e.detail
+		}
+		return strings.TrimSuffix(fmt.Sprintf("%s%v (%d %s", &b, ErrNotFound, e.status, code), " ") + ")"
+	}
 	if e.status != 0 {
 		fmt.Fprintf(&b, "%d %s: ", e.status, http.StatusText(e.status))
 	}
