@@ -21,16 +21,22 @@ import (
 )
 
 // Image makes a layout of a static program that prints what it finds in a file
-// of the layer below.
+// of the layer below. With an argument it runs for an hour instead.
 func Image(t *testing.T) bench.Workload {
 	t.Helper()
 	dir := t.TempDir()
 	src := filepath.Join(dir, "run.go")
 	err := os.WriteFile(src, []byte(`package main
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 func main() {
+	if len(os.Args) > 1 {
+		time.Sleep(time.Hour)
+	}
 	b, err := os.ReadFile("/data")
 	if err != nil {
 		panic(err)

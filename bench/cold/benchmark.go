@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
 
 // benchmark is one run of this command.
@@ -128,12 +129,9 @@ func (b *benchmark) forget() error {
 // libraries that they are linked to.
 func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
 	files := []string{b.thaw}
-	names := append([]string{"chroot"}, stargzPrograms...)
-	for _, p := range needsOf(b.chosen) {
-		names = append(names, p.Name)
-	}
-	for _, name := range names {
-		path, err := exec.LookPath(name)
+	programs := append([]bench.Program{{Name: "chroot"}}, stargz.Programs...)
+	for _, p := range append(programs, needsOf(b.chosen)...) {
+		path, err := exec.LookPath(p.Name)
 		if err != nil {
 			continue // not needed, or Need had said so
 		}

@@ -47,6 +47,7 @@ import (
 	"time"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
 
 type options struct {
@@ -169,6 +170,9 @@ func (b *benchmark) header(ctx context.Context, needs []bench.Program) error {
 	machine, err := bench.ThisMachine()
 	if err != nil {
 		return err
+	}
+	if (b.wants(stargzRow) || b.wants(stargzOptimized)) && stargz.Find() == nil {
+		needs = append(needs, stargz.Programs...)
 	}
 	facts, err := bench.Versions(ctx, needs...)
 	if err != nil {

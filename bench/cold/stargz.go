@@ -13,11 +13,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
-
-// The programs that a start by stargz-snapshotter runs, which a host has in
-// memory.
-var stargzPrograms = []string{"ctr-remote", "containerd-shim-runc-v2", "runc", "nsenter", "setpriv"}
 
 // stargzNames are those of eStargz images, by row.
 var stargzNames = map[string]string{stargzRow: "stargz:latest", stargzOptimized: "stargz-optimized:latest"}
@@ -28,12 +25,11 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 	if !b.wants(stargzRow) && !b.wants(stargzOptimized) {
 		return nil
 	}
-	programs, err := bench.FindStargz()
-	if err != nil {
+	if err := stargz.Find(); err != nil {
 		for row := range stargzNames {
 			p.lacks[row] = err.Error()
 		}
-		return b.results.note("left out: " + err.Error())
+		return b.results.note("no rows of stargz: " + err.Error())
 	}
 	missing := false
 	for row, tag := range stargzNames {
@@ -54,12 +50,15 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	s, err := programs.Start(ctx, dir, p.registry.Addr)
+	host, err := stargz.Start(ctx, dir, p.registry.Addr)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		err = errors.Join(err, s.Close())
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, host.Log())
+		}
+		err = errors.Join(err, host.Close())
 		if err == nil {
 			err = os.RemoveAll(dir)
 		}
@@ -71,9 +70,9 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 		}
 		to := p.direct(tag)
 		if row == stargzOptimized {
-			err = s.Optimize(ctx, from, to, bench.Start)
+			err = host.Optimize(ctx, from, to, bench.Start)
 		} else {
-			err = s.Convert(ctx, from, to)
+			err = host.Convert(ctx, from, to)
 		}
 		if err == nil {
 			err = keep(ctx, to, b.kept(p, row))
@@ -129,31 +128,27 @@ func keep(ctx context.Context, ref, dir string) error {
 // host, with nothing in their stores.
 func startStargz(row string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (_ []bench.Measure, err error) {
-		programs, err := bench.FindStargz()
-		if err != nil {
-			return nil, err
-		}
 		addr := s.wires.registry.Addr().String()
-		daemons, err := programs.Start(ctx, dir, addr)
+		host, err := stargz.Start(ctx, dir, addr)
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = errors.Join(err, daemons.Close()) }()
+		defer func() { err = errors.Join(err, host.Close()) }()
 		ref := s.at(addr, stargzNames[row])
 		c.start()
-		if err := daemons.Pull(ctx, ref); err != nil {
-			return nil, err
+		if err := host.Pull(ctx, ref); err != nil {
+			return nil, fmt.Errorf("%w%s", err, host.Log())
 		}
 		c.mark(mounted)
 		before := c.sofar()
-		out, err := daemons.Exec(ctx, ref, bench.Start)
+		out, err := host.Exec(ctx, ref, bench.Start)
 		took := c.sofar()
 		c.stop(took)
 		if err == nil {
 			err = s.Check(out)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%w%s", err, daemons.Said())
+			return nil, fmt.Errorf("%w%s", err, host.Log())
 		}
 		return []bench.Measure{{Value: float64(took - before), Unit: runTime}}, nil
 	}
