@@ -77,7 +77,7 @@ func (b bars) DataRange() (xmin, xmax, ymin, ymax float64) {
 // Plot draws the bars, each with its figure, and the limit.
 func (b bars) Plot(c draw.Canvas, p *plot.Plot) {
 	x, y := p.Transforms(&c)
-	style := textStyle(9, draw.XLeft, draw.YCenter)
+	style := textStyle(9, draw.XLeft)
 	for i, s := range b.seconds {
 		low, high, end := y(float64(i)-0.36), y(float64(i)+0.36), x(s)
 		c.FillPolygon(b.colours[i], []vg.Point{{X: x(0), Y: low}, {X: end, Y: low}, {X: end, Y: high}, {X: x(0), Y: high}})

@@ -35,9 +35,7 @@ type site struct {
 // image measures all rows of an image over all links.
 func (b *benchmark) image(ctx context.Context, w bench.Workload) (err error) {
 	if b.warm == nil {
-		if b.warm, err = b.hostFiles(ctx); err != nil {
-			return err
-		}
+		b.warm = b.hostFiles(ctx)
 	}
 	p, err := b.prepare(ctx, w)
 	if p != nil {
@@ -127,7 +125,7 @@ func (b *benchmark) forget() error {
 
 // hostFiles are the programs that the chosen rows run on the host, with the
 // libraries that they are linked to.
-func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
+func (b *benchmark) hostFiles(ctx context.Context) []string {
 	files := []string{b.thaw}
 	programs := append([]bench.Program{{Name: "chroot"}}, stargz.Programs...)
 	for _, p := range append(programs, needsOf(b.chosen)...) {
@@ -144,7 +142,7 @@ func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
 			}
 		}
 	}
-	return files, nil
+	return files
 }
 
 func readFile(path string) error {

@@ -82,7 +82,7 @@ func (f *figure) save(dir, name string) error {
 
 func (f *figure) draw(c draw.Canvas, columns int, lines [][]entry) {
 	c.FillPolygon(color.White, []vg.Point{{X: c.Min.X, Y: c.Min.Y}, {X: c.Max.X, Y: c.Min.Y}, {X: c.Max.X, Y: c.Max.Y}, {X: c.Min.X, Y: c.Max.Y}})
-	c.FillText(textStyle(14, draw.XCenter, draw.YCenter), vg.Point{X: c.Center().X, Y: c.Max.Y - titleHeight/2}, f.title)
+	c.FillText(textStyle(14, draw.XCenter), vg.Point{X: c.Center().X, Y: c.Max.Y - titleHeight/2}, f.title)
 	below := vg.Length(len(lines)) * legendLine
 	tiles := draw.Tiles{Rows: len(f.panels), Cols: columns, PadX: 0.15 * vg.Inch, PadY: 0.1 * vg.Inch, PadLeft: 0.1 * vg.Inch, PadRight: 0.2 * vg.Inch}
 	grid := make([][]*plot.Plot, len(f.panels))
@@ -105,7 +105,7 @@ func (f *figure) draw(c draw.Canvas, columns int, lines [][]entry) {
 const sampleWidth = 0.35 * vg.Inch
 
 func (e entry) width() vg.Length {
-	return sampleWidth + textStyle(10, draw.XLeft, draw.YCenter).Width(e.text) + 0.22*vg.Inch
+	return sampleWidth + textStyle(10, draw.XLeft).Width(e.text) + 0.22*vg.Inch
 }
 
 // layLegend breaks the legend into lines.
@@ -134,7 +134,7 @@ func drawLegend(c draw.Canvas, line []entry, y vg.Length) {
 		if e.glyph.Shape != nil {
 			c.DrawGlyph(e.glyph, vg.Point{X: x + sampleWidth/2 - 0.04*vg.Inch, Y: y})
 		}
-		c.FillText(textStyle(10, draw.XLeft, draw.YCenter), vg.Point{X: x + sampleWidth, Y: y}, e.text)
+		c.FillText(textStyle(10, draw.XLeft), vg.Point{X: x + sampleWidth, Y: y}, e.text)
 		x += e.width()
 	}
 }
@@ -156,8 +156,8 @@ func sans(size vg.Length) font.Font {
 	return font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size)
 }
 
-func textStyle(size vg.Length, x draw.XAlignment, y draw.YAlignment) draw.TextStyle {
-	return draw.TextStyle{Color: color.Black, Font: sans(size), XAlign: x, YAlign: y, Handler: plot.DefaultTextHandler}
+func textStyle(size vg.Length, x draw.XAlignment) draw.TextStyle {
+	return draw.TextStyle{Color: color.Black, Font: sans(size), XAlign: x, YAlign: draw.YCenter, Handler: plot.DefaultTextHandler}
 }
 
 func writeTo(path string, c vg.CanvasWriterTo) (err error) {

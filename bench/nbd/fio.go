@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -115,7 +116,7 @@ func (b *benchmark) fioLatencies(ctx context.Context, s *server, j job, limit in
 	}
 	logs, err := filepath.Glob(filepath.Join(dir, "l_clat*.log"))
 	if err != nil || len(logs) == 0 {
-		return nil, fmt.Errorf("fio wrote no log of latencies (%v)", err)
+		return nil, errors.Join(errors.New("fio wrote no log of latencies"), err)
 	}
 	var ns []float64
 	for _, path := range logs {

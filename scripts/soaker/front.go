@@ -106,12 +106,12 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(delay)
 	case kind == "html":
 		w.Header().Set("Content-Type", "text/html")
-		io.WriteString(w, "<html>please log in</html>")
+		w.Write([]byte("<html>please log in</html>"))
 		return
 	case kind == "reset":
 		if c, _, err := http.NewResponseController(w).Hijack(); err == nil {
 			if t, ok := c.(*net.TCPConn); ok {
-				t.SetLinger(0)
+				_ = t.SetLinger(0) // fails only if the client is gone
 			}
 			c.Close()
 		}

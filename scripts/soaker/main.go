@@ -170,8 +170,10 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 		return err
 	}
 	log.Printf("idle: %v", after)
-	if n, err := d.used(srv.cache); err != nil || n > quota+2<<20 {
-		return fmt.Errorf("the cache takes %d bytes, it is allowed %d (%v)", n, quota, err)
+	if n, err := d.used(srv.cache); err != nil {
+		return err
+	} else if n > quota+2<<20 {
+		return fmt.Errorf("the cache takes %d bytes, its quota is %d", n, quota)
 	}
 	if err := srv.stop(true); err != nil {
 		return err

@@ -107,7 +107,7 @@ func (s *server) torment(ctx context.Context, rng *rand.Rand, t *tally) error {
 		case <-ctx.Done():
 			return nil
 		case <-done:
-			return fmt.Errorf("thaw serve has ended by itself: %v", s.err)
+			return fmt.Errorf("thaw serve ended by itself: %s", s.cmd.ProcessState)
 		case <-time.After(time.Duration(1000+rng.IntN(9000)) * time.Millisecond):
 		}
 		switch rng.IntN(5) {
@@ -175,7 +175,9 @@ func (s *server) measure() (*level, error) {
 	}
 	for line := range strings.Lines(string(status)) {
 		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			fmt.Sscan(rest, &l.kib)
+			if _, err := fmt.Sscan(rest, &l.kib); err != nil {
+				return nil, fmt.Errorf("VmRSS of thaw serve: %w", err)
+			}
 		}
 	}
 	return l, nil
@@ -201,7 +203,6 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 			}
 			// The first time: idle connections to the registry have a minute and a
 			// half; what is measured is what is left when nothing changes for a while.
-			limit = l
 			select {
 			case <-time.After(8 * time.Second):
 			case <-ctx.Done():

@@ -70,12 +70,12 @@ func (h *Host) Exec(ctx context.Context, ref string, program ...string) (out str
 	}
 	out, err = h.control(ctx, append(append(args, ref, id), program...)...)
 	if err != nil {
-		// If the client was killed, its container is left. Otherwise these two
-		// fail, and that is ignored.
+		// A client that was killed leaves its container. Otherwise these fail, and
+		// the first error says why.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
-		h.control(ctx, "tasks", "rm", "--force", id)
-		h.control(ctx, "containers", "rm", id)
+		_, _ = h.control(ctx, "tasks", "rm", "--force", id)
+		_, _ = h.control(ctx, "containers", "rm", id)
 	}
 	return out, err
 }

@@ -84,6 +84,11 @@ func TestStart(t *testing.T) {
 	if _, err := bench.Push(ctx, w.Dir, "latest", source); err != nil {
 		t.Fatal(err)
 	}
+	link, err := bench.ListenLink(registry.Addr, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer link.Close()
 	onHost(t, dir, registry.Addr, func(h *Host) {
 		if err := h.Convert(ctx, source, plain); err != nil {
 			t.Fatal(err)
@@ -92,10 +97,16 @@ func TestStart(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	for _, ref := range []string{plain, optimized} {
-		onHost(t, dir, registry.Addr, func(h *Host) {
+	for _, tag := range []string{"plain", "optimized"} {
+		before := link.Stats()
+		onHost(t, dir, link.Addr().String(), func(h *Host) {
+			ref := link.Addr().String() + "/image:" + tag
 			if err := h.Pull(ctx, ref); err != nil {
 				t.Fatal(err)
+			}
+			// The files that were marked come at once; of the others, only where they are.
+			if n := link.Stats().Sub(before).Down; (tag == "plain") != (n < 100<<10) {
+				t.Errorf("Pull of %s has transferred %d bytes", tag, n)
 			}
 			if out, err := h.Exec(ctx, ref, bench.Start); err != nil || w.Check(out) != nil {
 				t.Errorf("%s printed %q, %v", ref, out, err)
