@@ -20,8 +20,8 @@ import (
 	"thaw/bench"
 )
 
-// Image makes a layout of a static program that prints what it finds in a file
-// of the layer below. With an argument it runs for an hour instead.
+// Image returns an OCI layout with a static program that prints the beginning of
+// a file in the layer below. With an argument, the program runs for an hour.
 func Image(t *testing.T) bench.Workload {
 	t.Helper()
 	dir := t.TempDir()

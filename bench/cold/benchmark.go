@@ -20,13 +20,13 @@ import (
 type benchmark struct {
 	options
 	results *results
-	dir     string // of its own
+	dir     string // working directory of this run
 	chosen  []row
 	out     io.Writer
-	warm    []string // files of the programs that the host has
+	warm    []string // files of the programs that a host has in memory
 }
 
-// site is an image that is prepared, behind a link.
+// site is a prepared image behind a link.
 type site struct {
 	*prepared
 	*wires
@@ -108,8 +108,8 @@ func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err e
 	return nil
 }
 
-// forget makes the kernel's memory of files what it is on a host that never saw
-// the image: nothing of it, but the programs that start images all day.
+// forget makes the page cache that of a host that has never had the image: it
+// holds the programs that start images, and nothing else.
 func (b *benchmark) forget() error {
 	unix.Sync()
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
@@ -123,7 +123,7 @@ func (b *benchmark) forget() error {
 	return nil
 }
 
-// hostFiles are the programs that the chosen rows run on the host, with the
+// hostFiles returns the programs that the chosen rows run on the host, and the
 // libraries that they are linked to.
 func (b *benchmark) hostFiles(ctx context.Context) []string {
 	files := []string{b.thaw}
@@ -131,10 +131,10 @@ func (b *benchmark) hostFiles(ctx context.Context) []string {
 	for _, p := range append(programs, needsOf(b.chosen)...) {
 		path, err := exec.LookPath(p.Name)
 		if err != nil {
-			continue // not needed, or Need had said so
+			continue // no chosen row needs it: Need has checked those
 		}
 		files = append(files, path)
-		// It fails on programs that are linked to nothing.
+		// ldd fails for static programs.
 		out, _ := exec.CommandContext(ctx, "ldd", path).Output()
 		for field := range strings.FieldsSeq(string(out)) {
 			if strings.HasPrefix(field, "/") {

@@ -16,11 +16,11 @@ import (
 	"thaw/bench/cold/stargz"
 )
 
-// stargzNames are those of eStargz images, by row.
+// stargzNames are the names of eStargz images, by row.
 var stargzNames = map[string]string{stargzRow: "stargz:latest", stargzOptimized: "stargz-optimized:latest"}
 
-// prepareStargz converts the image. Where the programs are missing it says so,
-// and the rows are left out.
+// prepareStargz converts the image. If programs are missing, it notes that and
+// leaves out the rows.
 func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) {
 	if !b.wants(stargzRow) && !b.wants(stargzOptimized) {
 		return nil
@@ -85,7 +85,7 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 	return nil
 }
 
-// kept is where a converted image is kept between runs; empty: it is not.
+// kept returns where a converted image is kept between runs; empty if it is not.
 func (b *benchmark) kept(p *prepared, row string) string {
 	if b.keep == "" {
 		return ""
@@ -93,7 +93,7 @@ func (b *benchmark) kept(p *prepared, row string) string {
 	return filepath.Join(b.keep, p.Name+"-"+p.digest.Hex[:12]+"-"+row)
 }
 
-// keep copies an image of the registry to a layout, unless that has no name.
+// keep copies an image of the registry to a layout, unless dir is empty.
 func keep(ctx context.Context, ref, dir string) error {
 	if dir == "" {
 		return nil
@@ -106,7 +106,7 @@ func keep(ctx context.Context, ref, dir string) error {
 	if err != nil {
 		return err
 	}
-	// Under its name only when it is whole.
+	// It gets its name when it is complete.
 	part := dir + ".part"
 	if err := os.RemoveAll(part); err != nil {
 		return err
@@ -124,8 +124,8 @@ func keep(ctx context.Context, ref, dir string) error {
 	return os.Rename(part, dir)
 }
 
-// startStargz pulls lazily, and runs. The daemons run before, as they do on a
-// host, with nothing in their stores.
+// startStargz pulls lazily, and runs the program. The daemons are started before
+// the clock, as on a host, with empty stores.
 func startStargz(row string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (_ []bench.Measure, err error) {
 		addr := s.wires.registry.Addr().String()
