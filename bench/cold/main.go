@@ -112,7 +112,7 @@ func main() {
 func run(ctx context.Context, o options, args []string) (code int, err error) {
 	if o.table {
 		if len(args) == 0 {
-			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILE...")
+			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILES")
 		}
 		r, err := readResults(args)
 		if err != nil {

@@ -124,7 +124,7 @@ func TestStart(t *testing.T) {
 				_, err := h.Exec(ctx, plain, bench.Start, "forever")
 				ended <- err
 			}()
-			waitFor(t, "the program to run", func() bool { return running("/app/run forever") })
+			waitFor(t, "the program to run", func() bool { return running(inContainer) })
 			return ended
 		}
 		short, cancel := context.WithCancel(ctx)
@@ -133,7 +133,7 @@ func TestStart(t *testing.T) {
 		if err := <-ended; err == nil {
 			t.Error("Exec succeeds although its context was cancelled")
 		}
-		waitFor(t, "the program to end", func() bool { return !running("/app/run forever") })
+		waitFor(t, "the program to end", func() bool { return !running(inContainer) })
 		ended = execUntil(ctx)
 		if err := h.Close(); err != nil {
 			t.Error(err)
@@ -141,7 +141,7 @@ func TestStart(t *testing.T) {
 		if err := <-ended; err == nil {
 			t.Error("Exec succeeds although its Host was closed")
 		}
-		if running("/app/run forever") {
+		if running(inContainer) {
 			t.Error("a container outlives its Host")
 		}
 	})
@@ -180,6 +180,11 @@ func waitFor(t *testing.T, what string, is func() bool) {
 	t.Fatalf("waited 15 s for %s", what)
 }
 
+// inContainer is the whole command line of the program, other than that of the
+// client that asks for it.
+const inContainer = "\n" + bench.Start + " forever\n"
+
+// running reports whether the list of command lines contains what.
 func running(what string) bool {
 	out, err := exec.Command("ps", "-ww", "-eo", "args").Output()
 	return err == nil && bytes.Contains(out, []byte(what))
