@@ -1,11 +1,12 @@
-// Package bench is what the benchmarks of thaw share: running programs and
-// saying what they took, rounds that alternate between the sides of a
-// comparison, medians, output that benchstat reads, and the set-up that real
-// images need: a thaw server, a root mounted from it, a registry, a slow link.
+// Package bench is what the benchmarks of thaw share. It runs programs and
+// measures what they used, alternates between the sides of a comparison,
+// computes medians, and writes lines that benchstat reads. For real images it
+// starts a thaw server, mounts a root from it, and runs a registry and a slow
+// link.
 //
-// A benchmark is a command in a folder below this one. It compares with a peer
-// in the same run, a round of one side after a round of the other, so that what
-// drifts on the machine hits both:
+// A benchmark is a command in a folder below this one. It compares thaw with a
+// peer in the same run, one round of each side in turn, so that a change of the
+// machine's speed affects both:
 //
 //	rec := bench.NewRecorder(os.Stdout)
 //	err := bench.Alternate(ctx, 5,
@@ -19,13 +20,13 @@
 //		func(ctx context.Context, round int) error { … the peer … })
 //	fmt.Println(rec.Ratio("Build/image=flask/tool=peer", "Build/image=flask/tool=thaw", bench.Wall))
 //
-// Every round is a line, so benchstat has the distribution; the tables in
-// README.md have medians, and ratios are medians of the rounds' own ratios.
+// Each round is a line, so that benchstat has the distribution. The tables in
+// RESULTS.md have medians, and their ratios are medians of the rounds' ratios.
 package bench
 
 import "context"
 
-// Alternate runs every side once a round, in order: A B A B. It ends with the
+// Alternate runs each side once per round, in order: A B A B. It returns the
 // first error.
 func Alternate(ctx context.Context, rounds int, sides ...func(ctx context.Context, round int) error) error {
 	for round := range rounds {

@@ -12,23 +12,24 @@ import (
 
 // LinkOptions are the properties of a link.
 type LinkOptions struct {
-	RTT  time.Duration // of a byte there and one back, on an idle link
-	Rate int64         // bits a second, in each direction, shared by all connections; 0: no bound
-	// Dial connects to what is behind the link.
+	RTT  time.Duration // round trip of an idle link
+	Rate int64         // bits per second in each direction, shared by all connections; 0: no limit
+	// Dial connects to the server behind the link.
 	Dial func(ctx context.Context) (net.Conn, error)
 }
 
-// Link is a slow wire: a TCP proxy that hands bytes on when a link of that
-// round trip and rate would have. Kernels without netem have no other.
+// Link simulates a slow network link, for kernels without netem. It is a TCP
+// proxy that forwards bytes at the time when a link of that round trip and rate
+// would deliver them.
 //
-// Opening a connection costs a round trip, as a handshake does. A direction
-// carries one piece after the other, whichever connection they are of, behind
-// a short queue, so connections share it as they would a router without bloat.
-// It has no loss and no slow start: what a connection that is warm would see.
+// Opening a connection costs a round trip, as a handshake does. Each direction
+// forwards one piece at a time, behind a short queue, so that connections share
+// it as they share a router without bufferbloat. A Link has no loss and no slow
+// start: it behaves as for a warm connection.
 type Link struct {
 	o        LinkOptions
 	l        net.Listener
-	up       lane // to what is behind it
+	up       lane // to the server
 	down     lane
 	conns    atomic.Int64
 	requests atomic.Int64
@@ -36,17 +37,17 @@ type Link struct {
 	wg       sync.WaitGroup
 }
 
-// Pieces are small enough that connections take turns, and large enough that
-// sleeping for each is precise, and cheap at a high rate.
+// Pieces are small enough for connections to take turns, and large enough for
+// a sleep per piece to be precise, and cheap at a high rate.
 const (
 	minPiece  = 16 << 10
 	maxPiece  = 64 << 10
-	pieceTime = 500 * time.Microsecond // of the line, that one takes between those bounds
+	pieceTime = 500 * time.Microsecond // line time of a piece, within these bounds
 	queueTime = 2 * time.Millisecond
-	queueLen  = 1 << 10 // pieces on their way, of a connection
+	queueLen  = 1 << 10 // pieces in flight per connection
 )
 
-// NewLink serves connections to l until Close.
+// NewLink forwards connections to l until Close.
 func NewLink(l net.Listener, o LinkOptions) *Link {
 	ctx, cancel := context.WithCancel(context.Background())
 	k := &Link{o: o, l: l, cancel: cancel, up: newLane(o), down: newLane(o)}
@@ -54,7 +55,7 @@ func NewLink(l net.Listener, o LinkOptions) *Link {
 	return k
 }
 
-// ListenLink is a link on a loopback port to a TCP address.
+// ListenLink returns a link from a new loopback port to a TCP address.
 func ListenLink(to string, rtt time.Duration, rate int64) (*Link, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -66,19 +67,19 @@ func ListenLink(to string, rtt time.Duration, rate int64) (*Link, error) {
 	}}), nil
 }
 
-// Addr is where clients connect to.
+// Addr is the address that clients connect to.
 func (k *Link) Addr() net.Addr { return k.l.Addr() }
 
 // LinkStats counts what a Link has carried so far.
 type LinkStats struct {
 	Connections int64
-	// Requests that came from clients, of HTTP/1.1 without bodies: what ends a
-	// header is counted. It means nothing on a link that carries other things.
+	// Requests counts HTTP/1.1 requests without bodies, by the ends of their
+	// headers. It is meaningless for other protocols.
 	Requests int64
-	Up, Down int64 // bytes to and from what is behind it, headers included
+	Up, Down int64 // bytes to and from the server, headers included
 }
 
-// Sub is what was carried between an earlier time and s.
+// Sub returns what the link has carried between earlier and s.
 func (s LinkStats) Sub(earlier LinkStats) LinkStats {
 	return LinkStats{s.Connections - earlier.Connections, s.Requests - earlier.Requests, s.Up - earlier.Up, s.Down - earlier.Down}
 }
@@ -88,7 +89,7 @@ func (k *Link) Stats() LinkStats {
 	return LinkStats{Connections: k.conns.Load(), Requests: k.requests.Load(), Up: k.up.carried.Load(), Down: k.down.carried.Load()}
 }
 
-// Close ends all connections and waits until nothing of the link is left.
+// Close ends all connections, and waits for all goroutines of the link.
 func (k *Link) Close() error {
 	k.cancel()
 	err := k.l.Close()
@@ -131,9 +132,9 @@ func (k *Link) connection(ctx context.Context, client net.Conn) {
 type lane struct {
 	delay   time.Duration
 	rate    int64
-	piece   int           // bytes that one has at most
-	line    chan struct{} // holds one token: who has it may send
-	free    time.Time     // when all that was sent has left; guarded by line
+	piece   int           // largest piece, in bytes
+	line    chan struct{} // a lock that can be waited for with a context
+	free    time.Time     // when the line has sent everything so far; guarded by line
 	carried atomic.Int64
 }
 
@@ -145,23 +146,22 @@ func newLane(o LinkOptions) lane {
 	return lane{delay: o.RTT / 2, rate: o.Rate, piece: int(piece), line: make(chan struct{}, 1)}
 }
 
-// piece is bytes on their way.
+// piece is bytes in flight.
 type piece struct {
-	from *[]byte // to be used again
+	from *[]byte // to return to the pool
 	b    []byte
 	due  time.Time
 }
 
-// carry hands on what src sends until its end, which it hands on too. An error
-// ends the connection, both ways. What passes is shown to seen, if that is not
-// nil.
+// carry forwards what src sends, and its end of file. An error ends both
+// directions of the connection. seen looks at all bytes; it may be nil.
 func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src net.Conn, seen *headers) {
-	flying := make(chan piece, queueLen)
+	inFlight := make(chan piece, queueLen)
 	free := sync.Pool{New: func() any { b := make([]byte, l.piece); return &b }}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() {
-		for p := range flying {
+		for p := range inFlight {
 			if sleep(ctx, time.Until(p.due)) != nil {
 				continue
 			}
@@ -179,7 +179,7 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 			cancel()
 		}
 	})
-	defer close(flying)
+	defer close(inFlight)
 	for {
 		from := free.Get().(*[]byte)
 		b := *from
@@ -191,7 +191,7 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 				return
 			}
 			select {
-			case flying <- piece{from, b[:n], due}:
+			case inFlight <- piece{from, b[:n], due}:
 			case <-ctx.Done():
 				return
 			}
@@ -205,8 +205,8 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 	}
 }
 
-// send waits until n bytes fit into the queue before the line, and returns
-// when they will have arrived.
+// send waits until n bytes fit into the queue of the line, and returns the time
+// at which they arrive.
 func (l *lane) send(ctx context.Context, n int) (time.Time, error) {
 	if l.rate <= 0 {
 		return time.Now().Add(l.delay), nil
@@ -227,11 +227,11 @@ func (l *lane) send(ctx context.Context, n int) (time.Time, error) {
 	return l.free.Add(l.delay), nil
 }
 
-// headers counts the ends of HTTP headers in what a connection sends, wherever
-// it is cut.
+// headers counts the ends of HTTP headers in the bytes of a connection, however
+// they are divided.
 type headers struct {
 	count *atomic.Int64
-	at    int // how much of an end was seen last
+	at    int // length of the part of headerEnd that was seen last
 }
 
 const headerEnd = "\r\n\r\n"

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// wire makes a link to handle in the bubble's own time.
+// wire returns a link to handle, and a function that dials it.
 func wire(t *testing.T, rtt time.Duration, rate int64, handle func(net.Conn)) (*Link, func() net.Conn) {
 	t.Helper()
 	l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
@@ -65,7 +65,7 @@ func ask(t *testing.T, c net.Conn, n int) time.Duration {
 	return time.Since(began)
 }
 
-// answer sends n bytes for each that comes.
+// answer sends n bytes for each byte that it receives.
 func answer(n int) func(net.Conn) {
 	return func(c net.Conn) {
 		for b := make([]byte, 1); ; {
@@ -100,7 +100,7 @@ func TestLinkRoundTrip(t *testing.T) {
 	})
 }
 
-// Ends of headers are counted wherever a connection's bytes are cut.
+// Ends of headers are counted however a connection's bytes are divided.
 func TestLinkCountsRequests(t *testing.T) {
 	const two = "GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\nX: \r\r\n\r\n"
 	for cut := range len(two) {
@@ -126,8 +126,8 @@ func TestLinkCountsRequests(t *testing.T) {
 	})
 }
 
-// All connections together have the rate of the link, and a latency hides
-// behind what is on its way.
+// All connections together get the rate of the link, and its latency overlaps
+// with bytes in flight.
 func TestLinkRate(t *testing.T) {
 	const each = 5 << 20
 	synctest.Test(t, func(t *testing.T) {
@@ -142,7 +142,7 @@ func TestLinkRate(t *testing.T) {
 	})
 }
 
-// Who asks for little does not wait behind all that another is being sent.
+// A client that asks for little does not wait for another client's download.
 func TestLinkIsShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, dial := wire(t, 20*time.Millisecond, 200e6, func(c net.Conn) {
@@ -168,7 +168,7 @@ func TestLinkIsShared(t *testing.T) {
 	})
 }
 
-// Over real sockets: every byte arrives, in order, and the ends do.
+// Over real sockets, every byte arrives in order, and so does the end of file.
 func TestLinkCarries(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -211,7 +211,7 @@ func TestLinkCarries(t *testing.T) {
 	}
 }
 
-// Nothing of a link outlives Close, connections that are busy included.
+// Close ends busy connections, and leaves no goroutine.
 func TestLinkClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k, dial := wire(t, time.Second, 1e6, answer(10<<20))
@@ -219,9 +219,9 @@ func TestLinkClose(t *testing.T) {
 		go func() { c.Write([]byte("?")); io.Copy(io.Discard, c) }()
 		time.Sleep(10 * time.Second)
 		k.Close()
-		synctest.Wait() // and the bubble fails if a goroutine is left
+		synctest.Wait() // the bubble fails if a goroutine is left
 		if _, err := c.Write([]byte("?")); err == nil {
-			t.Error("the connection is open still")
+			t.Error("the connection is still open")
 		}
 	})
 }

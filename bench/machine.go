@@ -14,17 +14,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Machine is what figures come from.
+// Machine describes where figures were measured.
 type Machine struct {
 	CPU    string
 	Cores  int
 	Memory int64 // bytes
 	Kernel string
-	Load   string // average of the last minute, before the benchmark began
+	Load   string // load average of the minute before the benchmark
 	Date   time.Time
 }
 
-// ThisMachine looks.
+// ThisMachine describes the machine that this program runs on.
 func ThisMachine() (Machine, error) {
 	m := Machine{Cores: runtime.NumCPU(), Date: time.Now()}
 	info, err := os.ReadFile("/proc/cpuinfo")
@@ -52,8 +52,8 @@ func ThisMachine() (Machine, error) {
 	return m, nil
 }
 
-// cpuModel finds the processor in /proc/cpuinfo, which names it on some
-// architectures and numbers it on all.
+// cpuModel finds the processor in /proc/cpuinfo, which has a name for it on some
+// architectures only.
 func cpuModel(info string) string {
 	values := make(map[string]string)
 	for line := range strings.Lines(info) {
@@ -89,14 +89,14 @@ func memTotal(info string) (int64, error) {
 // Program is a program that a benchmark needs.
 type Program struct {
 	Name    string
-	Package string   // that has it in Debian
-	Version []string // arguments that make it say its version; nil: it is not asked
+	Package string   // Debian package that contains it
+	Version []string // arguments that make it print its version; nil: it is not recorded
 }
 
-// Need says in one sentence what a benchmark lacks to run: root, or programs.
+// Need returns an error that says what a benchmark lacks: root, or programs.
 func Need(programs ...Program) error {
 	if os.Geteuid() != 0 {
-		return errors.New("this benchmark needs root: it unpacks and mounts images")
+		return errors.New("this benchmark requires root: it unpacks and mounts images")
 	}
 	var missing, packages []string
 	for _, p := range programs {
@@ -106,12 +106,12 @@ func Need(programs ...Program) error {
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("this benchmark lacks %s: apt-get install %s", strings.Join(missing, ", "), strings.Join(packages, " "))
+		return fmt.Errorf("this benchmark requires %s: apt-get install %s", strings.Join(missing, ", "), strings.Join(packages, " "))
 	}
 	return nil
 }
 
-// Versions are facts for a header: what the programs say that they are.
+// Versions returns the first line that each program prints about its version.
 func Versions(ctx context.Context, programs ...Program) ([]Fact, error) {
 	var facts []Fact
 	for _, p := range programs {

@@ -17,13 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// isolated is what a process calls itself that has mounts of its own.
+// isolated is argv[0] of a process that Isolate has started.
 const isolated = "bench-isolated"
 
-// Isolate runs this program again in a mount namespace of its own, and returns
-// its exit code; done is false in the one that is there already. So whatever
-// happens to a benchmark, its mounts end with its processes, and nobody else
-// sees them.
+// Isolate runs this program again in a new mount namespace, and returns its exit
+// code. In the program that it has started, Isolate does nothing, and done is
+// false. Whatever happens to a benchmark, its mounts end with its processes, and
+// no other process sees them.
 func Isolate(ctx context.Context) (code int, done bool, err error) {
 	if os.Args[0] == isolated {
 		return 0, false, nil
@@ -31,7 +31,7 @@ func Isolate(ctx context.Context) (code int, done bool, err error) {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = isolated
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	// Unshare makes the mounts private too, so none spreads to the host.
+	// Unshareflags also makes the mounts private: none spreads to the host.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
@@ -43,23 +43,23 @@ func Isolate(ctx context.Context) (code int, done bool, err error) {
 	return 1, true, err
 }
 
-// Root is a root filesystem with what programs expect in it: /proc, /dev, /tmp,
-// /run. It is an ext4 from an NBD export or in a file, mounted read-only, or a
-// directory as it is. The kernel sees an export through nbdfuse and a loop
-// device, where it has no nbd of its own. All of them need [Isolate].
+// Root is a root filesystem with the mounts that programs expect: /proc, /dev,
+// /tmp, /run. It is an ext4 filesystem of an NBD export or in a file, mounted
+// read-only, or a directory. An export is attached by nbdfuse and a loop device,
+// which also works on kernels without nbd. Every Root requires [Isolate].
 type Root struct {
 	Dir string
 
 	fuseDir string
-	fuse    *exec.Cmd // nil without an export
+	fuse    *exec.Cmd // nil if it is not of an export
 	said    tail
 	ended   chan struct{}
-	mounts  []string // in the order of mounting
+	mounts  []string // in the order in which they were mounted
 }
 
-// Mount attaches the default export behind a unix socket and mounts it below
-// dir. readAhead is that of the block device in KiB: the kernel gives a loop
-// device one of its own, while /dev/nbd and virtio have 128.
+// Mount attaches the default export of a unix socket, and mounts it below dir.
+// readAhead is the readahead of the block device in KiB: /dev/nbd and virtio
+// have 128, and the kernel's default for a loop device differs.
 func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err error) {
 	r = &Root{Dir: filepath.Join(dir, "root"), fuseDir: filepath.Join(dir, "nbd"), ended: make(chan struct{})}
 	for _, d := range []string{r.Dir, r.fuseDir} {
@@ -89,8 +89,7 @@ func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err
 	return r, r.mountFile(ctx, file, readAhead)
 }
 
-// MountFile mounts the filesystem that is in a file below dir, as [Mount] does
-// that of an export.
+// MountFile mounts the filesystem in a file below dir.
 func MountFile(ctx context.Context, file, dir string, readAhead int) (*Root, error) {
 	r := &Root{Dir: filepath.Join(dir, "root")}
 	if err := os.Mkdir(r.Dir, 0o755); err != nil {
@@ -102,7 +101,7 @@ func MountFile(ctx context.Context, file, dir string, readAhead int) (*Root, err
 	return r, nil
 }
 
-// Furnish makes a Root of a directory, such as an unpacked image.
+// Furnish returns the Root of a directory, such as an unpacked image.
 func Furnish(dir string) (*Root, error) {
 	r := &Root{Dir: dir}
 	if err := r.furnish(); err != nil {
@@ -120,8 +119,7 @@ func (r *Root) mountFile(ctx context.Context, file string, readAhead int) error 
 	if err == nil {
 		err = r.mount(device, "", "ext4", unix.MS_RDONLY)
 	}
-	// Detached now, it goes when its last user does: the mount, if there is
-	// one.
+	// The kernel detaches it when its last user, the mount, is gone.
 	if _, e := Output(exec.Command("losetup", "-d", device)); err != nil || e != nil {
 		return errors.Join(err, e)
 	}
@@ -141,7 +139,7 @@ func (r *Root) waitFor(ctx context.Context, file string) error {
 		default:
 		}
 		if err := sleep(ctx, time.Millisecond); err != nil {
-			return fmt.Errorf("nbdfuse does not mount: %w", err)
+			return fmt.Errorf("nbdfuse does not mount %s: %w", r.fuseDir, err)
 		}
 	}
 }
@@ -159,8 +157,7 @@ func (r *Root) mount(source, at, kind string, flags uintptr) error {
 	return nil
 }
 
-// furnish mounts what a container would have, as far as the image has the
-// directories.
+// furnish mounts what a container has, where the image has the directory.
 func (r *Root) furnish() error {
 	for _, m := range []struct{ at, kind string }{
 		{"proc", "proc"}, {"dev", "tmpfs"}, {"tmp", "tmpfs"}, {"run", "tmpfs"}, {"var/tmp", "tmpfs"},
@@ -190,17 +187,16 @@ func (r *Root) furnish() error {
 	return os.Mkdir(filepath.Join(dev, "shm"), 0o1777)
 }
 
-// Run runs a program of the root in it, to its end, and ends what it left
-// running.
+// Run runs a program in the root, and then kills what it left running.
 func (r *Root) Run(ctx context.Context, program string, args ...string) (out string, u Usage, err error) {
 	var stdout, stderr bytes.Buffer
-	// By another program, not by SysProcAttr.Chroot: this process waits for the
-	// exec of a child with a processor in hand, which no collection of garbage
-	// gets by, and the exec waits for blocks that a [Link] here may carry.
+	// Not SysProcAttr.Chroot: this process would wait for the child's exec without
+	// letting the garbage collector run, and the exec waits for blocks that a
+	// [Link] of this process may have to carry.
 	cmd := exec.CommandContext(ctx, "chroot", append([]string{r.Dir, program}, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/tmp", "LANG=C.UTF-8"}
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.WaitDelay = 10 * time.Second // for what holds its pipes still
+	cmd.WaitDelay = 10 * time.Second // for a descendant that keeps the pipes open
 	u, err = Run(cmd)
 	if e := r.killAll(); err == nil {
 		err = e
@@ -211,7 +207,7 @@ func (r *Root) Run(ctx context.Context, program string, args ...string) (out str
 	return strings.TrimSpace(stdout.String()), u, err
 }
 
-// killAll ends the processes whose root is this one, by their IDs.
+// killAll kills the processes that have this root, by their IDs.
 func (r *Root) killAll() error {
 	for range 100 {
 		left := 0
@@ -234,10 +230,10 @@ func (r *Root) killAll() error {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return fmt.Errorf("processes in %s do not end", r.Dir)
+	return fmt.Errorf("processes in %s do not end after SIGKILL", r.Dir)
 }
 
-// Close unmounts all and lets go of the export.
+// Close unmounts everything, and disconnects from the export.
 func (r *Root) Close() error {
 	err := r.killAll()
 	for _, m := range slices.Backward(r.mounts) {
@@ -265,7 +261,7 @@ func (r *Root) Close() error {
 	return err
 }
 
-// unmount waits for the last user to let go, for a while.
+// unmount waits up to five seconds for the last user of the mount to end.
 func unmount(dir string) error {
 	var err error
 	for range 500 {

@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// Quiet waits until the machine has done next to nothing for two seconds, but
-// not longer than limit, and says how long it waited. It is for before a round,
-// on a machine that others use; a quiet one it takes two seconds of.
+// Quiet waits until the machine has been idle, to 95 %, for two seconds, but at
+// most limit, and returns how long it has waited. It is for a machine that others
+// use, before a round. On an idle machine it takes two seconds.
 func Quiet(ctx context.Context, limit time.Duration) (time.Duration, error) {
 	began := time.Now()
 	calm := 0

@@ -19,8 +19,8 @@ type Measure struct {
 	Unit  string
 }
 
-// Recorder writes rounds as lines of the Go benchmark format, as they come, and
-// keeps them for a summary:
+// Recorder writes each round as a line of the Go benchmark format at once, and
+// keeps it for a summary:
 //
 //	goos: linux
 //	cpu: Some Processor
@@ -37,7 +37,7 @@ func NewRecorder(w io.Writer) *Recorder {
 	return &Recorder{w: w, series: make(map[string]map[string][]float64)}
 }
 
-// Header writes what the figures depend on, before them.
+// Header writes what the figures depend on. Call it before Add.
 func (r *Recorder) Header(pkg string, m Machine, more ...Fact) error {
 	facts := []Fact{
 		{"goos", runtime.GOOS}, {"goarch", runtime.GOARCH}, {"pkg", pkg}, {"cpu", m.CPU},
@@ -56,7 +56,7 @@ func (r *Recorder) Header(pkg string, m Machine, more ...Fact) error {
 // Fact is a line of a header. Its key has no capitals and no spaces.
 type Fact struct{ Key, Value string }
 
-// Add records a round. The name is without the word Benchmark:
+// Add records a round. The name does not contain the word Benchmark, as in
 // "Build/image=flask/tool=thaw".
 func (r *Recorder) Add(name string, ms ...Measure) error {
 	var b strings.Builder
@@ -78,8 +78,8 @@ func (r *Recorder) keep(name string, ms []Measure) {
 	}
 }
 
-// Read adds the rounds that a Recorder wrote earlier, and hands every other
-// line to more, unless that is nil.
+// Read adds the rounds that a Recorder has written, and passes every other line
+// to more, which may be nil.
 func (r *Recorder) Read(from io.Reader, more func(line string) error) error {
 	in := bufio.NewScanner(from)
 	in.Buffer(nil, maxLine)
@@ -101,7 +101,7 @@ func (r *Recorder) Read(from io.Reader, more func(line string) error) error {
 
 const maxLine = 16 << 20
 
-// parseRound reads a line that Add wrote; ok is false of other lines.
+// parseRound reads a line that Add has written; ok is false for other lines.
 func parseRound(line string) (name string, ms []Measure, ok bool, err error) {
 	name, ok = strings.CutPrefix(line, "Benchmark")
 	fields := strings.Fields(name)
@@ -121,19 +121,19 @@ func parseRound(line string) (name string, ms []Measure, ok bool, err error) {
 	return fields[0], ms, true, nil
 }
 
-// Names are the series that there are, sorted.
+// Names returns the names of all series, sorted.
 func (r *Recorder) Names() []string { return slices.Sorted(maps.Keys(r.series)) }
 
-// Values are the rounds of a series, in order.
+// Values returns the rounds of a series, in order.
 func (r *Recorder) Values(name, unit string) []float64 { return slices.Clone(r.series[name][unit]) }
 
-// Rounds is how many rounds a series has.
+// Rounds returns how many rounds a series has.
 func (r *Recorder) Rounds(name, unit string) int { return len(r.series[name][unit]) }
 
-// Median of all rounds of a series; NaN without any.
+// Median returns the median of the rounds of a series; NaN if it has none.
 func (r *Recorder) Median(name, unit string) float64 { return Median(r.series[name][unit]) }
 
-// Max of all rounds of a series; NaN without any.
+// Max returns the largest value of the rounds of a series; NaN if it has none.
 func (r *Recorder) Max(name, unit string) float64 {
 	if len(r.series[name][unit]) == 0 {
 		return math.NaN()
@@ -141,12 +141,13 @@ func (r *Recorder) Max(name, unit string) float64 {
 	return slices.Max(r.series[name][unit])
 }
 
-// Ratio is the median of a/b, round by round.
+// Ratio returns the median of a/b, round by round.
 func (r *Recorder) Ratio(a, b, unit string) float64 {
 	return MedianRatio(r.series[a][unit], r.series[b][unit])
 }
 
-// Median is the middle value, or the mean of the two in the middle; NaN of none.
+// Median returns the middle value, or the mean of the two in the middle; NaN if v
+// is empty.
 func Median(v []float64) float64 {
 	if len(v) == 0 {
 		return math.NaN()
@@ -158,8 +159,8 @@ func Median(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// MedianRatio is the median of a[i]/b[i], as far as both go. What made one
-// round slow was likely there for its neighbour too.
+// MedianRatio returns the median of a[i]/b[i], up to the shorter length. What
+// slowed down one round has likely slowed down its neighbour, too.
 func MedianRatio(a, b []float64) float64 {
 	n := min(len(a), len(b))
 	ratios := make([]float64, n)
@@ -175,11 +176,11 @@ type Table struct {
 	rows    [][]string
 }
 
-// Row adds a row. Columns that are missing stay empty.
+// Row adds a row. Missing cells stay empty.
 func (t *Table) Row(cells ...string) { t.rows = append(t.rows, cells) }
 
-// WriteTo writes the table, aligned for those who read it as it is: the first
-// column to the left, the others to the right.
+// WriteTo writes the table with aligned columns: the first one to the left, the
+// others to the right.
 func (t *Table) WriteTo(w io.Writer) (int64, error) {
 	width := make([]int, len(t.Columns))
 	for _, row := range append([][]string{t.Columns}, t.rows...) {
@@ -226,7 +227,7 @@ func cell(row []string, i int) string {
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
-// Seconds is a time in nanoseconds for reading: 2.34 s.
+// Seconds formats a time in nanoseconds: 2.34 s.
 func Seconds(ns float64) string {
 	s := ns / 1e9
 	switch {
@@ -238,7 +239,7 @@ func Seconds(ns float64) string {
 	return fmt.Sprintf("%.1f s", s)
 }
 
-// Bytes is a number of bytes for reading: 1.23 GiB.
+// Bytes formats a number of bytes: 1.23 GiB.
 func Bytes[N int64 | float64](n N) string {
 	b := float64(n)
 	switch {

@@ -32,8 +32,8 @@ func TestMedian(t *testing.T) {
 	}
 }
 
-// The machine slowed down between rounds, for both: round by round the ratio
-// is 2, which that of the medians misses when the sides were hit unevenly.
+// The machine slows down between rounds, for both sides. Round by round the
+// ratio is 2; the ratio of the medians is not.
 func TestMedianRatio(t *testing.T) {
 	a, b := []float64{2, 20, 200, 9}, []float64{1, 10, 100}
 	if got := MedianRatio(a, b); got != 2 {

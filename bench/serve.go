@@ -15,14 +15,15 @@ import (
 	"time"
 )
 
-// BuildThaw compiles the program of this checkout to a file in dir.
+// BuildThaw compiles the thaw of this checkout into dir.
 func BuildThaw(ctx context.Context, dir string) (path string, err error) {
 	path = filepath.Join(dir, "thaw")
 	_, err = Run(exec.CommandContext(ctx, "go", "build", "-buildvcs=auto", "-o", path, "thaw/cmd/thaw"))
 	return path, err
 }
 
-// Commit says which commit a Go program is of, as far as it knows.
+// Commit returns the commit that a Go program was built from, if the program
+// knows it.
 func Commit(program string) (string, error) {
 	info, err := buildinfo.ReadFile(program)
 	if err != nil {
@@ -40,21 +41,21 @@ func Commit(program string) (string, error) {
 	return commit + more, nil
 }
 
-// Server is a `thaw serve` in a process of its own.
+// Server is a running `thaw serve`.
 type Server struct {
 	Socket string
-	Ready  time.Duration // from its start until it said so
+	Ready  time.Duration // from its start to its ready line
 
 	cmd   *exec.Cmd
 	began time.Time
 	said  tail
-	err   error // of its end
+	err   error // of the process; set before done is closed
 	done  chan struct{}
 }
 
-// Serve starts thaw serving one image on a unix socket, with its cache and
-// socket in dir, and returns when it is ready. More arguments are for `thaw
-// serve`; a later flag takes the place of an earlier one.
+// Serve starts `thaw serve` with one image on a unix socket, with its cache and
+// socket in dir, and returns once it is ready. more has further arguments; a later
+// flag overrides an earlier one.
 func Serve(ctx context.Context, thaw, image, dir string, more ...string) (*Server, error) {
 	s := &Server{Socket: filepath.Join(dir, "sock"), done: make(chan struct{})}
 	s.cmd = exec.Command(thaw, append([]string{"serve", image, "--listen", "unix:" + s.Socket, "--cache", filepath.Join(dir, "cache"), "--json", "--log-format", "json"}, more...)...)
@@ -82,13 +83,13 @@ func Serve(ctx context.Context, thaw, image, dir string, more ...string) (*Serve
 	}
 	if err != nil {
 		s.kill()
-		return nil, fmt.Errorf("%s: it did not become ready: %w%s", Command(s.cmd), err, s.said.lines())
+		return nil, fmt.Errorf("%s did not become ready: %w%s", Command(s.cmd), err, s.said.lines())
 	}
 	s.Ready = time.Since(s.began)
 	return s, nil
 }
 
-// Served is what a server says at its end.
+// Served is what a server logs at its end.
 type Served struct {
 	Usage        Usage `json:"-"`
 	FetchedBytes int64 `json:"fetched_bytes"`
@@ -102,8 +103,8 @@ type Served struct {
 	FailedChunks int64 `json:"failed_chunks"`
 }
 
-// Stop ends the server in order, and returns what it did. After Kill or a
-// first Stop it only fails.
+// Stop ends the server with SIGTERM, and returns what it served. After Kill or
+// Stop it fails.
 func (s *Server) Stop() (*Served, error) {
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		return nil, fmt.Errorf("stop thaw serve: %w%s", err, s.said.lines())
@@ -112,7 +113,7 @@ func (s *Server) Stop() (*Served, error) {
 	case <-s.done:
 	case <-time.After(time.Minute):
 		s.kill()
-		return nil, fmt.Errorf("stop thaw serve: it does not end%s", s.said.lines())
+		return nil, fmt.Errorf("stop thaw serve: it has not ended a minute after SIGTERM%s", s.said.lines())
 	}
 	if s.err != nil {
 		return nil, fmt.Errorf("thaw serve: %w%s", s.err, s.said.lines())
@@ -125,8 +126,8 @@ func (s *Server) Stop() (*Served, error) {
 	return d, nil
 }
 
-// Said is the last of the server's log, for the end of an error, once the
-// server has ended; before that it is empty.
+// Said returns the end of the server's log, for the end of an error. While the
+// server runs it is empty.
 func (s *Server) Said() string {
 	select {
 	case <-s.done:
@@ -136,7 +137,7 @@ func (s *Server) Said() string {
 	}
 }
 
-// Kill ends the server if it runs still.
+// Kill kills the server unless it has ended.
 func (s *Server) Kill() {
 	select {
 	case <-s.done:
@@ -150,7 +151,7 @@ func (s *Server) kill() {
 	<-s.done
 }
 
-// parseServed finds the summary among the lines of a log.
+// parseServed finds the summary in a log.
 func parseServed(log []byte) (*Served, error) {
 	var found *Served
 	for len(log) > 0 {
@@ -168,19 +169,19 @@ func parseServed(log []byte) (*Served, error) {
 		}
 	}
 	if found == nil {
-		return nil, errors.New("thaw serve did not say what it fetched")
+		return nil, errors.New("the log of thaw serve has no line \"stopped\" that says what it fetched")
 	}
 	return found, nil
 }
 
-// Registry is Debian's docker-registry on a loopback port.
+// Registry is a running docker-registry on a loopback port.
 type Registry struct {
 	Addr string
 	cmd  *exec.Cmd
 	said tail
 }
 
-// StartRegistry runs a registry that keeps all it has in dir.
+// StartRegistry starts a registry that stores everything in dir.
 func StartRegistry(ctx context.Context, dir string) (*Registry, error) {
 	addr, err := freeAddr()
 	if err != nil {
@@ -208,13 +209,13 @@ http: {addr: %q}
 	return r, nil
 }
 
-// Close ends the registry.
+// Close kills the registry.
 func (r *Registry) Close() {
 	r.cmd.Process.Kill() // fails only if it has ended
 	r.cmd.Wait()
 }
 
-// freeAddr is a loopback address that nobody listens on just now.
+// freeAddr returns a loopback address that was free a moment ago.
 func freeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -223,7 +224,7 @@ func freeAddr() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// waitForTCP waits until somebody listens there.
+// waitForTCP waits up to ten seconds until something listens on addr.
 func waitForTCP(ctx context.Context, addr string) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()

@@ -11,6 +11,6 @@ not JSON at all`
 		t.Errorf("%+v, %v", d, err)
 	}
 	if _, err := parseServed([]byte(`{"msg":"ready","requests":238}`)); err == nil {
-		t.Error("a log without a summary is taken")
+		t.Error("a log without a summary is accepted")
 	}
 }

@@ -12,19 +12,19 @@ import (
 	"time"
 )
 
-// Usage is what a process took, with the children that it waited for.
+// Usage is what a process used, with the children that it waited for.
 type Usage struct {
 	Wall, User, Sys time.Duration
-	// PeakRSS is the most bytes that one process of the tree had resident. It
-	// is at least what this process itself had when it started the other:
-	// Linux counts what a process was before exec.
+	// PeakRSS is the largest resident set of any process of the tree, in bytes.
+	// It is at least that of this process when it started the other: Linux also
+	// counts what a process had before exec.
 	PeakRSS int64
-	// Others is processor time that everything else on the machine took
-	// meanwhile: what makes a round suspect.
+	// Others is the processor time that the rest of the machine used meanwhile.
+	// A round with much of it is suspect.
 	Others time.Duration
 }
 
-// Units of the measures that a Usage has.
+// Units of the measures of a Usage.
 const (
 	Wall   = "ns/op"
 	User   = "user-ns"
@@ -34,7 +34,7 @@ const (
 	Others = "others-cpu-ns"
 )
 
-// Measures are for a [Recorder].
+// Measures returns u for a [Recorder].
 func (u Usage) Measures() []Measure {
 	return []Measure{
 		{float64(u.Wall), Wall}, {float64(u.User), User}, {float64(u.Sys), Sys}, {float64(u.User + u.Sys), CPU},
@@ -42,13 +42,13 @@ func (u Usage) Measures() []Measure {
 	}
 }
 
-// Then is the usage of u followed by v.
+// Then returns the usage of u followed by v.
 func (u Usage) Then(v Usage) Usage {
 	return Usage{u.Wall + v.Wall, u.User + v.User, u.Sys + v.Sys, max(u.PeakRSS, v.PeakRSS), u.Others + v.Others}
 }
 
-// Run runs a command to its end. The error of one that fails has what it
-// said last on stderr, unless that goes elsewhere.
+// Run runs a command to its end. Its error contains the end of stderr, unless
+// cmd.Stderr is set.
 func Run(cmd *exec.Cmd) (Usage, error) {
 	var said tail
 	if cmd.Stderr == nil {
@@ -82,7 +82,7 @@ func Run(cmd *exec.Cmd) (Usage, error) {
 	return u, nil
 }
 
-// usageOf reads what the kernel says of a process that has ended.
+// usageOf returns what the kernel counted for a process that has ended.
 func usageOf(p *os.ProcessState, wall time.Duration) Usage {
 	u := Usage{Wall: wall, User: p.UserTime(), Sys: p.SystemTime()}
 	if r, ok := p.SysUsage().(*syscall.Rusage); ok {
@@ -91,8 +91,8 @@ func usageOf(p *os.ProcessState, wall time.Duration) Usage {
 	return u
 }
 
-// Output runs a command to its end and returns its stdout without space at
-// the ends.
+// Output runs a command to its end, and returns its stdout without leading and
+// trailing space.
 func Output(cmd *exec.Cmd) (string, error) {
 	var out bytes.Buffer
 	cmd.Stdout = &out
@@ -100,7 +100,7 @@ func Output(cmd *exec.Cmd) (string, error) {
 	return strings.TrimSpace(out.String()), err
 }
 
-// Command is a command as one would type it.
+// Command formats a command as a shell would accept it.
 func Command(cmd *exec.Cmd) string {
 	words := make([]string, len(cmd.Args))
 	for i, a := range cmd.Args {
@@ -114,7 +114,7 @@ func Command(cmd *exec.Cmd) string {
 	return strings.Join(words, " ")
 }
 
-// dieWithUs makes a child end when this process is killed.
+// dieWithUs makes the kernel kill the child when this process ends.
 func dieWithUs(cmd *exec.Cmd) {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -122,7 +122,7 @@ func dieWithUs(cmd *exec.Cmd) {
 	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 }
 
-// busyTime is the processor time that the machine has spent on anything,
+// busyTime returns the processor time that the machine has used so far; see
 // proc(5).
 func busyTime() (time.Duration, error) {
 	b, err := os.ReadFile("/proc/stat")
@@ -133,12 +133,12 @@ func busyTime() (time.Duration, error) {
 	return parseBusy(line)
 }
 
-// parseBusy sums user, nice, system, irq and softirq of a line of /proc/stat:
-// not idle, iowait, what was stolen, nor guest, which user has already.
+// parseBusy sums user, nice, system, irq and softirq of a line of /proc/stat. It
+// leaves out idle, iowait and steal, and guest, which user contains.
 func parseBusy(line string) (time.Duration, error) {
 	fields := strings.Fields(line)
 	if len(fields) < 8 || fields[0] != "cpu" {
-		return 0, fmt.Errorf("/proc/stat begins with %q", line)
+		return 0, fmt.Errorf("/proc/stat: the first line is %q, not the one of all processors", line)
 	}
 	var ticks int64
 	for _, i := range []int{1, 2, 3, 6, 7} {
@@ -162,7 +162,7 @@ func selfTime() (time.Duration, error) {
 	return time.Duration(r.Utime.Nano() + r.Stime.Nano()), nil
 }
 
-// tail keeps the last of what is written to it.
+// tail keeps the last tailBytes that were written to it.
 type tail struct{ b []byte }
 
 const tailBytes = 4 << 10
@@ -175,7 +175,7 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// lines is what was said, for the end of an error.
+// lines returns the bytes for the end of an error: after a line break, or empty.
 func (t *tail) lines() string {
 	if s := strings.TrimSpace(string(t.b)); s != "" {
 		return "\n" + s

@@ -8,7 +8,7 @@ import (
 )
 
 func TestRun(t *testing.T) {
-	// A grandchild that keeps 32 MiB: the tree's usage has it.
+	// The usage contains that of a grandchild, which keeps 32 MiB.
 	u, err := Run(exec.Command("sh", "-c", `sh -c 'x=$(head -c 33554432 /dev/zero | tr "\0" x); : ${#x}'; :`))
 	if err != nil {
 		t.Fatal(err)
@@ -17,7 +17,7 @@ func TestRun(t *testing.T) {
 		t.Errorf("usage %+v", u)
 	}
 	if u.PeakRSS < 32<<20 {
-		t.Errorf("peak RSS %d, though a process kept 32 MiB", u.PeakRSS)
+		t.Errorf("peak RSS %d, although a process kept 32 MiB", u.PeakRSS)
 	}
 }
 
@@ -53,7 +53,7 @@ func TestParseBusy(t *testing.T) {
 	}
 	for _, bad := range []string{"", "cpu0 1 2 3 4 5 6 7", "cpu 1 2 x 4 5 6 7"} {
 		if _, err := parseBusy(bad); err == nil {
-			t.Errorf("%q is taken", bad)
+			t.Errorf("%q is accepted", bad)
 		}
 	}
 }
@@ -81,7 +81,7 @@ func TestMachine(t *testing.T) {
 
 func TestNeed(t *testing.T) {
 	err := Need(Program{Name: "sh"}, Program{Name: "no-such-program", Package: "a-package"})
-	if err == nil || !strings.Contains(err.Error(), "root") && !strings.Contains(err.Error(), "lacks no-such-program: apt-get install a-package") {
+	if err == nil || !strings.Contains(err.Error(), "root") && !strings.Contains(err.Error(), "requires no-such-program: apt-get install a-package") {
 		t.Error(err)
 	}
 }

@@ -14,17 +14,17 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 )
 
-// Workload is an OCI layout by scripts/workloads: an image tagged latest, whose
-// program prints one line when it has its answer.
+// Workload is an OCI layout that scripts/workloads has made. Its image is tagged
+// latest, and its program prints one line with its answer.
 type Workload struct {
 	Name, Dir string
-	Answer    string // that the line has in it
+	Answer    string // a part of that line
 }
 
 // Start is the program of every workload's image.
 const Start = "/app/run"
 
-// answers are what the programs of scripts/workloads print, at least.
+// answers are parts of what the programs of scripts/workloads print.
 var answers = map[string]string{
 	"flask":    "hello from flask",
 	"sklearn":  "score 0.9",
@@ -32,19 +32,19 @@ var answers = map[string]string{
 	"chromium": "hello from chromium",
 }
 
-// Ref is how umoci and skopeo name the image.
+// Ref is the name of the image for umoci and skopeo.
 func (w Workload) Ref() string { return w.Dir + ":latest" }
 
-// Check fails where the program printed something else than its answer.
+// Check returns an error unless the program printed its answer.
 func (w Workload) Check(printed string) error {
 	if printed == "" || !strings.Contains(printed, w.Answer) {
-		return fmt.Errorf("%s printed %q, want %q in it", Start, printed, w.Answer)
+		return fmt.Errorf("%s printed %q, which does not contain %q", Start, printed, w.Answer)
 	}
 	return nil
 }
 
-// FindWorkloads looks for layouts in a directory: all of them, or those named
-// in only, with commas between.
+// FindWorkloads returns the layouts in a directory: all, or those that only names,
+// separated by commas.
 func FindWorkloads(dir, only string) ([]Workload, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -63,7 +63,7 @@ func FindWorkloads(dir, only string) ([]Workload, error) {
 		}
 	}
 	if len(names) == 0 {
-		return nil, fmt.Errorf("no OCI layouts in %s: scripts/workloads makes some", dir)
+		return nil, fmt.Errorf("no OCI layouts in %s: run scripts/workloads %s", dir, dir)
 	}
 	var workloads []Workload
 	for _, n := range names {
@@ -76,7 +76,7 @@ func FindWorkloads(dir, only string) ([]Workload, error) {
 	return workloads, nil
 }
 
-// Push copies the image of a layout that has a tag to a registry, as it is.
+// Push copies the image with a tag from a layout to a registry, unchanged.
 func Push(ctx context.Context, oci, tag, to string) (v1.Image, error) {
 	ref, err := name.ParseReference(to, name.Insecure)
 	if err != nil {
@@ -100,11 +100,11 @@ func Push(ctx context.Context, oci, tag, to string) (v1.Image, error) {
 		}
 		return img, remote.Write(ref, img, remote.WithContext(ctx))
 	}
-	return nil, fmt.Errorf("%s has no image tagged %s", oci, tag)
+	return nil, fmt.Errorf("no image tagged %s in %s", tag, oci)
 }
 
-// ReadAll brings the files of a directory into the page cache, and says how
-// large they are.
+// ReadAll reads the files of a directory into the page cache, and returns their
+// size.
 func ReadAll(dir string) (int64, error) {
 	var total int64
 	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {

@@ -20,17 +20,23 @@ import (
 	"thaw/bench"
 )
 
-// Image makes a layout of a static program that prints what it finds in a file
-// of the layer below.
+// Image returns an OCI layout with a static program that prints the beginning of
+// a file in the layer below. With an argument, the program runs for an hour.
 func Image(t *testing.T) bench.Workload {
 	t.Helper()
 	dir := t.TempDir()
 	src := filepath.Join(dir, "run.go")
 	err := os.WriteFile(src, []byte(`package main
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 func main() {
+	if len(os.Args) > 1 {
+		time.Sleep(time.Hour)
+	}
 	b, err := os.ReadFile("/data")
 	if err != nil {
 		panic(err)

@@ -1,5 +1,5 @@
-// Package benchtest has what the tests of benchmarks share: mounts that end with
-// them, and an image that is small enough to start in no time.
+// Package benchtest has what the tests of the benchmarks share: a private mount
+// namespace, and a small image.
 package benchtest
 
 import (
@@ -11,8 +11,8 @@ import (
 	"thaw/bench"
 )
 
-// Main is the TestMain of a benchmark: as root its tests run where their mounts are
-// seen by nobody else, as the benchmark itself does.
+// Main is the TestMain of a benchmark. As root it runs the tests in a mount
+// namespace of their own, as the benchmark itself does.
 func Main(m *testing.M) {
 	if os.Geteuid() == 0 {
 		if code, done, err := bench.Isolate(context.Background()); done || err != nil {

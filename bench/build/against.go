@@ -16,20 +16,20 @@ import (
 	"thaw/bench"
 )
 
-// side makes a filesystem of an image in dir, and says how large it is there.
+// side is a tool that makes a filesystem of an image in dir, and returns its size.
 type side struct {
 	tool  string
 	build func(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error)
 }
 
 const (
-	onDisk = "on-disk-ns" // wall time, with a sync of the file system behind it
+	onDisk = "on-disk-ns" // wall time, including a sync of the file system
 	output = "output-B"
 )
 
-// against compares thaw with what there is: unpacking the image, and making a
-// filesystem of that. umoci comes twice: unpack writes a runtime bundle, of
-// which an mtree manifest takes a good part, raw unpack writes the files alone.
+// against compares thaw with unpacking the image and making a filesystem of the
+// files. umoci is measured twice: `unpack` writes a runtime bundle, whose mtree
+// manifest takes much of its time; `raw unpack` only writes the files.
 func (b *benchmark) against(ctx context.Context, images []bench.Workload) error {
 	sides := []side{
 		{"thaw", b.buildThaw},
@@ -63,8 +63,8 @@ func buildName(m bench.Workload, tool string) string {
 	return "Build/image=" + m.Name + "/tool=" + tool
 }
 
-// round runs a side once, and again where others had the machine meanwhile and
-// -quiet is set.
+// round runs a side once. With -quiet, it repeats a round in which other processes
+// used the machine.
 func (b *benchmark) round(ctx context.Context, m bench.Workload, s side, round int) error {
 	for try := 1; ; try++ {
 		u, ms, err := b.once(ctx, m, s)
@@ -75,15 +75,15 @@ func (b *benchmark) round(ctx context.Context, m bench.Workload, s side, round i
 			progress("%s %d: %s %.1f s", m.Name, round+1, s.tool, u.Wall.Seconds())
 			return b.rec.Add(buildName(m, s.tool), ms...)
 		}
-		progress("%s %d: %s %.1f s, while others took %.1f s of processor time; once more", m.Name, round+1, s.tool, u.Wall.Seconds(), u.Others.Seconds())
+		progress("%s %d: %s %.1f s, but other processes used %.1f s of processor time: repeating it", m.Name, round+1, s.tool, u.Wall.Seconds(), u.Others.Seconds())
 	}
 }
 
-// mostTries bounds how often a round is repeated: the last counts in any case.
+// mostTries bounds how often a round is run. The last one counts in any case.
 const mostTries = 5
 
-// once runs a side in a directory that is new, with nothing left to be written
-// of what was before.
+// once runs a side in a new directory, after everything earlier was written to the
+// disk.
 func (b *benchmark) once(ctx context.Context, m bench.Workload, s side) (u bench.Usage, ms []bench.Measure, err error) {
 	dir := filepath.Join(b.dir, "round")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -113,7 +113,7 @@ func (b *benchmark) once(ctx context.Context, m bench.Workload, s side) (u bench
 
 func (b *benchmark) buildThaw(ctx context.Context, m bench.Workload, dir string) (bench.Usage, int64, error) {
 	oci := filepath.Join(dir, "oci")
-	// Its temporary files stand beside what it makes, as the peers' do.
+	// Its temporary files lie beside its output, as those of the peers do.
 	u, err := bench.Run(exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.Ref(), "oci:"+oci+":thaw", "--size", b.size, "--temp", dir))
 	if err != nil {
 		return u, 0, err
@@ -122,7 +122,7 @@ func (b *benchmark) buildThaw(ctx context.Context, m bench.Workload, dir string)
 	return u, size, err
 }
 
-// buildPeer unpacks with umoci to root, and makes an ext4 of that.
+// buildPeer unpacks with umoci to root, and makes an ext4 filesystem of it.
 func (b *benchmark) buildPeer(ctx context.Context, _ bench.Workload, dir, root string, unpack ...string) (bench.Usage, int64, error) {
 	u, err := bench.Run(exec.CommandContext(ctx, umoci.Name, unpack...))
 	if err != nil {
@@ -137,10 +137,10 @@ func (b *benchmark) buildPeer(ctx context.Context, _ bench.Workload, dir, root s
 	return u.Then(v), size, err
 }
 
-// allocated is what a file, or all files below a directory, take on disk.
+// allocated returns the disk space of a file, or of all files below a directory.
 func allocated(path string) (int64, error) {
 	var total int64
-	err := filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(path, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
@@ -150,7 +150,7 @@ func allocated(path string) (int64, error) {
 		}
 		st, ok := info.Sys().(*syscall.Stat_t)
 		if !ok {
-			return errors.New("a file without a count of blocks")
+			return fmt.Errorf("disk space of %s: the system does not report it", path)
 		}
 		total += st.Blocks * 512
 		return nil
@@ -158,8 +158,7 @@ func allocated(path string) (int64, error) {
 	return total, err
 }
 
-// syncDir writes out the file system that dir is on, and says how long it
-// took.
+// syncDir syncs the file system of dir, and returns how long that took.
 func syncDir(dir string) (time.Duration, error) {
 	f, err := os.Open(dir)
 	if err != nil {

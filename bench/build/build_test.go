@@ -72,7 +72,7 @@ func TestChunkSizes(t *testing.T) {
 	leftNothing(t, b)
 }
 
-// A program that answers something else fails the benchmark, which cleans up.
+// A program with a wrong answer fails the benchmark, which still cleans up.
 func TestWrongAnswer(t *testing.T) {
 	b := testBenchmark(t, io.Discard, nbdfuse, fuse3, losetup, registry)
 	m := benchtest.Image(t)
@@ -84,8 +84,8 @@ func TestWrongAnswer(t *testing.T) {
 	leftNothing(t, b)
 }
 
-// leftNothing fails the test if there is more left than the program, mounts
-// and loop devices among it.
+// leftNothing fails the test if the benchmark has left anything but the program:
+// files, mounts or loop devices.
 func leftNothing(t *testing.T, b *benchmark) {
 	t.Helper()
 	entries, err := os.ReadDir(b.dir)
@@ -101,7 +101,7 @@ func leftNothing(t *testing.T, b *benchmark) {
 		t.Fatal(err)
 	}
 	for _, f := range backing {
-		// One that is gone meanwhile was somebody else's.
+		// A device that has disappeared was not this test's.
 		if file, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(file), b.dir) {
 			t.Errorf("left attached: %s from %s", f, file)
 		}

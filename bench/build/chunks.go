@@ -23,9 +23,9 @@ const (
 	wire       = "wire-B"
 )
 
-// chunkSizes builds each image with each chunk size, and runs its program from
-// what came of it, from an empty cache, with the layout as the origin and with
-// a registry behind a slow link.
+// chunkSizes builds each image with each chunk size. It then runs the image's
+// program from each block image, on an empty cache, with two origins: the layout,
+// and a registry behind a slow link.
 func (b *benchmark) chunkSizes(ctx context.Context, images []bench.Workload) error {
 	sizes := strings.Split(b.sizes, ",")
 	for _, m := range images {
@@ -95,7 +95,7 @@ func tagOf(addr string, m bench.Workload, size string) string {
 	return addr + "/" + m.Name + ":" + strings.ToLower(size)
 }
 
-// buildChunks makes the block image.
+// buildChunks builds the block image with chunks of one size.
 func (b *benchmark) buildChunks(ctx context.Context, m bench.Workload, size, oci string) error {
 	cmd := exec.CommandContext(ctx, b.thaw, "build", "oci:"+m.Ref(), "oci:"+oci+":thaw", "--size", b.size, "--chunk-size", size, "--temp", b.dir, "--json")
 	var out strings.Builder
@@ -111,7 +111,7 @@ func (b *benchmark) buildChunks(ctx context.Context, m bench.Workload, size, oci
 		Stored  int64 `json:"stored_bytes"`
 	}
 	if err := json.Unmarshal([]byte(out.String()), &built); err != nil {
-		return fmt.Errorf("what thaw build says: %w", err)
+		return fmt.Errorf("output of thaw build: %w", err)
 	}
 	progress("%s: built with chunks of %s in %.1f s", m.Name, size, u.Wall.Seconds())
 	return b.rec.Add(chunkName(m, size), append(u.Measures(),
@@ -119,8 +119,8 @@ func (b *benchmark) buildChunks(ctx context.Context, m bench.Workload, size, oci
 		bench.Measure{Value: float64(built.Index), Unit: indexBytes}, bench.Measure{Value: float64(built.Chunks), Unit: chunkCount})...)
 }
 
-// start runs the program of an image once, from an empty cache, and records it
-// under a name unless that is empty.
+// start runs the program of an image once, on an empty cache, and records the
+// result unless name is empty.
 func (b *benchmark) start(ctx context.Context, m bench.Workload, name, ref string) (ms []bench.Measure, err error) {
 	dir, err := os.MkdirTemp(b.dir, "start-")
 	if err != nil {
@@ -160,7 +160,7 @@ func (b *benchmark) start(ctx context.Context, m bench.Workload, name, ref strin
 		return nil, err
 	}
 	if served.WrongChunks+served.FailedChunks > 0 {
-		return nil, fmt.Errorf("%d chunks came wrong and %d not at all", served.WrongChunks, served.FailedChunks)
+		return nil, fmt.Errorf("%d chunks arrived damaged, and %d could not be fetched", served.WrongChunks, served.FailedChunks)
 	}
 	progress("%s from %s: %.2f s, %d requests for %s", m.Name, ref, took.Seconds(), served.Requests, bench.Bytes(served.FetchedBytes))
 	ms = []bench.Measure{

@@ -1,13 +1,12 @@
-// Command build measures `thaw build`: against umoci and mke2fs, which make an
-// ext4 of an image too, and with chunks of several sizes.
+// Command build measures `thaw build`: against umoci and mke2fs, which also make an
+// ext4 filesystem of an image, and with several chunk sizes.
 //
 //	go run ./bench/build -images DIR            thaw build against umoci unpack + mke2fs -d
 //	go run ./bench/build -images DIR -chunks    chunk sizes: what is stored, and what a first run fetches
 //
-// DIR has OCI layouts as scripts/workloads makes them, each with an image
-// tagged latest whose program is /app/run. A line a round goes to stdout, in
-// the format that benchstat reads, and a table at the end; progress goes to
-// stderr.
+// DIR has OCI layouts by scripts/workloads, each with an image tagged latest whose
+// program is /app/run. Each round is a line on stdout, in the format that benchstat
+// reads; a table follows. Progress goes to stderr.
 package main
 
 import (
@@ -41,17 +40,17 @@ type options struct {
 
 func main() {
 	var o options
-	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, by scripts/workloads")
-	flag.StringVar(&o.only, "only", "", "only these images of it, with commas between")
-	flag.IntVar(&o.rounds, "rounds", 5, "of every side")
-	flag.StringVar(&o.dir, "dir", os.TempDir(), "where to work: on a disk, with room for twice the largest image unpacked")
-	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
+	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, made by scripts/workloads")
+	flag.StringVar(&o.only, "only", "", "only these images, separated by commas")
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds of each side")
+	flag.StringVar(&o.dir, "dir", os.TempDir(), "working directory, on a disk with room for twice the largest unpacked image")
+	flag.StringVar(&o.size, "size", "8G", "size of the filesystems")
 	flag.BoolVar(&o.chunks, "chunks", false, "compare chunk sizes")
-	flag.StringVar(&o.sizes, "sizes", "64K,128K,256K,512K,1M", "with -chunks: the chunk sizes")
+	flag.StringVar(&o.sizes, "sizes", "64K,128K,256K,512K,1M", "with -chunks: chunk sizes, separated by commas")
 	flag.DurationVar(&o.rtt, "rtt", 20*time.Millisecond, "with -chunks: round trip of the link to the registry")
 	flag.Int64Var(&o.mbits, "mbits", 200, "with -chunks: rate of the link in Mbit/s")
-	flag.IntVar(&o.readAhead, "readahead", 128, "with -chunks: KiB that the kernel reads ahead")
-	flag.DurationVar(&o.quiet, "quiet", 0, "before each round wait for the machine to be idle, at most this long, and repeat builds that others disturb")
+	flag.IntVar(&o.readAhead, "readahead", 128, "with -chunks: readahead of the kernel in KiB")
+	flag.DurationVar(&o.quiet, "quiet", 0, "wait for an idle machine before each round, at most this long, and repeat builds that other processes disturb")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code, err := run(ctx, o)
@@ -124,27 +123,27 @@ func run(ctx context.Context, o options) (code int, err error) {
 	return 0, b.against(ctx, images)
 }
 
-// commandLine is what was typed, as far as one can know.
+// commandLine returns the command for the header.
 func commandLine() string {
 	return "go run ./bench/" + bench.Command(&exec.Cmd{Args: append([]string{"build"}, os.Args[1:]...)})
 }
 
-// benchmark is what both comparisons work with.
+// benchmark is the state that both comparisons share.
 type benchmark struct {
 	options
-	dir  string // of its own
+	dir  string // working directory of this run
 	thaw string // the program
 	rec  *bench.Recorder
 	out  io.Writer
 
-	verified map[string]bool // images of which thaw's result was verified
+	verified map[string]bool // images whose block image thaw verify has checked
 }
 
-// calm waits for others to be done with the machine, where that is wanted.
+// calm waits for an idle machine if -quiet is set.
 func (b *benchmark) calm(ctx context.Context) error {
 	waited, err := bench.Quiet(ctx, b.quiet)
 	if waited > 10*time.Second {
-		progress("waited %.0f s for others", waited.Seconds())
+		progress("waited %.0f s for an idle machine", waited.Seconds())
 	}
 	return err
 }

@@ -12,8 +12,8 @@ import (
 	"gonum.org/v1/plot/vg/draw"
 )
 
-// barFigure has a panel for each image, with a bar for each row. Every panel has
-// a scale of its own: seconds of one image say nothing of another's.
+// barFigure has a panel for each image, with a bar for each row. Each panel has
+// its own scale, because the times of different images are not comparable.
 func (r *results) barFigure(l link) *figure {
 	f := &figure{title: "Cold starts over " + l.String(), height: vg.Length(len(r.rows()))*0.25*vg.Inch + 1*vg.Inch}
 	for _, image := range r.images() {
@@ -38,7 +38,7 @@ type bars struct {
 	rows    []string
 	seconds []float64
 	colours []color.Color
-	limit   float64 // NaN: not known
+	limit   float64 // NaN if unknown
 }
 
 func (r *results) bars(image string, l link) bars {
@@ -60,12 +60,12 @@ func (b bars) panel(image string) *plot.Plot {
 	p.Add(b)
 	p.NominalY(b.rows...)
 	p.X.Min, p.Y.Min, p.Y.Max = 0, -0.6, float64(len(b.rows))-0.4
-	p.X.Max *= 1.14 // room for the figures behind the bars
+	p.X.Max *= 1.14 // room for the figures beside the bars
 	p.X.Padding = 0
 	return p
 }
 
-// DataRange is for the axes.
+// DataRange returns the range of the axes.
 func (b bars) DataRange() (xmin, xmax, ymin, ymax float64) {
 	xmax = slices.Max(b.seconds)
 	if !math.IsNaN(b.limit) {
@@ -74,10 +74,10 @@ func (b bars) DataRange() (xmin, xmax, ymin, ymax float64) {
 	return 0, xmax, 0, float64(len(b.rows))
 }
 
-// Plot draws the bars, each with its figure, and the limit.
+// Plot draws each bar with its figure, and the limit.
 func (b bars) Plot(c draw.Canvas, p *plot.Plot) {
 	x, y := p.Transforms(&c)
-	style := textStyle(9, draw.XLeft, draw.YCenter)
+	style := textStyle(9, draw.XLeft)
 	for i, s := range b.seconds {
 		low, high, end := y(float64(i)-0.36), y(float64(i)+0.36), x(s)
 		c.FillPolygon(b.colours[i], []vg.Point{{X: x(0), Y: low}, {X: end, Y: low}, {X: end, Y: high}, {X: x(0), Y: high}})
@@ -88,7 +88,7 @@ func (b bars) Plot(c draw.Canvas, p *plot.Plot) {
 	for i, s := range b.seconds {
 		text := strconv.FormatFloat(s, 'f', 2, 64)
 		at := vg.Point{X: x(s) + vg.Points(4), Y: y(float64(i))}
-		// White behind it, where the line of the limit is.
+		// A white background, where the figure overlaps the line of the limit.
 		c.FillPolygon(color.White, []vg.Point{
 			{X: at.X - vg.Points(1), Y: at.Y - vg.Points(5)}, {X: at.X + style.Width(text) + vg.Points(1), Y: at.Y - vg.Points(5)},
 			{X: at.X + style.Width(text) + vg.Points(1), Y: at.Y + vg.Points(5)}, {X: at.X - vg.Points(1), Y: at.Y + vg.Points(5)}})

@@ -13,19 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
 
 // benchmark is one run of this command.
 type benchmark struct {
 	options
 	results *results
-	dir     string // of its own
+	dir     string // working directory of this run
 	chosen  []row
 	out     io.Writer
-	warm    []string // files of the programs that the host has
+	warm    []string // files of the programs that a host has in memory
 }
 
-// site is an image that is prepared, behind a link.
+// site is a prepared image behind a link.
 type site struct {
 	*prepared
 	*wires
@@ -34,9 +35,7 @@ type site struct {
 // image measures all rows of an image over all links.
 func (b *benchmark) image(ctx context.Context, w bench.Workload) (err error) {
 	if b.warm == nil {
-		if b.warm, err = b.hostFiles(ctx); err != nil {
-			return err
-		}
+		b.warm = b.hostFiles(ctx)
 	}
 	p, err := b.prepare(ctx, w)
 	if p != nil {
@@ -109,8 +108,8 @@ func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err e
 	return nil
 }
 
-// forget makes the kernel's memory of files what it is on a host that never saw
-// the image: nothing of it, but the programs that start images all day.
+// forget makes the page cache that of a host that has never had the image: it
+// holds the programs that start images, and nothing else.
 func (b *benchmark) forget() error {
 	unix.Sync()
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
@@ -124,21 +123,18 @@ func (b *benchmark) forget() error {
 	return nil
 }
 
-// hostFiles are the programs that the chosen rows run on the host, with the
+// hostFiles returns the programs that the chosen rows run on the host, and the
 // libraries that they are linked to.
-func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
+func (b *benchmark) hostFiles(ctx context.Context) []string {
 	files := []string{b.thaw}
-	names := append([]string{"chroot"}, stargzPrograms...)
-	for _, p := range needsOf(b.chosen) {
-		names = append(names, p.Name)
-	}
-	for _, name := range names {
-		path, err := exec.LookPath(name)
+	programs := append([]bench.Program{{Name: "chroot"}}, stargz.Programs...)
+	for _, p := range append(programs, needsOf(b.chosen)...) {
+		path, err := exec.LookPath(p.Name)
 		if err != nil {
-			continue // not needed, or Need had said so
+			continue // no chosen row needs it: Need has checked those
 		}
 		files = append(files, path)
-		// It fails on programs that are linked to nothing.
+		// ldd fails for static programs.
 		out, _ := exec.CommandContext(ctx, "ldd", path).Output()
 		for field := range strings.FieldsSeq(string(out)) {
 			if strings.HasPrefix(field, "/") {
@@ -146,7 +142,7 @@ func (b *benchmark) hostFiles(ctx context.Context) ([]string, error) {
 			}
 		}
 	}
-	return files, nil
+	return files
 }
 
 func readFile(path string) error {

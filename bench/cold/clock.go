@@ -7,21 +7,21 @@ import (
 	"thaw/bench"
 )
 
-// clock times one start, and watches the link meanwhile.
+// clock times one start, and samples what the link carries meanwhile.
 type clock struct {
 	w      *wires
 	began  time.Time
 	before bench.LinkStats
 	marks  []mark
 	end    time.Duration
-	used   bench.LinkStats // between the beginning and the end
+	used   bench.LinkStats // from start to stop
 
-	down []int64 // bytes that had come, every step
+	down []int64 // bytes received so far, every step
 	quit chan struct{}
 	wg   sync.WaitGroup
 }
 
-// mark is when something happened, since the beginning.
+// mark is an event, and its time since the start.
 type mark struct {
 	name string
 	at   time.Duration
@@ -29,16 +29,16 @@ type mark struct {
 
 // The names of marks.
 const (
-	ready    = "ready"    // the server says so
-	mounted  = "mounted"  // the filesystem is
-	pulled   = "pulled"   // the image is here
-	unpacked = "unpacked" // and its files are
+	ready    = "ready"    // the server has printed its ready line
+	mounted  = "mounted"  // the filesystem is mounted
+	pulled   = "pulled"   // the image is downloaded
+	unpacked = "unpacked" // its files are written
 )
 
-// step is how often the link is looked at.
+// step is the time between two samples.
 const step = 5 * time.Millisecond
 
-// start is the beginning: what was done before is not counted.
+// start starts the clock. What the link carried before is not counted.
 func (c *clock) start() {
 	c.quit = make(chan struct{})
 	c.before = c.w.stats()
@@ -57,8 +57,8 @@ func (c *clock) start() {
 	})
 }
 
-// sample fills in all steps until now, of which the ticker may have left some
-// out.
+// sample records the bytes for all steps until now. The ticker may have skipped
+// some.
 func (c *clock) sample() {
 	n := c.w.stats().Down - c.before.Down
 	for due := int(time.Since(c.began) / step); len(c.down) < due; {
@@ -66,19 +66,19 @@ func (c *clock) sample() {
 	}
 }
 
-// sofar is the time since the beginning.
+// sofar returns the time since the start.
 func (c *clock) sofar() time.Duration { return time.Since(c.began) }
 
 func (c *clock) mark(name string) { c.marks = append(c.marks, mark{name, c.sofar()}) }
 
-// stop is the end of a start that took so long.
+// stop stops the clock at a time since the start.
 func (c *clock) stop(took time.Duration) {
 	c.end = took
 	c.used = c.w.stats().Sub(c.before)
 	c.abandon()
 }
 
-// abandon ends the watching, if it has not ended.
+// abandon ends the sampling. It may be called again.
 func (c *clock) abandon() {
 	if c.quit != nil {
 		close(c.quit)
@@ -87,7 +87,7 @@ func (c *clock) abandon() {
 	}
 }
 
-// measures are for the recorder.
+// measures returns the times and what the link carried, for the recorder.
 func (c *clock) measures() []bench.Measure {
 	ms := []bench.Measure{{Value: float64(c.end), Unit: bench.Wall}}
 	for _, m := range c.marks {

@@ -38,7 +38,7 @@ func testBenchmark(t *testing.T, out *bytes.Buffer, o options) *benchmark {
 	return b
 }
 
-// All rows that need no other peer, of a small image.
+// All rows but those of stargz start a small image.
 func TestRowsStart(t *testing.T) {
 	wanted := []string{localWarm, localCold, resident, fullPull, nbdkitCurl, thawPlain, thawTrace, thawBundle}
 	v, err := parseVariant("slow-ahead=thaw-trace --prefetch-rate 100M")
@@ -63,7 +63,7 @@ func TestRowsStart(t *testing.T) {
 	}
 	pulled, size := b.results.rec.Median(startName(w.Name, "quick", fullPull), wireBytes), b.results.rec.Median(planName(w.Name), imageUnit)
 	if pulled < size || pulled > size+10e3 {
-		t.Errorf("a full pull of %v bytes came as %v", size, pulled)
+		t.Errorf("a full pull of %v bytes transferred %v", size, pulled)
 	}
 	if b.results.timelines[startName(w.Name, "quick", thawBundle)] == nil {
 		t.Error("no timeline")
@@ -77,12 +77,12 @@ func TestRowsStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, want := again.limit(w.Name, b.links[0]), b.results.limit(w.Name, b.links[0]); got != want {
-		t.Errorf("the limit is %v, and when read again %v", want, got)
+		t.Errorf("the limit is %v, and %v when read from the file", want, got)
 	}
 	leftNothing(t, b)
 }
 
-// A program that answers something else fails the benchmark, which cleans up.
+// A program with a wrong answer fails the benchmark, which still cleans up.
 func TestWrongAnswer(t *testing.T) {
 	var out bytes.Buffer
 	b := testBenchmark(t, &out, options{rows: thawPlain})
@@ -94,8 +94,8 @@ func TestWrongAnswer(t *testing.T) {
 	leftNothing(t, b)
 }
 
-// leftNothing fails the test if there is more left than the program, mounts
-// among it.
+// leftNothing fails the test if the benchmark has left anything but the program:
+// files or mounts.
 func leftNothing(t *testing.T, b *benchmark) {
 	t.Helper()
 	entries, err := os.ReadDir(b.dir)

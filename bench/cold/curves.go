@@ -10,8 +10,8 @@ import (
 	"gonum.org/v1/plot/vg/draw"
 )
 
-// timeFigure has, for each link, the bytes that it had carried against the time:
-// on the left of all rows that fetch, on the right of those that know what to.
+// timeFigure shows, for each link, the bytes that it has carried against time. The
+// left panel has all rows that fetch, the right one those with a trace or a bundle.
 func (r *results) timeFigure(image string) *figure {
 	f := &figure{title: "What the link carried when: " + image, height: 3.4 * vg.Inch}
 	drawn := make(map[string]bool)
@@ -55,7 +55,7 @@ func (r *results) curveStyle(row string) draw.LineStyle {
 	return draw.LineStyle{Color: r.colour(row), Width: vg.Points(1.6)}
 }
 
-// answered is the mark at the end of a timeline.
+// answered is the mark at the end of each timeline.
 const answered = "answer"
 
 var markKinds = []struct {
@@ -98,10 +98,10 @@ type curves struct {
 	lines  []*timeline
 	styles []draw.LineStyle
 	rate   plotter.XYs
-	limit  float64 // seconds; NaN: not known
+	limit  float64 // seconds; NaN if unknown
 }
 
-// DataRange is for the axes.
+// DataRange returns the range of the axes.
 func (v curves) DataRange() (xmin, xmax, ymin, ymax float64) {
 	for _, t := range v.lines {
 		xmax, ymax = max(xmax, t.answer.Seconds()), max(ymax, float64(t.bytes())/mib)
@@ -115,7 +115,7 @@ func (v curves) DataRange() (xmin, xmax, ymin, ymax float64) {
 	return 0, xmax, 0, ymax
 }
 
-// Plot draws them, with what they are held against.
+// Plot draws the timelines, the limit, and the plan at line rate.
 func (v curves) Plot(c draw.Canvas, p *plot.Plot) {
 	x, y := p.Transforms(&c)
 	if !math.IsNaN(v.limit) {

@@ -15,8 +15,8 @@ import (
 	"gonum.org/v1/plot/vg/vgsvg"
 )
 
-// draw writes a figure of bars for each link, and one of timelines for each
-// image, as SVG and as PNG.
+// draw writes a bar figure for each link and a figure of timelines for each image,
+// as SVG and PNG.
 func (r *results) draw(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -39,16 +39,16 @@ func (r *results) draw(dir string) error {
 // figure is a title, panels in rows, and a legend below them.
 type figure struct {
 	title  string
-	panels [][]*plot.Plot // nil ones stay empty
-	height vg.Length      // of a row of panels
+	panels [][]*plot.Plot // by row; nil leaves a place empty
+	height vg.Length      // of one row of panels
 	legend []entry
 }
 
-// entry is a line of a legend: a sample, and what it stands for.
+// entry is an entry of a legend: a sample, and its meaning.
 type entry struct {
 	text  string
-	line  draw.LineStyle  // not drawn without a width
-	glyph draw.GlyphStyle // not drawn without a shape
+	line  draw.LineStyle  // not drawn if its width is zero
+	glyph draw.GlyphStyle // not drawn if its shape is nil
 }
 
 const (
@@ -82,7 +82,7 @@ func (f *figure) save(dir, name string) error {
 
 func (f *figure) draw(c draw.Canvas, columns int, lines [][]entry) {
 	c.FillPolygon(color.White, []vg.Point{{X: c.Min.X, Y: c.Min.Y}, {X: c.Max.X, Y: c.Min.Y}, {X: c.Max.X, Y: c.Max.Y}, {X: c.Min.X, Y: c.Max.Y}})
-	c.FillText(textStyle(14, draw.XCenter, draw.YCenter), vg.Point{X: c.Center().X, Y: c.Max.Y - titleHeight/2}, f.title)
+	c.FillText(textStyle(14, draw.XCenter), vg.Point{X: c.Center().X, Y: c.Max.Y - titleHeight/2}, f.title)
 	below := vg.Length(len(lines)) * legendLine
 	tiles := draw.Tiles{Rows: len(f.panels), Cols: columns, PadX: 0.15 * vg.Inch, PadY: 0.1 * vg.Inch, PadLeft: 0.1 * vg.Inch, PadRight: 0.2 * vg.Inch}
 	grid := make([][]*plot.Plot, len(f.panels))
@@ -105,10 +105,10 @@ func (f *figure) draw(c draw.Canvas, columns int, lines [][]entry) {
 const sampleWidth = 0.35 * vg.Inch
 
 func (e entry) width() vg.Length {
-	return sampleWidth + textStyle(10, draw.XLeft, draw.YCenter).Width(e.text) + 0.22*vg.Inch
+	return sampleWidth + textStyle(10, draw.XLeft).Width(e.text) + 0.22*vg.Inch
 }
 
-// layLegend breaks the legend into lines.
+// layLegend divides the legend into lines of at most the width w.
 func (f *figure) layLegend(w vg.Length) (lines [][]entry) {
 	var used vg.Length
 	for _, e := range f.legend {
@@ -134,12 +134,12 @@ func drawLegend(c draw.Canvas, line []entry, y vg.Length) {
 		if e.glyph.Shape != nil {
 			c.DrawGlyph(e.glyph, vg.Point{X: x + sampleWidth/2 - 0.04*vg.Inch, Y: y})
 		}
-		c.FillText(textStyle(10, draw.XLeft, draw.YCenter), vg.Point{X: x + sampleWidth, Y: y}, e.text)
+		c.FillText(textStyle(10, draw.XLeft), vg.Point{X: x + sampleWidth, Y: y}, e.text)
 		x += e.width()
 	}
 }
 
-// newPanel is a plot in the style of them all.
+// newPanel returns an empty plot in the style that all panels share.
 func newPanel(title, x, y string) *plot.Plot {
 	p := plot.New()
 	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = title, x, y
@@ -156,8 +156,8 @@ func sans(size vg.Length) font.Font {
 	return font.From(font.Font{Typeface: "Liberation", Variant: "Sans"}, size)
 }
 
-func textStyle(size vg.Length, x draw.XAlignment, y draw.YAlignment) draw.TextStyle {
-	return draw.TextStyle{Color: color.Black, Font: sans(size), XAlign: x, YAlign: y, Handler: plot.DefaultTextHandler}
+func textStyle(size vg.Length, x draw.XAlignment) draw.TextStyle {
+	return draw.TextStyle{Color: color.Black, Font: sans(size), XAlign: x, YAlign: draw.YCenter, Handler: plot.DefaultTextHandler}
 }
 
 func writeTo(path string, c vg.CanvasWriterTo) (err error) {
@@ -172,15 +172,15 @@ func writeTo(path string, c vg.CanvasWriterTo) (err error) {
 	return nil
 }
 
-// colours are those of the rows: what fetches nothing is grey, peers are warm,
-// thaw is blue to green.
+// colours of the rows: grey for those that fetch nothing, warm colours for peers,
+// blue to green for thaw.
 var colours = map[string]color.Color{
 	localWarm: rgb(0xc4c4c4), localCold: rgb(0x969696), resident: rgb(0x5f5f5f),
 	fullPull: rgb(0xb5413a), stargzRow: rgb(0xe8a55c), stargzOptimized: rgb(0xd96f14), nbdkitCurl: rgb(0xc9a227),
 	thawPlain: rgb(0x7fb3e6), thawTrace: rgb(0x1f63b5), thawBundle: rgb(0x118a5b),
 }
 
-// others are for variants, in turn.
+// others are the colours of variants, in turn.
 var others = []color.Color{rgb(0x8a4fb5), rgb(0xd65fa8), rgb(0x26a5a5), rgb(0x6b4a2b)}
 
 func (r *results) colour(row string) color.Color {

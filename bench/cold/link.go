@@ -22,7 +22,7 @@ var (
 	fast = link{"fast", 2 * time.Millisecond, 2e9}
 )
 
-// String is for headings.
+// String formats the link for headings.
 func (l link) String() string {
 	rate := fmt.Sprintf("%d Mbit/s", l.rate/1e6)
 	if l.rate >= 1e9 {
@@ -31,8 +31,8 @@ func (l link) String() string {
 	return fmt.Sprintf("%s ms, %s", strconv.FormatFloat(float64(l.rtt)/1e6, 'g', 4, 64), rate)
 }
 
-// carries is how long n bytes take at least, with two round trips: one for the
-// question where they are, one for the first of them.
+// carries returns the shortest time in which n bytes can arrive, with two round
+// trips: one to find them, and one until the first of them arrives.
 func (l link) carries(n float64) time.Duration {
 	return time.Duration(n*8/float64(l.rate)*float64(time.Second)) + 2*l.rtt
 }
@@ -53,15 +53,15 @@ func parseLinks(s string) ([]link, error) {
 		d, err := time.ParseDuration(rtt)
 		n, err2 := strconv.ParseInt(mbits, 10, 64)
 		if !ok || name == "" || strings.ContainsAny(name, "/ ") || errors.Join(err, err2) != nil || d < 0 || n <= 0 || n > 1e6 {
-			return nil, fmt.Errorf("link %q: it is slow, fast, or NAME=RTT:MBITS as in lan=1ms:1000", part)
+			return nil, fmt.Errorf("link %q is none of slow, fast, or NAME=RTT:MBITS, as in lan=1ms:1000", part)
 		}
 		links = append(links, link{name, d, n * 1e6})
 	}
 	return links, nil
 }
 
-// wires are the links of one kind to all that a host asks: the registry, and
-// the HTTP server of the flat image.
+// wires are the links to both servers that a host uses: the registry, and the
+// HTTP server of the flat image.
 type wires struct {
 	link
 	registry, files *bench.Link

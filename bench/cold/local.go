@@ -7,7 +7,7 @@ import (
 	"thaw/bench"
 )
 
-// startCold starts from the flat image on the local disk.
+// startCold mounts the flat image from the local disk, and runs it.
 func startCold(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
 	c.start()
 	root, err := bench.MountFile(ctx, s.flat, dir, b.readAhead)
@@ -19,7 +19,7 @@ func startCold(ctx context.Context, b *benchmark, s *site, dir string, c *clock)
 	return s.answer(ctx, root, c)
 }
 
-// startWarm starts a second time, from what is mounted already.
+// startWarm runs the image a second time from the same mount.
 func startWarm(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
 	root, err := bench.MountFile(ctx, s.flat, dir, b.readAhead)
 	if err != nil {
@@ -37,7 +37,7 @@ func startWarm(ctx context.Context, b *benchmark, s *site, dir string, c *clock)
 func (p *prepared) answer(ctx context.Context, root *bench.Root, c *clock) ([]bench.Measure, error) {
 	before := c.sofar()
 	out, u, err := root.Run(ctx, bench.Start)
-	// Behind the answer it looks for processes that are left.
+	// Not the time until Run returns: it also looks for processes that are left.
 	c.stop(before + u.Wall)
 	if err == nil {
 		err = p.Check(out)

@@ -1,37 +1,37 @@
-// Command cold measures cold starts: how long it takes from nothing on the host
-// to a program's answer, for thaw, for its peers, and for what no one can beat.
+// Command cold measures cold starts: the time from nothing on the host to a
+// program's answer, for thaw, for its peers, and for the best that is possible.
 //
-//	go run ./bench/cold -images DIR                    every image, link and row: hours
+//	go run ./bench/cold -images DIR                    all images, links and rows: hours
 //	go run ./bench/cold -images DIR -only flask -links slow -out flask.txt
 //	go run ./bench/cold -table flask.txt torch.txt     tables of earlier runs
 //
-// DIR has OCI layouts by scripts/workloads. Each is pushed to a registry of its
-// own, built, recorded, and so on; that is not timed. Then every row of the
-// table starts the image once a round, in turn: what is cached on the host and
-// the kernel's page cache are dropped, the clock runs from the launch of the
-// first process until the program has printed its answer and ended, and a
-// [bench.Link] between the host and the registry counts what goes over it.
+// DIR has OCI layouts by scripts/workloads. The preparation is not timed: each
+// image is pushed to its own registry, built, recorded, and so on. Then each row
+// starts the image once per round, in turn. Before a start, the host's caches and
+// the kernel's page cache are dropped. The clock runs from the launch of the first
+// process until the program has printed its answer and ended. A [bench.Link]
+// between the host and the registry counts what it carries.
 //
 // The rows:
 //
 //	local-warm         the flat ext4 image on a local disk, all of it in memory
-//	local-cold         the same, nothing in memory
-//	resident           thaw with all in its cache that the start reads, in memory
+//	local-cold         the same, none of it in memory
+//	resident           thaw with everything that the start reads in its cache and in memory
 //	full-pull          skopeo copy, umoci unpack, run
 //	stargz             containerd with stargz-snapshotter (scripts/stargz), eStargz
-//	stargz-optimized   the same, made from a recorded start, as a trace is
+//	stargz-optimized   the same, converted with a recorded start, as a trace is
 //	nbdkit-curl        the flat ext4 image over HTTP, by nbdkit
 //	thaw               thaw serve on an empty cache
 //	thaw-trace         the same, with a trace of an earlier start beside the image
 //	thaw-bundle        the same, with a bundle beside it
 //
-// The limit, which no start by this transport over this link can beat, is the
-// longer of two times: that of resident, and what the line takes for the
+// The limit is the time that no start by this transport over this link can beat:
+// the longer of the time of resident, and the time that the line needs for the
 // compressed bytes of the trace's plan, plus two round trips.
 //
-// A line a round goes to stdout as it comes, in the format that benchstat reads,
-// and tables at the end. A run may be made in parts, by image, link or round:
-// -table takes the lines of them all.
+// Each round is printed as a line at once, in the format that benchstat reads, and
+// tables follow at the end. A run can be divided by image, link or row: -table
+// reads the lines of all parts.
 package main
 
 import (
@@ -47,6 +47,7 @@ import (
 	"time"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
 
 type options struct {
@@ -72,31 +73,31 @@ type options struct {
 
 func main() {
 	o := options{links: []link{slow, fast}}
-	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, by scripts/workloads")
-	flag.StringVar(&o.only, "only", "", "only these images of it, with commas between")
-	flag.Func("links", "slow (20 ms, 200 Mbit/s), fast (2 ms, 2 Gbit/s) or own ones as NAME=RTT:MBITS, with commas between (default slow,fast)", func(s string) (err error) {
+	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, made by scripts/workloads")
+	flag.StringVar(&o.only, "only", "", "only these images, separated by commas")
+	flag.Func("links", "links, separated by commas: slow (20 ms, 200 Mbit/s), fast (2 ms, 2 Gbit/s) or NAME=RTT:MBITS (default slow,fast)", func(s string) (err error) {
 		o.links, err = parseLinks(s)
 		return err
 	})
-	flag.StringVar(&o.rows, "rows", "", "only these rows, with commas between")
-	flag.IntVar(&o.rounds, "rounds", 5, "of every row")
-	flag.StringVar(&o.dir, "dir", os.TempDir(), "where to work: on the disk that is measured, with room for six times the largest image unpacked")
-	flag.StringVar(&o.out, "out", "", "file to append all lines to, besides stdout")
-	flag.StringVar(&o.plots, "plots", "", "directory for plots, as SVG and PNG")
-	flag.BoolVar(&o.table, "table", false, "measure nothing: tables and plots of the files named, which earlier runs wrote")
-	flag.StringVar(&o.thaw, "thaw", "", "program to measure (default: that of this checkout)")
-	flag.StringVar(&o.thawArgs, "thaw-args", "", "more arguments for thaw serve, in all rows of thaw's")
-	flag.StringVar(&o.buildArgs, "build-args", "", "more arguments for thaw build")
-	flag.Func("variant", "one more row, `NAME=ROW ARGS`: that row of thaw's with more arguments for thaw serve (repeatable)", func(s string) error {
+	flag.StringVar(&o.rows, "rows", "", "only these rows, separated by commas")
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds of each row")
+	flag.StringVar(&o.dir, "dir", os.TempDir(), "working directory, on the disk to measure, with room for six times the largest unpacked image")
+	flag.StringVar(&o.out, "out", "", "file to which all lines are appended, besides stdout")
+	flag.StringVar(&o.plots, "plots", "", "directory for plots, as SVG and PNG (default none)")
+	flag.BoolVar(&o.table, "table", false, "measure nothing; print tables and draw plots of files that earlier runs wrote")
+	flag.StringVar(&o.thaw, "thaw", "", "thaw to measure (default: that of this checkout)")
+	flag.StringVar(&o.thawArgs, "thaw-args", "", "further arguments for thaw serve, in all rows of thaw")
+	flag.StringVar(&o.buildArgs, "build-args", "", "further arguments for thaw build")
+	flag.Func("variant", "further row, `NAME=ROW ARGS`: a row of thaw with further arguments for thaw serve (repeatable)", func(s string) error {
 		v, err := parseVariant(s)
 		o.variants = append(o.variants, v)
 		return err
 	})
-	flag.StringVar(&o.keep, "keep", "", "directory where images converted to eStargz are kept for later runs: that takes minutes")
-	flag.StringVar(&o.nbdkit, "nbdkit-args", nbdkitArgs, "arguments for nbdkit and its curl plugin, besides what is served and where")
-	flag.StringVar(&o.size, "size", "8G", "of the filesystems")
-	flag.IntVar(&o.readAhead, "readahead", 128, "KiB that the kernel reads ahead")
-	flag.DurationVar(&o.quiet, "quiet", 0, "before each start wait for the machine to be idle, at most this long")
+	flag.StringVar(&o.keep, "keep", "", "directory that keeps images converted to eStargz for later runs: a conversion takes minutes (default none)")
+	flag.StringVar(&o.nbdkit, "nbdkit-args", nbdkitArgs, "arguments of nbdkit and its curl plugin, besides URL and socket")
+	flag.StringVar(&o.size, "size", "8G", "size of the filesystems")
+	flag.IntVar(&o.readAhead, "readahead", 128, "readahead of the kernel in KiB")
+	flag.DurationVar(&o.quiet, "quiet", 0, "wait for an idle machine before each start, at most this long")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	code, err := run(ctx, o, flag.Args())
@@ -111,7 +112,7 @@ func main() {
 func run(ctx context.Context, o options, args []string) (code int, err error) {
 	if o.table {
 		if len(args) == 0 {
-			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILE, and more of them")
+			return 2, errors.New("usage: go run ./bench/cold -table [-plots DIR] FILES")
 		}
 		r, err := readResults(args)
 		if err != nil {
@@ -170,6 +171,9 @@ func (b *benchmark) header(ctx context.Context, needs []bench.Program) error {
 	if err != nil {
 		return err
 	}
+	if (b.wants(stargzRow) || b.wants(stargzOptimized)) && stargz.Find() == nil {
+		needs = append(needs, stargz.Programs...)
+	}
 	facts, err := bench.Versions(ctx, needs...)
 	if err != nil {
 		return err
@@ -183,7 +187,7 @@ func (b *benchmark) header(ctx context.Context, needs []bench.Program) error {
 	return b.results.rec.Header("thaw/bench/cold", machine, facts...)
 }
 
-// openOut is stdout, and a file that is appended to.
+// openOut writes to stdout, and appends to a file unless its name is empty.
 func openOut(file string) (io.WriteCloser, error) {
 	if file == "" {
 		return tee{os.Stdout, nil}, nil
@@ -197,7 +201,7 @@ func openOut(file string) (io.WriteCloser, error) {
 
 type tee struct {
 	io.Writer
-	f *os.File // nil: there is none
+	f *os.File // nil if there is none
 }
 
 func (t tee) Close() error {

@@ -15,8 +15,8 @@ import (
 	"thaw/bench"
 )
 
-// nbdkitArgs are what was fastest of what its manual has to offer: blocks large
-// enough that a round trip brings many of those that are read next.
+// nbdkitArgs are the fastest of those in nbdkit's manual: one round trip gets a
+// large block, which contains much of what is read next.
 const nbdkitArgs = "--filter=cache curl cache-on-read=true cache-min-block-size=1M"
 
 // startNBDKit starts from the flat image on an HTTP server.
@@ -38,7 +38,7 @@ func startNBDKit(ctx context.Context, b *benchmark, s *site, dir string, c *cloc
 	return s.answer(ctx, root, c)
 }
 
-// serveNBDKit runs nbdkit's curl plugin on a unix socket, and returns when it
+// serveNBDKit starts nbdkit's curl plugin on a unix socket, and returns once it
 // is ready.
 func serveNBDKit(ctx context.Context, socket string, args []string, url string) (stop func(), err error) {
 	var said bytes.Buffer

@@ -19,22 +19,22 @@ import (
 	"thaw/bench"
 )
 
-// prepared is an image in all the forms that rows start it from.
+// prepared is an image in all forms that the rows start.
 type prepared struct {
 	bench.Workload
-	digest   v1.Hash // of the image's manifest
+	digest   v1.Hash // of the manifest
 	registry *bench.Registry
-	files    *fileServer // of the flat image
-	flat     string      // the same, on the disk
-	resident string      // directory of a cache that has served a start
-	trace    string      // file
-	lacks    map[string]string
+	files    *fileServer       // serves the flat image
+	flat     string            // file with the flat image, on the disk
+	resident string            // directory of a cache that has served a start
+	trace    string            // file with the trace of a start
+	lacks    map[string]string // rows that cannot run, and why
 	dir      string
-	memory   string // a tmpfs in it
+	memory   string // tmpfs in dir
 }
 
-// Names in the registry, each of a repository of its own, so that one row does
-// not find what was put beside the image for another.
+// Names in the registry. Each has its own repository, so that a row does not find
+// what lies beside the image for another row.
 const (
 	sourceName = "source:latest"
 	plainName  = "plain:thaw"
@@ -44,11 +44,11 @@ const (
 
 func (p *prepared) at(addr, name string) string { return addr + "/" + p.Name + "-" + name }
 
-// direct is an image as the registry has it, not over a link.
+// direct returns a reference to the registry itself, not over a link.
 func (p *prepared) direct(name string) string { return p.at(p.registry.Addr, name) }
 
-// prepare makes what the chosen rows want. What is on the far side of a link is
-// kept in a tmpfs: it is not of the host whose memory is dropped.
+// prepare makes what the chosen rows need. What is on the far side of a link lies
+// in a tmpfs, because only the host's page cache is to be dropped.
 func (b *benchmark) prepare(ctx context.Context, w bench.Workload) (p *prepared, err error) {
 	p = &prepared{Workload: w, dir: filepath.Join(b.dir, w.Name), lacks: make(map[string]string)}
 	memory := filepath.Join(p.dir, "far")
@@ -114,7 +114,7 @@ func (p *prepared) close() (err error) {
 	return errors.Join(err, os.RemoveAll(p.dir))
 }
 
-// pullSize is what a full pull transfers.
+// pullSize returns how many bytes a full pull transfers.
 func pullSize(img v1.Image) (int64, error) {
 	m, err := img.Manifest()
 	if err != nil {
@@ -131,7 +131,7 @@ func pullSize(img v1.Image) (int64, error) {
 	return n, nil
 }
 
-// build makes the block image, and puts it under all its names.
+// build builds the block image, and pushes it under all its names.
 func (b *benchmark) build(ctx context.Context, p *prepared) (stored int64, err error) {
 	oci := filepath.Join(p.dir, "oci")
 	args := []string{"build", "oci:" + p.Ref(), "oci:" + oci + ":thaw", "--size", b.size, "--temp", p.dir, "--json"}
@@ -143,7 +143,7 @@ func (b *benchmark) build(ctx context.Context, p *prepared) (stored int64, err e
 		Stored int64 `json:"stored_bytes"`
 	}
 	if err := json.Unmarshal([]byte(out), &built); err != nil {
-		return 0, fmt.Errorf("what thaw build says: %w", err)
+		return 0, fmt.Errorf("output of thaw build: %w", err)
 	}
 	for _, name := range []string{plainName, traceName, bundleName} {
 		if _, err := bench.Push(ctx, oci, "thaw", p.direct(name)); err != nil {
@@ -154,14 +154,14 @@ func (b *benchmark) build(ctx context.Context, p *prepared) (stored int64, err e
 	return built.Stored, os.RemoveAll(oci)
 }
 
-// recordStart makes a trace of a start, puts it beside the images that have
+// recordStart records a trace of a start, pushes it beside the images that have
 // one, and keeps the cache.
 func (b *benchmark) recordStart(ctx context.Context, p *prepared) error {
 	p.resident, p.trace = filepath.Join(p.dir, "resident"), filepath.Join(p.dir, "trace")
 	if err := os.Mkdir(p.resident, 0o755); err != nil {
 		return err
 	}
-	// Twice: reads differ a little, and the cache is to have them all.
+	// Twice: the reads of two starts differ a little, and the cache is to have all.
 	for _, args := range [][]string{{"--record", p.trace}, nil} {
 		c := &clock{}
 		if _, err := b.serveAndRun(ctx, p, p.direct(traceName), p.resident, c, args...); err != nil {
@@ -176,7 +176,7 @@ func (b *benchmark) recordStart(ctx context.Context, p *prepared) error {
 	return nil
 }
 
-// planned is what a start reads, as compressed in the registry.
+// planned returns how many compressed bytes a start reads.
 func (b *benchmark) planned(ctx context.Context, p *prepared) (int64, error) {
 	out, err := bench.Output(exec.CommandContext(ctx, b.thaw, "trace", "show", p.trace, "--image", p.direct(traceName), "--json"))
 	if err != nil {
@@ -185,8 +185,8 @@ func (b *benchmark) planned(ctx context.Context, p *prepared) (int64, error) {
 	return planBytes([]byte(out))
 }
 
-// planBytes sums the streams of what `thaw trace show` says. The plan fetches
-// each chunk once, though several of its ranges be touched.
+// planBytes sums the streams in the output of `thaw trace show`. The plan fetches
+// each chunk once, even if a start reads several ranges of it.
 func planBytes(show []byte) (int64, error) {
 	var s struct {
 		Streams []struct {
@@ -194,14 +194,14 @@ func planBytes(show []byte) (int64, error) {
 		} `json:"streams"`
 	}
 	if err := json.Unmarshal(show, &s); err != nil {
-		return 0, fmt.Errorf("what thaw trace show says: %w", err)
+		return 0, fmt.Errorf("output of thaw trace show: %w", err)
 	}
 	var n int64
 	for _, x := range s.Streams {
 		n += x.Stored
 	}
 	if n <= 0 {
-		return 0, errors.New("thaw trace show knows of no bytes that a start reads")
+		return 0, errors.New("thaw trace show lists no bytes that a start reads")
 	}
 	return n, nil
 }
@@ -214,8 +214,8 @@ func (b *benchmark) bundle(ctx context.Context, p *prepared) error {
 	return err
 }
 
-// flatten copies the device to a file on the disk and to one in memory, holes
-// as holes.
+// flatten copies the device to a file on the disk and to one in memory, both
+// sparse.
 func (b *benchmark) flatten(ctx context.Context, p *prepared) (err error) {
 	dir := filepath.Join(p.dir, "flatten")
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -238,7 +238,7 @@ func (b *benchmark) flatten(ctx context.Context, p *prepared) (err error) {
 	return err
 }
 
-// fileServer serves one file over HTTP, in ranges.
+// fileServer serves one file over HTTP, with range requests.
 type fileServer struct {
 	l    net.Listener
 	http *http.Server

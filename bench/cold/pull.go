@@ -9,7 +9,7 @@ import (
 	"thaw/bench"
 )
 
-// startPull fetches the whole image, unpacks it, and starts from the directory.
+// startPull downloads the whole image, unpacks it, and runs it in the directory.
 func startPull(ctx context.Context, _ *benchmark, s *site, dir string, c *clock) (ms []bench.Measure, err error) {
 	oci, bundle := filepath.Join(dir, "oci"), filepath.Join(dir, "bundle")
 	c.start()

@@ -9,7 +9,7 @@ import (
 	"thaw/bench"
 )
 
-// report writes the tables and what became of the aims, and draws the plots.
+// report writes the tables, says which aims are met, and draws the plots.
 func (r *results) report(w io.Writer, plots string) error {
 	for _, l := range r.links() {
 		if _, err := fmt.Fprintf(w, "\n%s link: %v\n\n", l.name, l); err != nil {
@@ -19,7 +19,7 @@ func (r *results) report(w io.Writer, plots string) error {
 			return err
 		}
 	}
-	if _, err := fmt.Fprint(w, "\nWhere the time went, by the last timeline of each\n\n"); err != nil {
+	if _, err := fmt.Fprint(w, "\nWhere the time went, by the last timeline of each row\n\n"); err != nil {
 		return err
 	}
 	if _, err := r.phases().WriteTo(w); err != nil {
@@ -40,7 +40,7 @@ func (r *results) report(w io.Writer, plots string) error {
 	return r.draw(plots)
 }
 
-// table has what each row took over a link.
+// table returns what each row took over a link.
 func (r *results) table(l link) *bench.Table {
 	t := &bench.Table{Columns: []string{"image", "row", "rounds", "time", "of the limit", "times local-cold", "requests", "from the far side", "share of the image"}}
 	for _, image := range r.images() {
@@ -62,7 +62,7 @@ func (r *results) table(l link) *bench.Table {
 	return t
 }
 
-// phases splits the times of those rows that fetch.
+// phases divides the times of the rows that fetch.
 func (r *results) phases() *bench.Table {
 	t := &bench.Table{Columns: []string{"link", "image", "row", "ready or pulled", "mounted or unpacked", "99 % of bytes", "line busy until then", "answer", "the program alone"}}
 	for _, l := range r.links() {
@@ -104,11 +104,11 @@ func number(format string, x float64) string {
 	return fmt.Sprintf(format, x)
 }
 
-// aim is a bound that a ratio is to keep.
+// aim is a bound for a ratio.
 type aim struct {
 	what, image string
 	got, bound  float64
-	atLeast     bool // the bound is one from below
+	atLeast     bool // bound is the minimum, not the maximum
 }
 
 func (a aim) met() bool {
@@ -129,8 +129,8 @@ func (a aim) String() string {
 	return fmt.Sprintf("aim %s: %s of %s %.2f, %s %.2f", word, a.what, a.image, a.got, kind, a.bound)
 }
 
-// aims are those of which there are figures. They are for the two links that
-// they name, whatever those are called in a run.
+// aims returns the aims for which there are figures. They apply to links with the
+// properties of slow and fast.
 func (r *results) aims() []aim {
 	var aims []aim
 	add := func(a aim) {
@@ -144,7 +144,7 @@ func (r *results) aims() []aim {
 			case slow:
 				add(aim{"thaw-bundle to the limit over " + l.String(), image, r.toLimit(image, l, thawBundle), 1.25, false})
 				add(aim{"thaw-trace to the limit over " + l.String(), image, r.toLimit(image, l, thawTrace), 1.5, false})
-				if slices.Contains([]string{"flask", "sklearn"}, image) { // the smaller working sets
+				if slices.Contains([]string{"flask", "sklearn"}, image) { // those with the smaller working sets
 					add(aim{"full-pull to thaw over " + l.String(), image, r.ratio(image, l, fullPull, thawPlain), 2, true})
 				}
 			case fast:

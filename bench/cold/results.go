@@ -13,24 +13,24 @@ import (
 	"thaw/bench"
 )
 
-// Units of what is recorded besides what package bench names.
+// Units of measures, besides those of package bench.
 const (
 	requests   = "requests"
-	wireBytes  = "wire-B" // from the far side of the link
-	runTime    = "run-ns" // of the program alone
-	planUnit   = "plan-B" // of a start, compressed
+	wireBytes  = "wire-B" // received over the link
+	runTime    = "run-ns" // time of the program alone
+	planUnit   = "plan-B" // compressed bytes that a start reads
 	imageUnit  = "image-B"
 	storedUnit = "stored-B"
 	rttUnit    = "rtt-ns"
 	rateUnit   = "bit/s"
 )
 
-// results are the rounds of this run or of earlier ones.
+// results are the rounds of this run, or of earlier ones.
 type results struct {
 	rec       *bench.Recorder
 	w         io.Writer
-	timelines map[string]*timeline // by name: the last
-	notes     []string             // about rows that are not there
+	timelines map[string]*timeline // the last one, by name
+	notes     []string             // why rows are missing
 }
 
 func newResults(w io.Writer) *results {
@@ -65,7 +65,7 @@ func (r *results) addTimeline(t *timeline) error {
 
 const notePrefix = "Note "
 
-// note is about a row that is not in the table.
+// note records why a row is missing.
 func (r *results) note(text string) error {
 	if slices.Contains(r.notes, text) {
 		return nil
@@ -75,7 +75,7 @@ func (r *results) note(text string) error {
 	return err
 }
 
-// readResults reads what earlier runs wrote.
+// readResults reads files that earlier runs have written.
 func readResults(files []string) (*results, error) {
 	r := newResults(io.Discard)
 	for _, name := range files {
@@ -84,7 +84,7 @@ func readResults(files []string) (*results, error) {
 		}
 	}
 	if len(r.images()) == 0 {
-		return nil, errors.New("there is no round of any image")
+		return nil, errors.New("the files have no round of any image")
 	}
 	return r, nil
 }
@@ -111,7 +111,7 @@ func (r *results) readFile(name string) error {
 	})
 }
 
-// part is the value of a key in a name such as Cold/image=flask/link=slow.
+// part returns the value of a key in a name such as Cold/image=flask/link=slow.
 func part(name, key string) string {
 	for p := range strings.SplitSeq(name, "/") {
 		if v, ok := strings.CutPrefix(p, key+"="); ok {
@@ -121,8 +121,8 @@ func part(name, key string) string {
 	return ""
 }
 
-// known are the values of a key among all starts: first those in the order
-// given, then the others by name.
+// known returns the values of a key among all starts: first those in order, then
+// the others by name.
 func (r *results) known(key string, order []string) []string {
 	var found []string
 	for _, name := range r.rec.Names() {
@@ -161,7 +161,7 @@ func (r *results) links() []link {
 	return links
 }
 
-// times are the rounds of a row, in nanoseconds.
+// times returns the rounds of a row, in nanoseconds.
 func (r *results) times(image string, l link, row string) []float64 {
 	return r.rec.Values(startName(image, l.name, row), bench.Wall)
 }
@@ -170,9 +170,9 @@ func (r *results) seconds(image string, l link, row string) float64 {
 	return bench.Median(r.times(image, l, row)) / 1e9
 }
 
-// limits are what no start by this transport over this link can beat, round by
-// round: the longer of the round's start with all resident, and what the line
-// takes for the plan. There are none where one of the two is not known.
+// limits returns, round by round, the time that no start by this transport over
+// this link can beat: the longer of the time of resident, and the time that the
+// line needs for the plan. It is empty if one of the two is unknown.
 func (r *results) limits(image string, l link) []float64 {
 	planned := r.rec.Median(planName(image), planUnit)
 	if math.IsNaN(planned) {
@@ -187,12 +187,12 @@ func (r *results) limits(image string, l link) []float64 {
 
 func (r *results) limit(image string, l link) float64 { return bench.Median(r.limits(image, l)) / 1e9 }
 
-// toLimit is the median of the rounds' ratios.
+// toLimit returns the median of the rounds' ratios to the limit.
 func (r *results) toLimit(image string, l link, row string) float64 {
 	return bench.MedianRatio(r.times(image, l, row), r.limits(image, l))
 }
 
-// ratio is that of one row to another.
+// ratio returns the median of the rounds' ratios of one row to another.
 func (r *results) ratio(image string, l link, row, to string) float64 {
 	return bench.MedianRatio(r.times(image, l, row), r.times(image, l, to))
 }

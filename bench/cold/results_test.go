@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// lines are of a real run, shortened, with a second round made up beside it.
+// lines are from a real run, shortened, with an invented second round.
 const lines = `goos: linux
 pkg: thaw/bench/cold
 command: go run ./bench/cold -images /images -only flask
@@ -65,8 +65,8 @@ func TestResults(t *testing.T) {
 	near(t, "the time of thaw-trace", r.seconds("flask", slow, thawTrace), 1.15)
 }
 
-// 15,995,619 bytes take 0.6398 s at 200 Mbit/s, and 0.04 s of round trips: more
-// than the second round's start with all resident, less than the first one's.
+// 15,995,619 bytes need 0.6398 s at 200 Mbit/s, and 0.04 s of round trips. That is
+// more than the second round's time of resident, and less than the first one's.
 func TestLimit(t *testing.T) {
 	r := testResults(t)
 	limits := r.limits("flask", slow)
@@ -77,7 +77,7 @@ func TestLimit(t *testing.T) {
 	near(t, "the limit of the second round", limits[1], 679824760)
 	near(t, "thaw-trace to the limit", r.toLimit("flask", slow, thawTrace), (1e9/693589483+1.3e9/679824760)/2)
 	if got := r.limits("flask", fast); len(got) != 0 {
-		t.Errorf("limits %v without a start with all resident", got)
+		t.Errorf("limits %v without a round of resident", got)
 	}
 }
 
@@ -127,10 +127,10 @@ func TestReport(t *testing.T) {
 
 func TestReadResultsFails(t *testing.T) {
 	for bad, want := range map[string]string{
-		"":                           "no round of any image",
+		"":                           "the files have no round of any image",
 		"BenchmarkCold/image=x 1 2":  "line 1: a value without a unit",
 		"BenchmarkCold/x 1 a ns/op":  "line 1: value of ns/op",
-		"\nTimeline/image=x step-ns": "line 2: a timeline of Timeline/image=x: it ends early",
+		"\nTimeline/image=x step-ns": "line 2: timeline of Timeline/image=x: it ends early",
 	} {
 		file := filepath.Join(t.TempDir(), "lines")
 		if err := os.WriteFile(file, []byte(bad), 0o600); err != nil {
@@ -141,7 +141,7 @@ func TestReadResultsFails(t *testing.T) {
 		}
 	}
 	if _, err := readResults([]string{filepath.Join(t.TempDir(), "none")}); err == nil {
-		t.Error("a file that is not there is read")
+		t.Error("a file that does not exist is read")
 	}
 }
 
@@ -166,7 +166,7 @@ func TestTimeline(t *testing.T) {
 	}
 	for _, bad := range []string{"Timeline/x", "Timeline/x step-ns", "Timeline/x answer-ns 1 down-B 1", "Timeline/x answer-ns 1 step-ns 5 down-B 1 -1", "Timeline/x answer-ns y step-ns 5 down-B"} {
 		if _, err := parseTimeline(bad); err == nil {
-			t.Errorf("%q is taken", bad)
+			t.Errorf("%q is accepted", bad)
 		}
 	}
 }
@@ -178,7 +178,7 @@ func TestParseLinks(t *testing.T) {
 	}
 	for _, bad := range []string{"", "quick", "lan=1ms", "lan=1:1000", "lan=1ms:0", "=1ms:1", "a/b=1ms:1", "lan=-1ms:1"} {
 		if _, err := parseLinks(bad); err == nil {
-			t.Errorf("%q is taken", bad)
+			t.Errorf("%q is accepted", bad)
 		}
 	}
 }
@@ -190,7 +190,7 @@ func TestRows(t *testing.T) {
 	}
 	for _, bad := range []string{"", "x", "x=thaw", "x=nbdkit-curl --a", "=thaw --a", "a/b=thaw --a"} {
 		if _, err := parseVariant(bad); err == nil {
-			t.Errorf("%q is taken", bad)
+			t.Errorf("%q is accepted", bad)
 		}
 	}
 	chosen, err := chooseRows(options{rows: "thaw", variants: []variant{v}})
@@ -209,7 +209,7 @@ func TestPlanBytes(t *testing.T) {
 	}
 	for _, bad := range []string{`{}`, `not JSON`} {
 		if _, err := planBytes([]byte(bad)); err == nil {
-			t.Errorf("%s is taken", bad)
+			t.Errorf("%s is accepted", bad)
 		}
 	}
 }

@@ -13,8 +13,8 @@ import (
 type row struct {
 	name     string
 	needs    []bench.Program
-	timeline bool // of what the link carries
-	// start gets the host ready, starts the clock, and stops it with the answer.
+	timeline bool // whether to record what the link carries
+	// start prepares the host, starts the clock, and stops it at the answer.
 	start func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error)
 }
 
@@ -43,7 +43,7 @@ var (
 	nbdkit   = bench.Program{Name: "nbdkit", Package: "nbdkit", Version: []string{"--version"}}
 )
 
-// rows are all there are, in the order of the table.
+// rows returns all rows, in the order of the table.
 func rows() []row {
 	return []row{
 		{name: localWarm, start: startWarm},
@@ -59,10 +59,10 @@ func rows() []row {
 	}
 }
 
-// bases are the rows that a variant may be of.
+// bases are the rows that a variant can be based on, with their images.
 var bases = map[string]string{thawPlain: plainName, thawTrace: traceName, thawBundle: bundleName}
 
-// variant is a row of thaw's with more arguments.
+// variant is a row of thaw with further arguments.
 type variant struct {
 	name, base string
 	args       []string
@@ -72,19 +72,19 @@ func parseVariant(s string) (variant, error) {
 	name, rest, _ := strings.Cut(s, "=")
 	words := strings.Fields(rest)
 	if name == "" || strings.ContainsAny(name, "/ ") || len(words) < 2 || bases[words[0]] == "" {
-		return variant{}, fmt.Errorf("%q: it is NAME=ROW ARGS, as in limited=thaw-trace --prefetch-rate 10M", s)
+		return variant{}, fmt.Errorf("variant %q is not NAME=ROW ARGS, as in limited=thaw-trace --prefetch-rate 10M", s)
 	}
 	return variant{name, words[0], words[1:]}, nil
 }
 
-// chooseRows are the rows that were asked for, and all variants.
+// chooseRows returns the rows that the options name, and all variants.
 func chooseRows(o options) ([]row, error) {
 	chosen := rows()
 	if o.rows != "" {
 		wanted := strings.Split(o.rows, ",")
 		for _, w := range wanted {
 			if !slices.ContainsFunc(chosen, func(r row) bool { return r.name == w }) {
-				return nil, fmt.Errorf("there is no row %q", w)
+				return nil, fmt.Errorf("unknown row %q; -help lists the flags, and the package's doc the rows", w)
 			}
 		}
 		chosen = slices.DeleteFunc(chosen, func(r row) bool { return !slices.Contains(wanted, r.name) })
@@ -99,7 +99,7 @@ func chooseRows(o options) ([]row, error) {
 	return chosen, nil
 }
 
-// needsOf are the programs that rows need, beside what preparing takes.
+// needsOf returns the programs that rows need, and those for preparing them.
 func needsOf(rows []row) []bench.Program {
 	needs := []bench.Program{registry, nbdfuse, nbdcopy, fuse3, losetup}
 	for _, r := range rows {
@@ -108,7 +108,7 @@ func needsOf(rows []row) []bench.Program {
 	return needs
 }
 
-// wants tells whether a bundle, say, is of use to a row that was chosen.
+// wants reports whether a chosen row, or the base of one, has that name.
 func (b *benchmark) wants(name string) bool {
 	return slices.ContainsFunc(b.chosen, func(r row) bool { return r.name == name }) ||
 		slices.ContainsFunc(b.variants, func(v variant) bool { return v.base == name })

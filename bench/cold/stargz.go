@@ -13,27 +13,23 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"thaw/bench"
+	"thaw/bench/cold/stargz"
 )
 
-// The programs that a start by stargz-snapshotter runs, which a host has in
-// memory.
-var stargzPrograms = []string{"ctr-remote", "containerd-shim-runc-v2", "runc", "nsenter", "setpriv"}
-
-// stargzNames are those of eStargz images, by row.
+// stargzNames are the names of eStargz images, by row.
 var stargzNames = map[string]string{stargzRow: "stargz:latest", stargzOptimized: "stargz-optimized:latest"}
 
-// prepareStargz converts the image. Where the programs are missing it says so,
-// and the rows are left out.
+// prepareStargz converts the image. If programs are missing, it notes that and
+// leaves out the rows.
 func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) {
 	if !b.wants(stargzRow) && !b.wants(stargzOptimized) {
 		return nil
 	}
-	programs, err := bench.FindStargz()
-	if err != nil {
+	if err := stargz.Find(); err != nil {
 		for row := range stargzNames {
 			p.lacks[row] = err.Error()
 		}
-		return b.results.note("left out: " + err.Error())
+		return b.results.note("no rows of stargz: " + err.Error())
 	}
 	missing := false
 	for row, tag := range stargzNames {
@@ -54,12 +50,15 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
 	}
-	s, err := programs.Start(ctx, dir, p.registry.Addr)
+	host, err := stargz.Start(ctx, dir, p.registry.Addr)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		err = errors.Join(err, s.Close())
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, host.Log())
+		}
+		err = errors.Join(err, host.Close())
 		if err == nil {
 			err = os.RemoveAll(dir)
 		}
@@ -71,9 +70,9 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 		}
 		to := p.direct(tag)
 		if row == stargzOptimized {
-			err = s.Optimize(ctx, from, to, bench.Start)
+			err = host.Optimize(ctx, from, to, bench.Start)
 		} else {
-			err = s.Convert(ctx, from, to)
+			err = host.Convert(ctx, from, to)
 		}
 		if err == nil {
 			err = keep(ctx, to, b.kept(p, row))
@@ -86,7 +85,7 @@ func (b *benchmark) prepareStargz(ctx context.Context, p *prepared) (err error) 
 	return nil
 }
 
-// kept is where a converted image is kept between runs; empty: it is not.
+// kept returns where a converted image is kept between runs; empty if it is not.
 func (b *benchmark) kept(p *prepared, row string) string {
 	if b.keep == "" {
 		return ""
@@ -94,7 +93,7 @@ func (b *benchmark) kept(p *prepared, row string) string {
 	return filepath.Join(b.keep, p.Name+"-"+p.digest.Hex[:12]+"-"+row)
 }
 
-// keep copies an image of the registry to a layout, unless that has no name.
+// keep copies an image of the registry to a layout, unless dir is empty.
 func keep(ctx context.Context, ref, dir string) error {
 	if dir == "" {
 		return nil
@@ -107,7 +106,7 @@ func keep(ctx context.Context, ref, dir string) error {
 	if err != nil {
 		return err
 	}
-	// Under its name only when it is whole.
+	// It gets its name when it is complete.
 	part := dir + ".part"
 	if err := os.RemoveAll(part); err != nil {
 		return err
@@ -125,35 +124,31 @@ func keep(ctx context.Context, ref, dir string) error {
 	return os.Rename(part, dir)
 }
 
-// startStargz pulls lazily, and runs. The daemons run before, as they do on a
-// host, with nothing in their stores.
+// startStargz pulls lazily, and runs the program. The daemons are started before
+// the clock, as on a host, with empty stores.
 func startStargz(row string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) (_ []bench.Measure, err error) {
-		programs, err := bench.FindStargz()
-		if err != nil {
-			return nil, err
-		}
 		addr := s.wires.registry.Addr().String()
-		daemons, err := programs.Start(ctx, dir, addr)
+		host, err := stargz.Start(ctx, dir, addr)
 		if err != nil {
 			return nil, err
 		}
-		defer func() { err = errors.Join(err, daemons.Close()) }()
+		defer func() { err = errors.Join(err, host.Close()) }()
 		ref := s.at(addr, stargzNames[row])
 		c.start()
-		if err := daemons.Pull(ctx, ref); err != nil {
-			return nil, err
+		if err := host.Pull(ctx, ref); err != nil {
+			return nil, fmt.Errorf("%w%s", err, host.Log())
 		}
 		c.mark(mounted)
 		before := c.sofar()
-		out, err := daemons.Exec(ctx, ref, bench.Start)
+		out, err := host.Exec(ctx, ref, bench.Start)
 		took := c.sofar()
 		c.stop(took)
 		if err == nil {
 			err = s.Check(out)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("%w%s", err, daemons.Said())
+			return nil, fmt.Errorf("%w%s", err, host.Log())
 		}
 		return []bench.Measure{{Value: float64(took - before), Unit: runTime}}, nil
 	}

@@ -15,7 +15,7 @@ import (
 	"thaw/bench"
 )
 
-// startThaw starts from one of the image's names, on an empty cache.
+// startThaw serves one of the image's names on an empty cache.
 func startThaw(name string, args ...string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error) {
 		args := append(strings.Fields(b.thawArgs), args...)
@@ -23,8 +23,8 @@ func startThaw(name string, args ...string) func(context.Context, *benchmark, *s
 	}
 }
 
-// startResident starts with all in the cache, and in memory, that is going to be
-// read. It asks the registry nothing over the link.
+// startResident serves from a cache that has everything that the start reads, and
+// whose files are in memory. It does not use the link.
 func startResident(ctx context.Context, b *benchmark, s *site, _ string, c *clock) ([]bench.Measure, error) {
 	if err := readData(s.resident); err != nil {
 		return nil, err
@@ -61,13 +61,13 @@ func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir strin
 		return nil, err
 	}
 	if served.WrongChunks+served.FailedChunks > 0 {
-		return nil, fmt.Errorf("%d chunks came wrong and %d not at all", served.WrongChunks, served.FailedChunks)
+		return nil, fmt.Errorf("%d chunks arrived damaged, and %d could not be fetched", served.WrongChunks, served.FailedChunks)
 	}
 	return append(ms, bench.Measure{Value: float64(served.Usage.User + served.Usage.Sys), Unit: "serve-cpu-ns"}), nil
 }
 
-// readData brings what files of a directory have into the page cache, without
-// their holes.
+// readData reads the data of the files of a directory into the page cache, and
+// skips their holes.
 func readData(dir string) error {
 	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {

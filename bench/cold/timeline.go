@@ -7,22 +7,22 @@ import (
 	"time"
 )
 
-// timeline is what the link had carried when, in one start. As a line:
+// timeline is what the link has carried at which time, in one start. As a line:
 //
 //	Timeline/image=flask/link=slow/row=thaw ready-ns 61234567 … answer-ns 812345678 step-ns 5000000 down-B 0 0 1448 …
 //
-// where the numbers at the end are bytes that came in each step.
+// The numbers at the end are the bytes of each step.
 type timeline struct {
 	image, link, row string
 	marks            []mark
 	answer           time.Duration
 	step             time.Duration
-	down             []int64 // bytes that had come at the end of each step
+	down             []int64 // bytes received by the end of each step
 }
 
 const timelinePrefix = "Timeline/"
 
-// timeline is the clock's, once it has been stopped.
+// timeline returns the timeline of a clock that was stopped.
 func (c *clock) timeline(image, link, row string) *timeline {
 	n := min(len(c.down), int(c.end/step))
 	return &timeline{image, link, row, c.marks, c.end, step, append(c.down[:n:n], c.used.Down)}
@@ -47,7 +47,7 @@ func (t *timeline) String() string {
 
 func parseTimeline(line string) (*timeline, error) {
 	fields := strings.Fields(line)
-	bad := func(what string) error { return fmt.Errorf("a timeline of %s: %s", fields[0], what) }
+	bad := func(what string) error { return fmt.Errorf("timeline of %s: %s", fields[0], what) }
 	t := &timeline{image: part(fields[0], "image"), link: part(fields[0], "link"), row: part(fields[0], "row")}
 	for fields, rest := fields[1:], true; rest; fields = fields[2:] {
 		if len(fields) < 2 {
@@ -84,7 +84,7 @@ func parseTimeline(line string) (*timeline, error) {
 	return t, nil
 }
 
-// bytes is all that came.
+// bytes returns how many bytes were received.
 func (t *timeline) bytes() int64 {
 	if len(t.down) == 0 {
 		return 0
@@ -92,7 +92,7 @@ func (t *timeline) bytes() int64 {
 	return t.down[len(t.down)-1]
 }
 
-// by is when that part of all bytes had come.
+// by returns the time at which that part of all bytes had been received.
 func (t *timeline) by(part float64) time.Duration {
 	for i, n := range t.down {
 		if float64(n) >= part*float64(t.bytes()) {
@@ -102,7 +102,7 @@ func (t *timeline) by(part float64) time.Duration {
 	return t.answer
 }
 
-// at is how many bytes had come then.
+// at returns how many bytes had been received at that time.
 func (t *timeline) at(d time.Duration) int64 {
 	i := int(d/t.step) - 1
 	if i < 0 || len(t.down) == 0 {
@@ -111,7 +111,7 @@ func (t *timeline) at(d time.Duration) int64 {
 	return t.down[min(i, len(t.down)-1)]
 }
 
-// busy is the part of the line that was used until then.
+// busy returns which part of the line's capacity was used until then.
 func (t *timeline) busy(rate int64, until time.Duration) float64 {
 	return float64(t.at(until)) * 8 / (float64(rate) * until.Seconds())
 }

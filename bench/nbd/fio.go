@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -15,14 +16,14 @@ import (
 	"thaw/bench"
 )
 
-// job is a load that fio makes.
+// job is a load that fio generates.
 type job struct {
 	bs     string
 	rw     string
 	depth  int
-	jobs   int   // connections; 0: one
-	offset int64 // with size: the part to read; 0 for the content of the device
-	size   int64
+	jobs   int   // connections; 0 for one
+	offset int64 // of the part to read
+	size   int64 // of the part to read; 0 for all content
 }
 
 type result struct {
@@ -69,7 +70,7 @@ func (b *benchmark) fio(ctx context.Context, s *server, j job) (*result, error) 
 }
 
 func parseFio(out string) (*result, error) {
-	// fio may say something before its JSON.
+	// fio may print warnings before its JSON.
 	if i := strings.IndexByte(out, '{'); i > 0 {
 		out = out[i:]
 	}
@@ -87,7 +88,7 @@ func parseFio(out string) (*result, error) {
 		} `json:"jobs"`
 	}
 	if err := json.Unmarshal([]byte(out), &f); err != nil {
-		return nil, fmt.Errorf("what fio says is no JSON: %w", err)
+		return nil, fmt.Errorf("output of fio: %w", err)
 	}
 	if len(f.Jobs) != 1 || f.Jobs[0].Error != 0 || f.Jobs[0].Read.TotalIOs == 0 {
 		return nil, fmt.Errorf("fio failed: %s", out)
@@ -96,7 +97,7 @@ func parseFio(out string) (*result, error) {
 	return &result{ios: rd.TotalIOs, iops: rd.IOPS, bandwidth: rd.BW, p99: rd.Clat.Percentile["99.000000"], median: rd.Clat.Percentile["50.000000"]}, nil
 }
 
-// fioLatencies runs a job and returns the latencies of what it read below
+// fioLatencies runs a job, and returns the latencies of its reads below the offset
 // limit.
 func (b *benchmark) fioLatencies(ctx context.Context, s *server, j job, limit int64) (*result, error) {
 	dir, err := os.MkdirTemp("", "fio")
@@ -115,7 +116,7 @@ func (b *benchmark) fioLatencies(ctx context.Context, s *server, j job, limit in
 	}
 	logs, err := filepath.Glob(filepath.Join(dir, "l_clat*.log"))
 	if err != nil || len(logs) == 0 {
-		return nil, fmt.Errorf("fio wrote no log of latencies (%v)", err)
+		return nil, errors.Join(errors.New("fio wrote no log of latencies"), err)
 	}
 	var ns []float64
 	for _, path := range logs {
@@ -127,12 +128,12 @@ func (b *benchmark) fioLatencies(ctx context.Context, s *server, j job, limit in
 		for line := range strings.Lines(string(text)) {
 			f := strings.Split(strings.TrimSpace(line), ",")
 			if len(f) < 5 {
-				return nil, fmt.Errorf("a line of fio's log: %q", line)
+				return nil, fmt.Errorf("invalid line in fio's log of latencies: %q", line)
 			}
 			lat, err1 := strconv.ParseFloat(strings.TrimSpace(f[1]), 64)
 			off, err2 := strconv.ParseInt(strings.TrimSpace(f[4]), 10, 64)
 			if err1 != nil || err2 != nil {
-				return nil, fmt.Errorf("a line of fio's log: %q", line)
+				return nil, fmt.Errorf("invalid line in fio's log of latencies: %q", line)
 			}
 			if off < limit {
 				ns = append(ns, lat)
@@ -140,20 +141,20 @@ func (b *benchmark) fioLatencies(ctx context.Context, s *server, j job, limit in
 		}
 	}
 	if len(ns) < 100 {
-		return nil, fmt.Errorf("only %d reads below %d", len(ns), limit)
+		return nil, fmt.Errorf("fio made only %d reads below offset %d: raise -runtime", len(ns), limit)
 	}
 	slices.Sort(ns)
 	r.p99, r.median = ns[len(ns)*99/100], ns[len(ns)/2]
 	return r, nil
 }
 
-// cpuTime is what a process has used so far, proc(5).
+// cpuTime returns the processor time that a process has used; see proc(5).
 func cpuTime(pid int) (time.Duration, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
 	}
-	// The name, in parentheses, may hold anything.
+	// The name, in parentheses, can contain anything.
 	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 	const utime, stime, ticks = 11, 12, 100
 	var n int64

@@ -1,12 +1,12 @@
-// Command nbd measures NBD servers with fio, all of them over the same bytes and
-// in the same run: thaw, nbdkit (file and memory), qemu-nbd and go-nbd.
+// Command nbd measures NBD servers with fio: thaw, nbdkit (file and memory),
+// qemu-nbd and go-nbd, all in the same run and with the same bytes.
 //
 //	go run ./bench/nbd -thaw PATH-OF-THAW
 //
-// Each round measures every server after the other for each row of the table,
-// on a unix socket and on TCP loopback. The processor time of a server is its
-// own, from /proc, while fio ran. The lines of the rounds go to stdout in the
-// format that benchstat reads; the table, in Markdown, behind them.
+// For each row of the table, each round measures one server after the other, on a
+// unix socket and on TCP loopback. A server's processor time is its own, from
+// /proc, while fio runs. Each round is a line on stdout, in the format that
+// benchstat reads; a Markdown table follows.
 package main
 
 import (
@@ -53,11 +53,11 @@ type options struct {
 
 func run(ctx context.Context) error {
 	var o options
-	flag.StringVar(&o.thaw, "thaw", "thaw", "the program to measure")
-	flag.StringVar(&o.dir, "dir", "", "directory for the image and the cache; made and removed if empty")
-	flag.IntVar(&o.rounds, "rounds", 5, "of each measurement")
-	flag.DurationVar(&o.runtime, "runtime", 2*time.Second, "of each fio, whole seconds")
-	flag.IntVar(&o.sizeMiB, "size", 1024, "MiB of content that are read")
+	flag.StringVar(&o.thaw, "thaw", "thaw", "thaw to measure")
+	flag.StringVar(&o.dir, "dir", "", "directory for the image and the cache, kept for later runs (default: a temporary one)")
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds of each measurement")
+	flag.DurationVar(&o.runtime, "runtime", 2*time.Second, "time of each run of fio")
+	flag.IntVar(&o.sizeMiB, "size", 1024, "content to read, in MiB")
 	flag.StringVar(&o.only, "only", "", "only rows whose name contains this")
 	flag.BoolVar(&o.record, "record", false, "also measure thaw while it records a start")
 	flag.Parse()
@@ -107,11 +107,11 @@ func run(ctx context.Context) error {
 	return b.report(os.Stdout)
 }
 
-// row is a line of the table: a load.
+// row is a row of the table: a load.
 type row struct {
 	name string
 	job  job
-	// delayed rows run against devices that take 5 ms a read.
+	// delayed rows run against devices that take 5 ms per read.
 	delayed bool
 }
 
@@ -134,7 +134,7 @@ const (
 
 func (b *benchmark) wanted(name string) bool { return strings.Contains(name, b.only) }
 
-// measure runs all rows on a transport.
+// measure runs all rows over a transport.
 func (b *benchmark) measure(ctx context.Context, transport string) error {
 	for _, r := range rows {
 		name := transport + "/" + r.name
@@ -168,8 +168,8 @@ func (b *benchmark) measure(ctx context.Context, transport string) error {
 	return nil
 }
 
-// measureMixed reads on one connection what is resident, alone and mixed with
-// reads that take 5 ms, and compares the latency of the former.
+// measureMixed compares the latency of resident reads on one connection: alone,
+// and mixed with reads that take 5 ms.
 func (b *benchmark) measureMixed(ctx context.Context) error {
 	if !b.wanted("mixed") {
 		return nil

@@ -8,13 +8,13 @@ import (
 	"thaw/bench"
 )
 
-// peers in the order of the table; the first is the one that targets are about.
+// peers in the order of the table. The aims refer to the first one.
 var peers = []string{"nbdkit-file", "nbdkit-memory", "qemu-nbd", "go-nbd"}
 
 // report writes the tables.
 func (b *benchmark) report(w io.Writer) error {
 	t := bench.Table{Columns: []string{"load", "thaw", "nbdkit file", "nbdkit memory", "qemu-nbd", "go-nbd",
-		"thaw / nbdkit file", "thaw / best peer", "CPU a request, thaw / nbdkit file"}}
+		"thaw / nbdkit file", "thaw / best peer", "CPU per request, thaw / nbdkit file"}}
 	for _, transport := range []string{"unix", "tcp"} {
 		for _, r := range rows {
 			name := "NBD/" + transport + "/" + r.name + "/server="
@@ -40,7 +40,7 @@ func (b *benchmark) report(w io.Writer) error {
 			t.Row(row...)
 		}
 	}
-	if _, err := fmt.Fprintf(w, "\nMedians of %d rounds: requests a second (MB/s where marked), and the server's CPU us a request.\n\n", b.rounds); err != nil {
+	if _, err := fmt.Fprintf(w, "\nMedians of %d rounds: requests per second (MB/s where marked), and the server's CPU time per request in us.\n\n", b.rounds); err != nil {
 		return err
 	}
 	if _, err := t.WriteTo(w); err != nil {
@@ -52,7 +52,7 @@ func (b *benchmark) report(w io.Writer) error {
 			if b.rec.Rounds(name+recording, iops) == 0 {
 				continue
 			}
-			if _, err := fmt.Fprintf(w, "\n%s %s while it records a start: %.0f requests a second, %.3f of those without, %.2f of its CPU a request.\n", transport, r.name,
+			if _, err := fmt.Fprintf(w, "\n%s %s while thaw records a start: %.0f requests per second, %.3f times those without recording, at %.2f times the CPU per request.\n", transport, r.name,
 				b.rec.Median(name+recording, iops), b.rec.Ratio(name+recording, name+"thaw", iops), b.rec.Ratio(name+recording, name+"thaw", cpuPerIO)); err != nil {
 				return err
 			}
@@ -77,7 +77,7 @@ func (b *benchmark) cell(name string, r row) string {
 
 func ratio(r float64) string {
 	if math.IsInf(r, 0) || math.IsNaN(r) {
-		return "-" // less CPU than the kernel counts
+		return "-" // less CPU time than the kernel's resolution
 	}
 	return fmt.Sprintf("%.2f", r)
 }

@@ -19,22 +19,22 @@ import (
 	"thaw/nbd"
 )
 
-// serveVerb makes this program one of the servers.
+// serveVerb is the argument that makes this program one of the servers.
 const serveVerb = "serve"
 
 const (
 	delay = 5 * time.Millisecond
 
-	// Of the device "mixed", reads below mixedHits are answered at once, and
-	// those behind take their time.
+	// The device "mixed" answers reads below mixedHits at once. The mixedMisses
+	// bytes after them take the delay.
 	mixedHits   = 64 << 20
 	mixedMisses = 8 << 20
 )
 
-// serveMain is a server until SIGTERM: KIND LISTEN FILE.
+// serveMain runs a server until SIGTERM. Its arguments are KIND LISTEN FILE.
 func serveMain(args []string) error {
 	if len(args) != 3 {
-		return fmt.Errorf("want KIND LISTEN FILE")
+		return fmt.Errorf("usage: %s KIND LISTEN FILE", serveVerb)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
@@ -68,7 +68,7 @@ func serveMain(args []string) error {
 		}
 		return nil
 	}
-	return fmt.Errorf("no server is called %q", args[0])
+	return fmt.Errorf("unknown kind of server: %q", args[0])
 }
 
 func serveGoNBD(ctx context.Context, l net.Listener, b backend.Backend) error {
@@ -83,13 +83,13 @@ func serveGoNBD(ctx context.Context, l net.Listener, b backend.Backend) error {
 		}
 		go func() {
 			defer c.Close()
-			// An error is a client that leaves without a word.
+			// An error means that the client has disconnected.
 			_ = gonbd.Handle(c, []*gonbd.Export{{Backend: b}}, &gonbd.Options{ReadOnly: true, SupportsMultiConn: true})
 		}()
 	}
 }
 
-// slowBackend takes 5 ms a read.
+// slowBackend takes 5 ms per read.
 type slowBackend struct{ backend.Backend }
 
 func (b slowBackend) ReadAt(p []byte, off int64) (int, error) {

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -31,13 +30,13 @@ type benchmark struct {
 	options
 	rec *bench.Recorder
 
-	image  string // reference of the block image
+	image  string // the block image
 	device string // file with the same bytes, for the peers
 	offset int64  // of the content on the device
 }
 
-// prepare makes an image with one large file of random bytes, the device that
-// it is, and a cache that has all of it.
+// prepare builds an image with one large file of random bytes, copies its device
+// to a file, and fills thaw's cache with it.
 func (b *benchmark) prepare(ctx context.Context) error {
 	src := filepath.Join(b.dir, "src")
 	b.image = "oci:" + filepath.Join(b.dir, "dst") + ":bench"
@@ -62,38 +61,23 @@ func (b *benchmark) prepare(ctx context.Context) error {
 			return err
 		}
 	}
-	// The content is the last run of the device that is not a hole.
-	out, err := bench.Output(exec.CommandContext(ctx, b.thaw, "inspect", "--json", b.image))
-	if err != nil {
-		return err
-	}
-	var in struct {
-		Streams []struct {
-			Live int64 `json:"live_bytes"`
-		} `json:"streams"`
-	}
-	if err := json.Unmarshal([]byte(out), &in); err != nil {
-		return err
-	}
+	// The content is the last part of the device that is not a hole.
 	f, err := os.Open(b.device)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	// Data begins behind the metadata and goes on to the end of the file:
-	// SEEK_DATA from the end of what is metadata would need the index, so
-	// look for the last hole before it.
 	end, err := lastData(f)
 	if err != nil {
 		return err
 	}
 	b.offset = end - size
-	// All of it in the page cache, for everybody.
+	// Read it into the page cache, for all servers.
 	_, err = io.Copy(io.Discard, f)
 	return err
 }
 
-// lastData is where the last data of a sparse file ends.
+// lastData returns where the last data of a sparse file ends.
 func lastData(f *os.File) (int64, error) {
 	const seekData, seekHole = 3, 4
 	var end int64
@@ -112,7 +96,7 @@ func lastData(f *os.File) (int64, error) {
 	}
 }
 
-// randomImage makes an OCI layout with an image of one file.
+// randomImage writes an OCI layout with an image of one file.
 func randomImage(dir string, size int64) error {
 	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {
 		r, w := io.Pipe()
@@ -150,7 +134,7 @@ func randomImage(dir string, size int64) error {
 		layout.WithPlatform(v1.Platform{OS: "linux", Architecture: "amd64"}))
 }
 
-// server is one that is being measured.
+// server is a server to measure.
 type server struct {
 	name string
 	uri  string
@@ -163,7 +147,7 @@ func (s *server) stop() error {
 	err := s.cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		err = nil // not all of them end with 0 on SIGTERM
+		err = nil // some of them do not exit with 0 after SIGTERM
 	}
 	return errors.Join(err, os.RemoveAll(s.dir))
 }
@@ -176,8 +160,8 @@ func stopAll(servers []*server) error {
 	return errors.Join(errs...)
 }
 
-// place is where a server listens: a socket in a directory of its own, or a
-// port that was free a moment ago.
+// place is where a server listens: a socket in its own directory, or a port that
+// was free a moment ago.
 type place struct{ dir, sock, port string }
 
 func newPlace() (p place, err error) {
@@ -207,7 +191,7 @@ func (p place) listen(transport string) string {
 	return "tcp:127.0.0.1:" + p.port
 }
 
-// start starts all servers for a row.
+// start starts all servers of a row.
 func (b *benchmark) start(ctx context.Context, transport string, delayed bool) (servers []*server, err error) {
 	add := func(name string, command func(p place) []string) {
 		if err != nil {
@@ -254,7 +238,7 @@ func (b *benchmark) start(ctx context.Context, transport string, delayed bool) (
 	}
 	add("nbdkit-file", nbdkit("file", b.device))
 	add("nbdkit-memory", func(p place) []string {
-		// The plugin starts empty: it is filled below, so it may be written to.
+		// Not -r: the plugin starts empty, and is filled below.
 		at := []string{"nbdkit", "-f", "--unix", p.sock}
 		if transport == "tcp" {
 			at = []string{"nbdkit", "-f", "-i", "127.0.0.1", "-p", p.port}
@@ -281,7 +265,7 @@ func (b *benchmark) start(ctx context.Context, transport string, delayed bool) (
 	return servers, err
 }
 
-// launch starts a server and waits until it takes connections.
+// launch starts a server, and waits until it accepts connections.
 func launch(name, transport string, command func(p place) []string) (*server, error) {
 	p, err := newPlace()
 	if err != nil {
@@ -304,16 +288,16 @@ func launch(name, transport string, command func(p place) []string) (*server, er
 			return s, c.Close()
 		}
 	}
-	return nil, errors.Join(fmt.Errorf("%s does not listen", name), s.stop())
+	return nil, errors.Join(fmt.Errorf("%s does not accept connections within 20 s", name), s.stop())
 }
 
 func (b *benchmark) cache() string { return filepath.Join(b.dir, "cache") }
 
-// recording is the name of a thaw that records a start all the while.
+// recording is the name of a thaw that records a start throughout.
 const recording = "thaw-recording"
 
-// startRecording starts one, on a cache of its own, since a cache belongs to one
-// process.
+// startRecording starts a thaw that records, on a copy of the cache, because a
+// cache belongs to one process.
 func (b *benchmark) startRecording(ctx context.Context, transport string) (*server, error) {
 	cache := b.cache() + "-recording"
 	if _, err := os.Stat(cache); errors.Is(err, os.ErrNotExist) {
@@ -324,7 +308,7 @@ func (b *benchmark) startRecording(ctx context.Context, transport string) (*serv
 	return b.startThaw(recording, transport, cache, "--record", filepath.Join(b.dir, "trace"), "--record-for", "1h", "--record-quiet", "1h")
 }
 
-// startThaw starts the program itself on a cache that has everything.
+// startThaw starts thaw on a cache that has everything.
 func (b *benchmark) startThaw(name, transport, cache string, args ...string) (*server, error) {
 	p, err := newPlace()
 	if err != nil {
@@ -346,7 +330,7 @@ func (b *benchmark) startThaw(name, transport, cache string, args ...string) (*s
 	return s, nil
 }
 
-// startMixed starts a server of which a part takes 5 ms a read.
+// startMixed starts a server with a part that takes 5 ms per read.
 func (b *benchmark) startMixed(context.Context) (*server, error) {
 	self, err := os.Executable()
 	if err != nil {

@@ -14,10 +14,10 @@ import (
 	"time"
 )
 
-// errWrong is what must never be.
+// errWrong must never happen.
 var errWrong = errors.New("WRONG BYTES")
 
-// tally counts what happened.
+// tally counts events.
 type tally struct {
 	reads, bytes, refused, lost         atomic.Int64
 	opened, stalled, kills, stops, hups atomic.Int64
@@ -30,8 +30,8 @@ func (t *tally) String() string {
 		t.kills.Load(), t.stops.Load(), t.hups.Load(), t.fills.Load(), t.truncations.Load())
 }
 
-// client is a connection in the transmission phase, of the simplest kind that the NBD
-// protocol has: EXPORT_NAME and simple replies.
+// client is a connection in the transmission phase. It uses the simplest part of the
+// NBD protocol: EXPORT_NAME and simple replies.
 type client struct {
 	c      net.Conn
 	cookie uint64
@@ -65,7 +65,7 @@ func dial(socket, export string) (*client, error) {
 	return &client{c: c}, nil
 }
 
-// errRefused is an answer with an errno.
+// errRefused is a reply with an errno.
 var errRefused = errors.New("refused")
 
 // ask sends a READ.
@@ -91,7 +91,7 @@ func (c *client) read(p []byte, off int64) error {
 		return err
 	}
 	if m := binary.BigEndian.Uint32(h[:]); m != 0x67446698 || binary.BigEndian.Uint64(h[8:]) != c.cookie {
-		return fmt.Errorf("a reply that is none: %x: %w", h, errWrong)
+		return fmt.Errorf("invalid reply %x: %w", h, errWrong)
 	}
 	if e := binary.BigEndian.Uint32(h[4:]); e != 0 {
 		return fmt.Errorf("%w: %w", errRefused, syscall.Errno(e))
@@ -135,8 +135,8 @@ func readWhole(ctx context.Context, socket, host string, m *image, t *tally) err
 	return ctx.Err()
 }
 
-// readFor opens images, reads in them, and leaves them, politely or not. Errors are
-// counted; wrong bytes end it.
+// readFor opens images, reads parts of them, and disconnects, with and without a
+// word. It counts errors, and returns on wrong bytes.
 func readFor(ctx context.Context, socket, host string, set []*image, rng *rand.Rand, t *tally) error {
 	for ctx.Err() == nil {
 		m := set[rng.IntN(len(set))]
@@ -167,7 +167,7 @@ func readFor(ctx context.Context, socket, host string, set []*image, rng *rand.R
 // visit is what one client does.
 func visit(ctx context.Context, c *client, m *image, rng *rand.Rand, t *tally) error {
 	if rng.IntN(8) == 0 {
-		// One that asks for much and does not look at it for a while.
+		// A client that requests much, and does not read the replies for a while.
 		t.stalled.Add(1)
 		c.c.SetDeadline(time.Now().Add(30 * time.Second))
 		for range 40 {
@@ -179,7 +179,7 @@ func visit(ctx context.Context, c *client, m *image, rng *rand.Rand, t *tally) e
 		case <-time.After(time.Duration(rng.IntN(8000)) * time.Millisecond):
 		case <-ctx.Done():
 		}
-		return nil // and goes without a word
+		return nil // it disconnects without a word
 	}
 	large := rng.IntN(6) == 0
 	for range 20 + rng.IntN(400) {

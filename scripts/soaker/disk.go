@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// disk is a file system of the soak's own, that fills up.
+// disk is a separate file system that can fill up.
 type disk struct{ at, device, filler string }
 
 func newDisk(file, at string, size int64) (*disk, error) {
@@ -41,7 +41,7 @@ func (d *disk) close() error {
 	return errors.Join(command(ctx, "umount", d.at), command(ctx, "losetup", "--detach", d.device))
 }
 
-// crowd fills the disk with something else, and gives it back.
+// crowd fills the disk with another file, and removes that again.
 func (d *disk) crowd(ctx context.Context, rng *rand.Rand, t *tally) {
 	wait := func(most int) {
 		select {
@@ -66,7 +66,7 @@ func (d *disk) crowd(ctx context.Context, rng *rand.Rand, t *tally) {
 
 func (d *disk) empty() { os.Remove(d.filler) }
 
-// damage cuts files of the cache short.
+// damage truncates files of the cache.
 func (d *disk) damage(ctx context.Context, rng *rand.Rand, cache string, t *tally) {
 	for {
 		select {
@@ -85,7 +85,7 @@ func (d *disk) damage(ctx context.Context, rng *rand.Rand, cache string, t *tall
 	}
 }
 
-// used is the space that a directory takes.
+// used returns the disk space of a directory.
 func (d *disk) used(dir string) (n int64, err error) {
 	err = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// front stands before the registry and fails.
+// front is a proxy before the registry that injects faults.
 type front struct {
 	host   string
 	to     string
@@ -22,7 +22,7 @@ type front struct {
 
 	mu     sync.Mutex
 	rng    *rand.Rand
-	faults int // of 100 requests
+	faults int // per 100 requests
 	counts map[string]int
 }
 
@@ -49,10 +49,10 @@ func (f *front) String() string {
 	return strings.Join(s, ", ")
 }
 
-// kinds of faults. "" is none.
+// kinds of faults. "" is no fault.
 var kinds = []string{"hang", "late", "trickle", "cut", "flip", "reset", "500", "503", "429", "403", "404", "html", "wrong range", "no range", "empty"}
 
-// fault chooses what goes wrong with a request.
+// fault chooses the fault of a request.
 func (f *front) fault() (kind string, delay time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -64,8 +64,8 @@ func (f *front) fault() (kind string, delay time.Duration) {
 	return kind, time.Duration(f.rng.IntN(1500)) * time.Millisecond
 }
 
-// weather changes how much goes wrong. An origin is well for half of the time: what
-// nobody has cannot be read.
+// weather changes the share of faults. An origin has none for half of the time:
+// otherwise no source would have some of the chunks.
 func (f *front) weather(ctx context.Context, origin bool) {
 	for ctx.Err() == nil {
 		f.mu.Lock()
@@ -97,7 +97,7 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	status := map[string]int{"500": 500, "503": 503, "429": 429, "403": 403, "404": 404}[kind]
 	switch {
 	case kind == "hang":
-		select { // bounded, as all here
+		select { // with a bound, like everything here
 		case <-r.Context().Done():
 		case <-time.After(time.Minute):
 		}
@@ -106,12 +106,12 @@ func (f *front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(delay)
 	case kind == "html":
 		w.Header().Set("Content-Type", "text/html")
-		io.WriteString(w, "<html>please log in</html>")
+		w.Write([]byte("<html>please log in</html>"))
 		return
 	case kind == "reset":
 		if c, _, err := http.NewResponseController(w).Hijack(); err == nil {
 			if t, ok := c.(*net.TCPConn); ok {
-				t.SetLinger(0)
+				_ = t.SetLinger(0) // fails only if the client is gone
 			}
 			c.Close()
 		}

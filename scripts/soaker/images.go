@@ -22,7 +22,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// registry is a docker-registry of its own.
+// registry is a running docker-registry.
 type registry struct {
 	host string
 	cmd  *exec.Cmd
@@ -57,7 +57,7 @@ func startRegistry(dir string) (*registry, error) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	r.stop()
-	return nil, fmt.Errorf("docker-registry does not answer at %s", host)
+	return nil, fmt.Errorf("docker-registry does not listen on %s within 10 s", host)
 }
 
 func (r *registry) stop() {
@@ -74,14 +74,14 @@ func command(ctx context.Context, program string, args ...string) error {
 	return nil
 }
 
-// image is a block image, and what it reads as.
+// image is a block image, and the content of its device.
 type image struct {
 	name    string // repository and tag
 	content []byte
 }
 
-// buildImages makes images that share a layer, and reads each once from a server
-// that nothing is wrong with.
+// buildImages builds images that share a layer, and reads each once from a server
+// without faults.
 func buildImages(ctx context.Context, thaw, dir, host string, rng *rand.Rand) ([]*image, error) {
 	base, err := layer(rng, 2<<20)
 	if err != nil {
@@ -123,7 +123,7 @@ func buildImages(ctx context.Context, thaw, dir, host string, rng *rand.Rand) ([
 	return set, os.RemoveAll(filepath.Join(dir, "clean"))
 }
 
-// layer has files of random bytes, and a few that are alike.
+// layer returns a layer with files of random bytes that compress a little.
 func layer(rng *rand.Rand, size int) (v1.Layer, error) {
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
@@ -148,7 +148,7 @@ func layer(rng *rand.Rand, size int) (v1.Layer, error) {
 	return tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
 }
 
-// copyOut reads an export by a program that is not ours.
+// copyOut reads an export with nbdcopy.
 func copyOut(ctx context.Context, socket, export, dir string) ([]byte, error) {
 	out := filepath.Join(dir, "copied")
 	defer os.Remove(out)
@@ -162,7 +162,7 @@ func copyOut(ctx context.Context, socket, export, dir string) ([]byte, error) {
 
 func uri(socket, export string) string { return "nbd+unix:///" + export + "?socket=" + socket }
 
-// nbdcopyWhole compares every image once more.
+// nbdcopyWhole reads every image with nbdcopy, and compares it.
 func nbdcopyWhole(ctx context.Context, socket, host string, set []*image, dir string) error {
 	for _, m := range set {
 		got, err := copyOut(ctx, socket, host+"/"+m.name, dir)

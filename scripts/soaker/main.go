@@ -1,14 +1,14 @@
-// Command soaker is behind scripts/soak: it serves images from a registry that fails
-// in every way that registries do, on a disk that fills up, to clients that come
-// and go, and kills the server now and then. Every byte that a client reads is
-// compared with what it should be. At the end all faults cease; then every image
-// has to read without an error, and the server's goroutines, descriptors,
-// mappings and memory, and the disk, are to be back where they began.
+// Command soaker is what scripts/soak runs. It serves images to clients that connect
+// and vanish, from a registry that fails in every way that registries do, on a disk
+// that fills up, and kills the server at random. It compares every byte that a client
+// reads with the right one. In the end the faults stop. Then every image must read
+// without an error, and the server's goroutines, descriptors, mappings and memory,
+// and the disk, must return to where they began.
 //
 //	soaker SEED MINUTES
 //
-// What happens when follows from the seed, as far as the machine's timing lets it.
-// It wants root, for a disk of its own, and docker-registry, nbdcopy and mkfs.ext4.
+// The seed determines the faults, as far as the machine's timing allows. soaker
+// requires root, for a disk of its own, and docker-registry, nbdcopy and mkfs.ext4.
 package main
 
 import (
@@ -49,11 +49,11 @@ const (
 	images   = 6
 	readers  = 6
 	diskSize = 96 << 20
-	// quota is about half of what the images have together.
+	// quota is about half the size of all images.
 	quota = 24 << 20
 )
 
-// soak is all of it.
+// soak runs everything.
 func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 	dir, err := os.MkdirTemp("", "thaw-soak-")
 	if err != nil {
@@ -102,7 +102,7 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 		}
 	}()
 
-	// Where it began: each image was open once and read whole, and all is idle.
+	// The baseline: each image was opened once and read whole, and all is idle.
 	tally := &tally{}
 	for _, m := range set {
 		if err := readWhole(ctx, srv.socket, origin.host, m, tally); err != nil {
@@ -156,7 +156,7 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 	}
 	log.Printf("calm again: %v; origin %v; mirror %v", tally, origin, mirror)
 
-	// What was asked before may still be retried for half a minute.
+	// Requests from before may be retried for half a minute.
 	for _, m := range set {
 		if err := retry(ctx, time.Minute, func() error { return readWhole(ctx, srv.socket, origin.host, m, tally) }); err != nil {
 			return fmt.Errorf("with no more faults: %w", err)
@@ -170,8 +170,10 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 		return err
 	}
 	log.Printf("idle: %v", after)
-	if n, err := d.used(srv.cache); err != nil || n > quota+2<<20 {
-		return fmt.Errorf("the cache takes %d bytes, it is allowed %d (%v)", n, quota, err)
+	if n, err := d.used(srv.cache); err != nil {
+		return err
+	} else if n > quota+2<<20 {
+		return fmt.Errorf("the cache takes %d bytes, its quota is %d", n, quota)
 	}
 	if err := srv.stop(true); err != nil {
 		return err
@@ -179,7 +181,7 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 	return srv.checkLog()
 }
 
-// retry calls f until it succeeds, or for some time.
+// retry calls f until it succeeds, returns wrong bytes, or lasts is over.
 func retry(ctx context.Context, lasts time.Duration, f func() error) error {
 	for end := time.Now().Add(lasts); ; {
 		err := f()

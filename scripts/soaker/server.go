@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// server is `thaw serve`, again and again.
+// server is a `thaw serve` that is ended and started again.
 type server struct {
 	thaw, cache, socket, log string
 	args                     []string
@@ -31,7 +31,7 @@ type server struct {
 	err  error
 }
 
-// start returns when it is ready.
+// start returns once the server is ready.
 func (s *server) start() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -79,8 +79,8 @@ func (s *server) signal(sig syscall.Signal) (done chan struct{}) {
 
 func (s *server) kill() { <-s.signal(syscall.SIGKILL) }
 
-// stop ends it in order. Where the registry hangs, requests can be under way when the
-// grace is over, and the exit code says so.
+// stop ends the server with SIGTERM. If the registry hangs, requests can still be in
+// flight at the end of the grace period: then the exit code is 1.
 func (s *server) stop(calm bool) error {
 	done := s.signal(syscall.SIGTERM)
 	select {
@@ -88,16 +88,16 @@ func (s *server) stop(calm bool) error {
 	case <-time.After(15 * time.Second):
 		s.signal(syscall.SIGQUIT)
 		<-done
-		return fmt.Errorf("thaw serve does not end in 15 s, with a grace of 3 s")
+		return fmt.Errorf("thaw serve has not ended 15 s after SIGTERM, with a grace of 3 s")
 	}
 	if s.err != nil && (calm || s.cmd.ProcessState.ExitCode() != 1) {
-		return fmt.Errorf("thaw serve, told to stop: %w", s.err)
+		return fmt.Errorf("thaw serve after SIGTERM: %w", s.err)
 	}
 	return nil
 }
 
-// torment kills, stops and reloads it at random moments. That it ends by itself is a
-// fault.
+// torment kills, stops and reloads the server at random. It fails if the server ends
+// by itself.
 func (s *server) torment(ctx context.Context, rng *rand.Rand, t *tally) error {
 	for {
 		s.mu.Lock()
@@ -107,7 +107,7 @@ func (s *server) torment(ctx context.Context, rng *rand.Rand, t *tally) error {
 		case <-ctx.Done():
 			return nil
 		case <-done:
-			return fmt.Errorf("thaw serve has ended by itself: %v", s.err)
+			return fmt.Errorf("thaw serve ended by itself: %s", s.cmd.ProcessState)
 		case <-time.After(time.Duration(1000+rng.IntN(9000)) * time.Millisecond):
 		}
 		switch rng.IntN(5) {
@@ -130,14 +130,14 @@ func (s *server) torment(ctx context.Context, rng *rand.Rand, t *tally) error {
 	}
 }
 
-// level is what a process has.
+// level is what a process uses.
 type level struct{ goroutines, descriptors, mappings, kib int }
 
 func (l *level) String() string {
 	return fmt.Sprintf("%d goroutines, %d descriptors, %d mappings, %d MiB of memory", l.goroutines, l.descriptors, l.mappings, l.kib>>10)
 }
 
-// measure asks the server, and looks at its process.
+// measure asks the server, and reads /proc.
 func (s *server) measure() (*level, error) {
 	c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(s.cache, "control.sock"))
@@ -164,7 +164,7 @@ func (s *server) measure() (*level, error) {
 	if err != nil {
 		return nil, err
 	}
-	for line := range strings.Lines(string(maps)) { // those of the cache: Go's own come and go
+	for line := range strings.Lines(string(maps)) { // only those of the cache: the Go runtime's vary
 		if strings.Contains(line, s.cache) {
 			l.mappings++
 		}
@@ -175,18 +175,20 @@ func (s *server) measure() (*level, error) {
 	}
 	for line := range strings.Lines(string(status)) {
 		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			fmt.Sscan(rest, &l.kib)
+			if _, err := fmt.Sscan(rest, &l.kib); err != nil {
+				return nil, fmt.Errorf("VmRSS of thaw serve: %w", err)
+			}
 		}
 	}
 	return l, nil
 }
 
-// settle waits until the server has let go of what it used, or has no more than
-// before.
+// settle waits until the server uses no more than before. If before is nil, it waits
+// until the server has no mappings and then some seconds, and returns the baseline.
 func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 	limit := &level{goroutines: 1 << 20, descriptors: 1 << 20, mappings: 0, kib: 1 << 30}
 	if before != nil {
-		// A start has what the one before had, give or take a pool's worth.
+		// As much as before, give or take what pools keep.
 		limit = &level{before.goroutines + 4, before.descriptors + 4, before.mappings, before.kib + 200<<10}
 	}
 	var l *level
@@ -199,9 +201,8 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 			if before != nil {
 				return l, nil
 			}
-			// The first time: idle connections to the registry have a minute and a
-			// half; what is measured is what is left when nothing changes for a while.
-			limit = l
+			// The baseline contains connections to the registry, which stay idle for a
+			// minute and a half before they are closed.
 			select {
 			case <-time.After(8 * time.Second):
 			case <-ctx.Done():
@@ -213,8 +214,8 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 		case <-ctx.Done():
 		}
 	}
-	s.signal(syscall.SIGQUIT) // its goroutines are in the log then
-	return nil, fmt.Errorf("idle for two minutes the server has %v; it began with %v", l, before)
+	s.signal(syscall.SIGQUIT) // prints its goroutines to the log
+	return nil, fmt.Errorf("after two idle minutes the server has %v; the baseline is %v", l, before)
 }
 
 // showLog prints the end of the log.
@@ -223,7 +224,7 @@ func (s *server) showLog() {
 	log.Printf("the end of the log of thaw serve:\n%s", b[max(0, len(b)-20_000):])
 }
 
-// checkLog looks for what must not be in there.
+// checkLog looks for panics, data races and the like.
 func (s *server) checkLog() error {
 	b, err := os.ReadFile(s.log)
 	if err != nil {
