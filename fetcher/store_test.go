@@ -71,7 +71,7 @@ func TestReadersOfABadDisk(t *testing.T) {
 	}
 }
 
-// A replay that finds no room ends soon, with one line in the log.
+// A replay that finds no room ends soon, with a line or two in the log.
 func TestReplayOnABadDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 171, 8000)
 	for name, fault := range diskFaults {

@@ -17,20 +17,19 @@ import (
 // archive is what `docker save` and `podman save` write: a tar with a
 // manifest.json that names the config and layers of images.
 //
-// It has no manifest that a registry would know, so one is made: of the layers
-// as they are in the archive, not compressed anew, so that it is the same
-// whoever makes it, and a layer can be read where it lies. Docker writes an OCI
-// layout into the same archive since version 25; an archive that has that alone
-// is read as one.
+// It has no OCI manifest, so one is made, of the layers as they are in the archive. They are
+// not compressed again, so the manifest is always the same, and a layer is read in place.
+// Since version 25, Docker writes an OCI layout into the same archive; an archive with only
+// that is read as a layout.
 type archive struct {
 	tar *tarFile
 	oci view
 
 	mu struct {
 		sync.Mutex
-		blobs  map[v1.Hash]string        // names of members
-		raw    map[v1.Hash][]byte        // manifests that were made
-		layers map[string]*v1.Descriptor // of members that are compressed
+		blobs  map[v1.Hash]string        // the members that hold them
+		raw    map[v1.Hash][]byte        // manifests made here
+		layers map[string]*v1.Descriptor // of compressed members
 	}
 }
 
@@ -110,8 +109,7 @@ func choose(images []savedImage, name string) (savedImage, error) {
 	return images[0], nil
 }
 
-// same says whether images are one under several names, each in an entry of its
-// own.
+// same says whether all entries are the same image under different names.
 func same(images []savedImage) bool {
 	for _, img := range images[1:] {
 		if img.Config != images[0].Config || !slices.Equal(img.Layers, images[0].Layers) {
@@ -121,8 +119,7 @@ func same(images []savedImage) bool {
 	return true
 }
 
-// fullName is a name with its registry and tag, since there are several ways
-// to write the same.
+// fullName is a name with its registry and tag, so that different spellings compare equal.
 func fullName(s string) string {
 	r, err := parseRegistry(s)
 	if err != nil {
@@ -131,7 +128,7 @@ func fullName(s string) string {
 	return r.String()
 }
 
-// make makes the manifest of an image and takes note of its blobs.
+// make makes the manifest of an image and remembers which members are its blobs.
 func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
 	config, err := a.tar.read(ctx, img.Config, maxManifest)
 	if err != nil {
@@ -172,8 +169,8 @@ func (a *archive) make(ctx context.Context, img savedImage) ([]byte, error) {
 	return raw, nil
 }
 
-// layer describes a layer. A plain one has its diff ID for a digest, which
-// whoever reads it checks; a compressed one has to be read to know, once.
+// layer describes a layer. The digest of a plain one is its diff ID, which the reader
+// verifies; that of a compressed one is computed, once.
 func (a *archive) layer(ctx context.Context, name string, diffID v1.Hash) (v1.Descriptor, error) {
 	a.mu.Lock()
 	known := a.mu.layers[name]
@@ -240,7 +237,7 @@ func (a *archive) referrers(ctx context.Context, subject v1.Descriptor, types []
 		return nil, err
 	}
 	if !a.tar.has(indexFile) {
-		return nil, nil // there is no place for them
+		return nil, nil // it has no place for them
 	}
 	found, err := a.oci.referrers(ctx, subject, types)
 	if errors.Is(err, ErrNotFound) {

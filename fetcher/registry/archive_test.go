@@ -132,7 +132,7 @@ func TestArchive(t *testing.T) {
 		file + ":none":   "no image is named none, there are: app:v1",
 		file + ":bad:v1": "the image has 0 layers and its config says 1",
 		file + "x":       "not found",
-		os.Args[0]:       "not an archive",
+		os.Args[0]:       "not a tar archive",
 		writeTar(t):      "no manifest.json",
 		writeTar(t, entry{name: "manifest.json", body: []byte("[]")}): "no image",
 		writeTar(t, entry{name: "manifest.json", body: []byte("{")}):  "parse manifest.json",
@@ -140,7 +140,7 @@ func TestArchive(t *testing.T) {
 			entry{name: "x", link: "manifest.json"}): "lead nowhere",
 		writeTar(t, entry{name: "manifest.json", body: []byte(`[{"Config":"c","Layers":[]}]`)}): `has no member "c"`,
 		filepath.Dir(file):          "is not a regular file",
-		tempFile(t, zipped.Bytes()): "not an archive",
+		tempFile(t, zipped.Bytes()): "not a tar archive",
 	} {
 		if _, err := openRepo(t, c, "docker-archive:"+ref).Resolve(ctx, nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", ref, err, want)

@@ -215,7 +215,7 @@ func TestArchiveOfBoth(t *testing.T) {
 		"oci-archive:" + both + ":v1": "2 images are tagged v1, choose one by its full name: docker.io/library/app:v1, docker.io/library/db:v1",
 		"oci-archive:" + both:         "has 2 images, choose a tag",
 		"docker-archive:" + both:      "has 2 images, choose a name: app:v1, db:v1",
-		"oci-archive:" + writeTar(t, entry{name: "manifest.json", body: []byte(saved)}): "name it docker-archive:",
+		"oci-archive:" + writeTar(t, entry{name: "manifest.json", body: []byte(saved)}): "write docker-archive:",
 		"oci-archive:" + writeTar(t, entry{name: "x"}):                                  "is not an OCI archive",
 		"oci:" + both:                             "oci-archive:FILE",
 		"oci-archive:" + t.TempDir() + "/none":    "there is no file ",
@@ -272,9 +272,9 @@ func TestArchiveHostile(t *testing.T) {
 		"layers that are missing": {writeTar(t, entry{name: "c", body: config}, entry{name: "manifest.json", body: []byte(`[{"Config":"c","Layers":[]}]`)}), "has 0 layers and its config says 1"},
 		"no JSON":                 {writeTar(t, entry{name: "c", body: []byte("?")}, entry{name: "manifest.json", body: saved("c", "l")}), "parse config"},
 		"a config that is huge":   {writeTar(t, entry{name: "c", body: make([]byte, maxManifest+1)}, entry{name: "manifest.json", body: saved("c", "l")}), "is too long"},
-		"a size below zero":       {tempFile(t, negative), "not an archive, or is damaged"},
-		"a size beyond the file":  {tempFile(t, absurd), "not an archive, or is damaged"},
-		"cut short":               {tempFile(t, b[:600]), "not an archive, or is damaged"},
+		"a size below zero":       {tempFile(t, negative), "not a tar archive, or is damaged"},
+		"a size beyond the file":  {tempFile(t, absurd), "not a tar archive, or is damaged"},
+		"cut short":               {tempFile(t, b[:600]), "not a tar archive, or is damaged"},
 	} {
 		for _, compress := range []string{"cat", "gzip"} {
 			file := x.file

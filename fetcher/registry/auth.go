@@ -10,42 +10,40 @@ import (
 	"time"
 )
 
-// Login is what a registry may be shown: a user's name and password, or a
-// token to be exchanged (IdentityToken), or the token itself (RegistryToken).
-// The zero Login is nobody.
+// Login is a user name and password, or a token to be exchanged for another one
+// (IdentityToken), or the token to be sent (RegistryToken). The zero Login is anonymous.
 type Login struct {
 	Username, Password, IdentityToken, RegistryToken string
 }
 
-// Credentials give the login for a repository of a registry (HOST or
-// HOST:PORT, "index.docker.io" for Docker Hub). They are asked often enough
-// that what they give may change, and seldom enough that they may run a
-// program: see Options.
+// Credentials returns the login for a repository of a registry (HOST or HOST:PORT,
+// "index.docker.io" for Docker Hub). It is called for each new token, so the login may
+// change, and not for each request, so it may run a program: see Options.
 type Credentials func(ctx context.Context, registry, repository string) (Login, error)
 
-// authorizer gets the Authorization header for one repository at one source:
-// the distribution spec's token authentication, OAuth2 for identity tokens,
-// and basic authentication.
+// authorizer gets the Authorization header for one repository at one source: by the
+// distribution spec's token authentication, by OAuth2 for identity tokens, or by basic
+// authentication.
 //
-// A host that the registry redirects to has an authorizer of its own, with the
-// credentials for that host, once it has asked for some by a challenge.
+// A host that the registry redirects to has its own authorizer, with the credentials for
+// that host, once it has sent a challenge.
 //
-// What a registry wants is learned from its first 401. Tokens are got anew a
-// little before they expire, and whatever was refused is got anew once. One
-// request does so while the others wait for it.
+// The registry's first 401 says what it requires. Tokens are renewed a little before they
+// expire, and once when they are refused. One request renews a token, and the others wait
+// for it.
 type authorizer struct {
 	client     *Client
 	root       *url.URL
 	repository string
-	foreign    bool // a host that the registry redirected to
+	foreign    bool // it is for a host that the registry redirected to
 
 	mu struct {
 		sync.Mutex
 		challenge *challenge
 		tokens    [2]token // to pull, to push
 		renewals  [2]*renewal
-		login     *loginCall // under way
-		broken    error      // why the credentials could not be read, the last time
+		login     *loginCall // in progress
+		broken    error      // why the credentials could not be read last time
 	}
 }
 
@@ -58,7 +56,7 @@ type loginCall struct {
 
 type token struct {
 	header string
-	renew  time.Time // zero: when it is refused
+	renew  time.Time // when to renew it; zero: when it is refused
 }
 
 // renewal is a token that one request gets while others wait for it.
@@ -75,8 +73,8 @@ func slot(push bool) int {
 	return 0
 }
 
-// header is the Authorization header to send, empty if none is known to be
-// wanted.
+// header is the Authorization header to send, or empty if the registry has not asked for
+// one.
 func (a *authorizer) header(ctx context.Context, push bool) (string, error) {
 	a.mu.Lock()
 	t, ch := a.mu.tokens[slot(push)], a.mu.challenge
@@ -87,13 +85,12 @@ func (a *authorizer) header(ctx context.Context, push bool) (string, error) {
 	return a.obtain(ctx, push, t.header, ch)
 }
 
-// renew gives another header than the refused one, or the same if that is all
-// there is.
+// renew returns another header than the refused one, or the same if there is no other.
 func (a *authorizer) renew(ctx context.Context, push bool, refused string, h http.Header) (string, error) {
 	ch := readChallenge(h.Values("Www-Authenticate"))
 	if ch == nil {
 		if refused == "" {
-			return "", nil // nothing to go by
+			return "", nil // it does not say what it requires
 		}
 		a.mu.Lock()
 		ch = a.mu.challenge
@@ -102,9 +99,8 @@ func (a *authorizer) renew(ctx context.Context, push bool, refused string, h htt
 	return a.obtain(ctx, push, refused, ch)
 }
 
-// obtain gives a header that is not the refused one. A challenge that cannot be
-// met is forgotten: it may be that of one operation, in a registry that wants
-// nothing for the others.
+// obtain returns a header other than the refused one. A challenge that cannot be met is
+// forgotten: the registry may require credentials for one operation only.
 func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *challenge) (string, error) {
 	i := slot(push)
 	for {
@@ -130,7 +126,7 @@ func (a *authorizer) obtain(ctx context.Context, push bool, refused string, ch *
 		if f.err == nil || !errors.Is(f.err, context.Canceled) && !errors.Is(f.err, context.DeadlineExceeded) {
 			return f.header, f.err
 		}
-		// Whoever asked has gone away: ask for oneself.
+		// The caller that asked has gone away, so this one asks.
 	}
 }
 
@@ -147,8 +143,8 @@ func (a *authorizer) complete(ctx context.Context, f *renewal, i int, ch *challe
 	close(f.done)
 }
 
-// fetch reads the credentials and makes a header of them. Where they cannot be
-// read it goes on as nobody: most images are public.
+// fetch reads the credentials and makes a header of them. If they cannot be read it tries
+// anonymous access: most images are public.
 func (a *authorizer) fetch(ctx context.Context, push bool, ch *challenge) (token, error) {
 	if ch == nil {
 		return token{}, nil
@@ -161,14 +157,14 @@ func (a *authorizer) fetch(ctx context.Context, push bool, ch *challenge) (token
 	a.mu.broken = broken
 	a.mu.Unlock()
 	if broken != nil {
-		a.client.warnOnce("credentials "+a.root.Host, "cannot read the credentials, trying without", "host", a.root.Host, "err", broken)
+		a.client.warnOnce("credentials "+a.root.Host, "cannot read the credentials; trying without", "host", a.root.Host, "err", broken)
 	}
 	switch {
 	case login.RegistryToken != "":
 		return token{header: "Bearer " + login.RegistryToken}, nil
 	case ch.scheme == "basic":
 		if login.Username == "" && login.Password == "" {
-			err := fmt.Errorf("%w: %s wants a user and a password, and there are none for it", ErrUnauthorized, a.root.Host)
+			err := fmt.Errorf("%w: %s requires a user name and a password, and there are none for it: run docker login", ErrUnauthorized, a.root.Host)
 			return token{}, a.because(err)
 		}
 		return token{header: basic(login)}, nil
@@ -180,9 +176,8 @@ func (a *authorizer) fetch(ctx context.Context, push bool, ch *challenge) (token
 	return t, nil
 }
 
-// credentials calls Options.Credentials. It may run a program that ignores its
-// context, so nobody waits for it longer than for an answer of the registry,
-// and while it runs it is not called again.
+// credentials calls Options.Credentials. That may run a program that ignores its context, so
+// callers wait for HeaderTimeout at most, and it is not called again while it runs.
 func (a *authorizer) credentials(ctx context.Context) (Login, error) {
 	f := a.client.opts.Credentials
 	if f == nil {
@@ -227,8 +222,8 @@ func (a *authorizer) because(err error) error {
 	return fmt.Errorf("%w (the credentials for %s could not be read: %w)", err, a.root.Host, broken)
 }
 
-// explain makes an error of a refusal if the credentials could not be read, and
-// leaves it to the caller otherwise.
+// explain makes an error of a refusal if the credentials could not be read. Otherwise it
+// leaves the answer to the caller.
 func (a *authorizer) explain(resp *http.Response) (*http.Response, error) {
 	a.mu.Lock()
 	broken := a.mu.broken

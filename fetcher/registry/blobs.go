@@ -14,12 +14,12 @@ import (
 	"thaw/blockmap"
 )
 
-// HasBlob says whether the blob is there already. It asks the registry itself,
-// never a mirror, so that a push may rely on it.
+// HasBlob says whether the repository has the blob. It asks the registry itself, never a
+// mirror, so that a push can rely on it.
 func (r *Repo) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
 	size, err := r.finder.stat(ctx, d.Digest)
 	if m, ok := r.finder.(*remote); ok && err == nil && size >= 0 && size != d.Size {
-		size, err = m.origin.sizeByGet(ctx, d.Digest, false) // some do not tell the truth by HEAD
+		size, err = m.origin.sizeByGet(ctx, d.Digest, false) // some give a wrong length for HEAD
 	}
 	switch {
 	case errors.Is(err, ErrNotFound):
@@ -32,8 +32,8 @@ func (r *Repo) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return true, nil
 }
 
-// Holds is HasBlob, and for a layout compares the bytes with the digest as
-// well, as registries do on their own.
+// Holds is HasBlob, but for a layout it also verifies the blob's bytes, which registries do
+// by themselves.
 func (r *Repo) Holds(ctx context.Context, d v1.Descriptor) (bool, error) {
 	l, ok := r.target.(*layout)
 	if !ok {
@@ -46,7 +46,7 @@ func (r *Repo) Holds(ctx context.Context, d v1.Descriptor) (bool, error) {
 	return has, err
 }
 
-// Blob gives a blob whole, verified. It is meant for small ones.
+// Blob returns all bytes of a blob, verified. It is for small ones.
 func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	if d.Size < 0 || d.Size > maxBlob {
 		return nil, fmt.Errorf("fetch blob %s of %s: %d bytes are too many to read at once", d.Digest, r, d.Size)
@@ -59,7 +59,7 @@ func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		// What the descriptor says is not worth an allocation yet.
+		// The size in the descriptor is not trusted with an allocation yet.
 		var buf bytes.Buffer
 		buf.Grow(int(min(d.Size, 1<<20)) + bytes.MinRead)
 		_, err = buf.ReadFrom(rc)
@@ -67,20 +67,20 @@ func (r *Repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 		if err == nil {
 			return buf.Bytes(), nil
 		}
-		// A mirror that is wrong is not asked again; others may be right.
+		// The mirror that was wrong is not asked again; other sources may be right.
 		if !errors.Is(err, ErrDigest) || !rc.(*stream).mirrored() {
 			return nil, err
 		}
 	}
 }
 
-// OpenRange reads the n bytes of a blob from off: all of them, or the reader
-// ends in an error; never in an early io.EOF. The bytes are not verified. The
-// reader is a *Body, whose Distrust is to be called when they are wrong.
+// OpenRange reads n bytes of a blob from off. The reader returns all of them or an error,
+// never an early io.EOF. The bytes are not verified: the reader is a *Body, and its
+// Distrust is to be called when they are wrong.
 //
-// Mirrors that work are asked before the registry. A source whose answer does not
-// begin in the time that it usually takes is overtaken: the next one is asked
-// too, and the first answer wins. But nothing is asked twice: see Temporary.
+// Mirrors that work are asked before the registry. If an answer does not begin in the time
+// that its source usually takes, the next source is asked too, and the first answer wins.
+// OpenRange does not retry: see Temporary.
 func (r *Repo) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
 	digest := hashFrom(blob)
 	if off < 0 || n < 0 || off+n < off {
@@ -96,10 +96,9 @@ func (r *Repo) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64
 	return b, nil
 }
 
-// OpenRangeElsewhere is OpenRange for bytes that come too slowly from one source:
-// it asks the others, in their order. avoid is Body.Source of the request that is
-// late; empty is no source. A nil reader without an error means that there is no
-// other source at present.
+// OpenRangeElsewhere is OpenRange for bytes that come too slowly from one source: it asks
+// the others. avoid is what Body.Source returned for the late request, or empty if that has
+// no answer. A nil reader without an error means that there is no other source at present.
 func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off, n int64, avoid string) (io.ReadCloser, error) {
 	digest := hashFrom(blob)
 	if off < 0 || n <= 0 || off+n < off {
@@ -132,10 +131,9 @@ func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off
 	return b, nil
 }
 
-// LastFailure is how the last request to the registry that failed since a point in
-// time did so, or nil if none has. It is for a caller that will not wait until the
-// attempts of an operation are used up: what the operation comes to is not known
-// then, but what the registry has answered so far is.
+// LastFailure returns the error of the last request to the registry that has failed since a
+// point in time, or nil. It is for a caller that does not wait until all attempts of a call
+// have failed: the result of the call is not known then, but the registry's answers are.
 func (r *Repo) LastFailure(since time.Time) error {
 	m, ok := r.reader.(*remote)
 	if !ok {
@@ -150,8 +148,8 @@ func (r *Repo) LastFailure(since time.Time) error {
 	return s.mu.failure
 }
 
-// CheckAccess finds out whether r's reference can be read with the credentials
-// there are, at the cost of a request or two.
+// CheckAccess fails if r's reference cannot be read with the present credentials. It costs
+// a request or two.
 func (r *Repo) CheckAccess(ctx context.Context) error {
 	if _, _, err := r.lookup(ctx, r.ref); err != nil {
 		return fmt.Errorf("check access to %s: %w", r.ref, err)

@@ -9,8 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// Body is a run of the bytes of a blob: exactly as long as was asked for, or
-// it ends in an error.
+// Body is a range of the bytes of a blob: exactly as long as was asked for, or it ends in
+// an error.
 type Body struct {
 	rc   io.ReadCloser
 	left int64
@@ -21,7 +21,7 @@ type Body struct {
 	digest  v1.Hash
 	watched *watchedBody
 	release func() // ends the contexts of the request
-	// guessed says that the server did not say which bytes these are.
+	// guessed is set if the server did not say which bytes these are.
 	guessed bool
 }
 
@@ -53,8 +53,8 @@ func (b *Body) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close ends the request if there are bytes left. A mirror from which they came
-// too slowly is left alone for a while, as if it had failed.
+// Close ends the request if there are bytes left. A mirror that sent them too slowly rests,
+// as if it had failed.
 func (b *Body) Close() error {
 	if b.left > 0 && b.err == nil && b.watched != nil && b.watched.trickles() {
 		b.err = errors.New("read of a closed body")
@@ -67,8 +67,7 @@ func (b *Body) Close() error {
 	return err
 }
 
-// Source is the scheme and host of the mirror or registry that the bytes come
-// from, or empty where they come from a file.
+// Source is the scheme and host that the bytes come from, or empty for a file.
 func (b *Body) Source() string {
 	if b.e == nil {
 		return ""
@@ -76,9 +75,8 @@ func (b *Body) Source() string {
 	return b.e.src.name
 }
 
-// Distrust says that the bytes were not what the digest of the chunk or blob
-// says. A mirror is then left alone for a while, longer each time; a
-// location that a registry redirected to is forgotten.
+// Distrust is called when the bytes do not match their digest. A mirror then rests, longer
+// each time; a location that a registry redirected to is forgotten.
 func (b *Body) Distrust() {
 	if b.e == nil {
 		return
@@ -90,9 +88,8 @@ func (b *Body) Distrust() {
 	b.e.src.distrust()
 }
 
-// failed takes note of a request for a blob that did not go well. That there
-// is no such blob says nothing of a source's health, nor do ranges that it does
-// not give, or a caller that has gone away.
+// failed notes a request for a blob that failed. A missing blob says nothing about the
+// health of a source, nor do unsupported ranges, or a caller that has gone away.
 func (e *endpoint) failed(h v1.Hash, err error) {
 	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return

@@ -4,14 +4,14 @@ import (
 	"strings"
 )
 
-// challenge is what a registry wants.
+// challenge says which credentials a registry requires.
 type challenge struct {
 	scheme string // "bearer" or "basic"
 	params map[string]string
 }
 
-// readChallenge takes the first bearer challenge of the WWW-Authenticate
-// headers, or else the first basic one (RFC 9110, 11.6.1).
+// readChallenge returns the first bearer challenge of the WWW-Authenticate headers, or else
+// the first basic one (RFC 9110, 11.6.1).
 func readChallenge(headers []string) *challenge {
 	var found *challenge
 	for _, h := range headers {

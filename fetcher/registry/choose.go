@@ -11,9 +11,9 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// find takes the manifest with the tag, or the only image if there is no tag:
-// block images, converted layers and other artifacts do not count then. It
-// gives several only where they are images for several platforms.
+// find returns the manifest with the tag or, without a tag, the only image: block images,
+// converted layers and other artifacts do not count then. It returns several only if they
+// are images for several platforms.
 func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[string]error, tag string) ([]v1.Descriptor, error) {
 	var found []v1.Descriptor
 	var tags []string
@@ -62,21 +62,19 @@ func (v *view) find(ctx context.Context, entries []v1.Descriptor, unusable map[s
 		}
 		return nil, fmt.Errorf("%d images are tagged %s, choose one by its full name: %s", len(images), tag, joined(names))
 	case tag != "":
-		return images[:1], nil // of whoever does not replace a tag; the other tools take the first as well
+		return images[:1], nil // written by a tool that does not replace tags; other tools take the first as well
 	case len(images) == 0:
-		return nil, fmt.Errorf("%w: the layout has no image but under a tag, %s", ErrNotFound, list)
+		return nil, fmt.Errorf("%w: the layout has no image without a tag, %s", ErrNotFound, list)
 	}
 	return nil, fmt.Errorf("the layout has %d images, choose a tag: %s", len(images), list)
 }
 
-// internal says whether builds have made a tag for themselves: it is not one for
-// people to choose.
+// internal says whether a tag is one of thaw's own, which users do not choose.
 func internal(tag string) bool {
 	return strings.HasPrefix(tag, "thaw-image-") || strings.HasPrefix(tag, "thaw-layer-")
 }
 
-// differ says whether what of says of the entries is there, and of each
-// something else.
+// differ says whether of has a value for each entry, all different.
 func differ(entries []v1.Descriptor, of func(v1.Descriptor) string) bool {
 	seen := make(map[string]bool)
 	for _, d := range entries {
@@ -96,9 +94,9 @@ func platformOf(d v1.Descriptor) string {
 	return normal(*d.Platform).String()
 }
 
-// images keeps the entries that are images by their manifests, since an entry
-// need not say that it is an artifact. Those that cannot be read are left out if
-// there are others.
+// images returns the entries that are images according to their manifests, since an entry
+// need not say that it is an artifact. It leaves out manifests that cannot be read if there
+// are others.
 func (v *view) images(ctx context.Context, entries []v1.Descriptor) (images []v1.Descriptor, err error) {
 	var unread []v1.Descriptor
 	for _, d := range entries {

@@ -18,73 +18,68 @@ import (
 	"time"
 )
 
-// Options say how a Client works. The zero value is of use: anonymous, no
-// mirrors, no proxy, HTTPS except to this host itself.
+// Options are the settings of a Client. The zero value works: no credentials, no mirrors,
+// no proxy, and HTTPS except to loopback addresses.
 type Options struct {
-	// Credentials are asked each time that a registry wants some: at the
-	// first request, when a token has expired, and when what was sent is
-	// refused. So they may change under way. Nil is nobody.
+	// Credentials are called each time that a registry requires credentials: for the
+	// first request, when a token has expired, and when a request is refused. So they
+	// may change while the Client is in use. Nil means anonymous access.
 	Credentials Credentials
-	// Insecure are the registries, HOST or HOST:PORT, that plain HTTP is
-	// spoken to; "*" is all of them. To loopback addresses and localhost it
-	// always is.
+	// Insecure lists the registries, HOST or HOST:PORT, that are accessed by plain HTTP;
+	// "*" means all. Loopback addresses and localhost always are.
 	Insecure []string
-	// Mirrors are asked before the registries that they stand for; see
-	// Client.SetMirrors.
+	// Mirrors are asked before their registries; see Client.SetMirrors.
 	Mirrors Mirrors
-	// Proxy as in http.Transport; nil is none.
+	// Proxy is as in http.Transport; nil means none.
 	Proxy func(*http.Request) (*url.URL, error)
-	// TLS has the certificates to trust and to show; nil is the system's.
+	// TLS has the certificates to trust and to present; nil means the system's.
 	TLS *tls.Config
-	// UserAgent is sent with every request; empty is "thaw".
+	// UserAgent is sent with every request; "thaw" by default.
 	UserAgent string
-	// DialTimeout bounds the making of a connection, HeaderTimeout the time
-	// until an answer begins. In each StallTimeout a body must bring 16 KiB, or
-	// what is left of it; from a mirror, in half the time. Defaults: 10 s, 30 s,
-	// 20 s.
+	// DialTimeout limits the time to connect, HeaderTimeout the time until an answer
+	// begins. In each StallTimeout a body must bring 16 KiB, or the rest of it; a mirror
+	// has half of that time. Defaults: 10 s, 30 s, 20 s.
 	DialTimeout, HeaderTimeout, StallTimeout time.Duration
-	// IdleConns is how many connections to a host are kept between
-	// requests; it should not be less than the requests at once. Default 64.
+	// IdleConns is how many idle connections to a host are kept; 64 by default. It should
+	// not be less than the number of requests at once.
 	IdleConns int
-	// Attempts is how often what is retried here is tried: all but
-	// OpenRange. Default 5.
+	// Attempts is how often a call is tried, except for those that open ranges; 5 by
+	// default.
 	Attempts int
-	// TempDir is where archives that are compressed are decompressed to; empty
-	// is the system's.
+	// TempDir is the directory for decompressed archives; the system's by default.
 	TempDir string
-	// Log hears of mirrors that fail, servers that ignore ranges or ask to be
-	// left alone, and credentials that cannot be read; nil is silence.
+	// Log gets warnings: of mirrors that fail, servers that ignore ranges or ask to wait,
+	// and credentials that cannot be read; nil for none.
 	Log *slog.Logger
 
-	// Settle is how long whoever has changed a list of referrers under a
-	// fallback tag makes sure that it stays, against others that may change it
-	// at the same time: 2.5 s unless it is set, which only tests do.
+	// Settle is how long a list of referrers under a fallback tag is watched after a
+	// change, in case another writer overwrites it; 2.5 s by default. Only tests set it.
 	Settle time.Duration
 
 	backoff time.Duration // before the second attempt; tests lower it
 }
 
-// A Client holds what all repositories share: connections, tokens, mirrors and
-// their health, counters.
+// A Client holds what all repositories share: connections, tokens, mirrors, the health of
+// sources, counters.
 type Client struct {
 	opts      Options
 	transport *http.Transport
 	dialer    *dialer
 	log       *slog.Logger
 	mirrors   atomic.Pointer[Mirrors]
-	overtaken sync.WaitGroup // requests that were given up, as they end
+	overtaken sync.WaitGroup // cancelled requests that have not ended yet
 
 	mu struct {
 		sync.Mutex
 		sources   map[string]*source // by URL without the repository
 		order     []*source
 		endpoints map[string]*endpoint // by URL with the repository
-		warned    map[string]bool      // by what was warned of
-		waits     map[string]time.Time // by host, until when it asked to be left alone
+		warned    map[string]bool      // by key of warnOnce
+		waits     map[string]time.Time // by host: until when it asked to wait
 	}
 }
 
-// Bounds of what a client remembers. What is beyond is made anew, which costs a
+// Limits of what a client remembers. What is forgotten is made again, at the cost of a
 // token or a line in the log.
 const (
 	maxEndpoints = 16 << 10
@@ -92,7 +87,7 @@ const (
 	maxNotes     = 1 << 10
 )
 
-// New makes a client. It is to be closed.
+// New makes a client. The caller closes it.
 func New(o Options) *Client {
 	def := func(d *time.Duration, v time.Duration) {
 		if *d <= 0 {
@@ -128,7 +123,7 @@ func New(o Options) *Client {
 		IdleConnTimeout:        90 * time.Second,
 		ExpectContinueTimeout:  time.Second,
 		MaxResponseHeaderBytes: 256 << 10,
-		// A connection that has died unnoticed would hold up all that share it.
+		// A dead connection would delay all requests that share it.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
 		// A digest is of the bytes as they are stored.
 		DisableCompression: true,
@@ -141,9 +136,8 @@ func New(o Options) *Client {
 	return c
 }
 
-// SetMirrors replaces Options.Mirrors. It takes effect with the next request of
-// every repository; requests under way are left to end. A mirror whose URL
-// ParseMirrors would refuse is left out, with a warning.
+// SetMirrors replaces Options.Mirrors, from the next request on. It leaves out a mirror whose
+// URL ParseMirrors would refuse, with a warning.
 func (c *Client) SetMirrors(m Mirrors) {
 	checked := make(Mirrors, len(m))
 	for host, list := range m {
@@ -158,16 +152,15 @@ func (c *Client) SetMirrors(m Mirrors) {
 	c.mirrors.Store(&checked)
 }
 
-// Close closes the connections that are idle. Bodies that are still open stay
-// good until they are closed.
+// Close closes idle connections. Open bodies can be read until they are closed.
 func (c *Client) Close() {
 	c.dialer.close()
 	c.overtaken.Wait()
 	c.transport.CloseIdleConnections()
 }
 
-// Open gives the repository, layout or archive that ref is in. No request is
-// made yet, so it need not exist.
+// Open returns the repository, layout or archive of ref. It makes no request, so that need
+// not exist.
 func (c *Client) Open(ref Ref) (*Repo, error) {
 	r := &Repo{ref: ref, client: c}
 	switch {
@@ -197,12 +190,12 @@ func (c *Client) remote(ref Ref) *remote {
 		scheme = "http"
 	}
 	m := &remote{client: c, ref: ref}
-	m.mirrors(false) // so that Stats has them first
+	m.mirrors(false) // so that Stats lists them first
 	m.origin = c.endpoint(&url.URL{Scheme: scheme, Host: ref.Registry}, ref.Repository, "")
 	return m
 }
 
-// endpoint is the repository at base, made once, so that tokens are shared.
+// endpoint returns the repository at base, always the same one, so that tokens are shared.
 func (c *Client) endpoint(base *url.URL, repository, mirrorOf string) *endpoint {
 	path := strings.Trim(base.Path, "/")
 	if path != "" {
@@ -213,8 +206,7 @@ func (c *Client) endpoint(base *url.URL, repository, mirrorOf string) *endpoint 
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// A host may be the mirror of one registry and a registry itself: its
-	// health is another matter in each role.
+	// A host may be both a mirror and a registry. Its health is kept apart for each role.
 	role := root.String() + " " + mirrorOf
 	src := c.mu.sources[role]
 	if src == nil {
@@ -257,7 +249,7 @@ func isLoopback(name string) bool {
 	return err == nil && ip.IsLoopback()
 }
 
-// warnOnce logs a warning the first time that it is about key.
+// warnOnce logs a warning, once for each key.
 func (c *Client) warnOnce(key, message string, args ...any) {
 	c.mu.Lock()
 	if len(c.mu.warned) >= maxNotes {
@@ -271,8 +263,7 @@ func (c *Client) warnOnce(key, message string, args ...any) {
 	}
 }
 
-// toldToWait logs that a host asks to be left alone, once for all requests that
-// it says so to in the meantime.
+// toldToWait logs that a host asked for a pause, once for all requests in that time.
 func (c *Client) toldToWait(host string, d time.Duration) {
 	if d <= 0 {
 		return
@@ -292,9 +283,9 @@ func (c *Client) toldToWait(host string, d time.Duration) {
 	}
 }
 
-// retry calls try until it succeeds, fails for good, or has been called
-// Options.Attempts times. A wait that the server asks for is an attempt too, but
-// only one in four: it says that there is more to come.
+// retry calls try until it succeeds, fails with a permanent error, or has used up
+// Options.Attempts. Of the attempts that the server answered by asking for a pause, only
+// one in four counts: such a server is likely to answer later.
 func (c *Client) retry(ctx context.Context, try func() error) error {
 	told := 0
 	for n := 1; ; n++ {
@@ -314,8 +305,8 @@ func (c *Client) retry(ctx context.Context, try func() error) error {
 	}
 }
 
-// pause waits before attempt n+1: longer each time, at random so that many
-// clients do not return at once, and as long as the server asked for.
+// pause waits before attempt n+1: longer each time, by a random time so that clients do not
+// return all at once, and at least as long as the server asked for.
 func (c *Client) pause(ctx context.Context, n int, err error) error {
 	d := c.opts.backoff << min(n-1, 6)
 	d = d/2 + rand.N(d)

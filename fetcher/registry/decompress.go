@@ -16,18 +16,16 @@ import (
 )
 
 const (
-	// An archive is decompressed to this many bytes at most, and this many for
-	// each of its own. More is nothing but zeros, or an attack.
+	// An archive may have archiveBase bytes of content, and archiveFactor more for each of
+	// its own bytes. Only zeros compress better, or an attack.
 	archiveBase   = 16 << 30
 	archiveFactor = 256
 
-	// diskReserve is what is left free on the disk that an archive is
-	// decompressed to.
+	// diskReserve is how much stays free on the disk for decompressed archives.
 	diskReserve = 256 << 20
 )
 
-// plainTar gives the tar that f holds: f itself, or a new file where f is
-// compressed.
+// plainTar returns the tar that f holds: f itself, or a new file if f is compressed.
 func plainTar(ctx context.Context, f *os.File, temp string) (*os.File, error) {
 	r, kind, err := decompress(ctxReader{ctx, f})
 	if err != nil {
@@ -65,14 +63,14 @@ func plainTar(ctx context.Context, f *os.File, temp string) (*os.File, error) {
 
 func archiveLimit(size int64) int64 { return archiveBase + archiveFactor*min(size, 1<<50) }
 
-// sparseWriter writes a file from its beginning, and makes holes of zeros. It
-// stops before the disk is full.
+// sparseWriter writes a file from its beginning, with holes for zeros. It fails before the
+// disk is full.
 type sparseWriter struct {
 	f       *os.File
 	dir     string // of f
-	left    int64  // bytes that may still come
+	left    int64  // bytes that may still be written
 	off     int64
-	checked int64 // bytes written since the disk was looked at
+	checked int64 // bytes that may be written until the free space is checked again
 }
 
 var zeroPage [64 << 10]byte
@@ -80,7 +78,7 @@ var zeroPage [64 << 10]byte
 func (w *sparseWriter) Write(p []byte) (int, error) {
 	n := len(p)
 	if w.left -= int64(n); w.left < 0 {
-		return 0, errors.New("its content is larger than that of any archive of its size: it is not an image, or made to fill disks")
+		return 0, errors.New("its content is much larger than that of any image archive of its size: it is not an image, or was made to fill disks")
 	}
 	for len(p) > 0 {
 		part := p[:min(len(p), len(zeroPage))]
@@ -98,7 +96,7 @@ func (w *sparseWriter) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// room looks at the disk now and then.
+// room checks the free space now and then.
 func (w *sparseWriter) room(n int) error {
 	if w.checked -= int64(n); w.checked > 0 {
 		return nil
@@ -106,7 +104,7 @@ func (w *sparseWriter) room(n int) error {
 	w.checked = diskReserve / 8
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(int(w.f.Fd()), &st); err != nil {
-		return nil // writing will tell
+		return nil // the write will fail if there is none
 	}
 	if free := int64(st.Bavail) * st.Bsize; st.Blocks > 0 && free < min(diskReserve, int64(st.Blocks)*st.Bsize/16)+int64(n) {
 		return w.full(unix.ENOSPC)
@@ -121,11 +119,11 @@ func (w *sparseWriter) full(err error) error {
 	return err
 }
 
-// end gives the file the length that it would have without holes.
+// end sets the length of the file, which may end in a hole.
 func (w *sparseWriter) end() error { return w.f.Truncate(w.off) }
 
-// decompress looks at the first bytes of r. kind is the name of the compression,
-// or empty where there is none; then r may have been read from.
+// decompress finds the compression of r by its first bytes. kind is its name, or empty if r is
+// not compressed; r may have been read from then.
 func decompress(r io.Reader) (plain io.ReadCloser, kind string, err error) {
 	b := bufio.NewReaderSize(r, 1<<20)
 	head, err := b.Peek(tarBlock)
@@ -134,7 +132,7 @@ func decompress(r io.Reader) (plain io.ReadCloser, kind string, err error) {
 	}
 	begins := func(s string) bool { return bytes.HasPrefix(head, []byte(s)) }
 	switch {
-	case isTar(head): // whatever its first member is called
+	case isTar(head): // its first member may be called like a compression's mark
 		return nil, "", nil
 	case begins("\x1f\x8b"):
 		z, err := newGzipReader(b)
@@ -155,7 +153,7 @@ func decompress(r io.Reader) (plain io.ReadCloser, kind string, err error) {
 			return nil, "", fmt.Errorf("it is compressed by %s, which is not supported: use gzip, zstd, xz or bzip2", name)
 		}
 	}
-	return nil, "", nil // the walk will tell
+	return nil, "", nil // the walk will tell what it is
 }
 
 // A tar is of blocks of 512 bytes. A header has, at 148, a checksum: the sum of
@@ -166,7 +164,7 @@ const (
 	tarSumBytes = 8
 )
 
-// isTar says whether head is a header with a checksum that is right.
+// isTar says whether head is a tar header with a right checksum.
 func isTar(head []byte) bool {
 	if len(head) < tarBlock {
 		return false

@@ -7,16 +7,16 @@ import (
 	"time"
 )
 
-// dialer makes connections, and to an address that it has not seen before some
-// more than it is asked for. A start asks for one manifest and then for several
-// things at once: those find the handshake done that would have cost a round
-// trip. A spare connection that nobody takes is closed soon.
+// dialer makes connections. The first time that it connects to an address, it makes some
+// spare connections too. A start asks for one manifest and then for several things at once:
+// these requests then need not wait for a handshake. An unused spare connection is closed
+// after spareTime.
 type dialer struct {
 	net.Dialer
 
 	mu     sync.Mutex
 	closed bool
-	spares map[string]chan net.Conn // those that were made and not taken
+	spares map[string]chan net.Conn // spare connections by address
 	all    sync.WaitGroup
 	end    context.Context
 	cancel context.CancelFunc
@@ -25,7 +25,7 @@ type dialer struct {
 const (
 	spareConns = 2
 	spareTime  = 5 * time.Second
-	// What registries redirect to has no bound of its own.
+	// The number of hosts that registries redirect to is not limited otherwise.
 	maxSpareAddrs = 1 << 10
 )
 
@@ -57,14 +57,13 @@ func (d *dialer) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return d.DialContext(ctx, network, addr)
 }
 
-// spare makes one connection, and sees to it that one is closed if not all are
-// taken.
+// spare makes a connection, and closes one after spareTime if not all were taken.
 func (d *dialer) spare(network, addr string, spares chan net.Conn) {
 	ctx, cancel := context.WithTimeout(d.end, d.Timeout+spareTime)
 	defer cancel()
 	c, err := d.DialContext(ctx, network, addr)
 	if err != nil {
-		return // who needs one will see why
+		return // a caller that needs a connection gets the error
 	}
 	spares <- c
 	t := time.NewTimer(spareTime)

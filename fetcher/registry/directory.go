@@ -30,13 +30,13 @@ func (d directory) open(_ context.Context, name string, off, n int64, whole bool
 	return &Body{rc: fileSection{io.NewSectionReader(f, off, n), f}, left: n}, nil
 }
 
-// within says whether a file has the part of it that is asked for.
+// within fails if a file does not have the range that is asked for.
 func within(name string, size, off, n int64, whole bool) error {
 	switch {
 	case whole && size != n:
 		return fmt.Errorf("%s has %d bytes, its descriptor says %d", name, size, n)
 	case off < 0 || n < 0 || off > size || n > size-off:
-		return fmt.Errorf("%s has %d bytes, and %d were asked for from byte %d", name, size, n, off)
+		return fmt.Errorf("%s has %d bytes; asked for %d from byte %d", name, size, n, off)
 	}
 	return nil
 }
@@ -64,11 +64,10 @@ func (d directory) absent(name string) error {
 	case !fi.IsDir():
 		return fmt.Errorf("%w: %s is not a directory; an archive is named oci-archive:FILE or docker-archive:FILE", ErrNotFound, string(d))
 	}
-	return fmt.Errorf("%w: %s is not an OCI layout, it has no file %s", ErrNotFound, string(d), name)
+	return fmt.Errorf("%w: %s is not an OCI layout: it has no file %s", ErrNotFound, string(d), name)
 }
 
-// create writes a file that is not there, whole; it is no error if another
-// was quicker.
+// create writes a file if there is none; it is no error if another process was quicker.
 func create(path string, data []byte) error {
 	tmp, err := writeTemp(filepath.Dir(path), func(f *os.File) error {
 		_, err := f.Write(data)
@@ -79,7 +78,7 @@ func create(path string, data []byte) error {
 	}
 	defer os.Remove(tmp)
 	if err := os.Link(tmp, path); err != nil && !errors.Is(err, os.ErrExist) {
-		// Not all filesystems have links.
+		// Not all filesystems support links.
 		if err := os.Rename(tmp, path); err != nil {
 			return err
 		}

@@ -16,37 +16,34 @@ import (
 	"unicode"
 )
 
-// What callers branch on. Errors of this package wrap them.
+// Errors that callers branch on. The errors of this package wrap them.
 var (
-	// ErrNotFound: the registry, directory or archive answers, and has no
-	// such thing.
+	// ErrNotFound: the registry, directory or archive can be read, and does not have it.
 	ErrNotFound = errors.New("not found")
-	// ErrUnauthorized: the credentials, read anew, are refused.
+	// ErrUnauthorized: the registry refuses the credentials, after they were read again.
 	ErrUnauthorized = errors.New("not authorized")
-	// ErrUnavailable: no answer, or one that says to come back later.
+	// ErrUnavailable: the server does not answer, or asks to come back later.
 	ErrUnavailable = errors.New("not available")
-	// ErrTruncated: the bytes end before their time. It is an
-	// io.ErrUnexpectedEOF.
+	// ErrTruncated: the bytes end too early. It wraps io.ErrUnexpectedEOF.
 	ErrTruncated = fmt.Errorf("cut short: %w", io.ErrUnexpectedEOF)
-	// ErrDigest: the bytes are not those that the digest names.
+	// ErrDigest: the bytes do not match the digest.
 	ErrDigest = errors.New("digest mismatch")
-	// ErrTagTaken: the tag leads to another manifest, and the registry does not
-	// let it be moved.
+	// ErrTagTaken: the tag leads to another manifest, and the registry does not allow it
+	// to be moved.
 	ErrTagTaken = errors.New("the tag leads to another manifest and cannot be moved")
-	// ErrUnlisted: a manifest was pushed, but the registry could not be brought
-	// to list it among the referrers of its subject. It is found by its tag or
-	// digest alone.
+	// ErrUnlisted: the registry has the manifest, but does not list it among the
+	// referrers of its subject. It can be found only by its tag or digest.
 	ErrUnlisted = errors.New("the registry does not list it as a referrer")
 )
 
 var errStalled = errors.New("too few bytes came for too long")
 
-// httpError is an answer that is not the one asked for, or the want of one.
+// httpError is an answer that does not have what was asked for, or the lack of an answer.
 type httpError struct {
 	method, url string // redacted
 	status      int    // 0: no answer
-	detail      string // of the server
-	said        string // by the server, in full
+	detail      string // what the server says, in one line
+	said        string // what the server says, in full
 	after       time.Duration
 	err         error // a sentinel, or the cause
 }
@@ -73,16 +70,15 @@ func (e *httpError) Error() string {
 
 func (e *httpError) Unwrap() error { return e.err }
 
-// Temporary says whether the call that failed with err may succeed when it is
-// made again as it was. It may where a server did not answer, answered 408,
-// 429 or 5xx, or sent less than it promised. A context that has ended is not
-// temporary: whoever ended it has no more use for an answer.
+// Temporary says whether a call that failed with err may succeed when it is repeated: if
+// the server did not answer, answered 408, 429 or 5xx, or sent less than it announced. The
+// end of a context is not temporary: the caller has no use for an answer any more.
 func Temporary(err error) bool {
 	return !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) &&
 		(errors.Is(err, ErrUnavailable) || errors.Is(err, ErrTruncated))
 }
 
-// RetryAfter is the time that a server asked to be left alone for, or zero.
+// RetryAfter is the pause that a server asked for, or zero.
 func RetryAfter(err error) time.Duration {
 	if e, ok := errors.AsType[*httpError](err); ok {
 		return e.after
@@ -90,11 +86,11 @@ func RetryAfter(err error) time.Duration {
 	return 0
 }
 
-// noAnswer turns the failure of a round trip into an error, telling apart
-// what waiting may cure.
+// noAnswer is the error of a request without an answer. Only if a later request may get one
+// it is ErrUnavailable.
 func noAnswer(req *http.Request, err error) error {
 	if ctx := req.Context(); ctx.Err() != nil {
-		// It has ended because of a stall, or the caller ended it.
+		// It has stalled, or the caller has cancelled it.
 		if err = ctx.Err(); context.Cause(ctx) == errStalled {
 			err = errStalled
 		}
@@ -106,7 +102,7 @@ func noAnswer(req *http.Request, err error) error {
 	case isCertificate(err):
 		e.err = fmt.Errorf("certificate refused: %w", err)
 	case isPlain(err):
-		e.err = fmt.Errorf("%s answers in plain HTTP, which has to be allowed for it", req.URL.Host)
+		e.err = fmt.Errorf("%s answers in plain HTTP, which is not allowed for this host", req.URL.Host)
 	default:
 		e.err = fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
@@ -130,15 +126,15 @@ func isCertificate(err error) bool {
 	return ok
 }
 
-// Absent says whether a look-up that failed with err may be taken to have found
-// nothing. Besides ErrNotFound that is a refusal: many registries answer 401 or
-// 403 for what is not there. A look-up that only saves work must never fail an
-// operation: it may go on without what it looked for whatever the error is, as
-// long as its context has not ended. Absent is for one that matters.
+// Absent says whether a look-up that failed with err may count as having found nothing.
+// That is so for ErrNotFound and for a refusal: many registries answer 401 or 403 for what
+// they do not have. Absent is for look-ups that matter. One that only saves work must not
+// fail an operation at all: whatever the error, the operation goes on without it, unless
+// its context has ended.
 func Absent(err error) bool { return errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnauthorized) }
 
-// badStatus reads what the server has to say and closes the body. What does not
-// come soon it does without.
+// badStatus makes an error of an answer and closes its body. It waits only a short time for
+// the server's explanation.
 func badStatus(resp *http.Response) error {
 	e := &httpError{method: resp.Request.Method, url: redact(resp.Request.URL), status: resp.StatusCode}
 	limitBody(resp, refusalTime)
@@ -165,9 +161,8 @@ func badStatus(resp *http.Response) error {
 	return e
 }
 
-// detail makes one short line of the body of a refusal: the errors of the
-// distribution spec ("Error Codes"), or plain text. Pages for browsers are
-// dropped, and so is what could play with a terminal.
+// detail makes a short line of the body of a refusal: of the errors of the distribution
+// spec ("Error Codes"), or of plain text. It drops web pages and control characters.
 func detail(body []byte, contentType string) string {
 	var doc struct {
 		Errors []struct {
@@ -206,8 +201,7 @@ func detail(body []byte, contentType string) string {
 	return s
 }
 
-// retryAfter reads a Retry-After header: seconds or a date, never more than
-// ten minutes of it.
+// retryAfter reads a Retry-After header, in seconds or as a date; ten minutes at most.
 func retryAfter(v string, now time.Time) time.Duration {
 	var d time.Duration
 	if s, err := strconv.Atoi(v); err == nil {

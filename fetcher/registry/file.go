@@ -17,12 +17,11 @@ import (
 	"thaw/blockmap"
 )
 
-// errNotRegular says that something lies where a file is expected.
+// errNotRegular says that a path is not a regular file.
 var errNotRegular = errors.New("is not a regular file")
 
-// openRegular opens a file for reading and gives its size. Anything else is an
-// error at once: opening a FIFO waits for whoever writes to it, and opening a
-// device can do anything, so one is not opened where that can be told before.
+// openRegular opens a regular file for reading and returns its size. It opens nothing else:
+// opening a FIFO waits for a writer, and opening a device can have any effect.
 func openRegular(path string) (*os.File, int64, error) {
 	fi, err := os.Stat(path)
 	if err != nil {
@@ -46,7 +45,7 @@ func openRegular(path string) (*os.File, int64, error) {
 	return f, fi.Size(), nil
 }
 
-// errTooLong says that a file has more bytes than are read of it.
+// errTooLong says that a file is too long to be read.
 var errTooLong = errors.New("is too long")
 
 // readBounded reads a file of at most max bytes.
@@ -66,7 +65,7 @@ func readBounded(path string, max int64) ([]byte, error) {
 	return b, nil
 }
 
-// fileError says ErrNotFound where a file is missing.
+// fileError makes the error of a missing file an ErrNotFound.
 func fileError(err error) error {
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return fmt.Errorf("%w: %w", ErrNotFound, err)
@@ -74,8 +73,8 @@ func fileError(err error) error {
 	return err
 }
 
-// writeTemp writes a new file in dir, synced, and gives its name. Nothing is
-// left of it if that fails.
+// writeTemp writes and syncs a new file in dir, and returns its path. If that fails, it
+// removes the file.
 func writeTemp(dir string, write func(*os.File) error) (string, error) {
 	f, err := os.OpenFile(filepath.Join(dir, tempName()), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {

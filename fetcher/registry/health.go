@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// A source is a registry or a mirror as a whole: its health and its counters.
+// A source is a registry or a mirror: its health and its counters.
 type source struct {
 	name     string // scheme and host
 	mirrorOf string // empty for a registry itself
 	log      *slog.Logger
 
 	requests, bytes atomic.Int64
-	ignoresRange    atomic.Bool  // has been logged
-	listsReferrers  atomic.Bool  // by the API
+	ignoresRange    atomic.Bool  // and that was logged
+	listsReferrers  atomic.Bool  // has an API that lists referrers
 	noExpect        atomic.Bool  // refuses Expect: 100-continue
-	maxBody         atomic.Int64 // of an upload's requests, where it has refused more; 0: not known
+	maxBody         atomic.Int64 // largest body of an upload's request, once it has refused a larger one; 0: not known
 	several         several      // ranges in one answer
 
 	mu struct {
@@ -27,35 +27,35 @@ type source struct {
 		errors   map[int]int64
 		failure  error // of the last request that failed
 		failedAt time.Time
-		fails    int           // since it last worked
-		wrong    int           // bodies with wrong bytes, ever
-		until    time.Time     // leave it alone until then
-		noRange  time.Time     // its ranges are not what was asked for; do not ask before
+		fails    int           // failures since it last worked
+		wrong    int           // bodies with wrong bytes, in all
+		until    time.Time     // a mirror rests until then
+		noRange  time.Time     // its ranges were wrong: whole blobs are read until then
 		usual    time.Duration // from a request to its answer; 0 before the first
 		waiting  int           // requests for blobs without an answer yet
-		heard    time.Time     // when there was the last answer
-		late     int           // requests that were overtaken since one was answered in time
-		probing  bool          // a mirror that has failed is being tried
+		heard    time.Time     // when the last answer came
+		late     int           // late requests since one was answered in time
+		probing  bool          // a request finds out whether a mirror works again
 	}
 }
 
-// Times that a mirror is left alone for: doubled with each failure.
+// How long a mirror rests: twice as long with each failure.
 const (
 	restAfterFailure, maxRestAfterFailure = time.Second, 2 * time.Minute
 	restAfterWrong, maxRestAfterWrong     = time.Minute, time.Hour
-	restAfterMissing                      = time.Minute // the mirror may pull it yet
+	restAfterMissing                      = time.Minute // the mirror may still pull it
 	noRangeTime                           = time.Minute
 )
 
-// A source whose answer has not begun after lateFactor times its usual latency,
-// within bounds, is overtaken: the next one is asked too. Servers that are well
-// seldom take four times as long as usual, and a reader can lose 250 ms.
+// If an answer has not begun after lateFactor times the source's usual latency, within
+// limits, the next source is asked too. A healthy server seldom takes four times as long as
+// usual, and a reader can lose 250 ms.
 const (
 	lateFactor       = 4
 	minLate, maxLate = 250 * time.Millisecond, 2 * time.Second
-	lateFirst        = time.Second // of a source that has not answered yet: it includes the handshakes
+	lateFirst        = time.Second // for the first answer of a source, which includes the handshakes
 	maxLateInARow    = 4           // then a mirror rests
-	maxWaiting       = 16          // requests of a mirror that does not answer any
+	maxWaiting       = 16          // requests that wait for a mirror that answers none
 )
 
 // lateAfter is how long to wait for an answer before the next source is asked.
@@ -68,9 +68,9 @@ func (s *source) lateAfter() time.Duration {
 	return min(max(lateFactor*s.mu.usual, minLate), maxLate)
 }
 
-// enter says whether a mirror may be asked for a blob now, and counts the request
-// if so: not while it rests; only once at a time after it has failed, until it
-// works; and not while as many wait as one that hangs may have.
+// enter says whether a source may be asked for a blob now, and counts the request if so. A
+// mirror may not be while it rests; after a failure, while another request finds out whether
+// it works again; and while maxWaiting requests wait and none is answered.
 func (s *source) enter(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +93,7 @@ func (s *source) leave() {
 	s.mu.probing = false
 }
 
-// answered takes note of the time from a request to its answer, whatever that is.
+// answered notes how long a source took to answer, whatever the answer is.
 func (s *source) answered(took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -105,10 +105,10 @@ func (s *source) answered(took time.Duration) {
 	}
 }
 
-var errLate = errors.New("it did not answer in the time that it usually takes")
+var errLate = errors.New("its answers take much longer than usual")
 
-// overtaken takes note of a request that had no answer when another source was
-// asked. A mirror of which several in a row are rests like one that fails.
+// overtaken notes that another source was asked because this one did not answer. After
+// several in a row a mirror rests.
 func (s *source) overtaken() {
 	s.mu.Lock()
 	s.mu.late++
@@ -119,14 +119,14 @@ func (s *source) overtaken() {
 	}
 }
 
-// inTime takes note of an answer that came before another source was asked.
+// inTime notes an answer that came before another source was asked.
 func (s *source) inTime() {
 	s.mu.Lock()
 	s.mu.late = 0
 	s.mu.Unlock()
 }
 
-// ignoreRanges has the source asked for whole blobs for a while.
+// ignoreRanges has whole blobs read from the source for noRangeTime.
 func (s *source) ignoreRanges(why string) {
 	now := time.Now()
 	s.mu.Lock()
@@ -134,7 +134,7 @@ func (s *source) ignoreRanges(why string) {
 	s.mu.noRange = now.Add(noRangeTime)
 	s.mu.Unlock()
 	if first {
-		s.log.Warn("server's answers to range requests are wrong, so whole blobs are read, which is slow", "source", s.name, "for", noRangeTime, "err", why)
+		s.log.Warn("the server's answers to range requests are wrong; thaw reads whole blobs from it, which is slow", "source", s.name, "for", noRangeTime, "err", why)
 	}
 }
 
@@ -144,7 +144,7 @@ func (s *source) givesRanges() bool {
 	return !time.Now().Before(s.mu.noRange)
 }
 
-// resting says whether a mirror is being left alone. A registry never is.
+// resting says whether a mirror rests: it is not asked. A registry never rests.
 func (s *source) resting(now time.Time) bool {
 	if s.mirrorOf == "" {
 		return false
@@ -182,7 +182,7 @@ func (s *source) failed(after time.Duration, cause error) {
 	}
 	s.mu.Unlock()
 	if first {
-		s.log.Warn("mirror fails, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d, "err", cause)
+		s.log.Warn("a mirror fails; thaw does not use it for now", "mirror", s.name, "of", s.mirrorOf, "for", d, "err", cause)
 	}
 }
 
@@ -193,9 +193,9 @@ func (s *source) distrust() {
 	s.mu.until = time.Now().Add(d)
 	s.mu.Unlock()
 	if s.mirrorOf != "" {
-		s.log.Warn("mirror sends wrong bytes, leaving it alone", "mirror", s.name, "of", s.mirrorOf, "for", d)
+		s.log.Warn("a mirror sends wrong bytes; thaw does not use it for now", "mirror", s.name, "of", s.mirrorOf, "for", d)
 	} else {
-		s.log.Warn("registry sends wrong bytes", "registry", s.name)
+		s.log.Warn("the registry sends wrong bytes", "registry", s.name)
 	}
 }
 
@@ -222,20 +222,19 @@ func (s *source) count(status int) {
 type SourceStats struct {
 	// Source is a scheme and a host; MirrorOf is empty for a registry.
 	Source, MirrorOf string
-	// Requests are those sent, wherever the registry redirected them to, but
-	// for tokens; Bytes are those received in bodies.
+	// Requests counts the requests sent, redirected ones included, but not those for
+	// tokens. Bytes counts the bytes received in bodies.
 	Requests, Bytes int64
-	// Errors are answers by status from 400 on, and under 0 the requests
-	// that had none. Those that only asked for credentials are among them.
+	// Errors counts answers by status, from 400 on, and requests without an answer under
+	// 0. Answers that only asked for credentials are included.
 	Errors map[int]int64
-	// Wrong counts the bodies that were distrusted.
+	// Wrong counts the bodies with wrong bytes.
 	Wrong int64
-	// Resting says that a mirror is being left alone.
+	// Resting is set while a mirror is not used.
 	Resting bool
 }
 
-// Stats gives the counters of every source that was opened, mirrors before
-// the registry they stand for.
+// Stats returns the counters of every source in use, mirrors before their registry.
 func (c *Client) Stats() []SourceStats {
 	c.mu.Lock()
 	order := c.mu.order[:len(c.mu.order):len(c.mu.order)]

@@ -30,14 +30,14 @@ type endpoint struct {
 	}
 }
 
-// blobState is what an endpoint knows of a blob.
+// blobState is what an endpoint knows about a blob.
 type blobState struct {
 	location *url.URL  // where the registry redirected to
-	missing  time.Time // the mirror has not got it; do not ask before
+	missing  time.Time // the mirror does not have it; it is not asked again before
 }
 
-// Bounds of what an endpoint remembers. A repository that is served from has a
-// few blobs per image and redirects to a few hosts.
+// Limits of what an endpoint remembers. A repository has a few blobs per image and redirects
+// to a few hosts.
 const (
 	maxBlobStates = 4096
 	maxForeign    = 64
@@ -61,14 +61,14 @@ func (e *endpoint) setState(h v1.Hash, s blobState) {
 	e.mu.blobs[h] = s
 }
 
-// url is that of an operation on the repository.
+// url returns the URL of an operation on the repository.
 func (e *endpoint) url(operation, key string) *url.URL {
 	u := *e.root
 	u.Path = "/v2/" + e.path + "/" + operation + "/" + key
 	return &u
 }
 
-// request is what there is to say about one, so that it can be said again.
+// request describes a request, so that it can be repeated.
 type request struct {
 	method string
 	url    *url.URL
@@ -79,8 +79,8 @@ type request struct {
 	slow   bool // the answer may take minutes
 }
 
-// authorizer is the one for a host: the registry's own, or one that was made
-// when the host that a registry redirected to asked for credentials, or nil.
+// authorizer returns the authorizer for a host: the registry's own, that of a host that the
+// registry redirected to and that has sent a challenge, or nil.
 func (e *endpoint) authorizer(u *url.URL) *authorizer {
 	if e.auth == nil {
 		return nil
@@ -93,8 +93,8 @@ func (e *endpoint) authorizer(u *url.URL) *authorizer {
 	return e.mu.foreign[u.Scheme+"://"+u.Host]
 }
 
-// foreign makes an authorizer for a host that the registry redirected to. Its
-// credentials are those for that host, and its scopes those that it names.
+// foreign makes an authorizer for a host that the registry redirected to, with the
+// credentials for that host and the scopes that it names.
 func (e *endpoint) foreign(u *url.URL) *authorizer {
 	key := u.Scheme + "://" + u.Host
 	e.mu.Lock()
@@ -113,11 +113,11 @@ func (e *endpoint) foreign(u *url.URL) *authorizer {
 	return a
 }
 
-// do makes a request. It is authorized with credentials for the host that it
-// goes to, which are read anew when they are refused. A host that the registry
-// only redirects to, object storage above all, is shown nothing unless it has
-// asked for it by a challenge. Whatever the status is, the caller gets it and
-// closes the body, except where no credentials help.
+// do makes a request, with the credentials for its host; if they are refused, it reads them
+// again and repeats the request. A host that the registry redirects to, such as object
+// storage, gets credentials only if it has sent a challenge. do returns the answer whatever
+// its status, and the caller closes its body. A refusal is an error if the credentials could
+// not be read.
 func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 	a, auth := e.authorizer(r.url), ""
 	if a != nil {
@@ -133,14 +133,14 @@ func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 	switch {
 	case resp.StatusCode == http.StatusUnauthorized:
 	case resp.StatusCode == http.StatusForbidden && strings.HasPrefix(auth, "Basic "):
-		// Some registries say so of a password that has expired.
+		// Some registries answer so if a password has expired.
 	case resp.StatusCode == http.StatusForbidden && a != nil:
 		return a.explain(resp)
 	default:
 		return resp, nil
 	}
 	if a == nil {
-		// Not in the clear, unless the user allows that for this host.
+		// Credentials go over plain HTTP only if the user allows that for this host.
 		safe := r.url.Scheme == "https" || e.client.insecure(r.url.Host)
 		if e.auth == nil || !safe || readChallenge(resp.Header.Values("Www-Authenticate")) == nil {
 			return resp, nil
@@ -165,17 +165,17 @@ func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 	return resp, nil
 }
 
-// roundTrip makes one request, counts it, and ends it when it is too slow.
+// roundTrip makes one request, counts it, and cancels it if it is too slow.
 func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http.Response, error) {
 	o := &e.client.opts
-	patience := o.HeaderTimeout
+	limit := o.HeaderTimeout
 	if r.slow {
-		patience = max(patience, 5*time.Minute)
+		limit = max(limit, 5*time.Minute)
 	}
 	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{cancel: cancel}
-	w.timer = time.AfterFunc(patience, func() { cancel(errStalled) })
+	w.timer = time.AfterFunc(limit, func() { cancel(errStalled) })
 
 	req, err := http.NewRequestWithContext(ctx, r.method, r.url.String(), nil)
 	if err != nil {
@@ -196,14 +196,14 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 			return nil, err
 		}
 		req.ContentLength = r.size
-		req.Body = &sentBody{rc: rc, w: w, left: r.size, stall: o.StallTimeout, patience: patience}
+		req.Body = &sentBody{rc: rc, w: w, left: r.size, stall: o.StallTimeout, limit: limit}
 		if r.size == 0 {
 			rc.Close()
 			req.Body = http.NoBody
 		}
 		if r.size > monolithic && !e.src.noExpect.Load() {
-			// A server that redirects, wants credentials or takes no body of
-			// this size says so before all of it is sent.
+			// A server that redirects, requires credentials or refuses a body of
+			// this size says so before the body is sent.
 			req.Header.Set("Expect", "100-continue")
 		}
 	}
@@ -228,7 +228,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	}
 	window := o.StallTimeout
 	if e.src.mirrorOf != "" {
-		window /= 2 // there is somebody else to ask
+		window /= 2 // there are other sources
 	}
 	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, window: window, left: window}
 	if resp.StatusCode == http.StatusExpectationFailed && req.Header.Get("Expect") != "" {
@@ -242,9 +242,8 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 // maxRedirects of one request.
 const maxRedirects = 10
 
-// follow makes a request of any method and follows redirects: to each place the
-// same request goes, with its body if it has one. It gives the answer to the
-// last, whose Request has its URL.
+// follow makes a request and follows redirects, repeating the same request with its body. It
+// returns the last answer, whose Request has its URL.
 func (e *endpoint) follow(ctx context.Context, r request) (*http.Response, error) {
 	for range maxRedirects {
 		resp, err := e.do(ctx, r)
@@ -255,7 +254,7 @@ func (e *endpoint) follow(ctx context.Context, r request) (*http.Response, error
 		case http.StatusMovedPermanently, http.StatusFound, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 		case http.StatusSeeOther:
 			if r.body != nil {
-				return resp, nil // to something else, by GET
+				return resp, nil // it redirects to another resource, by GET
 			}
 		default:
 			return resp, nil
@@ -277,12 +276,12 @@ func (e *endpoint) location(at *url.URL, v string) (*url.URL, error) {
 	}
 	u, err := at.Parse(v)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		// Not err: it quotes the URL, which may be signed.
+		// Without err, which quotes the URL, and that may be signed.
 		return nil, errors.New("the Location header cannot be read")
 	}
 	u.User = nil
 	if u.Scheme == "http" && at.Scheme == "https" && !isLoopback(u.Hostname()) {
-		// A registry behind a TLS proxy may not know that it is.
+		// A registry behind a TLS proxy may not know that it is behind one.
 		if u.Hostname() != e.root.Hostname() {
 			return nil, fmt.Errorf("redirected from HTTPS to plain HTTP at %s", u.Host)
 		}

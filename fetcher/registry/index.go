@@ -29,8 +29,8 @@ func parseIndex(raw []byte) ([]v1.Descriptor, error) {
 	return list, nil
 }
 
-// indexEntries are the entries of an index as they stand in it. Whoever writes
-// the index anew keeps those that it cannot read.
+// indexEntries are the entries of an index, byte by byte, so that a program that rewrites the
+// index can keep those that it cannot read.
 func indexEntries(raw []byte) ([]json.RawMessage, error) {
 	var index *struct {
 		Manifests []json.RawMessage `json:"manifests"`
@@ -44,10 +44,9 @@ func indexEntries(raw []byte) ([]json.RawMessage, error) {
 	return index.Manifests, nil
 }
 
-// parseEntry reads one descriptor. What only describes the manifest further
-// (annotations, URLs, embedded data) is dropped where it cannot be read. What
-// decides whether the manifest is the right one (digest, size, types, platform)
-// is not.
+// parseEntry reads a descriptor. Fields that only describe the manifest (annotations, URLs,
+// embedded data) are dropped if they cannot be read. Fields that identify it (digest, size,
+// types, platform) must be readable.
 func parseEntry(raw json.RawMessage) (v1.Descriptor, bool) {
 	var e *struct {
 		MediaType    types.MediaType `json:"mediaType"`

@@ -31,8 +31,8 @@ const (
 
 func (l *layout) blobPath(h v1.Hash) string { return filepath.Join(l.dir, blobName(h)) }
 
-// has compares the bytes as well: a blob that was damaged is written again, and
-// to read one is less work than to write it.
+// has verifies the bytes too, so that a damaged blob is written again: reading is less work
+// than writing.
 func (l *layout) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	f, size, err := openRegular(l.blobPath(d.Digest))
 	switch {
@@ -50,12 +50,12 @@ func (l *layout) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 		if ctx.Err() != nil {
 			return false, ctx.Err()
 		}
-		return false, nil // a bad sector is no blob
+		return false, nil // it cannot be read, so it is written again
 	}
 	return s.hash() == d.Digest, nil
 }
 
-// create makes the directory a layout if it is none.
+// create makes the directory a layout, if it is none.
 func (l *layout) create() error {
 	err := l.check(context.Background())
 	if !errors.Is(err, ErrNotFound) {
@@ -64,7 +64,7 @@ func (l *layout) create() error {
 	if err := os.MkdirAll(filepath.Join(l.dir, "blobs", "sha256"), 0o777); err != nil {
 		return err
 	}
-	// oci-layout comes last: it says that the rest is there.
+	// oci-layout is written last, when the rest exists.
 	if _, err := os.Stat(filepath.Join(l.dir, "index.json")); errors.Is(err, os.ErrNotExist) {
 		empty := []byte(`{"schemaVersion":2,"mediaType":"` + string(types.OCIImageIndex) + `","manifests":[]}`)
 		if err := create(filepath.Join(l.dir, "index.json"), empty); err != nil {
@@ -96,8 +96,8 @@ func (l *layout) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress 
 	return syncDir(dir)
 }
 
-// link makes b's file another name in dir, and checks it. It gives no name
-// where the file has to be copied.
+// link makes a link to b's file in dir, and verifies the file. It returns no name if the file
+// must be copied instead.
 func (l *layout) link(ctx context.Context, d v1.Descriptor, b blob, dir string, progress func(int64)) (string, error) {
 	if b.path == "" {
 		return "", nil
@@ -130,7 +130,7 @@ func (l *layout) link(ctx context.Context, d v1.Descriptor, b blob, dir string, 
 	return tmp, nil
 }
 
-// fill copies b to w, checking it.
+// fill copies b to w and verifies it.
 func (l *layout) fill(ctx context.Context, d v1.Descriptor, b blob, w io.Writer, progress func(int64)) error {
 	rc, err := b.open(d.Size)
 	if err != nil {

@@ -158,7 +158,7 @@ func TestLayoutErrors(t *testing.T) {
 	sentence(err, "more than")
 	write(filepath.Join(dir, "l", "oci-layout"), []byte(`{"imageLayoutVersion":"9.0"}`))
 	_, err = r.Resolve(ctx, nil)
-	sentence(err, "unknown version")
+	sentence(err, "unsupported version")
 }
 
 // Pushes from everywhere at once lose nothing, and a reader never sees less

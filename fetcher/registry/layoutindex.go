@@ -22,8 +22,7 @@ func (l *layout) putManifest(ctx context.Context, d v1.Descriptor, raw []byte, t
 		return err
 	}
 	defer unlock()
-	// The entries that are not ours are kept as they are, with what v1 does
-	// not know of.
+	// Other entries are kept byte by byte, with fields that v1 does not know.
 	path := filepath.Join(l.dir, "index.json")
 	old, err := readBounded(path, maxManifest)
 	if err != nil {
@@ -68,9 +67,8 @@ func (l *layout) putManifest(ctx context.Context, d v1.Descriptor, raw []byte, t
 	return syncDir(l.dir)
 }
 
-// enter puts d into the entries of index.json. A tag is taken away from
-// whatever had it; that stays, untagged, only if something refers from it to
-// a subject, by which it is still found.
+// enter puts d into the entries of index.json. The entry that had the tag before is removed,
+// or loses the tag if it has a subject, by which it is still found.
 func enter(entries []json.RawMessage, d v1.Descriptor, tag string) ([]json.RawMessage, error) {
 	annotations := make(map[string]string)
 	for k, v := range d.Annotations {
@@ -93,7 +91,7 @@ func enter(entries []json.RawMessage, d v1.Descriptor, tag string) ([]json.RawMe
 		case e.Digest == d.Digest && (name == tag || name == ""):
 			continue // d says the same, or more
 		case e.Digest == d.Digest && tag == "":
-			return entries, nil // it is there, with a tag
+			return entries, nil // it is listed with a tag already
 		case tag != "" && name == tag:
 			if e.ArtifactType == "" {
 				continue
@@ -114,7 +112,7 @@ func enter(entries []json.RawMessage, d v1.Descriptor, tag string) ([]json.RawMe
 	return append(kept, b), nil
 }
 
-// lock keeps other processes, and other goroutines, from replacing index.json.
+// lock keeps other processes and goroutines from replacing index.json.
 func (l *layout) lock(ctx context.Context) (unlock func(), err error) {
 	f, err := os.OpenFile(filepath.Join(l.dir, "index.json.lock"), os.O_CREATE|os.O_RDWR|unix.O_NONBLOCK, 0o666)
 	if err != nil {

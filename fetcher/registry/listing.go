@@ -20,7 +20,7 @@ import (
 // The protocol has no compare-and-swap for tags. A writer reads the index under a
 // fallback tag, adds an entry, and writes the index back. Another writer that has
 // read before and writes after removes that entry again. How late that can happen
-// depends on the other writer's line, not on one's own latency. Therefore a writer
+// depends on the other writer's link, not on one's own latency. Therefore a writer
 //
 //   - reads the list again after 0.25 s, 0.9 s and 2.5 s (settleTime), and writes
 //     its entry again if it is gone. Then the time starts over. It doubles once
@@ -35,16 +35,16 @@ import (
 // longer.
 const settleTime = 2500 * time.Millisecond
 
-// Shares of the settle time at which the list is looked at, in percent.
+// settleChecks are the shares of the settle time at which the list is read, in percent.
 var settleChecks = [...]int{10, 36, 100}
 
-// settleLimit is after how many settle times a list is given up.
+// settleLimit is the number of settle times after which the push of a list fails.
 const settleLimit = 24
 
 // A listing is an index of referrers in the registry that this process adds to.
 type listing struct {
-	turn chan struct{} // of who reads and writes it
-	news chan struct{} // tells whoever has the turn of a new claim
+	turn chan struct{} // a token for the push that reads and writes the list
+	news chan struct{} // tells that push about a new claim
 
 	mu struct {
 		sync.Mutex
@@ -54,24 +54,24 @@ type listing struct {
 
 	// Guarded by turn.
 	tag   string
-	seen  []json.RawMessage // every entry that there has been
-	wrote bool              // since it was last read
+	seen  []json.RawMessage // every entry that was read or written
+	wrote bool              // whether it was written since it was last read
 	last  string            // the entries that were read last
 	stuck int               // writes that changed nothing, in a row
 }
 
-// maxStuck is how many writes may change nothing before the registry is taken to
-// be one that does not keep the tag.
+// maxStuck is how many writes may change nothing until the registry counts as one that does not
+// keep the tag.
 const maxStuck = 3
 
-// A claim is an entry that is to stay in a list.
+// A claim is an entry that must stay in a list.
 type claim struct {
 	digest  v1.Hash
 	entry   json.RawMessage
-	done    chan struct{} // closed when it stays, or err says why not
+	done    chan struct{} // closed when the entry stays, or with err
 	err     error
 	written time.Time // zero: not yet
-	checks  int       // that found it there since
+	checks  int       // reads that found it since
 	settle  time.Duration
 }
 
@@ -90,7 +90,7 @@ func (l listed) descriptors() (list []v1.Descriptor) {
 	return list
 }
 
-// errNoList: what is under the tag is not an index.
+// errNoList: the tag leads to something other than an index.
 var errNoList = errors.New("the tag does not lead to an index")
 
 // readListing reads the index under a tag, which is empty if there is none.
@@ -115,8 +115,7 @@ func (e *endpoint) readListing(ctx context.Context, tag string) (listed, error) 
 	return l, nil
 }
 
-// addReferrer puts d into the list of the subject's referrers, and sees to it
-// that it stays there.
+// addReferrer puts d into the list of the subject's referrers, and returns when it stays there.
 func (e *endpoint) addReferrer(ctx context.Context, subject v1.Hash, d v1.Descriptor) error {
 	entry, err := json.Marshal(d)
 	if err != nil {
@@ -179,14 +178,14 @@ func (l *listing) open() []*claim {
 	return slices.Clone(l.mu.claims)
 }
 
-// end answers a claim.
+// end ends a claim.
 func (l *listing) end(c *claim, err error) {
 	l.withdraw(c)
 	c.err = err
 	close(c.done)
 }
 
-// keep takes note of entries, and says how many of them are new.
+// keep remembers entries, and returns how many of them are new.
 func (l *listing) keep(entries []json.RawMessage) (fresh int) {
 	have := digests(l.seen)
 	for _, x := range entries {
@@ -199,8 +198,7 @@ func (l *listing) keep(entries []json.RawMessage) (fresh int) {
 	return fresh
 }
 
-// digestIn is the digest that an entry says, by whatever algorithm, or else the
-// entry itself.
+// digestIn is the digest in an entry, by any algorithm, or else the entry itself.
 func digestIn(entry json.RawMessage) string {
 	var x struct {
 		Digest string `json:"digest"`
@@ -219,8 +217,8 @@ func digests(entries []json.RawMessage) map[string]bool {
 	return m
 }
 
-// settle reads and writes the list, for all who have a claim to it, until own is
-// answered. Whoever has the turn then goes on with the other claims.
+// settle reads and writes the list, for all claims, until own has ended. The next push then goes
+// on with the other claims.
 func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own *claim) error {
 	for end := time.Now().Add(settleLimit * e.client.opts.Settle); time.Now().Before(end); {
 		select {
@@ -236,7 +234,7 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 			l.use(ownTag(subject))
 			continue
 		} else if stuck {
-			return errors.New("the registry accepts the list and does not keep it")
+			return errors.New("the registry accepts the list, but does not keep it")
 		}
 		there := digests(list.entries)
 		first := len(l.seen) == 0
@@ -249,7 +247,7 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 				missing = append(missing, c.entry)
 				others = others || !c.written.IsZero()
 			case c.written.IsZero():
-				l.end(c, nil) // it was there before
+				l.end(c, nil) // it was listed before
 			default:
 				for c.checks < len(settleChecks) && now.Sub(c.written) >= c.settle*time.Duration(settleChecks[c.checks])/100 {
 					c.checks++
@@ -259,7 +257,7 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 				}
 			}
 		}
-		// What others have had there, and one's own writing has taken away.
+		// Entries of other writers that thaw's own write has removed.
 		for _, x := range l.seen {
 			if h := digestIn(x); !there[h] && !slices.ContainsFunc(missing, func(m json.RawMessage) bool { return digestIn(m) == h }) {
 				missing = append(missing, x)
@@ -288,11 +286,11 @@ func (e *endpoint) settle(ctx context.Context, subject v1.Hash, l *listing, own 
 			return err
 		}
 	}
-	return fmt.Errorf("%w: others keep overwriting it", ErrUnavailable)
+	return fmt.Errorf("%w: other writers keep overwriting it", ErrUnavailable)
 }
 
-// note compares a list with the one read before, and says whether what was written
-// in between does not change it.
+// note compares a list with the one read before, and says whether several writes in between
+// have not changed it.
 func (l *listing) note(list listed) (stuck bool) {
 	now := fmt.Sprintf("%v %s", list.fields != nil, list.entries)
 	if l.wrote && now == l.last {
@@ -312,8 +310,8 @@ func (l *listing) use(tag string) {
 	}
 }
 
-// wait waits until a claim is to be looked at again. It is at random, so that
-// two who have overwritten each other do not do so again.
+// wait waits until a claim must be checked again, for a random time, so that two writers that
+// have overwritten each other do not do so again.
 func (l *listing) wait(ctx context.Context, own *claim) error {
 	next := time.Duration(-1)
 	for _, c := range l.open() {
@@ -341,10 +339,9 @@ func (l *listing) wait(ctx context.Context, own *claim) error {
 	return nil
 }
 
-// readForUpdate reads the list. Where the fallback tag cannot be one, it goes on
-// with the other tag. A tag that nobody may read is taken for one that is not
-// there, as some registries say it; if it is, what is written is not found again
-// and the push fails.
+// readForUpdate reads the list. If the fallback tag leads to something else, it uses the other
+// tag. A tag that may not be read counts as missing, since some registries answer so for a
+// missing tag; if it does exist, the entry is not found after the write, and the push fails.
 func (e *endpoint) readForUpdate(ctx context.Context, subject v1.Hash, l *listing) (list listed, err error) {
 	err = e.client.retry(ctx, func() (err error) {
 		list, err = e.readListing(ctx, l.tag)
@@ -364,9 +361,8 @@ func (e *endpoint) readForUpdate(ctx context.Context, subject v1.Hash, l *listin
 	return listed{}, err
 }
 
-// failsForAbsent says whether the registry is one that answers 500 for a tag that
-// it does not have: it gives the manifest that is known to be there, and not one
-// under a tag that nobody has made.
+// failsForAbsent says whether the registry answers 500 for a tag that it does not have: it
+// returns a manifest that exists, and answers 500 for a tag that cannot exist.
 func (e *endpoint) failsForAbsent(ctx context.Context, known v1.Hash) bool {
 	if _, _, err := e.manifest(ctx, known.String()); err != nil {
 		return false
@@ -375,13 +371,13 @@ func (e *endpoint) failsForAbsent(ctx context.Context, known v1.Hash) bool {
 	return statusOf(err) == http.StatusInternalServerError
 }
 
-// writeListing writes the list with what is missing in it. It says whether it has:
-// where the registry does not take the tag, the list is to be read under another.
+// writeListing writes the list with the missing entries. It returns false if the registry refuses
+// the tag: the list must then be read under the other one.
 func (e *endpoint) writeListing(ctx context.Context, subject v1.Hash, l *listing, list listed, missing []json.RawMessage) (bool, error) {
 	entries := append(slices.Clip(list.entries), missing...)
 	err := e.putListing(ctx, l, list.fields, entries)
 	if s := statusOf(err); s == http.StatusBadRequest || s == http.StatusNotFound {
-		// A registry refuses an index of manifests that it no longer has.
+		// A registry refuses an index that lists manifests it no longer has.
 		had := len(entries)
 		gone := make(map[string]bool)
 		for _, x := range entries {
@@ -392,21 +388,21 @@ func (e *endpoint) writeListing(ctx context.Context, subject v1.Hash, l *listing
 		if len(gone) > 0 {
 			lost := func(x json.RawMessage) bool { return gone[digestIn(x)] }
 			entries, l.seen = slices.DeleteFunc(entries, lost), slices.DeleteFunc(l.seen, lost)
-			e.client.log.Info("dropping referrers that are gone", "subject", subject.String(), "tag", l.tag, "gone", had-len(entries),
+			e.client.log.Info("removing referrers that no longer exist from the list", "subject", subject.String(), "tag", l.tag, "gone", had-len(entries),
 				"repository", e.root.Host+"/"+e.path)
 			err = e.putListing(ctx, l, list.fields, entries)
 		}
 	}
 	if s := statusOf(err); s >= 400 && s < 500 && !Temporary(err) && l.tag == fallbackTag(subject) && list.fields == nil {
-		// It does not take such a tag. Where there is a list under it already,
-		// another one would not be found.
+		// The registry does not accept such a tag. If there is a list under it already,
+		// one under another tag would not be found.
 		l.use(ownTag(subject))
 		return false, nil
 	}
 	return err == nil, err
 }
 
-// lacks says whether the registry says that it has no such manifest.
+// lacks says whether the registry answers that it has no such manifest.
 func (e *endpoint) lacks(ctx context.Context, h v1.Hash) bool {
 	for _, method := range []string{http.MethodHead, http.MethodGet} {
 		resp, err := e.follow(ctx, request{method: method, url: e.url("manifests", h.String()), push: true, header: map[string]string{"Accept": acceptManifest}})
@@ -424,7 +420,7 @@ func (e *endpoint) lacks(ctx context.Context, h v1.Hash) bool {
 	return false
 }
 
-// putListing writes an index. While that takes long, it reads what others write.
+// putListing writes an index. While the write takes long, it reads what others write.
 func (e *endpoint) putListing(ctx context.Context, l *listing, fields map[string]json.RawMessage, entries []json.RawMessage) error {
 	index := map[string]json.RawMessage{"schemaVersion": json.RawMessage("2"), "mediaType": json.RawMessage(`"` + types.OCIImageIndex + `"`)}
 	for k, v := range fields {

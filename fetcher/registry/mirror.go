@@ -9,14 +9,13 @@ import (
 	"strings"
 )
 
-// Mirrors are, for each registry (HOST or HOST:PORT), its mirrors, the first to
-// be asked first.
+// Mirrors lists, for each registry (HOST or HOST:PORT), its mirrors in the order in which
+// they are asked.
 type Mirrors map[string][]Mirror
 
-// A Mirror has blobs and manifests of a registry. It serves what is asked for by
-// digest. What a tag leads to and what refers to an image it is asked only if
-// Resolve is set: these answers cannot be verified, so whoever gives them
-// chooses what runs.
+// A Mirror has blobs and manifests of a registry. It is asked for them by digest. Only if
+// Resolve is set is it asked what a tag leads to and what refers to an image: such an answer
+// cannot be verified, so whoever gives it chooses what runs.
 type Mirror struct {
 	URL     string
 	Resolve bool
@@ -32,9 +31,9 @@ type Mirror struct {
 // before the name of the repository, as pull-through caches want it:
 // docker.io/library/debian is asked for at
 // https://cache.example/v2/hub/library/debian. A mirror with ",resolve" is
-// trusted to resolve tags and to list referrers; the others only serve bytes
-// by digest, even if the registry is down. Lines with the same host add
-// up. Empty lines and what follows a # at the start of a word are left out.
+// trusted to resolve tags and to list referrers; the others only serve bytes by digest, even
+// if the registry is down. Several lines for a host are added up. A # at the start of a word
+// begins a comment.
 func ParseMirrors(r io.Reader) (Mirrors, error) {
 	m := make(Mirrors)
 	s := bufio.NewScanner(io.LimitReader(r, 1<<20))
@@ -79,7 +78,7 @@ func ParseMirrors(r io.Reader) (Mirrors, error) {
 func parseMirror(s string) (Mirror, error) {
 	u, mark, marked := strings.Cut(s, ",")
 	if marked && mark != "resolve" {
-		return Mirror{}, fmt.Errorf("%q is not a mark of a mirror: there is only resolve", mark)
+		return Mirror{}, fmt.Errorf("the mark %q is unknown: the only mark of a mirror is resolve", mark)
 	}
 	return Mirror{URL: strings.TrimRight(u, "/"), Resolve: marked}, checkMirror(u)
 }

@@ -13,19 +13,17 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// look finds out about an entry of an index that says no platform: an image's
-// platform is in its config, and an index has entries of its own. Both are
-// zero for anything else.
+// look reads the manifest of an entry that names no platform. It returns the platform in the
+// config of an image, or the bytes of an index; neither for anything else.
 type look func(ctx context.Context, d v1.Descriptor) (p *v1.Platform, index []byte, err error)
 
-// maxPlatformLooks bounds the entries of an index that are looked at, each at
-// the cost of two requests.
+// maxPlatformLooks bounds the entries of an index whose manifests are read, at two requests
+// each.
 const maxPlatformLooks = 16
 
-// pick chooses the image of an index that is meant for a platform, by the rules
-// of containerd's platforms.Only: see [preferences]. Where several are equally
-// good, it is the first. A nil platform will do only for an index of one image.
-// The only image of an index need not say its platform.
+// pick chooses the image of an index for a platform, by the rules of containerd's
+// platforms.Only: see [preferences]. Of several equally good ones it takes the first. A nil
+// platform is enough for an index of one image, and such an image need not have a platform.
 func pick(ctx context.Context, raw []byte, platform *v1.Platform, look look) (v1.Descriptor, error) {
 	entries, _, err := parseLayoutIndex(raw)
 	if err != nil {
@@ -40,8 +38,8 @@ func pick(ctx context.Context, raw []byte, platform *v1.Platform, look look) (v1
 	}
 	c := choice{want: preferences(platform)}
 	c.best = len(c.want)
-	// Those without a platform cost requests, and nothing is better than the
-	// first preference.
+	// Entries without a platform cost requests, so they are not read if another entry has
+	// the first preference.
 	var unsaid []v1.Descriptor
 	for _, d := range entries {
 		if says(d.Platform) {
@@ -82,7 +80,7 @@ func pick(ctx context.Context, raw []byte, platform *v1.Platform, look look) (v1
 	}
 	list := c.list()
 	if len(unsaid) > 0 {
-		list += fmt.Sprintf(", and %d that do not say their platform and were not looked at", len(unsaid))
+		list += fmt.Sprintf(", and %d without a platform, whose manifests were not read", len(unsaid))
 	}
 	if len(c.there) == 0 && platform != nil {
 		return v1.Descriptor{}, fmt.Errorf("%w: no image for %s: none of the %d entries of the index is known to be one", ErrNotFound, platform, len(entries))
@@ -112,7 +110,7 @@ func (c *choice) offer(d v1.Descriptor, p v1.Platform) {
 	}
 }
 
-// maxListed bounds the names that an error lists.
+// maxListed bounds the names in an error.
 const maxListed = 20
 
 func (c *choice) list() string {
@@ -146,13 +144,12 @@ func isImageConfig(t types.MediaType) bool {
 	return t == types.OCIConfigJSON || t == types.DockerConfigJSON
 }
 
-// says tells a platform from an empty one, which some tools write for none.
+// says says whether p is a platform; some tools write an empty one for none.
 func says(p *v1.Platform) bool { return p != nil && p.OS != "" && p.Architecture != "" }
 
-// preferences are the platforms whose images run on p, the best first: those of
-// the same architecture from p's variant down, then those that its processors
-// run as well: 386 on amd64, arm on arm64. Versions and features of the
-// operating system are of no concern.
+// preferences are the platforms whose images run on p, the best first: the same architecture
+// from p's variant down, then others that its processors run: 386 on amd64, arm on arm64.
+// Versions and features of the operating system are ignored.
 func preferences(p *v1.Platform) []v1.Platform {
 	if p == nil {
 		return nil
@@ -178,8 +175,8 @@ func sameOS(os, arch string, variants []string) []v1.Platform {
 	return l
 }
 
-// variantsBelow lists the variants of an architecture that one of variant runs,
-// from that down.
+// variantsBelow lists the variants of an architecture that a processor of variant runs, from
+// that one down.
 func variantsBelow(arch, variant string) []string {
 	l := []string{variant}
 	major, minor, ok := parseVariant(variant)
@@ -216,7 +213,7 @@ func variantsBelow(arch, variant string) []string {
 	return l
 }
 
-// parseVariant reads v8 and v8.1; nobody makes processors of version 100.
+// parseVariant reads variants such as v8 and v8.1.
 func parseVariant(s string) (major, minor int, ok bool) {
 	s, ok = strings.CutPrefix(s, "v")
 	a, b, dot := strings.Cut(s, ".")
@@ -232,9 +229,8 @@ func parseVariant(s string) (major, minor int, ok bool) {
 	return major, minor, true
 }
 
-// normal writes a platform in the one way that it can be compared in: the names
-// of uname become Go's, and variants that are the default are left out, but for
-// arm, whose default is v7.
+// normal is the canonical form of a platform, for comparisons: with Go's names instead of
+// uname's, and without default variants, except for arm, whose default is v7.
 func normal(p v1.Platform) v1.Platform {
 	os, arch, variant := strings.ToLower(p.OS), strings.ToLower(p.Architecture), strings.ToLower(p.Variant)
 	if variant != "" && strings.Trim(variant, "0123456789.") == "" {
@@ -283,7 +279,7 @@ func (r *Repo) lookAt(ctx context.Context, d v1.Descriptor) (*v1.Platform, []byt
 	if err != nil {
 		return nil, nil, err
 	}
-	// Only these: what else is in a config is of no concern here.
+	// Only these fields, so that an error in another one does not matter.
 	var c struct {
 		OS           string `json:"os"`
 		Architecture string `json:"architecture"`

@@ -162,7 +162,7 @@ func TestPick(t *testing.T) {
 	// An error says what was looked at, and that not all was.
 	for raw, want := range map[string]string{
 		`{"manifests":[` + strings.Join(many, ",") + `]}`:                                      "none of the 1000 entries of the index is known to be one",
-		`{"manifests":[` + strings.Join(append(many, entryOf("1", "linux/arm64")), ",") + `]}`: "there are: linux/arm64, and 984 that do not say their platform and were not looked at",
+		`{"manifests":[` + strings.Join(append(many, entryOf("1", "linux/arm64")), ",") + `]}`: "there are: linux/arm64, and 984 without a platform, whose manifests were not read",
 	} {
 		if _, err := pick(t.Context(), []byte(raw), platform(t, "linux/s390x"), look); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %s", err, want)

@@ -15,18 +15,17 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// PushBlob brings the file at path to r as the blob that d describes. It says
-// whether it had to: a blob that is there already is not sent again.
-// progress, if not nil, is called with the bytes sent so far, from another
-// goroutine than the caller's; a new attempt begins at zero again.
+// PushBlob pushes the file at path as the blob that d describes, and returns false if the
+// repository had it already. progress, if not nil, is called from another goroutine with the
+// bytes sent so far; a new attempt begins at zero.
 //
-// A layout takes the file over by a link if it can: nobody may write to it
-// afterwards, though its name may be removed.
+// A layout links the file if it can: the file must not be written to afterwards, but its name
+// may be removed.
 func (r *Repo) PushBlob(ctx context.Context, d v1.Descriptor, path string, progress func(sent int64)) (bool, error) {
 	return r.pushBlob(ctx, d, blob{path: path}, progress)
 }
 
-// PushBytes brings data to r as a blob, and gives its descriptor.
+// PushBytes pushes data as a blob and returns its descriptor.
 func (r *Repo) PushBytes(ctx context.Context, data []byte, mediaType types.MediaType) (v1.Descriptor, error) {
 	d := v1.Descriptor{MediaType: mediaType, Size: int64(len(data)), Digest: hashOf(data)}
 	_, err := r.pushBlob(ctx, d, blob{data: data}, nil)
@@ -39,7 +38,7 @@ func (r *Repo) pushBlob(ctx context.Context, d v1.Descriptor, b blob, progress f
 		return false, fail(errReadOnly)
 	}
 	if d.Digest.Algorithm != "sha256" || d.Size < 0 {
-		return false, fail(errors.New("its descriptor has no digest and size"))
+		return false, fail(errors.New("its descriptor has no SHA-256 digest and size"))
 	}
 	has, err := r.target.has(ctx, d)
 	if err != nil {
@@ -56,16 +55,16 @@ func (r *Repo) pushBlob(ctx context.Context, d v1.Descriptor, b blob, progress f
 
 var errReadOnly = errors.New("an archive can only be read: push to a registry or to oci:DIR")
 
-// PushManifest brings a manifest to r, under a tag if that is not empty, and
-// gives its descriptor. What it refers to must be there. If it has a subject,
-// Referrers finds it when PushManifest has returned. With ErrUnlisted the
-// manifest is there, and its descriptor is given, but Referrers may not find it.
+// PushManifest pushes a manifest, under a tag if that is not empty, and returns its
+// descriptor. The blobs and manifests that it names must have been pushed. If it has a
+// subject, Referrers finds it afterwards. With ErrUnlisted the manifest was pushed and its
+// descriptor is returned, but Referrers may not find it.
 //
-// Where a registry has no referrers API, the list of referrers is changed under
-// a tag, and PushManifest takes some seconds longer to see that the change stays.
+// If a registry has no referrers API, PushManifest changes the list of referrers under a tag,
+// and watches for some seconds that the change stays.
 //
-// A tag that cannot be moved and leads to this manifest already is as good as
-// one that was pushed; one that leads to another gives ErrTagTaken.
+// A tag that cannot be moved is no error if it leads to this manifest already, and ErrTagTaken
+// if it leads to another.
 func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.MediaType, tag string) (v1.Descriptor, error) {
 	d := v1.Descriptor{MediaType: mediaType, Size: int64(len(raw)), Digest: hashOf(raw)}
 	name := r.Place(tag, d.Digest)
@@ -99,7 +98,7 @@ func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.Med
 	return d, nil
 }
 
-// Place is r's place and there tag, or else digest.
+// Place is a reference to tag in r or, without a tag, to digest.
 func (r *Repo) Place(tag string, digest v1.Hash) Ref {
 	if tag == "" {
 		return r.ref.WithDigest(digest)
@@ -107,8 +106,8 @@ func (r *Repo) Place(tag string, digest v1.Hash) Ref {
 	return r.ref.WithTag(tag)
 }
 
-// asReferrer gives a manifest's subject, and d with what a list of referrers
-// says of a manifest.
+// asReferrer returns the subject of a manifest, and d with the fields that a list of referrers
+// has of the manifest.
 func asReferrer(raw []byte, d v1.Descriptor) (*v1.Descriptor, v1.Descriptor, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
@@ -124,8 +123,7 @@ func asReferrer(raw []byte, d v1.Descriptor) (*v1.Descriptor, v1.Descriptor, err
 	return m.Subject, d, nil
 }
 
-// CheckPush finds out whether r can be pushed to, at the cost of an upload
-// that is begun and given up.
+// CheckPush fails if r cannot be pushed to. It begins an upload and cancels it.
 func (r *Repo) CheckPush(ctx context.Context) error {
 	var err error
 	switch t := r.target.(type) {
@@ -147,15 +145,14 @@ func (e *endpoint) checkPush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Not all allow this; they clean up by themselves.
+	// Not all registries allow this; they remove the upload by themselves.
 	if resp, err := e.do(ctx, request{method: http.MethodDelete, url: u.at, push: true}); err == nil {
 		discard(resp)
 	}
 	return nil
 }
 
-// has only saves work: whatever else the registry says of a blob than that it is
-// there, it is sent.
+// has only saves work: the blob is sent unless the registry says that it has it.
 func (m *remote) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	var size int64
 	err := m.client.retry(ctx, func() (err error) {
@@ -170,7 +167,7 @@ func (m *remote) has(ctx context.Context, d v1.Descriptor) (bool, error) {
 		return false, ctx.Err()
 	case err != nil:
 		if !errors.Is(err, ErrNotFound) {
-			m.client.log.Debug("cannot find out whether the registry has a blob, sending it", "repository", m.ref.Place(), "blob", d.Digest.String(), "err", err)
+			m.client.log.Debug("cannot find out whether the registry has a blob; sending it", "repository", m.ref.Place(), "blob", d.Digest.String(), "err", err)
 		}
 		return false, nil
 	case size >= 0 && size != d.Size:
@@ -222,9 +219,9 @@ func (e *endpoint) put(ctx context.Context, key string, raw []byte, mediaType ty
 	return resp.Header, nil
 }
 
-// refused makes the best of a manifest that the registry does not take. That a
-// tag leads there already is no failure. Where it is the manifest itself that is
-// refused, the error names what it may be and the way round.
+// refused is the error of a manifest that the registry refuses. It is nil if the tag leads to
+// that manifest already. If the manifest itself is refused, the error names the likely reason
+// and a way round.
 func (e *endpoint) refused(ctx context.Context, key string, raw []byte, err error) error {
 	status := statusOf(err)
 	switch status {
@@ -245,13 +242,13 @@ func (e *endpoint) refused(ctx context.Context, key string, raw []byte, err erro
 		}
 	}
 	if status == http.StatusBadRequest || status == http.StatusUnsupportedMediaType || status == http.StatusUnprocessableEntity {
-		return fmt.Errorf("%w: the registry does not take %s: push to another registry or to oci:DIR", err, suspect(raw, err))
+		return fmt.Errorf("%w: the registry does not accept %s: push to another registry or to oci:DIR", err, suspect(raw, err))
 	}
 	return err
 }
 
-// suspect names what of a manifest a registry may not take: what it says itself,
-// or else what is unusual.
+// suspect names the likely reason why a registry refuses a manifest: what its answer names, or
+// else what is unusual in the manifest.
 func suspect(raw []byte, err error) string {
 	said := ""
 	if e, ok := errors.AsType[*httpError](err); ok {

@@ -20,13 +20,13 @@ import (
 	"thaw/blockmap"
 )
 
-// maxRanges of one request. They spare most of what requests cost, see
-// BenchmarkRanges, in a header of some 300 bytes.
+// maxRanges bounds the ranges of a request. 16 save most of the cost of requests, see
+// BenchmarkRanges, with a header of some 300 bytes.
 const maxRanges = 16
 
-// Ranges is how many ranges one call of OpenRanges may ask for at present. It
-// is 1 for files, of servers that are known not to give several in one answer,
-// and while the first answer that tells is awaited.
+// Ranges returns how many ranges a call of OpenRanges may ask for at present. It is 1 for
+// files, for servers that do not send several ranges in one answer, and while the first
+// answer that shows this is awaited.
 func (r *Repo) Ranges() int {
 	if m, ok := r.reader.(*remote); ok {
 		return m.first().src.several.most()
@@ -34,11 +34,10 @@ func (r *Repo) Ranges() int {
 	return 1
 }
 
-// OpenRanges reads several ranges of a blob, which have nothing in common, in one
-// request: the bytes of one behind those of the other, or else the reader ends in
-// an error. A nil reader without an error is the answer where Ranges is 1, or
-// has become 1 by this call: ask for each by OpenRange then. For the rest it is
-// as OpenRange.
+// OpenRanges reads several ranges of a blob, which must not overlap, in one request, one
+// behind the other. It returns a nil reader without an error where Ranges is 1, or has
+// become 1 by this call: the caller then reads each by OpenRange. For the rest it is like
+// OpenRange.
 func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
 	digest := hashFrom(blob)
 	m, ok := r.reader.(*remote)
@@ -49,7 +48,7 @@ func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []bl
 	var end int64
 	for _, x := range sorted {
 		if x.End <= x.Start || x.Start < end {
-			return nil, fmt.Errorf("read blob %s of %s: the ranges %v are not apart", digest, r, ranges)
+			return nil, fmt.Errorf("read blob %s of %s: the ranges %v overlap or are empty", digest, r, ranges)
 		}
 		end = x.End
 	}
@@ -71,9 +70,9 @@ func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []bl
 	return b, nil
 }
 
-// several says whether a source gives several ranges in one answer. Object storage
-// that registries redirect to often does not, and one answer without them is
-// all of a blob; so there is one question, and until it is answered no other.
+// several says whether a source sends several ranges in one answer. Object storage that
+// registries redirect to often does not, and may answer with the whole blob. So only one
+// request asks for several, until its answer shows what the source does.
 type several struct{ state atomic.Int32 }
 
 const (
@@ -91,7 +90,7 @@ func (s *several) most() int {
 	return 1
 }
 
-// openRanges gives nil without an error where the source does not give several.
+// openRanges returns nil without an error if the source does not send several ranges.
 func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []blockmap.Extent) (*Body, error) {
 	s := &e.src.several.state
 	if !e.src.givesRanges() {
@@ -100,7 +99,7 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []bloc
 	if s.Load() != severalYes && !s.CompareAndSwap(severalUnknown, severalAsked) {
 		return nil, nil
 	}
-	// What does not come to an answer leaves the question open.
+	// A request without an answer leaves this unknown.
 	defer s.CompareAndSwap(severalAsked, severalUnknown)
 	header := []byte("bytes=")
 	var n int64
@@ -118,7 +117,7 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []bloc
 	switch status := resp.StatusCode; {
 	case status == http.StatusPartialContent || status == http.StatusOK:
 	case status == http.StatusBadRequest || status == http.StatusRequestedRangeNotSatisfiable || status == http.StatusNotImplemented:
-		// It may be the ranges that it does not like.
+		// It may have refused the ranges.
 	default:
 		err := badStatus(resp)
 		resp.Body.Close()
@@ -147,29 +146,28 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []bloc
 	return &Body{rc: p, left: n, e: e, digest: digest, watched: watched}, nil
 }
 
-// oneRange notes that a source gives no more than one range an answer.
+// oneRange notes that a source sends only one range in an answer.
 func (s *source) oneRange(why string) {
 	if s.several.state.Swap(severalNo) != severalNo {
-		s.log.Debug("server does not give several ranges in one answer, so there will be more requests", "source", s.name, "why", why)
+		s.log.Debug("the server does not send several ranges in one answer, so thaw makes more requests", "source", s.name, "why", why)
 	}
 }
 
-// errParts is an answer whose parts are not those that were asked for, or that
-// is no multipart at all. The source is not asked for several any more, so
-// that the next try has another answer.
+// errParts is an answer whose parts are not the ranges that were asked for, or that is no
+// multipart body. The source is not asked for several ranges any more, so the next try gets
+// another answer.
 var errParts = fmt.Errorf("%w: the parts of the answer are not what was asked for", ErrUnavailable)
 
-// parts reads a multipart/byteranges body (RFC 9110, 14.6) as the bytes of its
-// parts; that they are all there its Body sees to. Each has to be the range
-// whose turn it is: then its length is known, and nothing has to be searched for
-// the boundary, as a general reader must.
+// parts reads the bytes of the parts of a multipart/byteranges body (RFC 9110, 14.6); its
+// Body checks that none is missing. The parts must come in the order of the ranges. So the
+// length of each is known, and its bytes need not be searched for the boundary.
 type parts struct {
 	body     io.ReadCloser
 	r        *bufio.Reader
 	boundary []byte // with the dashes before it
 	ranges   []blockmap.Extent
-	left     int64 // of the part
-	after    bool  // a part, whose end comes first
+	left     int64 // bytes of the part that are left
+	after    bool  // the end of a part comes first
 	src      *source
 }
 
@@ -190,9 +188,8 @@ func (p *parts) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Close reads the closing delimiter before, if all else has been read, so that
-// the connection can be used again. Nothing depends on what it is, or whether it
-// comes.
+// Close reads the closing delimiter if all else was read, so that the connection can be used
+// again. It does not matter what the delimiter is, or whether it comes.
 func (p *parts) Close() error {
 	if p.left == 0 && len(p.ranges) == 0 {
 		// The server sends it with the last part.
@@ -217,7 +214,7 @@ func (p *parts) next() error {
 	}
 	want := p.ranges[0]
 	if p.after {
-		// What a part ends with belongs to the delimiter, RFC 2046, 5.1.1.
+		// The line end behind a part belongs to the delimiter, RFC 2046, 5.1.1.
 		if end, err := p.r.Peek(2); err == nil && string(end) != "\r\n" {
 			return bad("a part is longer or shorter than it says")
 		}
@@ -242,7 +239,7 @@ func (p *parts) next() error {
 			}
 		case len(line) == 0:
 			if !found {
-				return bad("a part does not say where it is from")
+				return bad("a part has no Content-Range")
 			}
 			p.left, p.ranges, p.after = want.Len(), p.ranges[1:], true
 			return nil
@@ -256,7 +253,7 @@ func (p *parts) next() error {
 				return bad("%w", err)
 			}
 			if first != want.Start || last != want.End-1 {
-				return bad("bytes %d-%d come, %d-%d were next", first, last, want.Start, want.End-1)
+				return bad("got bytes %d-%d, expected %d-%d", first, last, want.Start, want.End-1)
 			}
 			found = true
 		}

@@ -10,7 +10,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// Ref names an image, or only the place where images are. It is one of
+// Ref names an image, or a repository of images. It is one of
 //
 //	[HOST[:PORT]/]NAME[:TAG][@sha256:HEX]    a registry; Docker Hub without HOST
 //	oci:DIR[:TAG][@sha256:HEX]               an OCI layout directory
@@ -19,26 +19,25 @@ import (
 //
 // Archives may be compressed.
 //
-// A name with a digest means what the digest says, and its tag is only carried
-// along. Refs are comparable, and String gives what ParseRef reads.
+// If a name has a digest, the digest counts and the tag is only kept. Refs are comparable, and
+// ParseRef reads what String returns.
 type Ref struct {
-	// Registry and Repository are the host, with its port if any, and the
-	// full name of the repository there. Both are empty for files.
+	// Registry and Repository are the host, with its port if any, and the full name of the
+	// repository. Both are empty for files.
 	Registry, Repository string
-	// Layout is the directory of an OCI layout, Archive the file of an
-	// archive; OCI says that this holds an OCI layout.
+	// Layout is the directory of an OCI layout, Archive is the file of an archive; OCI is
+	// set if the archive holds an OCI layout.
 	Layout, Archive string
 	OCI             bool
-	// Tag is "latest" for a registry where neither tag nor digest is given.
-	// For a layout it is the annotation org.opencontainers.image.ref.name,
-	// for docker's archives one of its RepoTags; empty means the only image
-	// there.
+	// Tag is "latest" for a registry if neither tag nor digest is given. In a layout it is
+	// the annotation org.opencontainers.image.ref.name, in docker's archives one of the
+	// RepoTags; empty means the only image.
 	Tag string
-	// Digest is zero where there is none.
+	// Digest is zero if there is none.
 	Digest v1.Hash
 }
 
-// The host that "docker.io" and names without a host stand for.
+// dockerHub is the host of "docker.io", and of names without a host.
 const dockerHub = "index.docker.io"
 
 var (
@@ -151,7 +150,7 @@ func parseRegistry(s string) (Ref, error) {
 		return Ref{}, errors.New("the name of the repository is longer than 255 bytes")
 	case !reRepository.MatchString(r.Repository):
 		return Ref{}, fmt.Errorf("%q is not the name of a repository: lower-case letters and digits, "+
-			"parted by . _ or -, in components parted by /", given)
+			"separated by . _ or -, in components separated by /", given)
 	}
 	return r, nil
 }
@@ -169,7 +168,7 @@ func cutDigest(s string) (string, v1.Hash, error) {
 	return s[:i], h, nil
 }
 
-// String gives the reference in full.
+// String returns the full reference.
 func (r Ref) String() string {
 	s := r.Place()
 	if r.Tag != "" {
@@ -194,19 +193,19 @@ func (r Ref) Place() string {
 	return r.Registry + "/" + r.Repository
 }
 
-// WithDigest is the same place, and there what has this digest.
+// WithDigest is a reference to a digest in the same place.
 func (r Ref) WithDigest(h v1.Hash) Ref {
 	r.Tag, r.Digest = "", h
 	return r
 }
 
-// WithTag is the same place, and there what has this tag.
+// WithTag is a reference to a tag in the same place.
 func (r Ref) WithTag(tag string) Ref {
 	r.Tag, r.Digest = tag, v1.Hash{}
 	return r
 }
 
-// key is what a registry is asked by: digest before tag.
+// key is what a registry is asked for: the digest if there is one, or else the tag.
 func (r Ref) key() string {
 	if r.Digest != (v1.Hash{}) {
 		return r.Digest.String()

@@ -14,13 +14,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// Referrers gives the manifests whose subject is the one given, those of the
-// given types if there are any, with their annotations. It asks the referrers
-// API and the fallback tag, at the registry or at a mirror that is trusted to
-// resolve.
+// Referrers returns the manifests with this subject, with their annotations; if artifact types
+// are given, only those of the types. It asks the referrers API and the fallback tag, of the
+// registry or of a mirror that is trusted to resolve.
 //
-// A descriptor in such a list is only a claim of whoever may push there: its
-// manifest says what it is and what its subject is.
+// An entry of such a list is only a claim of anybody who may push there: the manifest itself
+// says what it is and what its subject is.
 func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTypes ...string) ([]v1.Descriptor, error) {
 	fail := func(err error) ([]v1.Descriptor, error) {
 		return nil, fmt.Errorf("find referrers of %s in %s: %w", subject.Digest, r, err)
@@ -43,27 +42,27 @@ func (r *Repo) Referrers(ctx context.Context, subject v1.Descriptor, artifactTyp
 		return fail(lookErr)
 	}
 	found := slices.DeleteFunc(all, func(d v1.Descriptor) bool { return !slices.Contains(artifactTypes, d.ArtifactType) })
-	// One that cannot be looked at does not hide the others, and is not none.
+	// A manifest that cannot be read does not hide the others. Without others, the result
+	// is not known.
 	if len(found) == 0 && Temporary(lookErr) {
 		return fail(lookErr)
 	}
 	return found, nil
 }
 
-// untyped says that a list of referrers does not say what d is: some leave it
-// out, and some take the type of the config for it, as drafts of the spec did.
+// untyped says whether an entry of a list lacks its artifact type: some registries leave it
+// out, and some give the type of the config, as drafts of the spec did.
 func untyped(d v1.Descriptor) bool {
 	return d.ArtifactType == "" || d.ArtifactType == string(types.OCIEmptyJSON) || d.ArtifactType == string(types.DockerConfigJSON) ||
 		strings.Contains(d.ArtifactType, ".config.")
 }
 
-// Bounds of the manifests that are looked at to find out what they are: in all,
-// and at once.
+// Limits of the manifests that are read to find their types: in all, and at once.
 const maxLooks, looksAtOnce = 64, 8
 
-// look completes the descriptors of a list that do not say what they are, by
-// their manifests. One that is about another subject loses its type. The error
-// is of the last manifest that could not be had.
+// look completes the entries of a list that lack their types, from their manifests. An entry
+// with another subject loses its type. The error is that of the last manifest that could not be
+// read.
 func (r *Repo) look(ctx context.Context, subject v1.Descriptor, list []v1.Descriptor) error {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -101,9 +100,8 @@ func (r *Repo) look(ctx context.Context, subject v1.Descriptor, list []v1.Descri
 	return failed
 }
 
-// referrers asks the origin and the mirrors that are trusted to resolve. Such a
-// mirror that knows of none is not believed: it may be older than they are, or
-// not know the API.
+// referrers asks the origin and the mirrors that are trusted to resolve. If a mirror lists none,
+// the next source is asked: the mirror may be out of date, or not support the API.
 func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) (found []v1.Descriptor, err error) {
 	err = m.client.retry(ctx, func() error {
 		list, release, err := race(ctx, m, v1.Hash{}, m.resolvers(), func(ctx context.Context, e *endpoint) ([]v1.Descriptor, error) {
@@ -122,26 +120,24 @@ func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactT
 		return err
 	})
 	if errors.Is(err, errAPIDown) && ctx.Err() == nil {
-		// The tag has answered, if only that there is none.
-		m.client.log.Warn("the registry's referrers API fails; using the fallback tag alone", "repository", m.ref.Place(), "subject", subject.Digest.String(), "err", err)
+		// The tag has answered, and leads to no list.
+		m.client.log.Warn("the registry's referrers API fails; using only the fallback tag", "repository", m.ref.Place(), "subject", subject.Digest.String(), "err", err)
 		return nil, nil
 	}
 	return found, err
 }
 
 const (
-	// maxPages of a list of referrers.
+	// maxPages bounds the pages of a list of referrers.
 	maxPages = 64
-	// tagPatience is how long the fallback tag is waited for when the API has
-	// given a list.
-	tagPatience = 2 * time.Second
+	// tagWait is how long to wait for the fallback tag when the API has returned a list.
+	tagWait = 2 * time.Second
 )
 
-// referrers gives them all, of whatever type: not every registry filters as
-// the spec says. The API and the tags are asked at the same time, for a
-// start waits for the answer, and all count: an API may not know what was
-// listed under a tag, and a registry may answer either with anything at all.
-// What is unusable of one does not matter if another answers.
+// referrers returns all referrers, of any type: not every registry filters as the spec says. It
+// asks the API and the tags at the same time, since a start waits for the answer, and adds up
+// the answers: an API may not know what is listed under a tag. If one answer is unusable, the
+// others count.
 func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
 	tctx, cancel := context.WithCancel(ctx)
 	tags := [...]string{fallbackTag(subject), ownTag(subject)}
@@ -152,7 +148,7 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 	defer cancel()
 	for i, tag := range tags {
 		if i > 0 && e.src.listsReferrers.Load() {
-			break // no list was ever put there
+			break // thaw has never put a list there
 		}
 		wg.Go(func() {
 			list, err := e.readListing(tctx, tag)
@@ -162,7 +158,7 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 	listed, apiErr := e.listReferrers(ctx, subject)
 	if len(listed) > 0 {
 		e.src.listsReferrers.Store(true)
-		t := time.AfterFunc(tagPatience, cancel)
+		t := time.AfterFunc(tagWait, cancel)
 		defer t.Stop()
 	}
 	wg.Wait()
@@ -178,23 +174,22 @@ func (e *endpoint) referrers(ctx context.Context, subject v1.Hash) ([]v1.Descrip
 	case tagErrs[0] != nil && Temporary(tagErrs[0]):
 		return nil, tagErrs[0]
 	case Temporary(apiErr):
-		// It may have some, and be asked again.
+		// It may have referrers, and answer later.
 		return nil, fmt.Errorf("%w: %w", errAPIDown, apiErr)
 	case tagErrs[0] != nil:
-		// Neither has a list. Some registries refuse what is not there, and the
-		// manifest of the subject could be read.
+		// Neither has a list. Some registries refuse access to what they do not have;
+		// access to the subject was allowed.
 		e.client.warnOnce("referrers "+e.root.Host+"/"+e.path, "the registry does not list referrers",
 			"repository", e.root.Host+"/"+e.path, "err", errors.Join(apiErr, tagErrs[0]))
 	}
 	return nil, nil
 }
 
-// errAPIDown: the referrers API may have an answer later, and the fallback tag
-// is of no list.
+// errAPIDown: the referrers API fails and may work later, and the fallback tag leads to no list.
 var errAPIDown = errors.New("the referrers API has no answer")
 
-// listReferrers asks the referrers API. What there is of a list of which a later
-// page cannot be had is given.
+// listReferrers asks the referrers API. If a later page cannot be read, it returns the pages
+// before that with the error.
 func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
 	u := e.url("referrers", subject.String())
 	var all []v1.Descriptor
@@ -202,8 +197,8 @@ func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Des
 		raw, h, err := e.fetch(ctx, u, string(types.OCIImageIndex))
 		var list []v1.Descriptor
 		if err == nil {
-			// By what it is and not by its Content-Type: some write
-			// application/json, some answer with a page for browsers.
+			// Its Content-Type does not tell whether this is a list: some send
+			// application/json, and some a web page.
 			if list, err = parseIndex(raw); err != nil {
 				err = fmt.Errorf("GET %s: %w", redact(u), err)
 			}
@@ -240,11 +235,10 @@ func nextPage(links []string) string {
 	return ""
 }
 
-// fallbackTag is the tag of the index that lists the referrers where there is
-// no API (distribution spec, "Referrers Tag Schema").
+// fallbackTag is the tag of the index that lists the referrers of a subject if there is no API
+// (distribution spec, "Referrers Tag Schema").
 func fallbackTag(subject v1.Hash) string { return subject.Algorithm + "-" + subject.Hex }
 
-// ownTag is the tag of the same index for registries with neither: some take
-// the fallback tag for another way to write the digest, and give the image, and
-// some refuse it.
+// ownTag is the tag of that index for registries that support neither: some take the fallback
+// tag for the digest and return the image, and some refuse it.
 func ownTag(subject v1.Hash) string { return "referrers-" + fallbackTag(subject) }

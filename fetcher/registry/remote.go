@@ -24,8 +24,7 @@ type document struct {
 	mediaType string
 }
 
-// manifest by digest may come from any source. By tag it comes from those that
-// are trusted to resolve.
+// manifest asks any source by digest, and by tag those that are trusted to resolve.
 func (m *remote) manifest(ctx context.Context, ref Ref) ([]byte, string, error) {
 	var doc document
 	err := m.client.retry(ctx, func() error {
@@ -36,7 +35,7 @@ func (m *remote) manifest(ctx context.Context, ref Ref) ([]byte, string, error) 
 		got, release, err := race(ctx, m, ref.Digest, list, func(ctx context.Context, e *endpoint) (document, error) {
 			raw, mediaType, err := e.manifest(ctx, ref.key())
 			if err == nil && ref.Digest != (v1.Hash{}) && hashOf(raw) != ref.Digest {
-				// A mirror's fault is not the end of it.
+				// A mirror may be wrong, and the others right.
 				e.src.distrust()
 				err = ErrDigest
 			}
@@ -58,7 +57,7 @@ func (e *endpoint) manifest(ctx context.Context, key string) ([]byte, string, er
 		return nil, "", err
 	}
 	if isPage(h) && e.src.mirrorOf != "" {
-		return nil, "", fmt.Errorf("GET %s: %w: a page for browsers comes instead of a manifest", redact(u), ErrUnavailable)
+		return nil, "", fmt.Errorf("GET %s: %w: the answer is a web page, not a manifest", redact(u), ErrUnavailable)
 	}
 	if d := h.Get("Docker-Content-Digest"); strings.HasPrefix(d, "sha256:") && d != hashOf(raw).String() {
 		return nil, "", fmt.Errorf("GET %s: %w: the manifest is %s, the registry says it is %s", redact(u), ErrDigest, hashOf(raw), d)
@@ -66,8 +65,8 @@ func (e *endpoint) manifest(ctx context.Context, key string) ([]byte, string, er
 	return raw, h.Get("Content-Type"), nil
 }
 
-// isPage says whether an answer is a page for browsers: some mirrors and proxies
-// answer everything with one, to log in for example.
+// isPage says whether an answer is a web page: some mirrors and proxies answer every request
+// with one, to log in for example.
 func isPage(h http.Header) bool {
 	t, _, _ := strings.Cut(h.Get("Content-Type"), ";")
 	return strings.EqualFold(strings.TrimSpace(t), "text/html")
@@ -87,7 +86,7 @@ func (e *endpoint) fetch(ctx context.Context, u *url.URL, accept string) ([]byte
 	if resp.ContentLength > maxManifest {
 		return nil, nil, fmt.Errorf("GET %s: %d bytes are too many for a manifest", redact(u), resp.ContentLength)
 	}
-	// Few have more than some kilobytes, and somebody waits for all of it.
+	// Few are longer than some kilobytes, and the caller waits for all of it.
 	limitBody(resp, 4*e.client.opts.StallTimeout)
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxManifest+1))
 	if err != nil {
@@ -147,8 +146,8 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 	return b, err
 }
 
-// openAll reads a part of a blob from a source whose ranges are of no use: all
-// that is before it comes too.
+// openAll reads a range of a blob from a source whose ranges are wrong: it reads and skips
+// the bytes before it.
 func (e *endpoint) openAll(ctx context.Context, digest v1.Hash, off, n int64) (*Body, error) {
 	resp, err := e.ask(ctx, digest, "")
 	if err != nil {
@@ -162,13 +161,13 @@ func (e *endpoint) openAll(ctx context.Context, digest v1.Hash, off, n int64) (*
 	return e.body(resp, digest, skip, n)
 }
 
-// body is the n bytes of an answer behind the first skip.
+// body returns n bytes of an answer, behind the first skip.
 func (e *endpoint) body(resp *http.Response, digest v1.Hash, skip, n int64) (*Body, error) {
 	e.remember(digest, resp)
 	watched, _ := resp.Body.(*watchedBody)
 	if skip > 0 {
-		// Right, if slow: the server begins at the beginning. To whoever waits
-		// the answer has not begun, so its time is bounded as a whole.
+		// To the caller the answer has not begun until these are skipped, so the time
+		// for all of them is limited.
 		limitBody(resp, e.client.opts.StallTimeout+time.Duration(skip/prefixSpeed)*time.Second)
 		if _, err := io.CopyN(io.Discard, resp.Body, skip); err != nil {
 			resp.Body.Close()
@@ -184,8 +183,8 @@ func (e *endpoint) body(resp *http.Response, digest v1.Hash, skip, n int64) (*Bo
 	return &Body{rc: resp.Body, left: n, e: e, digest: digest, watched: watched}, nil
 }
 
-// ask requests a blob, or what a Range header says of it, where the registry
-// has redirected to before if it has.
+// ask requests a blob, or a range of it, from the location that the registry has redirected
+// to before, if any.
 func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.Response, error) {
 	r := request{method: http.MethodGet, header: map[string]string{"Accept-Encoding": "identity"}}
 	if span != "" {
@@ -208,7 +207,7 @@ func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.
 	}
 	switch status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
-		// The signature of the remembered location has expired.
+		// The signature of the location may have expired.
 		if err == nil {
 			discard(resp)
 		}
@@ -219,7 +218,7 @@ func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.
 	return resp, err
 }
 
-// remember keeps where a blob came from, if not from the registry itself.
+// remember keeps the location that the registry redirected to for a blob.
 func (e *endpoint) remember(digest v1.Hash, resp *http.Response) {
 	if at := resp.Request.URL; e.auth != nil && (at.Host != e.root.Host || at.Scheme != e.root.Scheme) {
 		if known := e.state(digest).location; known == nil || *known != *at {
@@ -228,19 +227,18 @@ func (e *endpoint) remember(digest v1.Hash, resp *http.Response) {
 	}
 }
 
-// errWrongRange is an answer to a range request that says it is of other bytes,
-// or not of which.
-var errWrongRange = fmt.Errorf("%w: the range of the answer is not what was asked for", ErrUnavailable)
+// errWrongRange is an answer to a range request with other bytes, or without saying which.
+var errWrongRange = fmt.Errorf("%w: the range in the answer is not the one asked for", ErrUnavailable)
 
-// checkBlob looks at what is known of a blob's answer before its body. It gives
-// how many bytes come before those that were asked for. What the answer says of
-// an encoding does not matter: the digest is of the bytes that come.
+// checkBlob checks the header of an answer with a blob. It returns how many bytes come
+// before those that were asked for. A Content-Encoding does not matter: the digest is of the
+// bytes that come.
 func (e *endpoint) checkBlob(resp *http.Response, off, n int64, whole bool) (skip int64, err error) {
 	where := func() string { return "GET " + redact(resp.Request.URL) }
 	switch resp.StatusCode {
 	case http.StatusOK, http.StatusPartialContent:
 		if e.src.mirrorOf != "" && isPage(resp.Header) {
-			return 0, fmt.Errorf("%s: %w: a page for browsers comes instead of the blob", where(), ErrUnavailable)
+			return 0, fmt.Errorf("%s: %w: the answer is a web page, not the blob", where(), ErrUnavailable)
 		}
 	}
 	switch resp.StatusCode {
@@ -252,26 +250,26 @@ func (e *endpoint) checkBlob(resp *http.Response, off, n int64, whole bool) (ski
 			return 0, nil
 		}
 		if l := resp.ContentLength; l >= 0 && l < off+n {
-			return 0, fmt.Errorf("%s: the blob has %d bytes, those up to %d were asked for", where(), l, off+n)
+			return 0, fmt.Errorf("%s: the blob has %d bytes, asked for those up to byte %d", where(), l, off+n)
 		}
 		if e.src.ignoresRange.CompareAndSwap(false, true) {
-			e.client.log.Warn("server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
+			e.client.log.Warn("the server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
 		}
 		return off, nil
 	case http.StatusPartialContent:
 		if whole {
-			return 0, fmt.Errorf("%s: a part of the blob comes instead of all of it", where())
+			return 0, fmt.Errorf("%s: the answer is a part of the blob, not all of it", where())
 		}
 		s := resp.Header.Get("Content-Range")
 		if s == "" && resp.ContentLength == n && e.src.mirrorOf == "" {
-			return 0, nil // as many as were asked for: the digest decides
+			return 0, nil // as many as were asked for: the digest will tell
 		}
 		first, last, _, err := parseContentRange(s)
 		switch {
 		case err != nil:
 			return 0, fmt.Errorf("%s: %w: %w", where(), errWrongRange, err)
 		case first > off || last < off+n-1:
-			return 0, fmt.Errorf("%s: %w: bytes %d-%d were asked for, %d-%d come", where(), errWrongRange, off, off+n-1, first, last)
+			return 0, fmt.Errorf("%s: %w: asked for bytes %d-%d, got %d-%d", where(), errWrongRange, off, off+n-1, first, last)
 		}
 		return off - first, nil // it may round ranges up
 	}
@@ -309,7 +307,7 @@ func parseContentRange(s string) (first, last, size int64, err error) {
 	return nums[0], nums[1], nums[2], nil
 }
 
-// stat asks the registry itself: that a mirror has a blob says nothing of it.
+// stat asks the registry itself: a mirror may have a blob that the registry has not.
 func (m *remote) stat(ctx context.Context, digest v1.Hash) (size int64, err error) {
 	err = m.client.retry(ctx, func() error {
 		size, err = m.origin.stat(ctx, digest, false)
@@ -318,10 +316,9 @@ func (m *remote) stat(ctx context.Context, digest v1.Hash) (size int64, err erro
 	return size, err
 }
 
-// stat is the size of a blob, -1 if the registry does not say. A HEAD is what
-// it costs where it is answered. Some refuse it, or redirect to a URL that is
-// signed for GET alone, or give a length of 0 or none; then a GET of the first
-// byte is asked, whose Content-Range has the size.
+// stat returns the size of a blob, -1 if the registry does not say. It asks by HEAD. Some
+// registries refuse that, or redirect to a URL that is signed for GET only, or give a length
+// of 0 or none; then it asks for the first byte by GET, and Content-Range has the size.
 func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, error) {
 	u := e.url("blobs", digest.String())
 	resp, refused := e.follow(ctx, request{method: http.MethodHead, url: u, push: push})
@@ -334,7 +331,7 @@ func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, 
 			refused = badStatus(resp)
 		}
 	}
-	// A registry that says no itself, or when to come back, is believed.
+	// The registry's own 404, or a request to wait, is believed.
 	if ctx.Err() != nil || RetryAfter(refused) > 0 || errors.Is(refused, ErrNotFound) && resp != nil && resp.Request.URL.Host == u.Host {
 		return 0, refused
 	}
@@ -345,10 +342,10 @@ func (e *endpoint) stat(ctx context.Context, digest v1.Hash, push bool) (int64, 
 	return size, err
 }
 
-// errPage is a page for browsers where a blob should be.
-var errPage = errors.New("a page for browsers comes instead of the blob")
+// errPage is a web page where a blob should be.
+var errPage = errors.New("the answer is a web page, not the blob")
 
-// sizeByGet finds out the size of a blob by asking for its first byte.
+// sizeByGet finds the size of a blob by asking for its first byte.
 func (e *endpoint) sizeByGet(ctx context.Context, digest v1.Hash, push bool) (int64, error) {
 	u := e.url("blobs", digest.String())
 	resp, err := e.follow(ctx, request{method: http.MethodGet, url: u, push: push,
@@ -358,7 +355,7 @@ func (e *endpoint) sizeByGet(ctx context.Context, digest v1.Hash, push bool) (in
 	}
 	switch resp.StatusCode {
 	case http.StatusOK:
-		resp.Body.Close() // all of it would come
+		resp.Body.Close() // the rest would be the whole blob
 		if isPage(resp.Header) {
 			return 0, fmt.Errorf("GET %s: %w", redact(u), errPage)
 		}

@@ -11,13 +11,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// The bounds of what is read whole.
+// Limits of what is read into memory.
 const (
 	maxManifest = 4 << 20   // the distribution spec's limit
 	maxBlob     = 256 << 20 // of Blob
 )
 
-// Repo is a place that images are in. Its methods may be called at once.
+// Repo is a place that images are in. It is safe for concurrent use.
 type Repo struct {
 	ref    Ref
 	client *Client
@@ -27,26 +27,27 @@ type Repo struct {
 	target target // nil where nothing can be written
 }
 
-// The roles of a medium. What they return is not verified yet, except that
-// open delivers n bytes or fails.
+// The roles of a medium. What they return is not verified yet, but open delivers n bytes
+// or fails.
 type (
 	reader interface {
-		// manifest by digest, or else tag; the media type may be empty.
+		// manifest returns a manifest by its digest or, without one, by its tag. The
+		// media type may be empty.
 		manifest(ctx context.Context, ref Ref) (raw []byte, mediaType string, err error)
-		// open reads n bytes of a blob from off. whole says that this is
-		// all of the blob.
+		// open reads n bytes of a blob from off. whole means that this is all of the
+		// blob.
 		open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error)
 	}
 	finder interface {
-		// referrers are the manifests whose subject it is.
+		// referrers returns the manifests that have this subject.
 		referrers(ctx context.Context, subject v1.Descriptor, artifactTypes []string) ([]v1.Descriptor, error)
-		// stat is the size of a blob.
+		// stat returns the size of a blob.
 		stat(ctx context.Context, digest v1.Hash) (int64, error)
 	}
 	target interface {
 		has(ctx context.Context, d v1.Descriptor) (bool, error)
 		putBlob(ctx context.Context, d v1.Descriptor, b blob, progress func(int64)) error
-		// putManifest takes the descriptor as a list of referrers has it.
+		// putManifest takes the descriptor that a list of referrers has of the manifest.
 		putManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string, subject *v1.Descriptor) error
 	}
 )
@@ -54,11 +55,11 @@ type (
 // An Image is an image manifest as it was found under a reference.
 type Image struct {
 	v1.Descriptor
-	// Raw is what the descriptor's digest is of, Manifest what it says.
+	// Raw are the bytes that the digest is of, Manifest is what they say.
 	Raw      []byte
 	Manifest v1.Manifest
-	// Index is the descriptor of the index that the reference leads to, nil
-	// where it leads to the manifest itself.
+	// Index is the index that the reference leads to, nil where it leads to the manifest
+	// itself.
 	Index *v1.Descriptor
 }
 
@@ -67,10 +68,9 @@ func (r *Repo) Ref() Ref { return r.ref }
 
 func (r *Repo) String() string { return r.ref.Place() }
 
-// Resolve gives the image manifest that r's reference leads to. Where that is
-// an index, the manifest for platform is taken; a nil platform will do only
-// when there is but one. A manifest that no index offers is taken as it is:
-// its platform is in its config.
+// Resolve returns the image manifest that r's reference leads to. From an index it chooses
+// the manifest for platform; a nil platform is enough for an index of one image. If the
+// reference leads to a manifest, platform is not compared.
 func (r *Repo) Resolve(ctx context.Context, platform *v1.Platform) (*Image, error) {
 	raw, d, err := r.lookup(ctx, r.ref)
 	if err != nil {
@@ -115,8 +115,7 @@ func artifactType(m *v1.Manifest) string {
 	return m.ArtifactType
 }
 
-// Lookup gives the descriptor that a tag, or the digest of a manifest, leads
-// to, without walking an index.
+// Lookup returns the descriptor of the manifest or index that ref leads to.
 func (r *Repo) Lookup(ctx context.Context, ref Ref) (v1.Descriptor, error) {
 	_, d, err := r.lookup(ctx, ref)
 	if err != nil {
@@ -125,7 +124,7 @@ func (r *Repo) Lookup(ctx context.Context, ref Ref) (v1.Descriptor, error) {
 	return d, nil
 }
 
-// Manifest gives the bytes of the manifest that d describes.
+// Manifest returns the bytes of the manifest that d describes.
 func (r *Repo) Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	raw, got, err := r.lookup(ctx, r.ref.WithDigest(d.Digest))
 	if err == nil && got.Size != d.Size {
@@ -137,8 +136,7 @@ func (r *Repo) Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	return raw, nil
 }
 
-// lookup fetches a manifest, checks it against the digest if ref has one, and
-// finds out what it is.
+// lookup fetches a manifest, verifies it if ref has a digest, and finds its media type.
 func (r *Repo) lookup(ctx context.Context, ref Ref) ([]byte, v1.Descriptor, error) {
 	raw, mediaType, err := r.reader.manifest(ctx, ref)
 	if err != nil {
@@ -152,8 +150,8 @@ func (r *Repo) lookup(ctx context.Context, ref Ref) ([]byte, v1.Descriptor, erro
 	return raw, d, err
 }
 
-// manifestType decides between what a manifest says of itself, what it was
-// sent as, and what is in it.
+// manifestType is the media type of a manifest, from its mediaType field, from the header
+// that it was sent with, or from the fields that it has.
 func manifestType(raw []byte, sent string) (types.MediaType, error) {
 	var m struct {
 		SchemaVersion int             `json:"schemaVersion"`
@@ -165,7 +163,7 @@ func manifestType(raw []byte, sent string) (types.MediaType, error) {
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return "", fmt.Errorf("parse manifest: %w", err)
 	}
-	// The same bytes must not be an image to one and an index to another.
+	// The same bytes must not be an image to one program and an index to another.
 	if m.Manifests != nil && (m.Config != nil || m.Layers != nil) {
 		return "", errors.New("the manifest is an image and an index at once")
 	}

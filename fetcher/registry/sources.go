@@ -11,16 +11,16 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// remote is a repository over HTTP (the OCI distribution spec, 1.1): at the
-// registry itself, and at its mirrors.
+// remote is a repository over HTTP (the OCI distribution spec, 1.1), at the registry and at
+// its mirrors.
 type remote struct {
 	client *Client
 	ref    Ref
 	origin *endpoint
 }
 
-// mirrors are the repository at the mirrors of its registry, as they are set at
-// present. With resolve, only those that are trusted to resolve.
+// mirrors are the endpoints at the present mirrors of the registry; with resolve, only at
+// those that are trusted to resolve.
 func (m *remote) mirrors(resolve bool) (list []*endpoint) {
 	for _, x := range (*m.client.mirrors.Load())[m.ref.Registry] {
 		if resolve && !x.Resolve {
@@ -46,17 +46,16 @@ func (m *remote) first() *endpoint {
 	return m.origin
 }
 
-// holders are the endpoints that may have what a digest names, in the order to
-// ask them: mirrors that are well, the origin, and then, for when the origin has
-// no answer, mirrors that rest, though not those that sent wrong bytes. The
-// source called avoid is left out.
+// holders are the endpoints that may have what a digest names, in the order in which to ask
+// them: mirrors that work, the origin, and then mirrors that rest, in case the origin does
+// not answer, but not those that sent wrong bytes. The source named avoid is left out.
 func (m *remote) holders(digest v1.Hash, avoid string) []*endpoint {
 	return m.order(m.mirrors(false), digest, avoid)
 }
 
-// resolvers are the endpoints that are trusted with what no digest vouches for:
-// what a tag leads to, what refers to an image. That is the origin, and mirrors
-// that are marked so. However broken the origin is, no other mirror is asked.
+// resolvers are the endpoints that are trusted to answer without a digest: what a tag leads
+// to, what refers to an image. These are the origin and the mirrors that are marked so. No
+// other mirror is asked, even if the origin does not work.
 func (m *remote) resolvers() []*endpoint {
 	return m.order(m.mirrors(true), v1.Hash{}, "")
 }
@@ -82,20 +81,19 @@ func (m *remote) order(mirrors []*endpoint, digest v1.Hash, avoid string) []*end
 	return append(list, resting...)
 }
 
-// An answer is what a source gave to one question.
+// An answer is what a source gave, or why it failed.
 type answer[T any] struct {
 	i     int
 	value T
 	err   error
 }
 
-// race asks sources in order for the same thing until one has it: the next is
-// asked when one fails, and also, without giving up on the first, when it is
-// late. The first answer wins; the other requests are canceled. Where none has
-// it, the error is the origin's.
+// race asks sources in order for the same thing until one has it. It asks the next one when
+// one fails, and also when one is late, without cancelling that. The first answer wins, and
+// the other requests are cancelled. If none has it, the error is the origin's.
 //
-// drop disposes of an answer that comes too late to win. The winner's context
-// lives until release is called.
+// drop disposes of an answer that comes too late. The winner's context ends when release is
+// called.
 func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoint,
 	ask func(context.Context, *endpoint) (T, error), drop func(T)) (value T, release func(), err error) {
 	if len(list) == 1 {
@@ -160,8 +158,8 @@ func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoin
 	return value, nil, err
 }
 
-// errNoSource: there was nobody who may be asked. Where the origin is among the
-// sources it does not come to that.
+// errNoSource: none of the sources may be asked. It does not occur if the origin is one of
+// them.
 var errNoSource = fmt.Errorf("%w: there is no source to ask", ErrUnavailable)
 
 // runners are the requests of a race.
@@ -189,7 +187,7 @@ func (r *runners[T]) start(ctx context.Context) (int, bool) {
 		i := r.next
 		r.next++
 		e := r.list[i]
-		// Those behind the origin rest, and are asked all the same.
+		// Mirrors behind the origin rest, and are asked all the same.
 		origin := slices.Index(r.list, r.m.origin)
 		force := origin >= 0 && origin <= i
 		entered := e.src.enter(time.Now())
@@ -211,21 +209,21 @@ func (r *runners[T]) start(ctx context.Context) (int, bool) {
 	return 0, false
 }
 
-// failed takes note of what a source has answered.
+// failed notes how a source has failed.
 func (r *runners[T]) failed(e *endpoint, err error) {
 	e.failed(r.digest, err)
 	if e == r.m.origin {
-		// What it says for good is so. Mirrors that rest would not know better.
+		// Its permanent answer is final. Mirrors that rest would not know better.
 		r.done = !Temporary(err)
 		return
 	}
 	if errors.Is(err, ErrNotFound) && r.digest != (v1.Hash{}) {
 		e.setState(r.digest, blobState{missing: time.Now().Add(restAfterMissing)})
 	}
-	r.m.client.log.Debug("mirror has no answer", "mirror", e.src.name, "of", e.src.mirrorOf, "err", err)
+	r.m.client.log.Debug("a mirror has no answer", "mirror", e.src.name, "of", e.src.mirrorOf, "err", err)
 }
 
-// giveUp cancels the requests that still run, and sees to their answers.
+// giveUp cancels the requests that still run, and drops their answers.
 func (r *runners[T]) giveUp(drop func(T)) {
 	for _, x := range r.at {
 		if x.cancel != nil {

@@ -13,14 +13,13 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// OpenBlob reads a blob whole, from its beginning. The reader ends in io.EOF
-// only if the bytes were those that the descriptor says, in number and by
-// digest; what has been read before it is not verified. Where the connection
-// breaks it goes on from there, with another if need be, as often as there is
-// progress. Where the place does not have the blob and its descriptor has URLs
-// (a foreign layer), it is read from there, without credentials.
+// OpenBlob reads all of a blob. The reader returns io.EOF only if the bytes have the size
+// and digest of the descriptor; until then they are not verified. If the connection breaks,
+// it resumes there, from another source if need be, as long as there is progress. If the
+// repository does not have the blob and the descriptor has URLs (a foreign layer), it reads
+// one of them, without credentials.
 //
-// The reader lives no longer than ctx.
+// The reader ends with ctx.
 func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
 	fail := func(err error) error { return fmt.Errorf("fetch blob %s of %s: %w", d.Digest, r, err) }
 	if d.Digest.Algorithm != "sha256" {
@@ -41,7 +40,7 @@ func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, er
 		return b, err
 	}
 	s.pause = func(n int, err error) error { return r.client.pause(ctx, n, err) }
-	// So that a blob that is not there is known of now.
+	// A missing blob is an error now, and not at the first Read.
 	if err := s.open(nil); err != nil {
 		return nil, fail(err)
 	}
@@ -64,7 +63,7 @@ type stream struct {
 	err   error
 }
 
-// Progress that earns new attempts.
+// progress is how many bytes earn new attempts.
 const progress = 64 << 10
 
 // open opens the body at off, after cause broke the last one.
@@ -106,8 +105,8 @@ func (s *stream) Read(p []byte) (int, error) {
 			s.err = io.EOF
 			if s.sum.hash() != s.desc.Digest {
 				s.body.Distrust()
-				s.err = s.fail(fmt.Errorf("%w: its %d bytes are other ones", ErrDigest, s.off))
-				// All of it is in doubt, the last part too.
+				s.err = s.fail(fmt.Errorf("%w: its %d bytes are not the right ones", ErrDigest, s.off))
+				// All bytes are in doubt, these included.
 				return 0, s.err
 			}
 			return n, s.err
@@ -132,10 +131,9 @@ func (s *stream) mirrored() bool { return s.body.e != nil && s.body.e.src.mirror
 // maxURLs is how many of a blob's URLs are tried.
 const maxURLs = 8
 
-// openURLs reads a blob from off from one of its URLs (image spec, "Descriptors").
-// They are as good as any other source, for the digest is checked; so nothing is
-// shown to them, and what fails is not asked for again. The error is absent, that
-// of the place that has not got the blob, with what the URLs answered.
+// openURLs reads a blob from off from one of its URLs (image spec, "Descriptors"). The
+// digest is verified as always. It sends no credentials, and tries each URL once. The error
+// is absent, that of the repository without the blob, with the answers of the URLs.
 func (c *Client) openURLs(ctx context.Context, d v1.Descriptor, off int64, absent error) (*Body, error) {
 	var errs []error
 	for _, s := range d.URLs[:min(len(d.URLs), maxURLs)] {

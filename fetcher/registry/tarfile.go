@@ -14,15 +14,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tarFile is an archive that images are in: a tar, compressed or not. It is
-// walked once, when it is first asked for something, and read where its members
-// lie. A compressed one is decompressed then, into a file without a name, which
-// lives as long as the tarFile.
+// tarFile is an archive of images: a tar, compressed or not. It is scanned once, at first use,
+// and its members are read in place. A compressed one is decompressed then, into an unnamed
+// file that exists as long as the tarFile.
 type tarFile struct {
 	path string
-	temp string // directory for what is decompressed; "": the system's
+	temp string // directory for decompressed archives; "": the system's
 
-	turn chan struct{} // taken by whoever walks
+	turn chan struct{} // a token for the one that walks
 	mu   struct {
 		sync.Mutex
 		f *os.File // nil: not walked yet
@@ -34,25 +33,24 @@ func newTarFile(path, temp string) *tarFile {
 	return &tarFile{path: path, temp: temp, turn: make(chan struct{}, 1)}
 }
 
-// member is where a file of the archive lies.
+// member is where in the archive a file lies.
 type member struct {
 	off, size int64
 	link      string
-	why       error // it cannot be read
+	why       error // why it cannot be read
 }
 
-// Bounds on what a walk keeps.
+// Limits of what a walk keeps.
 const (
 	maxMembers     = 1 << 20
 	maxMemberName  = 4096     // PATH_MAX
 	maxMemberNames = 64 << 20 // bytes of all names and links
 )
 
-// cleanMember is the one name of a member.
+// cleanMember is the canonical name of a member.
 func cleanMember(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
-// walk finds the members. An archive that could not be walked is tried again the
-// next time.
+// walk finds the members. After a failure, the next call tries again.
 func (t *tarFile) walk(ctx context.Context) (*os.File, error) {
 	select {
 	case t.turn <- struct{}{}:
@@ -80,7 +78,7 @@ func (t *tarFile) walk(ctx context.Context) (*os.File, error) {
 	if t.members, err = scan(ctx, plain); err != nil {
 		plain.Close()
 		if ctx.Err() == nil {
-			err = fmt.Errorf("%s is not an archive, or is damaged: %w", t.path, err)
+			err = fmt.Errorf("%s is not a tar archive, or is damaged: %w", t.path, err)
 		}
 		return nil, err
 	}
@@ -96,7 +94,7 @@ func scan(ctx context.Context, f *os.File) (map[string]member, error) {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	r := tar.NewReader(f) // which seeks over what is not read
+	r := tar.NewReader(f) // which skips contents by seeking
 	for n := 0; ; n++ {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -112,7 +110,7 @@ func scan(ctx context.Context, f *os.File) (map[string]member, error) {
 			return nil, fmt.Errorf("it has more than %d members", maxMembers)
 		}
 		if len(h.Name) > maxMemberName || len(h.Linkname) > maxMemberName {
-			continue // nothing of an image has such a name
+			continue // no file of an image has such a name
 		}
 		name := cleanMember(h.Name)
 		var m member
@@ -136,12 +134,12 @@ func scan(ctx context.Context, f *os.File) (map[string]member, error) {
 			return nil, fmt.Errorf("the names of its members have more than %d bytes", maxMemberNames)
 		}
 		if m.link != name {
-			members[name] = m // the last of a name is the one that stays when they are unpacked
+			members[name] = m // the last of several with a name counts, as when they are unpacked
 		}
 	}
 }
 
-// sparse says whether the content of a member is not stored as it is.
+// sparse says whether a member is stored as a sparse file.
 func sparse(h *tar.Header) bool {
 	if h.Typeflag == tar.TypeGNUSparse {
 		return true
@@ -205,8 +203,8 @@ func (t *tarFile) open(ctx context.Context, name string, off, n int64, whole boo
 	if err := within(fmt.Sprintf("%s: member %.200q", t.path, name), m.size, off, n, whole); err != nil {
 		return nil, err
 	}
-	// The file stays open for the next reader; it is closed when neither the
-	// archive nor a reader is in use any more.
+	// The file stays open for the next reader; the garbage collector closes it with the
+	// archive and its readers.
 	return &Body{rc: io.NopCloser(io.NewSectionReader(f, m.off+off, n)), left: n}, nil
 }
 
@@ -215,7 +213,7 @@ func (t *tarFile) size(ctx context.Context, name string) (int64, error) {
 	return m.size, err
 }
 
-// has says whether there is a member of the name; only once walked.
+// has says whether there is a member of the name. walk must have succeeded.
 func (t *tarFile) has(name string) bool {
 	_, ok := t.members[name]
 	return ok
@@ -226,20 +224,20 @@ func (t *tarFile) absent(name string) error {
 		return fmt.Errorf("%w: there is no file %s", ErrNotFound, t.path)
 	}
 	if t.has(savedManifest) {
-		return fmt.Errorf("%s is not an OCI archive, it has no %s: name it docker-archive:%s", t.path, name, t.path)
+		return fmt.Errorf("%s is not an OCI archive, it has no %s: write docker-archive:%s", t.path, name, t.path)
 	}
 	return fmt.Errorf("%s is not an OCI archive, it has no %s", t.path, name)
 }
 
 func (t *tarFile) String() string { return t.path }
 
-// unnamedFile makes a file without a name, which is gone when it is closed.
+// unnamedFile makes a file without a name, which is removed when it is closed.
 func unnamedFile(dir string) (*os.File, error) {
 	f, err := os.OpenFile(dir, os.O_RDWR|unix.O_TMPFILE, 0o600)
 	if err == nil {
 		return f, nil
 	}
-	// Not all filesystems can.
+	// Not all filesystems support this.
 	f, err = os.CreateTemp(dir, ".thaw-archive-")
 	if err != nil {
 		return nil, err

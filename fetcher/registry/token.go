@@ -19,13 +19,13 @@ func basic(l Login) string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(l.Username+":"+l.Password))
 }
 
-// exchange gets a token from the realm that the registry named.
+// exchange gets a token from the realm that the challenge names.
 func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, login Login) (token, error) {
 	realm, err := url.Parse(ch.params["realm"])
 	if err != nil || realm.Host == "" || realm.User != nil {
 		return token{}, errors.New("the realm in its challenge is not a URL")
 	}
-	// The password goes there.
+	// The password is sent there.
 	if realm.Scheme != "https" && (realm.Scheme != "http" || a.root.Scheme != "http" && !isLoopback(realm.Hostname())) {
 		return token{}, fmt.Errorf("the realm in its challenge, %s, is not HTTPS", redact(realm))
 	}
@@ -34,7 +34,7 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 		actions = "pull,push"
 	}
 	var scopes []string
-	if !a.foreign { // who knows what the repository is called there
+	if !a.foreign { // there the repository may have another name
 		scopes = []string{"repository:" + a.repository + ":" + actions}
 	}
 	if s := ch.params["scope"]; s != "" && !slices.Contains(scopes, s) && len(s) < 1024 {
@@ -70,8 +70,8 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 	return a.ask(ctx, http.MethodGet, &u, nil, auth)
 }
 
-// ask requests a token, and follows redirects. The password goes to another host
-// than the one that the registry named in no case, nor does the refresh token.
+// ask requests a token, and follows redirects. It sends the password and the refresh token
+// only to the host that the registry named.
 func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form url.Values, auth string) (token, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, a.client.opts.HeaderTimeout, errStalled)
 	defer cancel()
@@ -83,15 +83,15 @@ func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form ur
 		next, bad := u.Parse(v)
 		switch {
 		case bad != nil, v == "", next.Host == "", next.Scheme != "https" && next.Scheme != u.Scheme, n == maxRedirects:
-			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
+			return token{}, fmt.Errorf("%s: the token service sends a redirect that cannot be followed", redact(u))
 		case next.Host != u.Host || next.Scheme != u.Scheme && u.Scheme == "https":
 			if form != nil {
-				return token{}, fmt.Errorf("%s: the token service redirects to %s, which must not have the identity token", redact(u), next.Host)
+				return token{}, fmt.Errorf("%s: the token service redirects to another host, %s, which must not get the identity token", redact(u), next.Host)
 			}
 			auth = ""
 		}
 		if resp.StatusCode == http.StatusSeeOther && form != nil {
-			return token{}, fmt.Errorf("%s: the token service redirects to no usable place", redact(u))
+			return token{}, fmt.Errorf("%s: the token service sends a redirect that cannot be followed", redact(u))
 		}
 		next.User = nil
 		u = next
@@ -144,15 +144,15 @@ func (a *authorizer) send(ctx context.Context, method string, u *url.URL, form u
 	return resp, nil
 }
 
-// readToken reads what a token service answers. Some write the seconds as a
-// string, or null.
+// readToken reads the answer of a token service. Some write the seconds as a string, or
+// null.
 func readToken(b []byte, sent time.Time) (token, error) {
 	var answer struct {
 		Token       string          `json:"token"`
 		AccessToken string          `json:"access_token"`
 		ExpiresIn   json.RawMessage `json:"expires_in"`
 	}
-	// Not the error of the parser: it may quote the token.
+	// Without the parser's error, which may quote the token.
 	if json.Unmarshal(b, &answer) != nil {
 		return token{}, errors.New("the answer cannot be read")
 	}
@@ -162,7 +162,7 @@ func readToken(b []byte, sent time.Time) (token, error) {
 	if answer.Token == "" || strings.ContainsFunc(answer.Token, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
 		return token{}, errors.New("there is no token in the answer")
 	}
-	// The token spec: 60 seconds where nothing is said.
+	// The token spec: 60 seconds by default.
 	life := 60 * time.Second
 	if s, err := strconv.ParseFloat(strings.Trim(string(answer.ExpiresIn), `" `), 64); err == nil && s > 0 {
 		life = time.Duration(min(s, 30*24*3600) * float64(time.Second))

@@ -16,7 +16,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// blob is where the bytes of a blob to push are: in a file or in memory.
+// blob is the content of a blob to push: a file, or bytes in memory.
 type blob struct {
 	path string // empty: data
 	data []byte
@@ -54,7 +54,7 @@ func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress 
 	tries := 0
 	return m.client.retry(ctx, func() error {
 		if tries++; tries > 1 {
-			// It may have arrived, and the answer have not.
+			// The blob may have arrived, and the answer been lost.
 			if has, err := m.has(ctx, d); err != nil || has {
 				return err
 			}
@@ -68,20 +68,20 @@ func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress 
 }
 
 const (
-	// Blobs up to this size are sent in one request after the first; larger ones
-	// are streamed and then committed, which more registries take.
+	// Blobs up to this size are sent by one PUT; larger ones are sent by PATCH and then
+	// committed, which more registries accept.
 	monolithic = 1 << 20
-	// A registry that takes no body of a blob's size is sent pieces: of a fourth
-	// of it, at most of mostPiece, and again of a fourth where these are too
-	// large, down to leastPiece.
-	mostPiece, leastPiece = 16 << 20, 16 << 10
-	// triesWhole is the try from which on a large blob is sent in pieces in any
-	// case, which get smaller with each: some proxies break the connection
-	// instead of saying what they take, or answer 502.
+	// If a registry refuses a body of the blob's size, the blob is sent in pieces of a
+	// fourth of it, maxPiece at most. If these are refused, the pieces are a fourth again,
+	// down to leastPiece.
+	maxPiece, leastPiece = 16 << 20, 16 << 10
+	// triesWhole is the try from which on a large blob is sent in pieces in any case, smaller
+	// with each try: some proxies break the connection or answer 502 instead of stating a
+	// limit.
 	triesWhole = 3
 )
 
-// An uploading is a blob on its way to a registry.
+// An uploading is an upload of a blob.
 type uploading struct {
 	e        *endpoint
 	d        v1.Descriptor
@@ -89,11 +89,11 @@ type uploading struct {
 	progress func(int64)
 
 	at    *url.URL
-	least int64 // of a piece but for the last
-	off   int64 // what the registry has, in pieces
+	least int64 // least length of a piece but the last
+	off   int64 // bytes that the registry has, when sending pieces
 }
 
-// upload sends a blob, in requests of at most limit bytes if that is not 0.
+// upload sends a blob, in requests of at most limit bytes; 0 means no limit.
 func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64), limit int64) error {
 	begin := func() (*uploading, error) {
 		// An upload that has begun can be cancelled only once it has a name.
@@ -129,7 +129,7 @@ func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress
 		}
 		limit = d.Size / 4
 	}
-	for limit = min(limit, mostPiece); ; limit /= 4 {
+	for limit = min(limit, maxPiece); ; limit /= 4 {
 		limit = max(limit, leastPiece)
 		u, err := begin()
 		if err != nil {
@@ -146,11 +146,11 @@ func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress
 			return nil
 		case !tooLarge(err, limit):
 			if first != nil && !Temporary(err) && statusOf(first) != http.StatusRequestEntityTooLarge {
-				return first // which was not about the size
+				return first // the size was not the reason
 			}
 			return err
 		case limit == leastPiece || limit <= u.least:
-			return fmt.Errorf("%w: the registry takes no request of %d bytes: raise the limit of request bodies of the registry or of the proxy before it", err, limit)
+			return fmt.Errorf("%w: the registry refuses a request of %d bytes: raise the limit of request bodies of the registry or of the proxy before it", err, limit)
 		}
 		if first == nil {
 			first = err
@@ -158,8 +158,8 @@ func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress
 	}
 }
 
-// tooLarge says whether a body of n bytes was refused, or may have been, because
-// of its size. Not all say it by 413.
+// tooLarge says whether a body of n bytes may have been refused because of its size. Not all
+// servers answer 413 then.
 func tooLarge(err error, n int64) bool {
 	e, ok := errors.AsType[*httpError](err)
 	if !ok {
@@ -248,7 +248,7 @@ func (u *uploading) pieces(ctx context.Context, size int64) error {
 		before := u.off
 		err := u.patch(ctx, min(size, u.d.Size-u.off), true)
 		if statusOf(err) == http.StatusRequestedRangeNotSatisfiable && stuck < 3 {
-			// It has another part than we think.
+			// It has more or less than expected.
 			stuck++
 			if off, ok := u.has(ctx); ok && off != before {
 				u.off = off
@@ -259,13 +259,13 @@ func (u *uploading) pieces(ctx context.Context, size int64) error {
 			return err
 		}
 		if u.off <= before {
-			return fmt.Errorf("%w: the registry keeps nothing of what it accepts", ErrUnavailable)
+			return fmt.Errorf("%w: the registry accepts a part of the blob, but does not keep it", ErrUnavailable)
 		}
 	}
 	return u.commit(ctx, 0)
 }
 
-// body is n bytes of the blob from u.off.
+// body opens n bytes of the blob from u.off.
 func (u *uploading) body(n int64) func() (io.ReadCloser, error) {
 	off := u.off
 	return func() (io.ReadCloser, error) {
@@ -294,13 +294,13 @@ func (u *uploading) patch(ctx context.Context, n int64, piece bool) error {
 		}
 	}
 	if end, ok := uploadRange(resp); piece && ok && end > u.off && end < u.off+n {
-		n = end - u.off // it has taken a part
+		n = end - u.off // it has accepted a part
 	}
 	u.off += n
 	return nil
 }
 
-// has asks how much of the upload there is.
+// has asks how many bytes of the upload the registry has.
 func (u *uploading) has(ctx context.Context) (int64, bool) {
 	resp, err := u.e.follow(ctx, request{method: http.MethodGet, url: u.at, push: true})
 	if err != nil {
@@ -319,8 +319,8 @@ func (u *uploading) has(ctx context.Context) (int64, bool) {
 	return end, true
 }
 
-// uploadRange reads the Range header of an answer, 0-LAST, and gives the number
-// of bytes. That there are none and that there is one are both "0-0".
+// uploadRange reads the number of bytes from the Range header of an answer, 0-LAST. "0-0" stands
+// for none and for one.
 func uploadRange(resp *http.Response) (int64, bool) {
 	from, to, ok := strings.Cut(strings.TrimPrefix(resp.Header.Get("Range"), "bytes="), "-")
 	last, err := strconv.ParseInt(to, 10, 64)
@@ -333,10 +333,10 @@ func uploadRange(resp *http.Response) (int64, bool) {
 	return last + 1, true
 }
 
-// commit ends the upload, with the next n bytes.
+// commit completes the upload, with the next n bytes.
 func (u *uploading) commit(ctx context.Context, n int64) error {
 	at := *u.at
-	// What the registry has in the query is its own affair, to the letter.
+	// The registry's own query is kept as it is.
 	if at.RawQuery != "" {
 		at.RawQuery += "&"
 	}
@@ -351,8 +351,8 @@ func (u *uploading) commit(ctx context.Context, n int64) error {
 	return err
 }
 
-// step makes a request of an upload. That the upload is not known, any more,
-// or of another length than it should be, is no reason not to begin another.
+// step makes a request of an upload. If the registry no longer knows the upload, or has another
+// length of it, the error is temporary: a new upload may succeed.
 func (u *uploading) step(ctx context.Context, r request) (*http.Response, error) {
 	resp, err := u.e.follow(ctx, r)
 	if err != nil {
@@ -370,7 +370,7 @@ func (u *uploading) step(ctx context.Context, r request) (*http.Response, error)
 	return nil, err
 }
 
-// counted tells of the bytes that are read.
+// counted reports the bytes that are read.
 type counted struct {
 	rc       io.ReadCloser
 	n        int64

@@ -16,19 +16,18 @@ type view struct{ files files }
 
 // files are the files of a layout. Names are those of the spec, with slashes.
 type files interface {
-	// read gives a file of at most max bytes.
+	// read returns the bytes of a file, which has max at most.
 	read(ctx context.Context, name string, max int64) ([]byte, error)
-	// open gives a part of a file; whole says that it is all of it.
+	// open reads a range of a file; whole means that this is all of the file.
 	open(ctx context.Context, name string, off, n int64, whole bool) (*Body, error)
 	size(ctx context.Context, name string) (int64, error)
-	// absent says why there is no layout, where a file of every layout is
-	// missing.
+	// absent explains why this is no layout: it lacks a file that every layout has.
 	absent(name string) error
 }
 
 func blobName(h v1.Hash) string { return "blobs/" + h.Algorithm + "/" + h.Hex }
 
-// check says whether it is a layout at all.
+// check fails if this is no layout.
 func (v *view) check(ctx context.Context) error {
 	b, err := v.files.read(ctx, layoutFile, 4<<10)
 	if errors.Is(err, ErrNotFound) {
@@ -41,13 +40,12 @@ func (v *view) check(ctx context.Context) error {
 		Version string `json:"imageLayoutVersion"`
 	}
 	if err := json.Unmarshal(b, &l); err != nil || !strings.HasPrefix(l.Version, "1.") {
-		return fmt.Errorf("%s: the OCI layout is of the unknown version %q", v.files, l.Version)
+		return fmt.Errorf("%s: the OCI layout has the unsupported version %q", v.files, l.Version)
 	}
 	return nil
 }
 
-// index gives the entries of index.json that are of use, and for tags of those
-// that are not, why.
+// index returns the usable entries of index.json, and by tag why others are not usable.
 func (v *view) index(ctx context.Context) (entries []v1.Descriptor, unusable map[string]error, err error) {
 	if err := v.check(ctx); err != nil {
 		return nil, nil, err
@@ -65,8 +63,7 @@ func (v *view) index(ctx context.Context) (entries []v1.Descriptor, unusable map
 	return entries, unusable, nil
 }
 
-// parseLayoutIndex is parseIndex, and says of the tags whose entries are not of use
-// why that is.
+// parseLayoutIndex is parseIndex, and also says by tag why an entry is not usable.
 func parseLayoutIndex(raw []byte) (entries []v1.Descriptor, unusable map[string]error, err error) {
 	all, err := indexEntries(raw)
 	if err != nil {
@@ -81,7 +78,7 @@ func parseLayoutIndex(raw []byte) (entries []v1.Descriptor, unusable map[string]
 			continue
 		}
 		if !ok {
-			err = errors.New("its descriptor has no SHA-256 digest and size that can be read")
+			err = errors.New("its descriptor has no valid SHA-256 digest and size")
 		}
 		var named struct {
 			Annotations map[string]string `json:"annotations"`
@@ -121,14 +118,14 @@ func (v *view) manifest(ctx context.Context, ref Ref) ([]byte, string, error) {
 	return b, string(d.MediaType), err
 }
 
-// entry reads the manifest that an entry of index.json is about.
+// entry reads the manifest of an entry of index.json.
 func (v *view) entry(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	b, err := v.files.read(ctx, blobName(d.Digest), maxManifest)
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}
 	if int64(len(b)) != d.Size || hashOf(b) != d.Digest {
-		return nil, fmt.Errorf("manifest %s: %w: the file holds %d other bytes", d.Digest, ErrDigest, len(b))
+		return nil, fmt.Errorf("manifest %s: %w: the file holds %d bytes with another digest", d.Digest, ErrDigest, len(b))
 	}
 	return b, nil
 }
@@ -136,7 +133,7 @@ func (v *view) entry(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 // checkDescriptor says whether d can describe a manifest.
 func checkDescriptor(d v1.Descriptor) error {
 	if d.Digest.Algorithm != "sha256" || d.Size < 0 || d.Size > maxManifest {
-		return fmt.Errorf("the entry %s of %d bytes cannot be a manifest", d.Digest, d.Size)
+		return fmt.Errorf("the entry %s, of %d bytes, cannot be a manifest", d.Digest, d.Size)
 	}
 	return nil
 }
@@ -149,8 +146,8 @@ func (v *view) stat(ctx context.Context, digest v1.Hash) (int64, error) {
 	return v.files.size(ctx, blobName(digest))
 }
 
-// referrers looks into the manifests that index.json lists. One that is gone,
-// damaged or no file at all refers to nothing.
+// referrers reads the manifests that index.json lists. One that is missing, damaged or no
+// file refers to nothing.
 func (v *view) referrers(ctx context.Context, subject v1.Descriptor, _ []string) ([]v1.Descriptor, error) {
 	entries, _, err := v.index(ctx)
 	if err != nil {

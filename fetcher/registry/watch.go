@@ -9,27 +9,26 @@ import (
 	"time"
 )
 
-// leastBytes is what the body of an answer must bring in each StallTimeout that
-// is spent waiting for it, or all that is left of it if that is less. A timer
-// that any byte resets lets a server hold a reader for ever with a byte a
-// second. 16 KiB are 2 KiB/s at 8 s: a line of 1 Mbit/s that 60 requests share
-// is faster, and a server that trickles is given up after one StallTimeout, or
-// half of it if it is a mirror.
+// leastBytes is how many bytes the body of an answer must bring in each StallTimeout that a
+// reader waits for it, or the rest of the body if that is less. With a timer that any byte
+// resets, a server could hold a reader for ever with a byte a second. 16 KiB in 8 s are
+// 2 KiB/s: a link of 1 Mbit/s that 60 requests share is faster. A server that trickles is
+// given up after one StallTimeout, or half of it if it is a mirror.
 const leastBytes = 16 << 10
 
-// Bounds of what is read though nobody waits for it.
+// Limits of reading what no caller asked for.
 const (
-	// drainTime is how long the rest of an answer may take whose only use is
-	// that the connection can be used again.
+	// drainTime limits reading the rest of an answer, which only frees the connection for
+	// another request.
 	drainTime = 100 * time.Millisecond
-	// refusalTime is how long the text of a refusal may take.
+	// refusalTime limits reading the text of a refusal.
 	refusalTime = 2 * time.Second
 	// prefixSpeed, in bytes a second, is how fast the bytes before a range must
 	// come from a server that sends the whole blob.
 	prefixSpeed = 1 << 20
 )
 
-// watch ends a request that makes no progress.
+// watch cancels a request that makes no progress.
 type watch struct {
 	cancel context.CancelCauseFunc
 	mu     struct {
@@ -39,8 +38,7 @@ type watch struct {
 	timer *time.Timer
 }
 
-// sent tells of progress in sending, which no longer counts once there is an
-// answer.
+// sent notes progress in sending the body, which no longer matters once there is an answer.
 func (w *watch) sent(next time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -61,13 +59,13 @@ func (w *watch) end() {
 	w.cancel(nil)
 }
 
-// sentBody is the body of a request. The transport reads it a buffer at a time,
-// and each has to be taken within stall.
+// sentBody is the body of a request. The transport reads it a buffer at a time, and must send
+// each within stall.
 type sentBody struct {
-	rc              io.ReadCloser
-	w               *watch
-	left            int64
-	stall, patience time.Duration
+	rc           io.ReadCloser
+	w            *watch
+	left         int64
+	stall, limit time.Duration
 }
 
 func (b *sentBody) Read(p []byte) (int, error) {
@@ -75,7 +73,7 @@ func (b *sentBody) Read(p []byte) (int, error) {
 	b.left -= int64(n)
 	next := b.stall
 	if b.left <= 0 {
-		next = b.patience
+		next = b.limit
 	}
 	b.w.sent(next)
 	return n, err
@@ -83,9 +81,9 @@ func (b *sentBody) Read(p []byte) (int, error) {
 
 func (b *sentBody) Close() error { return b.rc.Close() }
 
-// watchedBody is the body of an answer: counted, ended when it is too slow, and
-// with errors that say what happened. Only the time spent in Read counts, so a
-// slow reader is not the server's fault.
+// watchedBody is the body of an answer. It counts bytes, is cancelled when it is too slow, and
+// explains its errors. Only the time in Read counts, so a slow reader is not taken for a slow
+// server.
 type watchedBody struct {
 	rc  io.ReadCloser
 	w   *watch
@@ -97,7 +95,7 @@ type watchedBody struct {
 	came   int64         // in the window
 
 	limited bool
-	total   time.Duration // left for all that is still to come, if limited
+	total   time.Duration // left for all further reads, if limited
 }
 
 // limit bounds the time that all further reads may take together.
@@ -107,16 +105,16 @@ func (b *watchedBody) limit(d time.Duration) {
 	}
 }
 
-// unlimit takes the limit away.
+// unlimit removes the limit.
 func (b *watchedBody) unlimit() { b.limited = false }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
-	patience := b.left
+	limit := b.left
 	if b.limited {
-		patience = min(patience, b.total)
+		limit = min(limit, b.total)
 	}
 	start := time.Now()
-	b.w.timer.Reset(patience)
+	b.w.timer.Reset(limit)
 	n, err := b.rc.Read(p)
 	b.w.timer.Stop()
 	took := time.Since(start)
@@ -137,8 +135,8 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// trickles says whether a reader has waited for a second or more and the body
-// has come more slowly than it must.
+// trickles says whether a reader has waited for a second or more, and the body is slower than
+// it must be.
 func (b *watchedBody) trickles() bool {
 	waited := b.window - b.left
 	return waited >= min(time.Second, b.window/2) && float64(b.came) < leastBytes*waited.Seconds()/b.window.Seconds()
@@ -150,15 +148,15 @@ func (b *watchedBody) Close() error {
 	return err
 }
 
-// limitBody bounds the time that the rest of an answer may take.
+// limitBody limits the time for the rest of an answer.
 func limitBody(resp *http.Response, d time.Duration) {
 	if b, ok := resp.Body.(*watchedBody); ok {
 		b.limit(d)
 	}
 }
 
-// discard closes an answer whose body nobody wants. A short one is read, so that
-// the connection can be used again.
+// discard closes an answer whose body is not needed. It reads a short one first, so that the
+// connection can be used again.
 func discard(resp *http.Response) {
 	limitBody(resp, drainTime)
 	io.CopyN(io.Discard, resp.Body, 8<<10)

@@ -74,7 +74,7 @@ func (g *xzGuard) peek(n int) ([]byte, error) {
 }
 
 var (
-	errXZ        = errors.New("it is no xz file, or damaged")
+	errXZ        = errors.New("it is not an xz file, or is damaged")
 	xzCheckSizes = [16]int{0, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64}
 )
 
@@ -144,7 +144,7 @@ func checkXZBlock(h []byte) error {
 		properties := rest[:n]
 		rest = rest[n:]
 		if id != 0x21 {
-			return fmt.Errorf("it uses the filter %#x of xz, of which only LZMA2 is supported", id)
+			return fmt.Errorf("it uses the filter %#x of xz; thaw supports LZMA2 only", id)
 		}
 		if n != 1 {
 			return errXZ
@@ -154,7 +154,7 @@ func checkXZBlock(h []byte) error {
 			return errXZ
 		}
 		if size > blockmap.MaxWindow {
-			return fmt.Errorf("it takes a dictionary of %d MiB to decompress, and thaw allows %d: compress it again by xz -9 or less", size>>20, blockmap.MaxWindow>>20)
+			return fmt.Errorf("it takes a dictionary of %d MiB to decompress, and thaw allows %d MiB: compress it again by xz -9 or less", size>>20, blockmap.MaxWindow>>20)
 		}
 	}
 	return nil
