@@ -115,7 +115,7 @@ func (m *Image) Fault(ctx context.Context, e Extent) error {
 	return nil
 }
 
-// Prefetch asks for e without waiting for it, behind all who wait.
+// Prefetch implements Device.
 func (m *Image) Prefetch(e Extent) {
 	m.fetch.Prefetch(m.Missing(e))
 }
@@ -156,10 +156,11 @@ func (m *Image) Missing(e Extent) (wants []Want) {
 	return wants
 }
 
-// Status describes the first run of e whose blocks are alike; e is not empty
-// and within the device. The run may go on behind it: neighbours are not
-// always merged.
+// Status implements Device.
 func (m *Image) Status(e Extent) Status {
+	if e.Check(m.Size()) != nil {
+		return Status{Extent: Extent{e.Start, e.Start}}
+	}
 	for p := range m.pieces(e) {
 		if p.stream < 0 {
 			return Status{Extent: Range(e.Start, p.n), Zero: true, Resident: true}
