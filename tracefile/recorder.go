@@ -136,40 +136,12 @@ func (r *Recorder) Fault(ctx context.Context, e blockmap.Extent) error {
 	return r.dev.Fault(ctx, e)
 }
 
-type statuser interface {
-	Status(e blockmap.Extent) blockmap.Status
-}
+// Status implements blockmap.Device. It touches no block.
+func (r *Recorder) Status(e blockmap.Extent) blockmap.Status { return r.dev.Status(e) }
 
-type prefetcher interface {
-	Prefetch(e blockmap.Extent)
-}
-
-// Device is the recorder with those of the methods Status and Prefetch that the
-// device which it records has: what a transport is to be given. Neither touches
-// a block.
-func (r *Recorder) Device() blockmap.Device {
-	s, tells := r.dev.(statuser)
-	p, prefetches := r.dev.(prefetcher)
-	switch {
-	case tells && prefetches:
-		return &struct {
-			*Recorder
-			statuser
-			prefetcher
-		}{r, s, p}
-	case tells:
-		return &struct {
-			*Recorder
-			statuser
-		}{r, s}
-	case prefetches:
-		return &struct {
-			*Recorder
-			prefetcher
-		}{r, p}
-	}
-	return r
-}
+// Prefetch implements blockmap.Device. It touches no block: what is fetched ahead
+// is not read yet.
+func (r *Recorder) Prefetch(e blockmap.Extent) { r.dev.Prefetch(e) }
 
 // Stop ends the recording, if it has not ended by itself, and waits until it is
 // written. It fails with the first error of the writer. Reads go on as before.

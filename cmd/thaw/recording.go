@@ -52,7 +52,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 			t.store(rec)
 		}
 	}()
-	return rec.Device(), nil
+	return rec.Recorder, nil
 }
 
 // save makes the recording's file what it is to be, and says whether there is one
