@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -43,6 +42,7 @@ func (n *counts) load() Stats {
 	}
 }
 
+// serve carries the connection of a listener through both phases.
 func (c *conn) serve(ctx context.Context) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -55,27 +55,41 @@ func (c *conn) serve(ctx context.Context) {
 		switch {
 		case errors.Is(err, errDone), c.draining():
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			h.logEnd("the handshake took too long", nil)
+			h.logEnd("the handshake took too long", "handshake_timeout", c.srv.handshakeTimeout())
 		default:
-			h.logEnd("the handshake failed", err)
+			h.logEnd("the handshake failed", "err", err)
 		}
 		if tc, ok := h.nc.(io.Closer); ok && h.client.TLS {
 			tc.Close() // says goodbye; closes c.nc too
 		}
 		return
 	}
+	t := terms{export: h.export, structured: h.structured}
+	if h.contextsName == h.exportName {
+		t.contexts = h.contexts
+	}
+	c.transmit(ctx, h.nc, t, log.With("export", h.export.Name), cancel)
+}
 
-	log = log.With("export", h.export.Name)
-	log.Debug("session begins", "structured", h.structured, "tls", h.client.TLS)
-	err := newSession(c, h, cancel).run(ctx)
+// transmit is the transmission phase over nc. It logs how the session ends, and
+// returns that.
+func (c *conn) transmit(ctx context.Context, nc net.Conn, t terms, log *slog.Logger, cancel context.CancelCauseFunc) error {
+	log.Debug("session begins", "structured", t.structured, "tls", nc != c.nc)
+	err := newSession(c, nc, t, log, cancel).run(ctx)
+	cause := context.Cause(ctx)
 	switch {
-	case err == nil, ctx.Err() != nil && errors.Is(context.Cause(ctx), ErrServerClosed):
+	case err == nil, errors.Is(cause, ErrServerClosed), errors.Is(cause, errEnded):
 		log.Debug("session ends")
 	case gone(err):
 		log.Debug("session ends", "err", err)
+	case err == errIdle:
+		log.Info("session ends", "err", err, "idle_timeout", c.srv.IdleTimeout)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.srv.lines.sessions.log(log, slog.LevelWarn, "session ends: the client takes no byte of its replies", "write_timeout", c.srv.WriteTimeout)
 	default:
 		c.srv.lines.sessions.log(log, slog.LevelWarn, "session fails", "err", err)
 	}
+	return err
 }
 
 // handshake runs h within its deadline. A shutdown cancels it, since nothing of a
@@ -90,7 +104,7 @@ func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	if drain {
 		return ErrServerClosed
 	}
-	c.setHandshakeDeadline(time.Now().Add(cmp.Or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout)))
+	c.setHandshakeDeadline(time.Now().Add(c.srv.handshakeTimeout()))
 	err := h.run(ctx)
 	if err != nil {
 		return err

@@ -186,3 +186,5 @@ func (d *cutDevice) Status(e blockmap.Extent) blockmap.Status {
 	e.End = min(e.End, (i+1)*cachedChunk)
 	return blockmap.Status{Extent: e, Resident: d.mu.chunks[i] != nil}
 }
+
+func (d *cutDevice) Prefetch(e blockmap.Extent) { d.Fault(context.Background(), e) }

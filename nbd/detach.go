@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -47,9 +48,7 @@ func (s *session) patience() time.Duration {
 	if t := s.c.srv.WriteTimeout; t > 0 {
 		d = min(d, t)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.mu.bytes+pins > s.maxBytes {
+	if !s.client.Fits(pins) {
 		d = min(d, stallTimeOver)
 	}
 	return d
@@ -242,10 +241,12 @@ func (d *detacher) fail(r *read, part *part, off int64, cause error) error {
 	}
 	s := d.s
 	s.c.counts.errors.Add(1)
-	e, why := readErrno(cause)
-	s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
+	e := wireErrno(Errno(OpRead, cause))
+	if s.ctx.Err() == nil {
+		s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
+	}
 	var reply batch
-	reply.fail(r.cookie, e, why, off, s.structured)
+	reply.fail(r.cookie, e, strings.ToValidUTF8(cause.Error(), "?"), off, s.structured)
 	for _, p := range reply.bufs {
 		d.out.append(p)
 	}

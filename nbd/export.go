@@ -11,15 +11,6 @@ import (
 
 // Export is a device under a name. A client sees a read-only device unless
 // Device is a [blockmap.WritableDevice] and ReadOnly is false.
-//
-// A device may have two more methods, which are used where they exist:
-//
-//	Status(e blockmap.Extent) blockmap.Status  // of the first run within e
-//	Prefetch(e blockmap.Extent)                // bring e some time; does not wait
-//
-// Status gives clients the map of holes and of what is resident. Prefetch
-// serves the CACHE command, which otherwise makes a bounded number of Faults
-// in the background.
 type Export struct {
 	Name        string // the canonical name, which LIST shows
 	Description string // for humans; may be empty
@@ -32,14 +23,6 @@ type Export struct {
 	Clients []string
 }
 
-type statuser interface {
-	Status(e blockmap.Extent) blockmap.Status
-}
-
-type prefetcher interface {
-	Prefetch(e blockmap.Extent)
-}
-
 // writable returns the device to write to, nil on a read-only export.
 func (e *Export) writable() blockmap.WritableDevice {
 	if e.ReadOnly {
@@ -47,6 +30,13 @@ func (e *Export) writable() blockmap.WritableDevice {
 	}
 	w, _ := e.Device.(blockmap.WritableDevice)
 	return w
+}
+
+// Transmission returns the size and the transmission flags of e, as a handshake tells
+// them to a client. A client of [Server.ServeTransmission] is told them by other
+// means: the kernel with NBD_ATTR_SIZE_BYTES and NBD_ATTR_SERVER_FLAGS.
+func (e *Export) Transmission() (size int64, flags uint16) {
+	return e.Device.Size(), e.flags(false)
 }
 
 // flags are the transmission flags of e. DF belongs to structured replies.

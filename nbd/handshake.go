@@ -113,16 +113,12 @@ func (h *handshake) run(ctx context.Context) error {
 // logEnd says why the handshake ended without an export. Monitoring, and scanners
 // of ports and of TLS, connect and go or speak something else; a client that goes
 // away is none of the operator's business either.
-func (h *handshake) logEnd(msg string, err error) {
-	args := []any{}
-	if err != nil {
-		args = append(args, "err", err)
-	}
-	if !h.speaks || err != nil && gone(err) {
-		h.log.Debug(msg, args...)
+func (h *handshake) logEnd(msg string, key string, value any) {
+	if err, _ := value.(error); !h.speaks || err != nil && gone(err) {
+		h.log.Debug(msg, key, value)
 		return
 	}
-	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, args...)
+	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, key, value)
 }
 
 // ended makes a clean end of a client that hung up between two options.

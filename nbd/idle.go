@@ -11,7 +11,7 @@ import (
 type idle struct {
 	limit  time.Duration // 0: none
 	last   time.Time     // when the client sent something
-	before int           // tasks counted in flight whose payload the reader waits for
+	before int           // requests in flight whose payload the reader waits for
 }
 
 // begin starts the clock.
@@ -39,7 +39,7 @@ func (i *idle) read(s *session, err error) (again bool, _ error) {
 	if s.mu.wrote.After(since) {
 		since = s.mu.wrote
 	}
-	if s.mu.tasks > i.before || s.mu.writing {
+	if s.mu.writing || s.client.InFlight().Requests > i.before {
 		since = now
 	}
 	s.mu.Unlock()

@@ -22,17 +22,11 @@ const (
 	contextResident = metaContext(2)
 )
 
+var allContexts = []metaContext{contextAllocation, contextResident}
+
 var contextNames = map[metaContext]string{
 	contextAllocation: "base:allocation",
 	contextResident:   "x-thaw:resident",
-}
-
-// contextsOf lists the contexts that a device can answer.
-func contextsOf(d blockmap.Device) []metaContext {
-	if _, ok := d.(statuser); ok {
-		return []metaContext{contextAllocation, contextResident}
-	}
-	return []metaContext{contextAllocation}
 }
 
 // state is the status flags of st in the context.
@@ -79,7 +73,7 @@ func (h *handshake) metaContext(ctx context.Context, opt uint32) error {
 		return h.failOpen(opt, name, err)
 	}
 
-	for _, m := range contextsOf(h.export.Device) {
+	for _, m := range allContexts {
 		match := !set && count == 0
 		for _, q := range queries {
 			namespace, _, _ := strings.Cut(contextNames[m], ":")
@@ -128,15 +122,11 @@ func blockStatus(ctx context.Context, d blockmap.Device, e blockmap.Extent, cont
 	for i, m := range contexts {
 		out[i] = extents{m, binary.BigEndian.AppendUint32(nil, uint32(m))}
 	}
-	s, _ := d.(statuser)
 	for round := 0; e.Start < e.End; round++ {
-		st := blockmap.Status{Extent: e}
-		if s != nil {
-			st = s.Status(e)
-			st.Extent = st.Intersect(e)
-			if st.Start != e.Start || st.Len() <= 0 {
-				st = blockmap.Status{Extent: e} // says nothing about e: data
-			}
+		st := d.Status(e)
+		st.Extent = st.Intersect(e)
+		if st.Start != e.Start || st.Len() <= 0 {
+			st = blockmap.Status{Extent: e} // says nothing about e: data
 		}
 		full := false
 		for i := range out {

@@ -22,6 +22,10 @@ const (
 	DefaultFaultTimeout     = time.Minute
 )
 
+// MinInFlightBytes is the least MaxInFlightBytes: below it every request would wait
+// for the one before.
+const MinInFlightBytes = 128 << 10
+
 // ErrServerClosed is what Serve returns after Shutdown or Close.
 var ErrServerClosed = errors.New("nbd: server closed")
 
@@ -56,20 +60,33 @@ type Server struct {
 	TLSFunc    func() *tls.Config
 	RequireTLS bool // refuse to talk about exports before STARTTLS
 
-	MaxConns         int           // connections at a time, 0: DefaultMaxConns; more are closed as they come
-	HandshakeTimeout time.Duration // for the client's part of the handshake, 0: DefaultHandshakeTimeout
-	FaultTimeout     time.Duration // for a request that waits for the device, and a call of Exports, 0: DefaultFaultTimeout
-
-	// WriteTimeout ends a session whose client has taken no byte for so long
-	// of what it has asked for (and up to half a second more, see above).
-	// 0: none, as in other NBD servers.
+	// MaxConns is how many connections are open at a time; further ones are
+	// closed as they arrive. 0: DefaultMaxConns.
+	MaxConns int
+	// HandshakeTimeout is for the client's part of the handshake. 0:
+	// DefaultHandshakeTimeout.
+	HandshakeTimeout time.Duration
+	// FaultTimeout is for a request that waits for the device, and for a call
+	// of Exports. 0: DefaultFaultTimeout.
+	FaultTimeout time.Duration
+	// WriteTimeout ends a session whose client has taken no byte of its replies
+	// for so long, and up to half a second more (see above). 0: no bound, as in
+	// other NBD servers.
 	WriteTimeout time.Duration
 	// IdleTimeout ends a session without requests in flight whose client has
-	// sent no byte for so long. 0: none.
+	// sent no byte for so long. 0: no bound.
 	IdleTimeout time.Duration
 
-	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
-	MaxInFlightBytes int64 // their bytes, or what they pin; 0: DefaultMaxInFlightBytes; one request is always let in
+	// MaxWaiters is how many requests of one connection may wait for the device
+	// or for the client to take their replies. 0: DefaultMaxWaiters.
+	MaxWaiters int
+	// MaxInFlightBytes is how many bytes they may have, or pin. One request of
+	// any size is always let in. 0: DefaultMaxInFlightBytes; at least
+	// MinInFlightBytes.
+	MaxInFlightBytes int64
+	// Admission bounds the requests of all connections together, with those of
+	// other transports. Nil: no such bound.
+	Admission *Admission
 
 	bufs    buffers
 	clients atomic.Int32 // connections in mu.conns, see pace
@@ -123,11 +140,45 @@ func (s *Server) Stats() Stats {
 	return st
 }
 
+// Check fails where a field has a value that makes no sense, and names the field. Serve
+// and ServeTransmission check too.
+func (s *Server) Check() error {
+	switch {
+	case s.MaxConns < 0:
+		return fmt.Errorf("nbd: MaxConns is %d: want at least 1, or 0 for %d", s.MaxConns, DefaultMaxConns)
+	case s.MaxWaiters < 0:
+		return fmt.Errorf("nbd: MaxWaiters is %d: want at least 1, or 0 for %d", s.MaxWaiters, DefaultMaxWaiters)
+	case s.MaxInFlightBytes != 0 && s.MaxInFlightBytes < MinInFlightBytes:
+		return fmt.Errorf("nbd: MaxInFlightBytes is %d: want at least %d, or 0 for %d", s.MaxInFlightBytes, MinInFlightBytes, DefaultMaxInFlightBytes)
+	}
+	for _, f := range []struct {
+		name string
+		d    time.Duration
+	}{
+		{"HandshakeTimeout", s.HandshakeTimeout}, {"FaultTimeout", s.FaultTimeout},
+		{"WriteTimeout", s.WriteTimeout}, {"IdleTimeout", s.IdleTimeout},
+	} {
+		if f.d < 0 {
+			return fmt.Errorf("nbd: %s is %v: a timeout is not negative", f.name, f.d)
+		}
+	}
+	return nil
+}
+
+func (s *Server) maxConns() int { return cmp.Or(s.MaxConns, DefaultMaxConns) }
+
+func (s *Server) handshakeTimeout() time.Duration {
+	return cmp.Or(s.HandshakeTimeout, DefaultHandshakeTimeout)
+}
+
 // Serve accepts connections from l until Shutdown or Close and then returns
 // ErrServerClosed; it returns another error where l fails. It closes l. Several
 // listeners can be served at once, each by its own Serve.
 func (s *Server) Serve(l net.Listener) error {
 	defer l.Close()
+	if err := s.Check(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	if s.mu.closing {
 		s.mu.Unlock()
@@ -177,27 +228,35 @@ func (s *Server) start(nc net.Conn) {
 		t.SetKeepAliveConfig(keepAlive)
 	}
 	c := &conn{srv: s, nc: nc}
-	limit := cmp.Or(s.MaxConns, DefaultMaxConns)
-	s.mu.Lock()
-	room := len(s.mu.conns) < limit
-	if s.mu.closing || !room {
-		s.mu.Unlock()
+	ctx, err := s.register(c)
+	if err != nil {
 		nc.Close()
-		if !room {
-			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: there are too many", "client", addrOf(nc), "max_conns", limit)
+		if err != ErrServerClosed {
+			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "client", addrOf(nc), "max_conns", s.maxConns())
 		}
 		return
 	}
-	s.mu.past.Accepted++
-	s.mu.conns[c] = struct{}{}
-	s.clients.Store(int32(len(s.mu.conns)))
-	ctx := s.mu.ctx
-	s.mu.Unlock()
-
 	go func() {
 		defer s.ended(c)
 		c.serve(ctx)
 	}()
+}
+
+// register enters c in the server's books, and returns the context of connections.
+func (s *Server) register(c *conn) (context.Context, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	if s.mu.closing {
+		return nil, ErrServerClosed
+	}
+	if limit := s.maxConns(); len(s.mu.conns) >= limit {
+		return nil, fmt.Errorf("nbd: %d connections are open, which is MaxConns", limit)
+	}
+	s.mu.past.Accepted++
+	s.mu.conns[c] = struct{}{}
+	s.clients.Store(int32(len(s.mu.conns)))
+	return s.mu.ctx, nil
 }
 
 // ended takes c out of the server's books.

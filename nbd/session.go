@@ -63,8 +63,7 @@ type session struct {
 	structured bool
 	contexts   []metaContext
 	timeout    time.Duration
-	maxTasks   int
-	maxBytes   int64
+	client     *Client // bounds what is in flight
 
 	// The reader's own.
 	in         []byte
@@ -80,42 +79,49 @@ type session struct {
 	patient func() time.Duration
 
 	background atomic.Int32
-	wg         sync.WaitGroup // tasks
+	tasks      sync.WaitGroup
+	prefetches sync.WaitGroup
 
 	mu struct {
 		sync.Mutex
-		changed sync.Cond // tells the reader; nobody else waits
+		changed sync.Cond // tells the reader that handed was written
 		writing bool      // somebody holds the write side
 		stalled bool      // and waits for a client that takes nothing
 		ready   taskList  // finished, to be written
 		handed  *batch    // the reader's, to be written
-		tasks   int       // not yet written, with their bytes
-		bytes   int64     // of payload, or pinned where that is more
 		wrote   time.Time // the end of the last write; see idle
 		err     error     // of the write side: nothing is written any more
 	}
 }
 
-func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session {
+// terms are what a handshake agrees on.
+type terms struct {
+	export     *Export
+	structured bool
+	contexts   []metaContext
+}
+
+// newSession makes a session of c over nc, which is c.nc or TLS over it.
+func newSession(c *conn, nc net.Conn, t terms, log *slog.Logger, cancel context.CancelCauseFunc) *session {
 	s := &session{
 		c:          c,
-		nc:         h.nc,
-		log:        h.log.With("export", h.export.Name),
+		nc:         nc,
+		log:        log,
 		cancel:     cancel,
-		dev:        h.export.Device,
-		wdev:       h.export.writable(),
-		size:       h.export.Device.Size(),
-		structured: h.structured,
+		dev:        t.export.Device,
+		wdev:       t.export.writable(),
+		size:       t.export.Device.Size(),
+		structured: t.structured,
+		contexts:   t.contexts,
 		timeout:    cmp.Or(c.srv.FaultTimeout, DefaultFaultTimeout),
-		maxTasks:   cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
-		maxBytes:   cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
+		client: c.srv.Admission.Client(Limits{
+			Requests: cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
+			Bytes:    cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
+		}),
 	}
-	s.w, s.copied = newWire(h.nc, c.srv.WriteTimeout, &c.srv.clients, s.stall)
+	s.w, s.copied = newWire(nc, c.srv.WriteTimeout, &c.srv.clients, s.stall)
 	s.patient = s.patience
 	s.idle.limit = c.srv.IdleTimeout
-	if h.contextsName == h.exportName {
-		s.contexts = h.contexts
-	}
 	s.in = make([]byte, inputReadOnly)
 	if s.wdev != nil {
 		s.in = make([]byte, inputWritable)
@@ -130,9 +136,10 @@ var (
 	errIdle = errors.New("the client was idle for the idle timeout")
 )
 
-// run serves requests until the client disconnects (nil), the connection
-// breaks, or the server shuts down (nil). All its goroutines and views are gone
-// when it returns.
+// run serves requests until the client disconnects (nil), hangs up (io.EOF, which
+// is not polite, but common), or is idle for too long (errIdle), until the connection
+// breaks, or the server shuts down (nil). All its goroutines and views are gone when
+// it returns.
 func (s *session) run(ctx context.Context) error {
 	s.ctx = ctx
 	s.idle.begin(s)
@@ -141,16 +148,12 @@ func (s *session) run(ctx context.Context) error {
 	case err == errDisc:
 		s.finish()
 		err = nil
-	case err == io.EOF:
-		err = nil // not polite, but common
-	case err == errIdle:
-		s.log.Info("session ends", "err", err)
-		err = nil
 	case errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining():
 		err = s.drain(ctx)
 	}
 	s.cancel(err)
-	s.wg.Wait()
+	s.tasks.Wait()
+	s.prefetches.Wait()
 	s.hits.reset()
 	s.mu.Lock()
 	if errors.Is(err, net.ErrClosed) {
@@ -253,7 +256,7 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		s.idle.before = 0
 		if err != nil {
 			s.c.srv.bufs.put(t.buf)
-			s.release(t)
+			s.client.Release(1, t.cost)
 			return err
 		}
 		s.start(ctx, t)
@@ -489,9 +492,12 @@ func (s *session) write(b *batch) {
 			s.c.nc.Close() // the reader has nothing to wait for
 		}
 		b.handed = false
-		for t := tasks; t != nil; t = t.next {
-			s.mu.tasks--
-			s.mu.bytes -= t.cost + t.pins
+		if tasks != nil {
+			n, bytes := 0, int64(0)
+			for t := tasks; t != nil; t = t.next {
+				n, bytes = n+1, bytes+t.cost+t.pins
+			}
+			s.client.Release(n, bytes)
 		}
 		s.mu.changed.Signal()
 		if s.mu.ready.first == nil && s.mu.handed == nil {
@@ -536,11 +542,7 @@ func (s *session) send(b *batch) error {
 // finish waits until all tasks are answered.
 func (s *session) finish() {
 	s.flush()
-	s.mu.Lock()
-	for s.mu.tasks > 0 {
-		s.mu.changed.Wait()
-	}
-	s.mu.Unlock()
+	s.tasks.Wait()
 }
 
 // drain ends the session for a server that shuts down. What has arrived is

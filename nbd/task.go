@@ -85,41 +85,17 @@ func (l *taskList) take(n int64) *task {
 	return first
 }
 
-// reserve waits until there is room for t among the tasks in flight. The
-// connection reads nothing meanwhile, which is what slows the client down.
+// reserve waits until t is admitted. The connection reads nothing meanwhile, which
+// is what slows the client down.
 func (s *session) reserve(t *task) error {
-	s.mu.Lock()
-	if !s.room(t) {
-		// Replies must not wait for what may take long.
-		s.mu.Unlock()
-		if err := s.flush(); err != nil {
-			return err
-		}
-		s.mu.Lock()
+	if s.client.TryAcquire(t.cost) {
+		return nil
 	}
-	defer s.mu.Unlock()
-	for s.mu.err == nil && !s.room(t) {
-		s.mu.changed.Wait()
+	// Replies must not wait for what may take long.
+	if err := s.flush(); err != nil {
+		return err
 	}
-	if s.mu.err != nil {
-		return s.mu.err
-	}
-	s.mu.tasks++
-	s.mu.bytes += t.cost
-	return nil
-}
-
-// room reports whether t fits beside the tasks in flight; s.mu is held.
-func (s *session) room(t *task) bool {
-	return s.mu.tasks == 0 || s.mu.tasks < s.maxTasks && s.mu.bytes+t.cost <= s.maxBytes
-}
-
-// release gives back what reserve has taken, for a task that is not started.
-func (s *session) release(t *task) {
-	s.mu.Lock()
-	s.mu.tasks--
-	s.mu.bytes -= t.cost
-	s.mu.Unlock()
+	return s.client.Acquire(s.ctx, t.cost)
 }
 
 // launch makes room for t and starts it.
@@ -133,19 +109,24 @@ func (s *session) launch(ctx context.Context, t *task) error {
 
 // start does t on a goroutine. There is room for it.
 func (s *session) start(ctx context.Context, t *task) {
-	s.wg.Go(func() {
+	s.tasks.Go(func() {
 		s.do(ctx, t)
-		pins := t.view.Pinned() // more than t.cost as a rule
+		pins := t.view.Pinned()
+		extra := max(pins-t.cost, 0) // chunks are pinned whole
+		if pins > 0 && !s.client.TryGrow(extra) {
+			s.detachTask(t)
+			pins, extra = 0, 0
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for pins > 0 && (s.mu.stalled || s.mu.bytes+pins-t.cost > s.maxBytes) {
+		if pins > 0 && s.mu.stalled {
 			s.mu.Unlock()
 			s.detachTask(t)
-			pins = 0
+			s.client.Release(0, extra)
+			extra = 0
 			s.mu.Lock()
 		}
-		t.pins = max(pins-t.cost, 0)
-		s.mu.bytes += t.pins
+		t.pins = extra
 		s.mu.ready.push(t)
 		if !s.mu.writing {
 			s.mu.writing = true
@@ -163,7 +144,7 @@ func (s *session) do(ctx context.Context, t *task) {
 	var err error
 	switch r.cmd {
 	case cmdRead:
-		if t.view, err = s.readDevice(ctx, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
+		if t.view, err = blockmap.Read(ctx, s.dev, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
 			t.view, t.at = s.prefix(e)
 		}
 	case cmdWrite:
@@ -194,13 +175,8 @@ func (s *session) do(ctx context.Context, t *task) {
 // fail makes err the outcome of t.
 func (s *session) fail(ctx context.Context, t *task, err error) {
 	r := &t.req
-	t.errno, t.why = errnoOf(err), strings.ToValidUTF8(err.Error(), "?")
-	switch {
-	case r.cmd == cmdRead:
-		t.errno, t.why = readErrno(err)
-	case t.errno == eInval && (r.cmd == cmdWrite || r.cmd == cmdWriteZeroes):
-		t.errno = eNoSpace // what the spec wants for a write beyond the end
-	case r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported):
+	t.errno, t.why = wireErrno(Errno(r.op(), err)), strings.ToValidUTF8(err.Error(), "?")
+	if r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported) {
 		t.errno = eNotSup
 	}
 	s.c.counts.errors.Add(1)
@@ -210,59 +186,12 @@ func (s *session) fail(ctx context.Context, t *task, err error) {
 	}
 }
 
-// readErrno is how a READ fails with err.
-func readErrno(err error) (errno, string) {
-	e := errnoOf(err)
-	if e == eNoSpace {
-		e = eIO // the cache is full, not the device; readers know no ENOSPC
-	}
-	return e, strings.ToValidUTF8(err.Error(), "?")
-}
-
-// readWindow is how much of a large read is fetched and copied at a time. As a whole
-// it may be larger than the cache, which evicts its beginning before its end has
-// come then, and it is fetched again and again. A miss of this size waits for the
-// network; the copy is not what it waits for.
-const readWindow = 4 << 20
-
-// readDevice returns a view of e once all of it is there.
-func (s *session) readDevice(ctx context.Context, e blockmap.Extent) (all blockmap.View, err error) {
-	if e.Len() <= readWindow {
-		return blockmap.Read(ctx, s.dev, e)
-	}
-	for e.Len() > 0 {
-		w := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+readWindow)}
-		v, err := blockmap.Read(ctx, s.dev, w)
-		if err != nil {
-			return blockmap.View{}, err
-		}
-		own, _, err := copyView(&v, w.Start, func(e blockmap.Extent, p []byte) error { return s.readAgain(ctx, e, p) })
-		v.Release()
-		if err != nil {
-			return blockmap.View{}, err
-		}
-		for i := range own.Segments() {
-			if g := &own.Segments()[i]; g.Zero {
-				all.AppendZeros(int64(len(g.Bytes)))
-			} else {
-				all.Append(g.Bytes, nil, 0)
-			}
-		}
-		e.Start = w.End
-	}
-	return all, nil
-}
-
 // prefix is what can be had of e although it cannot be read: a copy of what lies
 // before the first byte that is missing, and where that is.
 func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
-	d, ok := s.dev.(statuser)
-	if !ok {
-		return blockmap.View{}, -1
-	}
 	at := e.Start
 	for at < e.End {
-		st := d.Status(blockmap.Extent{Start: at, End: e.End})
+		st := s.dev.Status(blockmap.Extent{Start: at, End: e.End})
 		if !st.Resident && !st.Zero || st.End <= at {
 			break
 		}
@@ -291,7 +220,7 @@ func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
 		s.background.Add(-1)
 		return
 	}
-	s.wg.Go(func() {
+	s.prefetches.Go(func() {
 		defer s.background.Add(-1)
 		for e.Len() > 0 && ctx.Err() == nil {
 			step := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+cacheStep)}
@@ -307,16 +236,11 @@ func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
 func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	p, ok := s.dev.(prefetcher)
-	st, can := s.dev.(statuser)
-	if !ok || !can {
-		return s.dev.Fault(ctx, e) == nil
-	}
-	p.Prefetch(e)
+	s.dev.Prefetch(e)
 	// A prefetch does not say when it is done.
 	tick := time.NewTicker(cachePoll)
 	defer tick.Stop()
-	for !resident(st, e) {
+	for !resident(s.dev, e) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -327,7 +251,7 @@ func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 }
 
 // resident reports whether all of e can be read without fetching.
-func resident(d statuser, e blockmap.Extent) bool {
+func resident(d blockmap.Device, e blockmap.Extent) bool {
 	for e.Len() > 0 {
 		st := d.Status(e)
 		if !st.Resident && !st.Zero || st.End <= e.Start {

@@ -40,7 +40,7 @@ type Memory struct {
 		absent  []bool
 		used    int64    // bytes that grains take
 		dirty   int      // writes that no Flush has covered
-		calls   []string // of what is not a read
+		calls   []string // the first maxCalls of what is not a read
 	}
 }
 
@@ -64,6 +64,17 @@ func (d *Memory) Fill(p []byte, off int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.put(p, off)
+	copy(d.mu.durable, d.mu.grains)
+}
+
+// Punch makes the grains of e holes, as if that had been flushed.
+func (d *Memory) Punch(e blockmap.Extent) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	first, end := d.span(e)
+	for i := first; i < end; i++ {
+		d.replace(i, nil)
+	}
 	copy(d.mu.durable, d.mu.grains)
 }
 
@@ -93,7 +104,7 @@ func (d *Memory) Content(e blockmap.Extent) []byte {
 }
 
 // Calls returns what was called since the last Calls, of write, zero, discard and
-// flush.
+// flush; at most the first 1000.
 func (d *Memory) Calls() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -252,6 +263,7 @@ func (d *Memory) WriteAt(ctx context.Context, p []byte, off int64) error {
 		return err
 	}
 	d.called("write")
+	d.mu.dirty++
 	d.put(p, off)
 	return nil
 }
@@ -278,6 +290,7 @@ func (d *Memory) zero(call string, e blockmap.Extent, mayDiscard bool) error {
 		}
 	}
 	d.called(call)
+	d.mu.dirty++
 	d.parts(e, func(i, at, n, _ int64) {
 		switch {
 		case n == d.grain && mayDiscard:
@@ -297,7 +310,7 @@ func (d *Memory) Flush(ctx context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.mu.dirty = 0
-	d.mu.calls = append(d.mu.calls, "flush")
+	d.called("flush")
 	copy(d.mu.durable, d.mu.grains)
 	return nil
 }
@@ -324,10 +337,14 @@ func (d *Memory) room(e blockmap.Extent) error {
 	return nil
 }
 
-// called notes a call that writes; d.mu is held.
+// maxCalls bounds what a device that nobody asks for its Calls keeps of them.
+const maxCalls = 1000
+
+// called notes a call; d.mu is held.
 func (d *Memory) called(what string) {
-	d.mu.dirty++
-	d.mu.calls = append(d.mu.calls, what)
+	if len(d.mu.calls) < maxCalls {
+		d.mu.calls = append(d.mu.calls, what)
+	}
 }
 
 // put writes p at off; d.mu is held.

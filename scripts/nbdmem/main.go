@@ -30,6 +30,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 	"thaw/nbd"
 )
 
@@ -128,14 +129,18 @@ func (o *options) exports(names []string) (nbd.Static, error) {
 	}
 	var exports nbd.Static
 	for _, name := range names {
-		dev := newDevice(o.size, o.grain, o.delay)
+		mem := blocktest.NewGrainy(o.size, o.grain)
 		if o.pattern {
-			dev.pattern()
+			pattern(mem)
 		}
 		for _, f := range o.fill {
-			if err := dev.fill(f); err != nil {
+			if err := fill(mem, f); err != nil {
 				return nil, err
 			}
+		}
+		var dev blockmap.Device = mem
+		if o.delay > 0 {
+			dev = newSlow(mem, o.delay)
 		}
 		name, ro := strings.CutSuffix(name, "=ro")
 		exports = append(exports, nbd.Export{Name: name, Description: o.description, Device: dev, ReadOnly: ro})

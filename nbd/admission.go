@@ -1,0 +1,216 @@
+package nbd
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+)
+
+// Limits bound requests in flight. 0 is no bound.
+type Limits struct {
+	Requests int
+	Bytes    int64 // of payload, and of what replies pin beyond that
+}
+
+// check fails where a limit makes no sense.
+func (l Limits) check() error {
+	if l.Requests < 0 || l.Bytes < 0 {
+		return fmt.Errorf("limits of %d requests and %d bytes: a limit is not negative", l.Requests, l.Bytes)
+	}
+	return nil
+}
+
+// fits reports whether used is within l.
+func (l Limits) fits(used Limits) bool {
+	return (l.Requests == 0 || used.Requests <= l.Requests) && (l.Bytes == 0 || used.Bytes <= l.Bytes)
+}
+
+// Admission bounds what the requests in flight of all clients may take, whatever
+// transport they come by. Each client has bounds of its own too: see
+// [Admission.Client]. Requests that can be answered at once need no admission.
+//
+// A client without requests in flight is always let in, with a request of any size.
+// So a client that does not take its replies stops nobody else, and a request that
+// is larger than a limit is served by itself. Beyond a limit of all there is
+// therefore at most one request of each client.
+type Admission struct {
+	all Limits
+
+	mu struct {
+		sync.Mutex
+		used    Limits
+		waiting []*waiter // in the order in which they came
+	}
+}
+
+// waiter is an Acquire that has to wait.
+type waiter struct {
+	c     *Client
+	bytes int64
+	ready chan struct{} // closed when it is let in
+}
+
+// NewAdmission makes an Admission with bounds on the requests of all clients
+// together. It fails where a bound is negative.
+func NewAdmission(all Limits) (*Admission, error) {
+	if err := all.check(); err != nil {
+		return nil, err
+	}
+	return &Admission{all: all}, nil
+}
+
+// InFlight is what the requests of all clients take. It is zero for an Admission
+// without bounds, whose clients are not counted together.
+func (a *Admission) InFlight() Limits {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.mu.used
+}
+
+// Client is one client's part of an Admission. Its methods may be called at once.
+type Client struct {
+	a    *Admission
+	each Limits
+	used Limits // guarded by a.mu
+}
+
+// Client makes a client whose own requests are bound by each. It needs no end:
+// without requests in flight it takes nothing.
+func (a *Admission) Client(each Limits) *Client {
+	if a == nil || a.all == (Limits{}) {
+		a = new(Admission) // clients that share no bound share no lock
+	}
+	return &Client{a: a, each: each}
+}
+
+// fits reports whether requests more requests of bytes more bytes fit beside those
+// in flight. c.a.mu is held.
+func (c *Client) fits(requests int, bytes int64) bool {
+	mine := Limits{c.used.Requests + requests, c.used.Bytes + bytes}
+	all := Limits{c.a.mu.used.Requests + requests, c.a.mu.used.Bytes + bytes}
+	return c.each.fits(mine) && c.a.all.fits(all)
+}
+
+// letIn reports whether one more request may be let in. c.a.mu is held.
+func (c *Client) letIn(bytes int64) bool { return c.used.Requests == 0 || c.fits(1, bytes) }
+
+// add counts what is let in, or what ends. c.a.mu is held.
+func (c *Client) add(requests int, bytes int64) {
+	c.used.Requests += requests
+	c.used.Bytes += bytes
+	c.a.mu.used.Requests += requests
+	c.a.mu.used.Bytes += bytes
+}
+
+// TryAcquire lets in a request of that many bytes, if that is possible at once.
+// Nobody who waits is overtaken.
+func (c *Client) TryAcquire(bytes int64) bool {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	return c.tryAcquire(bytes)
+}
+
+func (c *Client) tryAcquire(bytes int64) bool {
+	// Those who wait for their own client's limits do not count: they may wait
+	// for long, and leave room for others.
+	overtakes := slices.ContainsFunc(c.a.mu.waiting, func(w *waiter) bool {
+		return w.c == c || c.used.Requests > 0 && w.c.each.fits(Limits{w.c.used.Requests + 1, w.c.used.Bytes + w.bytes})
+	})
+	if overtakes || !c.letIn(bytes) {
+		return false
+	}
+	c.add(1, bytes)
+	return true
+}
+
+// Acquire waits until a request of that many bytes is let in, or fails with the
+// cause of ctx. Requests of one client are let in in the order in which they came.
+func (c *Client) Acquire(ctx context.Context, bytes int64) error {
+	c.a.mu.Lock()
+	if ctx.Err() != nil {
+		c.a.mu.Unlock()
+		return context.Cause(ctx)
+	}
+	if c.tryAcquire(bytes) {
+		c.a.mu.Unlock()
+		return nil
+	}
+	w := &waiter{c, bytes, make(chan struct{})}
+	c.a.mu.waiting = append(c.a.mu.waiting, w)
+	c.a.mu.Unlock()
+	select {
+	case <-w.ready:
+		return nil
+	case <-ctx.Done():
+	}
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	i := slices.Index(c.a.mu.waiting, w)
+	if i < 0 { // let in at the same moment
+		return nil
+	}
+	c.a.mu.waiting = slices.Delete(c.a.mu.waiting, i, i+1)
+	c.a.wake() // whoever was behind it
+	return context.Cause(ctx)
+}
+
+// TryGrow counts bytes more for a request in flight, as what its reply pins, and
+// reports whether they fit. Where they do not nothing is counted.
+func (c *Client) TryGrow(bytes int64) bool {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	if !c.fits(0, bytes) {
+		return false
+	}
+	c.add(0, bytes)
+	return true
+}
+
+// Fits reports whether bytes more would fit beside what is in flight.
+func (c *Client) Fits(bytes int64) bool {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	return c.fits(0, bytes)
+}
+
+// Release gives back that many requests, and the bytes that were counted for them.
+func (c *Client) Release(requests int, bytes int64) {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	c.add(-requests, -bytes)
+	c.a.wake()
+}
+
+// InFlight is what the client's requests take.
+func (c *Client) InFlight() Limits {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	return c.used
+}
+
+// wake lets in those who wait and fit, in order. One that fits its client's limits
+// and not those of all keeps the others from overtaking it, but for clients that
+// have nothing in flight. a.mu is held.
+func (a *Admission) wake() {
+	full := false
+	var behind []*Client // each has a waiter that stays
+	rest := a.mu.waiting[:0]
+	for _, w := range a.mu.waiting {
+		switch {
+		case slices.Contains(behind, w.c):
+			rest = append(rest, w)
+			continue
+		case w.c.used.Requests == 0, !full && w.c.fits(1, w.bytes):
+			w.c.add(1, w.bytes)
+			close(w.ready)
+			continue
+		case w.c.each.fits(Limits{w.c.used.Requests + 1, w.c.used.Bytes + w.bytes}):
+			full = true
+		}
+		behind = append(behind, w.c)
+		rest = append(rest, w)
+	}
+	clear(a.mu.waiting[len(rest):])
+	a.mu.waiting = rest
+}
