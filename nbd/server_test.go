@@ -323,6 +323,24 @@ func TestMaxConns(t *testing.T) {
 	}
 }
 
+// A client that says something and then nothing is told of, with the limit.
+func TestSilentHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines, log := newLogged()
+		l := newPipeListener()
+		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: newFullDevice(testSize)}}, Log: log, HandshakeTimeout: 5 * time.Second}, l)
+		c := &client{t, l.dial()}
+		c.hello(3)
+		c.want(99, nil, repErrUnsup)
+		begin := time.Now()
+		c.closed()
+		if d := time.Since(begin); d != 5*time.Second {
+			t.Errorf("closed after %v", d)
+		}
+		lines.wait(t, "the handshake took too long handshake_timeout=5s")
+	})
+}
+
 // flaky fails to accept as a process without descriptors does.
 type flaky struct {
 	net.Listener

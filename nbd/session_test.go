@@ -650,7 +650,7 @@ func (never) Status(e blockmap.Extent) blockmap.Status       { return blockmap.S
 // pinned is released.
 func TestStuckClient(t *testing.T) {
 	dev := newPatternDevice(testSize)
-	_, log := newLogged()
+	l, log := newLogged()
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}, WriteTimeout: 20 * time.Millisecond, Log: log}
 	path := serve(t, srv)
 	for _, miss := range []bool{false, true} {
@@ -671,6 +671,7 @@ func TestStuckClient(t *testing.T) {
 		}
 		dev.NoPins(t)
 	}
+	l.wait(t, "write_timeout=20ms")
 	if st := srv.Stats(); st.Sent > 64<<20 {
 		t.Errorf("%d bytes sent to a client that reads none", st.Sent)
 	}

@@ -240,7 +240,7 @@ func TestIdleTimeout(t *testing.T) {
 		if d := time.Since(begin); d < 10*time.Second || d > 11*time.Second {
 			t.Errorf("closed after %v", d)
 		}
-		lines.wait(t, "idle")
+		lines.wait(t, "idle_timeout=10s")
 
 		// Half a request is not one in flight. Nor is a payload that does not come.
 		for _, p := range [][]byte{make([]byte, 5), appendRequest(nil, cmdWrite, 0, 1, 0, 4096)} {
