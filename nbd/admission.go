@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// Limits bound requests in flight. 0 is no bound.
+// Limits bound requests in flight. In each field 0 means no bound.
 type Limits struct {
 	Requests int
 	Bytes    int64 // of payload, and of what replies pin beyond that
@@ -26,14 +26,14 @@ func (l Limits) fits(used Limits) bool {
 	return (l.Requests == 0 || used.Requests <= l.Requests) && (l.Bytes == 0 || used.Bytes <= l.Bytes)
 }
 
-// Admission bounds what the requests in flight of all clients may take, whatever
-// transport they come by. Each client has bounds of its own too: see
-// [Admission.Client]. Requests that can be answered at once need no admission.
+// Admission bounds the requests in flight of all clients together, whichever
+// transports they use. Each client has limits of its own as well: see
+// [Admission.Client]. Requests that are answered at once need no admission.
 //
-// A client without requests in flight is always let in, with a request of any size.
-// So a client that does not take its replies stops nobody else, and a request that
-// is larger than a limit is served by itself. Beyond a limit of all there is
-// therefore at most one request of each client.
+// A client without requests in flight is always admitted, with a request of any size.
+// So a client that does not take its replies stops no other client, and a request that
+// is larger than a limit is served by itself. The limits of all are therefore exceeded
+// by at most one request of each client.
 type Admission struct {
 	all Limits
 
@@ -48,11 +48,11 @@ type Admission struct {
 type waiter struct {
 	c     *Client
 	bytes int64
-	ready chan struct{} // closed when it is let in
+	ready chan struct{} // closed when the request is admitted
 }
 
-// NewAdmission makes an Admission with bounds on the requests of all clients
-// together. It fails where a bound is negative.
+// NewAdmission makes an Admission with limits on the requests of all clients together.
+// It fails where a limit is negative.
 func NewAdmission(all Limits) (*Admission, error) {
 	if err := all.check(); err != nil {
 		return nil, err
@@ -61,7 +61,7 @@ func NewAdmission(all Limits) (*Admission, error) {
 }
 
 // InFlight is what the requests of all clients take. It is zero for an Admission
-// without bounds, whose clients are not counted together.
+// without limits, whose clients are not counted together.
 func (a *Admission) InFlight() Limits {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -75,8 +75,9 @@ type Client struct {
 	used Limits // guarded by a.mu
 }
 
-// Client makes a client whose own requests are bound by each. It needs no end:
-// without requests in flight it takes nothing.
+// Client makes a client with the limits each. A client without requests in flight
+// holds nothing, so there is no call that ends one. a may be nil: there are no limits
+// on all clients then.
 func (a *Admission) Client(each Limits) *Client {
 	if a == nil || a.all == (Limits{}) {
 		a = new(Admission) // clients that share no bound share no lock
@@ -84,18 +85,18 @@ func (a *Admission) Client(each Limits) *Client {
 	return &Client{a: a, each: each}
 }
 
-// fits reports whether requests more requests of bytes more bytes fit beside those
-// in flight. c.a.mu is held.
+// fits reports whether that many requests and bytes fit beside those in flight.
+// c.a.mu is held.
 func (c *Client) fits(requests int, bytes int64) bool {
 	mine := Limits{c.used.Requests + requests, c.used.Bytes + bytes}
 	all := Limits{c.a.mu.used.Requests + requests, c.a.mu.used.Bytes + bytes}
 	return c.each.fits(mine) && c.a.all.fits(all)
 }
 
-// letIn reports whether one more request may be let in. c.a.mu is held.
-func (c *Client) letIn(bytes int64) bool { return c.used.Requests == 0 || c.fits(1, bytes) }
+// admissible reports whether one more request can be admitted. c.a.mu is held.
+func (c *Client) admissible(bytes int64) bool { return c.used.Requests == 0 || c.fits(1, bytes) }
 
-// add counts what is let in, or what ends. c.a.mu is held.
+// add counts requests and bytes that begin, or end where negative. c.a.mu is held.
 func (c *Client) add(requests int, bytes int64) {
 	c.used.Requests += requests
 	c.used.Bytes += bytes
@@ -103,8 +104,9 @@ func (c *Client) add(requests int, bytes int64) {
 	c.a.mu.used.Bytes += bytes
 }
 
-// TryAcquire lets in a request of that many bytes, if that is possible at once.
-// Nobody who waits is overtaken.
+// TryAcquire admits a request of that many bytes, if that is possible at once. It does
+// not overtake a request of this client that waits, nor one of another client that
+// waits for the limits of all.
 func (c *Client) TryAcquire(bytes int64) bool {
 	c.a.mu.Lock()
 	defer c.a.mu.Unlock()
@@ -112,20 +114,20 @@ func (c *Client) TryAcquire(bytes int64) bool {
 }
 
 func (c *Client) tryAcquire(bytes int64) bool {
-	// Those who wait for their own client's limits do not count: they may wait
-	// for long, and leave room for others.
+	// Requests that wait for the limits of their own client do not count: they
+	// may wait for long, and leave room for other clients.
 	overtakes := slices.ContainsFunc(c.a.mu.waiting, func(w *waiter) bool {
 		return w.c == c || c.used.Requests > 0 && w.c.each.fits(Limits{w.c.used.Requests + 1, w.c.used.Bytes + w.bytes})
 	})
-	if overtakes || !c.letIn(bytes) {
+	if overtakes || !c.admissible(bytes) {
 		return false
 	}
 	c.add(1, bytes)
 	return true
 }
 
-// Acquire waits until a request of that many bytes is let in, or fails with the
-// cause of ctx. Requests of one client are let in in the order in which they came.
+// Acquire waits until a request of that many bytes is admitted, or fails with the cause
+// of ctx. Requests of one client are admitted in the order in which they came.
 func (c *Client) Acquire(ctx context.Context, bytes int64) error {
 	c.a.mu.Lock()
 	if ctx.Err() != nil {
@@ -147,16 +149,16 @@ func (c *Client) Acquire(ctx context.Context, bytes int64) error {
 	c.a.mu.Lock()
 	defer c.a.mu.Unlock()
 	i := slices.Index(c.a.mu.waiting, w)
-	if i < 0 { // let in at the same moment
+	if i < 0 { // admitted at the same moment
 		return nil
 	}
 	c.a.mu.waiting = slices.Delete(c.a.mu.waiting, i, i+1)
-	c.a.wake() // whoever was behind it
+	c.a.wake() // requests behind it may fit
 	return context.Cause(ctx)
 }
 
-// TryGrow counts bytes more for a request in flight, as what its reply pins, and
-// reports whether they fit. Where they do not nothing is counted.
+// TryGrow adds bytes to a request in flight, such as those that its reply pins, and
+// reports whether they fit. Where they do not fit it adds nothing.
 func (c *Client) TryGrow(bytes int64) bool {
 	c.a.mu.Lock()
 	defer c.a.mu.Unlock()
@@ -189,9 +191,9 @@ func (c *Client) InFlight() Limits {
 	return c.used
 }
 
-// wake lets in those who wait and fit, in order. One that fits its client's limits
-// and not those of all keeps the others from overtaking it, but for clients that
-// have nothing in flight. a.mu is held.
+// wake admits waiting requests that fit, in order. A request that fits the limits of
+// its client but not those of all is not overtaken, except by a request of a client
+// that has none in flight. a.mu is held.
 func (a *Admission) wake() {
 	full := false
 	var behind []*Client // each has a waiter that stays

@@ -71,8 +71,8 @@ func (c *conn) serve(ctx context.Context) {
 	c.transmit(ctx, h.nc, t, log.With("export", h.export.Name), cancel)
 }
 
-// transmit is the transmission phase over nc. It logs how the session ends, and
-// returns that.
+// transmit runs the transmission phase over nc. It logs how the session ends, and
+// returns that error.
 func (c *conn) transmit(ctx context.Context, nc net.Conn, t terms, log *slog.Logger, cancel context.CancelCauseFunc) error {
 	log.Debug("session begins", "structured", t.structured, "tls", nc != c.nc)
 	err := newSession(c, nc, t, log, cancel).run(ctx)
@@ -92,8 +92,8 @@ func (c *conn) transmit(ctx context.Context, nc net.Conn, t terms, log *slog.Log
 	return err
 }
 
-// handshake runs h within its deadline. A shutdown cancels it, since nothing of a
-// handshake is worth waiting for.
+// handshake runs h within its deadline. A shutdown cancels it: a client loses nothing
+// with an unfinished handshake.
 func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -116,14 +116,14 @@ func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	return nil
 }
 
-// gone reports whether err says no more than that the peer has gone.
+// gone reports whether err means only that the peer has gone.
 func gone(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
 }
 
-// setHandshakeDeadline bounds what comes next on the connection; the zero time
-// lifts the bound. Once the server shuts down nothing is waited for.
+// setHandshakeDeadline bounds the next reads and writes of the connection; the zero
+// time lifts the bound. Once the server shuts down, reads end at once.
 func (c *conn) setHandshakeDeadline(t time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -143,7 +143,7 @@ func (c *conn) setReadDeadline(t time.Time) {
 	}
 }
 
-// extendHandshake gives the client back time that it had no use of.
+// extendHandshake moves the deadline by d, which the server took and not the client.
 func (c *conn) extendHandshake(d time.Duration) {
 	c.mu.Lock()
 	t := c.mu.deadline.Add(d)
@@ -151,8 +151,8 @@ func (c *conn) extendHandshake(d time.Duration) {
 	c.setHandshakeDeadline(t)
 }
 
-// drain makes the connection answer what it has been asked and end. Its
-// goroutine is woken by the deadline.
+// drain makes the connection answer its requests and end. The deadline wakes its
+// goroutine.
 func (c *conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -169,5 +169,5 @@ func (c *conn) draining() bool {
 	return c.mu.drain
 }
 
-// longAgo as a deadline ends whatever waits.
+// longAgo as a deadline ends every wait.
 var longAgo = time.Unix(1, 0)

@@ -172,7 +172,7 @@ func (d *cutDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 			continue
 		}
 		if d.mu.away {
-			return fmt.Errorf("bring bytes %v: %w", e, errAway)
+			return fmt.Errorf("fetch bytes %v: %w", e, errAway)
 		}
 		d.mu.chunks[i] = d.content[i*cachedChunk : (i+1)*cachedChunk]
 	}

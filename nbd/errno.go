@@ -7,7 +7,7 @@ import (
 	"thaw/blockmap"
 )
 
-// Op is what a request asks of a device, as far as its errno depends on that.
+// Op is the kind of a request, as far as its errno depends on it.
 type Op int
 
 const (
@@ -16,10 +16,9 @@ const (
 	OpWrite // and zero
 )
 
-// Errno is the errno with which a request fails, as a Linux block device would:
-// the one place where an error of a device becomes a number, for every transport.
-// It knows no wire format. An error that is not known here is an I/O error: the
-// client can do no better with it.
+// Errno returns the errno with which a request fails, as on a Linux block device. It is
+// the one place where an error of a device becomes a number, for every transport. Any
+// error that Errno does not know is EIO: the client could do no better with it.
 func Errno(op Op, err error) syscall.Errno {
 	switch {
 	case err == nil:
@@ -34,7 +33,7 @@ func Errno(op Op, err error) syscall.Errno {
 	case errors.Is(err, blockmap.ErrNoSpace), errors.Is(err, syscall.ENOSPC),
 		errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
 		if op == OpRead {
-			return syscall.EIO // the cache is full, not the device; readers know no ENOSPC
+			return syscall.EIO // the cache is full, not the device; no reader expects ENOSPC
 		}
 		return syscall.ENOSPC
 	case errors.Is(err, blockmap.ErrClosed), errors.Is(err, ErrServerClosed):

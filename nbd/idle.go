@@ -22,9 +22,9 @@ func (i *idle) begin(s *session) {
 	}
 }
 
-// read is the end of a read of s, which has failed with err or not: the error to
-// go on with, or again to read again at a deadline that was too early. It is not
-// set anew for each read.
+// read is called after each read of s, with its error. It returns the error to go on
+// with, or again where the deadline was too early and the caller is to read again: the
+// deadline is not set anew for each read.
 func (i *idle) read(s *session, err error) (again bool, _ error) {
 	now := time.Now()
 	if err == nil {

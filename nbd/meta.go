@@ -14,8 +14,8 @@ import (
 type metaContext uint32
 
 const (
-	// base:allocation is the spec's own: NBD_STATE_HOLE and NBD_STATE_ZERO
-	// on what reads as zeros and takes no space.
+	// base:allocation is the spec's own: NBD_STATE_HOLE and NBD_STATE_ZERO on
+	// holes, which read as zeros and take no space.
 	contextAllocation = metaContext(1)
 	// x-thaw:resident is ours: bit 0 is set on what can be read without
 	// fetching anything.
@@ -44,7 +44,7 @@ func (m metaContext) state(st blockmap.Status) uint32 {
 func (h *handshake) metaContext(ctx context.Context, opt uint32) error {
 	set := opt == optSetMetaContext
 	if set {
-		h.contexts = nil // whatever comes of it
+		h.contexts = nil // also where it fails
 		if !h.structured {
 			return h.fail(opt, repErrInvalid, "structured replies are needed first")
 		}
@@ -126,7 +126,7 @@ func blockStatus(ctx context.Context, d blockmap.Device, e blockmap.Extent, cont
 		st := d.Status(e)
 		st.Extent = st.Intersect(e)
 		if st.Start != e.Start || st.Len() <= 0 {
-			st = blockmap.Status{Extent: e} // says nothing about e: data
+			st = blockmap.Status{Extent: e} // the device does not describe e: call it data
 		}
 		full := false
 		for i := range out {
@@ -134,8 +134,8 @@ func blockStatus(ctx context.Context, d blockmap.Device, e blockmap.Extent, cont
 			full = full || out[i].count() > limit
 		}
 		if full {
-			// The run that did not fit in one context is taken
-			// back from that one; the others may say more.
+			// The run did not fit in one context, and is taken back
+			// there. The other contexts may describe more.
 			for i := range out {
 				if out[i].count() > limit {
 					out[i].p = out[i].p[:len(out[i].p)-8]

@@ -10,11 +10,11 @@ import (
 	"thaw/blockmap"
 )
 
-// task is a request that cannot be answered at once. A goroutine does it, and
-// whoever holds the write side sends its reply.
+// task is a request that cannot be answered at once. A goroutine does it, and the
+// holder of the write side sends its reply.
 type task struct {
 	req  request
-	cost int64  // bytes it counts for while in flight
+	cost int64  // bytes that it counts for while in flight
 	pins int64  // bytes that it pins beyond that
 	buf  []byte // the payload of a WRITE, pooled
 
@@ -73,7 +73,7 @@ func (l *taskList) join(o taskList) {
 	}
 }
 
-// take cuts off tasks of some n bytes, at least one if there is any.
+// take cuts off tasks of about n bytes, at least one if there is any.
 func (l *taskList) take(n int64) *task {
 	first := l.first
 	for t := first; t != nil; t = t.next {
@@ -86,19 +86,19 @@ func (l *taskList) take(n int64) *task {
 }
 
 // reserve waits until t is admitted. The connection reads nothing meanwhile, which
-// is what slows the client down.
+// slows the client down.
 func (s *session) reserve(t *task) error {
 	if s.client.TryAcquire(t.cost) {
 		return nil
 	}
-	// Replies must not wait for what may take long.
+	// Replies must not wait for the admission.
 	if err := s.flush(); err != nil {
 		return err
 	}
 	return s.client.Acquire(s.ctx, t.cost)
 }
 
-// launch makes room for t and starts it.
+// launch waits until t is admitted, and starts it.
 func (s *session) launch(ctx context.Context, t *task) error {
 	if err := s.reserve(t); err != nil {
 		return err
@@ -107,7 +107,7 @@ func (s *session) launch(ctx context.Context, t *task) error {
 	return nil
 }
 
-// start does t on a goroutine. There is room for it.
+// start does t, which is admitted, on a goroutine.
 func (s *session) start(ctx context.Context, t *task) {
 	s.tasks.Go(func() {
 		s.do(ctx, t)
@@ -186,8 +186,8 @@ func (s *session) fail(ctx context.Context, t *task, err error) {
 	}
 }
 
-// prefix is what can be had of e although it cannot be read: a copy of what lies
-// before the first byte that is missing, and where that is.
+// prefix returns a copy of the resident part of e before its first absent byte, and
+// where that byte is: what a failed READ can still deliver.
 func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	at := e.Start
 	for at < e.End {
@@ -212,9 +212,9 @@ func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	return own, at
 }
 
-// prefetch serves CACHE, which promises nothing, for a bounded number of commands
-// at a time. Each goes on step by step, since what is asked for and not yet here
-// takes room in the device's queues.
+// prefetch serves CACHE, which promises nothing. It drops commands beyond a bounded
+// number. Each command prefetches step by step, so that it takes little room in the
+// device's queues.
 func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
 	if s.background.Add(1) > maxBackground {
 		s.background.Add(-1)
@@ -225,19 +225,19 @@ func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
 		for e.Len() > 0 && ctx.Err() == nil {
 			step := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+cacheStep)}
 			if !s.prefetchStep(ctx, step) {
-				return // whoever reads it will see why
+				return // a later read reports the cause
 			}
 			e.Start = step.End
 		}
 	})
 }
 
-// prefetchStep brings e, and reports whether it is there.
+// prefetchStep prefetches e, and reports whether it is resident.
 func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
 	s.dev.Prefetch(e)
-	// A prefetch does not say when it is done.
+	// A prefetch does not report when it is done.
 	tick := time.NewTicker(cachePoll)
 	defer tick.Stop()
 	for !resident(s.dev, e) {

@@ -7,25 +7,29 @@ import (
 	"net"
 )
 
-// errEnded is why a session ends whose ServeTransmission is cancelled.
+// errEnded is the cause of a session whose ServeTransmission was cancelled.
 var errEnded = errors.New("nbd: the caller has ended the session")
 
-// ServeTransmission serves e to the client at the other end of nc, from the
-// transmission phase on: without a handshake. It is for clients that are told by
-// other means what a handshake would tell them, which [Export.Transmission] returns.
-// The Linux kernel is one: it takes one end of a socket pair for each connection of a
-// device. Replies are simple ones, as the kernel wants them; there is no TLS and no
-// metadata context.
+// ServeTransmission serves e to the client at the other end of nc, without a handshake:
+// the client begins with transmission. It is for clients that learn by other means what
+// a handshake would tell them, which [Export.Transmission] returns. The Linux kernel is
+// one: it takes one end of a socket pair for each connection of a device. The server
+// sends simple replies, the only ones that the kernel takes, and offers no metadata
+// contexts and no TLS.
 //
-// The connection is one of the server's like those that come by Serve: with the same
-// limits, in Stats, ended by Shutdown and Close. Exports and TLSFunc are not used. A
-// socket of package net is served without copies, any other net.Conn with them.
+// The connection counts like those of Serve: it has the same limits, is in Stats, and
+// Shutdown and Close end it. The server does not use Exports and TLSFunc for it. It
+// serves a TCP or unix socket of package net without copies, any other net.Conn with
+// copies.
 //
-// ServeTransmission closes nc, and returns when nothing of the session is left: nil
-// after the client's DISC, whose earlier requests are all answered; io.EOF where the
-// client closed its end without one; ErrServerClosed where the server shut down; the
-// cause of ctx where ctx ended, which cancels the requests in flight; or what has gone
-// wrong.
+// ServeTransmission closes nc, and returns when nothing of the session is left. It
+// returns
+//
+//   - nil after the client's DISC, once all earlier requests are answered,
+//   - io.EOF where the client closed its end without DISC,
+//   - ErrServerClosed where the server was shut down or closed,
+//   - the cause of ctx where ctx ended, which cancels the requests in flight,
+//   - otherwise the error that broke the session.
 func (s *Server) ServeTransmission(ctx context.Context, nc net.Conn, e *Export) error {
 	defer nc.Close()
 	if err := s.Check(); err != nil {

@@ -33,7 +33,7 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		}
 		check(t, d, blockmap.Range(0, d.Size()), want)
 		if v, ok := d.View(blockmap.Range(0, d.Size())); !ok {
-			t.Error("all was read, and is not resident")
+			t.Error("the device was read as a whole and is not resident")
 		} else {
 			v.Release()
 		}
@@ -45,7 +45,7 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 			{Start: -1 << 62, End: 1 << 62},
 		} {
 			if v, ok := d.View(e); ok {
-				t.Errorf("there is a view of %v", e)
+				t.Errorf("View of %v does not refuse", e)
 				v.Release()
 			}
 			if err := d.Fault(context.Background(), e); !errors.Is(err, blockmap.ErrOutOfRange) {
@@ -85,14 +85,14 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		ctx, cancel := context.WithCancelCause(context.Background())
 		gone := errors.New("the reader has gone")
 		cancel(gone)
-		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not heed its context") })
+		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not return although its context has ended") })
 		defer end.Stop()
 		if err := d.Fault(ctx, blockmap.Range(0, d.Size())); err == nil {
 			if _, ok := d.View(blockmap.Range(0, d.Size())); !ok {
-				t.Error("Fault returned no error and did nothing")
+				t.Error("Fault returned no error, and its extent is not resident")
 			}
 		}
-		check(t, d, blockmap.Range(0, d.Size()), want) // and the next reader is served
+		check(t, d, blockmap.Range(0, d.Size()), want) // the next reader is served
 	})
 	t.Run("Status", func(t *testing.T) {
 		d := open(t)

@@ -13,11 +13,11 @@ import (
 	"thaw/blockmap"
 )
 
-// Memory is a blockmap.WritableDevice in memory. It has holes, grains that are
-// absent until they are faulted in, a bound on space, a power switch, and hooks
-// that wait or fail. A grain is never changed in place: a write replaces it, so
-// that a view needs no pin to stay what it is. The device still counts pins, for
-// tests that look for views that were not released.
+// Memory is a blockmap.WritableDevice in memory. It has holes, data that is absent until
+// it is faulted in, a bound on space, a loss of power, and hooks that wait or fail. A
+// write replaces a grain and never changes it in place, so a view stays what it is
+// without a pin. The device still counts pins, for tests that look for views that were
+// not released.
 //
 // Set the fields before the device is used.
 type Memory struct {

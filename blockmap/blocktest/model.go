@@ -128,14 +128,14 @@ func (m *model) check(t *testing.T, d blockmap.Device, e blockmap.Extent) {
 	}
 	for i, b := range got {
 		if at := e.Start + int64(i); !m.now[at].has(b) {
-			t.Errorf("read %v: byte %d is %#x, which it was never to be (one of %d values may be there)", e, at, b, m.now[at].count())
+			t.Errorf("read %v: byte %d is %#x, which is none of the %d values that it may have", e, at, b, m.now[at].count())
 			return
 		}
 	}
 }
 
-// crash takes d for what a loss of power has left. What was found once stays, but
-// for discarded bytes.
+// crash makes m the model of d, which a loss of power has left. Bytes then keep the
+// values that d shows, except discarded ones.
 func (m *model) crash(t *testing.T, d blockmap.Device) {
 	t.Helper()
 	copy(m.now, m.since)

@@ -93,7 +93,7 @@ func (w Writable) write(t *testing.T) {
 		clear(p) // the device has kept no reference to it
 		m.check(t, d, e)
 		m.check(t, d, around(e, d.Size()))
-		// What was written is resident, all of its blocks.
+		// Written bytes are resident.
 		if v, ok := d.View(e); !ok {
 			t.Errorf("%v was written and is not resident", e)
 		} else {
@@ -157,7 +157,7 @@ func holey(d blockmap.Device) bool {
 	return holes && data
 }
 
-// What was zeroed reads as zeros, and takes space unless that may be discarded.
+// Zeroed bytes read as zeros. They keep their space unless mayDiscard is true.
 func (w Writable) zero(t *testing.T) {
 	for _, mayDiscard := range []bool{true, false} {
 		t.Run(fmt.Sprintf("mayDiscard=%v", mayDiscard), func(t *testing.T) {
@@ -183,7 +183,7 @@ func (w Writable) zero(t *testing.T) {
 						t.Fatalf("the status at %d is %+v", at, st)
 					}
 					if st.Zero && !mayDiscard {
-						t.Errorf("%v was to keep its space, and is a hole", st.Extent)
+						t.Errorf("%v is a hole after Zero without mayDiscard", st.Extent)
 					}
 					if !st.Resident {
 						t.Errorf("%v was zeroed and has to be fetched", st.Extent)
@@ -199,7 +199,7 @@ func (w Writable) zero(t *testing.T) {
 	}
 }
 
-// What was discarded reads as zeros or as what was there, and takes writes again.
+// Discarded bytes read as zeros or as earlier content, and take writes again.
 func (w Writable) discard(t *testing.T) {
 	d, m := w.open(t)
 	ctx := aCtx(t)
@@ -252,9 +252,8 @@ func (w Writable) outOfRange(t *testing.T) {
 	m.check(t, d, blockmap.Range(0, size))
 }
 
-// A view that is held while its bytes are written shows for each byte what was there
-// or what is there now, and stays readable. Where nothing was written it stays what
-// it was.
+// A view that is held over a write shows each byte as it was before or as it is after,
+// and stays readable. Bytes that were not written stay the same.
 func (w Writable) heldViews(t *testing.T) {
 	d, m := w.open(t)
 	ctx := aCtx(t)
@@ -327,7 +326,7 @@ func (w Writable) disjoint(t *testing.T) {
 				}
 				mine.check(t, d, e)
 			}
-			// Nobody else has written there, so the models can be put together.
+			// No other writer has these bytes, so the models can be joined.
 			for off := i * stripe; off+stripe <= size; off += writers * stripe {
 				copy(m.now[off:off+stripe], mine.now[off:off+stripe])
 			}
@@ -337,8 +336,8 @@ func (w Writable) disjoint(t *testing.T) {
 	m.check(t, d, blockmap.Range(0, d.Size()))
 }
 
-// Of writes to the same bytes at the same time each byte is one of them, for readers
-// meanwhile too, and nothing else changes.
+// After overlapping writes each byte is that of one of them, for readers meanwhile too,
+// and no other byte changes.
 func (w Writable) overlapping(t *testing.T) {
 	d, m := w.open(t)
 	ctx := aCtx(t)
@@ -386,7 +385,7 @@ func (w Writable) cancelled(t *testing.T) {
 	d, m := w.open(t)
 	ended, cancel := context.WithCancelCause(context.Background())
 	cancel(errors.New("the writer has gone"))
-	end := time.AfterFunc(20*time.Second, func() { panic("a write does not heed its context") })
+	end := time.AfterFunc(20*time.Second, func() { panic("a write does not return although its context has ended") })
 	defer end.Stop()
 	rng := rand.New(rand.NewPCG(7, 11))
 	for _, e := range extents(rng, d.Size(), 20) {
@@ -412,8 +411,8 @@ func (w Writable) cancelled(t *testing.T) {
 	m.check(t, d, blockmap.Range(0, d.Size()))
 }
 
-// What was flushed outlives a loss of power, whoever wrote it. What was not is there
-// or not, each block by itself.
+// Flushed writes outlive a loss of power, whichever goroutine made them. Each block of
+// a write that was not flushed may be lost by itself.
 func (w Writable) flush(t *testing.T) {
 	d, m := w.open(t)
 	ctx := aCtx(t)
@@ -441,7 +440,7 @@ func (w Writable) flush(t *testing.T) {
 			return
 		}
 	}
-	// One flush covers the writes of all who wrote before it.
+	// One flush covers the writes of all goroutines before it.
 	var wg sync.WaitGroup
 	p := filled(rng, 16*blockSize)
 	for i := range 16 {
@@ -460,16 +459,17 @@ func (w Writable) flush(t *testing.T) {
 	m.crash(t, w.Crash(t, d))
 }
 
-// A device without room says so, and goes on with what it has.
+// A full device fails with ErrNoSpace. It still reads, and writes to blocks that have
+// space.
 func (w Writable) noSpace(t *testing.T) {
 	if w.Limited == nil {
-		t.Skip("the device is not tested without room")
+		t.Skip("Writable.Limited is nil")
 	}
 	ctx := aCtx(t)
 	const room = 16 * blockSize
 	d, m := w.Limited(t, room), newModel(w.Content)
 	rng := rand.New(rand.NewPCG(9, 11))
-	// Space that was reserved with zeros is there for a write later.
+	// Zeros reserve space for later writes.
 	reserved := blockmap.Range(0, 8*blockSize)
 	if err := d.Zero(ctx, reserved, false); err != nil {
 		t.Fatalf("zero %v within the room of %d: %v", reserved, room, err)
@@ -492,7 +492,7 @@ func (w Writable) noSpace(t *testing.T) {
 		}
 	}
 	if !full {
-		t.Fatal("a device with limited room took as much as it is large")
+		t.Fatal("a device with limited room took writes to all of its blocks")
 	}
 	m.check(t, d, blockmap.Range(0, d.Size()))
 	p := filled(rng, room)
@@ -507,10 +507,10 @@ func (w Writable) noSpace(t *testing.T) {
 	m.check(t, d, blockmap.Range(0, d.Size()))
 }
 
-// A device that refuses writes does so with ErrReadOnly, and is read as any other.
+// A read-only device fails each write with ErrReadOnly, and serves reads.
 func (w Writable) readOnly(t *testing.T) {
 	if w.ReadOnly == nil {
-		t.Skip("the device is not tested read-only")
+		t.Skip("Writable.ReadOnly is nil")
 	}
 	d := w.ReadOnly(t)
 	ctx := aCtx(t)
