@@ -12,53 +12,77 @@ import (
 const BlockSize = 4096
 
 // Device is the content of a block device: of fixed size, safe for concurrent
-// use.
+// use. An [Image] is one; so is whatever stands before one, as a recorder does.
 //
-// Every transport serves a read in the same two steps. View hands out what is
-// here, at the cost of a few loads. When it says no, Fault brings what is
-// missing, on a goroutine that may wait, and View is asked again; a chunk may
-// have been evicted in between, so this is a loop, which the request's context
-// bounds.
+// Every transport serves a read in the same way. View hands out resident bytes
+// at the cost of a few loads. Where View refuses, [Read] loops Fault and View,
+// on a goroutine that may wait.
+//
+// No method panics for an extent that does not lie within the device: View
+// refuses it, Fault fails with ErrOutOfRange, Status returns an empty run, and
+// Prefetch does nothing.
 type Device interface {
 	// Size is the length of the device in bytes, a multiple of BlockSize.
 	Size() int64
 
 	// View returns the bytes of e without copying them and without waiting;
-	// ok is false unless all of e is resident. e must lie within the device.
-	// The caller releases the view, and until then its bytes stay what they
-	// are.
+	// ok is false unless all of e is resident. The caller releases the view.
+	// Until then its bytes stay what they are, except those that are written
+	// to meanwhile: see WritableDevice.
 	View(e Extent) (v View, ok bool)
 
-	// Fault makes e resident, waiting for what must be fetched, and fails
-	// with the cause. It does not promise that e is still resident when it
-	// returns, only that it was.
+	// Fault makes e resident, or fails with the cause. It waits for what must
+	// be fetched, for as long as ctx allows. It does not promise that e is
+	// still resident when it returns, only that e was.
 	Fault(ctx context.Context, e Extent) error
+
+	// Status describes the first run of e whose blocks are alike, without
+	// reading them. The run starts where e starts, is not empty unless e is,
+	// and ends within e. The next run may be like it: a device need not merge
+	// neighbours.
+	Status(e Extent) Status
+
+	// Prefetch asks for e without waiting, behind every Fault. It is a hint:
+	// the device may drop it, and reports no end and no failure.
+	Prefetch(e Extent)
 }
 
-// WritableDevice is a Device that takes writes. A write is seen by every View
-// and read that begins after it has returned; it is durable once a Flush that
-// began after it has returned.
+// WritableDevice is a Device that takes writes. WriteAt, Zero and Discard are
+// called writes below. Each acts on all of its range, or fails; a write that
+// fails may have changed any part of its range. Outside the device a write fails
+// with ErrOutOfRange and changes nothing.
+//
+// A View or read that begins after a write has returned sees it. A View or read
+// that overlaps a write in time sees, byte by byte, what was there before it or
+// what it has put there. The same holds for a view that is held meanwhile: a
+// view does not hold up writes, and is no snapshot. So a device may map the file
+// that it writes to. (A client whose read and write overlap has no claim to
+// either order.) Of writes that overlap each other in time, each byte is the one
+// of either. A write never changes bytes outside its range, whatever other
+// writes do to the same block at the same time.
 type WritableDevice interface {
 	Device
-	// WriteAt writes all of p at off, or fails.
+	// WriteAt writes all of p at off. It keeps no reference to p.
 	WriteAt(ctx context.Context, p []byte, off int64) error
-	// Zero makes e read as zeros. Where mayDiscard is false the space
-	// stays allocated, so that a later write cannot fail for want of it.
+	// Zero makes e read as zeros. Where mayDiscard is true, its whole blocks
+	// may become holes. Where it is false, all of e keeps or gets space, so
+	// that a later write there cannot fail with ErrNoSpace.
 	Zero(ctx context.Context, e Extent, mayDiscard bool) error
-	// Discard says that the bytes of e are no longer wanted. What they read
-	// as afterwards is not specified, only that it is not somebody else's
-	// data.
+	// Discard says that the bytes of e are no longer needed. Each of them
+	// then reads as zero, or as the device has had it at that place before:
+	// never as another device's data.
 	Discard(ctx context.Context, e Extent) error
-	// Flush makes durable every write that returned before it was called,
-	// whichever caller made it.
+	// Flush makes durable every write that had returned before Flush was
+	// called, whichever caller made it. A write that no Flush has covered may
+	// be lost with the machine, each block of it by itself.
 	Flush(ctx context.Context) error
 }
 
-// Status says what is known of a run of a device without reading it.
+// Status describes a run of blocks: a hole, resident data, or absent data.
 type Status struct {
 	Extent
-	Zero     bool // reads as zeros and takes no space: a hole
-	Resident bool // can be read without fetching anything
+	Zero     bool // a hole: reads as zeros and takes no space
+	Resident bool // can be read without fetching anything; true of a hole
 }
 
 // Errors that a transport tells apart, to map them to an errno.
@@ -67,8 +91,8 @@ var (
 	ErrReadOnly   = errors.New("the device is read-only")
 	ErrNoSpace    = errors.New("no space left")
 	ErrClosed     = errors.New("closed")
-	// ErrDamaged: the cache's own file could not be read. It is never a
-	// request's last word: what was damaged is fetched again.
+	// ErrDamaged: a file of the cache could not be read. No request fails
+	// with it: the damaged bytes are absent from then on and fetched again.
 	ErrDamaged = errors.New("the cached bytes cannot be read")
 )
 
@@ -81,8 +105,8 @@ func Range(off, n int64) Extent { return Extent{off, off + n} }
 // Len is the number of bytes in e.
 func (e Extent) Len() int64 { return e.End - e.Start }
 
-// Intersect is what e and o have in common; it is empty (Len 0) where they
-// have nothing.
+// Intersect is the part that e and o have in common; its Len is 0 where there is
+// none.
 func (e Extent) Intersect(o Extent) Extent {
 	r := Extent{max(e.Start, o.Start), min(e.End, o.End)}
 	if r.End < r.Start {

@@ -5,41 +5,42 @@ import (
 	"fmt"
 )
 
-// Image is the Device of a block image: its Index laid over the streams of a
-// Cache, with a fetcher for what is not there.
+// Image is the Device of a block image: its Index laid over the streams of a Cache,
+// with a fetcher for absent chunks.
 //
-// This is the way of a read. A transport asks View for an extent. The index
-// says which runs of streams the extent is made of, and each stream gives a
-// slice of its mapping if the residency has all of its blocks: a search, a
-// pin and a few bits, no lock and no copy. Where one says no, View says no, and
-// the transport calls Fault where it may wait. Fault collects the chunks that
-// are missing, hands them to the fetcher in one go, so that neighbours become
-// one request, and returns when all of them have been verified and stored.
+// This is the way of a read. A transport calls View for an extent. The index says which
+// runs of streams make up the extent. Each stream returns a slice of its mapping if all
+// blocks of the run are resident: that takes a search, a pin and a few bits, no lock and
+// no copy. If a block is absent, View refuses, and the transport calls Read on a
+// goroutine that may wait, which calls Fault. Fault collects the missing chunks and
+// passes them to the fetcher together, so that neighbours become one request. It returns
+// when all of them have been verified and stored.
 type Image struct {
 	ix      *Index
 	streams []*Stream
 	fetch   fetcher
 }
 
-// Want names a chunk that somebody waits for: the stream that lacks it, and
-// the table that says where in which blob it lies. (Streams of equal content
-// are one stream, but their blobs may have been compressed differently.)
+// Want names a chunk to fetch: the stream that lacks it, and the table that says where
+// in which blob it lies. (Streams of equal content are one stream, but their blobs may
+// be compressed differently.)
 type Want struct {
 	Stream *Stream
 	Table  *Table
 	Chunk  int
 }
 
-// fetcher brings chunks into their streams.
+// fetcher fetches chunks into their streams.
 type fetcher interface {
 	// Fetch returns when all of wants are resident, or fails with the first
-	// cause. Prefetch returns at once, and fetches when nobody waits.
+	// cause. Prefetch returns at once, and its chunks are fetched behind those
+	// of every Fetch.
 	Fetch(ctx context.Context, wants []Want) error
 	Prefetch(wants []Want)
 }
 
-// NewImage takes the streams of ix from c, to be given back by Close. Chunks that
-// are read and not there come through f.
+// NewImage makes the device with index ix on the streams of c, which it holds until
+// Close. f fetches the chunks that are read and absent.
 func NewImage(ix *Index, c *Cache, f fetcher) (*Image, error) {
 	m := &Image{ix: ix, fetch: f}
 	for i := range ix.Streams {
@@ -53,15 +54,15 @@ func NewImage(ix *Index, c *Cache, f fetcher) (*Image, error) {
 	return m, nil
 }
 
-// Close lets go of the streams. Nothing uses the image any more, and no view of
-// it is held.
+// Close releases the streams. The caller no longer uses the image, and holds no view
+// of it.
 func (m *Image) Close() {
 	for _, s := range m.streams {
 		s.Release()
 	}
 }
 
-// Stream is the one that t, a table of the image's index, describes.
+// Stream returns the stream that t, a table of the image's index, describes.
 func (m *Image) Stream(t *Table) (*Stream, error) {
 	for i := range m.ix.Streams {
 		if &m.ix.Streams[i] == t {
@@ -74,7 +75,7 @@ func (m *Image) Stream(t *Table) (*Stream, error) {
 // Size implements Device.
 func (m *Image) Size() int64 { return int64(m.ix.Blocks) * BlockSize }
 
-// Index is what the image is made of. It is not to be changed.
+// Index returns the index of the image. The caller must not change it.
 func (m *Image) Index() *Index { return m.ix }
 
 // View implements Device.
@@ -100,8 +101,8 @@ func (m *Image) Fault(ctx context.Context, e Extent) error {
 	}
 	for p := range m.pieces(e) {
 		if p.stream >= 0 {
-			// Where it fails, what is in the stream counts as missing for a
-			// while, and is fetched into memory.
+			// Where it fails, the chunks of the stream count as missing for a
+			// while, and are fetched into memory.
 			_ = m.streams[p.stream].prepare()
 		}
 	}
@@ -110,12 +111,12 @@ func (m *Image) Fault(ctx context.Context, e Extent) error {
 		return ctx.Err()
 	}
 	if err := m.fetch.Fetch(ctx, missing); err != nil {
-		return fmt.Errorf("bring bytes %v: %w", e, err)
+		return fmt.Errorf("fetch bytes %v: %w", e, err)
 	}
 	return nil
 }
 
-// Prefetch asks for e without waiting for it, behind all who wait.
+// Prefetch implements Device.
 func (m *Image) Prefetch(e Extent) {
 	m.fetch.Prefetch(m.Missing(e))
 }
@@ -135,8 +136,8 @@ func (m *Image) MissingStream(stream int, limit int64) (wants []Want) {
 	return wants
 }
 
-// Missing lists the chunks of e that are not resident. Of an extent that is not
-// of the device it lists none.
+// Missing lists the chunks of e that are not resident. It lists none for an extent that
+// is not within the device.
 func (m *Image) Missing(e Extent) (wants []Want) {
 	if e.Check(m.Size()) != nil {
 		return nil
@@ -156,10 +157,11 @@ func (m *Image) Missing(e Extent) (wants []Want) {
 	return wants
 }
 
-// Status describes the first run of e whose blocks are alike; e is not empty
-// and within the device. The run may go on behind it: neighbours are not
-// always merged.
+// Status implements Device.
 func (m *Image) Status(e Extent) Status {
+	if e.Check(m.Size()) != nil {
+		return Status{Extent: Extent{e.Start, e.Start}}
+	}
 	for p := range m.pieces(e) {
 		if p.stream < 0 {
 			return Status{Extent: Range(e.Start, p.n), Zero: true, Resident: true}
@@ -173,8 +175,8 @@ func (m *Image) Status(e Extent) Status {
 	return Status{Extent: e}
 }
 
-// piece is a part of an extent that is n bytes at off of one stream, or a hole
-// where stream is negative.
+// piece is a part of an extent: n bytes at off of one stream, or a hole where stream
+// is negative.
 type piece struct {
 	stream int
 	off, n int64

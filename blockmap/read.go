@@ -7,45 +7,49 @@ import (
 	"time"
 )
 
-// pieceSize is how much of a large read is looked at at a time where the cache has
-// no room for all of it.
+// readWindow is how much of a large read is fetched and copied at a time. The
+// read as a whole may be larger than the cache. The cache then evicts the
+// beginning before the end has arrived, and fetches it again and again. A miss of
+// this size waits for the network, not for the copy.
+const readWindow = 4 << 20
+
+// pieceSize is how much of a window is read at a time where the cache cannot hold
+// the window.
 const pieceSize = 1 << 20
 
-// Read returns a view of e once all of it is there, bringing what is missing: the
-// way of every transport's read that is not a hit. The view has e's bytes where
-// they lie or, where the cache is too small to hold them together, copies that
-// pin nothing.
+// Read returns a view of e, and fetches what is missing. Every transport serves a
+// read that is not a hit by it: there is no other loop of View and Fault. The view
+// shows e's bytes where they lie. Where e is larger than 4 MiB, or the cache is too
+// small to hold e, the view shows copies, which pin nothing.
 func Read(ctx context.Context, d Device, e Extent) (View, error) {
-	for range 2 {
-		if v, ok := d.View(e); ok {
-			return v, nil
-		}
-		if err := d.Fault(ctx, e); err != nil {
-			return View{}, err
-		}
-	}
-	if v, ok := d.View(e); ok {
-		return v, nil
-	}
-	// Chunks go as fast as they come. One after the other gets through.
 	var all View
-	for at := e.Start; at < e.End; {
-		next := Extent{at, min(e.End, (at/pieceSize+1)*pieceSize)}
-		p := make([]byte, next.Len())
-		if err := readInto(ctx, d, next, p); err != nil {
+	for at := e.Start; ; {
+		window := Extent{at, min(e.End, at+readWindow)}
+		v, ok, err := look(ctx, d, window, readTries)
+		switch {
+		case err != nil:
+		case ok && window == e:
+			return v, nil
+		case ok:
+			err = appendCopy(ctx, d, window, &v, &all)
+			v.Release()
+		default:
+			err = appendPieces(ctx, d, window, &all)
+		}
+		if err != nil {
 			return View{}, err
 		}
-		all.Append(p, nil, 0)
-		at = next.End
+		if at = window.End; at >= e.End {
+			return all, nil
+		}
 	}
-	return all, nil
 }
 
 // ReadInto reads e to p, which has its length.
 func ReadInto(ctx context.Context, d Device, e Extent, p []byte) error {
 	for e.Len() > 0 {
 		next := Extent{e.Start, min(e.End, (e.Start/pieceSize+1)*pieceSize)}
-		if err := readInto(ctx, d, next, p[:next.Len()]); err != nil {
+		if err := readPiece(ctx, d, next, p[:next.Len()]); err != nil {
 			return err
 		}
 		p, e.Start = p[next.Len():], next.End
@@ -53,33 +57,92 @@ func ReadInto(ctx context.Context, d Device, e Extent, p []byte) error {
 	return nil
 }
 
-// readInto reads e, as much of it at a time as can be had together.
-func readInto(ctx context.Context, d Device, e Extent, p []byte) error {
+// readTries is how many Faults a read of any size gets before it is divided:
+// chunks may be evicted as fast as they arrive.
+const readTries = 2
+
+// look is the loop of View and Fault. Where the bytes were evicted again after each
+// of so many Faults, ok is false and there is no error.
+func look(ctx context.Context, d Device, e Extent, tries int) (v View, ok bool, err error) {
 	for n := 0; ; n++ {
 		if v, ok := d.View(e); ok {
+			return v, true, nil
+		}
+		if n == tries {
+			return View{}, false, nil
+		}
+		if err := d.Fault(ctx, e); err != nil {
+			return View{}, false, err
+		}
+	}
+}
+
+// appendCopy appends a copy of v, which shows e. Holes stay holes.
+func appendCopy(ctx context.Context, d Device, e Extent, v, all *View) error {
+	at := e.Start
+	for i := range v.Segments() {
+		s := &v.Segments()[i]
+		n := int64(len(s.Bytes))
+		if s.Zero {
+			all.AppendZeros(n)
+		} else {
+			p := make([]byte, n)
+			if err := CopyMapped(p, s.Bytes); err != nil {
+				s.Damaged()
+				if err := ReadInto(ctx, d, Range(at, n), p); err != nil {
+					return err
+				}
+			}
+			all.Append(p, nil, 0)
+		}
+		at += n
+	}
+	return nil
+}
+
+// appendPieces appends a copy of e, which the cache cannot hold as a whole.
+func appendPieces(ctx context.Context, d Device, e Extent, all *View) error {
+	for e.Len() > 0 {
+		next := Extent{e.Start, min(e.End, (e.Start/pieceSize+1)*pieceSize)}
+		p := make([]byte, next.Len())
+		if err := readPiece(ctx, d, next, p); err != nil {
+			return err
+		}
+		all.Append(p, nil, 0)
+		e.Start = next.End
+	}
+	return nil
+}
+
+// readPiece reads e to p. Where e does not become resident as a whole, it reads the
+// halves one after the other, down to one block, for which it tries until ctx ends.
+func readPiece(ctx context.Context, d Device, e Extent, p []byte) error {
+	for n := 1; ; n++ {
+		v, ok, err := look(ctx, d, e, readTries)
+		if err != nil {
+			return err
+		}
+		if ok {
 			err := v.CopyTo(p)
 			v.Release()
 			if !errors.Is(err, ErrDamaged) {
 				return err
 			}
-		}
-		if n > 2 {
-			// Evicted, closed or damaged again and again before we could look.
-			if mid := (e.Start + e.Len()/2 + BlockSize - 1) &^ (BlockSize - 1); e.Start < mid && mid < e.End {
-				if err := readInto(ctx, d, Extent{e.Start, mid}, p[:mid-e.Start]); err != nil {
-					return err
-				}
-				p, e.Start, n = p[mid-e.Start:], mid, 0
-				continue
-			}
-			select {
-			case <-time.After(min(time.Duration(n)*time.Millisecond, 100*time.Millisecond)):
-			case <-ctx.Done():
-				return fmt.Errorf("read %v: %w", e, context.Cause(ctx))
+			if n <= readTries {
+				continue // the damaged bytes are absent now, and are fetched
 			}
 		}
-		if err := d.Fault(ctx, e); err != nil {
-			return err
+		if mid := (e.Start + e.Len()/2 + BlockSize - 1) &^ (BlockSize - 1); e.Start < mid && mid < e.End {
+			if err := readPiece(ctx, d, Extent{e.Start, mid}, p[:mid-e.Start]); err != nil {
+				return err
+			}
+			p, e.Start, n = p[mid-e.Start:], mid, 0
+			continue
+		}
+		select {
+		case <-time.After(min(time.Duration(n)*time.Millisecond, 100*time.Millisecond)):
+		case <-ctx.Done():
+			return fmt.Errorf("read %v: %w", e, context.Cause(ctx))
 		}
 	}
 }

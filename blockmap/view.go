@@ -1,45 +1,45 @@
 package blockmap
 
-// View is a list of byte slices that together are the content of an extent,
-// pinned where they lie until Release. It is a plain value: making one for a
-// read of up to inlineSegments pieces allocates nothing. A view belongs to one
-// goroutine at a time and is released once; the zero View is empty.
+// View is the content of an extent as a list of byte slices, which are pinned where
+// they lie until Release. It is a plain value: a view of up to inlineSegments pieces
+// allocates nothing. A view belongs to one goroutine at a time and is released once.
+// The zero View is empty.
 type View struct {
 	n    int
 	few  [inlineSegments]Segment
 	many []Segment // all of them, once there are more than fit in few
 }
 
-// A 4 KiB or 64 KiB read touches one or two runs of a device nearly always.
+// A read of 4 KiB or 64 KiB nearly always touches one or two runs of a device.
 const inlineSegments = 4
 
 // Segment is one piece of a View.
 type Segment struct {
-	Bytes []byte // not to be written to, nor kept beyond Release
+	Bytes []byte // must not be written to, nor kept beyond Release
 	Zero  bool   // all of Bytes is zero: a hole of the device
 
 	pin   Pinner
 	token uint64
 }
 
-// Pinner holds bytes in place. Whoever appends a segment to a view has pinned
-// it already; Unpin takes that back.
+// Pinner keeps bytes in place. The bytes of a segment are pinned before it is appended
+// to a view; Unpin ends that.
 type Pinner interface {
 	Unpin(token uint64)
 	// Pinned is how many bytes the token keeps in place: as a rule more than
 	// the segment shows, since chunks are pinned whole.
 	Pinned(token uint64) int64
-	// Damaged says that the bytes could not be read, as those of a truncated
-	// file or a bad sector. What they belong to is absent from then on, and
-	// fetched again when it is next read. The pin stays.
+	// Damaged reports that the bytes could not be read: the file was truncated,
+	// or has a bad sector. Their chunk is absent from then on, and is fetched
+	// again when it is next read. The pin stays.
 	Damaged(token uint64)
 }
 
-// zeros backs every hole. It is never written, so it costs address space and
-// one shared page.
+// zeros backs every hole. It is never written to, so it costs address space and one
+// shared page.
 var zeros [1 << 20]byte
 
-// Append adds b to the end of the view. p may be nil where b needs no pin.
+// Append adds b to the end of the view. p is nil where b needs no pin.
 func (v *View) Append(b []byte, p Pinner, token uint64) {
 	v.add(Segment{Bytes: b, pin: p, token: token})
 }
@@ -65,8 +65,8 @@ func (v *View) add(s Segment) {
 	v.n++
 }
 
-// Segments are the pieces in order. The slice is good until the view is
-// appended to, copied or released.
+// Segments returns the pieces in order. The slice is valid until the view is appended
+// to, copied or released.
 func (v *View) Segments() []Segment {
 	if v.many != nil {
 		return v.many
@@ -93,15 +93,15 @@ func (v *View) Pinned() (n int64) {
 	return n
 }
 
-// Damaged says that the bytes of the segment could not be read: see Pinner.
+// Damaged reports that the bytes of the segment could not be read: see Pinner.
 func (s *Segment) Damaged() {
 	if s.pin != nil {
 		s.pin.Damaged(s.token)
 	}
 }
 
-// CopyTo copies the view to p, which has its length. It fails with ErrDamaged
-// where bytes cannot be read; they are absent then, and Fault brings them again.
+// CopyTo copies the view to p, which has its length. It fails with ErrDamaged where
+// bytes cannot be read. Their chunk is absent then, and Fault fetches it again.
 func (v *View) CopyTo(p []byte) error {
 	for i := range v.Segments() {
 		s := &v.Segments()[i]
@@ -114,7 +114,7 @@ func (v *View) CopyTo(p []byte) error {
 	return nil
 }
 
-// Release gives the bytes back. The view is empty afterwards.
+// Release unpins the bytes. The view is empty afterwards.
 func (v *View) Release() {
 	for i, s := range v.Segments() {
 		if s.pin != nil {

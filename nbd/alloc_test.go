@@ -21,6 +21,10 @@ func (d *flat) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	return v, true
 }
 func (d *flat) Fault(context.Context, blockmap.Extent) error { return nil }
+func (d *flat) Prefetch(blockmap.Extent)                     {}
+func (d *flat) Status(e blockmap.Extent) blockmap.Status {
+	return blockmap.Status{Extent: e, Resident: true}
+}
 
 // A hit allocates nothing, from the system call that reads the request to the
 // one that writes the reply.

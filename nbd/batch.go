@@ -6,9 +6,9 @@ import (
 	"thaw/blockmap"
 )
 
-// batch is replies that leave together: headers that it holds, payloads where
-// they lie, and the views that pin them until they have left. Its memory is
-// used over and over.
+// batch is replies that are sent together: headers in its own memory, payloads where
+// they lie, and the views that pin the payloads until they are sent. Its memory is
+// reused.
 type batch struct {
 	bufs  [][]byte // what to write, in order
 	head  []byte   // backs the headers in bufs
@@ -17,11 +17,11 @@ type batch struct {
 
 	copies pieces // what bufs are after detach, instead of all above
 
-	handed bool // to whoever is writing; guarded by the session's mu
+	handed bool // to the holder of the write side; guarded by the session's mu
 }
 
-// read is a view to release, and which part of a batch it is the content of, so
-// that this can be composed anew if the bytes turn out to be unreadable.
+// read is a view to release, and the part of a batch that its content makes up, so that
+// the part can be composed anew if the bytes turn out to be unreadable.
 type read struct {
 	view   blockmap.View
 	cookie uint64
@@ -30,8 +30,8 @@ type read struct {
 	end    int32 // 0: the content is memory of the server
 }
 
-// A batch is written when it has this much: more would hold up its first reply
-// for nothing, since the client has enough to do by then.
+// A batch of this size is written. A larger one would hold up its first reply, and the
+// client has enough to work on by then.
 const (
 	batchReplies = 64
 	batchBytes   = 256 << 10
@@ -63,8 +63,7 @@ func (b *batch) reset() {
 	}
 }
 
-// slot is where to put the next view; it is given back by dropSlot where it was not
-// filled.
+// slot returns room for the next view. dropSlot takes it back where it was not filled.
 func (b *batch) slot() *read {
 	if len(b.reads) < cap(b.reads) {
 		b.reads = b.reads[:len(b.reads)+1]
@@ -76,8 +75,8 @@ func (b *batch) slot() *read {
 
 func (b *batch) dropSlot() { b.reads = b.reads[:len(b.reads)-1] }
 
-// header adds what f appends to b.head. Growing b.head moves it, but what was
-// handed out before stays as it was where it was.
+// header makes p the new b.head, and adds its bytes from from on. Growing b.head moves
+// it, but leaves headers that were added before where they are.
 func (b *batch) header(p []byte, from int) {
 	b.head = p
 	b.payload(p[from:])
@@ -93,7 +92,7 @@ func (b *batch) simple(cookie uint64, e errno) {
 	b.header(appendSimpleReply(b.head, cookie, e), len(b.head))
 }
 
-// data adds the reply to a READ: all of what is in d, the last slot of b.
+// data adds the reply to a READ: the view of d, the last slot of b.
 func (b *batch) data(r *request, d *read, structured bool) {
 	segs := d.view.Segments()
 	d.cookie, d.offset, d.first = r.cookie, r.offset, int32(len(b.bufs))
@@ -113,13 +112,13 @@ func (b *batch) data(r *request, d *read, structured bool) {
 	d.end = int32(len(b.bufs))
 }
 
-// largeChunk is a size beyond which a chunk may leave in parts. An error behind
-// its header can be told only in another chunk, so it is not the last one.
+// largeChunk is a size from which a chunk may be sent in parts. An error after its
+// header can be reported only in another chunk, so such a chunk is not the last one.
 const largeChunk = 64 << 10
 
 // chunks adds content chunks for segs, which are the device's bytes from
-// offset; the last one has the flags. Holes become chunks of their own where
-// that is asked for.
+// offset; the last one has the flags. With holes, each hole becomes a chunk of its
+// own.
 func (b *batch) chunks(cookie, offset uint64, segs []blockmap.Segment, flags uint16, holes bool) {
 	for len(segs) > 0 {
 		hole := holes && segs[0].Zero

@@ -33,7 +33,7 @@ func class(n int) int {
 	return i
 }
 
-// pieces are bytes that are put together, in pooled buffers.
+// pieces is a sequence of bytes in pooled buffers.
 type pieces struct {
 	pool *buffers
 	list [][]byte
@@ -41,11 +41,11 @@ type pieces struct {
 	want int // bytes to come, as far as known
 }
 
-// pieceSize is the largest buffer: a client that stalls on little holds little.
+// pieceSize is the largest buffer. A client that stalls on few bytes then holds few.
 const pieceSize = 256 << 10
 
-// space returns room for up to n bytes behind what is there, of which the caller
-// says with grow how much it has filled.
+// space returns room for up to n bytes at the end. The caller calls grow with how many
+// of them it has filled.
 func (p *pieces) space(n int) []byte {
 	if len(p.list) > 0 {
 		if b := p.list[len(p.list)-1]; len(b) < cap(b) {
@@ -63,7 +63,7 @@ func (p *pieces) grow(n int) {
 	p.n += n
 }
 
-// append copies b, which is memory of the server.
+// append copies b, which is in memory of the server.
 func (p *pieces) append(b []byte) {
 	for len(b) > 0 {
 		n := copy(p.space(len(b)), b)
@@ -82,8 +82,8 @@ func (p *pieces) appendZeros(n int) {
 	}
 }
 
-// appendMapped copies b, which may be of a mapping, and fails with
-// blockmap.ErrDamaged where it cannot be read. Nothing of it is kept then.
+// appendMapped copies b, which may be of a mapping. Where b cannot be read, it fails with
+// blockmap.ErrDamaged and appends nothing.
 func (p *pieces) appendMapped(b []byte) error {
 	before := p.n
 	for len(b) > 0 {

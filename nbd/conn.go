@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -43,6 +42,7 @@ func (n *counts) load() Stats {
 	}
 }
 
+// serve carries the connection of a listener through both phases.
 func (c *conn) serve(ctx context.Context) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -55,31 +55,45 @@ func (c *conn) serve(ctx context.Context) {
 		switch {
 		case errors.Is(err, errDone), c.draining():
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			h.logEnd("the handshake took too long", nil)
+			h.logEnd("the handshake took too long", "handshake_timeout", c.srv.handshakeTimeout())
 		default:
-			h.logEnd("the handshake failed", err)
+			h.logEnd("the handshake failed", "err", err)
 		}
 		if tc, ok := h.nc.(io.Closer); ok && h.client.TLS {
 			tc.Close() // says goodbye; closes c.nc too
 		}
 		return
 	}
+	t := terms{export: h.export, structured: h.structured}
+	if h.contextsName == h.exportName {
+		t.contexts = h.contexts
+	}
+	c.transmit(ctx, h.nc, t, log.With("export", h.export.Name), cancel)
+}
 
-	log = log.With("export", h.export.Name)
-	log.Debug("session begins", "structured", h.structured, "tls", h.client.TLS)
-	err := newSession(c, h, cancel).run(ctx)
+// transmit runs the transmission phase over nc. It logs how the session ends, and
+// returns that error.
+func (c *conn) transmit(ctx context.Context, nc net.Conn, t terms, log *slog.Logger, cancel context.CancelCauseFunc) error {
+	log.Debug("session begins", "structured", t.structured, "tls", nc != c.nc)
+	err := newSession(c, nc, t, log, cancel).run(ctx)
+	cause := context.Cause(ctx)
 	switch {
-	case err == nil, ctx.Err() != nil && errors.Is(context.Cause(ctx), ErrServerClosed):
+	case err == nil, errors.Is(cause, ErrServerClosed), errors.Is(cause, errEnded):
 		log.Debug("session ends")
 	case gone(err):
 		log.Debug("session ends", "err", err)
+	case err == errIdle:
+		log.Info("session ends", "err", err, "idle_timeout", c.srv.IdleTimeout)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.srv.lines.sessions.log(log, slog.LevelWarn, "session ends: the client takes no byte of its replies", "write_timeout", c.srv.WriteTimeout)
 	default:
 		c.srv.lines.sessions.log(log, slog.LevelWarn, "session fails", "err", err)
 	}
+	return err
 }
 
-// handshake runs h within its deadline. A shutdown cancels it, since nothing of a
-// handshake is worth waiting for.
+// handshake runs h within its deadline. A shutdown cancels it: a client loses nothing
+// with an unfinished handshake.
 func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -90,7 +104,7 @@ func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	if drain {
 		return ErrServerClosed
 	}
-	c.setHandshakeDeadline(time.Now().Add(cmp.Or(c.srv.HandshakeTimeout, DefaultHandshakeTimeout)))
+	c.setHandshakeDeadline(time.Now().Add(c.srv.handshakeTimeout()))
 	err := h.run(ctx)
 	if err != nil {
 		return err
@@ -102,14 +116,14 @@ func (c *conn) handshake(ctx context.Context, h *handshake) error {
 	return nil
 }
 
-// gone reports whether err says no more than that the peer has gone.
+// gone reports whether err means only that the peer has gone.
 func gone(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNABORTED)
 }
 
-// setHandshakeDeadline bounds what comes next on the connection; the zero time
-// lifts the bound. Once the server shuts down nothing is waited for.
+// setHandshakeDeadline bounds the next reads and writes of the connection; the zero
+// time lifts the bound. Once the server shuts down, reads end at once.
 func (c *conn) setHandshakeDeadline(t time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -129,7 +143,7 @@ func (c *conn) setReadDeadline(t time.Time) {
 	}
 }
 
-// extendHandshake gives the client back time that it had no use of.
+// extendHandshake moves the deadline by d, which the server took and not the client.
 func (c *conn) extendHandshake(d time.Duration) {
 	c.mu.Lock()
 	t := c.mu.deadline.Add(d)
@@ -137,8 +151,8 @@ func (c *conn) extendHandshake(d time.Duration) {
 	c.setHandshakeDeadline(t)
 }
 
-// drain makes the connection answer what it has been asked and end. Its
-// goroutine is woken by the deadline.
+// drain makes the connection answer its requests and end. The deadline wakes its
+// goroutine.
 func (c *conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -155,5 +169,5 @@ func (c *conn) draining() bool {
 	return c.mu.drain
 }
 
-// longAgo as a deadline ends whatever waits.
+// longAgo as a deadline ends every wait.
 var longAgo = time.Unix(1, 0)

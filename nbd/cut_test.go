@@ -172,7 +172,7 @@ func (d *cutDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 			continue
 		}
 		if d.mu.away {
-			return fmt.Errorf("bring bytes %v: %w", e, errAway)
+			return fmt.Errorf("fetch bytes %v: %w", e, errAway)
 		}
 		d.mu.chunks[i] = d.content[i*cachedChunk : (i+1)*cachedChunk]
 	}
@@ -186,3 +186,5 @@ func (d *cutDevice) Status(e blockmap.Extent) blockmap.Status {
 	e.End = min(e.End, (i+1)*cachedChunk)
 	return blockmap.Status{Extent: e, Resident: d.mu.chunks[i] != nil}
 }
+
+func (d *cutDevice) Prefetch(e blockmap.Extent) { d.Fault(context.Background(), e) }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 	"unsafe"
@@ -14,9 +15,9 @@ import (
 	"thaw/blockmap"
 )
 
-// A reply is sent from where its bytes lie, in the mapping of a cache file, with
-// their chunks pinned. Detaching copies what is left of it to memory of the server
-// and releases the pins, for three reasons:
+// A reply is sent from where its bytes lie: in the mapping of a cache file, with their
+// chunks pinned. Detaching copies the rest of a reply to memory of the server and
+// releases the pins, for three reasons:
 //
 //   - The bytes cannot be read: the file was truncated, or its disk has a bad
 //     sector. They are fetched again. The client notices nothing.
@@ -26,16 +27,17 @@ import (
 
 const (
 	// stallTime is how long a reply may wait for its client with chunks
-	// pinned. A client that reads at 1 MB/s takes a socket's buffer in that
-	// time, and is not copied for; others wait no longer for room.
+	// pinned. A client that reads at 1 MB/s empties a socket's buffer in that
+	// time, and needs no copies. Others wait no longer for room in the cache.
 	stallTime = 500 * time.Millisecond
 	// stallTimeOver is the same where the client pins more than
 	// MaxInFlightBytes: chunks are pinned whole, so small reads can pin much.
 	stallTimeOver = 10 * time.Millisecond
 )
 
-// errLate: a part of a reply has left that promises bytes which cannot be had.
-var errLate = errors.New("the rest of a reply that was begun cannot be read")
+// errLate: a part of a reply was sent whose rest cannot be read, and the protocol has
+// no way to say so.
+var errLate = errors.New("cannot read the rest of a reply that was partly sent")
 
 // patience is how long b may wait for the client before it is detached.
 func (s *session) patience() time.Duration {
@@ -47,17 +49,15 @@ func (s *session) patience() time.Duration {
 	if t := s.c.srv.WriteTimeout; t > 0 {
 		d = min(d, t)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.mu.bytes+pins > s.maxBytes {
+	if !s.client.Fits(pins) {
 		d = min(d, stallTimeOver)
 	}
 	return d
 }
 
-// stall releases what the client has pinned that has no way to it now: the replies
-// that wait behind the batch being sent. Until that has left, whoever adds replies
-// detaches them first. Called by the holder of the write side, without s.mu.
+// stall detaches the replies that wait behind the batch being sent. Until that batch is
+// sent, each goroutine that adds replies detaches them first. The holder of the write
+// side calls stall, without s.mu.
 func (s *session) stall() {
 	s.mu.Lock()
 	s.mu.stalled = true
@@ -65,7 +65,7 @@ func (s *session) stall() {
 	s.mu.ready = taskList{}
 	s.mu.Unlock()
 
-	s.log.Debug("the client does not take its replies; they are copied, and the cache is free of them")
+	s.log.Debug("the client does not take its replies; copying them, so that they pin nothing in the cache")
 	if handed != nil && len(handed.reads) > 0 {
 		s.detach(handed, 0)
 	}
@@ -79,11 +79,11 @@ func (s *session) stall() {
 	s.mu.Unlock()
 }
 
-// detach makes b what is left of it behind the first sent bytes, in memory of the
-// server. Bytes that cannot be read are fetched again, for at most FaultTimeout.
-// Where that fails too the reply becomes an error. It fails with errLate where so
-// much of the reply has left that the protocol has no way to say so, which cannot
-// be when sent is 0.
+// detach reduces b to what follows its first sent bytes, copied to memory of the
+// server. It fetches bytes that cannot be read again, for at most FaultTimeout. Where
+// that fails too, the reply becomes an error. detach fails with errLate where so much
+// of the reply was sent that the protocol has no way to report the error; that cannot
+// happen when sent is 0.
 func (s *session) detach(b *batch, sent int) error {
 	d := detacher{s: s, b: b, sent: sent}
 	defer d.ahead.Wait()
@@ -124,31 +124,31 @@ type detacher struct {
 	s    *session
 	ctx  context.Context
 	b    *batch
-	sent int // bytes of b that have left
-	at   int // bytes of b that were looked at
+	sent int // bytes of b that were sent
+	at   int // bytes of b that are done
 	out  pieces
 
-	damaged bool // something was
+	damaged bool // some bytes could not be read
 	ahead   sync.WaitGroup
 }
 
-// maxAhead bounds the Faults for what follows damage.
+// maxAhead bounds the Faults for replies behind a damaged one.
 const maxAhead = 32
 
-// left is how much of the next n bytes has left.
+// left is how many of the next n bytes were sent.
 func (d *detacher) left(n int) int { return min(max(d.sent-d.at, 0), n) }
 
-// copy takes a buffer that is memory of the server already.
+// copy takes a buffer in memory of the server.
 func (d *detacher) copy(buf []byte) {
 	d.out.append(buf[d.left(len(buf)):])
 	d.at += len(buf)
 }
 
-// read takes the reply to a READ, behind which come others.
+// read takes the reply to a READ, which others follow.
 func (d *detacher) read(r *read, others []read) error {
 	bufs := d.b.bufs[r.first:r.end]
-	// The part that stands or falls together: a simple reply as a whole, or
-	// one chunk of a structured one.
+	// The part that fails as a whole: a simple reply, or one chunk of a
+	// structured one.
 	part := part{at: d.at, mark: d.out.n, done: true}
 	for _, buf := range bufs {
 		if d.s.structured && d.at >= part.end {
@@ -168,20 +168,20 @@ func (d *detacher) read(r *read, others []read) error {
 	return nil
 }
 
-// part is what of a reply can be taken back as long as none of it has left.
+// part is a part of a reply that can be taken back as long as none of it was sent.
 type part struct {
 	at, end int // in the batch; end is known of chunks only
 	mark    int // at, in what was copied
 	done    bool
 }
 
-// repair appends a payload of r but for its first skip bytes, which have left,
-// after fetching it again. It returns where on the device the payload begins.
+// repair fetches a payload of r again and appends it, except for its first skip bytes,
+// which were sent. It returns where on the device the payload begins.
 func (d *detacher) repair(r *read, buf []byte, skip int, others []read) (off int64, err error) {
 	off = int64(r.offset)
 	segs := r.view.Segments()
 	i := 0
-	// Payloads are segments as they are. Those alike have the same content.
+	// A payload is a whole segment. Equal slices have equal content.
 	for ; len(segs[i].Bytes) != len(buf) || &segs[i].Bytes[0] != &buf[0]; i++ {
 		off += int64(len(segs[i].Bytes))
 	}
@@ -189,14 +189,14 @@ func (d *detacher) repair(r *read, buf []byte, skip int, others []read) (off int
 	gone := readable(buf[:skip])
 	segs[i].Damaged()
 	if !d.damaged {
-		// A file is seldom damaged in one place. What else is gone with it
-		// comes at the same time.
+		// A file is seldom damaged in one place only. Fetch the damaged
+		// bytes of the next replies at the same time.
 		d.damaged = true
 		for j := range others[:min(len(others), maxAhead)] {
 			o := &others[j]
 			next := blockmap.Range(int64(o.offset), o.view.Len())
 			if o.end > 0 && next.Len() > 0 {
-				d.ahead.Go(func() { d.s.dev.Fault(d.ctx, next) }) // who reads it sees the error
+				d.ahead.Go(func() { d.s.dev.Fault(d.ctx, next) }) // read reports the error
 			}
 		}
 	}
@@ -205,15 +205,15 @@ func (d *detacher) repair(r *read, buf []byte, skip int, others []read) (off int
 		return off, err
 	}
 	if !bytes.Equal(gone, p[:len(gone)]) {
-		return off, fmt.Errorf("bytes of %v that were sent have changed: %w", e, blockmap.ErrDamaged)
+		return off, fmt.Errorf("bytes %v were sent in part and have changed: %w", e, blockmap.ErrDamaged)
 	}
 	d.out.append(p[skip:])
 	return off, nil
 }
 
-// readable is what lies in p before the first page that faults, of bytes that have
-// been sent. A page that a file ends in reads as zeros behind the end, and does not
-// fault: if such zeros have left, nothing more must.
+// readable returns the bytes of p before the first page that faults. p was sent. The
+// last page of a truncated file reads as zeros behind the end, and does not fault. If
+// such zeros were sent, the server must send nothing more of the reply.
 func readable(p []byte) []byte {
 	got := make([]byte, 0, len(p))
 	for len(p) > 0 {
@@ -228,24 +228,26 @@ func readable(p []byte) []byte {
 	return got
 }
 
-// fail makes r an error: its bytes from off on cannot be had.
+// fail makes r an error: its bytes from off on cannot be read.
 func (d *detacher) fail(r *read, part *part, off int64, cause error) error {
 	switch {
 	case part.at >= d.sent:
 		d.out.truncate(part.mark)
 	case !part.done:
-		// The chunk is filled up with zeros, as the specification says,
-		// and the error behind it takes them back.
+		// The chunk is filled up with zeros, as the spec says, and the
+		// error behind it revokes them.
 		d.out.appendZeros(part.end - max(d.at, d.sent))
 	default:
 		return fmt.Errorf("%w: %w", errLate, cause)
 	}
 	s := d.s
 	s.c.counts.errors.Add(1)
-	e, why := readErrno(cause)
-	s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
+	e := wireErrno(Errno(OpRead, cause))
+	if s.ctx.Err() == nil {
+		s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
+	}
 	var reply batch
-	reply.fail(r.cookie, e, why, off, s.structured)
+	reply.fail(r.cookie, e, strings.ToValidUTF8(cause.Error(), "?"), off, s.structured)
 	for _, p := range reply.bufs {
 		d.out.append(p)
 	}
@@ -253,7 +255,7 @@ func (d *detacher) fail(r *read, part *part, off int64, cause error) error {
 	return nil
 }
 
-// end is where r ends in the batch.
+// end returns where r ends in the batch.
 func (d *detacher) end(r *read) int {
 	n := 0
 	for _, buf := range d.b.bufs[:r.end] {
@@ -262,7 +264,7 @@ func (d *detacher) end(r *read) int {
 	return n
 }
 
-// detachTask copies what t has read.
+// detachTask copies the view of t.
 func (s *session) detachTask(t *task) {
 	if t.view.Pinned() == 0 {
 		return
@@ -280,9 +282,9 @@ func (s *session) detachTask(t *task) {
 	t.view = v
 }
 
-// readAgain reads what was damaged.
+// readAgain reads e after its bytes could not be read.
 func (s *session) readAgain(ctx context.Context, e blockmap.Extent, p []byte) error {
-	s.c.srv.lines.damaged.log(s.log, slog.LevelWarn, "cannot read the cache's file; fetching its bytes again", "extent", e)
+	s.c.srv.lines.damaged.log(s.log, slog.LevelWarn, "cannot read a file of the cache; fetching the bytes again", "extent", e)
 	err := blockmap.ReadInto(ctx, s.dev, e, p)
 	if err == nil {
 		s.c.counts.repaired.Add(1)
@@ -290,8 +292,8 @@ func (s *session) readAgain(ctx context.Context, e blockmap.Extent, p []byte) er
 	return err
 }
 
-// copyView returns v, the device's bytes from off, as a view that pins nothing.
-// What is damaged is read by again; where that fails the view ends there.
+// copyView returns a copy of v, the device's bytes from off, that pins nothing. It reads
+// damaged bytes by again. Where again fails, the copy ends there.
 func copyView(v *blockmap.View, off int64, again func(e blockmap.Extent, p []byte) error) (own blockmap.View, end int64, err error) {
 	segs := v.Segments()
 	for i := range segs {

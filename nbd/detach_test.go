@@ -19,8 +19,9 @@ func TestDetachAnywhere(t *testing.T) {
 	late, failed := 0, 0
 	for round := range 400 {
 		structured, away := round%2 == 0, round%4 < 2
-		h := &handshake{nc: &script{in: bytes.NewReader(nil)}, log: slog.New(slog.DiscardHandler), structured: structured, export: &Export{Device: dev}}
-		s := newSession(&conn{srv: &Server{}, nc: h.nc}, h, func(error) {})
+		nc := &script{in: bytes.NewReader(nil)}
+		s := newSession(&conn{srv: &Server{}, nc: nc}, nc, terms{export: &Export{Device: dev}, structured: structured},
+			slog.New(slog.DiscardHandler), func(error) {})
 		s.ctx = t.Context()
 		dev.cut(dev.Size()) // whole
 

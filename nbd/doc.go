@@ -18,31 +18,39 @@
 //
 // # The one idea
 //
-// What is resident is answered at once from where it lies. One read takes all
-// requests that have arrived on a connection; [blockmap.Device] View gives the
-// mapped bytes of each, pinned; one writev sends all replies. A hit so costs no
-// copy in this process, no allocation, no goroutine, and no lock that
-// connections share. A read that misses, and everything that writes, goes to a
-// goroutine of its own, of which each connection has a bounded number, and is
-// answered when it is ready; hits overtake it. The file session.go is that
-// path from top to bottom.
+// The server answers a read of resident bytes at once, from where they lie. One read
+// takes all requests that have arrived on a connection. View of [blockmap.Device]
+// returns the mapped bytes of each, pinned. One writev sends all replies. So a hit
+// costs no copy in this process, no allocation, no goroutine, and no lock that
+// connections share. Each read that misses, and each write, gets a goroutine, up to a
+// bound for each connection. Its reply is sent when it is ready; hits overtake it. The
+// file session.go has that path from top to bottom.
 //
-// Views pin chunks of a cache, and their bytes can turn out to be unreadable. So a
-// reply that its client does not take, and one that cannot be read, is copied to
-// memory of the server, from the device once more where it must be. TLS reads in
-// this process what it sends, and gets copies only. That is detach.go.
+// Views pin chunks of a cache, and the bytes of a view can turn out to be unreadable.
+// So the server copies a reply to its own memory if the client does not take it, and
+// reads the bytes from the device again if they cannot be read. TLS reads what it
+// sends in this process, and is given copies only. See detach.go.
 //
-// # What is spoken
+// # The protocol
 //
-// The whole of the protocol's baseline and of its extensions that are not
-// experimental: fixed newstyle negotiation with TLS, structured replies, block
-// status, and all commands but RESIZE. Two metadata contexts are offered:
+// The server speaks the whole baseline of the protocol and its extensions that are not
+// experimental: fixed newstyle negotiation with TLS, structured replies, block status,
+// and all commands except RESIZE. It offers two metadata contexts:
 //
-//	base:allocation   NBD_STATE_HOLE and NBD_STATE_ZERO on what is a hole
-//	x-thaw:resident   bit 0 on what is read without fetching anything
+//	base:allocation   NBD_STATE_HOLE and NBD_STATE_ZERO on holes
+//	x-thaw:resident   bit 0 on what can be read without fetching anything
 //
-// As queries, "base:" and "x-thaw:" list what is in their namespace. The wire
-// format is drawn in proto.go. Errors become errno values in one place,
-// errno.go; an error costs its request, never the connection, as long as it is
-// known where the next request begins.
+// The queries "base:" and "x-thaw:" list the contexts of their namespace. proto.go
+// draws the wire format. An error costs its request. It costs the connection only
+// where the server does not know where the next request begins.
+//
+// # For other transports
+//
+// [Server.ServeTransmission] serves a client without a handshake, as the kernel's nbd
+// driver is one. [Admission] and [Errno] are policy without a wire format: how many
+// requests and bytes may be in flight, for each client and for all, and with which
+// errno a request fails. They live here and not in blockmap, since blockmap knows no
+// clients and no errno; and here and not in a package of their own, since the other
+// transports are children of this package (nbd/attach, nbd/vhost). Children may import
+// their parent, but siblings must not import each other.
 package nbd

@@ -7,60 +7,39 @@ import (
 	"thaw/blockmap"
 )
 
-// errno is an error value of the protocol (spec: "Error values"). They are the
-// numbers that Linux uses, on every platform.
-type errno uint32
+// Op is the kind of a request, as far as its errno depends on it.
+type Op int
 
 const (
-	ePerm     = errno(1)
-	eIO       = errno(5)
-	eNoMem    = errno(12)
-	eInval    = errno(22)
-	eNoSpace  = errno(28)
-	eOverflow = errno(75)
-	eNotSup   = errno(95)
-	eShutdown = errno(108)
+	OpOther Op = iota // flush, discard
+	OpRead
+	OpWrite // and zero
 )
 
-// errnoOf is the one place where an error becomes a number on the wire. What
-// is not known here is an I/O error: the reader can do no better with it.
-func errnoOf(err error) errno {
+// Errno returns the errno with which a request fails, as on a Linux block device. It is
+// the one place where an error of a device becomes a number, for every transport. Any
+// error that Errno does not know is EIO: the client could do no better with it.
+func Errno(op Op, err error) syscall.Errno {
 	switch {
 	case err == nil:
 		return 0
 	case errors.Is(err, blockmap.ErrReadOnly), errors.Is(err, syscall.EROFS):
-		return ePerm
+		return syscall.EPERM
 	case errors.Is(err, blockmap.ErrOutOfRange):
-		return eInval
+		if op == OpWrite {
+			return syscall.ENOSPC
+		}
+		return syscall.EINVAL
 	case errors.Is(err, blockmap.ErrNoSpace), errors.Is(err, syscall.ENOSPC),
 		errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
-		return eNoSpace
+		if op == OpRead {
+			return syscall.EIO // the cache is full, not the device; no reader expects ENOSPC
+		}
+		return syscall.ENOSPC
 	case errors.Is(err, blockmap.ErrClosed), errors.Is(err, ErrServerClosed):
-		return eShutdown
+		return syscall.ESHUTDOWN
 	case errors.Is(err, syscall.ENOMEM):
-		return eNoMem
+		return syscall.ENOMEM
 	}
-	return eIO
-}
-
-func (e errno) String() string {
-	switch e {
-	case ePerm:
-		return "operation not permitted"
-	case eIO:
-		return "input/output error"
-	case eNoMem:
-		return "out of memory"
-	case eInval:
-		return "invalid argument"
-	case eNoSpace:
-		return "no space left on device"
-	case eOverflow:
-		return "value too large"
-	case eNotSup:
-		return "operation not supported"
-	case eShutdown:
-		return "the server is shutting down"
-	}
-	return "ok"
+	return syscall.EIO
 }

@@ -23,6 +23,10 @@ func (z zeros) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 }
 
 func (z zeros) Fault(context.Context, blockmap.Extent) error { return nil }
+func (z zeros) Prefetch(blockmap.Extent)                     {}
+func (z zeros) Status(e blockmap.Extent) blockmap.Status {
+	return blockmap.Status{Extent: e, Zero: true, Resident: true}
+}
 
 // A device under the name "empty" on a unix socket. A client would say:
 //

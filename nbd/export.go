@@ -11,33 +11,15 @@ import (
 
 // Export is a device under a name. A client sees a read-only device unless
 // Device is a [blockmap.WritableDevice] and ReadOnly is false.
-//
-// A device may have two more methods, which are used where they exist:
-//
-//	Status(e blockmap.Extent) blockmap.Status  // of the first run within e
-//	Prefetch(e blockmap.Extent)                // bring e some time; does not wait
-//
-// Status gives clients the map of holes and of what is resident. Prefetch
-// serves the CACHE command, which otherwise makes a bounded number of Faults
-// in the background.
 type Export struct {
 	Name        string // the canonical name, which LIST shows
 	Description string // for humans; may be empty
 	Device      blockmap.Device
 	ReadOnly    bool
 
-	// Clients are the names, one of which a client's verified certificate
-	// must carry for the client to open the export. Where there are none,
-	// anyone may who can connect.
+	// Clients are names. A client may open the export only if its verified
+	// certificate carries one of them. An empty list admits every client.
 	Clients []string
-}
-
-type statuser interface {
-	Status(e blockmap.Extent) blockmap.Status
-}
-
-type prefetcher interface {
-	Prefetch(e blockmap.Extent)
 }
 
 // writable returns the device to write to, nil on a read-only export.
@@ -47,6 +29,13 @@ func (e *Export) writable() blockmap.WritableDevice {
 	}
 	w, _ := e.Device.(blockmap.WritableDevice)
 	return w
+}
+
+// Transmission returns the size and the transmission flags of e, which a handshake
+// tells a client. A client of [Server.ServeTransmission] learns them by other means:
+// the kernel takes them as NBD_ATTR_SIZE_BYTES and NBD_ATTR_SERVER_FLAGS.
+func (e *Export) Transmission() (size int64, flags uint16) {
+	return e.Device.Size(), e.flags(false)
 }
 
 // flags are the transmission flags of e. DF belongs to structured replies.
@@ -94,17 +83,16 @@ func (c ClientInfo) Named(names ...string) bool {
 // Exports is what a [Server] serves. Its methods may be called at once by any
 // number of connections.
 type Exports interface {
-	// Open returns the export of that name; "" is the default export. It
-	// may take its time, within ctx, to make one. The server calls release
-	// once when no connection uses the export any more that this call has
-	// given it to; release may be nil. Errors that a client is told apart
-	// are ErrUnknownExport, ErrDenied and ErrTLSRequired; for any other it
-	// reads the error's text.
+	// Open returns the export of that name; "" is the default export. It may
+	// take until ctx ends to make one. The server calls release once, when the
+	// connection no longer uses the export; release may be nil. A client is
+	// told ErrUnknownExport, ErrDenied and ErrTLSRequired by code, and any
+	// other error by its text.
 	Open(ctx context.Context, name string, c ClientInfo) (e *Export, release func(), err error)
 
-	// List returns what there is to show to c without opening anything.
-	// Only names and descriptions are looked at, and Clients to leave out
-	// what c may not open.
+	// List returns the exports to show to c, and opens none. The server looks
+	// at their names and descriptions only, and at Clients, to leave out what
+	// c may not open.
 	List(ctx context.Context, c ClientInfo) ([]Export, error)
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // Clients that others have written. Each test skips where its tool is missing;
@@ -46,17 +47,15 @@ func uri(path string) string { return "nbd+unix:///disk?socket=" + path }
 
 // foreign serves a device of a few MiB with holes, half of it absent, each miss
 // taking a moment.
-func foreign(t testing.TB) (*memDevice, string) {
+func foreign(t testing.TB) (*blocktest.Memory, string) {
 	dev := newPatternDevice(4 << 20)
-	for i := 300; i < 500; i++ {
-		dev.mu.blocks[i] = nil
-	}
-	dev.evict(blockmap.Range(1<<20, 2<<20))
-	dev.onFault = func(context.Context, blockmap.Extent) error {
+	dev.Punch(blockmap.Range(300*blockmap.BlockSize, 200*blockmap.BlockSize))
+	dev.Evict(blockmap.Range(1<<20, 2<<20))
+	dev.OnFault = func(context.Context, blockmap.Extent) error {
 		time.Sleep(time.Millisecond)
 		return nil
 	}
-	t.Cleanup(func() { dev.noPins(t) })
+	t.Cleanup(func() { dev.NoPins(t) })
 	return dev, serveDevice(t, Export{Device: dev, Description: "a test"})
 }
 
@@ -72,7 +71,7 @@ func TestNbdinfo(t *testing.T) {
 	}
 	e := info.Exports[0]
 	for k, want := range map[string]any{
-		"export-name": "disk", "description": "a test", "export-size": float64(dev.size),
+		"export-name": "disk", "description": "a test", "export-size": float64(dev.Size()),
 		"is_read_only": false, "can_multi_conn": true, "can_df": true, "can_cache": true, "can_flush": true,
 		"can_fua": true, "can_trim": true, "can_zero": true, "can_fast_zero": true,
 		"block_size_minimum": 1.0, "block_size_preferred": 4096.0, "block_size_maximum": float64(maxPayload),
@@ -103,7 +102,7 @@ func TestNbdinfo(t *testing.T) {
 			}
 			end = x.Offset + x.Length
 		}
-		if end != dev.size {
+		if end != dev.Size() {
 			t.Errorf("%s: ends at %d", name, end)
 		}
 	}
@@ -117,28 +116,28 @@ func TestNbdcopy(t *testing.T) {
 	same(t, file, dev)
 
 	// And back, into an empty device, over several connections.
-	dst := newMemDevice(dev.size)
+	dst := blocktest.NewMemory(dev.Size())
 	to := serveDevice(t, Export{Device: dst})
 	nbdcopy("--connections=4", "--flush", file, uri(to))
 	same(t, file, dst)
-	if flushes, dirty := dst.flushed(); dirty != 0 || flushes == 0 {
-		t.Errorf("%d dirty after %d flushes", dirty, flushes)
+	if dirty := dst.Dirty(); dirty != 0 {
+		t.Errorf("%d writes are not flushed", dirty)
 	}
 	// From server to server.
-	dst = newMemDevice(dev.size)
+	dst = blocktest.NewMemory(dev.Size())
 	to = serveDevice(t, Export{Device: dst})
 	nbdcopy("--destination-is-zero", uri(path), uri(to))
 	same(t, file, dst)
 }
 
 // same fails t unless the file holds what the device does.
-func same(t testing.TB, file string, dev *memDevice) {
+func same(t testing.TB, file string, dev *blocktest.Memory) {
 	t.Helper()
 	got, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(got, dev.content(blockmap.Range(0, dev.size))) {
+	if !bytes.Equal(got, dev.Content(blockmap.Range(0, dev.Size()))) {
 		t.Error("the copy is not the same")
 	}
 }
@@ -265,7 +264,7 @@ func TestQemuImg(t *testing.T) {
 	qemu := tool(t, "qemu-img")
 	dev, path := foreign(t)
 	var info map[string]any
-	if err := json.Unmarshal([]byte(qemu("info", "--output=json", uri(path))), &info); err != nil || info["virtual-size"] != float64(dev.size) {
+	if err := json.Unmarshal([]byte(qemu("info", "--output=json", uri(path))), &info); err != nil || info["virtual-size"] != float64(dev.Size()) {
 		t.Errorf("info: %v, %v", info, err)
 	}
 	file := filepath.Join(t.TempDir(), "copy")
@@ -276,7 +275,7 @@ func TestQemuImg(t *testing.T) {
 		t.Errorf("map: %s", out)
 	}
 
-	dst := newMemDevice(dev.size)
+	dst := blocktest.NewMemory(dev.Size())
 	to := serveDevice(t, Export{Device: dst})
 	qemu("convert", "-n", "-f", "raw", "-O", "raw", file, uri(to))
 	same(t, file, dst)
@@ -297,7 +296,7 @@ func TestQemuIO(t *testing.T) {
 	if regexp.MustCompile(`(?i)fail|error`).MatchString(out) {
 		t.Error(out)
 	}
-	if _, dirty := dev.flushed(); dirty != 0 {
+	if dev.Dirty() != 0 {
 		t.Error("dirty after flush")
 	}
 
@@ -324,7 +323,7 @@ func TestFio(t *testing.T) {
 		args = append([]string{"--name=verify", "--ioengine=nbd", "--thread", "--uri=" + uri(path),
 			"--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--size=4m", "--output-format=terse"}, args...)
 		fio(args...)
-		dev.evict(blockmap.Range(0, dev.size))
+		dev.Evict(blockmap.Range(0, dev.Size()))
 	}
 }
 

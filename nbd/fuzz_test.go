@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // script is a client that has said all it has to say, and notes the answers.
@@ -55,8 +56,8 @@ func FuzzHandshake(f *testing.F) {
 	f.Add([]byte{0xff})
 
 	srv := &Server{Exports: Static{
-		{Name: "disk", Description: "d", Device: newMemDevice(testSize)},
-		{Name: "other", Device: newMemDevice(testSize), Clients: []string{"x"}},
+		{Name: "disk", Description: "d", Device: blocktest.NewMemory(testSize)},
+		{Name: "other", Device: blocktest.NewMemory(testSize), Clients: []string{"x"}},
 	}}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		nc := &script{in: bytes.NewReader(in)}
@@ -104,19 +105,19 @@ func FuzzTransmission(f *testing.F) {
 
 	f.Fuzz(func(t *testing.T, structured bool, in []byte) {
 		dev := newPatternDevice(64 << 10)
-		dev.evict(blockmap.Range(16<<10, 16<<10))
+		dev.Evict(blockmap.Range(16<<10, 16<<10))
 		nc := &script{in: bytes.NewReader(in)}
-		h := &handshake{nc: nc, log: slog.New(slog.DiscardHandler), structured: structured, export: &Export{Device: dev}}
+		agreed := terms{export: &Export{Device: dev}, structured: structured}
 		if structured {
-			h.contexts = []metaContext{contextAllocation, contextResident}
+			agreed.contexts = allContexts
 		}
 		srv := &Server{}
 		srv.mu.Lock()
 		srv.init()
 		ctx, cancel := srv.mu.ctx, srv.mu.cancel
 		srv.mu.Unlock()
-		newSession(&conn{srv: srv, nc: nc}, h, cancel).run(ctx)
-		dev.noPins(t)
+		newSession(&conn{srv: srv, nc: nc}, nc, agreed, slog.New(slog.DiscardHandler), cancel).run(ctx)
+		dev.NoPins(t)
 
 		// What was asked, cookie by cookie.
 		type ask struct {

@@ -10,8 +10,8 @@ import (
 	"github.com/pojntfx/go-nbd/pkg/backend"
 )
 
-// Backend is a device as a backend.Backend of go-nbd, for programs that have a
-// server of that library already.
+// Backend makes a device a backend.Backend of go-nbd, for programs that already have a
+// server of that library.
 type Backend struct {
 	Device  blockmap.Device
 	Timeout time.Duration // for one call, 0: DefaultFaultTimeout
@@ -19,7 +19,7 @@ type Backend struct {
 
 var _ backend.Backend = (*Backend)(nil)
 
-// ReadAt reads like [io.ReaderAt]: less than len(p) only at the end of the
+// ReadAt reads like [io.ReaderAt]: fewer than len(p) bytes only at the end of the
 // device.
 func (b *Backend) ReadAt(p []byte, off int64) (int, error) {
 	if err := blockmap.Range(off, 0).Check(b.Device.Size()); err != nil {

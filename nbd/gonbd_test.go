@@ -14,12 +14,12 @@ import (
 func TestBackend(t *testing.T) {
 	const testSize = 64 << 10
 	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize/2))
+	dev.Evict(blockmap.Range(0, testSize/2))
 	b := &Backend{Device: dev}
 	if n, err := b.Size(); n != testSize || err != nil {
 		t.Errorf("Size: %d, %v", n, err)
 	}
-	if err := iotest.TestReader(io.NewSectionReader(b, 0, testSize), dev.content(blockmap.Range(0, testSize))); err != nil {
+	if err := iotest.TestReader(io.NewSectionReader(b, 0, testSize), dev.Content(blockmap.Range(0, testSize))); err != nil {
 		t.Error(err)
 	}
 	p := make([]byte, 100)
@@ -38,19 +38,18 @@ func TestBackend(t *testing.T) {
 	if n, err := b.WriteAt(pattern(5, 100), 50); n != 100 || err != nil {
 		t.Errorf("WriteAt: %d, %v", n, err)
 	}
-	if !bytes.Equal(dev.content(blockmap.Range(50, 100)), pattern(5, 100)) {
+	if !bytes.Equal(dev.Content(blockmap.Range(50, 100)), pattern(5, 100)) {
 		t.Error("wrong data written")
 	}
 	if _, err := b.WriteAt(p, testSize-50); !errors.Is(err, blockmap.ErrOutOfRange) {
 		t.Errorf("WriteAt beyond the end: %v", err)
 	}
-	err := b.Sync()
-	if n, _ := dev.flushed(); n != 1 || err != nil {
-		t.Errorf("Sync: %v", err)
+	if err := b.Sync(); err != nil || dev.Dirty() != 0 {
+		t.Errorf("Sync: %v, %d writes are not flushed", err, dev.Dirty())
 	}
 
-	dev.evict(blockmap.Range(0, 4096))
-	dev.onFault = func(context.Context, blockmap.Extent) error { return errBroken }
+	dev.Evict(blockmap.Range(0, 4096))
+	dev.OnFault = func(context.Context, blockmap.Extent) error { return errBroken }
 	if _, err := b.ReadAt(p, 0); err != errBroken {
 		t.Errorf("ReadAt of what cannot be had: %v", err)
 	}
@@ -61,5 +60,5 @@ func TestBackend(t *testing.T) {
 	if err := r.Sync(); err != nil {
 		t.Errorf("Sync: %v", err)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 }

@@ -19,26 +19,26 @@ import (
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 )
 
-// Bounds of option haggling. Every option of the spec fits in maxOption; what
-// is longer is read past up to maxSkip to keep the framing, and beyond that the
-// connection is dropped.
+// Bounds of option haggling. Every option of the spec fits in maxOption. The server
+// skips the data of a longer one, to keep the framing, and drops the connection where
+// an option is longer than maxSkip.
 const (
 	maxOption  = 64 << 10
 	maxSkip    = 1 << 20
 	maxOptions = 1024 // in one handshake
 
-	// openTimes bounds the time that all calls of Exports in one handshake
-	// may take, in multiples of FaultTimeout: one export is opened, and
-	// another one was not to be had.
+	// openTimes bounds the time of all calls of Exports in one handshake, in
+	// multiples of FaultTimeout: for one export that fails to open, and one
+	// that is opened.
 	openTimes = 2
 )
 
-// errDone ends a handshake that has nothing to go on with and nothing wrong.
+// errDone ends a handshake whose client has left in good order.
 var errDone = errors.New("the client is done")
 
 // handshake is option haggling on one connection, up to the export that is
-// chosen. It reads byte for byte what it needs and never ahead: what follows
-// STARTTLS belongs to TLS, and what follows GO to transmission.
+// chosen. It never reads ahead: the bytes after STARTTLS belong to TLS, and those after
+// GO to transmission.
 type handshake struct {
 	c      *conn
 	nc     net.Conn // c.nc, or TLS over it
@@ -65,8 +65,8 @@ type handshake struct {
 	release    func()
 }
 
-// run haggles until the client has chosen an export: h.export then is it. It
-// fails with errDone where the client leaves in good order.
+// run haggles until the client has chosen an export, which is then h.export. It fails
+// with errDone where the client leaves in good order.
 func (h *handshake) run(ctx context.Context) error {
 	h.w = bufio.NewWriter(h.nc)
 	hello := binary.BigEndian.AppendUint64(nil, magicServer)
@@ -107,25 +107,21 @@ func (h *handshake) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return fmt.Errorf("more than %d options", maxOptions)
+	return fmt.Errorf("the client sent more than %d options", maxOptions)
 }
 
-// logEnd says why the handshake ended without an export. Monitoring, and scanners
-// of ports and of TLS, connect and go or speak something else; a client that goes
-// away is none of the operator's business either.
-func (h *handshake) logEnd(msg string, err error) {
-	args := []any{}
-	if err != nil {
-		args = append(args, "err", err)
-	}
-	if !h.speaks || err != nil && gone(err) {
-		h.log.Debug(msg, args...)
+// logEnd logs why the handshake ended without an export. It is no warning where the
+// client sent no option, as monitoring and port scanners do, nor where the client hung
+// up.
+func (h *handshake) logEnd(msg string, key string, value any) {
+	if err, _ := value.(error); !h.speaks || err != nil && gone(err) {
+		h.log.Debug(msg, key, value)
 		return
 	}
-	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, args...)
+	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, key, value)
 }
 
-// ended makes a clean end of a client that hung up between two options.
+// ended returns errDone for a client that hung up between two options.
 func ended(err error) error {
 	if err == io.EOF {
 		return errDone
@@ -133,11 +129,11 @@ func ended(err error) error {
 	return err
 }
 
-// readData reads the n bytes of an option's data to h.data. Where they are more
-// than any option needs they are skipped, and fit is false.
+// readData reads the n bytes of an option's data to h.data. Where n is more than any
+// option needs, it skips them, and fit is false.
 func (h *handshake) readData(n uint32) (fit bool, err error) {
 	if n > maxSkip {
-		return false, fmt.Errorf("option of %d bytes", n)
+		return false, fmt.Errorf("an option has %d bytes, of at most %d", n, maxSkip)
 	}
 	if n > maxOption {
 		h.data = h.data[:0]
@@ -157,8 +153,8 @@ func (h *handshake) option(ctx context.Context, opt uint32, fit bool) (chosen bo
 	srv := h.c.srv
 	switch {
 	case opt == optAbort:
-		// The client may be gone already, so whether the reply arrives
-		// is of no interest.
+		// The client may be gone already: it does not matter whether the
+		// reply arrives.
 		h.reply(opt, repAck, nil)
 		h.w.Flush()
 		return false, errDone
@@ -285,8 +281,9 @@ func (h *handshake) open(ctx context.Context, name string) error {
 	return nil
 }
 
-// ourTime bounds a call of Exports. What it takes, until done, is not taken from
-// the client's time for the handshake, but all of them together have a bound.
+// ourTime bounds a call of Exports. The time until done does not count against
+// HandshakeTimeout, which is the client's. All such calls together are bounded by
+// openTimes.
 func (h *handshake) ourTime(ctx context.Context) (_ context.Context, done func(), err error) {
 	limit := cmp.Or(h.c.srv.FaultTimeout, DefaultFaultTimeout)
 	left := openTimes*limit - h.used
@@ -402,8 +399,7 @@ func (h *handshake) list(ctx context.Context) error {
 	return h.reply(optList, repAck, nil)
 }
 
-// startTLS upgrades the connection. Nothing that was agreed on before counts
-// afterwards.
+// startTLS upgrades the connection. It drops everything that was agreed on before.
 func (h *handshake) startTLS(ctx context.Context) error {
 	cfg := h.c.srv.tls()
 	switch {
@@ -438,7 +434,7 @@ func (h *handshake) startTLS(ctx context.Context) error {
 	return nil
 }
 
-// cutString takes a string with its 32-bit length off the front of p.
+// cutString cuts a string with its 32-bit length off the front of p.
 func cutString(p []byte) (s string, rest []byte, ok bool) {
 	if len(p) < 4 {
 		return "", nil, false

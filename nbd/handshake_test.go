@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 const testSize = 1 << 20
@@ -20,7 +21,7 @@ const testSize = 1 << 20
 func TestHaggling(t *testing.T) {
 	path := serve(t, &Server{Exports: Static{
 		{Name: "disk", Description: "the one", Device: readOnly{newPatternDevice(testSize)}},
-		{Name: "other", Device: newMemDevice(4 * testSize)},
+		{Name: "other", Device: blocktest.NewMemory(4 * testSize)},
 	}})
 	c := dial(t, path)
 
@@ -88,8 +89,7 @@ func TestHaggling(t *testing.T) {
 
 func TestListMetaContext(t *testing.T) {
 	path := serve(t, &Server{Exports: Static{
-		{Name: "disk", Device: newMemDevice(testSize)},
-		{Name: "plain", Device: plain{newMemDevice(testSize)}},
+		{Name: "disk", Device: blocktest.NewMemory(testSize)},
 	}})
 	for _, test := range []struct {
 		name    string
@@ -97,10 +97,8 @@ func TestListMetaContext(t *testing.T) {
 		want    string
 	}{
 		{"disk", nil, "base:allocation x-thaw:resident"},
-		{"plain", nil, "base:allocation"},
 		{"disk", []string{"base:"}, "base:allocation"},
 		{"disk", []string{"x-thaw:"}, "x-thaw:resident"},
-		{"plain", []string{"x-thaw:"}, ""},
 		{"disk", []string{"x-thaw:resident", "base:allocation", "base:allocation"}, "base:allocation x-thaw:resident"},
 		{"disk", []string{"qemu:", "x-tha:"}, ""},
 	} {
@@ -120,7 +118,7 @@ func TestListMetaContext(t *testing.T) {
 
 // What ends a connection, because there is no other way to answer.
 func TestHandshakeDrops(t *testing.T) {
-	path := serveDevice(t, Export{Device: newMemDevice(testSize)})
+	path := serveDevice(t, Export{Device: blocktest.NewMemory(testSize)})
 	for name, say := range map[string]func(c *client){
 		"unknown client flag": func(c *client) { c.hello(1 << 7) },
 		"bad option magic":    func(c *client) { c.hello(3); c.write(make([]byte, optionHeaderLen)) },
@@ -164,7 +162,7 @@ func TestExportName(t *testing.T) {
 			t.Errorf("EXPORT_NAME: %x", p[:10])
 		}
 		c.send(cmdRead, 0, 5, 100, 300)
-		if k := c.chunk(300); k.cookie != 5 || !bytes.Equal(k.data, dev.content(blockmap.Range(100, 300))) {
+		if k := c.chunk(300); k.cookie != 5 || !bytes.Equal(k.data, dev.Content(blockmap.Range(100, 300))) {
 			t.Error("wrong data")
 		}
 	}
@@ -196,7 +194,7 @@ func TestOpenByReference(t *testing.T) {
 			return nil, nil, errors.New("manifest of broken: 500")
 		}
 		events <- "open " + name
-		e := &Export{Name: "canonical", Device: newMemDevice(testSize)}
+		e := &Export{Name: "canonical", Device: blocktest.NewMemory(testSize)}
 		return e, func() { events <- "release " + name }, nil
 	}}})
 	next := func(want string) {
@@ -233,8 +231,8 @@ func TestOpenByReference(t *testing.T) {
 
 func TestContextsBelongToTheirExport(t *testing.T) {
 	path := serve(t, &Server{Exports: Static{
-		{Name: "disk", Device: newMemDevice(testSize)},
-		{Name: "other", Device: newMemDevice(testSize)},
+		{Name: "disk", Device: blocktest.NewMemory(testSize)},
+		{Name: "other", Device: blocktest.NewMemory(testSize)},
 	}})
 	c := dial(t, path)
 	c.want(optStructuredReply, nil, repAck)
@@ -249,7 +247,7 @@ func TestContextsBelongToTheirExport(t *testing.T) {
 func TestSlowHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newPipeListener()
-		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}, HandshakeTimeout: 3 * time.Second}, l)
+		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}, HandshakeTimeout: 3 * time.Second}, l)
 		begin := time.Now()
 		c := &client{t, l.dial()}
 		c.hello(3)
@@ -272,7 +270,7 @@ func TestSlowOpen(t *testing.T) {
 		l := newPipeListener()
 		serveOn(t, &Server{HandshakeTimeout: 3 * time.Second, Exports: opener{func(context.Context, string, ClientInfo) (*Export, func(), error) {
 			time.Sleep(20 * time.Second)
-			return &Export{Name: "disk", Device: newMemDevice(testSize)}, nil, nil
+			return &Export{Name: "disk", Device: blocktest.NewMemory(testSize)}, nil, nil
 		}}}, l)
 		c := &client{t, l.dial()}
 		c.hello(3)
@@ -296,7 +294,7 @@ func TestSlowOpensAreBounded(t *testing.T) {
 				case <-ctx.Done():
 					return nil, nil, ctx.Err()
 				}
-				return &Export{Name: name, Device: newMemDevice(testSize)}, nil, nil
+				return &Export{Name: name, Device: blocktest.NewMemory(testSize)}, nil, nil
 			}}}, l)
 		c := &client{t, l.dial()}
 		c.hello(3)

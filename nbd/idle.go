@@ -11,7 +11,7 @@ import (
 type idle struct {
 	limit  time.Duration // 0: none
 	last   time.Time     // when the client sent something
-	before int           // tasks counted in flight whose payload the reader waits for
+	before int           // requests in flight whose payload the reader waits for
 }
 
 // begin starts the clock.
@@ -22,9 +22,9 @@ func (i *idle) begin(s *session) {
 	}
 }
 
-// read is the end of a read of s, which has failed with err or not: the error to
-// go on with, or again to read again at a deadline that was too early. It is not
-// set anew for each read.
+// read is called after each read of s, with its error. It returns the error to go on
+// with, or again where the deadline was too early and the caller is to read again: the
+// deadline is not set anew for each read.
 func (i *idle) read(s *session, err error) (again bool, _ error) {
 	now := time.Now()
 	if err == nil {
@@ -39,7 +39,7 @@ func (i *idle) read(s *session, err error) (again bool, _ error) {
 	if s.mu.wrote.After(since) {
 		since = s.mu.wrote
 	}
-	if s.mu.tasks > i.before || s.mu.writing {
+	if s.mu.writing || s.client.InFlight().Requests > i.before {
 		since = now
 	}
 	s.mu.Unlock()

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// limiter writes at most one line a second, and says in the next one how many it
-// has left out: clients decide how often these lines have a reason.
+// limiter writes at most one line a second. The next line says how many were suppressed.
+// It is for lines that clients can cause as often as they like.
 type limiter struct {
 	mu struct {
 		sync.Mutex

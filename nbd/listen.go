@@ -16,12 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listen listens on an address of the form "unix:PATH" or "tcp:HOST:PORT"; the
-// port that NBD has by assignment is 10809. A socket file that a dead process
-// has left behind is replaced, and one that somebody answers on is not: of several
-// that start at once one gets the path. Who may connect to a socket file is up to
-// the umask. Closing the listener removes the socket file if it is still the one
-// that was made.
+// Listen listens on an address of the form "unix:PATH" or "tcp:HOST:PORT"; the port
+// assigned to NBD is 10809. It replaces a socket file that a dead process has left
+// behind, but not one on which a process listens: of several servers that start at
+// once, one gets the path. The umask decides who may connect to a socket file. Closing
+// the listener removes the socket file, if it is still the one that Listen made.
 func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	network, where, _ := strings.Cut(addr, ":")
 	if where == "" || network != "unix" && network != "tcp" {
@@ -44,11 +43,11 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	return l, nil
 }
 
-// maxSocketPath is the size of sun_path but for the zero at its end.
+// maxSocketPath is the size of sun_path without the zero at its end.
 const maxSocketPath = 107
 
-// socketListener listens on a socket file. The one of package net removes whatever
-// is at its path when it is closed, as it may be another server's by then.
+// socketListener listens on a socket file. The listener of package net removes any file
+// at its path when it is closed. That may be another server's by then.
 type socketListener struct {
 	*net.UnixListener
 	path string
@@ -56,13 +55,13 @@ type socketListener struct {
 	once sync.Once
 }
 
-// listenSocket makes a socket file. To look whether somebody answers on an old one,
-// to remove that, and to make the new one is one step, since the lock of the
-// directory is held meanwhile: another server would take a socket for stale that
-// is not listened on yet, or remove one that has just been made.
+// listenSocket makes a socket file. It holds the lock of the directory while it checks
+// whether a process listens on an old socket file, removes that, and makes the new one.
+// Otherwise another server could take a socket for stale that is not listened on yet,
+// or remove one that has just been made.
 func listenSocket(ctx context.Context, path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("the path of a socket has at most %d bytes, and this one has %d: choose a shorter one, as under /run", maxSocketPath, len(path))
+		return nil, fmt.Errorf("the path of a socket has at most %d bytes, and this one has %d: choose a shorter one, for instance under /run", maxSocketPath, len(path))
 	}
 	unlock, err := lockDir(ctx, filepath.Dir(path))
 	if err != nil {
@@ -102,13 +101,14 @@ func (l *socketListener) Close() error {
 	return l.UnixListener.Close()
 }
 
-// lockTime is how long another process may hold the lock of a directory: it is
-// done when it has found out whether somebody answers on a socket.
+// lockTime is how long another process may hold the lock of a directory. A server holds
+// it only until it knows whether a process listens on a socket.
 const lockTime = 5 * time.Second
 
-// lockDir locks a directory against others that make sockets in it. The lock is one
-// on the directory itself, so it leaves no file behind, and ends with the process.
-// Where there are no such locks, or they are not for this user, it does without.
+// lockDir locks a directory against other servers that make sockets in it. It locks the
+// directory itself, so the lock leaves no file behind and ends with the process. Where
+// the file system has no such locks, or this user may not lock, lockDir succeeds
+// without one.
 func lockDir(ctx context.Context, dir string) (unlock func(), err error) {
 	f, err := os.Open(dir)
 	if errors.Is(err, fs.ErrPermission) {
@@ -158,9 +158,9 @@ func removeStale(ctx context.Context, path string) error {
 		c.Close()
 		return syscall.EADDRINUSE
 	case errors.Is(err, syscall.EAGAIN), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, syscall.EPROTOTYPE):
-		return syscall.EADDRINUSE // its queue is full, or it is of another kind
+		return syscall.EADDRINUSE // its queue is full, or it is a socket of another type
 	case !errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("find out whether a program listens there: %w", err)
+		return fmt.Errorf("cannot find out whether a program listens on %s: %w", path, err)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -168,9 +168,8 @@ func removeStale(ctx context.Context, path string) error {
 	return nil
 }
 
-// ListenFiles makes listeners of listening sockets that were inherited, as
-// from systemd (its activation.Files gives such a list). It closes the files,
-// and on an error everything.
+// ListenFiles makes listeners of inherited listening sockets, such as those of systemd's
+// activation.Files. It closes the files. On an error it closes the listeners too.
 func ListenFiles(files []*os.File) ([]net.Listener, error) {
 	var ls []net.Listener
 	var errs []error
@@ -192,8 +191,8 @@ func ListenFiles(files []*os.File) ([]net.Listener, error) {
 	return ls, nil
 }
 
-// Exposed reports whether other hosts may reach l: whether its address is not a
-// unix socket nor the loopback. Such a listener wants TLS.
+// Exposed reports whether other hosts can reach l: whether its address is neither a
+// unix socket nor the loopback. Such a listener needs TLS.
 func Exposed(l net.Listener) bool {
 	switch a := l.Addr().(type) {
 	case *net.UnixAddr:

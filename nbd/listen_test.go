@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/blocktest"
 )
 
 func TestListen(t *testing.T) {
@@ -241,7 +243,7 @@ func TestListenFiles(t *testing.T) {
 	if err != nil || len(ls) != 2 {
 		t.Fatalf("%d listeners, %v", len(ls), err)
 	}
-	srv := &Server{Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	srv := &Server{Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}}
 	for _, l := range ls { // several at once
 		serveOn(t, srv, l)
 		nc, err := net.Dial("tcp", l.Addr().String())

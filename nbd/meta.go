@@ -14,25 +14,19 @@ import (
 type metaContext uint32
 
 const (
-	// base:allocation is the spec's own: NBD_STATE_HOLE and NBD_STATE_ZERO
-	// on what reads as zeros and takes no space.
+	// base:allocation is the spec's own: NBD_STATE_HOLE and NBD_STATE_ZERO on
+	// holes, which read as zeros and take no space.
 	contextAllocation = metaContext(1)
 	// x-thaw:resident is ours: bit 0 is set on what can be read without
 	// fetching anything.
 	contextResident = metaContext(2)
 )
 
+var allContexts = []metaContext{contextAllocation, contextResident}
+
 var contextNames = map[metaContext]string{
 	contextAllocation: "base:allocation",
 	contextResident:   "x-thaw:resident",
-}
-
-// contextsOf lists the contexts that a device can answer.
-func contextsOf(d blockmap.Device) []metaContext {
-	if _, ok := d.(statuser); ok {
-		return []metaContext{contextAllocation, contextResident}
-	}
-	return []metaContext{contextAllocation}
 }
 
 // state is the status flags of st in the context.
@@ -50,7 +44,7 @@ func (m metaContext) state(st blockmap.Status) uint32 {
 func (h *handshake) metaContext(ctx context.Context, opt uint32) error {
 	set := opt == optSetMetaContext
 	if set {
-		h.contexts = nil // whatever comes of it
+		h.contexts = nil // also where it fails
 		if !h.structured {
 			return h.fail(opt, repErrInvalid, "structured replies are needed first")
 		}
@@ -79,7 +73,7 @@ func (h *handshake) metaContext(ctx context.Context, opt uint32) error {
 		return h.failOpen(opt, name, err)
 	}
 
-	for _, m := range contextsOf(h.export.Device) {
+	for _, m := range allContexts {
 		match := !set && count == 0
 		for _, q := range queries {
 			namespace, _, _ := strings.Cut(contextNames[m], ":")
@@ -128,15 +122,11 @@ func blockStatus(ctx context.Context, d blockmap.Device, e blockmap.Extent, cont
 	for i, m := range contexts {
 		out[i] = extents{m, binary.BigEndian.AppendUint32(nil, uint32(m))}
 	}
-	s, _ := d.(statuser)
 	for round := 0; e.Start < e.End; round++ {
-		st := blockmap.Status{Extent: e}
-		if s != nil {
-			st = s.Status(e)
-			st.Extent = st.Intersect(e)
-			if st.Start != e.Start || st.Len() <= 0 {
-				st = blockmap.Status{Extent: e} // says nothing about e: data
-			}
+		st := d.Status(e)
+		st.Extent = st.Intersect(e)
+		if st.Start != e.Start || st.Len() <= 0 {
+			st = blockmap.Status{Extent: e} // the device does not describe e: call it data
 		}
 		full := false
 		for i := range out {
@@ -144,8 +134,8 @@ func blockStatus(ctx context.Context, d blockmap.Device, e blockmap.Extent, cont
 			full = full || out[i].count() > limit
 		}
 		if full {
-			// The run that did not fit in one context is taken
-			// back from that one; the others may say more.
+			// The run did not fit in one context, and is taken back
+			// there. The other contexts may describe more.
 			for i := range out {
 				if out[i].count() > limit {
 					out[i].p = out[i].p[:len(out[i].p)-8]

@@ -5,17 +5,17 @@ import (
 	"time"
 )
 
-// pace decides how a socket waits for its client. Parked, it leaves its thread to
-// others, and requests gather while it sleeps, to be answered together. But a
-// client that sends its requests one at a time waits for each, and then most
-// of the wait is the scheduler's way from the event to the goroutine. For such
-// a client the thread itself sleeps in the kernel, where the request wakes it.
+// pace decides how a socket waits for its client. As a rule its goroutine is parked:
+// it leaves its thread to others, and requests gather meanwhile, to be answered
+// together. But a client that sends one request at a time waits for each. Most of that
+// wait is the scheduler's way from the event to the goroutine. For such a client the
+// thread itself sleeps in the kernel, where the request wakes it.
 //
-// A thread that sleeps so has a processor of Go's in hand, and there may be no
-// other that looks for events. So it sleeps for the only client alone: one with
-// several connections that takes turns among them would wait, on the next one,
-// for the end of the sleep on the last; and it sleeps no longer than a client
-// that is busy takes to come back.
+// A thread that sleeps so keeps one of Go's processors, and there may be no other one
+// that looks for events. So a thread sleeps only while the server has a single
+// connection: a client that takes turns among several would wait, on the next one, for
+// the sleep on the last one to end. And it sleeps no longer than a busy client takes to
+// send its next request.
 type pace struct {
 	clients *atomic.Int32 // connections that the server has
 

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"encoding/binary"
+	"syscall"
 
 	"github.com/pojntfx/go-nbd/pkg/protocol"
 )
@@ -172,6 +173,62 @@ const (
 	stateResident = uint32(1 << 0)
 )
 
+// errno is an error value of the protocol (spec: "Error values"). They are the
+// numbers that Linux uses on x86, on every platform.
+type errno uint32
+
+const (
+	ePerm     = errno(1)
+	eIO       = errno(5)
+	eNoMem    = errno(12)
+	eInval    = errno(22)
+	eNoSpace  = errno(28)
+	eOverflow = errno(75)
+	eNotSup   = errno(95)
+	eShutdown = errno(108)
+)
+
+// wireErrno is the protocol's value for what Errno returns.
+func wireErrno(e syscall.Errno) errno {
+	switch e {
+	case 0:
+		return 0
+	case syscall.EPERM:
+		return ePerm
+	case syscall.ENOMEM:
+		return eNoMem
+	case syscall.EINVAL:
+		return eInval
+	case syscall.ENOSPC:
+		return eNoSpace
+	case syscall.ESHUTDOWN:
+		return eShutdown
+	}
+	return eIO
+}
+
+func (e errno) String() string {
+	switch e {
+	case ePerm:
+		return "operation not permitted"
+	case eIO:
+		return "input/output error"
+	case eNoMem:
+		return "out of memory"
+	case eInval:
+		return "invalid argument"
+	case eNoSpace:
+		return "no space left on device"
+	case eOverflow:
+		return "value too large"
+	case eNotSup:
+		return "operation not supported"
+	case eShutdown:
+		return "the server is shutting down"
+	}
+	return "ok"
+}
+
 // request is a request's header.
 type request struct {
 	flags  uint16
@@ -197,6 +254,17 @@ func parseRequest(p []byte) (r request, ok bool) {
 // within reports whether r lies inside a device of size bytes.
 func (r *request) within(size int64) bool {
 	return r.offset <= uint64(size) && uint64(r.length) <= uint64(size)-r.offset
+}
+
+// op is the kind of r for Errno.
+func (r *request) op() Op {
+	switch r.cmd {
+	case cmdRead:
+		return OpRead
+	case cmdWrite, cmdWriteZeroes:
+		return OpWrite
+	}
+	return OpOther
 }
 
 func appendSimpleReply(p []byte, cookie uint64, e errno) []byte {

@@ -22,54 +22,70 @@ const (
 	DefaultFaultTimeout     = time.Minute
 )
 
+// MinInFlightBytes is the least MaxInFlightBytes. Below it most clients would have one
+// request in flight at a time.
+const MinInFlightBytes = 128 << 10
+
 // ErrServerClosed is what Serve returns after Shutdown or Close.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-// Server serves exports to NBD clients. Set its fields before the first Serve;
-// the zero value of each but Exports is useful. A Server is used once: after
+// Server serves exports to NBD clients. Set its fields before the first Serve. The
+// zero value of each field except Exports is useful. A Server is used once: after
 // Shutdown or Close it stays closed.
 //
-// What a client can cost is bounded: its connection takes one goroutine and
-// some 200 KiB, plus MaxWaiters goroutines and MaxInFlightBytes of payload and
-// pinned views while its requests wait for the device or for the client to
-// take the replies. At a bound the server stops reading from the connection.
+// The cost of a client is bounded. Its connection takes one goroutine and about
+// 200 KiB. While its requests wait for the device, or for the client to take their
+// replies, they take up to MaxWaiters goroutines, and MaxInFlightBytes of payload and
+// pinned views. At a limit the server stops reading from the connection.
 //
-// A client may pause for as long as it likes: see WriteTimeout. It pins nothing
-// then, as replies that wait for their client for half a second are copied:
-// MaxInFlightBytes of them, and what was being written, which is up to 256 KiB of
-// small replies or one large one. Peers that are dead, not silent, are found by TCP:
-// keepalive probes end an idle connection after a minute and a half, and the
-// kernel's limit of retransmissions one with data under way
-// (net.ipv4.tcp_retries2, some 15 minutes). TCP_USER_TIMEOUT is not set, since it
-// counts a client that pauses as dead.
+// A client may pause for as long as it likes: see WriteTimeout. It then pins nothing,
+// since the server copies replies that have waited for their client for half a second:
+// up to MaxInFlightBytes of them, and those being written, which are up to 256 KiB of
+// small replies or one large one. TCP finds peers that are dead and not only silent.
+// Keepalive probes end an idle connection after a minute and a half. A connection with
+// data under way ends at the kernel's limit of retransmissions
+// (net.ipv4.tcp_retries2, about 15 minutes). TCP_USER_TIMEOUT is not set, since it
+// takes a client that pauses for dead.
 type Server struct {
 	Exports Exports
 	Log     *slog.Logger // nil: discarded
 
-	// TLSFunc lets clients upgrade with STARTTLS. It is asked for the
-	// configuration at each upgrade, so that renewed certificates are used
-	// by the next client, and may be asked by several at once; what it
-	// returns has at least a certificate, and is not changed any more. Nil,
-	// the function or its result, refuses TLS. Versions below 1.3 are refused
-	// whatever it says. ClientCAs and ClientAuth ask for certificates, the
-	// names of which reach Exports in ClientInfo.
+	// TLSFunc lets clients upgrade with STARTTLS. The server calls it for each
+	// upgrade, several at once, so that the next client sees renewed
+	// certificates. The result has at least a certificate, and must not change
+	// afterwards. Where the function or its result is nil, the server refuses
+	// TLS. It refuses versions below 1.3 in any case. ClientCAs and ClientAuth
+	// ask clients for certificates, whose names reach Exports in ClientInfo.
 	TLSFunc    func() *tls.Config
 	RequireTLS bool // refuse to talk about exports before STARTTLS
 
-	MaxConns         int           // connections at a time, 0: DefaultMaxConns; more are closed as they come
-	HandshakeTimeout time.Duration // for the client's part of the handshake, 0: DefaultHandshakeTimeout
-	FaultTimeout     time.Duration // for a request that waits for the device, and a call of Exports, 0: DefaultFaultTimeout
-
-	// WriteTimeout ends a session whose client has taken no byte for so long
-	// of what it has asked for (and up to half a second more, see above).
-	// 0: none, as in other NBD servers.
+	// MaxConns is how many connections are open at a time; further ones are
+	// closed as they arrive. 0: DefaultMaxConns.
+	MaxConns int
+	// HandshakeTimeout is for the client's part of the handshake. 0:
+	// DefaultHandshakeTimeout.
+	HandshakeTimeout time.Duration
+	// FaultTimeout is for a request that waits for the device, and for a call
+	// of Exports. 0: DefaultFaultTimeout.
+	FaultTimeout time.Duration
+	// WriteTimeout ends a session whose client has taken no byte of its replies
+	// for so long, and up to half a second more (see above). 0: no bound, as in
+	// other NBD servers.
 	WriteTimeout time.Duration
 	// IdleTimeout ends a session without requests in flight whose client has
-	// sent no byte for so long. 0: none.
+	// sent no byte for so long. 0: no bound.
 	IdleTimeout time.Duration
 
-	MaxWaiters       int   // requests of one connection off the hit path, 0: DefaultMaxWaiters
-	MaxInFlightBytes int64 // their bytes, or what they pin; 0: DefaultMaxInFlightBytes; one request is always let in
+	// MaxWaiters is how many requests of one connection may wait for the device
+	// or for the client to take their replies. 0: DefaultMaxWaiters.
+	MaxWaiters int
+	// MaxInFlightBytes is how many bytes they may have, or pin. One request of
+	// any size is always let in. 0: DefaultMaxInFlightBytes; at least
+	// MinInFlightBytes.
+	MaxInFlightBytes int64
+	// Admission bounds the requests of all connections together, with those of
+	// other transports. Nil: no such bound.
+	Admission *Admission
 
 	bufs    buffers
 	clients atomic.Int32 // connections in mu.conns, see pace
@@ -123,11 +139,45 @@ func (s *Server) Stats() Stats {
 	return st
 }
 
+// Check fails where a field has a value that makes no sense, and names the field. Serve
+// and ServeTransmission check too.
+func (s *Server) Check() error {
+	switch {
+	case s.MaxConns < 0:
+		return fmt.Errorf("nbd: MaxConns is %d: want at least 1, or 0 for %d", s.MaxConns, DefaultMaxConns)
+	case s.MaxWaiters < 0:
+		return fmt.Errorf("nbd: MaxWaiters is %d: want at least 1, or 0 for %d", s.MaxWaiters, DefaultMaxWaiters)
+	case s.MaxInFlightBytes != 0 && s.MaxInFlightBytes < MinInFlightBytes:
+		return fmt.Errorf("nbd: MaxInFlightBytes is %d: want at least %d, or 0 for %d", s.MaxInFlightBytes, MinInFlightBytes, DefaultMaxInFlightBytes)
+	}
+	for _, f := range []struct {
+		name string
+		d    time.Duration
+	}{
+		{"HandshakeTimeout", s.HandshakeTimeout}, {"FaultTimeout", s.FaultTimeout},
+		{"WriteTimeout", s.WriteTimeout}, {"IdleTimeout", s.IdleTimeout},
+	} {
+		if f.d < 0 {
+			return fmt.Errorf("nbd: %s is %v: a timeout is not negative", f.name, f.d)
+		}
+	}
+	return nil
+}
+
+func (s *Server) maxConns() int { return cmp.Or(s.MaxConns, DefaultMaxConns) }
+
+func (s *Server) handshakeTimeout() time.Duration {
+	return cmp.Or(s.HandshakeTimeout, DefaultHandshakeTimeout)
+}
+
 // Serve accepts connections from l until Shutdown or Close and then returns
 // ErrServerClosed; it returns another error where l fails. It closes l. Several
 // listeners can be served at once, each by its own Serve.
 func (s *Server) Serve(l net.Listener) error {
 	defer l.Close()
+	if err := s.Check(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	if s.mu.closing {
 		s.mu.Unlock()
@@ -149,11 +199,11 @@ func (s *Server) Serve(l net.Listener) error {
 			if s.closed() {
 				return ErrServerClosed
 			}
-			// Out of descriptors, or the peer gone already: others
-			// may be luckier in a moment.
+			// The process is out of descriptors, or the peer is gone
+			// already: the next accept may succeed.
 			if t, ok := err.(interface{ Temporary() bool }); ok && t.Temporary() {
 				pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-				s.log().Warn("accept", "addr", l.Addr(), "err", err, "again in", pause)
+				s.log().Warn("cannot accept a connection; trying again", "addr", l.Addr(), "err", err, "pause", pause)
 				select {
 				case <-time.After(pause):
 					continue
@@ -171,36 +221,44 @@ func (s *Server) Serve(l net.Listener) error {
 // Probes of a TCP connection on which nothing happens.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}
 
-// start gives nc its goroutine, or closes it where there is no room.
+// start serves nc on a goroutine, or closes it where MaxConns are open.
 func (s *Server) start(nc net.Conn) {
 	if t, ok := nc.(*net.TCPConn); ok {
 		t.SetKeepAliveConfig(keepAlive)
 	}
 	c := &conn{srv: s, nc: nc}
-	limit := cmp.Or(s.MaxConns, DefaultMaxConns)
-	s.mu.Lock()
-	room := len(s.mu.conns) < limit
-	if s.mu.closing || !room {
-		s.mu.Unlock()
+	ctx, err := s.register(c)
+	if err != nil {
 		nc.Close()
-		if !room {
-			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: there are too many", "client", addrOf(nc), "max_conns", limit)
+		if err != ErrServerClosed {
+			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "client", addrOf(nc), "max_conns", s.maxConns())
 		}
 		return
 	}
-	s.mu.past.Accepted++
-	s.mu.conns[c] = struct{}{}
-	s.clients.Store(int32(len(s.mu.conns)))
-	ctx := s.mu.ctx
-	s.mu.Unlock()
-
 	go func() {
 		defer s.ended(c)
 		c.serve(ctx)
 	}()
 }
 
-// ended takes c out of the server's books.
+// register counts c as open, and returns the context of all connections.
+func (s *Server) register(c *conn) (context.Context, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.init()
+	if s.mu.closing {
+		return nil, ErrServerClosed
+	}
+	if limit := s.maxConns(); len(s.mu.conns) >= limit {
+		return nil, fmt.Errorf("nbd: %d connections are open, which is MaxConns", limit)
+	}
+	s.mu.past.Accepted++
+	s.mu.conns[c] = struct{}{}
+	s.clients.Store(int32(len(s.mu.conns)))
+	return s.mu.ctx, nil
+}
+
+// ended counts c as closed.
 func (s *Server) ended(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -212,11 +270,11 @@ func (s *Server) ended(c *conn) {
 	}
 }
 
-// Shutdown stops accepting, lets every connection answer what it has been
-// asked, and closes it. Requests that arrive meanwhile are answered with
-// ESHUTDOWN, and handshakes are cancelled. When ctx ends first the rest is closed
-// as by Close, and Shutdown returns the cause. All goroutines of the server are
-// gone when it returns, but those that Close leaves behind.
+// Shutdown stops accepting, answers the requests in flight of every connection, and
+// closes it. It answers requests that arrive meanwhile with ESHUTDOWN, and cancels
+// handshakes. When ctx ends first, Shutdown closes the rest as Close does, and returns
+// the cause. When it returns, all goroutines of the server have ended, except those
+// that Close leaves behind.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.mu.Lock()
 	s.close()
@@ -236,13 +294,13 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 }
 
-// closeTime is how long Close waits for devices to heed their ctx.
+// closeTime is how long Close waits for devices to return once their ctx has ended.
 const closeTime = time.Second
 
-// Close closes every listener and connection at once, cancels what they wait for,
-// and waits for their goroutines, but not for long. It fails where a device or
-// Exports does not heed its ctx: such calls are left behind, each with its
-// connection's goroutine.
+// Close closes every listener and connection at once, cancels their requests, and waits
+// for their goroutines for up to a second. It fails where a device or Exports does not
+// return once its ctx has ended: such a call is left behind, with the goroutine of its
+// connection.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.close()

@@ -16,13 +16,14 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // Shutdown answers what is in flight, tells later requests, and ends the
 // connection behind the replies.
 func TestShutdown(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize/2))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, testSize/2))
 	g := newGate(dev)
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	path := serve(t, srv)
@@ -61,7 +62,7 @@ func TestShutdown(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 	if st := srv.Stats(); st.Conns != 0 || st.Accepted != 4 || st.Misses != 8 {
 		t.Errorf("%+v", st)
 	}
@@ -72,8 +73,8 @@ func TestShutdown(t *testing.T) {
 
 // Requests that come while the connection drains get ESHUTDOWN.
 func TestShutdownRefuses(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, 4096))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, 4096))
 	g := newGate(dev)
 	path, srv := "", &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	path = serve(t, srv)
@@ -131,7 +132,7 @@ func (u *unread) Read(p []byte) (int, error) {
 // A WRITE whose payload is under way when the server shuts down is done.
 func TestShutdownDuringPayload(t *testing.T) {
 	const n = 4 << 20
-	dev := newMemDevice(n)
+	dev := blocktest.NewMemory(n)
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
 	c.enter(true)
@@ -152,14 +153,14 @@ func TestShutdownDuringPayload(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if !bytes.Equal(dev.content(blockmap.Range(0, n)), p) {
+	if !bytes.Equal(dev.Content(blockmap.Range(0, n)), p) {
 		t.Error("wrong data written")
 	}
 }
 
 func TestShutdownGivesUp(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, testSize))
 	g := newGate(dev) // never opened
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
@@ -171,7 +172,7 @@ func TestShutdownGivesUp(t *testing.T) {
 	if err := srv.Shutdown(ctx); err != io.ErrNoProgress {
 		t.Errorf("Shutdown: %v", err)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 }
 
 func TestCloseInHandshake(t *testing.T) {
@@ -228,10 +229,10 @@ func TestShutdownCancelsOpen(t *testing.T) {
 // What does not heed its ctx is left behind, and said to be.
 func TestShutdownLeavesBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dev := newPatternDevice(testSize)
-		dev.evict(blockmap.Range(0, testSize))
+		dev := newFullDevice(testSize)
+		dev.Evict(blockmap.Range(0, testSize))
 		held := make(chan struct{})
-		dev.onFault = func(context.Context, blockmap.Extent) error {
+		dev.OnFault = func(context.Context, blockmap.Extent) error {
 			<-held
 			return errBroken
 		}
@@ -295,13 +296,13 @@ func TestShutdownPausedClient(t *testing.T) {
 		if d := time.Since(begin); d > 10*time.Second {
 			t.Errorf("%s: Shutdown took %v", transport, d)
 		}
-		dev.noPins(t)
+		dev.NoPins(t)
 	}
 }
 
 func TestMaxConns(t *testing.T) {
 	l, log := newLogged()
-	srv := &Server{Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}, MaxConns: 2, Log: log}
+	srv := &Server{Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}, MaxConns: 2, Log: log}
 	path := serve(t, srv)
 	a, b := dial(t, path), dial(t, path)
 	a.enter(true)
@@ -320,6 +321,24 @@ func TestMaxConns(t *testing.T) {
 			break
 		}
 	}
+}
+
+// A client that says something and then nothing is told of, with the limit.
+func TestSilentHandshake(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines, log := newLogged()
+		l := newPipeListener()
+		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: newFullDevice(testSize)}}, Log: log, HandshakeTimeout: 5 * time.Second}, l)
+		c := &client{t, l.dial()}
+		c.hello(3)
+		c.want(99, nil, repErrUnsup)
+		begin := time.Now()
+		c.closed()
+		if d := time.Since(begin); d != 5*time.Second {
+			t.Errorf("closed after %v", d)
+		}
+		lines.wait(t, "the handshake took too long handshake_timeout=5s")
+	})
 }
 
 // flaky fails to accept as a process without descriptors does.
@@ -341,7 +360,7 @@ func (temporary) Error() string   { return "too many open files" }
 func (temporary) Temporary() bool { return true }
 
 func TestAcceptErrors(t *testing.T) {
-	srv := &Server{Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	srv := &Server{Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}}
 	l, err := Listen(t.Context(), "tcp:127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -365,7 +384,7 @@ func TestAcceptErrors(t *testing.T) {
 
 func TestStats(t *testing.T) {
 	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, 4096))
+	dev.Evict(blockmap.Range(0, 4096))
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
 	c.enter(false)
@@ -407,7 +426,7 @@ func TestHandshakeLog(t *testing.T) {
 	p := newPKI(t)
 	h := &leveled{Handler: slog.DiscardHandler, lines: make(map[slog.Level][]string)}
 	srv := &Server{
-		Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}, TLSFunc: p.serverFunc(t),
+		Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}, TLSFunc: p.serverFunc(t),
 		Log: slog.New(h), HandshakeTimeout: 100 * time.Millisecond,
 	}
 	path := serve(t, srv)

@@ -21,14 +21,14 @@ const (
 	inputReadOnly = 32 << 10  // requests only: a thousand of them
 	inputWritable = 128 << 10 // requests and small payloads
 
-	// A WRITE longer than maxPayload is refused, its payload read past, up
-	// to this length; beyond it the connection is dropped.
+	// A WRITE longer than maxPayload is refused and its payload skipped, up to
+	// this length. Beyond it the connection is dropped.
 	maxSkipPayload = 2 * maxPayload
 
-	maxBackground = 4                     // CACHE commands at work for one connection
-	cacheStep     = 4 << 20               // what each has asked for at a time
-	cachePoll     = 20 * time.Millisecond // how often it looks whether that is there
-	roundBytes    = 1 << 20               // of finished tasks that leave in one round
+	maxBackground = 4                     // CACHE commands of one connection at a time
+	cacheStep     = 4 << 20               // bytes that each prefetches at a time
+	cachePoll     = 20 * time.Millisecond // how often it checks whether they are resident
+	roundBytes    = 1 << 20               // of finished tasks that are sent in one round
 
 	payloadTimeout = 5 * time.Second // for the rest of a payload once the server shuts down
 	lingerTimeout  = 500 * time.Millisecond
@@ -36,19 +36,19 @@ const (
 
 // session is the transmission phase of a connection.
 //
-// Its reader (the connection's goroutine) takes all requests that have arrived
-// with one read. Those that can be answered at once (hits) go to a batch, which
-// leaves in one write when the input is used up. All others become tasks, each
-// with a goroutine, a bounded number of them. A finished task is put on the
-// ready list, and whoever holds the write side takes it along.
+// Its reader (the connection's goroutine) takes all requests that have arrived with
+// one read. It puts the replies to those that it can answer at once (hits) in a batch,
+// and sends the batch in one write when the input is used up. Every other request
+// becomes a task with a goroutine; their number is bounded. A finished task is put on
+// the ready list, and the goroutine that holds the write side sends its reply.
 //
 //	reader ──hit──▶ batch ─────────────┐
-//	   └────miss──▶ task ──done──▶ ready ──▶ whoever writes ──writev──▶ client
+//	   └────miss──▶ task ──done──▶ ready ──▶ holder ──writev──▶ client
 //
-// The write side is held by one goroutine at a time, not by a lock: it is the
-// reader with its batch or the first task that finds nobody writing. The holder
-// goes on until nothing is ready. A reader that finds somebody writing hands
-// over its batch and waits for that one round.
+// One goroutine at a time holds the write side, without a lock: the reader with its
+// batch, or the first task that finds the write side free. The holder goes on until
+// nothing is ready. A reader that finds the write side taken hands over its batch and
+// waits until that was sent.
 type session struct {
 	c          *conn
 	nc         net.Conn // c.nc, or TLS over it
@@ -63,12 +63,11 @@ type session struct {
 	structured bool
 	contexts   []metaContext
 	timeout    time.Duration
-	maxTasks   int
-	maxBytes   int64
+	client     *Client // bounds what is in flight
 
 	// The reader's own.
 	in         []byte
-	begin, end int   // what of in is not parsed
+	begin, end int   // the part of in that is not parsed
 	hits       batch // replies to leave at the end of the input
 	nhits      int64
 	refuse     bool // the server shuts down: no more requests
@@ -80,42 +79,49 @@ type session struct {
 	patient func() time.Duration
 
 	background atomic.Int32
-	wg         sync.WaitGroup // tasks
+	tasks      sync.WaitGroup
+	prefetches sync.WaitGroup
 
 	mu struct {
 		sync.Mutex
-		changed sync.Cond // tells the reader; nobody else waits
+		changed sync.Cond // tells the reader that handed was written
 		writing bool      // somebody holds the write side
-		stalled bool      // and waits for a client that takes nothing
+		stalled bool      // and waits for a client that takes no replies
 		ready   taskList  // finished, to be written
 		handed  *batch    // the reader's, to be written
-		tasks   int       // not yet written, with their bytes
-		bytes   int64     // of payload, or pinned where that is more
 		wrote   time.Time // the end of the last write; see idle
-		err     error     // of the write side: nothing is written any more
+		err     error     // of the write side, which writes no more
 	}
 }
 
-func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session {
+// terms are what a handshake agrees on.
+type terms struct {
+	export     *Export
+	structured bool
+	contexts   []metaContext
+}
+
+// newSession makes a session of c over nc, which is c.nc or TLS over it.
+func newSession(c *conn, nc net.Conn, t terms, log *slog.Logger, cancel context.CancelCauseFunc) *session {
 	s := &session{
 		c:          c,
-		nc:         h.nc,
-		log:        h.log.With("export", h.export.Name),
+		nc:         nc,
+		log:        log,
 		cancel:     cancel,
-		dev:        h.export.Device,
-		wdev:       h.export.writable(),
-		size:       h.export.Device.Size(),
-		structured: h.structured,
+		dev:        t.export.Device,
+		wdev:       t.export.writable(),
+		size:       t.export.Device.Size(),
+		structured: t.structured,
+		contexts:   t.contexts,
 		timeout:    cmp.Or(c.srv.FaultTimeout, DefaultFaultTimeout),
-		maxTasks:   cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
-		maxBytes:   cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
+		client: c.srv.Admission.Client(Limits{
+			Requests: cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
+			Bytes:    cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
+		}),
 	}
-	s.w, s.copied = newWire(h.nc, c.srv.WriteTimeout, &c.srv.clients, s.stall)
+	s.w, s.copied = newWire(nc, c.srv.WriteTimeout, &c.srv.clients, s.stall)
 	s.patient = s.patience
 	s.idle.limit = c.srv.IdleTimeout
-	if h.contextsName == h.exportName {
-		s.contexts = h.contexts
-	}
 	s.in = make([]byte, inputReadOnly)
 	if s.wdev != nil {
 		s.in = make([]byte, inputWritable)
@@ -124,15 +130,16 @@ func newSession(c *conn, h *handshake, cancel context.CancelCauseFunc) *session 
 	return s
 }
 
-// errDisc ends a session by the client's wish, errIdle for want of one.
+// errDisc ends a session after DISC, errIdle after IdleTimeout.
 var (
 	errDisc = errors.New("disconnected by the client")
-	errIdle = errors.New("the client was idle for the idle timeout")
+	errIdle = errors.New("the client was idle for too long")
 )
 
-// run serves requests until the client disconnects (nil), the connection
-// breaks, or the server shuts down (nil). All its goroutines and views are gone
-// when it returns.
+// run serves requests. It returns nil when the client has sent DISC or the server has
+// shut down, io.EOF when the client hangs up without DISC, which is common, errIdle
+// when the client is idle for too long, and any other error when the connection
+// breaks. When it returns, all its goroutines have ended and all views are released.
 func (s *session) run(ctx context.Context) error {
 	s.ctx = ctx
 	s.idle.begin(s)
@@ -141,16 +148,12 @@ func (s *session) run(ctx context.Context) error {
 	case err == errDisc:
 		s.finish()
 		err = nil
-	case err == io.EOF:
-		err = nil // not polite, but common
-	case err == errIdle:
-		s.log.Info("session ends", "err", err)
-		err = nil
 	case errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining():
 		err = s.drain(ctx)
 	}
 	s.cancel(err)
-	s.wg.Wait()
+	s.tasks.Wait()
+	s.prefetches.Wait()
 	s.hits.reset()
 	s.mu.Lock()
 	if errors.Is(err, net.ErrClosed) {
@@ -230,7 +233,7 @@ func (s *session) handle(ctx context.Context, r *request) error {
 	if e := s.check(r); e != 0 {
 		if r.cmd == cmdWrite {
 			if r.length > maxSkipPayload {
-				return fmt.Errorf("WRITE of %d bytes", r.length)
+				return fmt.Errorf("a WRITE has %d bytes, of at most %d", r.length, maxPayload)
 			}
 			if err := s.skip(int(r.length)); err != nil {
 				return err
@@ -253,7 +256,7 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		s.idle.before = 0
 		if err != nil {
 			s.c.srv.bufs.put(t.buf)
-			s.release(t)
+			s.client.Release(1, t.cost)
 			return err
 		}
 		s.start(ctx, t)
@@ -358,7 +361,7 @@ func (s *session) take(p []byte) error {
 	if n == len(p) {
 		return nil
 	}
-	if err := s.flush(); err != nil { // nothing may wait for the client's payload
+	if err := s.flush(); err != nil { // no reply may wait for the client's payload
 		return err
 	}
 	for n < len(p) {
@@ -394,7 +397,7 @@ func (s *session) skip(n int) error {
 	return nil
 }
 
-// readPayload reads some of a payload. A shutdown gives the client a moment to
+// readPayload reads some of a payload. A shutdown gives the client payloadTimeout to
 // send the rest.
 func (s *session) readPayload(p []byte) (int, error) {
 	n, err := s.read(p)
@@ -423,8 +426,8 @@ func (s *session) read(p []byte) (int, error) {
 	}
 }
 
-// flush writes the batch, with whatever tasks are ready, and returns when it
-// has left.
+// flush writes the batch, with the tasks that are ready, and returns when it was
+// sent.
 func (s *session) flush() error {
 	if s.hits.empty() {
 		return nil
@@ -435,7 +438,7 @@ func (s *session) flush() error {
 	}
 	s.mu.Lock()
 	if s.mu.stalled && len(s.hits.reads) > 0 {
-		// Nothing is pinned for a client that takes nothing.
+		// A client that does not take its replies pins nothing.
 		s.mu.Unlock()
 		s.detach(&s.hits, 0)
 		s.mu.Lock()
@@ -455,9 +458,9 @@ func (s *session) flush() error {
 	return err
 }
 
-// write holds the write side: it writes b, if any, and then what is ready and
-// what is handed over, until there is nothing. s.mu is held by the caller, who
-// has set writing, and is held again when write returns.
+// write holds the write side: it writes b, if any, and then what is ready or handed
+// over, until nothing is left. The caller holds s.mu and has set writing; s.mu is held
+// again when write returns.
 func (s *session) write(b *batch) {
 	for {
 		if b == nil {
@@ -489,9 +492,12 @@ func (s *session) write(b *batch) {
 			s.c.nc.Close() // the reader has nothing to wait for
 		}
 		b.handed = false
-		for t := tasks; t != nil; t = t.next {
-			s.mu.tasks--
-			s.mu.bytes -= t.cost + t.pins
+		if tasks != nil {
+			n, bytes := 0, int64(0)
+			for t := tasks; t != nil; t = t.next {
+				n, bytes = n+1, bytes+t.cost+t.pins
+			}
+			s.client.Release(n, bytes)
 		}
 		s.mu.changed.Signal()
 		if s.mu.ready.first == nil && s.mu.handed == nil {
@@ -536,20 +542,16 @@ func (s *session) send(b *batch) error {
 // finish waits until all tasks are answered.
 func (s *session) finish() {
 	s.flush()
-	s.mu.Lock()
-	for s.mu.tasks > 0 {
-		s.mu.changed.Wait()
-	}
-	s.mu.Unlock()
+	s.tasks.Wait()
 }
 
-// drain ends the session for a server that shuts down. What has arrived is
-// told so; what is in flight is answered; then the client sees the end of the
-// stream, behind all replies.
+// drain ends the session for a server that shuts down. It answers requests that have
+// arrived with ESHUTDOWN and those in flight as usual. The client then sees the end of
+// the stream, behind all replies.
 func (s *session) drain(ctx context.Context) error {
 	s.refuse = true
 	s.nc.SetReadDeadline(time.Time{})
-	for range 2 { // what comes while we wait is looked at once more
+	for range 2 { // again for requests that arrive during finish
 		for {
 			n, err := s.w.tryRead(s.in[s.end:])
 			if err != nil || n == 0 {
@@ -566,8 +568,8 @@ func (s *session) drain(ctx context.Context) error {
 		}
 		s.finish()
 	}
-	// Closing a socket that holds unread bytes throws away what its peer
-	// has not read yet, so the rest is read, for a moment.
+	// Closing a socket with unread bytes discards replies that its peer has not
+	// read yet. So the server reads the rest, for up to lingerTimeout.
 	if cw, ok := s.nc.(interface{ CloseWrite() error }); ok && cw.CloseWrite() == nil {
 		s.nc.SetReadDeadline(time.Now().Add(lingerTimeout))
 		for {

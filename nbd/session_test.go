@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -15,11 +16,12 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 func TestRead(t *testing.T) {
 	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(testSize/2, testSize/4))
+	dev.Evict(blockmap.Range(testSize/2, testSize/4))
 	path := serveDevice(t, Export{Device: dev})
 	for _, structured := range []bool{false, true} {
 		for _, flags := range []uint16{0, cmdFlagDF} {
@@ -49,7 +51,7 @@ func TestRead(t *testing.T) {
 					} else {
 						got = cs[0].data
 					}
-					if cs[0].cookie != uint64(i) || !bytes.Equal(got, dev.content(blockmap.Range(off, n))) {
+					if cs[0].cookie != uint64(i) || !bytes.Equal(got, dev.Content(blockmap.Range(off, n))) {
 						t.Fatalf("wrong data for [%d+%d]", off, n)
 					}
 				}
@@ -140,11 +142,11 @@ func TestRefusals(t *testing.T) {
 			})
 		}
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 }
 
 func TestReadTooLarge(t *testing.T) {
-	path := serveDevice(t, Export{Device: newMemDevice(2 * maxPayload)})
+	path := serveDevice(t, Export{Device: blocktest.NewMemory(2 * maxPayload)})
 	c := dial(t, path)
 	c.enter(false)
 	c.mustFail(cmdRead, 0, 0, maxPayload+1, eInval)
@@ -164,7 +166,7 @@ func TestReadTooLarge(t *testing.T) {
 // Payloads are read past even where the write is refused; beyond reason the
 // connection is dropped.
 func TestOversizedWrite(t *testing.T) {
-	path := serveDevice(t, Export{Device: newMemDevice(testSize)})
+	path := serveDevice(t, Export{Device: blocktest.NewMemory(testSize)})
 	c := dial(t, path)
 	c.enter(true)
 	c.send(cmdWrite, 0, 1, 0, maxSkipPayload+1)
@@ -172,7 +174,7 @@ func TestOversizedWrite(t *testing.T) {
 }
 
 func TestBadMagic(t *testing.T) {
-	c := dial(t, serveDevice(t, Export{Device: newMemDevice(testSize)}))
+	c := dial(t, serveDevice(t, Export{Device: blocktest.NewMemory(testSize)}))
 	c.enter(true)
 	p := appendRequest(nil, cmdRead, 0, 1, 0, 4096)
 	p = append(p, make([]byte, requestLen)...)
@@ -184,7 +186,7 @@ func TestBadMagic(t *testing.T) {
 }
 
 func TestWrites(t *testing.T) {
-	dev := newMemDevice(testSize)
+	dev := blocktest.NewMemory(testSize)
 	path := serveDevice(t, Export{Device: dev})
 	for _, structured := range []bool{false, true} {
 		c := dial(t, path)
@@ -194,7 +196,7 @@ func TestWrites(t *testing.T) {
 			n := rand.Int64N(min(testSize-off, 300_000) + 1)
 			p := pattern(off+int64(i), n)
 			c.mustDo(cmdWrite, 0, uint64(off), uint32(n), p)
-			if !bytes.Equal(dev.content(blockmap.Range(off, n)), p) {
+			if !bytes.Equal(dev.Content(blockmap.Range(off, n)), p) {
 				t.Fatalf("wrong data written at [%d+%d]", off, n)
 			}
 		}
@@ -203,16 +205,11 @@ func TestWrites(t *testing.T) {
 	c.enter(true)
 	calls := func(want ...string) {
 		t.Helper()
-		dev.mu.Lock()
-		defer dev.mu.Unlock()
-		if fmt.Sprint(dev.mu.calls) != fmt.Sprint(want) {
-			t.Errorf("calls %q, want %q", dev.mu.calls, want)
+		if got := dev.Calls(); !slices.Equal(got, want) {
+			t.Errorf("calls %q, want %q", got, want)
 		}
-		dev.mu.calls = nil
 	}
-	dev.mu.Lock()
-	dev.mu.calls = nil
-	dev.mu.Unlock()
+	dev.Calls()
 	c.mustDo(cmdWrite, cmdFlagFUA, 0, 4096, make([]byte, 4096))
 	calls("write", "flush")
 	c.mustDo(cmdTrim, 0, 0, 4096, nil)
@@ -240,14 +237,14 @@ func TestWrites(t *testing.T) {
 }
 
 func TestBlockStatus(t *testing.T) {
-	dev := newMemDevice(16 * 4096)
+	dev := blocktest.NewMemory(16 * 4096)
 	// data 0-3, holes 4-7, data 8-15; absent 2-5
 	for i := range 16 {
 		if i < 4 || i > 7 {
-			dev.mu.blocks[i] = make([]byte, 4096)
+			dev.Fill(make([]byte, 4096), int64(i)*4096)
 		}
 	}
-	dev.evict(blockmap.Range(2*4096, 4*4096))
+	dev.Evict(blockmap.Range(2*4096, 4*4096))
 	path := serveDevice(t, Export{Device: dev})
 
 	status := func(c *client, flags uint16, off uint64, n uint32) map[uint32]string {
@@ -293,12 +290,6 @@ func TestBlockStatus(t *testing.T) {
 	if got := status(c, 0, 0, 16*4096); len(got) != 1 || got[uint32(contextResident)] == "" {
 		t.Errorf("one context: %v", got)
 	}
-	// A device that cannot tell is all data.
-	c = dial(t, serveDevice(t, Export{Device: plain{dev}}))
-	c.enter(true, "base:allocation", "x-thaw:resident")
-	if got := status(c, 0, 0, 16*4096); len(got) != 1 || got[uint32(contextAllocation)] != "65536:0 " {
-		t.Errorf("plain device: %v", got)
-	}
 }
 
 // checkered alternates between data and hole.
@@ -338,7 +329,7 @@ func TestBlockStatusBounds(t *testing.T) {
 
 // slowPrefetch is prefetched when it is told to be, and counts what it was asked.
 type slowPrefetch struct {
-	readOnly
+	*blocktest.Memory
 	mu      sync.Mutex
 	pending []blockmap.Extent
 }
@@ -356,7 +347,7 @@ func (d *slowPrefetch) take(ctx context.Context) []blockmap.Extent {
 	es := d.pending
 	d.pending = nil
 	for _, e := range es {
-		d.d.Fault(ctx, e)
+		d.Fault(ctx, e)
 	}
 	return es
 }
@@ -364,12 +355,10 @@ func (d *slowPrefetch) take(ctx context.Context) []blockmap.Extent {
 func TestCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 64 << 20
-		dev := newMemDevice(size)
-		for i := range dev.mu.blocks {
-			dev.mu.blocks[i] = zeroBlock[:]
-		}
-		dev.evict(blockmap.Range(0, size))
-		p := &slowPrefetch{readOnly: readOnly{dev}}
+		dev := blocktest.NewMemory(size)
+		dev.Fill(make([]byte, size), 0)
+		dev.Evict(blockmap.Range(0, size))
+		p := &slowPrefetch{Memory: dev}
 		l := newPipeListener()
 		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: p}}, FaultTimeout: time.Minute}, l)
 		c := &client{t, l.dial()}
@@ -401,7 +390,7 @@ func TestCache(t *testing.T) {
 			t.Errorf("and %v", es)
 		}
 		// A device that does not bring what it is asked for is asked for no more.
-		dev.evict(blockmap.Range(0, size))
+		dev.Evict(blockmap.Range(0, size))
 		c.mustDo(cmdCache, 0, 0, size, nil)
 		time.Sleep(2 * time.Minute)
 		p.mu.Lock()
@@ -412,38 +401,35 @@ func TestCache(t *testing.T) {
 		c.nc.Close()
 	})
 
-	// Without Prefetch it is Faults in the background, not too many of them.
-	dev := newMemDevice(testSize)
-	faults := make(chan blockmap.Extent, 100)
-	dev.onFault = func(ctx context.Context, e blockmap.Extent) error {
-		faults <- e
-		<-ctx.Done()
-		return ctx.Err()
-	}
-	c := dial(t, serveDevice(t, Export{Device: plain{dev}}))
-	c.enter(true)
-	for range 10 * maxBackground {
-		c.mustDo(cmdCache, 0, 0, 4096, nil) // answered before it is done
-	}
-	for range maxBackground {
-		<-faults
-	}
-	select {
-	case <-faults:
-		t.Error("more than maxBackground faults")
-	default:
-	}
+	// However many commands there are, few are at work.
+	synctest.Test(t, func(t *testing.T) {
+		dev := blocktest.NewMemory(testSize)
+		dev.Fill(make([]byte, testSize), 0)
+		dev.Evict(blockmap.Range(0, testSize))
+		p := &slowPrefetch{Memory: dev}
+		l := newPipeListener()
+		serveOn(t, &Server{Exports: Static{{Name: "disk", Device: p}}}, l)
+		c := &client{t, l.dial()}
+		c.hello(3)
+		c.enter(true)
+		for range 10 * maxBackground {
+			c.mustDo(cmdCache, 0, 0, 4096, nil) // answered before it is done
+		}
+		synctest.Wait()
+		if es := p.take(t.Context()); len(es) != maxBackground {
+			t.Errorf("%d prefetches at once, want %d", len(es), maxBackground)
+		}
+		c.nc.Close()
+	})
 }
-
-var zeroBlock [blockmap.BlockSize]byte
 
 // The device's errors and what a client sees of them.
 func TestDeviceErrors(t *testing.T) {
 	dev := newPatternDevice(testSize)
 	var fail atomic.Value
-	dev.onFault = func(context.Context, blockmap.Extent) error { return fail.Load().(error) }
-	dev.onWrite = dev.onFault
-	dev.evict(blockmap.Range(2*4096, 4096))
+	dev.OnFault = func(context.Context, blockmap.Extent) error { return fail.Load().(error) }
+	dev.OnWrite = dev.OnFault
+	dev.Evict(blockmap.Range(2*4096, 4096))
 	path := serveDevice(t, Export{Device: dev})
 	simple, structured := dial(t, path), dial(t, path)
 	simple.enter(false)
@@ -480,11 +466,11 @@ func TestDeviceErrors(t *testing.T) {
 	structured.send(cmdRead, 0, 8, 4096-10, 3*4096)
 	cs := structured.reply(0)
 	if len(cs) != 2 || cs[0].typ != chunkData || cs[0].flags != 0 ||
-		!bytes.Equal(cs[0].data, dev.content(blockmap.Range(4096-10, 4096+10))) ||
+		!bytes.Equal(cs[0].data, dev.Content(blockmap.Range(4096-10, 4096+10))) ||
 		cs[1].typ != chunkErrorOffset || cs[1].offset != 2*4096 {
 		t.Errorf("partial read: %d chunks", len(cs))
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 }
 
 // errWrap makes errors of all kinds storable in one atomic.Value.
@@ -499,9 +485,9 @@ type gate struct {
 	open    chan struct{}
 }
 
-func newGate(dev *memDevice) *gate {
+func newGate(dev *blocktest.Memory) *gate {
 	g := &gate{make(chan struct{}, 10000), make(chan struct{})}
-	dev.onFault = func(ctx context.Context, _ blockmap.Extent) error {
+	dev.OnFault = func(ctx context.Context, _ blockmap.Extent) error {
 		g.waiting <- struct{}{}
 		select {
 		case <-g.open:
@@ -514,8 +500,8 @@ func newGate(dev *memDevice) *gate {
 }
 
 func TestHitsOvertakeMisses(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize/2))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, testSize/2))
 	g := newGate(dev)
 	c := dial(t, serveDevice(t, Export{Device: dev}))
 	c.enter(false)
@@ -537,7 +523,7 @@ func TestHitsOvertakeMisses(t *testing.T) {
 	seen := make(map[uint64]bool)
 	for range 8 {
 		k := c.chunk(4096)
-		if k.cookie >= 8 || seen[k.cookie] || !bytes.Equal(k.data, dev.content(blockmap.Range(int64(k.cookie)*4096, 4096))) {
+		if k.cookie >= 8 || seen[k.cookie] || !bytes.Equal(k.data, dev.Content(blockmap.Range(int64(k.cookie)*4096, 4096))) {
 			t.Fatalf("miss: cookie %d", k.cookie)
 		}
 		seen[k.cookie] = true
@@ -547,17 +533,23 @@ func TestHitsOvertakeMisses(t *testing.T) {
 // Many misses of one connection wait at once, up to the bound; then the
 // connection reads no more, and goes on when they are done.
 func TestMissesInFlight(t *testing.T) {
+	overall, err := NewAdmission(Limits{Requests: 7})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, test := range []struct {
 		srv  *Server
+		size uint32
 		want int
 	}{
-		{&Server{}, 128},
-		{&Server{MaxWaiters: 10}, 10},
-		{&Server{MaxInFlightBytes: 20 * 4096}, 20},
-		{&Server{MaxInFlightBytes: 1}, 1}, // one is always let in
+		{&Server{}, 4096, 128},
+		{&Server{MaxWaiters: 10}, 4096, 10},
+		{&Server{MaxInFlightBytes: 160 << 10}, 4096, 40},
+		{&Server{MaxInFlightBytes: MinInFlightBytes}, 2 * MinInFlightBytes, 1}, // one is always let in
+		{&Server{Admission: overall}, 4096, 7},
 	} {
-		dev := newPatternDevice(testSize)
-		dev.evict(blockmap.Range(0, testSize))
+		dev := newFullDevice(testSize)
+		dev.Evict(blockmap.Range(0, testSize))
 		g := newGate(dev)
 		test.srv.Exports = Static{{Name: "disk", Device: dev}}
 		c := dial(t, serve(t, test.srv))
@@ -565,7 +557,7 @@ func TestMissesInFlight(t *testing.T) {
 		const n = 200
 		var p []byte
 		for i := range uint64(n) {
-			p = appendRequest(p, cmdRead, 0, i, i*4096, 4096)
+			p = appendRequest(p, cmdRead, 0, i, i*4096%(testSize-uint64(test.size)), test.size)
 		}
 		c.write(p)
 		for range test.want {
@@ -580,17 +572,17 @@ func TestMissesInFlight(t *testing.T) {
 				t.Fatalf("cookie %d: errno %d", cs[0].cookie, cs[0].errno)
 			}
 		}
-		dev.noPins(t)
+		dev.NoPins(t)
 	}
 }
 
 // 320 distinct misses of 5 ms at queue depth 32 take ten times 5 ms.
 func TestMissesTakeTheirTimeTogether(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dev := newPatternDevice(320 * 4096)
-		dev.evict(blockmap.Range(0, dev.size))
+		dev := newFullDevice(320 * 4096)
+		dev.Evict(blockmap.Range(0, dev.Size()))
 		var now, most atomic.Int64
-		dev.onFault = func(context.Context, blockmap.Extent) error {
+		dev.OnFault = func(context.Context, blockmap.Extent) error {
 			most.Store(max(most.Load(), now.Add(1)))
 			time.Sleep(5 * time.Millisecond)
 			now.Add(-1)
@@ -651,19 +643,21 @@ type never struct{}
 func (never) Size() int64                                    { return testSize }
 func (never) View(blockmap.Extent) (v blockmap.View, b bool) { return }
 func (never) Fault(context.Context, blockmap.Extent) error   { return nil }
+func (never) Prefetch(blockmap.Extent)                       {}
+func (never) Status(e blockmap.Extent) blockmap.Status       { return blockmap.Status{Extent: e} }
 
 // A client that takes no replies is dropped after WriteTimeout, and what it had
 // pinned is released.
 func TestStuckClient(t *testing.T) {
 	dev := newPatternDevice(testSize)
-	_, log := newLogged()
+	l, log := newLogged()
 	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}, WriteTimeout: 20 * time.Millisecond, Log: log}
 	path := serve(t, srv)
 	for _, miss := range []bool{false, true} {
 		c := dial(t, path)
 		c.enter(true)
 		if miss {
-			dev.evict(blockmap.Range(0, testSize))
+			dev.Evict(blockmap.Range(0, testSize))
 		}
 		var p []byte
 		for i := range uint64(1000) {
@@ -675,8 +669,9 @@ func TestStuckClient(t *testing.T) {
 				t.Fatal("the connection stays")
 			}
 		}
-		dev.noPins(t)
+		dev.NoPins(t)
 	}
+	l.wait(t, "write_timeout=20ms")
 	if st := srv.Stats(); st.Sent > 64<<20 {
 		t.Errorf("%d bytes sent to a client that reads none", st.Sent)
 	}
@@ -684,8 +679,8 @@ func TestStuckClient(t *testing.T) {
 
 // A client that vanishes takes its waiting requests with it.
 func TestVanishedClient(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, testSize))
 	g := newGate(dev) // never opened
 	l, log := newLogged()
 	c := dial(t, serve(t, &Server{Exports: Static{{Name: "disk", Device: dev}}, Log: log}))
@@ -698,13 +693,13 @@ func TestVanishedClient(t *testing.T) {
 	}
 	c.nc.Close()
 	l.wait(t, "session ends")
-	dev.noPins(t)
+	dev.NoPins(t)
 }
 
 // DISC answers what is in flight first.
 func TestDisc(t *testing.T) {
-	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize))
+	dev := newFullDevice(testSize)
+	dev.Evict(blockmap.Range(0, testSize))
 	g := newGate(dev)
 	c := dial(t, serveDevice(t, Export{Device: dev}))
 	c.enter(true)
@@ -722,7 +717,7 @@ func TestDisc(t *testing.T) {
 // checked against what the connection itself has written.
 func TestConcurrency(t *testing.T) {
 	const part = 64 * 4096
-	dev := newMemDevice(4 * part)
+	dev := blocktest.NewMemory(4 * part)
 	path := serveDevice(t, Export{Device: dev})
 	var wg sync.WaitGroup
 	for i := range int64(4) {
@@ -748,7 +743,7 @@ func TestConcurrency(t *testing.T) {
 						return
 					}
 				}
-				dev.evict(blockmap.Range(i*part+rnd.Int64N(part/2), part/4))
+				dev.Evict(blockmap.Range(i*part+rnd.Int64N(part/2), part/4))
 				c.send(cmdRead, 0, 1, uint64(i*part), part)
 				cs := c.reply(part)
 				got := cs[0].data
@@ -763,5 +758,5 @@ func TestConcurrency(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	dev.noPins(t)
+	dev.NoPins(t)
 }

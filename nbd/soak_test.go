@@ -23,8 +23,8 @@ var soakTime = flag.Duration("soak", 2*time.Second, "how long TestSoak takes")
 // end the server has the goroutines, descriptors and memory it began with.
 func TestSoak(t *testing.T) {
 	const clients = 64
-	dev := newPatternDevice(8 << 20)
-	dev.onFault = func(ctx context.Context, e blockmap.Extent) error {
+	dev := newFullDevice(8 << 20)
+	dev.OnFault = func(ctx context.Context, e blockmap.Extent) error {
 		if e.Start%(7*4096) == 0 {
 			return errBroken
 		}
@@ -53,8 +53,8 @@ func TestSoak(t *testing.T) {
 				for time.Now().Before(end) {
 					misbehave(t, path, rnd)
 					rounds.Add(1)
-					off := rnd.Int64N(dev.size)
-					dev.evict(blockmap.Range(off, min(1<<20, dev.size-off)))
+					off := rnd.Int64N(dev.Size())
+					dev.Evict(blockmap.Range(off, min(1<<20, dev.Size()-off)))
 				}
 			})
 		}
@@ -82,7 +82,7 @@ func TestSoak(t *testing.T) {
 	if heap2 > heap+8<<20 {
 		t.Errorf("%d KiB of heap, %d before", heap2>>10, heap>>10)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 	// And it serves.
 	c := dial(t, path)
 	c.enter(true)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // stalledClient asks for all of a device of testSize a few times, in requests of
@@ -34,24 +35,24 @@ func TestStalledClientPinsNothing(t *testing.T) {
 			t.Run(fmt.Sprintf("%s absent=%d", transport, absent), func(t *testing.T) {
 				const n = 64 << 10
 				dev := newPatternDevice(testSize)
-				dev.evict(blockmap.Range(0, absent))
+				dev.Evict(blockmap.Range(0, absent))
 				l, log := newLogged()
 				srv := &Server{Exports: Static{{Name: "disk", Device: dev}}, Log: log}
 				c := reach(t, transport, srv)(false)
 				asked := stalledClient(c, n)
 				l.wait(t, "does not take its replies")
-				dev.noPins(t)
+				dev.NoPins(t)
 
 				// Tasks that end while it stalls pin nothing either.
 				for range asked {
 					k := c.chunk(n)
 					off := int64(k.cookie) * n % testSize
-					if k.errno != 0 || !bytes.Equal(k.data, dev.content(blockmap.Range(off, n))) {
+					if k.errno != 0 || !bytes.Equal(k.data, dev.Content(blockmap.Range(off, n))) {
 						t.Fatalf("cookie %d: errno %d or wrong bytes", k.cookie, k.errno)
 					}
 				}
 				c.mustDo(cmdFlush, 0, 0, 0, nil)
-				dev.noPins(t)
+				dev.NoPins(t)
 			})
 		}
 	}
@@ -60,8 +61,8 @@ func TestStalledClientPinsNothing(t *testing.T) {
 // Misses that end while the client stalls are copied as they come.
 func TestMissesOfStalledClient(t *testing.T) {
 	for _, transport := range transports {
-		dev := newPatternDevice(testSize)
-		dev.evict(blockmap.Range(0, 64<<10))
+		dev := newFullDevice(testSize)
+		dev.Evict(blockmap.Range(0, 64<<10))
 		g := newGate(dev)
 		l, log := newLogged()
 		c := reach(t, transport, &Server{Exports: Static{{Name: "disk", Device: dev}}, Log: log})(true)
@@ -77,18 +78,18 @@ func TestMissesOfStalledClient(t *testing.T) {
 		c.write(p)
 		l.wait(t, "does not take its replies")
 		close(g.open)
-		dev.noPins(t)
+		dev.NoPins(t)
 		for range 21 {
 			cs := c.reply(0)
 			off, n := int64(64<<10), testSize-64<<10
 			if cs[0].cookie == 1000 {
 				off, n = 0, 64<<10
 			}
-			if !bytes.Equal(assemble(t, cs, uint64(off), n), dev.content(blockmap.Range(off, int64(n)))) {
+			if !bytes.Equal(assemble(t, cs, uint64(off), n), dev.Content(blockmap.Range(off, int64(n)))) {
 				t.Fatalf("%s: wrong bytes", transport)
 			}
 		}
-		dev.noPins(t)
+		dev.NoPins(t)
 	}
 }
 
@@ -125,15 +126,13 @@ func TestStalledClientLeavesTheCache(t *testing.T) {
 // What finished misses pin counts, not what they show.
 func TestPinsAreCharged(t *testing.T) {
 	const weight, bound = 1 << 20, 8
-	dev := newMemDevice(64 * 4096)
-	for i := range dev.mu.blocks {
-		dev.mu.blocks[i] = pattern(int64(i)*4096, 4096)
-	}
-	dev.weight = weight
-	dev.evict(blockmap.Range(0, dev.size))
+	dev := blocktest.NewMemory(64 * 4096)
+	dev.Fill(pattern(0, dev.Size()), 0)
+	dev.Weight = weight
+	dev.Evict(blockmap.Range(0, dev.Size()))
 	srv := &Server{MaxInFlightBytes: bound * weight}
-	h := &handshake{nc: &script{in: bytes.NewReader(nil)}, log: slog.New(slog.DiscardHandler), export: &Export{Device: dev}}
-	s := newSession(&conn{srv: srv, nc: h.nc}, h, func(error) {})
+	nc := &script{in: bytes.NewReader(nil)}
+	s := newSession(&conn{srv: srv, nc: nc}, nc, terms{export: &Export{Device: dev}}, slog.New(slog.DiscardHandler), func(error) {})
 	s.ctx = t.Context()
 	s.mu.writing = true // by somebody who does not get on
 	for i := range uint64(64) {
@@ -141,20 +140,20 @@ func TestPinsAreCharged(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.wg.Wait()
-	if n := dev.pinned.Load(); n == 0 || n > bound {
+	s.tasks.Wait()
+	if n := dev.Pins(); n == 0 || n > bound {
 		t.Errorf("%d chunks are pinned, where %d are allowed", n, bound)
 	}
-	if s.mu.bytes > bound*weight {
-		t.Errorf("%d bytes are charged", s.mu.bytes)
+	if n := s.client.InFlight().Bytes; n > bound*weight {
+		t.Errorf("%d bytes are charged", n)
 	}
 	s.mu.Lock()
 	s.write(nil)
 	s.mu.Unlock()
-	if s.mu.err != nil || s.mu.tasks != 0 || s.mu.bytes != 0 {
-		t.Errorf("%d tasks of %d bytes left, %v", s.mu.tasks, s.mu.bytes, s.mu.err)
+	if left := s.client.InFlight(); s.mu.err != nil || left != (Limits{}) {
+		t.Errorf("%+v left, %v", left, s.mu.err)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 	out := s.nc.(*script).mu.out.Bytes()
 	if len(out) != 64*(simpleReplyLen+4096) {
 		t.Fatalf("%d bytes sent", len(out))
@@ -179,9 +178,9 @@ func TestPausedClient(t *testing.T) {
 		c.send(cmdRead, 0, 1, 0, testSize)
 		half := c.read(testSize / 2)
 		time.Sleep(100 * time.Hour)
-		dev.noPins(t)
+		dev.NoPins(t)
 		got := append(half, c.read(simpleReplyLen+testSize-testSize/2)...)
-		if !bytes.Equal(got[simpleReplyLen:], dev.content(blockmap.Range(0, testSize))) {
+		if !bytes.Equal(got[simpleReplyLen:], dev.Content(blockmap.Range(0, testSize))) {
 			t.Error("wrong bytes")
 		}
 		c.nc.Close()
@@ -204,15 +203,15 @@ func TestWriteTimeout(t *testing.T) {
 		}
 		time.Sleep(5 * time.Second)
 		c.closed()
-		dev.noPins(t)
+		dev.NoPins(t)
 	})
 }
 
 func TestIdleTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dev := newPatternDevice(testSize)
-		dev.evict(blockmap.Range(0, 4096))
-		dev.onFault = func(context.Context, blockmap.Extent) error {
+		dev := newFullDevice(testSize)
+		dev.Evict(blockmap.Range(0, 4096))
+		dev.OnFault = func(context.Context, blockmap.Extent) error {
 			time.Sleep(30 * time.Second)
 			return nil
 		}
@@ -241,7 +240,7 @@ func TestIdleTimeout(t *testing.T) {
 		if d := time.Since(begin); d < 10*time.Second || d > 11*time.Second {
 			t.Errorf("closed after %v", d)
 		}
-		lines.wait(t, "idle")
+		lines.wait(t, "idle_timeout=10s")
 
 		// Half a request is not one in flight. Nor is a payload that does not come.
 		for _, p := range [][]byte{make([]byte, 5), appendRequest(nil, cmdWrite, 0, 1, 0, 4096)} {

@@ -10,11 +10,11 @@ import (
 	"thaw/blockmap"
 )
 
-// task is a request that cannot be answered at once. A goroutine does it, and
-// whoever holds the write side sends its reply.
+// task is a request that cannot be answered at once. A goroutine does it, and the
+// holder of the write side sends its reply.
 type task struct {
 	req  request
-	cost int64  // bytes it counts for while in flight
+	cost int64  // bytes that it counts for while in flight
 	pins int64  // bytes that it pins beyond that
 	buf  []byte // the payload of a WRITE, pooled
 
@@ -73,7 +73,7 @@ func (l *taskList) join(o taskList) {
 	}
 }
 
-// take cuts off tasks of some n bytes, at least one if there is any.
+// take cuts off tasks of about n bytes, at least one if there is any.
 func (l *taskList) take(n int64) *task {
 	first := l.first
 	for t := first; t != nil; t = t.next {
@@ -85,44 +85,20 @@ func (l *taskList) take(n int64) *task {
 	return first
 }
 
-// reserve waits until there is room for t among the tasks in flight. The
-// connection reads nothing meanwhile, which is what slows the client down.
+// reserve waits until t is admitted. The connection reads nothing meanwhile, which
+// slows the client down.
 func (s *session) reserve(t *task) error {
-	s.mu.Lock()
-	if !s.room(t) {
-		// Replies must not wait for what may take long.
-		s.mu.Unlock()
-		if err := s.flush(); err != nil {
-			return err
-		}
-		s.mu.Lock()
+	if s.client.TryAcquire(t.cost) {
+		return nil
 	}
-	defer s.mu.Unlock()
-	for s.mu.err == nil && !s.room(t) {
-		s.mu.changed.Wait()
+	// Replies must not wait for the admission.
+	if err := s.flush(); err != nil {
+		return err
 	}
-	if s.mu.err != nil {
-		return s.mu.err
-	}
-	s.mu.tasks++
-	s.mu.bytes += t.cost
-	return nil
+	return s.client.Acquire(s.ctx, t.cost)
 }
 
-// room reports whether t fits beside the tasks in flight; s.mu is held.
-func (s *session) room(t *task) bool {
-	return s.mu.tasks == 0 || s.mu.tasks < s.maxTasks && s.mu.bytes+t.cost <= s.maxBytes
-}
-
-// release gives back what reserve has taken, for a task that is not started.
-func (s *session) release(t *task) {
-	s.mu.Lock()
-	s.mu.tasks--
-	s.mu.bytes -= t.cost
-	s.mu.Unlock()
-}
-
-// launch makes room for t and starts it.
+// launch waits until t is admitted, and starts it.
 func (s *session) launch(ctx context.Context, t *task) error {
 	if err := s.reserve(t); err != nil {
 		return err
@@ -131,21 +107,26 @@ func (s *session) launch(ctx context.Context, t *task) error {
 	return nil
 }
 
-// start does t on a goroutine. There is room for it.
+// start does t, which is admitted, on a goroutine.
 func (s *session) start(ctx context.Context, t *task) {
-	s.wg.Go(func() {
+	s.tasks.Go(func() {
 		s.do(ctx, t)
-		pins := t.view.Pinned() // more than t.cost as a rule
+		pins := t.view.Pinned()
+		extra := max(pins-t.cost, 0) // chunks are pinned whole
+		if pins > 0 && !s.client.TryGrow(extra) {
+			s.detachTask(t)
+			pins, extra = 0, 0
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for pins > 0 && (s.mu.stalled || s.mu.bytes+pins-t.cost > s.maxBytes) {
+		if pins > 0 && s.mu.stalled {
 			s.mu.Unlock()
 			s.detachTask(t)
-			pins = 0
+			s.client.Release(0, extra)
+			extra = 0
 			s.mu.Lock()
 		}
-		t.pins = max(pins-t.cost, 0)
-		s.mu.bytes += t.pins
+		t.pins = extra
 		s.mu.ready.push(t)
 		if !s.mu.writing {
 			s.mu.writing = true
@@ -163,7 +144,7 @@ func (s *session) do(ctx context.Context, t *task) {
 	var err error
 	switch r.cmd {
 	case cmdRead:
-		if t.view, err = s.readDevice(ctx, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
+		if t.view, err = blockmap.Read(ctx, s.dev, e); err != nil && s.structured && r.flags&cmdFlagDF == 0 {
 			t.view, t.at = s.prefix(e)
 		}
 	case cmdWrite:
@@ -194,13 +175,8 @@ func (s *session) do(ctx context.Context, t *task) {
 // fail makes err the outcome of t.
 func (s *session) fail(ctx context.Context, t *task, err error) {
 	r := &t.req
-	t.errno, t.why = errnoOf(err), strings.ToValidUTF8(err.Error(), "?")
-	switch {
-	case r.cmd == cmdRead:
-		t.errno, t.why = readErrno(err)
-	case t.errno == eInval && (r.cmd == cmdWrite || r.cmd == cmdWriteZeroes):
-		t.errno = eNoSpace // what the spec wants for a write beyond the end
-	case r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported):
+	t.errno, t.why = wireErrno(Errno(r.op(), err)), strings.ToValidUTF8(err.Error(), "?")
+	if r.cmd == cmdWriteZeroes && r.flags&cmdFlagFastZero != 0 && errors.Is(err, errors.ErrUnsupported) {
 		t.errno = eNotSup
 	}
 	s.c.counts.errors.Add(1)
@@ -210,59 +186,12 @@ func (s *session) fail(ctx context.Context, t *task, err error) {
 	}
 }
 
-// readErrno is how a READ fails with err.
-func readErrno(err error) (errno, string) {
-	e := errnoOf(err)
-	if e == eNoSpace {
-		e = eIO // the cache is full, not the device; readers know no ENOSPC
-	}
-	return e, strings.ToValidUTF8(err.Error(), "?")
-}
-
-// readWindow is how much of a large read is fetched and copied at a time. As a whole
-// it may be larger than the cache, which evicts its beginning before its end has
-// come then, and it is fetched again and again. A miss of this size waits for the
-// network; the copy is not what it waits for.
-const readWindow = 4 << 20
-
-// readDevice returns a view of e once all of it is there.
-func (s *session) readDevice(ctx context.Context, e blockmap.Extent) (all blockmap.View, err error) {
-	if e.Len() <= readWindow {
-		return blockmap.Read(ctx, s.dev, e)
-	}
-	for e.Len() > 0 {
-		w := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+readWindow)}
-		v, err := blockmap.Read(ctx, s.dev, w)
-		if err != nil {
-			return blockmap.View{}, err
-		}
-		own, _, err := copyView(&v, w.Start, func(e blockmap.Extent, p []byte) error { return s.readAgain(ctx, e, p) })
-		v.Release()
-		if err != nil {
-			return blockmap.View{}, err
-		}
-		for i := range own.Segments() {
-			if g := &own.Segments()[i]; g.Zero {
-				all.AppendZeros(int64(len(g.Bytes)))
-			} else {
-				all.Append(g.Bytes, nil, 0)
-			}
-		}
-		e.Start = w.End
-	}
-	return all, nil
-}
-
-// prefix is what can be had of e although it cannot be read: a copy of what lies
-// before the first byte that is missing, and where that is.
+// prefix returns a copy of the resident part of e before its first absent byte, and
+// where that byte is: what a failed READ can still deliver.
 func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
-	d, ok := s.dev.(statuser)
-	if !ok {
-		return blockmap.View{}, -1
-	}
 	at := e.Start
 	for at < e.End {
-		st := d.Status(blockmap.Extent{Start: at, End: e.End})
+		st := s.dev.Status(blockmap.Extent{Start: at, End: e.End})
 		if !st.Resident && !st.Zero || st.End <= at {
 			break
 		}
@@ -283,40 +212,35 @@ func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	return own, at
 }
 
-// prefetch serves CACHE, which promises nothing, for a bounded number of commands
-// at a time. Each goes on step by step, since what is asked for and not yet here
-// takes room in the device's queues.
+// prefetch serves CACHE, which promises nothing. It drops commands beyond a bounded
+// number. Each command prefetches step by step, so that it takes little room in the
+// device's queues.
 func (s *session) prefetch(ctx context.Context, e blockmap.Extent) {
 	if s.background.Add(1) > maxBackground {
 		s.background.Add(-1)
 		return
 	}
-	s.wg.Go(func() {
+	s.prefetches.Go(func() {
 		defer s.background.Add(-1)
 		for e.Len() > 0 && ctx.Err() == nil {
 			step := blockmap.Extent{Start: e.Start, End: min(e.End, e.Start+cacheStep)}
 			if !s.prefetchStep(ctx, step) {
-				return // whoever reads it will see why
+				return // a later read reports the cause
 			}
 			e.Start = step.End
 		}
 	})
 }
 
-// prefetchStep brings e, and reports whether it is there.
+// prefetchStep prefetches e, and reports whether it is resident.
 func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 	ctx, cancel := context.WithTimeout(ctx, s.timeout)
 	defer cancel()
-	p, ok := s.dev.(prefetcher)
-	st, can := s.dev.(statuser)
-	if !ok || !can {
-		return s.dev.Fault(ctx, e) == nil
-	}
-	p.Prefetch(e)
-	// A prefetch does not say when it is done.
+	s.dev.Prefetch(e)
+	// A prefetch does not report when it is done.
 	tick := time.NewTicker(cachePoll)
 	defer tick.Stop()
-	for !resident(st, e) {
+	for !resident(s.dev, e) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -327,7 +251,7 @@ func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 }
 
 // resident reports whether all of e can be read without fetching.
-func resident(d statuser, e blockmap.Extent) bool {
+func resident(d blockmap.Device, e blockmap.Extent) bool {
 	for e.Len() > 0 {
 		st := d.Status(e)
 		if !st.Resident && !st.Zero || st.End <= e.Start {

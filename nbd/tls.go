@@ -7,12 +7,11 @@ import (
 	"strings"
 )
 
-// verifyClients makes c check clients' certificates by itself, where crypto/tls
-// would, and reports whether it is to be done at all. The difference is that
-// the server then does not name its authorities to the client: GnuTLS 3.7, which
-// libnbd, qemu and nbd-client stand on, looks for a certificate of theirs that
-// goes with the signatures of TLS 1.3 as Go lists them, finds no RSA one, and
-// sends none.
+// verifyClients makes c check clients' certificates in VerifyConnection, and reports
+// whether c asks for verified certificates at all. crypto/tls would check them too, but
+// would also name the server's authorities to the client. GnuTLS 3.7, which libnbd,
+// qemu and nbd-client use, then looks for a certificate of these authorities that fits
+// the signatures of TLS 1.3 as Go lists them, finds no RSA one, and sends none.
 func verifyClients(c *tls.Config) bool {
 	switch c.ClientAuth {
 	case tls.RequireAndVerifyClientCert:
@@ -93,8 +92,8 @@ func cutLast(s string, sep byte) (before, after string, ok bool) {
 	return "", s, false
 }
 
-// isDomain reports whether s is made like a DNS name. Only such are compared
-// without case: of other names nothing is known.
+// isDomain reports whether s has the form of a DNS name. Only DNS names are compared
+// without regard to case.
 func isDomain(s string) bool {
 	for i := range len(s) {
 		switch c := s[i]; {

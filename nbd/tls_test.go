@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // pki is a CA and what it has signed, in memory and as the files that foreign
@@ -113,7 +114,7 @@ func (c *client) startTLS(cfg *tls.Config) error {
 func TestTLS(t *testing.T) {
 	p := newPKI(t)
 	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize/2))
+	dev.Evict(blockmap.Range(0, testSize/2))
 	seen := make(chan ClientInfo, 10)
 	static := Static{
 		{Name: "disk", Device: dev},
@@ -143,14 +144,14 @@ func TestTLS(t *testing.T) {
 	c.enter(true, "base:allocation")
 	for range 20 {
 		c.send(cmdRead, 0, 1, 100, testSize-200)
-		if got := assemble(t, c.reply(0), 100, testSize-200); !bytes.Equal(got, dev.content(blockmap.Range(100, testSize-200))) {
+		if got := assemble(t, c.reply(0), 100, testSize-200); !bytes.Equal(got, dev.Content(blockmap.Range(100, testSize-200))) {
 			t.Fatal("wrong data")
 		}
 	}
 	c.mustDo(cmdWrite, 0, 0, 300_000, pattern(7, 300_000))
 	c.send(cmdDisc, 0, 0, 0, 0)
 	c.closed()
-	dev.noPins(t)
+	dev.NoPins(t)
 
 	// A client without the name.
 	c = dial(t, path)
@@ -201,7 +202,7 @@ func (w watching) Open(ctx context.Context, name string, c ClientInfo) (*Export,
 
 func TestRequireTLS(t *testing.T) {
 	p := newPKI(t)
-	srv := &Server{TLSFunc: p.serverFunc(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	srv := &Server{TLSFunc: p.serverFunc(t), RequireTLS: true, Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}}
 	path := serve(t, srv)
 	c := dial(t, path)
 	for _, opt := range []uint32{optList, optInfo, optGo, optStructuredReply, optListMetaContext, optSetMetaContext, 99} {
@@ -227,7 +228,7 @@ func TestRequireTLS(t *testing.T) {
 func TestTLSFunc(t *testing.T) {
 	old, renewed := newPKI(t), newPKI(t)
 	var cfg atomic.Pointer[tls.Config]
-	srv := &Server{TLSFunc: cfg.Load, Exports: Static{{Name: "disk", Device: newMemDevice(testSize)}}}
+	srv := &Server{TLSFunc: cfg.Load, Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}}
 	path := serve(t, srv)
 	dial(t, path).want(optStartTLS, nil, repErrPolicy) // none yet
 	cfg.Store(old.server(t))
@@ -250,7 +251,7 @@ func TestTLSFunc(t *testing.T) {
 func TestShutdownTLS(t *testing.T) {
 	p := newPKI(t)
 	dev := newPatternDevice(testSize)
-	dev.evict(blockmap.Range(0, testSize))
+	dev.Evict(blockmap.Range(0, testSize))
 	g := newGate(dev)
 	srv := &Server{TLSFunc: p.serverFunc(t), Exports: Static{{Name: "disk", Device: dev}}}
 	c := dial(t, serve(t, srv))
@@ -270,5 +271,5 @@ func TestShutdownTLS(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	dev.noPins(t)
+	dev.NoPins(t)
 }

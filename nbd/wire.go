@@ -21,22 +21,22 @@ type wire interface {
 	read(p []byte) (int, error)
 	// tryRead is read, but returns 0 where it would have to wait.
 	tryRead(p []byte) (int, error)
-	// writev writes all of bufs in order, or fails behind n bytes: with
-	// errFault where what follows cannot be read, and with
-	// os.ErrDeadlineExceeded where the client has taken too long. Without
-	// patience that is a time without a byte, the timeout of the wire. With
-	// it, it is the patience from the moment at which the write first has to
-	// wait, whatever the client takes meanwhile.
+	// writev writes all of bufs in order, or fails after n bytes: with errFault
+	// where the next bytes cannot be read, and with os.ErrDeadlineExceeded
+	// where the client takes too long. Without patience, that is when the
+	// client has taken no byte for the timeout of the wire. With patience, it
+	// is that long after the write first has to wait, whatever the client
+	// takes meanwhile.
 	writev(bufs [][]byte, patience func() time.Duration) (n int, err error)
 }
 
-// errFault says that bytes of a mapping could not be read. The system call took
-// none of the buffer that they are in, nor of some buffers before it.
+// errFault: bytes of a mapping could not be read. The system call took nothing of the
+// buffer with these bytes, nor of some buffers before it.
 var errFault = errors.New("bytes to send cannot be read")
 
-// newWire returns the wire over nc. copied says that it reads what it writes in
-// this process: it must get no bytes of a mapping then, since those can fault.
-// stalled is called, by the goroutine that writes, when such a wire has waited for
+// newWire returns the wire over nc. copied reports whether the wire reads in this
+// process what it writes: it must not get bytes of a mapping then, since those can
+// fault. Such a wire calls stalled, on the goroutine that writes, when it has waited for
 // the client for stallTime.
 func newWire(nc net.Conn, timeout time.Duration, clients *atomic.Int32, stalled func()) (w wire, copied bool) {
 	switch nc := nc.(type) {
@@ -55,9 +55,9 @@ func newWire(nc net.Conn, timeout time.Duration, clients *atomic.Int32, stalled 
 }
 
 // socket is a wire over a kernel socket: one system call takes what has
-// arrived, one writes headers and payloads from where they lie. It is net.Conn
-// and net.Buffers without the bookkeeping, and sees every partial write, so
-// that a deadline is only set where a write has to wait, which is rare.
+// arrived, one writes headers and payloads from where they lie. It replaces net.Conn
+// and net.Buffers because it sees every partial write, and so sets a deadline only where
+// a write has to wait, which is rare.
 type socket struct {
 	nc      net.Conn
 	rc      syscall.RawConn
@@ -123,12 +123,12 @@ func (s *socket) readWith(p []byte, f func(uintptr) bool) (int, error) {
 	return s.nread, nil
 }
 
-// readOnce is called until it is done, and waited for between the calls.
+// readOnce is called until it is done. Between the calls the goroutine is parked.
 func (s *socket) readOnce(fd uintptr) (done bool) {
 	e, slept := s.sysRead(fd), false
 	if e == unix.EAGAIN && !s.parked && s.pace.stay() {
 		s.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-		// An error is as good as a timeout: then it is parked.
+		// An error is treated like a timeout: the goroutine is parked.
 		s.sleep = unix.NsecToTimespec(int64(longestSleep))
 		if n, _ := unix.Ppoll(s.poll[:], &s.sleep, nil); n > 0 {
 			e = s.sysRead(fd)
@@ -196,8 +196,8 @@ func (s *socket) writev(bufs [][]byte, patience func() time.Duration) (n int, er
 
 func (s *socket) writeOnce(fd uintptr) (done bool) {
 	for len(s.iov) > 0 {
-		// Pages of a mapping may have to come from disk, so this can
-		// take time, and the scheduler is told.
+		// Pages of a mapping may have to be read from disk, so this can
+		// take long, and the scheduler must know.
 		n, _, e := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&s.iov[0])), uintptr(len(s.iov)))
 		switch e {
 		case 0:
@@ -260,10 +260,10 @@ func (s *stream) writev(bufs [][]byte, _ func() time.Duration) (n int, err error
 	return n, nil
 }
 
-// patientConn lies below TLS, which cannot go on after a write that has timed
-// out. Between begin and end it tells when a write stalls, and goes on with it.
-// The reader writes as well, when the client asks for new keys, so both look at
-// what is atomic.
+// patientConn lies below TLS, which cannot go on after a write that has timed out.
+// Between begin and end it calls stalled when a write stalls, and goes on with the
+// write. The reader writes too, when the client asks for new keys, so the state is
+// atomic.
 type patientConn struct {
 	net.Conn
 	timeout time.Duration // without a byte, 0: none

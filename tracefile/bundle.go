@@ -13,8 +13,8 @@ import (
 
 // Bundle is the head of a bundle: one blob with the chunks of a plan in the order
 // of the plan, so that a start is one sequential download. Parts are named by
-// content, so that whoever has the head knows every place that a part belongs
-// to, in this image or in another.
+// content: the head alone says every place that a part belongs to, in this image or
+// in another.
 //
 // The blob is a valid zstd file whose content is that of the chunks. Its head
 // is a skippable frame (RFC 8878, section 3.1.2); integers are little-endian,
@@ -137,9 +137,9 @@ func ReadBundle(r io.Reader) (*Bundle, error) {
 	return b, nil
 }
 
-// Wants says for each part where an image of that index has its content, if
-// anywhere. open gives the stream of a table, as for Plan.Wants. A part whose
-// frame is longer than any of such a chunk is of no use, and wanted nowhere.
+// Wants lists for each part the places at which an image with that index has its
+// content. open returns the stream of a table, as for Plan.Wants. A part whose frame
+// is longer than that of any such chunk is of no use, and has no places.
 func (b *Bundle) Wants(ix *blockmap.Index, open func(*blockmap.Table) (*blockmap.Stream, error)) ([][]blockmap.Want, error) {
 	parts := make(map[blockmap.Digest]int, len(b.Parts))
 	for i, p := range b.Parts {

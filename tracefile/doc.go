@@ -5,8 +5,8 @@
 // A [Trace] is ranges of device blocks with the time since the first read, in
 // the order in which they were first touched. It has no names, no contents and
 // no addresses; what ties it to an image is the digest of the image's index.
-// The one idea is that a program starts in nearly the same way each time, so
-// what one start has waited for, the next one need not.
+// The one idea: a program starts in nearly the same way each time, so the next start
+// need not wait for the chunks that an earlier one has waited for.
 //
 //	serve ──▶ Recorder ──▶ Image          a Device around a Device: hits and misses alike
 //	             │
@@ -15,10 +15,9 @@
 //	        trace file ──▶ Read ──▶ Trace ──┼─▶ Merge ──▶ NewPlan ──▶ Plan.Wants ──▶ Prefetch
 //	older:  trace file ──▶ Read ──▶ Translate                   └───▶ Plan.Pack ──▶ a bundle
 //
-// A [Recorder] is put between a transport and the device that it serves. The
-// way of a hit through it is one look at a bitmap. Everything else happens on a
-// goroutine of its own, behind a bounded buffer that drops and counts when it
-// is full.
+// A [Recorder] stands between a transport and the device that it serves. A hit
+// costs one look at a bitmap. All writing happens on a goroutine of its own, behind a
+// bounded buffer. When the buffer is full, the recorder drops touches and counts them.
 //
 // Several traces of one image become one by [Merge], which puts first what most
 // starts touch. A trace of another version of the image becomes one of this
@@ -26,10 +25,10 @@
 // the chunks that a trace needs, each once, in order; a [Bundle] has them in one
 // blob.
 //
-// To look at a trace there are a [Summary], [Trace.Points] and [Trace.Curve] to
-// draw, and exports as an iolog that fio replays and as text in the manner of
-// blkparse.
+// [Summary] describes a trace in numbers. [Trace.Points] and [Trace.Curve] are for
+// pictures. Exports are an iolog that fio replays, and text like blkparse's.
 //
-// The file format is in format.go, that of a bundle in bundle.go. It is readable up to the last complete frame
-// however it was cut, and [Read] trusts nothing in it.
+// The file format of a trace is drawn in format.go, that of a bundle in bundle.go. A
+// trace file that was cut anywhere is readable up to its last complete frame. [Read]
+// trusts nothing in it.
 package tracefile

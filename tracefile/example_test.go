@@ -48,19 +48,18 @@ func replay(files [][]byte, ix *blockmap.Index, cache *blockmap.Cache, f prefetc
 // A start is recorded while a transport serves it, and its trace is the plan of
 // the next.
 func Example() {
-	var image blockmap.Device = &memory{blocks: 1000, resident: 100} // a *blockmap.Image
-	index := blockmap.Digest{}                                       // tracefile.IndexDigest(image.Index())
+	image := &memory{blocks: 1000, resident: 100} // a *blockmap.Image
+	image.fault = func(context.Context) error { image.resident = 1000; return nil }
+	index := blockmap.Digest{} // tracefile.IndexDigest(image.Index())
 
 	var file bytes.Buffer
 	recorder := tracefile.NewRecorder(image, index, &file, tracefile.Options{Bytes: 1 << 30})
-	device := recorder.Device() // what the transport is given
-
-	e := blockmap.Range(160*blockmap.BlockSize, 64<<10)
-	if _, ok := device.View(e); !ok { // as transports read
-		if err := device.Fault(context.Background(), e); err != nil {
-			fmt.Println(err)
-		}
+	// The transport is given the recorder in place of the image, and reads it so:
+	view, err := blockmap.Read(context.Background(), recorder, blockmap.Range(160*blockmap.BlockSize, 64<<10))
+	if err != nil {
+		fmt.Println(err)
 	}
+	view.Release()
 
 	if err := recorder.Stop(); err != nil {
 		fmt.Println(err)

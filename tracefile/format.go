@@ -86,7 +86,7 @@ type Writer struct {
 // NewWriter writes the header of a trace to w.
 func NewWriter(w io.Writer, h Header) (*Writer, error) {
 	if h.Starts == 0 || h.Starts > maxStarts {
-		return nil, fmt.Errorf("write trace: of %d starts; at most %d", h.Starts, maxStarts)
+		return nil, fmt.Errorf("write trace: it has %d starts, of at most %d", h.Starts, maxStarts)
 	}
 	b := make([]byte, headerLen)
 	copy(b, magic)
@@ -201,9 +201,9 @@ type Reader struct {
 }
 
 // NewReader reads the header of a trace. It fails with blockmap.ErrCorrupt where
-// it is not one that this program can read.
+// this program cannot read it.
 func NewReader(r io.Reader) (*Reader, error) {
-	// One byte more than there may be tells a file that is too long.
+	// One byte more than MaxSize shows that a file is too long.
 	in := &Reader{r: bufio.NewReaderSize(io.LimitReader(r, MaxSize+1), 1<<14)}
 	b := make([]byte, headerLen)
 	n, err := io.ReadFull(in.r, b)
@@ -232,10 +232,9 @@ func NewReader(r io.Reader) (*Reader, error) {
 	return in, nil
 }
 
-// Next returns the next touch. After the last one it fails with io.EOF where the
+// Next returns the next touch. After the last one it fails: with io.EOF where the
 // trace was closed, with ErrCut where the file ends without that, and with
-// blockmap.ErrCorrupt where it goes on with something that is not a frame of
-// this trace.
+// blockmap.ErrCorrupt where bytes follow that are no frame of this trace.
 func (r *Reader) Next() (Touch, error) {
 	for len(r.frame) == 0 {
 		if r.err == nil {
@@ -283,12 +282,12 @@ func (r *Reader) read() error {
 		return nil
 	}
 	if _, err := r.r.ReadByte(); err == nil {
-		return fmt.Errorf("trace: %w: there is more behind its end at byte %d", blockmap.ErrCorrupt, r.off)
+		return fmt.Errorf("trace: %w: bytes follow its end at byte %d", blockmap.ErrCorrupt, r.off)
 	}
 	return io.EOF
 }
 
-// cut is what a file means that ends within a frame, or before the last.
+// cut is the error for a file that ends within a frame, or before the last one.
 func (r *Reader) cut(err error) error {
 	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return fmt.Errorf("%w behind byte %d", ErrCut, r.off)

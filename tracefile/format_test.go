@@ -224,7 +224,7 @@ func TestRefused(t *testing.T) {
 		{"time overflows", "at most 1099511627776", frame(1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 0, 2, 1)},
 		{"unknown reason", "at most 6", frame(2, 7, 0, 0)},
 		{"long end", "too many", frame(2, 1, 0, 0, 0)},
-		{"bytes behind the end", "more behind its end", append(frame(2, 1, 0, 0), 0)},
+		{"bytes behind the end", "bytes follow its end", append(frame(2, 1, 0, 0), 0)},
 	} {
 		tracefile.Reseal(c.b)
 		tr, err := tracefile.Read(bytes.NewReader(c.b))

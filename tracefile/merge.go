@@ -12,15 +12,14 @@ import (
 // bytes for each.
 const maxMerge = 1 << 21
 
-// Merge makes one trace of several of the same image, whose merged traces count
-// for as many starts as they are of. What most starts touch comes first, by its
-// median time; then what fewer touch, the fewer the later, so that what one of
-// ten has touched comes last. The times stay the medians, so time goes back
-// where that begins. It fails with ErrOtherImage where the traces are not all
-// of one image.
+// Merge makes one trace of several of the same image. A trace that was merged itself
+// counts for as many starts as it is of. Blocks that more than half of the starts
+// touch come first, ordered by their median time. The others follow: the fewer starts
+// touch a block, the later it comes. The times stay the medians, so time goes back
+// there. Merge fails with ErrOtherImage where the traces are not all of one image.
 func Merge(traces ...*Trace) (*Trace, error) {
 	if len(traces) == 0 {
-		return nil, errors.New("merge traces: there are none")
+		return nil, errors.New("merge traces: no trace is given")
 	}
 	m := &Trace{Header: traces[0].Header, End: End{Why: Merged}}
 	m.Starts = 0
@@ -42,9 +41,9 @@ func Merge(traces ...*Trace) (*Trace, error) {
 		m.Dropped += t.Dropped
 	}
 	m.Touches = overlay(traces, ranges)
-	// Where more than half of the starts agree, time decides; a block that
-	// nine of ten touch at once is not to wait for one that all of them
-	// touch in the end.
+	// Among blocks that more than half of the starts touch, time decides: a
+	// block that nine of ten touch early must not wait for one that all ten
+	// touch at the end.
 	few := func(t Touch) uint32 {
 		if t.Starts > m.Starts/2 {
 			return 0

@@ -30,9 +30,9 @@ type Scratch interface {
 // bytes at off of a blob that holds chunks; several are open at once. scratch
 // takes the frames until their order is known.
 //
-// Chunks are compressed anew, as well as can be: they are packed once, and each
-// start waits for every byte. And each is checked against its digest: a bundle
-// is as good as the image, or there is none.
+// Pack compresses each chunk anew, as hard as it can: a chunk is packed once, and
+// each start waits for every byte of it. Pack checks each chunk against its digest,
+// and fails where one does not match.
 func (p *Plan) Pack(ctx context.Context, w io.Writer, scratch Scratch, open func(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)) (*Bundle, error) {
 	k, err := newPacker(p, scratch)
 	if err != nil {
@@ -107,7 +107,7 @@ type packRun struct {
 	parts  []int
 }
 
-// runs says which chunks are read together.
+// runs groups the chunks that are read together.
 func (k *packer) runs() (runs []*packRun) {
 	type piece struct {
 		stream, part int

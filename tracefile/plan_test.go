@@ -84,7 +84,7 @@ func TestPlanServesTheNextStart(t *testing.T) {
 	for range 50 {
 		e := blockmap.Range(rng.Int64N(image.Size()-100000), 1+rng.Int64N(100000))
 		reads = append(reads, e)
-		if _, err := blocktest.Read(t.Context(), r.Device(), e); err != nil {
+		if _, err := blocktest.Read(t.Context(), r, e); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -11,38 +11,36 @@ import (
 	"thaw/blockmap"
 )
 
-// Options say when a recording ends by itself, and what it may take until then.
-// Of the ends that are given the first one counts; without any, only Stop ends
-// it (or MaxSize).
+// Options say when a recording ends by itself, and how much memory it may take. The
+// first end that is reached counts. Without any, the recording lasts until Stop, or
+// until its file reaches MaxSize.
 type Options struct {
 	For   time.Duration // this long after the first read
 	Bytes int64         // when so much of the device has been touched
-	// Quiet ends it when no block was touched for the first time in so long.
-	// Reads of what was touched before do not count, since nothing is
-	// written for them; a fault that still waits does.
+	// Quiet ends it when no block was touched for the first time for so long.
+	// A read of touched blocks does not count, since nothing is written for
+	// it. A Fault that still waits counts.
 	Quiet time.Duration
 
-	// Buffer is how many touches may wait to be written; 8192 if zero, which
-	// takes 400 KiB. What does not fit is dropped and counted.
+	// Buffer is how many touches may wait to be written. 0 means 8192, which
+	// take 400 KiB. Touches that do not fit are dropped and counted.
 	Buffer int
 }
 
 const defaultBuffer = 8192
 
-// Recorder is a blockmap.Device that writes down which blocks of another one
-// are read, the first time that they are.
+// Recorder is a blockmap.Device around another one. It records each block of that
+// device when the block is read for the first time.
 //
-// A read of blocks that were touched before costs a look at a bitmap that is
-// then only read. A first touch sets their bits and puts a record in a buffer,
-// under a lock that nobody holds for longer than that. A goroutine takes them
-// from there, merges and writes them; however long the writer takes, no read
-// waits for it.
+// A read of touched blocks costs one look at a bitmap, which it does not change. A
+// first touch sets the bits of its blocks and appends an event to a buffer, under a
+// lock that is held for no longer than that. A goroutine merges the events and writes
+// them. No read waits for the writer.
 //
-// A read that misses is View, Fault and View again: the first of them touches
-// the blocks, and they are a miss, all of those that this read is the first to
-// touch.
+// A read that misses calls View, Fault and View again. The first View touches the
+// blocks. All blocks that this read is the first to touch are recorded as a miss.
 //
-// It takes no writes: the blocks of a trace are those of the image, so the
+// A Recorder takes no writes: the blocks of a trace are those of the image, so the
 // recorder of a writable device belongs below the overlay.
 type Recorder struct {
 	dev     blockmap.Device
@@ -51,11 +49,11 @@ type Recorder struct {
 	base    time.Time
 	o       Options
 
-	// What follows is written to; what is above is only read, and stays in
-	// the caches of all processors.
+	// The fields below change. Those above are only read, and stay in the
+	// caches of all processors.
 	_ [64]byte
 
-	over    atomic.Bool // nothing more is taken
+	over    atomic.Bool // no more events are taken
 	waiting atomic.Int64
 	faulted atomic.Int64 // when a Fault ended last, in nanoseconds since base
 	dropped atomic.Uint64
@@ -82,8 +80,8 @@ type event struct {
 	miss         bool
 }
 
-// NewRecorder starts a recording of what is read of dev, the device of the image
-// with that index, to w. It must be stopped.
+// NewRecorder starts to record the reads of dev to w. dev is the device of the image
+// with that index. The caller must call Stop.
 func NewRecorder(dev blockmap.Device, index blockmap.Digest, w io.Writer, o Options) *Recorder {
 	if o.Buffer <= 0 {
 		o.Buffer = defaultBuffer
@@ -95,11 +93,11 @@ func NewRecorder(dev blockmap.Device, index blockmap.Digest, w io.Writer, o Opti
 		stop:    make(chan struct{}), kick: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	r.mu.events = make([]event, 0, o.Buffer)
-	s := &scribe{r: r, first: -1, spare: make([]event, 0, o.Buffer)}
+	loop := &writeLoop{r: r, first: -1, spare: make([]event, 0, o.Buffer)}
 	go func() {
 		defer close(r.done)
-		if s.out, r.err = NewWriter(w, Header{Index: index, Blocks: blocks, Starts: 1}); r.err == nil {
-			r.end, r.err = s.run()
+		if loop.out, r.err = NewWriter(w, Header{Index: index, Blocks: blocks, Starts: 1}); r.err == nil {
+			r.end, r.err = loop.run()
 		}
 		r.over.Store(true)
 	}()
@@ -111,8 +109,8 @@ func (r *Recorder) Size() int64 { return r.size }
 
 // View implements blockmap.Device.
 func (r *Recorder) View(e blockmap.Extent) (v blockmap.View, ok bool) {
-	// Nothing wrong comes of an extent that is none: what this look says of
-	// it, touch and the device find out.
+	// e is not checked here: touch and the device check it, and this look does
+	// no harm for an extent that is out of range.
 	first, last := uint64(e.Start)/blockmap.BlockSize, uint64(e.End-1)/blockmap.BlockSize
 	if w := first / 64; w == last/64 && w < uint64(len(r.touched)) {
 		mask := uint64(2)<<(last%64) - uint64(1)<<(first%64)
@@ -136,51 +134,23 @@ func (r *Recorder) Fault(ctx context.Context, e blockmap.Extent) error {
 	return r.dev.Fault(ctx, e)
 }
 
-type statuser interface {
-	Status(e blockmap.Extent) blockmap.Status
-}
+// Status implements blockmap.Device. It touches no block.
+func (r *Recorder) Status(e blockmap.Extent) blockmap.Status { return r.dev.Status(e) }
 
-type prefetcher interface {
-	Prefetch(e blockmap.Extent)
-}
+// Prefetch implements blockmap.Device. It touches no block: what is fetched ahead
+// is not read yet.
+func (r *Recorder) Prefetch(e blockmap.Extent) { r.dev.Prefetch(e) }
 
-// Device is the recorder with those of the methods Status and Prefetch that the
-// device which it records has: what a transport is to be given. Neither touches
-// a block.
-func (r *Recorder) Device() blockmap.Device {
-	s, tells := r.dev.(statuser)
-	p, prefetches := r.dev.(prefetcher)
-	switch {
-	case tells && prefetches:
-		return &struct {
-			*Recorder
-			statuser
-			prefetcher
-		}{r, s, p}
-	case tells:
-		return &struct {
-			*Recorder
-			statuser
-		}{r, s}
-	case prefetches:
-		return &struct {
-			*Recorder
-			prefetcher
-		}{r, p}
-	}
-	return r
-}
-
-// Stop ends the recording, if it has not ended by itself, and waits until it is
-// written. It fails with the first error of the writer. Reads go on as before.
+// Stop ends the recording, unless it has ended by itself, and waits until it is
+// written. It fails with the first error of w. Reads go on as before.
 func (r *Recorder) Stop() error {
 	r.stopOnce.Do(func() { close(r.stop) })
 	<-r.done
 	return r.err
 }
 
-// Done is closed when the recording has ended and is written. Stop then returns
-// at once.
+// Done returns a channel that is closed once the recording has ended and is written.
+// Stop then returns at once.
 func (r *Recorder) Done() <-chan struct{} { return r.done }
 
 // End says how the recording ended, once it has.
@@ -192,8 +162,8 @@ func (r *Recorder) End() End {
 // Stats counts what a Recorder has done so far.
 type Stats struct {
 	Ranges  int64 // taken from the buffer, before neighbours were merged
-	Bytes   int64 // in these
-	Dropped int64 // bytes that were touched, and did not fit in the buffer
+	Bytes   int64 // in these ranges
+	Dropped int64 // bytes that were touched but did not fit in the buffer
 }
 
 // Stats returns the counts so far.
@@ -204,7 +174,7 @@ func (r *Recorder) Stats() Stats {
 	}
 }
 
-// touch marks e as touched, and puts in the buffer what was not.
+// touch marks e as touched, and records the blocks that were not touched before.
 func (r *Recorder) touch(e blockmap.Extent, miss bool) {
 	if e.Check(r.size) != nil || e.Len() == 0 {
 		return
@@ -238,7 +208,7 @@ func (r *Recorder) touch(e blockmap.Extent, miss bool) {
 	r.put(run)
 }
 
-// put hands x to the scribe, or drops it.
+// put appends x to the buffer of the writeLoop, or drops it where the buffer is full.
 func (r *Recorder) put(x event) {
 	if x.count == 0 || r.over.Load() {
 		return
@@ -257,7 +227,7 @@ func (r *Recorder) put(x event) {
 	if n == 0 || n+1 == r.o.Buffer/2 {
 		select {
 		case r.kick <- struct{}{}:
-		default: // it is awake already
+		default: // the writeLoop is awake already
 		}
 	}
 }

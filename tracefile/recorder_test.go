@@ -112,6 +112,12 @@ func (m *memory) Fault(ctx context.Context, e blockmap.Extent) error {
 	return e.Check(m.Size())
 }
 
+func (m *memory) Status(e blockmap.Extent) blockmap.Status {
+	return blockmap.Status{Extent: e, Zero: true, Resident: e.End <= m.resident*blockmap.BlockSize}
+}
+
+func (m *memory) Prefetch(blockmap.Extent) {}
+
 func view(d blockmap.Device, block, count int64) {
 	v, _ := d.View(blockmap.Range(block*blockmap.BlockSize, count*blockmap.BlockSize))
 	v.Release()
@@ -137,7 +143,7 @@ func TestRecorderConforms(t *testing.T) {
 		var b bytes.Buffer
 		r := tracefile.NewRecorder(image, tracefile.IndexDigest(m.Index), &b, tracefile.Options{})
 		t.Cleanup(func() { stop(t, r, &b) })
-		return r.Device()
+		return r
 	})
 }
 
@@ -458,51 +464,28 @@ func TestRecordsConcurrently(t *testing.T) {
 	}
 }
 
-// Status and Prefetch are there where the device has them, and touch nothing.
-func TestDevicePassesThrough(t *testing.T) {
-	type statuser interface {
-		Status(blockmap.Extent) blockmap.Status
-	}
-	type prefetcher interface{ Prefetch(blockmap.Extent) }
+// Status and Prefetch are the device's own, and touch nothing.
+func TestPassesThrough(t *testing.T) {
 	m := blocktest.NewImage(t, 3, 200)
 	image, _ := newImage(t, m)
-	e := blockmap.Range(0, 1<<20)
-	for _, c := range []struct {
-		d                blockmap.Device
-		tells, prefetchs bool
-	}{
-		{image, true, true},
-		{&memory{blocks: 500}, false, false},
-		{struct {
-			blockmap.Device
-			statuser
-		}{&memory{blocks: 500}, image}, true, false},
-		{struct {
-			blockmap.Device
-			prefetcher
-		}{&memory{blocks: 500}, image}, false, true},
-	} {
-		var b bytes.Buffer
-		r := tracefile.NewRecorder(c.d, blockmap.Digest{}, &b, tracefile.Options{})
-		d := r.Device()
-		s, tells := d.(statuser)
-		p, prefetches := d.(prefetcher)
-		if tells != c.tells || prefetches != c.prefetchs {
-			t.Errorf("%T has Status %v and Prefetch %v behind a recorder", c.d, tells, prefetches)
-		}
-		if tells && s.Status(e) != image.Status(e) {
-			t.Error("another status")
-		}
-		if prefetches {
-			p.Prefetch(e)
-			if st := image.Status(e); !st.Resident {
-				t.Error("a prefetch was lost")
-			}
-		}
-		view(d, 10, 1)
-		if tr := stop(t, r, &b); len(tr.Touches) != 1 {
-			t.Errorf("%d touches", len(tr.Touches))
-		}
+	var b bytes.Buffer
+	r := tracefile.NewRecorder(image, blockmap.Digest{}, &b, tracefile.Options{})
+	e := blockmap.Extent{Start: int64(m.Index.Runs[0].Device) * blockmap.BlockSize, End: image.Size()} // no hole
+	if st := r.Status(e); st != image.Status(e) || st.Resident {
+		t.Errorf("the status of %v is %+v, and that of the image %+v", e, st, image.Status(e))
+	}
+	r.Prefetch(e)
+	if v, ok := image.View(e); !ok {
+		t.Error("a prefetch was lost")
+	} else {
+		v.Release()
+	}
+	if st := r.Status(e); st != image.Status(e) || !st.Resident {
+		t.Errorf("after the prefetch the status of %v is %+v, and that of the image %+v", e, st, image.Status(e))
+	}
+	view(r, 10, 1)
+	if tr := stop(t, r, &b); len(tr.Touches) != 1 || tr.Touches[0].Miss {
+		t.Errorf("recorded %+v", tr.Touches)
 	}
 }
 
@@ -510,13 +493,12 @@ func TestHitsAllocateNothing(t *testing.T) {
 	d := &memory{blocks: 1000, resident: 1000}
 	r := tracefile.NewRecorder(d, blockmap.Digest{}, io.Discard, tracefile.Options{})
 	defer r.Stop()
-	dev := r.Device()
-	view(dev, 0, 500)
-	if n := testing.AllocsPerRun(100, func() { view(dev, 3, 1); view(dev, 50, 100) }); n > 0 {
+	view(r, 0, 500)
+	if n := testing.AllocsPerRun(100, func() { view(r, 3, 1); view(r, 50, 100) }); n > 0 {
 		t.Errorf("a hit allocates %v times", n)
 	}
 	at := int64(500)
-	if n := testing.AllocsPerRun(100, func() { view(dev, at, 3); at += 4 }); n > 0 {
+	if n := testing.AllocsPerRun(100, func() { view(r, at, 3); at += 4 }); n > 0 {
 		t.Errorf("a first touch allocates %v times", n)
 	}
 }
@@ -616,20 +598,19 @@ func BenchmarkView(b *testing.B) {
 	}
 	r := tracefile.NewRecorder(image, blockmap.Digest{}, io.Discard, tracefile.Options{})
 	defer r.Stop()
-	recorded := r.Device()
-	view(recorded, 0, image.Size()/4096)
+	view(r, 0, image.Size()/4096)
 	for _, c := range []struct {
 		name   string
 		n      int64
 		copied bool
 	}{{"view/4k", 4096, false}, {"view/128k", 128 << 10, false}, {"read/4k", 4096, true}, {"read/128k", 128 << 10, true}} {
 		b.Run(c.name+"/alone", read(image, c.n, c.copied))
-		b.Run(c.name+"/recorded", read(recorded, c.n, c.copied))
+		b.Run(c.name+"/recorded", read(r, c.n, c.copied))
 	}
 	for _, n := range []int64{4096, 128 << 10} {
 		name := fmt.Sprintf("socket/%dk", n>>10)
 		b.Run(name+"/alone", func(b *testing.B) { overSocket(b, image, offs, n) })
-		b.Run(name+"/recorded", func(b *testing.B) { overSocket(b, recorded, offs, n) })
+		b.Run(name+"/recorded", func(b *testing.B) { overSocket(b, r, offs, n) })
 	}
 	b.Run("first/recorded", func(b *testing.B) {
 		d := &memory{blocks: 1 << 28, resident: 1 << 28}

@@ -33,7 +33,7 @@ type Summary struct {
 	Streams []StreamSummary `json:"streams,omitempty"`
 }
 
-// Percentile is when so much of a trace had been touched.
+// Percentile is when a share of a trace had been touched.
 type Percentile struct {
 	Percent int           `json:"percent"`
 	At      time.Duration `json:"at_ns"`
@@ -188,8 +188,8 @@ func (t *Trace) Curve() []Sum {
 	return points
 }
 
-// CurveOf is the Curve of those points that lie in one stream. With all streams'
-// curves a picture shows which layer is waited for when.
+// CurveOf is the Curve of the points that lie in one stream. The curves of all streams
+// show which layer a start waits for at what time.
 func CurveOf(points []Point, stream int) []Sum {
 	var t Trace
 	for _, p := range points {

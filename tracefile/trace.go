@@ -59,7 +59,7 @@ func (t Touch) Extent() blockmap.Extent {
 type End struct {
 	Why     Reason
 	After   time.Duration // from the first read to the end of the recording
-	Dropped uint64        // blocks that were touched, and did not fit in the buffer
+	Dropped uint64        // blocks that were touched but did not fit in the buffer
 }
 
 // Reason is why a recording ended.
@@ -100,11 +100,11 @@ func (r Reason) String() string {
 
 // Errors that a caller tells apart.
 var (
-	// ErrOtherImage says that a trace is not of the image at hand. One of
-	// an earlier version of it can be translated.
+	// ErrOtherImage says that a trace is not of the image at hand. A trace of
+	// an earlier version of that image can be translated.
 	ErrOtherImage = errors.New("the trace is of another image")
-	// ErrCut says that a file ends before its trace does, as one does whose
-	// recording was killed.
+	// ErrCut says that a file ends before its trace does: the process that
+	// recorded it was killed.
 	ErrCut = errors.New("the trace is cut short")
 	// ErrFull says that a trace file would become longer than MaxSize.
 	ErrFull = errors.New("the trace file is full")

@@ -9,9 +9,9 @@ import (
 	"thaw/blockmap"
 )
 
-// Carried says what of a trace another version of its image has, too. A chunk
-// is one of the earlier version that the trace touches; the bytes are those
-// that it touches, without holes.
+// Carried says how much of a trace another version of its image has too. The chunks
+// are those of the earlier version that the trace touches. The bytes are those that it
+// touches, without holes.
 type Carried struct {
 	SharedChunks int   `json:"shared_chunks"` // of which something touched is in the new version
 	SharedBytes  int64 `json:"shared_bytes"`
@@ -24,12 +24,11 @@ func (c Carried) String() string {
 		c.SharedChunks, c.SharedChunks+c.LostChunks, c.SharedBytes, c.SharedBytes+c.LostBytes)
 }
 
-// Translate makes of a trace of the image with index old one of the image with
-// index ix. A block that was touched is found again by the digest of its chunk
-// and its position in there, wherever in the new image that is; one whose
-// content is not on the new device any more is lost, and will not be read
-// either. Where ix has a content several times, the place in a stream that both
-// images have goes first.
+// Translate turns a trace of the image with index old into a trace of the image with
+// index ix. It finds a touched block by the digest of its chunk and its position
+// there, wherever in the new image that chunk is. A block whose content the new device
+// no longer has is left out. Where ix has a content several times, a place in a stream
+// that both images have is preferred.
 //
 // It fails with ErrOtherImage where the trace is not one of old.
 func Translate(t *Trace, old, ix *blockmap.Index) (*Trace, Carried, error) {

@@ -136,3 +136,15 @@ func (d *slowDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 	d.came[e.Start/blockmap.BlockSize].Add(1)
 	return ctx.Err()
 }
+
+// Status says nothing of what has come: all is data to be fetched, but for the fast part.
+func (d *slowDevice) Status(e blockmap.Extent) blockmap.Status {
+	resident := e.Start < d.fast
+	if resident {
+		e.End = min(e.End, d.fast)
+	}
+	return blockmap.Status{Extent: e, Resident: resident}
+}
+
+// Prefetch does nothing: each read is to wait.
+func (d *slowDevice) Prefetch(blockmap.Extent) {}

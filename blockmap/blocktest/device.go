@@ -1,7 +1,7 @@
 // Package blocktest holds what tests of devices, caches and fetchers share: a
-// conformance suite for [blockmap.Device], images made of random data, an
-// origin that fails in every way an origin can, and a file system that loses
-// what was not synced.
+// conformance suites for [blockmap.Device] and [blockmap.WritableDevice], a
+// writable device in memory, images made of random data, an origin that fails in
+// every way an origin can, and a file system that loses what was not synced.
 package blocktest
 
 import (
@@ -15,12 +15,6 @@ import (
 
 	"thaw/blockmap"
 )
-
-// statuser is the part of a device that tells about blocks without reading
-// them.
-type statuser interface {
-	Status(e blockmap.Extent) blockmap.Status
-}
 
 // TestDevice puts a device through what every blockmap.Device must do. open
 // makes a new device, cold, whose content must be want; it is called more than
@@ -39,7 +33,7 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		}
 		check(t, d, blockmap.Range(0, d.Size()), want)
 		if v, ok := d.View(blockmap.Range(0, d.Size())); !ok {
-			t.Error("all was read, and is not resident")
+			t.Error("the device was read as a whole and is not resident")
 		} else {
 			v.Release()
 		}
@@ -51,18 +45,26 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 			{Start: -1 << 62, End: 1 << 62},
 		} {
 			if v, ok := d.View(e); ok {
-				t.Errorf("there is a view of %v", e)
+				t.Errorf("View of %v does not refuse", e)
 				v.Release()
 			}
 			if err := d.Fault(context.Background(), e); !errors.Is(err, blockmap.ErrOutOfRange) {
 				t.Errorf("fault of %v: %v", e, err)
 			}
+			if st := d.Status(e); st.Len() != 0 {
+				t.Errorf("status of %v is about %v", e, st.Extent)
+			}
+			d.Prefetch(e)
 		}
 	})
 	t.Run("Empty", func(t *testing.T) {
 		d := open(t)
 		for _, at := range []int64{0, 1, d.Size()} {
 			check(t, d, blockmap.Range(at, 0), want)
+			if st := d.Status(blockmap.Range(at, 0)); st.Len() != 0 {
+				t.Errorf("status of nothing at %d is about %v", at, st.Extent)
+			}
+			d.Prefetch(blockmap.Range(at, 0))
 		}
 	})
 	t.Run("Concurrent", func(t *testing.T) {
@@ -83,25 +85,21 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		ctx, cancel := context.WithCancelCause(context.Background())
 		gone := errors.New("the reader has gone")
 		cancel(gone)
-		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not heed its context") })
+		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not return although its context has ended") })
 		defer end.Stop()
 		if err := d.Fault(ctx, blockmap.Range(0, d.Size())); err == nil {
 			if _, ok := d.View(blockmap.Range(0, d.Size())); !ok {
-				t.Error("Fault returned no error and did nothing")
+				t.Error("Fault returned no error, and its extent is not resident")
 			}
 		}
-		check(t, d, blockmap.Range(0, d.Size()), want) // and the next reader is served
+		check(t, d, blockmap.Range(0, d.Size()), want) // the next reader is served
 	})
 	t.Run("Status", func(t *testing.T) {
 		d := open(t)
-		s, ok := d.(statuser)
-		if !ok {
-			return
-		}
 		walk := func(f func(blockmap.Status)) {
 			for at := int64(0); at < d.Size(); {
 				e := blockmap.Extent{Start: at, End: d.Size()}
-				st := s.Status(e)
+				st := d.Status(e)
 				if st.Start != at || st.Len() <= 0 || st.End > d.Size() {
 					t.Fatalf("status of %v is about %v", e, st.Extent)
 				}
@@ -111,6 +109,13 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		}
 		zero := make([]byte, blockmap.BlockSize)
 		walk(func(st blockmap.Status) {
+			if st.Resident {
+				if v, ok := d.View(st.Extent); !ok {
+					t.Errorf("%v is said to be resident, and there is no view of it", st.Extent)
+				} else {
+					v.Release()
+				}
+			}
 			if !st.Zero {
 				return
 			}
@@ -123,12 +128,31 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 				t.Errorf("the hole %v has to be fetched", st.Extent)
 			}
 		})
+		rng := rand.New(rand.NewPCG(5, 5))
+		for _, e := range extents(rng, d.Size(), 100) {
+			if st := d.Status(e); st.Start != e.Start || st.Len() <= 0 || st.End > e.End {
+				t.Errorf("status of %v is about %v", e, st.Extent)
+			}
+		}
 		check(t, d, blockmap.Range(0, d.Size()), want)
 		walk(func(st blockmap.Status) {
 			if !st.Resident {
 				t.Errorf("%v was read and is not resident", st.Extent)
 			}
 		})
+	})
+	t.Run("Prefetch", func(t *testing.T) {
+		d := open(t)
+		rng := rand.New(rand.NewPCG(6, 6))
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for _, e := range extents(rng, d.Size(), 50) {
+				d.Prefetch(e)
+			}
+		})
+		check(t, d, blockmap.Range(0, d.Size()), want)
+		wg.Wait()
+		check(t, d, blockmap.Range(0, d.Size()), want)
 	})
 }
 
@@ -160,18 +184,17 @@ func extents(rng *rand.Rand, size int64, n int) []blockmap.Extent {
 
 // Read reads e of d as transports do.
 func Read(ctx context.Context, d blockmap.Device, e blockmap.Extent) ([]byte, error) {
-	for {
-		v, err := blockmap.Read(ctx, d, e)
-		if err != nil {
-			return nil, err
-		}
-		p := make([]byte, v.Len())
-		err = v.CopyTo(p)
-		v.Release()
-		if !errors.Is(err, blockmap.ErrDamaged) {
-			return p, err
-		}
+	v, err := blockmap.Read(ctx, d, e)
+	if err != nil {
+		return nil, err
 	}
+	p := make([]byte, v.Len())
+	err = v.CopyTo(p)
+	v.Release()
+	if errors.Is(err, blockmap.ErrDamaged) {
+		err = blockmap.ReadInto(ctx, d, e, p)
+	}
+	return p, err
 }
 
 func check(t *testing.T, d blockmap.Device, e blockmap.Extent, want []byte) {

@@ -17,12 +17,11 @@ import (
 	"thaw/blockmap"
 )
 
-// FS is a blockmap.FS over a directory of the real one, which can fail, be full
-// and lose power. It remembers what of each file was synced; PowerCut leaves a
-// machine that has been off: each page that was written since is, at random,
-// as it was synced or as it was written last, since the kernel may have
-// written it or not. Names are durable at once, which is what a journalling
-// file system with ordered metadata does at worst late; contents are not.
+// FS is a blockmap.FS over a real directory that can fail, be full and lose power. It
+// remembers which contents of each file were synced. After PowerCut, each page that was
+// written since its last sync is, at random, as it was synced or as it was written last:
+// the kernel may have written it or not. Names are durable at once. (A journalling file
+// system with ordered metadata makes them durable a little later.)
 type FS struct {
 	mu     sync.Mutex
 	synced map[string][]byte
@@ -30,21 +29,21 @@ type FS struct {
 	fault  func(op, path string) error
 	mounts uint64 // that there were
 
-	// lost are the pages that a sync failed to write. As the kernel does, later
-	// syncs take them for written, until they are written to again.
+	// lost are the pages that a sync failed to write. Later syncs take them for
+	// written, as the kernel does, until they are written to again.
 	lost map[string]map[int64]bool
 
 	disk  *int64 // pages that are free, if they are counted
 	taken map[string]map[int64]bool
 }
 
-// NewFS makes an FS that works.
+// NewFS makes an FS without faults.
 func NewFS() *FS {
 	return &FS{synced: make(map[string][]byte), lost: make(map[string]map[int64]bool)}
 }
 
-// Fail has fault asked before each operation: "open", "write", "sync",
-// "punch", "map", "rename". An error it returns is the operation's.
+// Fail makes the FS call fault before each operation: "open", "write", "sync", "punch",
+// "map", "rename". The operation fails with the error that fault returns.
 func (f *FS) Fail(fault func(op, path string) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -63,9 +62,8 @@ func (f *FS) check(op, path string) error {
 	return nil
 }
 
-// Shrink leaves the disk with room for so many more pages of 4 KiB. As on a real
-// disk, a write that does not fit is done as far as it does, and has taken
-// what there was.
+// Shrink leaves room on the disk for that many more pages of 4 KiB. As on a real disk, a
+// write that does not fit writes as much as fits, and takes that room.
 func (f *FS) Shrink(pages int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -102,7 +100,7 @@ func (f *FS) giveBack(path string, first, behind int64) {
 	}
 }
 
-// PowerCut, which kills as well, leaves the files as a power cut at this point might. Nothing may be
+// PowerCut kills, and leaves the files as a power cut at this point might. Nothing may be
 // using them.
 func (f *FS) PowerCut(rng *rand.Rand) error {
 	f.mu.Lock()
@@ -130,9 +128,8 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 	return nil
 }
 
-// Remount has the file system gone and come back without a reboot, as after a
-// forced detach: what was not synced is lost as by PowerCut, and the mount is
-// another one.
+// Remount detaches the file system by force and mounts it again, without a reboot: what
+// was not synced is lost as by PowerCut, and the mount is another one.
 func (f *FS) Remount(rng *rand.Rand) error {
 	f.mu.Lock()
 	f.mounts++
@@ -156,8 +153,8 @@ func (f *FS) Lock(path string) (io.Closer, error) {
 	return l, nil
 }
 
-// Kill lets go of all locks, as the kernel does for a process that was killed.
-// Whoever held them is to do nothing more.
+// Kill releases all locks, as the kernel does for a process that was killed. Their
+// holders must do nothing more.
 func (f *FS) Kill() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -271,7 +268,7 @@ func (h *handle) Identity() (blockmap.FileID, error) {
 
 func (h *handle) Sync() error {
 	failed := h.fs.check("sync", h.path)
-	// What is synced is at least what was there when it was asked for.
+	// A sync covers at least the contents at the time of the call.
 	size, _, err := h.File.Stat()
 	if err != nil {
 		return err
@@ -304,5 +301,5 @@ func (h *handle) Sync() error {
 
 const pageSize = 4096
 
-// ErrDiskFull is what a full disk answers.
+// ErrDiskFull is the error of a full disk.
 var ErrDiskFull error = unix.ENOSPC

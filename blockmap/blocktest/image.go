@@ -10,17 +10,16 @@ import (
 	"thaw/blockmap"
 )
 
-// Image is a made-up block image: an index, the blobs that it is about, and
-// what the device reads as.
+// Image is a made-up block image: an index, its blobs, and the content of the device.
 type Image struct {
 	Index   *blockmap.Index
 	Blobs   map[blockmap.Digest][]byte
 	Content []byte
 }
 
-// NewImage makes an image of about the given number of blocks: several
-// streams, chunks of 1 to 64 blocks, one of which is in two streams, and runs
-// with holes between them.
+// NewImage makes an image of about the given number of blocks. It has three streams with
+// chunks of 1 to 64 blocks, one chunk that is in all streams, and runs with holes between
+// them.
 func NewImage(t testing.TB, seed uint64, blocks int) *Image {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(seed, 0))
@@ -73,8 +72,7 @@ func NewImage(t testing.TB, seed uint64, blocks int) *Image {
 	return m
 }
 
-// Stream makes a stream of chunks, each a whole number of blocks, and the blob
-// that it is stored as.
+// Stream makes a stream of chunks, each a whole number of blocks, and its blob.
 func Stream(t testing.TB, chunks [][]byte) (*blockmap.Table, []byte) {
 	t.Helper()
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(1<<20))

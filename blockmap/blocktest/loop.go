@@ -11,13 +11,14 @@ import (
 )
 
 // Loop makes a file a block device until release is called, or the test ends. Other
-// programs look for a free loop device at the same time: one is this test's only
-// once its own file is in it, which is one step for the kernel (LOOP_CONFIGURE). When
-// release is called and the last mount of it has gone, so has the device.
+// programs may look for a free loop device at the same time. A device belongs to this
+// test only once the kernel has configured it with the test's file, which
+// LOOP_CONFIGURE does in one step. The device goes when release was called and its last
+// mount is gone.
 func Loop(t testing.TB, file string, readOnly bool) (device string, release func()) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("loop devices take root")
+		t.Skip("loop devices require root")
 	}
 	mode := os.O_RDWR
 	var flags uint32 = unix.LO_FLAGS_AUTOCLEAR
@@ -41,7 +42,7 @@ func Loop(t testing.TB, file string, readOnly bool) (device string, release func
 		}
 		device = fmt.Sprintf("/dev/loop%d", n)
 		f, err := os.OpenFile(device, mode, 0)
-		if errors.Is(err, os.ErrNotExist) { // no udev makes the node here
+		if errors.Is(err, os.ErrNotExist) { // no udev makes the node
 			err = unix.Mknod(device, unix.S_IFBLK|0o660, int(unix.Mkdev(7, uint32(n))))
 			if err == nil || errors.Is(err, unix.EEXIST) {
 				f, err = os.OpenFile(device, mode, 0)
@@ -68,8 +69,8 @@ func Loop(t testing.TB, file string, readOnly bool) (device string, release func
 	}
 }
 
-// Mount mounts the file system of a file at a directory of the test's own, read-only
-// or not as asked for, until unmount is called or the test ends.
+// Mount mounts the file system in a file on a directory of this test, until unmount is
+// called or the test ends.
 func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount func()) {
 	t.Helper()
 	device, release := Loop(t, file, readOnly)
@@ -92,7 +93,8 @@ func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount 
 			t.Errorf("unmount %s: %v", dir, err)
 			return
 		}
-		// The device goes with its last user: what was written is in the file then.
+		// The device goes with its last user. The file then has all that was
+		// written.
 		release()
 	}
 	t.Cleanup(unmount)
@@ -101,7 +103,7 @@ func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount 
 		t.Fatal(err)
 	}
 	if got := st.Flags&unix.ST_RDONLY != 0; got != readOnly {
-		t.Fatalf("%s is mounted read-only: %v, asked for: %v", file, got, readOnly)
+		t.Fatalf("%s is mounted read-only=%v, want %v", file, got, readOnly)
 	}
 	return dir, unmount
 }

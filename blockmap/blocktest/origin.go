@@ -14,40 +14,40 @@ import (
 	"thaw/blockmap"
 )
 
-// Origin serves blobs from memory, and fails as it is told to. The zero values
-// of its faults are none. Faults are changed by Set while it serves.
+// Origin serves blobs from memory, and fails as its Faults say. Set changes the faults
+// while it serves.
 type Origin struct {
-	Name string // what the Source of its bodies is
+	Name string // the Source of its bodies
 
 	mu     sync.Mutex
 	blobs  map[blockmap.Digest][]byte
 	faults Faults
 
-	ranges   int // that a request may have; 0 for 1
+	ranges   int // how many a request may have; 0 for 1
 	requests int
 	alive    int
 	most     int
 	asked    map[Asked]int
 }
 
-// Faults say what goes wrong with the requests to come.
+// Faults say what goes wrong with later requests. The zero Faults are none.
 type Faults struct {
 	Delay   time.Duration // before the body begins
 	Err     error         // instead of a body
-	ErrEach int           // with Err: only each so manyeth request fails; 0: all
+	ErrEach int           // with Err: only every ErrEach-th request fails; 0: all
 	Cut     bool          // the body ends half way, without an error of its own
 	Break   error         // the body fails half way with this
 	Flip    bool          // a bit of the body is wrong
-	Hang    bool          // the body never comes, until the context ends
-	Mute    bool          // nor does an answer
+	Hang    bool          // the body does not come before the context ends
+	Mute    bool          // neither answer nor body comes before the context ends
 	Trickle int64         // bytes of the body a second, a few at a time; 0: at once
-	Left    int           // faults end after so many requests; 0: never
+	Left    int           // faults end after this many requests; 0: never
 
-	// Only, if not nil, says which ranges the faults concern.
+	// Only, if not nil, chooses the ranges that the faults concern.
 	Only func(Asked) bool
 }
 
-// Asked names a range that was asked for.
+// Asked names a requested range.
 type Asked struct {
 	Blob   blockmap.Digest
 	Off, N int64
@@ -61,7 +61,7 @@ func NewOrigin(m *Image) *Origin {
 	return &Origin{blobs: m.Blobs, asked: make(map[Asked]int)}
 }
 
-// Add makes it serve one more blob. Nothing is asked of it meanwhile.
+// Add adds a blob. No request is under way meanwhile.
 func (o *Origin) Add(digest blockmap.Digest, blob []byte) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -76,16 +76,16 @@ func (o *Origin) Set(f Faults) {
 	o.faults = f
 }
 
-// Requests is how many ranges were asked for, Most how many at once.
+// Requests is how many requests were made.
 func (o *Origin) Requests() int { o.mu.Lock(); defer o.mu.Unlock(); return o.requests }
 
-// Most is how many requests were alive at once at most.
+// Most is the largest number of requests that were under way at once.
 func (o *Origin) Most() int { o.mu.Lock(); defer o.mu.Unlock(); return o.most }
 
 // Alive is how many bodies are open.
 func (o *Origin) Alive() int { o.mu.Lock(); defer o.mu.Unlock(); return o.alive }
 
-// Asked lists how often each range was asked for.
+// Asked lists how often each range was requested.
 func (o *Origin) Asked() map[Asked]int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -96,19 +96,19 @@ func (o *Origin) Asked() map[Asked]int {
 	return all
 }
 
-// GiveRanges lets a request have so many ranges; at first it may have one.
+// GiveRanges allows n ranges in a request. The default is one.
 func (o *Origin) GiveRanges(n int) { o.mu.Lock(); defer o.mu.Unlock(); o.ranges = n }
 
 // Ranges is how many ranges a request may have.
 func (o *Origin) Ranges() int { o.mu.Lock(); defer o.mu.Unlock(); return max(o.ranges, 1) }
 
-// OpenRange is what a fetcher asks.
+// OpenRange opens one range.
 func (o *Origin) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
 	return o.open(ctx, Asked{blob, off, n})
 }
 
-// OpenRanges is what a fetcher asks that wants more than one at once. It gives
-// nothing where they are too many.
+// OpenRanges opens several ranges of a blob. It returns nil where they are more than a
+// request may have.
 func (o *Origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []blockmap.Extent) (io.ReadCloser, error) {
 	if len(ranges) > o.Ranges() {
 		return nil, nil
@@ -116,14 +116,14 @@ func (o *Origin) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []
 	asked := make([]Asked, len(ranges))
 	for i, r := range ranges {
 		if slices.ContainsFunc(ranges[:i], func(before blockmap.Extent) bool { return r.Intersect(before).Len() > 0 }) {
-			return nil, fmt.Errorf("the ranges %v are not apart", ranges)
+			return nil, fmt.Errorf("the ranges %v overlap", ranges)
 		}
 		asked[i] = Asked{blob, r.Start, r.Len()}
 	}
 	return o.open(ctx, asked...)
 }
 
-// open gives the bytes of all that is asked for, which is of one blob.
+// open returns the bytes of all ranges, which are of one blob.
 func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error) {
 	o.mu.Lock()
 	blob, ok := o.blobs[asked[0].Blob]
@@ -213,7 +213,7 @@ func (b *body) Close() error {
 // Source is the name of the origin.
 func (b *body) Source() string { return b.o.Name }
 
-// trickle brings so many bytes a second.
+// trickle limits a reader to rate bytes a second.
 type trickle struct {
 	ctx  context.Context
 	from io.Reader

@@ -1,6 +1,6 @@
-// Command nbdmem is a test tool: it serves writable devices in memory through
-// package nbd, for the suites of other NBD projects, which want a server that
-// takes writes and that they start themselves. scripts/foreign-nbd runs it.
+// Command nbdmem is a test tool. It serves writable devices in memory through package
+// nbd, for the suites of other NBD projects, which need a server that takes writes and
+// that they start themselves. scripts/foreign-nbd runs it.
 //
 //	nbdmem [FLAGS] [NAME...]
 //
@@ -30,6 +30,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 	"thaw/nbd"
 )
 
@@ -121,21 +122,25 @@ func (o *options) run(ctx context.Context, names []string) error {
 
 func (o *options) exports(names []string) (nbd.Static, error) {
 	if o.grain < 1 || o.size < o.grain || o.size%o.grain != 0 {
-		return nil, fmt.Errorf("a size of %d in grains of %d", o.size, o.grain)
+		return nil, fmt.Errorf("-size %d is not a multiple of -grain %d, or one of them is less than 1", o.size, o.grain)
 	}
 	if len(names) == 0 {
 		names = []string{""}
 	}
 	var exports nbd.Static
 	for _, name := range names {
-		dev := newDevice(o.size, o.grain, o.delay)
+		mem := blocktest.NewGrainy(o.size, o.grain)
 		if o.pattern {
-			dev.pattern()
+			pattern(mem)
 		}
 		for _, f := range o.fill {
-			if err := dev.fill(f); err != nil {
+			if err := fill(mem, f); err != nil {
 				return nil, err
 			}
+		}
+		var dev blockmap.Device = mem
+		if o.delay > 0 {
+			dev = newSlow(mem, o.delay)
 		}
 		name, ro := strings.CutSuffix(name, "=ro")
 		exports = append(exports, nbd.Export{Name: name, Description: o.description, Device: dev, ReadOnly: ro})
@@ -199,12 +204,12 @@ func (o *options) listeners(ctx context.Context) ([]net.Listener, error) {
 		ls = append(ls, l)
 	}
 	if len(ls) == 0 {
-		return nil, errors.New("nothing to listen on: give it -listen, -inetd or a socket of systemd's")
+		return nil, errors.New("there is nothing to listen on: pass -listen or -inetd, or start nbdmem with a socket of systemd")
 	}
 	return ls, nil
 }
 
-// inetd is a listener for one connection, which was there before it.
+// inetd is a listener for one connection that is open already.
 type inetd struct {
 	conn   chan net.Conn
 	addr   net.Addr
@@ -231,8 +236,7 @@ func (l *inetd) Accept() (net.Conn, error) {
 func (l *inetd) Close() error   { l.close(); return nil }
 func (l *inetd) Addr() net.Addr { return l.addr }
 
-// ended returns a channel that is closed when srv has had a connection and has
-// it no more.
+// ended returns a channel that is closed when the first connection of srv has ended.
 func ended(ctx context.Context, srv *nbd.Server) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {

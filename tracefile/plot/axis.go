@@ -13,9 +13,9 @@ import (
 	"thaw/tracefile"
 )
 
-// fold is an axis of the device on which long stretches of nothing are short.
-// It goes from 0 to 1. Nothing is what neither the index has content for nor
-// the trace touches.
+// fold is an axis of the device, from 0 to 1, on which long empty stretches are
+// short. A stretch is empty where the index has no content and the trace touches
+// nothing.
 type fold struct {
 	end  int64             // of the device, as far as it is shown
 	gaps []blockmap.Extent // folded, sorted
@@ -26,9 +26,10 @@ const (
 	gapWidth = 0.05 // of the axis, what a folded stretch takes
 	maxGaps  = 4
 
-	// A stretch is folded that is longer than the rest divided by this: free
-	// space as soon as it shows; with no index to tell it from what was only
-	// not read, when it would leave little room.
+	// A stretch is folded if it is longer than the rest divided by this. Free
+	// space is folded as soon as it shows. Without an index it cannot be told
+	// from data that was not read, and is folded only where it would leave
+	// little room.
 	gapPart    = 10
 	unreadPart = 2
 )
@@ -53,8 +54,8 @@ func newFold(points []tracefile.Point, ix *blockmap.Index) *fold {
 		f.end = max(f.end, e.End)
 	}
 	f.end = max(f.end, blockmap.BlockSize)
-	// The longest first: each that is folded leaves less, of which the next one
-	// is more.
+	// The longest first: each folded stretch leaves a smaller rest, of which
+	// the next one is a larger share.
 	slices.SortFunc(gaps, func(a, b blockmap.Extent) int {
 		return cmp.Or(cmp.Compare(b.Len(), a.Len()), cmp.Compare(a.Start, b.Start))
 	})

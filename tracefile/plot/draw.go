@@ -52,7 +52,7 @@ func (p *Picture) svg() ([]byte, error) {
 	if _, err := c.WriteTo(&b); err != nil {
 		return nil, err
 	}
-	// Few machines have the font by the name that it has here.
+	// Few machines know this font by the name that gonum gives it.
 	return bytes.ReplaceAll(b.Bytes(), []byte("font-family:Liberation Sans;"), []byte("font-family:Liberation Sans,Arial,Helvetica,sans-serif;")), nil
 }
 
@@ -175,7 +175,7 @@ func drawMarks(c draw.Canvas, marks []mark, x, y func(float64) vg.Length, col co
 	c.Stroke(path)
 }
 
-// drawGaps says what is folded.
+// drawGaps labels the folded stretches.
 func (p *Picture) drawGaps(c draw.Canvas, y func(float64) vg.Length) {
 	what := "not read"
 	if p.strip != nil {
@@ -233,7 +233,7 @@ func (p *Picture) sums(c draw.Canvas) *gonum.Plot {
 		a.Add(p.line(p.missed, styleMissed))
 	}
 	if len(p.series) == 1 {
-		return a // it is all
+		return a // the curve of the only series is that of all
 	}
 	// Small ones above large ones, so that none hides another for good.
 	for i := range p.series {
@@ -262,7 +262,7 @@ func (p *Picture) line(curve []tracefile.Sum, style draw.LineStyle) *plotter.Lin
 	return &plotter.Line{XYs: xys, StepStyle: plotter.PostStep, LineStyle: style}
 }
 
-// pale is a colour as hits have it.
+// pale is the colour of hits.
 func pale(c color.NRGBA) color.NRGBA {
 	mix := func(v uint8) uint8 { return uint8((int(v)*55 + 255*45) / 100) }
 	return color.NRGBA{mix(c.R), mix(c.G), mix(c.B), 0xff}

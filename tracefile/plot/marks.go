@@ -8,7 +8,7 @@ import (
 	"thaw/tracefile"
 )
 
-// mark is what is drawn of a touch, or of several that would cover each other.
+// mark is what is drawn for a touch, or for several that would cover each other.
 type mark struct {
 	at       float64 // seconds
 	from, to float64 // on the folded axis, 0 to 1
@@ -21,8 +21,8 @@ const (
 	rows    = 500
 )
 
-// mark makes the marks of all series. Of the touches in one cell of time, of one
-// series and alike hit or missed, those become one mark that are less than a
+// mark makes the marks of all series. Touches become one mark if they are in the same
+// cell of time and the same series, are all hits or all misses, and are less than a
 // cell apart on the device. The cells grow until the marks are few enough.
 func (p *Picture) mark(points []tracefile.Point) {
 	of := p.seriesOf()

@@ -1,22 +1,20 @@
-// Package plot draws a trace: where on the device a start reads, and how many
-// bytes it has read by when, coloured by the stream that they come from.
+// Package plot draws a trace: where on the device a start reads, and how many bytes
+// it has read at what time, coloured by the stream that they come from.
 //
 //	p, err := plot.New(t, plot.Options{Title: "team/app:v1", Index: ix, Names: names, Metadata: []int{0}})
 //	err = p.WriteSVG(w) // or WritePNG
 //
 // The upper panel has a mark for each touch, at its time and its offset on the
-// device, as high as it is long; a broad, full one where the bytes had to be
-// fetched, a thin, pale one where they were there. A strip at its right shows
-// what lies where, read or not. The lower panel sums up the bytes, of each
-// stream and of all.
+// device, as high as the touch is long. The mark is broad and full for a miss, thin
+// and pale for a hit. A strip at its right shows which stream lies where, read or not.
+// The lower panel sums up the bytes, of each stream and of all.
 //
 // A picture stays legible and small whatever the trace is. A device is mostly
 // free space, so long stretches that hold nothing are folded to narrow bands
 // with their sizes on them.
-// Marks that would cover each other become one, and cover more the more there
-// are, until [maxMarks] are left. Curves have a point for each step that can be
-// told from the next one. Of an image of many layers, those of which most is
-// read have colours of their own.
+// Marks that would cover each other become one, until at most [maxMarks] are left.
+// Curves have a point for each step that can be told from the next one. Where an image
+// has many layers, those that are read most have colours of their own.
 package plot
 
 import (
@@ -32,13 +30,13 @@ import (
 	"thaw/tracefile"
 )
 
-// Options say what else is known of a trace, and how large its picture is to be.
+// Options are what else is known of a trace, and the size of its picture.
 type Options struct {
 	Title string // for instance the image's name
-	// Index is that of the image. Without it there is one colour, and no
-	// telling what is free space.
+	// Index is that of the image. Without it the picture has one colour, and
+	// does not tell free space from data that was not read.
 	Index    *blockmap.Index
-	Names    []string // of the streams of Index, by position; those that lack one are numbered
+	Names    []string // of the streams of Index, by position; a stream without one is numbered
 	Metadata []int    // the streams of Index that hold metadata of the filesystem: they are grey
 
 	Width, Height int // pixels of a PNG, 1/96 inch of an SVG; 0 for DefaultWidth and DefaultHeight
@@ -88,8 +86,8 @@ type stretch struct {
 	series   int
 }
 
-// Colours that people tell apart who see fewer of them, by Okabe and Ito. Yellow
-// is left out: it is not seen on white.
+// Colours that colour-blind people can tell apart, by Okabe and Ito. Yellow is left
+// out: it is hard to see on white.
 var palette = []color.NRGBA{
 	{0x00, 0x72, 0xb2, 0xff}, // blue
 	{0xd5, 0x5e, 0x00, 0xff}, // vermilion
@@ -110,7 +108,7 @@ var (
 func New(t *tracefile.Trace, o Options) (*Picture, error) {
 	o.Width, o.Height = cmp.Or(o.Width, DefaultWidth), cmp.Or(o.Height, DefaultHeight)
 	if min(o.Width, o.Height) < MinSize || max(o.Width, o.Height) > MaxSize {
-		return nil, fmt.Errorf("a picture of %d x %d pixels: each is from %d to %d", o.Width, o.Height, MinSize, MaxSize)
+		return nil, fmt.Errorf("plot: the picture is to be %d x %d pixels: width and height are from %d to %d", o.Width, o.Height, MinSize, MaxSize)
 	}
 	points, err := t.Points(o.Index)
 	if err != nil {
@@ -162,8 +160,8 @@ func about(s *tracefile.Summary) string {
 	return text
 }
 
-// split says which streams have a colour of their own: of those that are read,
-// the metadata and as many others as there are colours, most bytes first.
+// split chooses the streams that have a colour of their own: of those that are read,
+// the metadata, and as many others as there are colours, most bytes first.
 func split(points []tracefile.Point, o Options) []series {
 	read := make(map[int]int64)
 	for _, x := range points {
@@ -257,8 +255,8 @@ func (p *Picture) seriesOf() map[int]int {
 	return of
 }
 
-// WriteSVG writes the picture as a scalable one. Its text is text, in whatever
-// sans-serif font there is.
+// WriteSVG writes the picture as SVG. Its text stays text, in the viewer's sans-serif
+// font.
 func (p *Picture) WriteSVG(w io.Writer) error {
 	b, err := p.svg()
 	if err != nil {
@@ -268,5 +266,5 @@ func (p *Picture) WriteSVG(w io.Writer) error {
 	return err
 }
 
-// WritePNG writes the picture in pixels.
+// WritePNG writes the picture as PNG.
 func (p *Picture) WritePNG(w io.Writer) error { return p.png(w) }

@@ -91,7 +91,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 			t.store(rec)
 		}
 	}()
-	return rec.Device(), nil
+	return rec.Recorder, nil
 }
 
 // save completes the recording's file, and reports whether there is one to store.

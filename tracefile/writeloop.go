@@ -6,8 +6,9 @@ import (
 	"thaw/blockmap"
 )
 
-// scribe takes what a Recorder has in its buffer, and writes it.
-type scribe struct {
+// writeLoop writes the events that a Recorder buffers. It decides when the recording
+// ends.
+type writeLoop struct {
 	r     *Recorder
 	out   *Writer
 	join  joiner
@@ -18,16 +19,16 @@ type scribe struct {
 }
 
 const (
-	// gather is how long touches may wait in the buffer while it is not half
-	// full, so that the recorder wakes twenty times a second at most.
+	// gather is how long touches may wait in a buffer that is less than half
+	// full, so that the loop wakes at most twenty times a second.
 	gather = 50 * time.Millisecond
-	// flushEvery bounds what a crash can lose.
+	// flushEvery bounds how much of a recording a crash can lose.
 	flushEvery = time.Second
 )
 
 // run writes until the recording ends.
-func (s *scribe) run() (End, error) {
-	r := s.r
+func (w *writeLoop) run() (End, error) {
+	r := w.r
 	timer := time.NewTimer(0)
 	timer.Stop()
 	defer timer.Stop()
@@ -35,7 +36,7 @@ func (s *scribe) run() (End, error) {
 	for {
 		now := time.Since(r.base)
 		wait := time.Duration(-1)
-		for _, at := range []time.Duration{gatherAt, flushAt, s.deadline(now)} {
+		for _, at := range []time.Duration{gatherAt, flushAt, w.deadline(now)} {
 			if at > 0 && (wait < 0 || at-now < wait) {
 				wait = max(at-now, 0)
 			}
@@ -63,7 +64,7 @@ func (s *scribe) run() (End, error) {
 		}
 		now = time.Since(r.base)
 		gatherAt = 0
-		reached, err := s.drain()
+		reached, err := w.drain()
 		if err != nil {
 			return End{}, err
 		}
@@ -71,33 +72,34 @@ func (s *scribe) run() (End, error) {
 		case reached != Unfinished:
 			why = reached
 		case why == Unfinished:
-			why = s.over(now)
+			why = w.over(now)
 		}
 		if why != Unfinished {
-			return s.finish(why)
+			return w.finish(why)
 		}
 		switch {
-		case flushAt == 0 && s.pending():
+		case flushAt == 0 && w.pending():
 			flushAt = now + flushEvery
 		case flushAt > 0 && now >= flushAt:
 			flushAt = 0
-			if err := s.flush(); err != nil {
+			if err := w.flush(); err != nil {
 				return End{}, err
 			}
 		}
 	}
 }
 
-// deadline is when the recording may be over for lack of touches, 0 for never.
-func (s *scribe) deadline(now time.Duration) (at time.Duration) {
-	if s.first < 0 {
+// deadline is the next time at which the recording may end without a touch, 0 for
+// never.
+func (w *writeLoop) deadline(now time.Duration) (at time.Duration) {
+	if w.first < 0 {
 		return 0
 	}
-	if s.r.o.For > 0 {
-		at = s.first + s.r.o.For
+	if w.r.o.For > 0 {
+		at = w.first + w.r.o.For
 	}
-	if q := s.r.o.Quiet; q > 0 {
-		quiet := s.active() + q
+	if q := w.r.o.Quiet; q > 0 {
+		quiet := w.active() + q
 		if quiet <= now { // a fault waits: look again
 			quiet = now + q
 		}
@@ -108,46 +110,46 @@ func (s *scribe) deadline(now time.Duration) (at time.Duration) {
 	return at
 }
 
-// active is when the last touch came, or the last fault ended.
-func (s *scribe) active() time.Duration {
-	return max(s.last, time.Duration(s.r.faulted.Load()))
+// active is when the last touch came or the last Fault ended, whichever is later.
+func (w *writeLoop) active() time.Duration {
+	return max(w.last, time.Duration(w.r.faulted.Load()))
 }
 
-// over says whether the recording has reached an end by time.
-func (s *scribe) over(now time.Duration) Reason {
+// over returns why the recording ends now by time, or Unfinished.
+func (w *writeLoop) over(now time.Duration) Reason {
 	switch {
-	case s.first < 0:
-	case s.r.o.For > 0 && now >= s.first+s.r.o.For:
+	case w.first < 0:
+	case w.r.o.For > 0 && now >= w.first+w.r.o.For:
 		return TimeUp
-	case s.r.o.Quiet > 0 && s.r.waiting.Load() == 0 && now >= s.active()+s.r.o.Quiet:
+	case w.r.o.Quiet > 0 && w.r.waiting.Load() == 0 && now >= w.active()+w.r.o.Quiet:
 		return WentQuiet
 	}
 	return Unfinished
 }
 
-// drain writes what is in the buffer, until an end that a touch has reached.
-func (s *scribe) drain() (Reason, error) {
-	r := s.r
+// drain writes the buffered events, up to one that ends the recording.
+func (w *writeLoop) drain() (Reason, error) {
+	r := w.r
 	r.mu.Lock()
 	events := r.mu.events
-	r.mu.events = s.spare[:0]
+	r.mu.events = w.spare[:0]
 	r.mu.Unlock()
-	s.spare = events
+	w.spare = events
 	for _, x := range events {
-		if s.first < 0 {
-			s.first, s.last = x.at, x.at
+		if w.first < 0 {
+			w.first, w.last = x.at, x.at
 		}
-		// Those who touch at the same time come in any order.
-		x.at = max(x.at, s.last)
-		if limit := r.o.For; limit > 0 && x.at-s.first > limit {
+		// Readers that touch blocks at the same time append in any order.
+		x.at = max(x.at, w.last)
+		if limit := r.o.For; limit > 0 && x.at-w.first > limit {
 			return TimeUp, nil
 		}
-		if x.at-s.first > maxTime {
+		if x.at-w.first > maxTime {
 			return TooLong, nil
 		}
-		s.last = x.at
-		full, err := s.add(s.join.add(Touch{
-			At: (x.at - s.first).Truncate(time.Microsecond), Block: x.block, Count: x.count, Miss: x.miss, Starts: 1,
+		w.last = x.at
+		full, err := w.add(w.join.add(Touch{
+			At: (x.at - w.first).Truncate(time.Microsecond), Block: x.block, Count: x.count, Miss: x.miss, Starts: 1,
 		}))
 		if err != nil || full {
 			return TooLong, err
@@ -161,9 +163,9 @@ func (s *scribe) drain() (Reason, error) {
 }
 
 // add writes touches; full says that the file takes no more.
-func (s *scribe) add(touches []Touch) (full bool, err error) {
+func (w *writeLoop) add(touches []Touch) (full bool, err error) {
 	for _, t := range touches {
-		if err := s.out.Add(t); err == ErrFull {
+		if err := w.out.Add(t); err == ErrFull {
 			return true, nil
 		} else if err != nil {
 			return false, err
@@ -172,31 +174,31 @@ func (s *scribe) add(touches []Touch) (full bool, err error) {
 	return false, nil
 }
 
-func (s *scribe) pending() bool { return len(s.join.open) > 0 || len(s.out.body) > frameHeader }
+func (w *writeLoop) pending() bool { return len(w.join.open) > 0 || len(w.out.body) > frameHeader }
 
-func (s *scribe) flush() error {
-	if _, err := s.add(s.join.flush()); err != nil {
+func (w *writeLoop) flush() error {
+	if _, err := w.add(w.join.flush()); err != nil {
 		return err
 	}
-	return s.out.Flush()
+	return w.out.Flush()
 }
 
-func (s *scribe) finish(why Reason) (End, error) {
-	s.r.over.Store(true)
-	e := End{Why: why, Dropped: s.r.dropped.Load()}
-	if s.first >= 0 {
-		e.After = (time.Since(s.r.base) - s.first).Truncate(time.Microsecond)
+func (w *writeLoop) finish(why Reason) (End, error) {
+	w.r.over.Store(true)
+	e := End{Why: why, Dropped: w.r.dropped.Load()}
+	if w.first >= 0 {
+		e.After = (time.Since(w.r.base) - w.first).Truncate(time.Microsecond)
 	}
-	if err := s.flush(); err != nil {
+	if err := w.flush(); err != nil {
 		return e, err
 	}
-	return e, s.out.Close(e)
+	return e, w.out.Close(e)
 }
 
-// joiner merges touches that are neighbours on the device and close in time.
-// Several readers take turns, so it keeps some runs open; a run takes no more
-// than joinTime, during which even a fast link brings little: what order there
-// was within it does not matter to a plan.
+// joiner merges touches that are neighbours on the device and close in time. Several
+// readers take turns, so it keeps several runs open. A run spans at most joinTime.
+// Even a fast link brings little in that time, so the order within a run does not
+// matter to a plan.
 type joiner struct {
 	open []Touch // in order of time
 	out  []Touch
@@ -207,8 +209,8 @@ const (
 	joinOpen = 16
 )
 
-// add takes t, and returns the touches that are complete, good until the next
-// call.
+// add takes t, and returns the touches that are complete. They are valid until the
+// next call.
 func (j *joiner) add(t Touch) []Touch {
 	j.out = j.out[:0]
 	for len(j.open) > 0 && t.At-j.open[0].At > joinTime {
