@@ -148,7 +148,7 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// A layer that is not what its diff ID says is found out by who reads it.
+// The reader of a layer finds out that its diff ID is wrong.
 func TestArchiveAltered(t *testing.T) {
 	ctx := context.Background()
 	layer := noise(1000, 1)

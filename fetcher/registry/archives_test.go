@@ -397,7 +397,7 @@ func flip(b []byte) []byte {
 	return b
 }
 
-// What is decompressed has a bound, and zeros take no disk.
+// The size of decompressed archives is limited, and zeros take no disk space.
 func TestSparseWriter(t *testing.T) {
 	dir := t.TempDir()
 	f, err := unnamedFile(dir)
@@ -441,7 +441,7 @@ func TestSparseWriter(t *testing.T) {
 	}
 }
 
-// A full disk is an error that says which, and what to do.
+// The error of a full disk names the directory and what to do.
 func TestDecompressFullDisk(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("mounting takes root")

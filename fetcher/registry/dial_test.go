@@ -47,7 +47,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 }
 
 // The first connection brings spare ones, which the next are; later ones are made
-// as they are needed. What nobody took is closed with the client.
+// as they are needed. Unused ones are closed with the client.
 func TestSpareConnections(t *testing.T) {
 	addr, conns, open := counting(t)
 	d := newDialer(net.Dialer{Timeout: time.Second})

@@ -481,7 +481,7 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Pushing survives what can be survived, and a digest is not taken on trust.
+// A push survives temporary errors, and does not trust a digest in an answer.
 func TestPushFaults(t *testing.T) {
 	ctx := context.Background()
 	f, r, _, _ := faultyRepo(t, Options{Attempts: 20, StallTimeout: 5 * time.Second, HeaderTimeout: 5 * time.Second})
@@ -681,8 +681,7 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// What the registry has answered so far can be told while an operation goes on
-// trying.
+// LastFailure returns what the registry has answered while a call is still being retried.
 func TestLastFailure(t *testing.T) {
 	f, r, _, _ := faultyRepo(t, Options{backoff: time.Hour})
 	if err := r.LastFailure(time.Time{}); err != nil {

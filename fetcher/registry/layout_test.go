@@ -36,7 +36,7 @@ func skopeo(t *testing.T, args ...string) []byte {
 	return out
 }
 
-// What is written here others read, and what others write is read here.
+// Other tools read the layouts that thaw writes, and thaw reads theirs.
 func TestSkopeo(t *testing.T) {
 	ctx := context.Background()
 	c := newClient(t, Options{})
@@ -295,7 +295,7 @@ func TestLayoutPush(t *testing.T) {
 	checkLayout(t, dir+"/l")
 }
 
-// Whoever holds the lock is waited for, no longer than the context.
+// A writer waits for the lock, but not longer than its context.
 func TestLayoutLock(t *testing.T) {
 	dir := t.TempDir()
 	l := &layout{dir: dir}

@@ -22,24 +22,24 @@ import (
 var errJunk = errors.New("something follows its end that is neither another compressed stream nor zeros: " +
 	"the file is damaged, or something was appended to it")
 
-// padding returns io.EOF if nothing but zeros is left of r.
+// padding returns io.EOF if only zeros are left of r.
 func padding(r *bufio.Reader) error {
 	for {
-		p, err := r.Peek(1)
-		if err != nil {
+		if _, err := r.Peek(1); err != nil {
 			return err
 		}
-		if p, _ = r.Peek(r.Buffered()); len(bytes.TrimLeft(p, "\x00")) > 0 {
+		p, _ := r.Peek(r.Buffered())
+		if len(bytes.TrimLeft(p, "\x00")) > 0 {
 			return errJunk
 		}
 		r.Discard(len(p))
 	}
 }
 
-// gzipReader reads the members of a gzip file.
+// gzipReader decompresses the members of a gzip file.
 type gzipReader struct {
 	*gzip.Reader
-	r *bufio.Reader // of which the decompressor takes no more than it needs
+	r *bufio.Reader // the decompressor does not read beyond the end of a member
 }
 
 func newGzipReader(r *bufio.Reader) (io.ReadCloser, error) {
@@ -55,7 +55,7 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 	for {
 		n, err := g.Reader.Read(p)
 		if n > 0 && err == io.EOF {
-			err = nil // it says so again
+			err = nil // the next Read returns it again
 		}
 		if n > 0 || err != io.EOF {
 			return n, err
@@ -70,17 +70,16 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 	}
 }
 
-// endless is the input of a decompressor that looks for the mark of another stream
-// behind each stream. Behind the file it gives zeros in the place of a mark, so that
-// the decompressor finds no mark, and says so, whether the file is padded or not. One
-// that finds the end of the file before that has used the zeros for a stream that was
-// cut short.
+// endless is the input of a decompressor that looks for the mark of another stream behind each
+// stream. At the end of the file it returns zeros in the place of a mark. So the decompressor
+// always reports a missing mark, whether the file is padded or not. If it reaches the end of
+// its input instead, it has used the zeros as bytes of a stream that was cut short.
 type endless struct {
 	r       *bufio.Reader
-	mark    int   // bytes that a stream begins with
-	extra   int   // zeros that were given behind the file
-	at      int64 // bytes that were given
-	nonzero int64 // at, behind the last byte that was not zero
+	mark    int   // length of the mark that a stream begins with
+	extra   int   // zeros returned behind the file
+	at      int64 // bytes returned
+	nonzero int64 // the value of at behind the last byte that was not zero
 }
 
 func (e *endless) Read(p []byte) (int, error) {
@@ -116,8 +115,8 @@ func (e *endless) ReadByte() (byte, error) {
 	return b, nil
 }
 
-// end makes the right error of a decompressor's: noMark says that it has found no
-// mark of another stream in the last bytes that it was given.
+// end translates the error of a decompressor. noMark says that the last bytes that it read were
+// not the mark of another stream.
 func (e *endless) end(err error, noMark bool) error {
 	switch {
 	case err == io.EOF:
@@ -130,7 +129,7 @@ func (e *endless) end(err error, noMark bool) error {
 	return padding(e.r)
 }
 
-// zstdReader reads the frames of a zstd file.
+// zstdReader decompresses the frames of a zstd file.
 type zstdReader struct {
 	*zstd.Decoder
 	in *endless
@@ -155,7 +154,7 @@ func (z *zstdReader) Close() error {
 	return nil
 }
 
-// bzip2Reader reads the streams of a bzip2 file.
+// bzip2Reader decompresses the streams of a bzip2 file.
 type bzip2Reader struct {
 	z  io.Reader
 	in *endless
@@ -166,8 +165,8 @@ func newBzip2Reader(r *bufio.Reader) io.ReadCloser {
 	return &bzip2Reader{bzip2.NewReader(in), in}
 }
 
-// errNoBzip2 is what compress/bzip2 says of two bytes behind a stream that do not
-// begin another one.
+// errNoBzip2 is the error of compress/bzip2 for two bytes behind a stream that are not the mark of
+// another one.
 const errNoBzip2 = bzip2.StructuralError("bad magic value in continuation file")
 
 func (b *bzip2Reader) Read(p []byte) (int, error) {

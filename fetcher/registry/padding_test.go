@@ -12,7 +12,7 @@ import (
 	"testing/iotest"
 )
 
-// decompressAll is what decompress makes of a file.
+// decompressAll decompresses a file.
 func decompressAll(b []byte) ([]byte, string, error) {
 	r, kind, err := decompress(iotest.HalfReader(bytes.NewReader(b)))
 	if err != nil || kind == "" {
@@ -80,8 +80,7 @@ func TestPaddedArchive(t *testing.T) {
 	}
 }
 
-// FuzzPadding has no decompressor accept what it must not: other content, or junk
-// behind its end.
+// FuzzPadding checks that no decompressor accepts other content, or junk behind its end.
 func FuzzPadding(f *testing.F) {
 	content := bytes.Repeat([]byte("thaw "), 1000)
 	var files [][]byte

@@ -24,7 +24,7 @@ import (
 
 var someRanges = []blockmap.Extent{blockmap.Range(70_001, 300_000), blockmap.Range(3, 10), blockmap.Range(1<<20, 1), blockmap.Range(1<<20+1, 9), blockmap.Range(2<<20, 3)}
 
-// bytesOf are what is to come of ranges.
+// bytesOf are the bytes of ranges.
 func bytesOf(content []byte, ranges []blockmap.Extent) (all []byte) {
 	for _, x := range ranges {
 		all = append(all, content[x.Start:x.End]...)
@@ -336,7 +336,7 @@ func TestRangesConnections(t *testing.T) {
 	}
 }
 
-// Who has read all does not wait for a delimiter that does not come.
+// A reader that has all bytes does not wait for a delimiter that does not come.
 func TestRangesWithoutEnd(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{StallTimeout: time.Minute, HeaderTimeout: time.Minute})
 	f.set(asBlob(func(w http.ResponseWriter, r *http.Request) {

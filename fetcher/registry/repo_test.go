@@ -14,7 +14,7 @@ import (
 
 var amd64 = v1.Platform{OS: "linux", Architecture: "amd64"}
 
-// What a Repo does must not depend on the medium.
+// A Repo does the same for every medium.
 func TestMedia(t *testing.T) {
 	media(t, func(t *testing.T, place string) {
 		ctx := context.Background()

@@ -42,8 +42,8 @@ func trickle(w http.ResponseWriter, r *http.Request, header http.Header, status 
 	}
 }
 
-// Whatever is read of a server, and also what is only thrown away, has a least
-// speed or a bound of time: a byte now and then holds nobody.
+// All that is read from a server, and also what is only discarded, has a least speed or a time
+// limit: a byte now and then holds no reader.
 func TestTrickle(t *testing.T) {
 	const off, n = 70_000, 100_000
 	big := http.Header{"Content-Length": {"2097155"}}
@@ -121,7 +121,7 @@ func TestTrickle(t *testing.T) {
 	}
 }
 
-// Who reads slowly is not taken for a server that sends slowly.
+// A slow reader is not taken for a slow server.
 func TestSlowReader(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{StallTimeout: 100 * time.Millisecond})
 	_ = f
@@ -233,7 +233,7 @@ func TestMirrorHangs(t *testing.T) {
 	if n := origin.requests.Load(); n < 20 {
 		t.Errorf("the origin was asked %d times", n)
 	}
-	// What was given up is over.
+	// The cancelled requests have ended.
 	eventually(t, "no request hangs", func() bool { return waiting.Load() == 0 })
 }
 
