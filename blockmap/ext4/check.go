@@ -10,20 +10,20 @@ import (
 )
 
 // Check reads the filesystem on a device of size bytes and returns the first
-// fault that it finds, with where it is. It knows the features that Layout uses
-// and refuses any other; within those it takes what another program has written,
+// fault, with its place. It accepts the features that Layout uses and refuses any
+// other; within those it accepts a filesystem that another program has written to,
 // such as the kernel after a mount. It reads metadata only.
 //
-// Nothing that is read is trusted: memory and time are bounded by the metadata
-// that is really there, whatever the device says of itself.
+// It trusts nothing that it reads: the metadata that the device really holds bounds
+// memory and time, whatever the superblock claims.
 func Check(r io.ReaderAt, size int64) error {
 	c := &checker{r: r, size: size, xattrs: make(map[uint32]*sharedXattrs)}
 	return c.check()
 }
 
-// checker goes through a filesystem once, in the order of the methods in check.
-// Every block in use is claimed by what uses it; in the end the claims must
-// cover exactly what the bitmaps say.
+// checker reads a filesystem once, in the order of the methods in check. Every user
+// of a block claims it; at the end, the claims must cover exactly the blocks that
+// the bitmaps mark as used.
 type checker struct {
 	r    io.ReaderAt
 	size int64
@@ -48,7 +48,7 @@ type checker struct {
 // claim says that blocks are in use. Inode 0 stands for the filesystem itself.
 type claim struct{ start, count, inode uint32 }
 
-// inodeSummary is what is kept of an inode for the walk of the directories.
+// inodeSummary is the part of an inode that the walk of the directories needs.
 type inodeSummary struct {
 	number uint32
 	mode   uint16
@@ -72,7 +72,7 @@ func (c *checker) check() error {
 // readBlocks reads len(b)/blockSize blocks.
 func (c *checker) readBlocks(b []byte, block uint32, what string) error {
 	if uint64(block)+uint64(len(b)/blockSize) > uint64(c.blocks) {
-		return fmt.Errorf("%s is at block %d of %d", what, block, c.blocks)
+		return fmt.Errorf("%s lies at block %d, beyond the device of %d blocks", what, block, c.blocks)
 	}
 	if n, err := c.r.ReadAt(b, int64(block)*blockSize); n < len(b) {
 		return fmt.Errorf("read %s at block %d: %w", what, block, err)
@@ -80,22 +80,23 @@ func (c *checker) readBlocks(b []byte, block uint32, what string) error {
 	return nil
 }
 
-// sum compares the checksum that is written with that which was computed.
+// sum compares a stored checksum with the computed one.
 func (c *checker) sum(written, computed uint32, what string) error {
 	if written != computed && !c.lax {
-		return fmt.Errorf("%s has checksum %#x, and %#x is written", what, computed, written)
+		return fmt.Errorf("%s: the stored checksum is %#x, the computed one %#x", what, written, computed)
 	}
 	return nil
 }
 
-// claim takes blocks for an inode. That two claim the same is found in the end;
-// that more is claimed than there is, at once, which bounds the claims.
+// claim records that an inode uses blocks. It fails at once if more blocks are
+// claimed than the device has, which bounds the list of claims. Two claims of the
+// same block are found at the end, by checkBlocks.
 func (c *checker) claim(start uint32, count uint64, inode uint32) error {
 	if uint64(start)+count > uint64(c.blocks) {
-		return fmt.Errorf("%s has %d blocks at block %d of %d", owner(inode), count, start, c.blocks)
+		return fmt.Errorf("%s %d blocks from block %d, beyond the device of %d blocks", uses(inode), count, start, c.blocks)
 	}
 	if c.claimed += count; c.claimed > uint64(c.blocks) {
-		return fmt.Errorf("%s has %d blocks at block %d, with which more blocks are in use than there are", owner(inode), count, start)
+		return fmt.Errorf("%s %d blocks from block %d: more blocks are in use than the device has", uses(inode), count, start)
 	}
 	if n := len(c.claims); n > 0 {
 		if last := &c.claims[n-1]; last.inode == inode && last.start+last.count == start {
@@ -105,6 +106,14 @@ func (c *checker) claim(start uint32, count uint64, inode uint32) error {
 	}
 	c.claims = append(c.claims, claim{start, uint32(count), inode})
 	return nil
+}
+
+// uses begins an error about a claim. The caller names the inode.
+func uses(inode uint32) string {
+	if inode == 0 {
+		return "the filesystem uses"
+	}
+	return "uses"
 }
 
 func owner(inode uint32) string {
@@ -131,7 +140,7 @@ func (c *checker) checkSuperblock() error {
 		return fmt.Errorf("read the superblock: %w", err)
 	}
 	if m := le.Uint16(b[sbMagic:]); m != superMagic {
-		return fmt.Errorf("there is no superblock: its magic number is %#x", m)
+		return fmt.Errorf("no superblock: the magic number is %#x", m)
 	}
 	if err := c.sum(le.Uint32(b[sbChecksum:]), crc32c(^uint32(0), b[:sbChecksum]), "the superblock"); err != nil {
 		return err
@@ -149,7 +158,7 @@ func (c *checker) checkSuperblock() error {
 		{"ro_compat", le.Uint32(b[sbFeatureROCompat:]), needROCompat, knownROCompat},
 	} {
 		if missing := f.need &^ f.have; missing != 0 {
-			return fmt.Errorf("the superblock is without %s features %#x", f.name, missing)
+			return fmt.Errorf("the superblock lacks the required %s features %#x", f.name, missing)
 		}
 		if unknown := f.have &^ f.known; unknown != 0 {
 			return fmt.Errorf("the superblock has unknown %s features %#x", f.name, unknown)
@@ -188,7 +197,7 @@ func (c *checker) checkSuperblock() error {
 		{"second backup group", word(sbBackupGroups + 4), 0},
 	} {
 		if f.got != f.want {
-			return fmt.Errorf("the superblock has %s %d, and %d is expected", f.name, f.got, f.want)
+			return fmt.Errorf("the superblock has %s %d, want %d", f.name, f.got, f.want)
 		}
 	}
 	if n := b[sbLogGroupsPerFlex]; n > 31 {
@@ -199,20 +208,20 @@ func (c *checker) checkSuperblock() error {
 	}
 	flags := word(sbFlags) & (flagSignedHash | flagUnsignedHash)
 	if flags != flagSignedHash && flags != flagUnsignedHash {
-		return fmt.Errorf("the superblock does not say if directory hashes are signed")
+		return fmt.Errorf("the superblock does not say whether directory hashes are signed")
 	}
 
 	c.blocks = uint32(word(sbBlocksCount))
 	c.perGroup = uint32(word(sbInodesPerGroup))
 	if c.blocks == 0 || int64(c.blocks) > c.size/blockSize {
-		return fmt.Errorf("the superblock has %d blocks, and the device %d", c.blocks, c.size/blockSize)
+		return fmt.Errorf("the superblock says %d blocks, the device has %d", c.blocks, c.size/blockSize)
 	}
 	if c.perGroup == 0 || c.perGroup%inodesPerBlock != 0 || c.perGroup > blocksPerGroup {
 		return fmt.Errorf("the superblock has %d inodes in a group", c.perGroup)
 	}
 	c.groupCount = (c.blocks-1)/blocksPerGroup + 1
 	if n := word(sbInodesCount); n != uint64(c.groupCount)*uint64(c.perGroup) || n < firstInode {
-		return fmt.Errorf("the superblock has %d inodes, and %d groups of %d", n, c.groupCount, c.perGroup)
+		return fmt.Errorf("the superblock says %d inodes, but has %d groups of %d inodes", n, c.groupCount, c.perGroup)
 	}
 	if word(sbReservedBlocks) > uint64(c.blocks) {
 		return fmt.Errorf("the superblock reserves %d of %d blocks", word(sbReservedBlocks), c.blocks)
@@ -237,7 +246,7 @@ func (c *checker) checkJournal() error {
 		!bytes.Equal(backup[:blockMapSize], in[inBlock:inBlock+blockMapSize]) ||
 		!bytes.Equal(backup[blockMapSize:blockMapSize+4], in[inSizeHigh:inSizeHigh+4]) ||
 		!bytes.Equal(backup[blockMapSize+4:blockMapSize+8], in[inSize:inSize+4]) {
-		return fmt.Errorf("the superblock has another copy of the journal's inode")
+		return fmt.Errorf("the superblock's copy of the journal's inode differs from the inode")
 	}
 	var first extent
 	found := false
@@ -273,7 +282,7 @@ func (c *checker) checkJournal() error {
 		{"users", be.Uint32(b[jsUsers:]), 1},
 	} {
 		if f.got != f.want {
-			return fmt.Errorf("the journal's superblock has %s %#x, and %#x is expected", f.name, f.got, f.want)
+			return fmt.Errorf("the journal's superblock has %s %#x, want %#x", f.name, f.got, f.want)
 		}
 	}
 	if be.Uint32(b[jsIncompat:])&(jsChecksumV2|jsChecksumV3) != 0 {
@@ -293,7 +302,7 @@ func (c *checker) checkXattrRefs() error {
 	slices.Sort(blocks) // the same fault first every time
 	for _, block := range blocks {
 		if s := c.xattrs[block]; s.found != s.refs {
-			return fmt.Errorf("the extended attributes at block %d belong to %d inodes, and have a count of %d", block, s.found, s.refs)
+			return fmt.Errorf("%[2]d inodes share the extended attributes at block %[1]d, but their reference count is %[3]d", block, s.found, s.refs)
 		}
 	}
 	return nil
@@ -336,7 +345,7 @@ func (c *checker) checkBlocks() error {
 
 		g := &c.groups[i]
 		if g.freeBlocks != size-used {
-			return fmt.Errorf("group %d has %d free blocks, and its descriptor says %d", i, size-used, g.freeBlocks)
+			return fmt.Errorf("group %d has %d free blocks, but its descriptor says %d", i, size-used, g.freeBlocks)
 		}
 		free += uint64(size - used)
 		if g.flags&groupBlockUninit != 0 {
@@ -365,7 +374,7 @@ func (c *checker) checkBlocks() error {
 		}
 	}
 	if got := le.Uint32(c.super[sbFreeBlocks:]); uint64(got) != free {
-		return fmt.Errorf("the superblock has %d free blocks, and there are %d", got, free)
+		return fmt.Errorf("the superblock says %d free blocks, but %d are free", got, free)
 	}
 	return nil
 }

@@ -24,20 +24,20 @@ func (c *checker) checkTree() error {
 	}
 	for _, s := range c.inodes {
 		if s.found == 0 {
-			return fmt.Errorf("inode %d is in use, and in no directory", s.number)
+			return fmt.Errorf("inode %d is in use, but no directory has it", s.number)
 		}
 	}
 	for _, s := range c.inodes {
-		// An indexed directory with one link has, or once had, more
-		// subdirectories than are counted.
+		// One link means that an indexed directory has or had more subdirectories
+		// than a link count can hold.
 		if uint32(s.links) != s.found && !(s.index && s.links == 1) {
-			return fmt.Errorf("inode %d has %d links, and says %d", s.number, s.found, s.links)
+			return fmt.Errorf("inode %d has %d links, but its link count is %d", s.number, s.found, s.links)
 		}
 	}
 	return nil
 }
 
-// dirWalk goes through one directory after the other.
+// dirWalk reads one directory after the other.
 type dirWalk struct {
 	c       *checker
 	subdirs []uint32 // to be visited
@@ -82,7 +82,7 @@ func (w *dirWalk) directory(number uint32) error {
 	return nil
 }
 
-// read reads a block of the directory, which has it.
+// read reads a block of the directory. The directory has the block.
 func (w *dirWalk) read(block uint32) error {
 	i, ok := slices.BinarySearchFunc(w.extents, block, func(e extent, b uint32) int { return cmp.Compare(e.file, b) })
 	if !ok {
@@ -142,7 +142,7 @@ func (w *dirWalk) dot(e []byte, want, name string) error {
 		number = w.c.find(w.number).parent
 	}
 	if name != want || le.Uint32(e[deInode:]) != number || e[deType] != fileTypes[modeDir>>12] {
-		return fmt.Errorf("has an entry %q of type %d for inode %d, where %q for inode %d belongs", name, e[deType], le.Uint32(e[deInode:]), want, number)
+		return fmt.Errorf("has an entry %q of type %d for inode %d, want %q for inode %d", name, e[deType], le.Uint32(e[deInode:]), want, number)
 	}
 	w.c.find(number).found++
 	return nil
@@ -161,7 +161,7 @@ func (w *dirWalk) entry(e []byte, name string, low, high uint32) error {
 	w.names[name] = struct{}{}
 	if low > 0 || high < ^uint32(0) {
 		if hash, _ := w.c.hasher.hash(name); hash < low || hash > high {
-			return fmt.Errorf("has %q of hash %#x, and it is for %#x to %#x", name, hash, low, high)
+			return fmt.Errorf("has %q with hash %#x in a block for hashes from %#x to %#x", name, hash, low, high)
 		}
 	}
 	number := le.Uint32(e[deInode:])
@@ -215,7 +215,7 @@ func (w *dirWalk) hashTree() error {
 		return err
 	}
 	if n := uint32(len(w.visited)); n != w.blocks {
-		return fmt.Errorf("has %d blocks, and %d are in its hash tree", w.blocks, n)
+		return fmt.Errorf("has %d blocks, but its hash tree names %d", w.blocks, n)
 	}
 	return nil
 }
@@ -244,7 +244,7 @@ func (w *dirWalk) index(block uint32, start, limit, indirect int, low, high uint
 		if i+1 < count {
 			next := children[i+1].key
 			if hash := next &^ dxContinued; hash < ch.key&^dxContinued || hash > high || hash == ch.key&^dxContinued && next == hash {
-				return fmt.Errorf("block %d: a hash tree node has %#x behind %#x, and goes up to %#x", block, next, ch.key, high)
+				return fmt.Errorf("block %d: a hash tree node lists hash %#x behind %#x, and its range ends at %#x", block, next, ch.key, high)
 			}
 			last = next
 			if next&dxContinued == 0 {
@@ -252,7 +252,7 @@ func (w *dirWalk) index(block uint32, start, limit, indirect int, low, high uint
 			}
 		}
 		if _, again := w.visited[ch.block]; again || ch.block >= w.blocks {
-			return fmt.Errorf("block %d: a hash tree node names block %d of %d, or does so again", block, ch.block, w.blocks)
+			return fmt.Errorf("block %d: a hash tree node names block %d of %d, which does not exist or was named before", block, ch.block, w.blocks)
 		}
 		w.visited[ch.block] = struct{}{}
 		if err := w.read(ch.block); err != nil {

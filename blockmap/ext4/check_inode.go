@@ -63,9 +63,9 @@ func (c *checker) checkDescriptors() error {
 			return fmt.Errorf("group %d has %d inodes, of which %d are free, %d never used and %d directories",
 				i, c.perGroup, g.freeInodes, g.unusedInodes, g.dirs)
 		case uninit && g.unusedInodes != c.perGroup:
-			return fmt.Errorf("group %d has no inode bitmap, and %d inodes that were used", i, c.perGroup-g.unusedInodes)
+			return fmt.Errorf("group %d has no inode bitmap, but %d inodes that were used", i, c.perGroup-g.unusedInodes)
 		case uninit && i == 0:
-			return fmt.Errorf("group 0 has no inode bitmap, and the root is in it")
+			return fmt.Errorf("group 0 has no inode bitmap, but the root is in it")
 		}
 		c.groups = append(c.groups, g)
 	}
@@ -98,7 +98,7 @@ func (c *checker) checkInodes() error {
 		}
 	}
 	if got := le.Uint32(c.super[sbFreeInodes:]); uint64(got) != free {
-		return fmt.Errorf("the superblock has %d free inodes, and the groups have %d", got, free)
+		return fmt.Errorf("the superblock says %d free inodes, but the groups have %d", got, free)
 	}
 	if s := c.find(rootInode); s == nil || uint32(s.mode)&modeType != modeDir {
 		return fmt.Errorf("there is no root directory")
@@ -129,14 +129,14 @@ func (c *checker) inodeTable(group uint32, bitmap []byte) error {
 		inUse := bitSet(bitmap, n)
 		if n >= limit {
 			if inUse {
-				return fmt.Errorf("inode %d is in use, and never used", number)
+				return fmt.Errorf("inode %d is in use, but lies in the part of the table that was never used", number)
 			}
 			continue
 		}
 		if n%perRead == 0 {
 			some := min(perRead, limit-n)
-			// What holds no inode in use is not read: a device can have a
-			// terabyte of that.
+			// Blocks of the table without an inode in use are not read: a device can
+			// have a terabyte of them.
 			if !anyBitSet(bitmap, n, n+some) && number >= firstInode {
 				n += some - 1
 				continue
@@ -149,17 +149,17 @@ func (c *checker) inodeTable(group uint32, bitmap []byte) error {
 		in := buf[n%perRead*inodeSize:][:inodeSize]
 		if !inUse {
 			if number < firstInode {
-				return fmt.Errorf("inode %d is reserved, and free", number)
+				return fmt.Errorf("inode %d is reserved, but marked free", number)
 			}
 			if le.Uint16(in[inLinks:]) != 0 {
-				return fmt.Errorf("inode %d is free, and has links", number)
+				return fmt.Errorf("inode %d is free, but has links", number)
 			}
 			continue
 		}
 		used++
 		if number < firstInode && number != rootInode && (number != journalInode || !c.hasJournal) {
 			if le.Uint16(in[inMode:]) != 0 || le.Uint16(in[inLinks:]) != 0 || inodeLength(in) != 0 || le.Uint32(in[inBlocks:]) != 0 {
-				return fmt.Errorf("inode %d is reserved, and is a file", number)
+				return fmt.Errorf("inode %d is reserved, but is a file", number)
 			}
 			continue
 		}
@@ -171,10 +171,10 @@ func (c *checker) inodeTable(group uint32, bitmap []byte) error {
 		}
 	}
 	if used != c.perGroup-g.freeInodes {
-		return fmt.Errorf("group %d has %d inodes in use, and its descriptor says %d", group, used, c.perGroup-g.freeInodes)
+		return fmt.Errorf("group %d has %d inodes in use, but its descriptor says %d", group, used, c.perGroup-g.freeInodes)
 	}
 	if dirs != g.dirs {
-		return fmt.Errorf("group %d has %d directories, and its descriptor says %d", group, dirs, g.dirs)
+		return fmt.Errorf("group %d has %d directories, but its descriptor says %d", group, dirs, g.dirs)
 	}
 	return nil
 }
@@ -202,8 +202,8 @@ func (c *checker) find(number uint32) *inodeSummary {
 	return &c.inodes[i]
 }
 
-// Flags that say nothing of how a file is stored: how it may be changed, and
-// what is to be done when it is.
+// Flags that do not affect how a file is stored: whether it may be changed, and what
+// happens when it is.
 const harmlessFlags = 0x1 | 0x2 | 0x8 | 0x10 | 0x20 | 0x40 | 0x80 | 0x10000 | 0x20000 | 0x2000000
 
 func (c *checker) inode(number uint32, in []byte) error {
@@ -217,17 +217,17 @@ func (c *checker) inode(number uint32, in []byte) error {
 	}
 	switch {
 	case fileTypes[mode>>12] == 0:
-		return fmt.Errorf("has mode %#o, which is that of no type of file", mode)
+		return fmt.Errorf("has mode %#o, which is no type of file", mode)
 	case le.Uint16(in[inLinks:]) == 0:
-		return fmt.Errorf("is in use, and has no links")
+		return fmt.Errorf("is in use, but has no links")
 	case le.Uint32(in[inDtime:]) != 0:
-		return fmt.Errorf("is in use, and has a deletion time")
+		return fmt.Errorf("is in use, but has a deletion time")
 	case flags&^(harmlessFlags|inodeFlagExtents|inodeFlagIndex) != 0:
 		return fmt.Errorf("has unknown flags %#x", flags)
 	case le.Uint16(in[inXattrHigh:]) != 0:
 		return fmt.Errorf("has extended attributes beyond the device")
 	case flags&inodeFlagIndex != 0 && mode&modeType != modeDir:
-		return fmt.Errorf("has a hash tree, and is not a directory")
+		return fmt.Errorf("has a hash tree, but is not a directory")
 	}
 
 	size := inodeLength(in)
@@ -260,11 +260,11 @@ func (c *checker) inode(number uint32, in []byte) error {
 	blocks += n
 	sectors := uint64(le.Uint32(in[inBlocks:])) | uint64(le.Uint16(in[inBlocksHigh:]))<<32
 	if sectors != blocks*(blockSize/512) {
-		return fmt.Errorf("has %d blocks, and says %d sectors", blocks, sectors)
+		return fmt.Errorf("has %d blocks, but says %d sectors", blocks, sectors)
 	}
 	if number == journalInode {
 		if mode&modeType != modeRegular {
-			return fmt.Errorf("is the journal, and has mode %#o", mode)
+			return fmt.Errorf("is the journal, but has mode %#o", mode)
 		}
 		return nil
 	}
@@ -302,10 +302,10 @@ func (c *checker) content(number uint32, in []byte, mode uint32, size uint64) (u
 	case modeRegular:
 		// Space may be reserved beyond the end, as long as it reads as zero.
 		if next > length && !unwrittenEnd {
-			return 0, fmt.Errorf("has %d bytes, and content up to block %d", size, next)
+			return 0, fmt.Errorf("has %d bytes, but content up to block %d", size, next)
 		}
 		if number == journalInode && (next != length || blocks != length || size%blockSize != 0) {
-			return 0, fmt.Errorf("is the journal, and has %d bytes in %d blocks", size, blocks)
+			return 0, fmt.Errorf("is the journal, but has %d bytes in %d blocks", size, blocks)
 		}
 	case modeDir:
 		if size == 0 || size%blockSize != 0 || next != length {

@@ -6,7 +6,7 @@ import (
 	"slices"
 )
 
-// sharedXattrs counts who has a block of extended attributes.
+// sharedXattrs counts the inodes that share a block of extended attributes.
 type sharedXattrs struct{ refs, found uint32 }
 
 // inodeXattrs checks the extended attributes of an inode, and returns how many
@@ -76,7 +76,7 @@ func (c *checker) xattrBlock(block uint32, b []byte) ([]diskXattr, error) {
 	}
 	// The kernel writes 0 where the hash of an entry is.
 	if h := le.Uint32(b[xhHash:]); h != 0 && h != sum[0] && h != sum[1] && !c.lax {
-		return nil, fmt.Errorf("the hash is %#x, and %#x is written", sum[0], h)
+		return nil, fmt.Errorf("the computed hash is %#x, the stored one %#x", sum[0], h)
 	}
 	return l, nil
 }
@@ -117,7 +117,7 @@ func (c *checker) xattrEntries(b []byte, start int, hashes bool) ([]diskXattr, e
 			values = append(values, span{offset, offset + int(size)})
 		}
 		if h := le.Uint32(e[xeHash:]); hashes && h != x.hash(false) && h != x.hash(true) && !c.lax {
-			return nil, fmt.Errorf("has extended attribute %q with hash %#x, and %#x is written", x.fullName(), x.hash(false), h)
+			return nil, fmt.Errorf("has extended attribute %q with the computed hash %#x and the stored hash %#x", x.fullName(), x.hash(false), h)
 		}
 		if slices.ContainsFunc(l, func(y diskXattr) bool { return compareXattrs(x, y) == 0 }) {
 			return nil, fmt.Errorf("has extended attribute %q twice", x.fullName())
@@ -143,7 +143,7 @@ func (c *checker) xattrEntries(b []byte, start int, hashes bool) ([]diskXattr, e
 // checkACL checks an ACL as it is on disk.
 func checkACL(v []byte) error {
 	if len(v) < 4 || le.Uint32(v) != aclDiskVersion {
-		return fmt.Errorf("it has no version, or another: %x", v[:min(len(v), 4)])
+		return fmt.Errorf("its version is unknown: %x", v[:min(len(v), 4)])
 	}
 	for v = v[4:]; len(v) > 0; {
 		n := 4

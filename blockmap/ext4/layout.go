@@ -27,9 +27,9 @@ type Options struct {
 	dxFan int // tests: children of a hash tree node, to get deep trees cheaply
 }
 
-// Filesystem is a laid out filesystem. It refers to the tree that it was made
-// from, which is not to be changed as long as the Filesystem is used. Its
-// methods may be called at the same time.
+// Filesystem is a filesystem that was laid out. It refers to the tree that it was
+// made from: nobody may change the tree while the Filesystem is in use. Its methods
+// may run at the same time.
 type Filesystem struct {
 	opts     Options
 	geo      geometry
@@ -93,9 +93,9 @@ func inodeNumber(index uint32) uint32 {
 // highest number, too.
 func (fs *Filesystem) usedInodes() uint32 { return firstInode - 1 + uint32(len(fs.nodes)) - 1 }
 
-// Layout lays out the tree below root. It reorders Entries, and it is not to be
-// called for trees that share inodes at the same time. An error says which path
-// cannot be laid out and why.
+// Layout lays out the tree below root. It reorders Entries. Two calls at the same
+// time must not share inodes. The error names the path that cannot be laid out, and
+// the cause.
 func Layout(root *Inode, o Options) (*Filesystem, error) {
 	switch {
 	case root == nil || !root.is(modeDir):
@@ -173,7 +173,7 @@ func (fs *Filesystem) number(root *Inode) error {
 			}
 			if fs.has(in) {
 				if in.is(modeDir) {
-					return fs.fault(parent, fmt.Errorf("has an entry %q, which is the directory %q: a directory has one name only", e.Name, fs.path(in)))
+					return fs.fault(parent, fmt.Errorf("has an entry %q, which is the directory %q: a directory can have only one name", e.Name, fs.path(in)))
 				}
 				n := &fs.nodes[in.index]
 				if n.links++; n.links > maxLinks {
@@ -182,7 +182,7 @@ func (fs *Filesystem) number(root *Inode) error {
 				continue
 			}
 			if len(fs.nodes) >= maxInodes {
-				return fs.fault(parent, fmt.Errorf("has an entry %q, which is one inode too many for the filesystem", e.Name))
+				return fs.fault(parent, fmt.Errorf("has an entry %q: the filesystem has no inode left for it", e.Name))
 			}
 			fs.add(in, parent)
 			if err := in.validate(); err != nil {
@@ -200,8 +200,8 @@ func (fs *Filesystem) number(root *Inode) error {
 
 const maxInodes = 1<<32 - 1 - firstInode
 
-// has says whether in has got its number in this layout, since it may have one
-// from another.
+// has reports whether in got its number in this layout: it may have the number of
+// another one.
 func (fs *Filesystem) has(in *Inode) bool {
 	return int(in.index) < len(fs.nodes) && fs.nodes[in.index].Inode == in
 }
@@ -222,30 +222,30 @@ func (n *node) linkCount() uint16 {
 	return uint16(n.links)
 }
 
-// validate looks at what can be said of an inode alone.
+// validate checks an inode by itself.
 func (in *Inode) validate() error {
 	t := in.Mode & modeType
 	switch {
 	case in.Mode > modeMax || fileTypes[t>>12] == 0:
-		return fmt.Errorf("has mode %#o, which is that of no type of file", in.Mode)
+		return fmt.Errorf("has mode %#o, which is no type of file", in.Mode)
 	case t != modeRegular && (in.Size != 0 || len(in.Data) > 0):
-		return fmt.Errorf("has a size or data, and is not a regular file")
+		return fmt.Errorf("has a size or data, but is not a regular file")
 	case t != modeDir && len(in.Entries) > 0:
-		return fmt.Errorf("has entries, and is not a directory")
+		return fmt.Errorf("has entries, but is not a directory")
 	case t != modeSymlink && in.Target != "":
-		return fmt.Errorf("has a target, and is not a symlink")
+		return fmt.Errorf("has a target, but is not a symlink")
 	case t == modeSymlink && in.Target == "":
 		return fmt.Errorf("is a symlink without a target")
 	case t == modeSymlink && len(in.Target) > maxSymlink:
-		return fmt.Errorf("is a symlink with a target of %d bytes, and %d is the most", len(in.Target), maxSymlink)
+		return fmt.Errorf("is a symlink with a target of %d bytes: the limit is %d", len(in.Target), maxSymlink)
 	case t == modeSymlink && strings.IndexByte(in.Target, 0) >= 0:
 		return fmt.Errorf("is a symlink with a NUL in its target %q", in.Target)
 	case t != modeChar && t != modeBlock && (in.Major != 0 || in.Minor != 0):
-		return fmt.Errorf("has a device number, and is not a device")
+		return fmt.Errorf("has a device number, but is not a device")
 	case in.Major > maxMajor || in.Minor > maxMinor:
-		return fmt.Errorf("is device %d:%d, and %d:%d is the highest", in.Major, in.Minor, maxMajor, maxMinor)
+		return fmt.Errorf("is device %d:%d: the highest is %d:%d", in.Major, in.Minor, maxMajor, maxMinor)
 	case in.Size < 0 || in.Size > maxFileSize:
-		return fmt.Errorf("has a size of %d bytes, and %d is the most", in.Size, int64(maxFileSize))
+		return fmt.Errorf("has a size of %d bytes: the limit is %d", in.Size, int64(maxFileSize))
 	}
 	var next uint64 // file block behind the last run
 	for _, r := range in.Data {
@@ -255,14 +255,14 @@ func (in *Inode) validate() error {
 		case r.Stream == 0:
 			return fmt.Errorf("has a run of stream 0 at file block %d, which is that of the filesystem's metadata", r.FileBlock)
 		case uint64(r.FileBlock) < next:
-			return fmt.Errorf("has a run at file block %d, where another one is or comes later", r.FileBlock)
+			return fmt.Errorf("has a run at file block %d that overlaps an earlier run or is out of order", r.FileBlock)
 		case uint64(r.Block)+uint64(r.Count) > 1<<32:
-			return fmt.Errorf("has a run of %d blocks at block %d of stream %d, which is beyond what a stream can have", r.Count, r.Block, r.Stream)
+			return fmt.Errorf("has a run of %d blocks at block %d of stream %d, beyond the length that a stream can have", r.Count, r.Block, r.Stream)
 		}
 		next = uint64(r.FileBlock) + uint64(r.Count)
 	}
 	if next > uint64(blocksOf(in.Size)) {
-		return fmt.Errorf("has a run up to file block %d, and a size of %d bytes", next, in.Size)
+		return fmt.Errorf("has a run up to file block %d, but a size of %d bytes", next, in.Size)
 	}
 	return nil
 }
@@ -428,7 +428,7 @@ func (g *geometry) fit(size int64, used uint32, body, data uint64) error {
 }
 
 func errTooLarge(blocks uint64) error {
-	return fmt.Errorf("ext4: %d blocks of 4 KiB are needed, and a device has %d at most", blocks, uint64(maxBlocks))
+	return fmt.Errorf("ext4: the content needs %d blocks of 4 KiB: a device has at most %d", blocks, uint64(maxBlocks))
 }
 
 func (fs *Filesystem) countDirs() {

@@ -65,19 +65,19 @@ func TestBadLayers(t *testing.T) {
 		{name: "gzip damaged", layer: one(reg("d", squares.String())), store: damaged(gzipped), says: []string{"gzip: invalid checksum"}},
 		{name: "zstd damaged", layer: one(reg("d", squares.String())), store: damaged(zstdded), says: []string{`"d"`}},
 		{name: "gzip cut within its header", layer: some, store: func(t testing.TB, b []byte) []byte { return gzipped(t, b)[:5] }, says: []string{"gzip", "EOF"}},
-		{name: "xz", layer: some, store: func(testing.TB, []byte) []byte { return []byte("\xfd7zXZ\x00 and so on") }, says: []string{"compressed by xz", "gzip or zstd"}},
-		{name: "bzip2", layer: some, store: func(testing.TB, []byte) []byte { return []byte("BZh91AY&SY and so on") }, says: []string{"compressed by bzip2", "gzip or zstd"}},
+		{name: "xz", layer: some, store: func(testing.TB, []byte) []byte { return []byte("\xfd7zXZ\x00 and so on") }, says: []string{"compressed by xz", "gzip, zstd"}},
+		{name: "bzip2", layer: some, store: func(testing.TB, []byte) []byte { return []byte("BZh91AY&SY and so on") }, says: []string{"compressed by bzip2", "gzip, zstd"}},
 		{name: "no tar", layer: []byte(strings.Repeat("this is a text\n", 100)), says: []string{"first entry", "invalid tar header"}},
 		{name: "a damaged header behind a good one", layer: one(reg("good", "x"), raw(bytes.Repeat([]byte("?"), 512))), says: []string{`"good"`, "invalid tar header"}},
 		{name: "another layer", layer: some, store: func(t testing.TB, _ []byte) []byte { return gzipped(t, tarball(t, reg("other", "x"))) },
 			says: []string{"is not the one that the image config names", "sha256:"}},
 
-		{name: "a hard link to nothing", layer: one(hardlink("link", "nothing")), says: []string{`"link"`, `"nothing"`, "not there"}},
-		{name: "a hard link to what comes later", layer: one(hardlink("link", "later"), reg("later", "")), says: []string{`"link"`, `"later"`, "not there"}},
+		{name: "a hard link to nothing", layer: one(hardlink("link", "nothing")), says: []string{`"link"`, `"nothing"`, "does not exist"}},
+		{name: "a hard link to what comes later", layer: one(hardlink("link", "later"), reg("later", "")), says: []string{`"link"`, `"later"`, "does not exist"}},
 		{name: "a hard link to a directory", layer: one(dir("d"), hardlink("link", "d")), says: []string{`"link"`, `"d"`, "directory"}},
 		{name: "a hard link to the root", layer: one(hardlink("link", "/")), says: []string{`"link"`, "directory"}},
 		{name: "a hard link in the place of the root", layer: one(reg("f", ""), hardlink(".", "f")), says: []string{"root is not a directory"}},
-		{name: "a hard link to what was hidden", layer: one(whiteout("lower"), hardlink("link", "lower")), says: []string{`"link"`, `"lower"`, "not there"}},
+		{name: "a hard link to what was hidden", layer: one(whiteout("lower"), hardlink("link", "lower")), says: []string{`"link"`, `"lower"`, "does not exist"}},
 		{name: "the root is a file", layer: one(reg(".", "x")), says: []string{"root is not a directory"}},
 		{name: "the root is a symlink", layer: one(symlink("/", "x")), says: []string{"root is not a directory"}},
 		{name: "a symlink to itself in a parent", layer: one(symlink("loop", "loop"), reg("loop/f", "x")), says: []string{`"loop/f"`, "too many levels of symbolic links"}},
@@ -163,7 +163,7 @@ func TestBadLayers(t *testing.T) {
 func TestBadConfig(t *testing.T) {
 	good := newSource(t, plain, tarball(t, reg("f", "x")))
 	for _, c := range []struct{ name, config, says string }{
-		{"of other layers", `{"rootfs":{"type":"layers","diff_ids":[]}}`, "the image has 1 layers, and its config lists 0"},
+		{"of other layers", `{"rootfs":{"type":"layers","diff_ids":[]}}`, "the image has 1 layers, but its config lists 0"},
 		{"of another program", `{"helm":"chart"}`, "not a container image"},
 		{"no JSON", `<xml/>`, "image config"},
 		{"of another digest", `{"rootfs":{"diff_ids":["sha512:` + strings.Repeat("0", 128) + `"]}}`, "SHA-256"},

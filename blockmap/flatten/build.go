@@ -11,18 +11,18 @@ import (
 	"thaw/blockmap"
 )
 
-// Options are the settings of a build. What is built depends on the first four
-// and the source alone.
+// Options are the settings of a build. The bytes of the image depend on the source
+// and the first four options alone.
 type Options struct {
-	Size      int64 // of the device in bytes; grown where the content needs more
+	Size      int64 // of the device in bytes; made larger if the content needs more
 	ChunkSize int   // bytes of a full chunk, a power of two
 	Level     int   // zstd, 1 to 22
-	NoGuess   bool  // do without AnnotationGuess
+	NoGuess   bool  // omit AnnotationGuess
 
-	Jobs     int    // layers converted at once; 0: as many as processors, 8 at most
-	TempDir  string // for the streams until they are pushed; "": the system's
+	Jobs     int    // layers converted at once; 0: one for each processor, at most 8
+	TempDir  string // for streams, until they are pushed and the guess is made; "": the system's
 	Tag      string // of the block image; "": ImageTag of the source's digest
-	Pin      string // the digest that the block image must have, or nothing is pushed under its name; "": any
+	Pin      string // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
 	Progress Progress
 	Log      *slog.Logger
 }
@@ -30,17 +30,17 @@ type Options struct {
 // Defaults of a build.
 const (
 	DefaultSize = 8 << 30
-	// DefaultChunkSize is what won in bench/build on four real images: a first
-	// start over a slow link takes half the time that it takes with a quarter
-	// of this, for 13 to 30 % more bytes.
+	// DefaultChunkSize won in bench/build on four real images: over a slow link, a
+	// first start takes half the time that it takes with chunks of a quarter of
+	// this size, and fetches 13 to 30 % more bytes.
 	DefaultChunkSize = 1 << 20
 	DefaultLevel     = 3
 )
 
-// Decompressing 8 layers keeps the compressors of many processors busy.
+// The contents of 8 layers keep the compressors of many processors busy.
 const maxJobs = 8
 
-// Result says what was built.
+// Result describes the image that was built.
 type Result struct {
 	*Assembled
 	Index  *blockmap.Index
@@ -48,10 +48,10 @@ type Result struct {
 	Guess  GuessReport
 }
 
-// LayerResult says what became of a layer.
+// LayerResult describes one layer of the image.
 type LayerResult struct {
 	DiffID  v1.Hash
-	Reused  bool // its stream was in the target already
+	Reused  bool // the target had its conversion already
 	Content int64
 	Stored  int64
 }
@@ -63,7 +63,7 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	streams   *Streams
-	anew      bool       // conversions that are there already are of no use
+	anew      bool       // do not reuse conversions that the target has
 	empty     sync.Mutex // of pushEmpty
 	unfinished
 }
@@ -120,9 +120,9 @@ func (b *builder) build(ctx context.Context) (*Result, error) {
 	return b.image(ctx, layers, l)
 }
 
-// reconvert gives up the conversions that were there before, where an image could
-// not be put together with them: what they say may be damaged in a way that shows
-// in no checksum. It says whether there is anything to do again.
+// reconvert has the layers converted again whose conversions were reused. It is for
+// an image that could not be put together: a reused conversion may be damaged in a
+// way that no checksum shows. It reports whether any was reused.
 func (b *builder) reconvert(ctx context.Context, layers []*converted, cause error) bool {
 	again := false
 	for _, c := range layers {
@@ -131,7 +131,7 @@ func (b *builder) reconvert(ctx context.Context, layers []*converted, cause erro
 	if !again || ctx.Err() != nil {
 		return false
 	}
-	b.Log.Warn("the image cannot be put together from earlier conversions of its layers; they are made again", "err", cause)
+	b.Log.Warn("cannot put the image together from earlier conversions of its layers: converting the layers again", "err", cause)
 	b.anew = true
 	b.forget()
 	return true

@@ -16,8 +16,8 @@ const (
 	MaxChunkSize = blockmap.MaxChunkBlocks * blockSize
 )
 
-// compressor compresses chunks for all streams of a build, as many at once as
-// there are processors.
+// compressor compresses the chunks of all streams of a build, one at a time on each
+// processor.
 type compressor struct {
 	size      int // of a full chunk
 	enc       *zstd.Encoder
@@ -27,11 +27,11 @@ type compressor struct {
 	frames    sync.Pool
 }
 
-// However many processors there are, encoders take this much memory together,
-// and so do chunks that are not written yet, with their frames.
+// compressorMemory bounds the memory of all encoders together, on any number of
+// processors, and that of the chunks that are not written yet, with their frames.
 const compressorMemory = 64 << 20
 
-// encoderMemory is about what one encoder takes, most of it hash tables.
+// encoderMemory estimates the memory of one encoder, most of it hash tables.
 func encoderMemory(level zstd.EncoderLevel, chunkSize int) int {
 	n := 2 << 20
 	switch level {
@@ -76,10 +76,10 @@ func (c *compressor) compress(x *compressed) {
 	x.buf = nil
 }
 
-// CheckChunkSize says whether n can be the size of chunks.
+// CheckChunkSize fails if n cannot be the size of chunks.
 func CheckChunkSize(n int) error {
 	if n < MinChunkSize || n > MaxChunkSize || bits.OnesCount(uint(n)) != 1 {
-		return fmt.Errorf("a chunk size of %d bytes: it is to be a power of two from %d to %d", n, MinChunkSize, MaxChunkSize)
+		return fmt.Errorf("a chunk size of %d bytes: pass a power of two from %d to %d", n, MinChunkSize, MaxChunkSize)
 	}
 	return nil
 }

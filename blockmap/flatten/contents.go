@@ -12,9 +12,9 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// contents reads in files of the image that is being built. Streams that this
-// build has made are still on disk, as far as there was room; the target is asked
-// for the chunks of all others.
+// contents reads files of the image that is being built. The streams that this build
+// has made are still on disk, if there was room; it gets the chunks of other streams
+// from the target.
 type contents struct {
 	kept    *tempDir
 	src     chunkSource
@@ -22,7 +22,7 @@ type contents struct {
 	dec     *blockmap.ChunkDecoder
 	held    []heldChunk // the one used last comes first
 	budget  int64       // bytes of chunks that may still be read
-	failed  error       // of the target: what it did not give is not known to be absent
+	failed  error       // of the target; with it, nothing is known of the rest of the files
 }
 
 // chunkSource is the part of a Target that contents needs.
@@ -39,13 +39,13 @@ const (
 	// maxHeld bounds the chunks that are kept, in bytes of content.
 	maxHeld = 16 << 20
 
-	// maxGuessReads bounds what is read to make a guess, in bytes of content.
-	// Chromium with its hundred libraries takes a fifth of it.
+	// maxGuessReads bounds the bytes of content that are read for a guess. Chromium
+	// with its hundred libraries needs a fifth of it.
 	maxGuessReads = 1 << 30
 )
 
-// errBudget says that a guess is as good as it gets for what it may cost.
-var errBudget = errors.New("too much was read already")
+// errBudget ends the reads for a guess. The guess so far is used.
+var errBudget = errors.New("the limit of reads for the guess is reached")
 
 func newContents(kept *tempDir, src chunkSource, streams []Stream) *contents {
 	return &contents{kept: kept, src: src, streams: streams, dec: blockmap.NewChunkDecoder(1), budget: maxGuessReads}
@@ -53,7 +53,7 @@ func newContents(kept *tempDir, src chunkSource, streams []Stream) *contents {
 
 func (c *contents) close() { c.dec.Close() }
 
-// read returns n bytes of a file from off, fewer where it ends before.
+// read returns n bytes of a file from off, or fewer if the file ends before.
 func (c *contents) read(ctx context.Context, in *ext4.Inode, off int64, n int) ([]byte, error) {
 	if off < 0 || off >= in.Size {
 		return nil, nil
@@ -79,14 +79,14 @@ func (c *contents) read(ctx context.Context, in *ext4.Inode, off int64, n int) (
 	return p, nil
 }
 
-// runsFrom are the runs of a file that end behind a block of it.
+// runsFrom returns the runs of a file that end behind a block of it.
 func runsFrom(in *ext4.Inode, block int64) []ext4.Run {
 	return in.Data[sort.Search(len(in.Data), func(i int) bool {
 		return int64(in.Data[i].FileBlock)+int64(in.Data[i].Count) > block
 	}):]
 }
 
-// from returns what a chunk holds from a block of its stream on.
+// from returns the content of a chunk, from a block of its stream to its end.
 func (c *contents) from(ctx context.Context, stream, block uint32) ([]byte, error) {
 	t := c.streams[stream].Table
 	i, ok := slices.BinarySearchFunc(t.Chunks, block, func(c blockmap.Chunk, block uint32) int {
@@ -122,13 +122,12 @@ func (c *contents) chunk(ctx context.Context, stream, i int) ([]byte, error) {
 		return nil, c.failed
 	}
 	if c.budget -= int64(x.Size()); c.budget < 0 {
-		c.budget = 0 // smaller ones are not to slip through
+		c.budget = 0 // so that smaller chunks fail too
 		return nil, errBudget
 	}
 	var b []byte
 	var err error
-	// A mirror that is wrong or a connection that breaks is not asked for the
-	// same thing twice.
+	// The target may use another mirror or connection at the next attempt.
 	for range 3 {
 		if b, err = c.fetch(ctx, t, x); err == nil || ctx.Err() != nil {
 			break

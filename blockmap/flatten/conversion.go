@@ -21,8 +21,8 @@ type converted struct {
 	reused bool
 }
 
-// layers converts what the target does not have, several layers at once. A
-// layer that the image has twice is converted once.
+// layers converts the layers whose conversions the target does not have, several at
+// once. A layer that the image has twice is converted once.
 func (b *builder) layers(parent context.Context) ([]*converted, error) {
 	done := make([]*converted, len(b.src.Layers))
 	first := make(map[v1.Hash]int)
@@ -53,15 +53,16 @@ func (b *builder) layers(parent context.Context) ([]*converted, error) {
 		reused = reused || done[i].reused
 	}
 	if reused {
-		// All conversions have this for a config, so it is looked for once.
+		// All conversions have the same config, so one look-up is enough.
 		if err := b.dst.PushBytes(parent, describe(mediaTypeEmpty, []byte("{}")), []byte("{}")); err != nil && parent.Err() == nil {
-			b.Log.Warn("the config of the converted layers is not there, and could not be pushed", "err", err)
+			b.Log.Warn("cannot push the config of the converted layers", "err", err)
 		}
 	}
 	return done, nil
 }
 
-// layerTag is the tag under which a conversion is kept: what it depends on.
+// layerTag is the tag of a conversion. It names everything that the conversion
+// depends on.
 func (b *builder) layerTag(i int) string {
 	return fmt.Sprintf("thaw-layer-v%d-%dk-z%d-%s", layerVersion, b.ChunkSize>>10, b.Level, b.diffIDs[i].Hex)
 }
@@ -82,8 +83,9 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	}
 	err = b.pushConversion(ctx, c, tag)
 	if err != nil && damaged && ctx.Err() == nil {
-		// The image does not need it, and tags can be immutable.
-		b.Log.Warn("the damaged conversion of the layer could not be replaced", "tag", tag, "err", err)
+		// The image does not need the tag, and the registry may not let it be
+		// moved.
+		b.Log.Warn("cannot replace the damaged conversion of the layer", "tag", tag, "err", err)
 		return c, nil
 	}
 	if err != nil {
@@ -148,8 +150,8 @@ func (b *builder) pushConversion(ctx context.Context, c *converted, tag string) 
 	return err
 }
 
-// pushEmpty pushes the config that all converted layers have, one push at a time:
-// of two uploads of a blob at once, docker-registry can lose both.
+// pushEmpty pushes the config that all conversions have. It allows one push at a
+// time: docker-registry can lose a blob of which it gets two uploads at once.
 func (b *builder) pushEmpty(ctx context.Context, d v1.Descriptor) error {
 	b.empty.Lock()
 	defer b.empty.Unlock()
@@ -166,9 +168,9 @@ func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) (raw []b
 	return raw, b.dst.PushManifest(ctx, d, raw, tag)
 }
 
-// reuse finds an earlier conversion in the target. It only saves work: whatever
-// the target says, and one that is not whole any more, is as if there were none.
-// damaged says that something is under the tag.
+// reuse finds an earlier conversion in the target. It only saves work, so an error
+// of the target and a damaged conversion both count as none. damaged reports that
+// the tag exists.
 func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged bool) {
 	if b.anew {
 		return nil, true
@@ -185,7 +187,7 @@ func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged 
 		return c, false
 	}
 	if ctx.Err() == nil {
-		b.Log.Warn("an earlier conversion of the layer is of no use; the layer is converted again", "tag", tag, "err", err)
+		b.Log.Warn("cannot reuse an earlier conversion of the layer: converting the layer again", "tag", tag, "err", err)
 	}
 	return nil, damaged
 }
@@ -202,15 +204,16 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 	if len(m.Layers) == 2 {
 		c.stream = &m.Layers[1]
 		if c.stream.Digest.Algorithm != "sha256" || c.stream.MediaType != MediaTypeStream || c.stream.Size < 0 {
-			return nil, errors.New("the manifest is not that of a converted layer: its second part is no stream")
+			return nil, errors.New("the manifest is not that of a converted layer: its second part is not a stream")
 		}
-		// Whether it is there bounds what the table of contents can say of it.
+		// The length of a stream that exists bounds what the table of contents can
+		// claim.
 		ok, err := b.dst.HasBlob(ctx, *c.stream)
 		if err != nil {
 			return nil, err
 		}
 		if !ok {
-			return nil, errors.New("its stream is gone or damaged")
+			return nil, errors.New("its stream is missing or damaged")
 		}
 	}
 	var err error
@@ -223,8 +226,8 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 	}
 	defer t.close()
 	c.table = &t.table
-	// All of it: one that cannot be read is to be made again, not to fail every
-	// build from now on.
+	// Read all of it: a TOC that cannot be read must be made again now. Later, it
+	// would fail this build and every build after it.
 	for n := 0; err == nil; n++ {
 		if n%4096 == 0 && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -235,11 +238,11 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 		return nil, err
 	}
 	if (c.stream != nil) != (len(t.table.Chunks) > 0) {
-		return nil, errors.New("the manifest does not fit its table of contents")
+		return nil, errors.New("the manifest does not match its table of contents")
 	}
 	if c.stream != nil {
 		if c.stream.Digest != hashOf(t.table.Blob) || c.stream.Size != t.table.BlobSize {
-			return nil, errors.New("the stream is not the one of its table of contents")
+			return nil, errors.New("the table of contents is that of another stream")
 		}
 	}
 	return c, nil

@@ -15,13 +15,13 @@ import (
 	"thaw/blockmap"
 )
 
-// commonWindow is the largest window of most zstd layers. Layers with larger ones,
-// up to blockmap.MaxWindow, are converted one by one.
+// commonWindow is a window that few zstd layers exceed. Layers with larger windows, up
+// to blockmap.MaxWindow, are converted one at a time.
 const commonWindow = 8 << 20
 
-// decompress looks at the first bytes of a layer, which are believed before its
-// media type: images whose media types are wrong are in use. windows is what
-// memory there is for the windows of all zstd layers.
+// decompress detects the compression of a layer by its first bytes and ignores its
+// media type: images with wrong media types are in use. windows bounds the memory for
+// the windows of all zstd layers.
 func decompress(ctx context.Context, r io.Reader, windows *semaphore.Weighted) (io.ReadCloser, error) {
 	b := bufio.NewReaderSize(r, 1<<20)
 	head, err := b.Peek(tarBlock)
@@ -56,22 +56,22 @@ func decompress(ctx context.Context, r io.Reader, windows *semaphore.Weighted) (
 	default:
 		for magic, by := range map[string]string{"\xfd7zXZ\x00": "xz", "BZh": "bzip2", "\x04\x22\x4d\x18": "lz4"} {
 			if strings.HasPrefix(string(head), magic) {
-				return nil, fmt.Errorf("the layer is compressed by %s: thaw reads layers that are compressed by gzip or zstd, or not at all; build the image with such layers", by)
+				return nil, fmt.Errorf("the layer is compressed by %s: thaw reads gzip, zstd and uncompressed layers; rebuild the image with one of these", by)
 			}
 		}
 	}
 	return newReadAhead(plain, close), nil
 }
 
-// A tar is of blocks of 512 bytes. A header has, at 148, a checksum: the sum of
-// its bytes, those of the checksum taken as spaces, in octal.
+// A tar consists of blocks of 512 bytes. At byte 148 of a header is a checksum: the
+// sum of the header's bytes in octal, with the checksum itself taken as spaces.
 const (
 	tarBlock    = 512
 	tarSum      = 148
 	tarSumBytes = 8
 )
 
-// isTar says whether head is a header with a checksum that is right.
+// isTar reports whether head is a header with a correct checksum.
 func isTar(head []byte) bool {
 	if len(head) < tarBlock {
 		return false

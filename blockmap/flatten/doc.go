@@ -6,14 +6,18 @@
 //	TOCs, lowest first ──tree──▶ file tree ──ext4.Layout──▶ stream 0: metadata ──▶ target
 //	                                                    └──▶ Index, manifest   ──▶ target
 //
-// A stream and a TOC depend on their layer alone, so layers are converted
-// beside each other, and one that the target has already is not read at all.
-// Contents go through once and are never unpacked: only the names and where
-// contents lie are kept in memory.
+// A stream and a TOC depend on their layer alone. So a build converts several
+// layers at once, and does not read a layer whose conversion is in the target
+// already. It reads the contents once and never unpacks them: it keeps only names,
+// and the places of contents, in memory.
 //
-// Once all layers are there, the program of the image's config is looked up in
-// the file tree and, with what a linker or an interpreter reads for it, becomes
-// the guess of what a start will read: [AnnotationGuess] on the manifest.
+// When all layers are converted, the build looks up the program of the image's
+// config in the file tree. The program, and the files that a linker or an
+// interpreter reads for it, become the guess of what a start will read:
+// [AnnotationGuess] on the manifest.
 //
-// [Build] is the whole; [ParseImage] reads what it has made.
+// [Build] does all of this. [Streams] and [StreamWriter] write one stream, and
+// [Assemble] makes and pushes an image of streams: a build uses them, and so does
+// any other maker of images. [ParseImage] reads the manifest of an image, and
+// [Verify] checks an image against the [Policy] of its kind.
 package flatten

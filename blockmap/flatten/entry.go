@@ -12,16 +12,16 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// What Linux takes at most, in bytes.
+// The limits of Linux, in bytes.
 const (
 	maxName      = 255
 	maxSymlink   = 4095 // of the target
 	maxXattrName = 255
 	maxXattr     = 64 << 10 // of the value
 
-	// maxXattrs is what all attributes of a file may take, with xattrCost bytes
-	// for each beside name and value. It is much more than ext4 has room for,
-	// which is complained of when it is known which files the image has.
+	// maxXattrs bounds all attributes of a file together: names, values and
+	// xattrCost bytes for each. ext4 has room for much less, but its limit is
+	// applied later: an upper layer may hide the file.
 	maxXattrs = 64 << 10
 	xattrCost = 16
 )
@@ -42,11 +42,11 @@ const (
 // Whiteouts, as the layer section of the OCI image spec names them.
 const (
 	whiteoutPrefix = ".wh."
-	whiteoutMeta   = ".wh..wh." // of aufs: bookkeeping, but for
+	whiteoutMeta   = ".wh..wh." // bookkeeping of aufs, with one exception:
 	whiteoutOpaque = ".wh..wh..opq"
 
-	// Of the files that have several names, aufs keeps one more in this
-	// directory, and a layer can have hard links to that alone.
+	// aufs gives a file with several names one more name in this directory, and a
+	// layer may list hard links to this name only.
 	plinkDir = ".wh..wh.plnk/"
 )
 
@@ -71,11 +71,11 @@ const (
 // "" is the root.
 func clean(name string) string { return strings.TrimPrefix(path.Clean("/"+name), "/") }
 
-// fromHeader turns a tar header into an entry, or into nothing where it says
-// nothing about a file. It tells drop of attributes that are left out.
+// fromHeader turns a tar header into an entry, or into nil if the header describes no
+// file. It calls drop for each attribute that it omits.
 func fromHeader(h *tar.Header, drop func(attribute, entry string)) (*entry, error) {
 	if len(h.Name) > maxPath {
-		return nil, fmt.Errorf("a name of %d bytes: Linux takes %d", len(h.Name), maxPath)
+		return nil, fmt.Errorf("a name of %d bytes: the limit of Linux is %d", len(h.Name), maxPath)
 	}
 	e := &entry{name: clean(h.Name)}
 	dir, base := path.Split(e.name)
@@ -113,7 +113,7 @@ func fromHeader(h *tar.Header, drop func(attribute, entry string)) (*entry, erro
 		in.Mode |= modeDir
 	case tar.TypeLink:
 		if len(h.Linkname) > maxPath {
-			return nil, fmt.Errorf("a hard link to a name of %d bytes: Linux takes %d", len(h.Linkname), maxPath)
+			return nil, fmt.Errorf("a hard link to a name of %d bytes: the limit of Linux is %d", len(h.Linkname), maxPath)
 		}
 		e.kind, e.link = kindHardLink, clean(h.Linkname)
 		return e, nil
@@ -124,7 +124,7 @@ func fromHeader(h *tar.Header, drop func(attribute, entry string)) (*entry, erro
 		case n == 0:
 			return nil, errors.New("a symbolic link to nothing")
 		case n > maxSymlink:
-			return nil, fmt.Errorf("a symbolic link whose target has %d bytes: it can have %d", n, maxSymlink)
+			return nil, fmt.Errorf("a symbolic link whose target has %d bytes: the limit is %d", n, maxSymlink)
 		case strings.IndexByte(h.Linkname, 0) >= 0:
 			return nil, errors.New("a symbolic link with a NUL in its target")
 		}
@@ -164,7 +164,7 @@ func fromHeader(h *tar.Header, drop func(attribute, entry string)) (*entry, erro
 	return e, xattrs(h, e, drop)
 }
 
-// checkName looks at each part of a clean name.
+// checkName checks each part of a clean name.
 func checkName(name string) error {
 	for part := range strings.SplitSeq(name, "/") {
 		if len(part) > maxName {

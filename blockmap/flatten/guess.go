@@ -12,13 +12,13 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// AnnotationGuess, on the manifest of a block image, says which blocks of the
-// device a start will read first, as far as that can be told from the image
-// alone: the program of its config, and what the kernel and the dynamic linker
-// read to start it. It is there so that a start of which there is no trace need
-// not ask for these one after the other. (The file system's own blocks are stream
-// 0, and need no guess.) It is a hint, in the order in which blocks will be
-// wanted, in at most 16 KiB of base64 (RFC 4648 section 4, without padding) of
+// AnnotationGuess, on the manifest of a block image, predicts which blocks of the
+// device a start will read first. The prediction is made from the image alone: the
+// program of its config, and the files that the kernel and the dynamic linker read to
+// start it. A start that has no trace prefetches these blocks and need not fetch them
+// one after the other. (The metadata of the filesystem is in a stream of its own, and
+// needs no prediction.) It is a hint: ranges in the order in which they will be read,
+// as at most 16 KiB of base64 (RFC 4648 section 4, without padding) of
 //
 //	0  1  version, 1
 //	1     ranges, at most 4096, to the end; for each
@@ -35,9 +35,9 @@ const (
 	maxGuessBlocks = 96 << 20 / blockSize
 )
 
-// Guess gives the guess that was made when the image was built, as extents of a
-// device of that many blocks, in the order in which they will be wanted. It is
-// nil where there is none. What it says is checked, and may still be of no use.
+// Guess returns the guess of the image, as extents of a device of that many blocks, in
+// the order in which a start will read them. It is nil if the image has none. Every
+// extent lies on the device; the guess may still be wrong.
 func (m *Image) Guess(blocks uint32) ([]blockmap.Extent, error) {
 	text, ok := m.Annotations[AnnotationGuess]
 	if !ok {
@@ -68,7 +68,7 @@ func decodeGuess(text string, blocks uint32) ([]blockmap.Extent, error) {
 	for d.Err() == nil && d.Len() > 0 {
 		skip := d.Varint()
 		n := d.Uvarint(maxGuessBlocks)
-		// Far less than what could overflow is wrong already.
+		// Clamped so that the sum cannot overflow: such a skip is wrong anyway.
 		if start := end + min(max(skip, -1<<33), 1<<33); start < 0 || n == 0 || start+int64(n) > int64(blocks) {
 			d.Fail("a range of %d blocks at block %d of %d", n, start, blocks)
 		} else {
@@ -85,8 +85,8 @@ func decodeGuess(text string, blocks uint32) ([]blockmap.Extent, error) {
 	return l, nil
 }
 
-// guess collects blocks of the device in the order in which they are wanted,
-// each once.
+// guess collects blocks of the device in the order in which they will be read, each
+// block once.
 type guess struct {
 	ranges []blockRange
 	seen   map[uint32]bool
@@ -152,15 +152,15 @@ func (g *guess) encode() string {
 	return base64.RawStdEncoding.EncodeToString(b)
 }
 
-// GuessReport says what a guess comes to.
+// GuessReport sums up a guess.
 type GuessReport struct {
 	Files  int
 	Bytes  int64 // of the device
-	Chunks int   // that have a part of it
+	Chunks int   // that contain a part of it
 	Stored int64 // bytes of these in their blobs
 }
 
-// locate turns what is wanted of files into blocks of the device.
+// locate turns parts of files into blocks of the device.
 func locate(ix *blockmap.Index, wants []want) (*guess, GuessReport) {
 	g := new(guess)
 	var report GuessReport

@@ -6,7 +6,7 @@ import (
 	"thaw/blockmap"
 )
 
-// StreamReport says of one stream of an index what `thaw inspect` shows.
+// StreamReport describes one stream of an index, as `thaw inspect` shows it.
 type StreamReport struct {
 	Role    Role
 	DiffID  string // of the layer; "" if the stream was not made of one
@@ -18,8 +18,7 @@ type StreamReport struct {
 	Shared  int64 // bytes in chunks that another stream has too, of this image or of one reported before
 }
 
-// Reporter makes reports of one image after the other, and knows what the
-// images have in common.
+// Reporter describes one image after the other, and finds the chunks that they share.
 type Reporter struct {
 	seen map[blockmap.Digest]bool
 }

@@ -10,10 +10,10 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// linker finds the libraries of one program as the dynamic linker of the image
-// would: glibc's (ld.so(8)), or musl's where the program asks for that. What
-// depends on the processor of the host, below glibc-hwcaps, is not known at
-// build time, and libraries that a program opens by itself are not either.
+// linker finds the libraries of one program as the dynamic linker of the image would:
+// that of glibc (ld.so(8)) or of musl, whichever the program asks for. It cannot find
+// libraries that depend on the processor of the host (below glibc-hwcaps), nor those
+// that the program opens itself.
 type linker struct {
 	g       *guesser
 	musl    bool

@@ -41,14 +41,14 @@ const (
 	mediaTypeConfig   = types.OCIConfigJSON
 	mediaTypeEmpty    = types.MediaType("application/vnd.oci.empty.v1+json")
 
-	// layerVersion changes whenever the same layer would give other bytes.
+	// layerVersion changes whenever the conversion of a layer gives other bytes.
 	layerVersion = 1
 
-	// maxIndex bounds what a manifest may say of its index.
+	// maxIndex bounds the size of the index that a manifest may claim.
 	maxIndex = 256 << 20
 )
 
-// ErrNotBlockImage says that a manifest is that of something else.
+// ErrNotBlockImage means that a manifest is not that of a block image.
 var ErrNotBlockImage = errors.New("not a thaw block image")
 
 // Image is the manifest of a block image, checked.
@@ -57,8 +57,8 @@ type Image struct {
 	Index v1.Descriptor
 }
 
-// ParseImage reads the manifest of a block image. It fails with
-// ErrNotBlockImage where it is another thing's.
+// ParseImage reads the manifest of a block image. It fails with ErrNotBlockImage if the
+// manifest is not that of a block image.
 //
 // A role that this version does not know does not make it fail: the index alone
 // says what the device reads as, so a device of an image with such streams can be

@@ -48,7 +48,7 @@ func newPacker(s *StreamWriter) *packer { return &packer{StreamWriter: s, size: 
 // went. The runs' Stream is left zero.
 func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 	if size > maxFileSize {
-		return nil, fmt.Errorf("a file of %d bytes is larger than ext4 can hold", size)
+		return nil, fmt.Errorf("a file of %d bytes: ext4 cannot hold it", size)
 	}
 	padded := (size + blockSize - 1) &^ (blockSize - 1)
 	p.large = padded >= int64(p.size)
@@ -73,10 +73,10 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 	return p.runs, nil
 }
 
-// marks says whether the file just packed ends a pack that is half full. On
-// average one does in each quarter of a chunk's size, however large files are:
-// often enough that most packs end there and not where they overflow, and
-// seldom enough that packs which began at different files end at the same.
+// marks reports whether the file just packed ends a pack that is half full. On average
+// one file does in each quarter of a chunk's size, for files of any size. That is often
+// enough that most packs end at such a file and do not overflow, and seldom enough that
+// packs which began at different files end at the same one.
 func (p *packer) marks(padded int64) bool {
 	return uint64(p.sum)*uint64(p.size/4) < uint64(padded)<<32
 }

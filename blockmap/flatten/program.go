@@ -14,12 +14,12 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// guesser finds out what a start of the image reads: the program of the config,
-// what the kernel and linkers load for it and, where the program is a script or
-// is there to start another, that one in turn.
+// guesser predicts what a start of the image reads: the program of the config and the
+// files that the kernel and the linker load for it. If the program is a script or
+// starts another program, it follows that one too.
 //
-// The files are an image's, which may be hostile. Nothing in them makes a build
-// fail or take long: what cannot be understood is not guessed.
+// The image may be hostile. Nothing in its files makes a build fail or take long: the
+// guesser omits what it does not understand.
 type guesser struct {
 	log      *slog.Logger
 	tree     *tree
@@ -48,8 +48,8 @@ type parsed struct {
 }
 
 const (
-	// maxWhole is the size of a file that is guessed whole. Of a larger one it
-	// is what is known to be read.
+	// maxWhole bounds the size of a file that is predicted whole. Of a larger file,
+	// only the parts are predicted that are known to be read.
 	maxWhole = 8 << 20
 
 	maxScript  = 64 << 10 // of a script that is looked into
@@ -60,7 +60,7 @@ const (
 	maxArgs    = 64
 )
 
-// guess finds what the image's start will read. It fails only with ctx.
+// guess predicts what a start of the image will read. It fails only with ctx.
 func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want, error) {
 	var c v1.ConfigFile
 	if err := json.Unmarshal(b.src.Config, &c); err != nil {
@@ -85,7 +85,7 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want,
 	}
 	if contents.failed != nil {
 		// Half a guess would differ from one build to the next.
-		b.Log.Warn("what a start will read is not guessed", "err", contents.failed)
+		b.Log.Warn("the image gets no guess of what a start will read", "err", contents.failed)
 		return nil, nil
 	}
 	return g.wants, nil

@@ -2,20 +2,21 @@ package flatten
 
 import "io"
 
-// Progress hears how a build goes. Its methods are called from several
-// goroutines, layer by layer in order.
+// Progress is told of the steps of a build. Several goroutines call its methods; the
+// calls for one layer are in order.
 type Progress interface {
 	// Read: n more bytes of a layer's blob, as it is stored, were read.
 	Read(layer int, n int64)
-	// Push: the layer is converted, and its stream of size bytes is on its way.
+	// Push: the layer is converted, and the push of its stream of size bytes begins.
 	Push(layer int, size int64)
 	// Pushed: n bytes of the stream have been sent so far.
 	Pushed(layer int, n int64)
-	// Done: the layer is in the target; reused says that it was before.
+	// Done: the conversion of the layer is in the target. If reused, it was there
+	// before the build.
 	Done(layer int, reused bool)
 }
 
-// counter tells Progress what is read.
+// counter tells Progress how many bytes were read.
 type counter struct {
 	r     io.Reader
 	p     Progress

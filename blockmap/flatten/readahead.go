@@ -2,8 +2,8 @@ package flatten
 
 import "io"
 
-// readAhead decompresses on a goroutine of its own, a few blocks ahead of who
-// hashes and packs.
+// readAhead decompresses on a goroutine of its own, a few blocks ahead of the reader,
+// which hashes and packs.
 type readAhead struct {
 	blocks chan block
 	free   chan []byte
@@ -76,7 +76,7 @@ func (a *readAhead) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Close ends the goroutine; whoever feeds it must not block for ever.
+// Close ends the goroutine. The source of the bytes must not block forever.
 func (a *readAhead) Close() error {
 	close(a.stop)
 	for {

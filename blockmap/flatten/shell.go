@@ -5,12 +5,11 @@ import "strings"
 // maxCommands bounds what one script is guessed to run.
 const maxCommands = 8
 
-// shellCommands guesses what a shell script ends up running: each command behind
-// an exec, and the last one; of the text of `sh -c` the first one too. Words are
-// expanded where they are made of what the script itself, its arguments and its
-// environment say; a command whose name is not is left out. Branches are not
-// looked at, and of loops and the like all commands: what comes out is a guess,
-// of which only programs that are there are used.
+// shellCommands predicts which programs a shell script ends up running: each command
+// behind an exec, and the last command; of the text of `sh -c`, the first command too.
+// It expands words whose values the script, its arguments and its environment give, and
+// omits a command whose name it cannot expand. It takes every branch and every body of
+// a loop as if it ran. The caller uses only commands that are programs of the image.
 func shellCommands(text string, inline bool, zero string, args []string, env map[string]string) [][]string {
 	p := &shellParser{text: text, args: args, vars: map[string]string{"0": zero, "BASH_SOURCE": zero}, env: env}
 	var first, last []string

@@ -19,8 +19,8 @@ type Source struct {
 // Layer is one layer of a Source.
 type Layer struct {
 	v1.Descriptor
-	// Open reads the layer as it is stored. What it returns fails, rather
-	// than ends, where the bytes are not those of the descriptor.
+	// Open reads the layer as it is stored. Its reader fails, and does not end,
+	// if the bytes are not those of the descriptor.
 	Open func(ctx context.Context) (io.ReadCloser, error)
 }
 
@@ -31,7 +31,7 @@ func diffIDs(src *Source) ([]v1.Hash, error) {
 		return nil, fmt.Errorf("image config: %w", err)
 	}
 	if len(c.RootFS.DiffIDs) != len(src.Layers) {
-		return nil, fmt.Errorf("the image has %d layers, and its config lists %d: it is not a container image, or damaged",
+		return nil, fmt.Errorf("the image has %d layers, but its config lists %d: it is damaged, or not a container image",
 			len(src.Layers), len(c.RootFS.DiffIDs))
 	}
 	for _, d := range c.RootFS.DiffIDs {

@@ -5,11 +5,11 @@ import (
 	"io"
 )
 
-// maxHoles is what the sparse files of a layer may have of holes together, in
-// bytes: a header of 512 bytes can ask for 16 TiB of zeros, which take minutes.
+// maxHoles bounds the holes in the sparse files of a layer together, in bytes: a header
+// of 512 bytes can ask for 16 TiB of zeros, which take minutes.
 const maxHoles = 64 << 30
 
-// tally counts what is read.
+// tally counts the bytes that are read.
 type tally struct {
 	r io.Reader
 	n int64
@@ -21,8 +21,8 @@ func (t *tally) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// sparseFile reads the files of a tar, and bounds the bytes that are not in the
-// tar, which are holes.
+// sparseFile reads the files of a tar, and bounds the bytes of holes: those that are not
+// in the tar.
 type sparseFile struct {
 	r     io.Reader
 	in    *tally
@@ -31,7 +31,7 @@ type sparseFile struct {
 	holes int64 // of this file
 }
 
-// next says that another file begins.
+// next begins another file.
 func (s *sparseFile) next() io.Reader {
 	s.left -= max(s.holes, 0)
 	s.holes = 0
@@ -43,7 +43,7 @@ func (s *sparseFile) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
 	s.holes += int64(n) - (s.in.n - before)
 	if s.holes > s.left {
-		return 0, fmt.Errorf("a sparse file: those of the layer have more than %d MiB of holes", s.limit>>20)
+		return 0, fmt.Errorf("the sparse files of the layer have more than %d MiB of holes", s.limit>>20)
 	}
 	return n, err
 }

@@ -9,21 +9,20 @@ import (
 	"thaw/blockmap"
 )
 
-// Target is where a block image goes: a repository or an OCI layout. Push
-// methods return once the thing is there for good, and do nothing for what is
-// there already.
+// Target is the repository or the OCI layout that a block image is pushed to. A push
+// returns when the target has stored the thing durably, and does nothing if the
+// target has it already.
 type Target interface {
 	HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
 	Blob(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// PushFile may move the file away.
 	PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(sent int64)) error
 	PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error
-	// Tagged returns the manifest under a tag, or nil.
+	// Tagged returns the manifest under a tag, or nil if there is none.
 	Tagged(ctx context.Context, tag string) ([]byte, error)
-	// PushManifest puts it under its digest, and under tag unless that is
-	// empty.
+	// PushManifest stores a manifest under its digest and, unless tag is empty,
+	// under tag. If the manifest has a subject, the target lists it as a referrer.
 	PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error
-	// OpenRange reads n bytes of a blob from off, or ends in an error. They are
-	// checked by who reads them.
+	// OpenRange reads n bytes of a blob from off. The caller checks the bytes.
 	OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error)
 }

@@ -68,7 +68,7 @@ const (
 	tocWindow = 32 << 20 // of the zstd frame
 )
 
-var errTOCLimit = fmt.Errorf("the layer's table of contents has more than %d entries, or than %d MiB", maxEntries, tocLimit>>20)
+var errTOCLimit = fmt.Errorf("the layer's table of contents exceeds %d entries or %d MiB", maxEntries, tocLimit>>20)
 
 func (w *tocWriter) str(s string) {
 	w.b = binary.AppendUvarint(w.b, uint64(len(s)))
@@ -77,7 +77,7 @@ func (w *tocWriter) str(s string) {
 
 func (w *tocWriter) num(n uint64) { w.b = binary.AppendUvarint(w.b, n) }
 
-// full says whether there is no room for another entry.
+// full reports whether there is no room for another entry.
 func (w *tocWriter) full() bool { return w.entries >= maxEntries || len(w.b) >= tocLimit }
 
 func (w *tocWriter) add(e *entry) {
@@ -147,8 +147,8 @@ func (w *tocWriter) close(t *blockmap.Table) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// toc reads a TOC without trusting it, and without holding all of it: some hundred
-// bytes of zstd can be gigabytes. What is wrong with the checksum shows at the end.
+// toc reads a TOC without trusting it and without holding all of it in memory: a few
+// hundred bytes of zstd can become gigabytes. A wrong checksum is found at the end.
 type toc struct {
 	z     *zstd.Decoder
 	d     *blockmap.Decoder // of buf
@@ -208,10 +208,10 @@ func (t *toc) head(stored int64) {
 
 func (t *toc) close() { t.z.Close() }
 
-// rest is what of the buffer is not read yet.
+// rest is the part of the buffer that is not read yet.
 func (t *toc) rest() []byte { return t.buf[len(t.buf)-t.d.Len():] }
 
-// need sees to it that n bytes can be read, if there are so many.
+// need makes n bytes readable, or all that are left.
 func (t *toc) need(n int) {
 	if t.ended != nil || t.d.Err() != nil || t.d.Len() >= n {
 		return
@@ -235,7 +235,7 @@ func (t *toc) need(n int) {
 	t.buf, t.d = b, blockmap.NewDecoder(b)
 }
 
-// fault is what is wrong with the TOC.
+// fault is the error about the TOC.
 func (t *toc) fault() error {
 	if t.ended != nil && t.ended != io.EOF {
 		return fmt.Errorf("layer contents: %w: %w", blockmap.ErrCorrupt, t.ended)

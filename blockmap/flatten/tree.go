@@ -11,21 +11,21 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// tree is the file system that layers add up to. They are applied from the
-// lowest up, each entry in tar order, by the rules of the OCI image spec
-// (layer.md). Where it is silent, what happens is what happens when the layers
-// are unpacked one over the other within a chroot:
+// tree is the file system that the layers add up to. Layers are applied from the lowest
+// up, each entry in tar order, by the rules of the OCI image spec (layer.md). Where the
+// spec is silent, the result is that of unpacking the layers over each other within a
+// chroot:
 //
 //   - parents are found through symbolic links, which never leave the root;
-//   - a parent that no layer lists is made, root's, mode 0755, time 0;
+//   - a parent that no layer lists is made: owner root, mode 0755, time 0;
 //   - an entry over one of another type replaces it; a directory over a
 //     directory changes its metadata and keeps its content;
-//   - a hard link is to what its target is at that point of that layer;
-//   - what aufs keeps in its directory of pseudo-links is no file of the image,
-//     but hard links of the same layer give it a name.
+//   - a hard link leads to the file that its target names at that point of that layer;
+//   - a file in the directory of pseudo-links of aufs is not a file of the image, but
+//     hard links of the same layer give it names.
 //
-// Layers may be hostile: what an entry costs, in memory and time, is bounded by
-// its length and by what the layers have earned so far.
+// Layers may be hostile: the memory and the time of an entry are bounded by its length
+// and by an allowance that grows with every entry.
 type tree struct {
 	root  *node
 	layer int                    // being applied, from 1
@@ -76,8 +76,8 @@ const maxFollow = 40
 
 var (
 	errFollow   = errors.New("too many levels of symbolic links")
-	errFollowed = errors.New("the layers' paths lead through more symbolic links than those of any image do")
-	errImplied  = errors.New("the layers' names are in more directories that no layer lists than those of any image are")
+	errFollowed = errors.New("the layers' paths lead through too many symbolic links")
+	errImplied  = errors.New("the layers need too many directories that no layer lists")
 )
 
 // applyLayer puts a layer over those that are there: its TOC and, of its stream,
@@ -106,10 +106,10 @@ func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, store
 	}
 }
 
-// begin says that what is applied from now on is of another layer.
+// begin begins the next layer.
 func (t *tree) begin() { t.layer, t.plink = t.layer+1, nil }
 
-// quoted is a name in an error: the end of it where it is long.
+// quoted is a name as errors show it: a long one is cut to its end.
 func quoted(name string) string {
 	const most = 512
 	if n := len(name) - most; n > 0 {
@@ -251,7 +251,7 @@ func (t *tree) target(name string) (*ext4.Inode, error) {
 		n = from.names[base]
 	}
 	if n == nil {
-		return nil, fmt.Errorf("a hard link to %s, which is not there", quoted(name))
+		return nil, fmt.Errorf("a hard link to %s, which does not exist", quoted(name))
 	}
 	if n.isDir() {
 		return nil, fmt.Errorf("a hard link to %s, which is a directory", quoted(name))
@@ -259,10 +259,10 @@ func (t *tree) target(name string) (*ext4.Inode, error) {
 	return n.inode, nil
 }
 
-// hideLower removes what lower layers have put at and under a name: a layer's
-// whiteouts do not touch its own files. A directory that stays for what the
-// layer has put in it, and that the layer does not list, is made anew: so it
-// does not matter where in the layer the whiteout stands.
+// hideLower removes the files of lower layers at and under a name: a layer's whiteouts do
+// not touch its own files. A directory in which the layer has put files, but which the
+// layer does not list, is replaced by a new one with those files. So the place of the
+// whiteout in the layer does not matter.
 func (t *tree) hideLower(dir *node, name string) {
 	n := dir.names[name]
 	if n == nil {
@@ -279,9 +279,9 @@ func (t *tree) hideLower(dir *node, name string) {
 	}
 }
 
-// hideBelow is hideLower for all names of a directory. What it leaves is of this
-// layer, and so is what will come: the next time there is nothing to do, however
-// many whiteouts a layer has.
+// hideBelow calls hideLower for all names of a directory. All names that are left, and all
+// that are added later, are of this layer: a second call has nothing to do, so many
+// whiteouts cost no more than one.
 func (t *tree) hideBelow(dir *node) {
 	if dir.own == t.layer {
 		return
@@ -292,8 +292,8 @@ func (t *tree) hideBelow(dir *node) {
 	}
 }
 
-// walk finds the directory at a clean path, following symbolic links in every
-// part of it. One that is not there is made, or nil if make is false.
+// walk finds the directory at a clean path, and follows symbolic links in every part of
+// it. If the directory does not exist, walk makes it or, if make is false, returns nil.
 func (t *tree) walk(path string, make bool) (*node, error) {
 	rest, followed := path, 0
 	stack := []*node{t.root}
@@ -344,9 +344,9 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 	return stack[len(stack)-1], nil
 }
 
-// find gives what a path leads to when symbolic links are followed to the end,
-// never out of the root, and the path that it has without them; nil where
-// nothing is.
+// find returns the node that a path leads to, and its path without symbolic links. It
+// follows symbolic links to the end, never out of the root. It returns nil if there is no
+// such node.
 func (t *tree) find(path string) (real string, n *node) {
 	if t.follow -= len(path); t.follow < 0 {
 		return "", nil
@@ -396,8 +396,8 @@ func split(name string) (dir, base string) {
 	return "", name
 }
 
-// inodes turns the tree into what ext4.Layout takes. The tree is used up. It is no
-// deeper than maxDepth, so recursion will do.
+// inodes turns the tree into the form that ext4.Layout takes, and uses the tree up. The
+// tree is no deeper than maxDepth, so recursion is safe.
 func (t *tree) inodes() *ext4.Inode {
 	var fill func(n *node)
 	fill = func(n *node) {

@@ -17,8 +17,8 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// Opener reads a blob whole. What it returns fails, rather than ends, where the
-// bytes are not those of the descriptor.
+// Opener reads a whole blob. Its reader fails, and does not end, if the bytes are not those
+// of the descriptor.
 type Opener func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
 
 // Verify fetches all of an image and checks it: every blob and every chunk against
@@ -90,11 +90,11 @@ func (w *tempWriter) Write(p []byte) (int, error) {
 	return n, tempError(w.dir, err)
 }
 
-// maxConfig is far beyond what registries take.
+// maxConfig is far above the limit of registries.
 const maxConfig = 64 << 20
 
-// verifyConfig reads the config of the source image, which is to list the
-// layers that the streams come from.
+// verifyConfig reads the config of the source image and checks that it lists the layers that
+// the streams were made of.
 func verifyConfig(ctx context.Context, m *Image, open Opener) error {
 	if m.Config.Size < 0 || m.Config.Size > maxConfig {
 		return fmt.Errorf("%w: it has %d bytes", blockmap.ErrCorrupt, m.Config.Size)
@@ -118,7 +118,7 @@ func verifyConfig(ctx context.Context, m *Image, open Opener) error {
 	}
 	for _, d := range m.Layers[1:] {
 		if id, ok := d.Annotations[AnnotationDiffID]; ok && !listed[id] {
-			return fmt.Errorf("%w: it does not list the layer %s, of which the image has the stream", blockmap.ErrCorrupt, id)
+			return fmt.Errorf("%w: it does not list the layer %s, but the image has its stream", blockmap.ErrCorrupt, id)
 		}
 	}
 	return nil
@@ -200,7 +200,7 @@ func (m *metadata) ReadAt(p []byte, off int64) (int, error) {
 		case !ok:
 			clear(left)
 		case !holds:
-			return n, fmt.Errorf("block %d is the file system's, and lies in stream %d, among the contents of files", at/blockSize, r.Stream)
+			return n, fmt.Errorf("block %d belongs to the file system itself, but lies in stream %d, among the contents of files", at/blockSize, r.Stream)
 		default:
 			if _, err := m.file.ReadAt(left, start+int64(r.Block)*blockSize+at-int64(r.Device)*blockSize); err != nil {
 				return n, unexpected(err)

@@ -12,8 +12,8 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// xattrs takes the extended attributes from a pax header: as GNU tar, star and
-// Docker write them, and as libarchive does where it is alone.
+// xattrs reads the extended attributes from a pax header: the records of GNU tar, star
+// and Docker, and those of libarchive for attributes that have no other record.
 func xattrs(h *tar.Header, e *entry, drop func(attribute, entry string)) error {
 	const schily, libarchive = "SCHILY.xattr.", "LIBARCHIVE.xattr."
 	values := make(map[string]string)
@@ -46,10 +46,10 @@ func xattrs(h *tar.Header, e *entry, drop func(attribute, entry string)) error {
 	total := 0
 	for name, v := range values {
 		if len(name) > maxXattrName {
-			return fmt.Errorf("the name of extended attribute %q has %d bytes: it can have %d", name[:40]+"…", len(name), maxXattrName)
+			return fmt.Errorf("the name of extended attribute %q has %d bytes: the limit is %d", name[:40]+"…", len(name), maxXattrName)
 		}
 		if len(v) > maxXattr {
-			return fmt.Errorf("extended attribute %q has %d bytes: it can have %d", name, len(v), maxXattr)
+			return fmt.Errorf("extended attribute %q has %d bytes: the limit is %d", name, len(v), maxXattr)
 		}
 		x := ext4.Xattr{Name: name, Value: []byte(v)}
 		if total += xattrSize(&x); total > maxXattrs {
@@ -61,15 +61,15 @@ func xattrs(h *tar.Header, e *entry, drop func(attribute, entry string)) error {
 	return nil
 }
 
-// keeps says whether Linux keeps an attribute on ext4. Others, such as
-// com.apple.provenance, are dropped, as other programs that unpack images do.
+// keeps reports whether Linux can keep an attribute on ext4. Others, such as
+// com.apple.provenance, are dropped: other programs that unpack images drop them too.
 func keeps(attribute string) bool {
 	space, name, _ := strings.Cut(attribute, ".")
 	return name != "" && (space == "user" || space == "trusted" || space == "security") ||
 		attribute == "system.posix_acl_access" || attribute == "system.posix_acl_default"
 }
 
-// dropper tells log of attributes that are left out, of each name once.
+// dropper logs attributes that are omitted, each name once.
 func dropper(log *slog.Logger) func(attribute, entry string) {
 	seen := make(map[string]bool)
 	return func(attribute, entry string) {
@@ -80,6 +80,6 @@ func dropper(log *slog.Logger) func(attribute, entry string) {
 			return
 		}
 		seen[attribute] = true
-		log.Warn("an extended attribute that Linux cannot keep is left out", "name", attribute, "entry", entry)
+		log.Warn("omitting an extended attribute that Linux cannot keep", "name", attribute, "entry", entry)
 	}
 }
