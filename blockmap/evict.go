@@ -113,8 +113,7 @@ func (e *evictor) reserve(n int64) error {
 // await returns when the eviction that is under way has ended.
 func (e *evictor) await() {
 	e.turn.Lock()
-	//lint:ignore SA2001 the wait is all that is wanted
-	e.turn.Unlock()
+	e.turn.Unlock() //nolint:staticcheck // SA2001: the wait is all that is wanted
 }
 
 // tear notes a torn chunk.

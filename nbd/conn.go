@@ -68,7 +68,7 @@ func (c *conn) serve(ctx context.Context) {
 	if h.contextsName == h.exportName {
 		t.contexts = h.contexts
 	}
-	c.transmit(ctx, h.nc, t, log.With("export", h.export.Name), cancel)
+	_ = c.transmit(ctx, h.nc, t, log.With("export", h.export.Name), cancel)
 }
 
 // transmit runs the transmission phase over nc. It logs how the session ends, and

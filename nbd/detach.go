@@ -67,7 +67,7 @@ func (s *session) stall() {
 
 	s.log.Debug("the client does not take its replies; copying them, so that they pin nothing in the cache")
 	if handed != nil && len(handed.reads) > 0 {
-		s.detach(handed, 0)
+		_ = s.detach(handed, 0)
 	}
 	for t := ready.first; t != nil; t = t.next {
 		s.detachTask(t)
@@ -196,7 +196,7 @@ func (d *detacher) repair(r *read, buf []byte, skip int, others []read) (off int
 			o := &others[j]
 			next := blockmap.Range(int64(o.offset), o.view.Len())
 			if o.end > 0 && next.Len() > 0 {
-				d.ahead.Go(func() { d.s.dev.Fault(d.ctx, next) }) // read reports the error
+				d.ahead.Go(func() { _ = d.s.dev.Fault(d.ctx, next) }) // read reports the error
 			}
 		}
 	}

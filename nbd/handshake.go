@@ -155,7 +155,7 @@ func (h *handshake) option(ctx context.Context, opt uint32, fit bool) (chosen bo
 	case opt == optAbort:
 		// The client may be gone already: it does not matter whether the
 		// reply arrives.
-		h.reply(opt, repAck, nil)
+		_ = h.reply(opt, repAck, nil)
 		h.w.Flush()
 		return false, errDone
 	case srv.RequireTLS && !h.client.TLS && opt != optStartTLS:
@@ -368,9 +368,9 @@ func (h *handshake) info(ctx context.Context, opt uint32) (chosen bool, err erro
 // replyInfo sends the fixed part of an information reply, then text.
 func (h *handshake) replyInfo(opt uint32, fixed any, text string) {
 	var b bytes.Buffer
-	binary.Write(&b, binary.BigEndian, fixed)
+	_ = binary.Write(&b, binary.BigEndian, fixed)
 	b.Write(sentence(text))
-	h.reply(opt, repInfo, b.Bytes())
+	_ = h.reply(opt, repInfo, b.Bytes())
 }
 
 func (h *handshake) list(ctx context.Context) error {
@@ -394,7 +394,7 @@ func (h *handshake) list(ctx context.Context) error {
 		p := binary.BigEndian.AppendUint32(nil, uint32(len(e.Name)))
 		p = append(p, e.Name...)
 		p = append(p, sentence(e.Description)...)
-		h.reply(optList, repServer, p)
+		_ = h.reply(optList, repServer, p)
 	}
 	return h.reply(optList, repAck, nil)
 }

@@ -88,7 +88,7 @@ func (h *handshake) metaContext(ctx context.Context, opt uint32) error {
 			h.contexts = append(h.contexts, m)
 		}
 		p := binary.BigEndian.AppendUint32(nil, id)
-		h.reply(opt, repMetaContext, append(p, contextNames[m]...))
+		_ = h.reply(opt, repMetaContext, append(p, contextNames[m]...))
 	}
 	h.contextsName = name
 	return h.reply(opt, repAck, nil)

@@ -224,7 +224,7 @@ var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interv
 // start serves nc on a goroutine, or closes it where MaxConns are open.
 func (s *Server) start(nc net.Conn) {
 	if t, ok := nc.(*net.TCPConn); ok {
-		t.SetKeepAliveConfig(keepAlive)
+		_ = t.SetKeepAliveConfig(keepAlive)
 	}
 	c := &conn{srv: s, nc: nc}
 	ctx, err := s.register(c)

@@ -76,8 +76,8 @@ func TestShutdownRefuses(t *testing.T) {
 	dev := newFullDevice(testSize)
 	dev.Evict(blockmap.Range(0, 4096))
 	g := newGate(dev)
-	path, srv := "", &Server{Exports: Static{{Name: "disk", Device: dev}}}
-	path = serve(t, srv)
+	srv := &Server{Exports: Static{{Name: "disk", Device: dev}}}
+	path := serve(t, srv)
 	c := dial(t, path)
 	c.enter(true)
 	c.send(cmdRead, 0, 1, 0, 4096)

@@ -440,7 +440,7 @@ func (s *session) flush() error {
 	if s.mu.stalled && len(s.hits.reads) > 0 {
 		// A client that does not take its replies pins nothing.
 		s.mu.Unlock()
-		s.detach(&s.hits, 0)
+		_ = s.detach(&s.hits, 0)
 		s.mu.Lock()
 	}
 	if s.mu.writing {
@@ -513,7 +513,7 @@ func (s *session) write(b *batch) {
 func (s *session) send(b *batch) error {
 	if s.copied {
 		if !b.detached() {
-			s.detach(b, 0)
+			_ = s.detach(b, 0)
 		}
 		n, err := s.w.writev(b.bufs, nil)
 		s.c.counts.sent.Add(int64(n))

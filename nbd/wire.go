@@ -95,7 +95,7 @@ func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, clients *
 	s.pace.clients = clients
 	if u, ok := nc.(*net.UnixConn); ok {
 		// Room for two replies of a large read. TCP finds its own size.
-		u.SetWriteBuffer(unixSendBuffer)
+		_ = u.SetWriteBuffer(unixSendBuffer)
 	}
 	s.readFn = s.readOnce
 	s.tryFn = func(fd uintptr) bool { s.rerr = s.sysRead(fd); return true }

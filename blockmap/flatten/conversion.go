@@ -146,7 +146,7 @@ func (b *builder) pushConversion(ctx context.Context, c *converted, tag string) 
 	if c.stream != nil {
 		m.Layers = append(m.Layers, *c.stream)
 	}
-	_, err := b.push(ctx, &m, tag)
+	err := b.push(ctx, &m, tag)
 	return err
 }
 
@@ -159,13 +159,14 @@ func (b *builder) pushEmpty(ctx context.Context, d v1.Descriptor) error {
 }
 
 // push marshals and pushes a manifest.
-func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) (raw []byte, err error) {
-	if raw, err = json.Marshal(m); err != nil {
-		return nil, err
+func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) error {
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return err
 	}
 	d := describe(m.MediaType, raw)
 	d.ArtifactType = m.ArtifactType
-	return raw, b.dst.PushManifest(ctx, d, raw, tag)
+	return b.dst.PushManifest(ctx, d, raw, tag)
 }
 
 // reuse finds an earlier conversion in the target. It only saves work, so an error

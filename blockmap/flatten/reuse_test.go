@@ -468,7 +468,7 @@ func TestConversionThatLies(t *testing.T) {
 		if err := dst.PushBytes(t.Context(), m.Layers[0], toc); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
+		if err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
 			t.Fatal(err)
 		}
 		if res := build(t, src, dst, o); !bytes.Equal(res.Raw, want.Raw) {
@@ -479,7 +479,7 @@ func TestConversionThatLies(t *testing.T) {
 			t.Errorf("%s: the conversion was not replaced", name)
 		}
 		// Where tags are immutable it cannot be, which costs time and no image.
-		if _, err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
+		if err := b.push(t.Context(), &m, b.layerTag(1)); err != nil {
 			t.Fatal(err)
 		}
 		dst.before = func(what string, d v1.Descriptor) error {

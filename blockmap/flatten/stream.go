@@ -236,7 +236,7 @@ func (s *StreamWriter) finish(cause error) (*blockmap.Table, error) {
 func (s *StreamWriter) Close() (*StreamFile, error) { return s.end(nil) }
 
 // Abort ends the stream and removes its file.
-func (s *StreamWriter) Abort() { s.end(errors.New("the stream was given up")) }
+func (s *StreamWriter) Abort() { _, _ = s.end(errors.New("the stream was given up")) }
 
 func (s *StreamWriter) end(cause error) (*StreamFile, error) {
 	table, err := s.finish(cause)

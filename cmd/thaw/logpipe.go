@@ -33,7 +33,7 @@ func newLogPipe(w io.Writer, warn *slog.Logger) *logPipe {
 	go func() {
 		defer close(p.done)
 		for line := range lines {
-			w.Write(line)
+			_, _ = w.Write(line)
 			p.mu.Lock()
 			n := p.mu.dropped
 			p.mu.dropped = 0

@@ -96,7 +96,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	said := make(chan struct{})
 	go func() {
 		defer close(said)
-		io.WriteString(stderr, text)
+		_, _ = io.WriteString(stderr, text)
 	}()
 	select {
 	case <-said:

@@ -62,7 +62,7 @@ func (s *screen) stop() {
 	defer s.mu.Unlock()
 	var b bytes.Buffer
 	s.erase(&b)
-	s.out.Write(b.Bytes())
+	_, _ = s.out.Write(b.Bytes())
 }
 
 // draw replaces the rows that are shown.
@@ -78,7 +78,7 @@ func (s *screen) draw(now time.Time) {
 		b.WriteByte('\n')
 		s.drawn = append(s.drawn, len(row))
 	}
-	s.out.Write(b.Bytes())
+	_, _ = s.out.Write(b.Bytes())
 }
 
 // erase takes the rows off the screen, of which some are several lines if the

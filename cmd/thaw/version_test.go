@@ -71,7 +71,7 @@ func TestUserAgent(t *testing.T) {
 	p := startProxy(t, reg.addr)
 	ref := p.host() + "/team/app:v1"
 	push(t, ref, imageOf(t, layerOf(t, files(1, "a", 3)...)))
-	others, seen := make(chan string, 1), 0
+	others := make(chan string, 1)
 	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
 		if agent := r.UserAgent(); agent != thisVersion().userAgent() {
 			select {
@@ -84,7 +84,7 @@ func TestUserAgent(t *testing.T) {
 	p.take()
 	must(t, "build", "--size", "64M", ref)
 	must(t, "verify", ref)
-	seen = len(p.take())
+	seen := len(p.take())
 	select {
 	case agent := <-others:
 		t.Errorf("a request is of %q, not of %q", agent, thisVersion().userAgent())

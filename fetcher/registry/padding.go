@@ -32,7 +32,7 @@ func padding(r *bufio.Reader) error {
 		if len(bytes.TrimLeft(p, "\x00")) > 0 {
 			return errJunk
 		}
-		r.Discard(len(p))
+		_, _ = r.Discard(len(p))
 	}
 }
 

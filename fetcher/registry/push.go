@@ -255,7 +255,7 @@ func suspect(raw []byte, err error) string {
 		said = e.said
 	}
 	var m v1.Manifest
-	json.Unmarshal(raw, &m) // it was parsed before
+	_ = json.Unmarshal(raw, &m) // it was parsed before
 	kinds := []string{m.ArtifactType, string(m.Config.MediaType)}
 	for _, l := range m.Layers {
 		kinds = append(kinds, string(l.MediaType))

@@ -196,7 +196,7 @@ func (p *parts) Close() error {
 		if w, ok := p.body.(*watchedBody); ok {
 			w.limit(drainTime)
 		}
-		io.CopyN(io.Discard, p.r, int64(len(p.boundary))+64)
+		_, _ = io.CopyN(io.Discard, p.r, int64(len(p.boundary))+64)
 	}
 	return p.body.Close()
 }
@@ -218,7 +218,7 @@ func (p *parts) next() error {
 		if end, err := p.r.Peek(2); err == nil && string(end) != "\r\n" {
 			return bad("a part is longer or shorter than it says")
 		}
-		p.r.Discard(2)
+		_, _ = p.r.Discard(2)
 	}
 	begun, found := false, false
 	for range maxPartHeader {

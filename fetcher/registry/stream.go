@@ -154,7 +154,7 @@ func (c *Client) openURLs(ctx context.Context, d v1.Descriptor, off int64, absen
 	if slices.ContainsFunc(errs, Temporary) {
 		return nil, err
 	}
-	return nil, fmt.Errorf("%w; at its URLs: %v", absent, err)
+	return nil, fmt.Errorf("%w; at its URLs: %w", absent, err)
 }
 
 func (e *endpoint) openURL(ctx context.Context, u *url.URL, digest v1.Hash, off, n int64) (*Body, error) {

@@ -159,6 +159,6 @@ func limitBody(resp *http.Response, d time.Duration) {
 // connection can be used again.
 func discard(resp *http.Response) {
 	limitBody(resp, drainTime)
-	io.CopyN(io.Discard, resp.Body, 8<<10)
+	_, _ = io.CopyN(io.Discard, resp.Body, 8<<10)
 	resp.Body.Close()
 }

@@ -168,7 +168,7 @@ func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 		return false
 	default:
 	}
-	go rec.Stop() // which may wait for the reader of a FIFO
+	go func() { _ = rec.Stop() }() // which may wait for the reader of a FIFO
 	return s.t.await(ctx, rec.saved) && rec.Stop() == nil
 }
 

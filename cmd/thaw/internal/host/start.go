@@ -437,7 +437,7 @@ func (s *start) stop() {
 		return
 	}
 	if rec != nil {
-		go rec.Stop() // which may wait for the reader of a FIFO
+		go func() { _ = rec.Stop() }() // which may wait for the reader of a FIFO
 		s.t.await(s.t.limit, rec.ended)
 	}
 	if !s.t.await(s.t.limit, s.loaded) {
