@@ -172,6 +172,43 @@ func TestViewPins(t *testing.T) {
 	}
 }
 
+// A read of more than a few MiB is a copy: it pins nothing, and its holes stay holes. A
+// smaller one shows the bytes where they lie.
+func TestReadOfWindows(t *testing.T) {
+	m := blocktest.NewImage(t, 12, 3000)
+	image := newImage(t, m, blocktest.NewOrigin(m))
+	for _, e := range []blockmap.Extent{{Start: 0, End: image.Size()}, {Start: 1000, End: image.Size() - 77}} {
+		v, err := blockmap.Read(t.Context(), image, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		holes := 0
+		for _, s := range v.Segments() {
+			if s.Zero {
+				holes++
+			}
+		}
+		got := make([]byte, v.Len())
+		if err := v.CopyTo(got); err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+			t.Errorf("read %v: wrong bytes, or %v", e, err)
+		}
+		if v.Pinned() != 0 || holes == 0 {
+			t.Errorf("read %v: %d bytes are pinned, %d holes", e, v.Pinned(), holes)
+		}
+		v.Release()
+	}
+	v, err := blockmap.Read(t.Context(), image, blockmap.Range(0, 1<<20))
+	if err != nil || v.Pinned() == 0 {
+		t.Errorf("a small read pins %d bytes; %v", v.Pinned(), err)
+	}
+	v.Release()
+	for _, e := range []blockmap.Extent{{Start: -1, End: 1}, {Start: 0, End: 1 << 40}, {Start: 5, End: 4}} {
+		if _, err := blockmap.Read(t.Context(), image, e); !errors.Is(err, blockmap.ErrOutOfRange) {
+			t.Errorf("read %v: %v", e, err)
+		}
+	}
+}
+
 func TestViewAllocatesNothing(t *testing.T) {
 	m := blocktest.NewImage(t, 10, 2000)
 	image := newImage(t, m, blocktest.NewOrigin(m))
