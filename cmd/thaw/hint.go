@@ -71,5 +71,8 @@ func tempHint(err error, temp string) string {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fmt.Sprintf("%s is full: name a directory with more room by --temp, or by TMPDIR", dir)
 	}
-	return "name another directory by --temp, or by TMPDIR"
+	if e.Path == dir || e.Op == "mkdir" {
+		return "name another directory by --temp, or by TMPDIR"
+	}
+	return ""
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"golang.org/x/sys/unix"
 
 	"thaw/fetcher/registry"
 )
@@ -124,6 +126,28 @@ func TestHintDockerHub(t *testing.T) {
 	} {
 		if got := hint(c.err, []string{c.arg}, ""); got != c.want {
 			t.Errorf("%v: %q, want %q", c.err, got, c.want)
+		}
+	}
+}
+
+// A directory that cannot be used for temporary files is the fault of --temp; a file
+// that is gone from it is not.
+func TestHintTemp(t *testing.T) {
+	const another = "name another directory by --temp, or by TMPDIR"
+	for _, c := range []struct {
+		err  fs.PathError
+		want string
+	}{
+		{fs.PathError{Op: "stat", Path: "/temp", Err: unix.ENOENT}, another},
+		{fs.PathError{Op: "mkdir", Path: "/temp/thaw-build-1", Err: unix.EACCES}, another},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.EDQUOT}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "open", Path: "/temp/thaw-build-1/0", Err: unix.ENOENT}, ""},
+		{fs.PathError{Op: "write", Path: "/temp/other", Err: unix.ENOSPC}, ""},
+		{fs.PathError{Op: "write", Path: "/temporary/thaw-build-1", Err: unix.ENOSPC}, ""},
+	} {
+		if got := hint(fmt.Errorf("build: %w", &c.err), nil, "/temp/"); got != c.want {
+			t.Errorf("%v: %q, want %q", &c.err, got, c.want)
 		}
 	}
 }
