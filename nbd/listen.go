@@ -23,6 +23,23 @@ import (
 // the umask. Closing the listener removes the socket file if it is still the one
 // that was made.
 func Listen(ctx context.Context, addr string) (net.Listener, error) {
+	return listen(ctx, addr, net.ListenConfig{})
+}
+
+// ListenPrivate is Listen on a unix socket that only this user, and root, can connect
+// to, from the moment on that it exists.
+func ListenPrivate(ctx context.Context, path string) (net.Listener, error) {
+	return listen(ctx, "unix:"+path, net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		// Linux gives the file the mode that the socket has when it is bound.
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+			return e
+		}
+		return err
+	}})
+}
+
+func listen(ctx context.Context, addr string, lc net.ListenConfig) (net.Listener, error) {
 	network, where, _ := strings.Cut(addr, ":")
 	if where == "" || network != "unix" && network != "tcp" {
 		return nil, fmt.Errorf("listen on %q: want unix:PATH or tcp:HOST:PORT", addr)
@@ -30,9 +47,8 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	var l net.Listener
 	var err error
 	if network == "unix" && where[0] != '@' { // @ is the abstract namespace, which has no files
-		l, err = listenSocket(ctx, where)
+		l, err = listenSocket(ctx, where, lc)
 	} else {
-		var lc net.ListenConfig
 		l, err = lc.Listen(ctx, network, where)
 	}
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -60,7 +76,7 @@ type socketListener struct {
 // to remove that, and to make the new one is one step, since the lock of the
 // directory is held meanwhile: another server would take a socket for stale that
 // is not listened on yet, or remove one that has just been made.
-func listenSocket(ctx context.Context, path string) (net.Listener, error) {
+func listenSocket(ctx context.Context, path string, lc net.ListenConfig) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("the path of a socket has at most %d bytes, and this one has %d: choose a shorter one, as under /run", maxSocketPath, len(path))
 	}
@@ -72,7 +88,6 @@ func listenSocket(ctx context.Context, path string) (net.Listener, error) {
 	if err := removeStale(ctx, path); err != nil {
 		return nil, err
 	}
-	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, err

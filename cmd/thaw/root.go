@@ -73,7 +73,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for a command line that is wrong.`
 	f.StringVar(&a.hosts, "hosts", "", "file that lists mirrors: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
 	f.StringVar(&a.platform, "platform", "linux/"+runtime.GOARCH, "platform to choose from a multi-platform image: OS/ARCH[/VARIANT]")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), serveCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
+	root.AddCommand(buildCommand(a), serveCommand(a), listCommand(a), statusCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a))
 	return root
 }
 
