@@ -45,7 +45,9 @@ func (x *conns) add(ctx context.Context, nc net.Conn) context.Context {
 	over, room := x.makeRoom(c.pid)
 	c.order = x.next
 	x.next++
-	x.open[nc] = c
+	if room {
+		x.open[nc] = c
+	}
 	x.mu.Unlock()
 	if over != nil {
 		over.Close()

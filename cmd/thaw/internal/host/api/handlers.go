@@ -107,7 +107,7 @@ func (s *Server) add(r *http.Request, body []byte) (response, error) {
 	if len(s.host.Devices()) >= maxDevices {
 		return response{}, fail(http.StatusConflict, "there are %d devices, the most that a server takes: remove some", maxDevices)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), addTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), s.addTimeout)
 	defer cancel()
 	added, err := s.host.Add(ctx, host.Spec{Name: n.Name, Image: n.Image})
 	if err != nil {

@@ -39,6 +39,8 @@ type Server struct {
 	mux   *http.ServeMux
 	conns conns
 
+	addTimeout time.Duration // bounds the opening of a device that is added
+
 	ctx      context.Context // ends the requests that wait
 	cancel   context.CancelFunc
 	handlers sync.WaitGroup
@@ -66,7 +68,7 @@ func Start(ctx context.Context, h *host.Host, dir, version string, log *slog.Log
 }
 
 func newServer(h *host.Host, version string, log *slog.Logger) *Server {
-	s := &Server{host: h, version: version, log: log, mux: http.NewServeMux(), done: make(chan struct{})}
+	s := &Server{host: h, version: version, log: log, mux: http.NewServeMux(), addTimeout: addTimeout, done: make(chan struct{})}
 	s.conns.open = make(map[net.Conn]*conn)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, r := range s.routes() {
