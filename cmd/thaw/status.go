@@ -161,7 +161,7 @@ func (x *statusScreen) draw(s *shownStatus, note string) error {
 		if r := []rune(l); len(r) > width {
 			l = string(r[:width-1]) + "…"
 		}
-		b.WriteString(l + "\x1b[K\r\n") // and clears the rest of the line
+		b.WriteString(l + "\x1b[K\n") // and clears the rest of the line
 	}
 	b.WriteString("\x1b[J") // and what is below
 	_, err := x.stdout.Write([]byte(b.String()))

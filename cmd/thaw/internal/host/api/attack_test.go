@@ -140,7 +140,12 @@ func TestManyWaits(t *testing.T) {
 	await(t, "nothing waits", func() bool {
 		b.server.conns.mu.Lock()
 		defer b.server.conns.mu.Unlock()
-		return b.server.conns.waits == 0
+		for _, c := range b.server.conns.open {
+			if c.busy {
+				return false
+			}
+		}
+		return true
 	})
 }
 

@@ -5,26 +5,27 @@ import (
 	"net"
 	"net/http"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of what clients can take.
+// Bounds of what clients can take, all of them and each process. There are fewer busy
+// connections than connections, so that one of the others can always go.
 const (
-	maxConns        = 64 // of all clients
-	maxConnsProcess = 32 // of one process
-	maxWaits        = 32 // requests that wait for the registry, files or other clients
+	maxConns        = 64
+	maxConnsProcess = 32
+	maxBusy         = 48 // requests at a time
+	maxBusyProcess  = 24
+	maxWaits        = 32 // of these, that wait for the registry, files or other clients
 	maxWaitsProcess = 8
 )
 
 // conns are the connections of a server. Each is one of a process, and busy while a
 // request of it is worked on. Others wait for their clients, and are closed for new ones.
 type conns struct {
-	mu    sync.Mutex
-	open  map[net.Conn]*conn
-	next  uint64
-	waits int
+	mu   sync.Mutex
+	open map[net.Conn]*conn
+	next uint64
 }
 
 // conn is a connection. Its fields are guarded by the mu of its conns.
@@ -38,33 +39,24 @@ type conn struct {
 
 type connKey struct{}
 
-// add makes room for a connection, or turns it away. It is the http.Server's ConnContext.
+// add makes room for a connection. It is the http.Server's ConnContext.
 func (x *conns) add(ctx context.Context, nc net.Conn) context.Context {
 	c := &conn{nc: nc, pid: process(nc)}
 	x.mu.Lock()
-	over, room := x.makeRoom(c.pid)
+	over := x.makeRoom(c.pid)
 	c.order = x.next
 	x.next++
-	if room {
-		x.open[nc] = c
-	}
+	x.open[nc] = c
 	x.mu.Unlock()
 	if over != nil {
 		over.Close()
 	}
-	if !room {
-		// It is in the socket's buffer at once: the connection is new.
-		nc.SetWriteDeadline(time.Now().Add(time.Second))
-		nc.Write([]byte("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\n" +
-			"Retry-After: 1\r\nContent-Length: 34\r\n\r\n" + `{"error":"too many connections"}` + "\r\n"))
-		nc.Close()
-	}
 	return context.WithValue(ctx, connKey{}, c)
 }
 
-// makeRoom takes out the connection to close so that one more of process pid has room.
-// x.mu is held.
-func (x *conns) makeRoom(pid int) (over net.Conn, room bool) {
+// makeRoom takes out the connection to close so that one more of process pid has room,
+// nil where none has to go. x.mu is held.
+func (x *conns) makeRoom(pid int) net.Conn {
 	of := make(map[int]int)
 	for _, c := range x.open {
 		of[c.pid]++
@@ -86,13 +78,13 @@ func (x *conns) makeRoom(pid int) (over net.Conn, room bool) {
 	case of[pid] >= maxConnsProcess:
 		victim = process
 	case len(x.open) < maxConns:
-		return nil, true
+		return nil
 	}
 	if victim == nil {
-		return nil, false
+		return nil
 	}
 	delete(x.open, victim.nc)
-	return victim.nc, true
+	return victim.nc
 }
 
 // changed forgets connections that are closed. It is the http.Server's ConnState.
@@ -104,22 +96,29 @@ func (x *conns) changed(nc net.Conn, state http.ConnState) {
 	}
 }
 
-// begin says that a request of c is worked on, unless too many requests wait and this one
-// waits too.
+// begin says that a request of c is worked on. It reports false where there are too many
+// already.
 func (x *conns) begin(c *conn, waits bool) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if waits {
-		same := 0
-		for _, o := range x.open {
-			if o.waits && o.pid == c.pid {
-				same++
+	var busy, busySame, waiting, waitingSame int
+	for _, o := range x.open {
+		if !o.busy {
+			continue
+		}
+		busy++
+		if o.pid == c.pid {
+			busySame++
+		}
+		if o.waits {
+			waiting++
+			if o.pid == c.pid {
+				waitingSame++
 			}
 		}
-		if x.waits >= maxWaits || same >= maxWaitsProcess {
-			return false
-		}
-		x.waits++
+	}
+	if busy >= maxBusy || busySame >= maxBusyProcess || waits && (waiting >= maxWaits || waitingSame >= maxWaitsProcess) || x.open[c.nc] != c {
+		return false // the last: it was closed for another one
 	}
 	c.busy, c.waits = true, waits
 	return true
@@ -128,9 +127,6 @@ func (x *conns) begin(c *conn, waits bool) bool {
 func (x *conns) end(c *conn) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if c.waits {
-		x.waits--
-	}
 	c.busy, c.waits = false, false
 }
 

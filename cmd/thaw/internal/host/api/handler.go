@@ -92,23 +92,29 @@ func (rt route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.writeError(w, err)
 		return
 	}
+	a, err := rt.work(w, r, body)
+	if err != nil {
+		s.writeError(w, err)
+		return
+	}
+	s.write(w, a)
+}
+
+// work does what the route is for. The connection is busy meanwhile; when it is not, as
+// while its client does not take the answer, it can be closed for another one.
+func (rt route) work(w http.ResponseWriter, r *http.Request, body []byte) (response, error) {
+	s := rt.s
 	if c, ok := r.Context().Value(connKey{}).(*conn); ok {
 		if !s.conns.begin(c, rt.waits) {
 			w.Header().Set("Retry-After", "1")
-			s.writeError(w, fail(http.StatusServiceUnavailable, "too many requests are waiting"))
-			return
+			return response{}, fail(http.StatusServiceUnavailable, "too many requests at a time")
 		}
 		defer s.conns.end(c)
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
-	a, err := rt.do(r.WithContext(ctx), body)
-	if err != nil {
-		s.writeError(w, err)
-		return
-	}
-	s.write(w, a)
+	return rt.do(r.WithContext(ctx), body)
 }
 
 // readBody reads all of a request's body, which must come in time.
