@@ -22,6 +22,23 @@ import (
 // once, one gets the path. The umask decides who may connect to a socket file. Closing
 // the listener removes the socket file, if it is still the one that Listen made.
 func Listen(ctx context.Context, addr string) (net.Listener, error) {
+	return listen(ctx, addr, net.ListenConfig{})
+}
+
+// ListenPrivate is Listen on a unix socket that only this user, and root, can connect
+// to, from the moment on that it exists.
+func ListenPrivate(ctx context.Context, path string) (net.Listener, error) {
+	return listen(ctx, "unix:"+path, net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		// Linux gives the file the mode that the socket has when it is bound.
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+			return e
+		}
+		return err
+	}})
+}
+
+func listen(ctx context.Context, addr string, lc net.ListenConfig) (net.Listener, error) {
 	network, where, _ := strings.Cut(addr, ":")
 	if where == "" || network != "unix" && network != "tcp" {
 		return nil, fmt.Errorf("listen on %q: want unix:PATH or tcp:HOST:PORT", addr)
@@ -29,9 +46,8 @@ func Listen(ctx context.Context, addr string) (net.Listener, error) {
 	var l net.Listener
 	var err error
 	if network == "unix" && where[0] != '@' { // @ is the abstract namespace, which has no files
-		l, err = listenSocket(ctx, where)
+		l, err = listenSocket(ctx, where, lc)
 	} else {
-		var lc net.ListenConfig
 		l, err = lc.Listen(ctx, network, where)
 	}
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -59,7 +75,7 @@ type socketListener struct {
 // whether a process listens on an old socket file, removes that, and makes the new one.
 // Otherwise another server could take a socket for stale that is not listened on yet,
 // or remove one that has just been made.
-func listenSocket(ctx context.Context, path string) (net.Listener, error) {
+func listenSocket(ctx context.Context, path string, lc net.ListenConfig) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("the path of a socket has at most %d bytes, and this one has %d: choose a shorter one, for instance under /run", maxSocketPath, len(path))
 	}
@@ -71,7 +87,6 @@ func listenSocket(ctx context.Context, path string) (net.Listener, error) {
 	if err := removeStale(ctx, path); err != nil {
 		return nil, err
 	}
-	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, err

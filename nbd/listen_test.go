@@ -165,6 +165,24 @@ func TestListenRace(t *testing.T) {
 	}
 }
 
+// A private socket is never connectable for others, whatever the umask.
+func TestListenPrivate(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "sock")
+	old := unix.Umask(0)
+	l, err := ListenPrivate(t.Context(), sock)
+	unix.Umask(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if fi, err := os.Stat(sock); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", fi.Mode(), err)
+	}
+	if _, err := ListenPrivate(t.Context(), sock); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second listener: %v", err)
+	}
+}
+
 func TestListenPathTooLong(t *testing.T) {
 	dir := t.TempDir()
 	name := strings.Repeat("x", maxSocketPath-len(dir)-1)

@@ -78,6 +78,10 @@ func TestMayImport(t *testing.T) {
 		{"cmd/thaw/internal/host", "blockmap/ext4", false, false},
 		{"cmd/thaw/internal/host", "blockmap/blocktest", false, false},
 		{"cmd/thaw/internal/host", "blockmap/blocktest", true, true},
+		{"cmd/thaw/internal/host/api", "cmd/thaw/internal/host", false, true},
+		{"cmd/thaw/internal/host/api", "fetcher", false, false},
+		{"cmd/thaw/internal/host/api", "cmd/thaw", false, false},
+		{"cmd/thaw/internal/host", "cmd/thaw/internal/host/api", false, false},
 		{"bench/cold", "cmd/thaw/internal/host", false, false},
 		{"fetcher", "cmd/thaw/internal/host", false, false},
 		{"fetcher", "nbd", false, false},
@@ -100,6 +104,9 @@ func mayImport(dir, ours string, test bool) bool {
 	case dir == "cmd/thaw/internal/host":
 		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd"}, ours) ||
 			test && ours == "blockmap/blocktest"
+	case dir == "cmd/thaw/internal/host/api":
+		return slices.Contains([]string{"cmd/thaw/internal/host", "fetcher/registry", "nbd"}, ours) ||
+			test && (ours == "blockmap" || strings.HasPrefix(ours, "blockmap/") || ours == "tracefile")
 	case dir == "cmd/thaw" && strings.HasPrefix(ours, "cmd/thaw/internal/"):
 		return true
 	case top == "cmd", top == "bench", top == "scripts":

@@ -18,6 +18,7 @@ import (
 
 	"thaw/blockmap"
 	"thaw/cmd/thaw/internal/host"
+	"thaw/cmd/thaw/internal/host/api"
 	"thaw/fetcher/registry"
 	"thaw/nbd"
 )
@@ -108,6 +109,8 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		return err
 	}
 	defer h.Close()
+	control := api.Start(ctx, h, s.cache, programVersion(), s.find.Log)
+	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
 	server.Exports = host.NewExports(h, s.allow, s.clients)
 	devices, err := h.Add(ctx, specs(names)...)
 	defer func() { // after the server has stopped, so that nobody reads a device
@@ -128,8 +131,6 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 			l.Close()
 		}
 	}()
-	control := h.StartControl(ctx)
-	defer control.Stop()
 	background, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -197,6 +198,7 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 		left--
 	}
 	s.stopping()
+	h.SetStopping()
 	_, notifyErr := daemon.SdNotify(false, daemon.SdNotifyStopping)
 	// Recordings end now, so that the grace is left to store them.
 	var wg sync.WaitGroup

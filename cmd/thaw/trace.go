@@ -204,32 +204,35 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 }
 
 func traceStopCommand(a *app) *cobra.Command {
-	var cache string
+	var cache, device string
 	c := &cobra.Command{
 		Use:     "stop",
 		Short:   "End the recordings of a running server",
 		Example: `  thaw trace stop --cache /var/cache/thaw`,
 		Args:    args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
-			if cache == "" {
-				var err error
-				if cache, err = defaultCache(os.Getuid()); err != nil {
+			client, err := control(cache)
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			if device != "" {
+				if device, err = deviceID(c.Context(), client, device); err != nil {
 					return err
 				}
 			}
-			var answer struct {
-				Stopped int `json:"stopped"`
-			}
-			if err := host.Ask(c.Context(), cache, "POST", "/trace/stop", &answer); err != nil {
+			stopped, err := client.StopTraces(c.Context(), device)
+			if err != nil {
 				return err
 			}
 			if a.json {
-				return a.printJSON(stoppedRecordings{"stopped", answer.Stopped})
+				return a.printJSON(stoppedRecordings{"stopped", stopped})
 			}
-			_, err := fmt.Fprintf(a.stdout, "%d recordings have ended\n", answer.Stopped)
+			_, err = fmt.Fprintf(a.stdout, "%d recordings have ended\n", stopped)
 			return err
 		},
 	}
+	c.Flags().StringVar(&device, "device", "", "end the recording of this device only: its ID or its name, as in thaw list")
 	c.Flags().StringVar(&cache, "cache", "", "directory of the server's cache (default: "+cacheUsage+")")
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c

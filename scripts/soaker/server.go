@@ -142,18 +142,23 @@ func (s *server) measure() (*level, error) {
 	c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(s.cache, "control.sock"))
 	}}}
-	resp, err := c.Get("http://thaw/stats")
+	resp, err := c.Get("http://thaw/v1/status")
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	var stats struct {
-		Goroutines int `json:"goroutines"`
+	var answer struct {
+		Counts struct {
+			Goroutines int `json:"goroutines"`
+		} `json:"counts"`
 	}
-	if err := json.NewDecoder(resp.Body).Decode(&stats); err != nil {
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil {
 		return nil, err
 	}
-	l := &level{goroutines: stats.Goroutines}
+	if resp.StatusCode != http.StatusOK || answer.Counts.Goroutines == 0 {
+		return nil, fmt.Errorf("the server does not tell its goroutines: %s", resp.Status)
+	}
+	l := &level{goroutines: answer.Counts.Goroutines}
 	proc := filepath.Join("/proc", strconv.Itoa(s.cmd.Process.Pid))
 	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
 	if err != nil {

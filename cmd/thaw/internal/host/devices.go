@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -74,7 +73,7 @@ const (
 	Closing State = "closing" // nobody can open it any more
 )
 
-// DeviceInfo describes a device. Its JSON is what the control socket answers.
+// DeviceInfo describes a device. Its JSON is what the control API answers.
 type DeviceInfo struct {
 	ID        string `json:"id"`
 	Name      string `json:"name"`
@@ -87,6 +86,7 @@ type DeviceInfo struct {
 	Size      int64  `json:"bytes"`           // of the device
 	Stored    int64  `json:"stored_bytes"`    // of the image in the registry
 	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
+	Resident  int64  `json:"resident_bytes"`  // of the content, what is in the cache
 
 	Prefetch  *PrefetchInfo  `json:"prefetch,omitempty"`
 	Recording *RecordingInfo `json:"recording,omitempty"`
@@ -121,6 +121,7 @@ func (d *Device) Info() DeviceInfo {
 		in.Stored += t.BlobSize
 		in.Content += int64(t.Blocks()) * blockmap.BlockSize
 	}
+	in.Resident = d.image.Resident()
 	in.Prefetch, in.Recording = d.start.prefetchInfo(), d.start.recordingInfo()
 	return in
 }
@@ -161,6 +162,7 @@ type devices struct {
 		sync.Mutex
 		named    map[string]*Device // those that can be acquired
 		all      []*Device          // also those that are closing, in the order in which they were asked for
+		alone    *Device            // the last one that was added where there was no permanent one
 		last     int                // the last ID given out
 		stopping bool               // nothing more is opened
 		stopped  bool               // nothing more is closed
@@ -213,11 +215,18 @@ func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
 	if t.mu.stopping {
 		return nil, ErrClosed
 	}
+	if len(specs) == 1 && !t.anyPermanent() {
+		defer func() {
+			if err == nil {
+				t.mu.alone = added[0]
+			}
+		}()
+	}
 	for _, spec := range specs {
 		spec.Image = cmp.Or(spec.Image, spec.Name)
 		d := t.mu.named[spec.Name]
 		if d != nil && (d.permanent || d.spec != spec) {
-			return added, InvalidError{fmt.Errorf("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
+			return added, InvalidError{conflict("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
 		}
 		if d == nil {
 			d = t.begin(spec, 0)
@@ -289,10 +298,15 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 	return d, nil
 }
 
-// find returns the device of that name; "" is the only permanent one. t.mu is held.
+// find returns the device of that name. "" is the device that was added when there was
+// no other, so that what is added later does not take it from its clients; without that,
+// it is the only permanent device. t.mu is held.
 func (t *devices) find(name string) (d *Device) {
 	if name != "" {
 		return t.mu.named[name]
+	}
+	if d := t.mu.alone; d != nil && d.permanent {
+		return d
 	}
 	for _, x := range t.mu.named {
 		if x.permanent {
@@ -303,6 +317,16 @@ func (t *devices) find(name string) (d *Device) {
 		}
 	}
 	return d
+}
+
+// anyPermanent reports whether a device was added. t.mu is held.
+func (t *devices) anyPermanent() bool {
+	for _, d := range t.mu.named {
+		if d.permanent {
+			return true
+		}
+	}
+	return false
 }
 
 // begin begins to open a device, within timeout where there is one. The opening goes

@@ -33,8 +33,9 @@
 //	host.go        Host: what it owns, Add, Remove, Acquire, Stop, Close
 //	devices.go     the devices by name: shared openings, users, states
 //	exports.go     devices as NBD exports; allow.go: which images clients may open
-//	control.go     the control socket, and its client
-//	stats.go       the counts of every layer
+//	remove.go      Remove where no client is in the way, and other requests of the API
+//	status.go      what the host does; stats.go: the counts of every layer; rates.go
+//	api/           the control API on a socket in the cache directory, and its client
 //	find.go        from a name to a block image; pin.go: which one it has to be
 //	open.go        from a block image to a device, with or without the registry
 //	start.go       which traces, bundles and guesses to prefetch

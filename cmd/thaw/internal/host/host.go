@@ -7,6 +7,8 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"thaw/blockmap"
 	"thaw/fetcher"
@@ -60,6 +62,10 @@ type Host struct {
 	traces  *tracer
 	devices *devices
 	nbd     *nbd.Server
+	meter   *meter
+	quota   int64
+	began   time.Time
+	once    atomic.Bool // a device was added to a host that records to one file
 	dir     string
 	log     *slog.Logger
 
@@ -72,7 +78,7 @@ type Host struct {
 // blockmap.ErrLocked where another process has the cache directory. The caller
 // closes the host.
 func Open(o Options) (*Host, error) {
-	h := &Host{finder: o.Finder, nbd: o.NBD, dir: o.Dir, log: o.Finder.Log}
+	h := &Host{finder: o.Finder, nbd: o.NBD, dir: o.Dir, quota: o.Quota, began: time.Now(), log: o.Finder.Log}
 	err := CheckQuota(o.Quota)
 	if err == nil {
 		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Quota: o.Quota, Boot: bootID(h.log), Log: h.log})
@@ -88,6 +94,7 @@ func Open(o Options) (*Host, error) {
 	h.limited = limited
 	h.traces = newTracer(limit, o.Trace, &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}, recordDir{o.Dir})
 	h.devices = newDevices(h.log, h.traces.openDevice, closeDevice)
+	h.meter = startMeter(h.moved)
 	return h, nil
 }
 
@@ -95,6 +102,9 @@ func Open(o Options) (*Host, error) {
 // when all of them are ready, or with the first error, and then has added none. A
 // device that a client has open already becomes one that stays.
 func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
+	if h.traces.Record != "" && (len(specs) > 1 || h.once.Swap(true)) {
+		return nil, InvalidError{conflict("this server records one start to %s, so it takes no other device", h.traces.Record)}
+	}
 	return h.devices.add(ctx, specs)
 }
 
@@ -107,18 +117,14 @@ func (h *Host) Remove(ctx context.Context, id string) error {
 		return fmt.Errorf("remove device %s: %w", id, ErrNoDevice)
 	}
 	if !h.devices.remove(d) {
-		return InvalidError{fmt.Errorf("remove device %s: it was not added, and closes when its last client leaves", id)}
+		return notAdded(id)
 	}
-	select {
-	case <-d.closed:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("remove device %s: it is still in use: %w", id, context.Cause(ctx))
-	}
+	return d.awaitClosed(ctx)
 }
 
 // Acquire makes the caller a user of the device of that name, and waits until it is
-// ready. "" is the only device that was added. Where there is no such device,
+// ready. "" is the default device: the
+// one that was added when there was no other, or the only one that was added. Where there is no such device,
 // Acquire opens the image of that name, if mayOpen is given and says that it may: or
 // else it fails with ErrNoDevice. The caller calls release once, when it has no view
 // of the device any more.
@@ -168,6 +174,7 @@ func (h *Host) Close() {
 		cancel()
 		h.Stop(over)
 		h.limited(nil)
+		h.meter.stop()
 		h.fetcher.Close()
 		// A full disk, as a rule. Nothing is lost that cannot be fetched again.
 		if err := h.cache.Close(); err != nil {

@@ -329,14 +329,12 @@ func TestExports(t *testing.T) {
 }
 
 // A start without a trace is recorded, which the device tells; the recording ends when
-// it is asked to by the control socket, and is the trace of the next start.
+// it is asked to, and is the trace of the next start.
 func TestRecordingAndPrefetch(t *testing.T) {
 	r := newRegistry(t)
 	m := blocktest.NewImage(t, 1, 400)
 	name := r.push("team/app:v1", m)
 	h := r.open(Options{Trace: TraceOptions{Use: []string{Auto}, Push: true}})
-	control := h.StartControl(t.Context())
-	defer control.Stop()
 	added, err := h.Add(t.Context(), Spec{Name: name})
 	if err != nil {
 		t.Fatal(err)
@@ -347,13 +345,8 @@ func TestRecordingAndPrefetch(t *testing.T) {
 	if in := added[0].Info().Recording; in == nil || in.State != "recording" || !strings.Contains(in.File, "traces") {
 		t.Errorf("%+v", in)
 	}
-	var answer struct{ Stopped int }
-	if err := Ask(t.Context(), h.dir, "POST", "/trace/stop", &answer); err != nil || answer.Stopped != 1 {
-		t.Errorf("%+v, %v", answer, err)
-	}
-	var st Stats
-	if err := Ask(t.Context(), h.dir, "GET", "/stats", &st); err != nil || st.Devices != 1 {
-		t.Errorf("%+v, %v", st, err)
+	if !added[0].StopRecording(t.Context()) || added[0].StopRecording(t.Context()) || h.StopRecordings(t.Context()) != 0 {
+		t.Error("the recording does not end once")
 	}
 	await(t, "the recording is stored", func() bool { return added[0].Info().Recording.State == "stored" })
 	if in := added[0].Info().Recording; in.Bytes != 1<<20 || in.Dropped != 0 {
@@ -433,17 +426,22 @@ func TestAtOnce(t *testing.T) {
 	}
 }
 
-// What the control socket answers has stable fields.
+// What the control API answers has stable fields.
 func TestFrozenJSON(t *testing.T) {
+	began := time.Date(2026, 1, 2, 3, 4, 5, 6e6, time.UTC)
 	for file, v := range map[string]any{
-		"stats.json": Stats{
-			Stats:  fetcher.Stats{Requests: 1, Bytes: 2, Chunks: 3},
-			Cached: 4, Held: 5, Evicted: 6, Damaged: 7, OpenStreams: 8, Devices: 9, Goroutines: 10, Memory: 11,
-			NBD: &NBDStats{1, 2, 3, 4, 5, 6, 7, 8},
+		"status.json": Status{
+			State: Serving, Version: "v1", PID: 1, Time: began.Add(time.Minute), Started: began, Uptime: 60,
+			Cache: "/var/cache/thaw", Quota: 2, Devices: DeviceCounts{1, 2, 3, 4}, Rates: Rates{10, 1.5, 2, 3, 4},
+			Counts: Stats{
+				Stats:  fetcher.Stats{Requests: 1, Bytes: 2, Chunks: 3},
+				Cached: 4, Held: 5, Evicted: 6, Damaged: 7, OpenStreams: 8, Devices: 9, Goroutines: 10, Memory: 11,
+				NBD: &NBDStats{1, 2, 3, 4, 5, 6, 7, 8},
+			},
 		},
 		"device.json": DeviceInfo{
 			ID: "1", Name: "root", Image: "registry.example/team/app@sha256:12", Digest: "sha256:12", State: Ready, Permanent: true, Users: 1,
-			Size: 2, Stored: 3, Content: 4,
+			Size: 2, Stored: 3, Content: 5, Resident: 4,
 			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5},
 			Recording: &RecordingInfo{recordingNow, "/var/cache/thaw/traces/x.trace", 1, 2, 3},
 		},

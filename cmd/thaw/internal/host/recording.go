@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"thaw/blockmap"
@@ -173,11 +175,16 @@ func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 }
 
 // stopRecordings ends all recordings, and returns how many it has ended.
-func (t *tracer) stopRecordings(ctx context.Context) (n int) {
+func (t *tracer) stopRecordings(ctx context.Context) int {
+	var n atomic.Int64
+	var wg sync.WaitGroup
 	for _, s := range t.all() {
-		if s.stopRecording(ctx) {
-			n++
-		}
+		wg.Go(func() {
+			if s.stopRecording(ctx) {
+				n.Add(1)
+			}
+		})
 	}
-	return n
+	wg.Wait()
+	return int(n.Load())
 }

@@ -7,8 +7,7 @@ import (
 	"thaw/fetcher"
 )
 
-// Stats are the counts of every layer of a Host. Its JSON is what the control socket
-// answers.
+// Stats are the counts of every layer of a Host. Its JSON is a part of Status.
 type Stats struct {
 	fetcher.Stats
 	Cached      int64     `json:"cached_bytes"`    // on disk, what describes it included

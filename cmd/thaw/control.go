@@ -1,0 +1,53 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime/debug"
+
+	"thaw/cmd/thaw/internal/host/api"
+)
+
+const controlCacheUsage = "directory of the server's cache (default: " + cacheUsage + ")"
+
+// control makes a client of the server that uses a cache directory; "" is the default
+// one. The caller closes it.
+func control(cache string) (*api.Client, error) {
+	if cache == "" {
+		var err error
+		if cache, err = defaultCache(os.Getuid()); err != nil {
+			return nil, err
+		}
+	}
+	return api.NewClient(cache), nil
+}
+
+// deviceID finds a device by its ID or its name.
+func deviceID(ctx context.Context, c *api.Client, device string) (string, error) {
+	all, err := c.Devices(ctx)
+	if err != nil {
+		return "", err
+	}
+	named := ""
+	for _, d := range all {
+		if d.ID == device {
+			return d.ID, nil
+		}
+		if d.Name == device {
+			named = d.ID // the last one: others of that name are closing
+		}
+	}
+	if named == "" {
+		return "", fmt.Errorf("the server has no device %s: see thaw list", device)
+	}
+	return named, nil
+}
+
+// programVersion is the version of the module, "" where it has none.
+func programVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "(devel)" {
+		return info.Main.Version
+	}
+	return ""
+}

@@ -1,0 +1,106 @@
+package host
+
+import (
+	"slices"
+	"sync"
+	"time"
+)
+
+// Rates say how fast counts of Stats have grown lately, per second.
+type Rates struct {
+	Seconds  float64 `json:"seconds"` // that they are averages of: the last 10 s, or since the start
+	Fetched  float64 `json:"fetched_bytes_per_second"`
+	Requests float64 `json:"requests_per_second"`   // to origins
+	Sent     float64 `json:"sent_bytes_per_second"` // to NBD clients
+	Reads    float64 `json:"reads_per_second"`      // of NBD clients
+}
+
+// moved are the counts that Rates are made of.
+type moved struct{ fetched, requests, sent, reads int64 }
+
+func (h *Host) moved() moved {
+	f := h.fetcher.Stats()
+	m := moved{fetched: f.Bytes, requests: f.Requests}
+	if h.nbd != nil {
+		n := h.nbd.Stats()
+		m.sent, m.reads = n.Sent, n.Hits+n.Misses
+	}
+	return m
+}
+
+// A meter looks at counts once a second, so that a status can tell how fast they have
+// grown. The readers and writers that count know nothing of it.
+type meter struct {
+	read func() moved
+	end  chan struct{}
+	wg   sync.WaitGroup
+
+	mu struct {
+		sync.Mutex
+		samples []sample // of the last meterWindow, the oldest first
+	}
+}
+
+type sample struct {
+	at time.Time
+	moved
+}
+
+const (
+	meterEvery  = time.Second
+	meterWindow = 10 * time.Second
+)
+
+func startMeter(read func() moved) *meter {
+	m := &meter{read: read, end: make(chan struct{})}
+	m.take()
+	m.wg.Go(func() {
+		t := time.NewTicker(meterEvery)
+		defer t.Stop()
+		for {
+			select {
+			case <-m.end:
+				return
+			case <-t.C:
+				m.take()
+			}
+		}
+	})
+	return m
+}
+
+// stop ends the looking. It is called once.
+func (m *meter) stop() {
+	close(m.end)
+	m.wg.Wait()
+}
+
+func (m *meter) take() {
+	now := sample{time.Now(), m.read()}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.mu.samples = slices.DeleteFunc(m.mu.samples, func(s sample) bool { return now.at.Sub(s.at) > meterWindow })
+	m.mu.samples = append(m.mu.samples, now)
+}
+
+// rates are the averages since the oldest sample.
+func (m *meter) rates() Rates {
+	now := sample{time.Now(), m.read()}
+	m.mu.Lock()
+	var from sample
+	for _, from = range m.mu.samples {
+		if now.at.Sub(from.at) <= meterWindow {
+			break
+		}
+	}
+	m.mu.Unlock()
+	seconds := now.at.Sub(from.at).Seconds()
+	if seconds <= 0 {
+		return Rates{}
+	}
+	per := func(now, then int64) float64 { return float64(now-then) / seconds }
+	return Rates{
+		Seconds: seconds, Fetched: per(now.fetched, from.fetched), Requests: per(now.requests, from.requests),
+		Sent: per(now.sent, from.sent), Reads: per(now.reads, from.reads),
+	}
+}

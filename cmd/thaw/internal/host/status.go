@@ -1,0 +1,88 @@
+package host
+
+import (
+	"os"
+	"time"
+)
+
+// Phase is what a host is at.
+type Phase string
+
+// The phases of a host, in their order.
+const (
+	Starting Phase = "starting" // clients cannot read yet
+	Serving  Phase = "serving"
+	Stopping Phase = "stopping" // nothing is opened any more
+)
+
+// Status is what a host does.
+type Status struct {
+	State   Phase     `json:"state"`
+	Version string    `json:"version,omitempty"` // of the program; the host does not know it
+	PID     int       `json:"pid"`
+	Time    time.Time `json:"time"` // of this status
+	Started time.Time `json:"started"`
+	Uptime  float64   `json:"uptime_seconds"`
+
+	Cache string `json:"cache_directory"`
+	Quota int64  `json:"cache_quota_bytes"` // 0: no bound but the disk
+
+	Devices DeviceCounts `json:"devices"`
+	Rates   Rates        `json:"rates"`
+	Counts  Stats        `json:"counts"`
+}
+
+// DeviceCounts are the numbers of devices by state.
+type DeviceCounts struct {
+	Opening int `json:"opening"`
+	Ready   int `json:"ready"`
+	Failed  int `json:"failed"`
+	Closing int `json:"closing"`
+}
+
+// Status says what the host does at this moment.
+func (h *Host) Status() Status {
+	now := time.Now()
+	s := Status{
+		State: Starting, PID: os.Getpid(), Time: now.Round(0), Started: h.began.Round(0), Uptime: now.Sub(h.began).Seconds(),
+		Cache: h.dir, Quota: h.quota, Rates: h.meter.rates(), Counts: h.Stats(),
+	}
+	switch {
+	case h.Stopping():
+		s.State = Stopping
+	case h.traces.serving.Load():
+		s.State = Serving
+	}
+	for _, d := range h.Devices() {
+		switch d.state() {
+		case Opening:
+			s.Devices.Opening++
+		case Ready:
+			s.Devices.Ready++
+		case Failed:
+			s.Devices.Failed++
+		case Closing:
+			s.Devices.Closing++
+		}
+	}
+	return s
+}
+
+// state is the State of Info.
+func (d *Device) state() State {
+	d.of.mu.Lock()
+	named := d.of.mu.named[d.spec.Name] == d
+	d.of.mu.Unlock()
+	select {
+	case <-d.ready:
+	default:
+		return Opening
+	}
+	switch {
+	case d.err != nil:
+		return Failed
+	case !named:
+		return Closing
+	}
+	return Ready
+}
