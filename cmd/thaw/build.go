@@ -149,6 +149,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	o.Log, o.Progress = find.log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
+	find.client.FinishUploads()
 	if err != nil && ctx.Err() != nil {
 		return unfinishedError{err, keptLayers(p.kept(), len(source.Layers))}
 	}

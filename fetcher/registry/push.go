@@ -147,10 +147,7 @@ func (e *endpoint) checkPush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Not all allow this; they clean up by themselves.
-	if resp, err := e.do(ctx, request{method: http.MethodDelete, url: u.at, push: true}); err == nil {
-		discard(resp)
-	}
+	u.delete(ctx)
 	return nil
 }
 
