@@ -150,6 +150,7 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	o.Log, o.Progress = find.Log, p
 	res, err := flatten.Build(ctx, source, target{dst}, o)
 	p.end()
+	find.Client.FinishUploads()
 	if err != nil {
 		return fmt.Errorf("build %s: %w", srcRef, err)
 	}

@@ -69,6 +69,8 @@ type Client struct {
 	mirrors   atomic.Pointer[Mirrors]
 	overtaken sync.WaitGroup // cancelled requests that have not ended yet
 
+	cancelling cancelling
+
 	mu struct {
 		sync.Mutex
 		sources   map[string]*source // by URL without the repository
@@ -128,6 +130,7 @@ func New(o Options) *Client {
 		// A digest is of the bytes as they are stored.
 		DisableCompression: true,
 	}
+	c.cancelling.ctx, c.cancelling.end = context.WithCancel(context.Background())
 	c.mu.sources = make(map[string]*source)
 	c.mu.endpoints = make(map[string]*endpoint)
 	c.mu.warned = make(map[string]bool)
@@ -156,6 +159,8 @@ func (c *Client) SetMirrors(m Mirrors) {
 func (c *Client) Close() {
 	c.dialer.close()
 	c.overtaken.Wait()
+	c.cancelling.end()
+	c.cancelling.wg.Wait()
 	c.transport.CloseIdleConnections()
 }
 

@@ -145,10 +145,7 @@ func (e *endpoint) checkPush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Not all registries allow this; they remove the upload by themselves.
-	if resp, err := e.do(ctx, request{method: http.MethodDelete, url: u.at, push: true}); err == nil {
-		discard(resp)
-	}
+	u.delete(ctx)
 	return nil
 }
 

@@ -11,7 +11,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -96,21 +95,11 @@ type uploading struct {
 // upload sends a blob, in requests of at most limit bytes; 0 means no limit.
 func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64), limit int64) error {
 	begin := func() (*uploading, error) {
-		// An upload that has begun can be cancelled only once it has a name.
-		late, end := outlive(ctx, cancelTime)
-		defer end()
-		u, err := e.begin(late)
-		switch {
-		case err != nil && ctx.Err() != nil:
-			return nil, ctx.Err()
-		case err != nil:
-			return nil, err
-		case ctx.Err() != nil:
-			u.cancel(ctx, ctx.Err())
-			return nil, ctx.Err()
+		u, err := e.begin(ctx)
+		if err == nil {
+			u.d, u.b, u.progress = d, b, progress
 		}
-		u.d, u.b, u.progress = d, b, progress
-		return u, nil
+		return u, err
 	}
 	if most := e.src.maxBody.Load(); most > 0 && d.Size > most && (limit == 0 || limit > most) {
 		limit = most
@@ -122,7 +111,7 @@ func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress
 			return err
 		}
 		if first = u.whole(ctx); first != nil {
-			u.cancel(ctx, first)
+			u.cancel()
 		}
 		if !tooLarge(first, d.Size) {
 			return first
@@ -136,7 +125,7 @@ func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress
 			return err
 		}
 		if err = u.pieces(ctx, max(limit, u.least)); err != nil {
-			u.cancel(ctx, err)
+			u.cancel()
 		}
 		switch {
 		case err == nil:
@@ -175,8 +164,8 @@ func tooLarge(err error, n int64) bool {
 	return false
 }
 
-// begin opens an upload.
-func (e *endpoint) begin(ctx context.Context) (*uploading, error) {
+// post asks for a new upload.
+func (e *endpoint) post(ctx context.Context) (*uploading, error) {
 	resp, err := e.follow(ctx, request{method: http.MethodPost, url: e.url("blobs", "uploads/"), push: true,
 		body: func() (io.ReadCloser, error) { return http.NoBody, nil }})
 	if err != nil {
@@ -198,37 +187,6 @@ func (e *endpoint) begin(ctx context.Context) (*uploading, error) {
 		u.least = n
 	}
 	return u, nil
-}
-
-// cancelTime bounds the request that cancels an upload: what a signal ends waits for
-// it.
-const cancelTime = 2 * time.Second
-
-// outlive is a context that ends d after ctx does, or with end.
-func outlive(ctx context.Context, d time.Duration) (late context.Context, end func()) {
-	late, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	stop := context.AfterFunc(ctx, func() {
-		t := time.AfterFunc(d, cancel)
-		context.AfterFunc(late, func() { t.Stop() })
-	})
-	return late, func() {
-		stop()
-		cancel()
-	}
-}
-
-// cancel tells the registry that the upload, which has failed with err, will not be
-// continued, so that it can remove the bytes that it has. A registry that does not
-// answer is not asked, and one that refuses removes them in its own time.
-func (u *uploading) cancel(ctx context.Context, err error) {
-	if ctx.Err() == nil && errors.Is(err, ErrUnavailable) && statusOf(err) == 0 {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTime)
-	defer cancel()
-	if resp, err := u.e.do(ctx, request{method: http.MethodDelete, url: u.at, push: true}); err == nil {
-		discard(resp)
-	}
 }
 
 // whole sends the blob as the body of one request.
