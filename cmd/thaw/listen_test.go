@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -180,6 +181,16 @@ func TestControlSocket(t *testing.T) {
 	traceIn(t, dir+"/t")
 	if err := s.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
+	}
+	// The signal is sent, and the process stops a moment later.
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+		if err != nil || time.Now().After(end) {
+			t.Fatalf("it does not stop: %s, %v", stat, err)
+		}
+		if strings.Contains(string(stat), ") T ") {
+			break
+		}
 	}
 	began := time.Now()
 	if stderr, code := stop(); code != exitError || !strings.Contains(stderr, "has not answered") || time.Since(began) > 5*time.Second {
