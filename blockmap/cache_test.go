@@ -127,6 +127,45 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
+// A power cut can tear the map, so that a chunk is resident in part. What counts as
+// resident can be read without a fetch.
+func TestTornMap(t *testing.T) {
+	m := blocktest.NewImage(t, 23, 1200)
+	dir := t.TempDir()
+	c, image, _ := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+	readAll(t, image, m)
+	must(t, c.Close())
+	for _, path := range dataFiles(t, dir) {
+		path = filepath.Join(filepath.Dir(path), "map")
+		b, err := os.ReadFile(path)
+		must(t, err)
+		for at := 4096; at < len(b); at += 3 * 8 {
+			clear(b[at : at+8])
+		}
+		must(t, os.WriteFile(path, b, 0o600))
+	}
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{Boot: blockmap.BootID{1}})
+	defer c.Close()
+	kept := 0
+	for at := int64(0); at < image.Size(); {
+		s := image.Status(blockmap.Extent{Start: at, End: image.Size()})
+		if s.Resident {
+			got, err := blocktest.Read(t.Context(), image, s.Extent)
+			if err != nil || !bytes.Equal(got, m.Content[s.Start:s.End]) {
+				t.Fatalf("%v is resident and has wrong bytes, or %v", s.Extent, err)
+			}
+			if !s.Zero {
+				kept++
+			}
+		}
+		at = s.End
+	}
+	if n := origin.Requests(); n != 0 || kept == 0 {
+		t.Errorf("%d requests for %d resident runs", n, kept)
+	}
+	readAll(t, image, m)
+}
+
 func TestReboot(t *testing.T) {
 	m := blocktest.NewImage(t, 22, 800)
 	dir := t.TempDir()

@@ -73,6 +73,7 @@ func (s *Stream) load() error {
 	if err := s.res.file.load(d.fs, s.path(mapName), d.boot, id); err != nil {
 		return err
 	}
+	s.dropTorn()
 	resident := s.Resident()
 	if space > resident+resident/8+1<<20 {
 		// A process was killed between writing and marking, or between clearing
@@ -86,6 +87,17 @@ func (s *Stream) load() error {
 	}
 	s.setExtra(max(0, space-resident))
 	return nil
+}
+
+// dropTorn makes chunks absent that are resident in part. The bits of a chunk can lie
+// in two words of the map, and a power cut can lose one of two words that were written
+// together. A reader of such a part would wait for the whole chunk all the same.
+func (s *Stream) dropTorn() {
+	for i := range s.table.Chunks {
+		if c := &s.table.Chunks[i]; !s.res.has(c.Block, c.Count) && s.res.any(c.Block, c.Count) {
+			s.res.clear(c.Block, c.Count)
+		}
+	}
 }
 
 // punchAbsent gives back the space of all blocks that are not resident. As with
