@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"runtime/debug"
 
 	"thaw/cmd/thaw/internal/host/api"
 )
@@ -42,12 +41,4 @@ func deviceID(ctx context.Context, c *api.Client, device string) (string, error)
 		return "", fmt.Errorf("the server has no device %s: see thaw list", device)
 	}
 	return named, nil
-}
-
-// programVersion is the version of the module, "" where it has none.
-func programVersion() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "(devel)" {
-		return info.Main.Version
-	}
-	return ""
 }

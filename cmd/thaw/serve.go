@@ -109,7 +109,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		return err
 	}
 	defer h.Close()
-	control := api.Start(ctx, h, s.cache, programVersion(), s.find.Log)
+	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
 	server.Exports = host.NewExports(h, s.allow, s.clients)
 	devices, err := h.Add(ctx, specs(names)...)
