@@ -144,6 +144,12 @@ func (o *serveOptions) check(images int) (err error) {
 	if err := host.CheckQuota(int64(o.quota)); err != nil {
 		return usageError{fmt.Errorf("--cache-size %s: %w", o.quota.String(), err)}
 	}
+	if o.maxConns < 1 {
+		return usageError{fmt.Errorf("--max-connections %d: the server needs at least 1", o.maxConns)}
+	}
+	if o.maxInFlight < nbd.MinInFlightBytes {
+		return usageError{fmt.Errorf("--max-in-flight %s: the least size is %dK, what one request needs", o.maxInFlight.String(), nbd.MinInFlightBytes>>10)}
+	}
 	for flag, d := range map[string]time.Duration{
 		"grace": o.grace, "handshake-timeout": o.handshake, "write-timeout": o.write, "idle-timeout": o.idle,
 	} {
