@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -491,12 +492,15 @@ func TestFIFOForAFile(t *testing.T) {
 		}
 		ended := make(chan struct{})
 		go func() { cmd.Wait(); close(ended) }()
-		// It waits in open by then; or else it is interrupted before, which is as good.
-		select {
-		case <-ended:
-			t.Errorf("%v: %v\n%s", args, cmd.ProcessState, stderr.String())
-			continue
-		case <-time.After(300 * time.Millisecond):
+		for end := time.Now().Add(20 * time.Second); !waitsForFIFO(cmd.Process.Pid); time.Sleep(10 * time.Millisecond) {
+			select {
+			case <-ended:
+				t.Fatalf("%v: %v\n%s", args, cmd.ProcessState, stderr.String())
+			default:
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%v does not open the FIFO\n%s", args, stderr.String())
+			}
 		}
 		cmd.Process.Signal(syscall.SIGTERM)
 		select {
@@ -525,6 +529,18 @@ func TestFIFOForAFile(t *testing.T) {
 	if err := <-wrote; err != nil {
 		t.Error(err)
 	}
+}
+
+// waitsForFIFO says whether a thread of the process is in the open of a FIFO that
+// nobody writes to.
+func waitsForFIFO(pid int) bool {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/wchan", pid))
+	for _, path := range tasks {
+		if b, err := os.ReadFile(path); err == nil && string(b) == "wait_for_partner" {
+			return true
+		}
+	}
+	return false
 }
 
 // Whatever hangs, a server is gone about a second after its grace.
