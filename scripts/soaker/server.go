@@ -198,7 +198,7 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 	}
 	var l *level
 	var err error
-	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
+	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
 		if l, err = s.measure(); err != nil {
 			return nil, err
 		}
@@ -220,7 +220,7 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 		}
 	}
 	s.signal(syscall.SIGQUIT) // prints its goroutines to the log
-	return nil, fmt.Errorf("after two idle minutes the server has %v; the baseline is %v", l, before)
+	return nil, fmt.Errorf("after three idle minutes the server has %v; the baseline is %v", l, before)
 }
 
 // showLog prints the end of the log.
