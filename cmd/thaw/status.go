@@ -99,8 +99,10 @@ func (a *app) watchStatus(ctx context.Context, client *api.Client) error {
 			return nil
 		case err == nil:
 			answered, shown = time.Now(), s
-		case first || errors.Is(err, api.ErrNoServer) || time.Since(answered) > watchPatience:
+		case first || time.Since(answered) > watchPatience:
 			return err
+		case errors.Is(err, api.ErrNoServer):
+			return errors.New("the server has ended")
 		default:
 			silent = fmt.Sprintf("the server has not answered for %s", durationString(time.Since(answered)))
 		}

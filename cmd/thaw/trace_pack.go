@@ -31,7 +31,7 @@ pack again when there are better traces: serve uses the newest bundle.`,
 			return a.tracePack(c.Context(), args[0], args[1:], temp, pin)
 		},
 	}
-	c.Flags().StringVar(&temp, "temp", "", "directory for the bundle until it is pushed (default: $TMPDIR, or /tmp)")
+	c.Flags().StringVar(&temp, "temp", "", "keep the bundle in `DIR` until it is pushed (default: $TMPDIR, or /tmp)")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
@@ -91,8 +91,8 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 }
 
 func (p *packed) print(w io.Writer) {
-	fmt.Fprintf(w, "bundle   %d chunks for %d starts: %s for the %s that they touch, stored as %s\n",
-		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+	fmt.Fprintf(w, "bundle   %s for %s: %s for the %s that was touched, stored as %s\n",
+		count(p.Chunks, "chunk"), count(int(p.Starts), "start"), bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
 // packTraces makes a bundle of traces of an image, and stores it beside the image.
