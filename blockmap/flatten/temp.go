@@ -39,7 +39,7 @@ func newTempDir(parent string) (*tempDir, error) {
 	for {
 		path, err := os.MkdirTemp(parent, tempPrefix)
 		if err != nil {
-			return nil, fmt.Errorf("make a temporary directory for streams: %w", tempError(parent, err))
+			return nil, fmt.Errorf("make a temporary directory for streams: %w", err)
 		}
 		lock, err := os.Open(path)
 		if err == nil {
@@ -110,7 +110,7 @@ func (t *tempDir) remove() error {
 func (t *tempDir) create() (*tempFile, error) {
 	f, err := os.CreateTemp(t.path, "stream-")
 	if err != nil {
-		return nil, fmt.Errorf("make a temporary file for a stream: %w", tempError(filepath.Dir(t.path), err))
+		return nil, fmt.Errorf("make a temporary file for a stream: %w", err)
 	}
 	return &tempFile{File: f, dir: t}, nil
 }
@@ -203,7 +203,7 @@ func (f *tempFile) Write(p []byte) (int, error) {
 		n += m
 	}
 	f.size += int64(n)
-	return n, tempError(filepath.Dir(f.dir.path), err)
+	return n, err
 }
 
 func (f *tempFile) discard() {
@@ -212,12 +212,4 @@ func (f *tempFile) discard() {
 	}
 	f.Close()
 	os.Remove(f.Name())
-}
-
-// tempError names the remedy for a full disk.
-func tempError(dir string, err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("the temporary directory %s is full: free space there, or name another directory with --temp or TMPDIR: %w", dir, err)
-	}
-	return err
 }

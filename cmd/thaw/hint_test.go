@@ -139,12 +139,13 @@ func TestHintTemp(t *testing.T) {
 		want string
 	}{
 		{fs.PathError{Op: "stat", Path: "/temp", Err: unix.ENOENT}, another},
-		{fs.PathError{Op: "mkdir", Path: "/temp/thaw-build-1", Err: unix.EACCES}, another},
-		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
-		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.EDQUOT}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
-		{fs.PathError{Op: "open", Path: "/temp/thaw-build-1/0", Err: unix.ENOENT}, ""},
+		{fs.PathError{Op: "mkdir", Path: "/temp/thaw-streams-1", Err: unix.EACCES}, another},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-streams-1/0", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-streams-1/0", Err: unix.EDQUOT}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-archive-1", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "open", Path: "/temp/thaw-streams-1/0", Err: unix.ENOENT}, ""},
 		{fs.PathError{Op: "write", Path: "/temp/other", Err: unix.ENOSPC}, ""},
-		{fs.PathError{Op: "write", Path: "/temporary/thaw-build-1", Err: unix.ENOSPC}, ""},
+		{fs.PathError{Op: "write", Path: "/temporary/thaw-streams-1", Err: unix.ENOSPC}, ""},
 	} {
 		if got := hint(fmt.Errorf("build: %w", &c.err), nil, "/temp/"); got != c.want {
 			t.Errorf("%v: %q, want %q", &c.err, got, c.want)
