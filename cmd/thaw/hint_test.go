@@ -120,7 +120,9 @@ func TestHintDockerHub(t *testing.T) {
 		{"team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrNotFound), hub},
 		{"team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnavailable), ""},
 		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrNotFound), "check the name and the tag"},
-		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnauthorized), ""},
+		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnauthorized), "check the name, or run docker login with an account that has access"},
+		{"a.example/app", fmt.Errorf("resolve a.example/app:latest: %w", registry.ErrUnauthorized), "check the name, or run docker login a.example with an account that has access"},
+		{"a.example/app", fmt.Errorf("resolve a.example/app:latest: %w: there are none: run docker login", registry.ErrUnauthorized), ""},
 		{"team/app", fmt.Errorf("another.example/x: %w", registry.ErrNotFound), ""},
 		{"oci:dir", fmt.Errorf("resolve oci:dir: %w", registry.ErrNotFound), ""},
 	} {

@@ -293,6 +293,9 @@ func TestNoPlaceToRecord(t *testing.T) {
 	if _, stderr, code := thaw(t, "trace", "pack", image, dir+"/t"); code != exitError || !strings.Contains(stderr, "--temp") {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}
+	if _, stderr, code := thaw(t, "trace", "pack", image, dir+"/t", "--temp", dir+"/gone"); code != exitError || !strings.Contains(stderr, "--temp") {
+		t.Errorf("exit %d\n%s", code, stderr)
+	}
 	must(t, "trace", "pack", image, dir+"/t", "--temp", dir)
 }
 

@@ -25,7 +25,8 @@ func statusCommand(a *app) *cobra.Command {
 fetches from registries, its clients, and its devices. Rates are averages of the
 last 10 s.
 
-With --watch it does so once a second, until it is interrupted or the server ends.`,
+With --watch it does so once a second, until it is interrupted. It fails when the
+server ends.`,
 		Example: `  thaw status
   thaw status --cache /var/cache/thaw --watch
   thaw status --json | jq .counts.fetched_bytes`,
