@@ -152,7 +152,7 @@ func TestWriteErrors(t *testing.T) {
 	o := testOptions
 	o.Size = 200 << 30 // for a journal with an extent tree
 	fs := layout(t, root, o)
-	size := int(fs.MetaBlocks()) * blockSize
+	size := int(fs.metaBlocks()) * blockSize
 	for n := 0; n < size; n += 40_000 {
 		if err := fs.WriteMeta(&fullWriter{n}); !errors.Is(err, errFull) {
 			t.Fatalf("after %d of %d bytes: %v", n, size, err)

@@ -76,8 +76,8 @@ func checkRuns(t testing.TB, fs *Filesystem) {
 			}
 		}
 	}
-	if device > uint64(fs.Blocks()) || meta != uint64(fs.MetaBlocks()) {
-		t.Fatalf("the map ends at block %d of %d, and stream 0 at %d of %d", device, fs.Blocks(), meta, fs.MetaBlocks())
+	if device > uint64(fs.Blocks()) || meta != uint64(fs.metaBlocks()) {
+		t.Fatalf("the map ends at block %d of %d, and stream 0 at %d of %d", device, fs.Blocks(), meta, fs.metaBlocks())
 	}
 }
 
@@ -395,4 +395,10 @@ func names(prefix string, n int) []string {
 		l[i] = fmt.Sprintf("%s%d", prefix, i)
 	}
 	return l
+}
+
+// metaBlocks is the length of stream 0 in blocks.
+func (fs *Filesystem) metaBlocks() uint32 {
+	last := fs.meta[len(fs.meta)-1]
+	return last.Block + last.Count
 }

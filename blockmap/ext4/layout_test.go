@@ -91,7 +91,7 @@ func TestCost(t *testing.T) {
 	fs := layout(t, dir(), o)
 	// superblock, descriptors, two block bitmaps, inode bitmap, inode table,
 	// journal superblock, root directory
-	if n := fs.MetaBlocks(); n != 8 {
+	if n := fs.metaBlocks(); n != 8 {
 		t.Errorf("%d blocks of metadata: %v", n, fs.Runs())
 	}
 	if fs.Blocks() != 2<<20 {

@@ -45,13 +45,7 @@ func (fs *Filesystem) usedTableBlocks() uint32 {
 	return (fs.usedInodes() + inodesPerBlock - 1) / inodesPerBlock
 }
 
-// MetaBlocks is the length of stream 0 in blocks.
-func (fs *Filesystem) MetaBlocks() uint32 {
-	last := fs.meta[len(fs.meta)-1]
-	return last.Block + last.Count
-}
-
-// WriteMeta writes stream 0: MetaBlocks blocks.
+// WriteMeta writes stream 0.
 func (fs *Filesystem) WriteMeta(w io.Writer) error {
 	m := &metaWriter{fs: fs, w: bufio.NewWriterSize(w, 1<<18)}
 	for _, part := range []func() error{

@@ -14,13 +14,18 @@ import (
 	"thaw/blockmap"
 )
 
-// tempDir holds the streams of one build until they are pushed. Its owner keeps a
-// lock (flock) on it, which ends with the process: a directory of this name that
-// nobody has locked is what a killed build left behind. Every build removes those
-// before it makes its own.
-type tempDir struct {
+// TempDir is a temporary directory that does not outlive its process for long. The
+// process keeps a lock (flock) on it, which ends with the process: a directory
+// without a lock is what a killed process left behind. The next process that makes a
+// directory with the same prefix removes it.
+type TempDir struct {
 	path string
 	lock *os.File // the directory
+}
+
+// tempDir holds the streams of one build until they are pushed.
+type tempDir struct {
+	*TempDir
 
 	mu   sync.Mutex
 	kept map[blockmap.Digest]*tempFile // streams that were pushed, by blob; see keep
@@ -32,20 +37,29 @@ const tempPrefix = "thaw-streams-"
 // largest go first: of those, a guess reads the smallest part.
 const maxKept = 2 << 30
 
-// newTempDir makes a directory below parent, "" for the system's directory.
 func newTempDir(parent string) (*tempDir, error) {
+	dir, err := NewTempDir(parent, tempPrefix)
+	if err != nil {
+		return nil, err
+	}
+	return &tempDir{TempDir: dir, kept: make(map[blockmap.Digest]*tempFile)}, nil
+}
+
+// NewTempDir makes a directory below parent, "" for the system's directory. Its name
+// begins with prefix, which no other kind of file or directory has.
+func NewTempDir(parent, prefix string) (*TempDir, error) {
 	parent = cmp.Or(parent, os.TempDir())
-	removeLeftovers(parent)
+	removeLeftovers(parent, prefix)
 	for {
-		path, err := os.MkdirTemp(parent, tempPrefix)
+		path, err := os.MkdirTemp(parent, prefix)
 		if err != nil {
-			return nil, fmt.Errorf("make a temporary directory for streams: %w", tempError(parent, err))
+			return nil, fmt.Errorf("make a temporary directory: %w", err)
 		}
 		lock, err := os.Open(path)
 		if err == nil {
 			err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		}
-		// Between the two calls another build may have taken the directory for a
+		// Between the two calls another process may have taken the directory for a
 		// leftover.
 		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) || err == nil && !sameFile(lock, path) {
 			lock.Close()
@@ -53,13 +67,19 @@ func newTempDir(parent string) (*tempDir, error) {
 		}
 		if lock == nil {
 			os.Remove(path)
-			return nil, fmt.Errorf("open the temporary directory for streams: %w", err)
+			return nil, fmt.Errorf("open the temporary directory: %w", err)
 		}
 		// A file system without locks has no leftovers either: nobody can lock
 		// them, so nobody removes them.
-		return &tempDir{path: path, lock: lock, kept: make(map[blockmap.Digest]*tempFile)}, nil
+		return &TempDir{path, lock}, nil
 	}
 }
+
+// Path is where the directory is.
+func (t *TempDir) Path() string { return t.path }
+
+// Remove removes the directory with all that is in it.
+func (t *TempDir) Remove() error { return errors.Join(os.RemoveAll(t.path), t.lock.Close()) }
 
 func sameFile(f *os.File, path string) bool {
 	a, err := f.Stat()
@@ -70,15 +90,15 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// removeLeftovers removes the directories of killed builds of this user. Failures
-// to do so are no fault of the build that begins.
-func removeLeftovers(parent string) {
+// removeLeftovers removes the directories of killed processes of this user. Failures
+// to do so are no fault of the process that begins.
+func removeLeftovers(parent, prefix string) {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return
 	}
 	for _, e := range entries {
-		if e.IsDir() && strings.HasPrefix(e.Name(), tempPrefix) {
+		if e.IsDir() && strings.HasPrefix(e.Name(), prefix) {
 			removeLeftover(filepath.Join(parent, e.Name()))
 		}
 	}
@@ -103,14 +123,13 @@ func removeLeftover(path string) {
 
 func (t *tempDir) remove() error {
 	t.release()
-	err := os.RemoveAll(t.path)
-	return errors.Join(err, t.lock.Close())
+	return t.Remove()
 }
 
 func (t *tempDir) create() (*tempFile, error) {
 	f, err := os.CreateTemp(t.path, "stream-")
 	if err != nil {
-		return nil, fmt.Errorf("make a temporary file for a stream: %w", tempError(filepath.Dir(t.path), err))
+		return nil, fmt.Errorf("make a temporary file for a stream: %w", err)
 	}
 	return &tempFile{File: f, dir: t}, nil
 }
@@ -203,7 +222,7 @@ func (f *tempFile) Write(p []byte) (int, error) {
 		n += m
 	}
 	f.size += int64(n)
-	return n, tempError(filepath.Dir(f.dir.path), err)
+	return n, err
 }
 
 func (f *tempFile) discard() {
@@ -212,12 +231,4 @@ func (f *tempFile) discard() {
 	}
 	f.Close()
 	os.Remove(f.Name())
-}
-
-// tempError names the remedy for a full disk.
-func tempError(dir string, err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("the temporary directory %s is full: free space there, or name another directory with --temp or TMPDIR: %w", dir, err)
-	}
-	return err
 }

@@ -13,7 +13,6 @@ import (
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"golang.org/x/sys/unix"
 )
 
 func names(t *testing.T, dir string) string {
@@ -119,7 +118,7 @@ func TestTempDirOfOthers(t *testing.T) {
 	if err := os.Chown(path, 12345, 12345); err != nil {
 		t.Fatal(err)
 	}
-	removeLeftovers(temp)
+	removeLeftovers(temp, tempPrefix)
 	if names(t, temp) == "" {
 		t.Error("it is gone")
 	}
@@ -309,8 +308,5 @@ func TestStreamWriter(t *testing.T) {
 	}
 	if _, err := os.Stat(s.temp.path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the directory: %v", err)
-	}
-	if err := tempError("/tmp", unix.ENOSPC); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "--temp") {
-		t.Errorf("a full disk: %v", err)
 	}
 }

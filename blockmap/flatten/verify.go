@@ -2,7 +2,6 @@ package flatten
 
 import (
 	"bufio"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,10 +26,9 @@ type Opener func(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
 // only that it is one of this device. It returns the first fault. temp is a
 // directory for the metadata, "" for the system's.
 func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Policy, temp string) error {
-	temp = cmp.Or(temp, os.TempDir())
 	f, err := os.CreateTemp(temp, "thaw-verify-")
 	if err != nil {
-		return tempError(temp, err)
+		return fmt.Errorf("make a temporary file for the metadata: %w", err)
 	}
 	defer f.Close()
 	if err := os.Remove(f.Name()); err != nil {
@@ -54,7 +52,7 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Po
 		keep := io.Writer(io.Discard)
 		if p.metadata(m, i) {
 			meta.at[uint32(i)] = kept
-			keep = &tempWriter{io.NewOffsetWriter(f, kept), temp}
+			keep = io.NewOffsetWriter(f, kept)
 			kept += int64(t.Blocks()) * blockSize
 		}
 		g.Go(func() error {
@@ -77,17 +75,6 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Po
 		return fmt.Errorf("the file system: %w", err)
 	}
 	return nil
-}
-
-// tempWriter names the remedy where its disk is full.
-type tempWriter struct {
-	w   io.Writer
-	dir string
-}
-
-func (w *tempWriter) Write(p []byte) (int, error) {
-	n, err := w.w.Write(p)
-	return n, tempError(w.dir, err)
 }
 
 // maxConfig is far above the limit of registries.

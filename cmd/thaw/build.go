@@ -313,15 +313,11 @@ func (a *app) printBuilt(src registry.Ref, dst *registry.Repo, tag string, res *
 	fmt.Fprintf(a.stdout, "%s\n", b.Target)
 	fmt.Fprintf(a.stdout, "digest   %s\n", b.Digest)
 	fmt.Fprintf(a.stdout, "layers   %d, %d of them reused\n", len(b.Layers), reused)
-	fmt.Fprintf(a.stdout, "content  %s in %d chunks, stored as %s; index %s\n",
-		bytesString(b.Content), b.Chunks, bytesString(b.Stored), bytesString(b.IndexBytes))
+	fmt.Fprintf(a.stdout, "content  %s in %s, stored as %s; index %s\n",
+		bytesString(b.Content), count(b.Chunks, "chunk"), bytesString(b.Stored), bytesString(b.IndexBytes))
 	if g := b.Guess; g.Files > 0 {
-		files := "1 file"
-		if g.Files > 1 {
-			files = fmt.Sprintf("%d files", g.Files)
-		}
-		fmt.Fprintf(a.stdout, "guess    startup reads %s: %s in %d chunks, stored as %s\n",
-			files, bytesString(g.Bytes), g.Chunks, bytesString(g.Stored))
+		fmt.Fprintf(a.stdout, "guess    startup reads %s: %s in %s, stored as %s\n",
+			count(g.Files, "file"), bytesString(g.Bytes), count(g.Chunks, "chunk"), bytesString(g.Stored))
 	}
 	if bundle != nil {
 		bundle.print(a.stdout)

@@ -8,7 +8,7 @@ import (
 	"thaw/cmd/thaw/internal/host/api"
 )
 
-const controlCacheUsage = "directory of the server's cache (default: " + cacheUsage + ")"
+const controlCacheUsage = "the server's cache is in `DIR` (default: " + cacheUsage + ")"
 
 // control makes a client of the server that uses a cache directory; "" is the default
 // one. The caller closes it.

@@ -40,6 +40,12 @@ func hint(err error, args []string, temp string) string {
 			return "a name without a host is one of Docker Hub: write HOST/" + arg + " for another registry"
 		case errors.Is(err, registry.ErrNotFound):
 			return "check the name and the tag"
+		case !strings.Contains(text, "docker login"):
+			host := " " + ref.Registry
+			if ref.Registry == "index.docker.io" {
+				host = "" // what docker login defaults to
+			}
+			return "check the name, or run docker login" + host + " with an account that has access"
 		}
 	}
 	return ""

@@ -120,7 +120,9 @@ func TestHintDockerHub(t *testing.T) {
 		{"team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrNotFound), hub},
 		{"team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnavailable), ""},
 		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrNotFound), "check the name and the tag"},
-		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnauthorized), ""},
+		{"docker.io/team/app", fmt.Errorf("resolve index.docker.io/team/app:latest: %w", registry.ErrUnauthorized), "check the name, or run docker login with an account that has access"},
+		{"a.example/app", fmt.Errorf("resolve a.example/app:latest: %w", registry.ErrUnauthorized), "check the name, or run docker login a.example with an account that has access"},
+		{"a.example/app", fmt.Errorf("resolve a.example/app:latest: %w: there are none: run docker login", registry.ErrUnauthorized), ""},
 		{"team/app", fmt.Errorf("another.example/x: %w", registry.ErrNotFound), ""},
 		{"oci:dir", fmt.Errorf("resolve oci:dir: %w", registry.ErrNotFound), ""},
 	} {
@@ -139,12 +141,13 @@ func TestHintTemp(t *testing.T) {
 		want string
 	}{
 		{fs.PathError{Op: "stat", Path: "/temp", Err: unix.ENOENT}, another},
-		{fs.PathError{Op: "mkdir", Path: "/temp/thaw-build-1", Err: unix.EACCES}, another},
-		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
-		{fs.PathError{Op: "write", Path: "/temp/thaw-build-1/0", Err: unix.EDQUOT}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
-		{fs.PathError{Op: "open", Path: "/temp/thaw-build-1/0", Err: unix.ENOENT}, ""},
+		{fs.PathError{Op: "mkdir", Path: "/temp/thaw-streams-1", Err: unix.EACCES}, another},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-streams-1/0", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-streams-1/0", Err: unix.EDQUOT}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "write", Path: "/temp/thaw-archive-1", Err: unix.ENOSPC}, "/temp is full: name a directory with more room by --temp, or by TMPDIR"},
+		{fs.PathError{Op: "open", Path: "/temp/thaw-streams-1/0", Err: unix.ENOENT}, ""},
 		{fs.PathError{Op: "write", Path: "/temp/other", Err: unix.ENOSPC}, ""},
-		{fs.PathError{Op: "write", Path: "/temporary/thaw-build-1", Err: unix.ENOSPC}, ""},
+		{fs.PathError{Op: "write", Path: "/temporary/thaw-streams-1", Err: unix.ENOSPC}, ""},
 	} {
 		if got := hint(fmt.Errorf("build: %w", &c.err), nil, "/temp/"); got != c.want {
 			t.Errorf("%v: %q, want %q", &c.err, got, c.want)

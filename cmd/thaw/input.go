@@ -32,7 +32,7 @@ func interruptible[T any](ctx context.Context, read func() (T, error)) (T, error
 	}
 }
 
-// readInput reads a file that the user names, or with "-" stdin, once: a pipe gives
+// readInput reads a file of at most max bytes that the user names, or with "-" stdin, once: a pipe gives
 // its bytes to one reader.
 func readInput(ctx context.Context, path string, max int64) ([]byte, error) {
 	return interruptible(ctx, func() ([]byte, error) {
@@ -46,7 +46,7 @@ func readInput(ctx context.Context, path string, max int64) ([]byte, error) {
 		}
 		b, err := io.ReadAll(io.LimitReader(f, max+1))
 		if err == nil && int64(len(b)) > max {
-			err = fmt.Errorf("%s: it has more than %d bytes", path, max)
+			err = fmt.Errorf("%s: it is not a trace: it has more than %d bytes", path, max)
 		}
 		return b, err
 	})

@@ -35,13 +35,10 @@ With several images, "shared" counts the streams of the images before as well.`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error { return a.inspect(c.Context(), args, pin) },
 	}
-	c.Flags().StringArrayVar(&pin, "pin", nil, pinImageUsage)
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the results as JSON, one line for each image")
 	return c
 }
-
-// pinImageUsage is the help of --pin for a command that only reads images.
-const pinImageUsage = "fail unless the block image has this `DIGEST`: [IMAGE=]sha256:HEX; IMAGE= is needed if there are several images (repeatable)"
 
 // inspected is what --json prints.
 type inspected struct {

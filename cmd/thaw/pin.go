@@ -9,7 +9,7 @@ import (
 // pinFlags are the --pin flags as given: "sha256:HEX" or "IMAGE=sha256:HEX".
 type pinFlags []string
 
-const pinUsage = "refuse a block image with another digest: [IMAGE=]sha256:HEX; IMAGE may be left out where there is one image (repeatable)"
+const pinUsage = "fail unless the block image has this `DIGEST`: [IMAGE=]sha256:HEX; IMAGE= is needed if there are several images (repeatable)"
 
 var errPinWithoutImage = usageError{errors.New("--pin needs an --image to pin")}
 

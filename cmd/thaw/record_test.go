@@ -293,7 +293,18 @@ func TestNoPlaceToRecord(t *testing.T) {
 	if _, stderr, code := thaw(t, "trace", "pack", image, dir+"/t"); code != exitError || !strings.Contains(stderr, "--temp") {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}
-	must(t, "trace", "pack", image, dir+"/t", "--temp", dir)
+	if _, stderr, code := thaw(t, "trace", "pack", image, dir+"/t", "--temp", dir+"/gone"); code != exitError || !strings.Contains(stderr, "--temp") {
+		t.Errorf("exit %d\n%s", code, stderr)
+	}
+	// What a killed pack has left goes, and nothing is left again.
+	temp := t.TempDir()
+	if err := os.MkdirAll(temp+"/thaw-bundle-1/x", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "trace", "pack", image, dir+"/t", "--temp", temp)
+	if left := filesIn(t, temp); len(left) > 0 {
+		t.Errorf("it has left %q", left)
+	}
 }
 
 // What a server that was killed was recording for --trace auto is kept as well.

@@ -277,6 +277,14 @@ func sizeString(n int64) string {
 	return strconv.FormatInt(n, 10)
 }
 
+// count writes n of what noun names: 1 chunk, 2 chunks.
+func count(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
+}
+
 // bytesString writes n for people: 1.4 GiB.
 func bytesString(n int64) string {
 	switch {

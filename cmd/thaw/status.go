@@ -25,7 +25,8 @@ func statusCommand(a *app) *cobra.Command {
 fetches from registries, its clients, and its devices. Rates are averages of the
 last 10 s.
 
-With --watch it does so once a second, until it is interrupted or the server ends.`,
+With --watch it does so once a second, until it is interrupted. It fails when the
+server ends.`,
 		Example: `  thaw status
   thaw status --cache /var/cache/thaw --watch
   thaw status --json | jq .counts.fetched_bytes`,
@@ -99,8 +100,10 @@ func (a *app) watchStatus(ctx context.Context, client *api.Client) error {
 			return nil
 		case err == nil:
 			answered, shown = time.Now(), s
-		case first || errors.Is(err, api.ErrNoServer) || time.Since(answered) > watchPatience:
+		case first || time.Since(answered) > watchPatience:
 			return err
+		case errors.Is(err, api.ErrNoServer):
+			return errors.New("the server has ended")
 		default:
 			silent = fmt.Sprintf("the server has not answered for %s", durationString(time.Since(answered)))
 		}

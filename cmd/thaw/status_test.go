@@ -121,7 +121,7 @@ func TestListAndStatus(t *testing.T) {
 		t.Errorf("%+v, %v", st, err)
 	}
 	// One recording by the name of its device, which then has none.
-	for _, want := range []string{"1 recordings have ended\n", "0 recordings have ended\n"} {
+	for _, want := range []string{"1 recording ended\n", "0 recordings ended\n"} {
 		if got := must(t, "trace", "stop", "--device", image, "--cache", dir); got != want {
 			t.Errorf("%q instead of %q", got, want)
 		}
@@ -240,7 +240,7 @@ func TestWatch(t *testing.T) {
 	s.term()
 	select {
 	case err := <-ended:
-		if cmd := new(exec.ExitError); !asExit(err, &cmd) || cmd.ExitCode() != exitError || !strings.Contains(stderr.String(), "no server uses the cache") {
+		if cmd := new(exec.ExitError); !asExit(err, &cmd) || cmd.ExitCode() != exitError || stderr.String() != "thaw: the server has ended\n" {
 			t.Errorf("%v\n%s", err, stderr.String())
 		}
 	case <-time.After(20 * time.Second):

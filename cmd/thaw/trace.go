@@ -50,9 +50,9 @@ func traceShowCommand(a *app) *cobra.Command {
 		Args: args(cobra.ExactArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error { return a.traceShow(c.Context(), args[0], image, pin) },
 	}
-	c.Flags().StringVar(&image, "image", "", "the image that the trace was recorded of, to show its layers")
+	c.Flags().StringVar(&image, "image", "", "the trace was recorded of `IMAGE`: show what lies in which layer")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
-	c.Flags().BoolVar(&a.json, "json", false, "print JSON")
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }
 
@@ -83,12 +83,12 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 		return err
 	}
 	if a.json {
-		return a.printJSON(s)
+		return a.printJSON(shownTrace{"trace", s})
 	}
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1e3) }
 	fmt.Fprintf(a.stdout, "starts   %d, index sha256:%.12s…\n", s.Starts, s.Index)
-	fmt.Fprintf(a.stdout, "touched  %s of a device of %s, in %d ranges; %s had to be fetched\n",
-		bytesString(s.Bytes), bytesString(s.Device), s.Ranges, bytesString(s.Misses))
+	fmt.Fprintf(a.stdout, "touched  %s of a device of %s, in %s; %s had to be fetched\n",
+		bytesString(s.Bytes), bytesString(s.Device), count(s.Ranges, "range"), bytesString(s.Misses))
 	fmt.Fprintf(a.stdout, "time     %s to the last first touch; recording: %s after %s\n", ms(s.Duration), s.Ended, ms(s.Recorded))
 	if s.Dropped > 0 {
 		fmt.Fprintf(a.stdout, "dropped  %s were read too fast to be recorded\n", bytesString(s.Dropped))
@@ -102,13 +102,20 @@ func (a *app) traceShow(ctx context.Context, path, image string, pin pinFlags) e
 	for _, l := range s.Streams {
 		name := fmt.Sprintf("stream %d", l.Stream)
 		if l.Stream == tracefile.Hole {
-			name = "holes"
+			fmt.Fprintf(a.stdout, "%-10s %s, which no stream has: they are zeros\n", "holes", bytesString(l.Bytes))
+			continue
 		} else if b.Manifest.Role(l.Stream) == flatten.RoleMetadata {
 			name = "metadata"
 		}
-		fmt.Fprintf(a.stdout, "%-10s %s of %s, in %d chunks of %s\n", name, bytesString(l.Bytes), bytesString(l.Size), l.Chunks, bytesString(l.Stored))
+		fmt.Fprintf(a.stdout, "%-10s %s of %s, in %s, stored as %s\n", name, bytesString(l.Bytes), bytesString(l.Size), count(l.Chunks, "chunk"), bytesString(l.Stored))
 	}
 	return nil
+}
+
+// shownTrace is what --json prints.
+type shownTrace struct {
+	Type string `json:"type"`
+	*tracefile.Summary
 }
 
 func traceExportCommand(a *app) *cobra.Command {
@@ -137,9 +144,9 @@ in the form of blkparse.`,
 			return os.WriteFile(out, b.Bytes(), 0o666)
 		},
 	}
-	c.Flags().StringVar(&format, "format", "fio", "format to write: fio or blkparse")
-	c.Flags().StringVarP(&out, "output", "o", "", "file to write (default: stdout)")
-	c.Flags().StringVar(&device, "device", "/dev/nbd0", "device that a fio log names")
+	c.Flags().StringVar(&format, "format", "fio", "write `FORMAT`: fio or blkparse")
+	c.Flags().StringVarP(&out, "output", "o", "", "write to `FILE` (default: stdout)")
+	c.Flags().StringVar(&device, "device", "/dev/nbd0", "`PATH` of the device that a fio log names")
 	return c
 }
 
@@ -228,12 +235,12 @@ func traceStopCommand(a *app) *cobra.Command {
 			if a.json {
 				return a.printJSON(stoppedRecordings{"stopped", stopped})
 			}
-			_, err = fmt.Fprintf(a.stdout, "%d recordings have ended\n", stopped)
+			_, err = fmt.Fprintf(a.stdout, "%s ended\n", count(stopped, "recording"))
 			return err
 		},
 	}
-	c.Flags().StringVar(&device, "device", "", "end the recording of this device only: its ID or its name, as in thaw list")
-	c.Flags().StringVar(&cache, "cache", "", "directory of the server's cache (default: "+cacheUsage+")")
+	c.Flags().StringVar(&device, "device", "", "end the recording of `DEVICE` only: its ID or its name, as in thaw list")
+	c.Flags().StringVar(&cache, "cache", "", controlCacheUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }

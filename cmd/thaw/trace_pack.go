@@ -13,7 +13,6 @@ import (
 )
 
 func tracePackCommand(a *app) *cobra.Command {
-	var temp string
 	var pin []string
 	c := &cobra.Command{
 		Use:   "pack IMAGE [TRACE...]",
@@ -28,10 +27,10 @@ pack again when there are better traces: serve uses the newest bundle.`,
   thaw trace pack registry.example/team/app:v1 start.trace`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.tracePack(c.Context(), args[0], args[1:], temp, pin)
+			return a.tracePack(c.Context(), args[0], args[1:], pin)
 		},
 	}
-	c.Flags().StringVar(&temp, "temp", "", "directory for the bundle until it is pushed (default: $TMPDIR, or /tmp)")
+	c.Flags().StringVar(&a.temp, "temp", "", "keep the bundle in `DIR` until it is pushed (default: $TMPDIR, or /tmp)")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
@@ -49,7 +48,7 @@ type packed struct {
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) tracePack(ctx context.Context, image string, paths []string, temp string, pin pinFlags) error {
+func (a *app) tracePack(ctx context.Context, image string, paths []string, pin pinFlags) error {
 	began := time.Now()
 	find, err := a.access(ctx, pin, image)
 	if err != nil {
@@ -77,7 +76,7 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 			return fmt.Errorf("no traces are stored beside %s: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
 		}
 	}
-	p, err := packTraces(ctx, b, traces, temp)
+	p, err := packTraces(ctx, b, traces, a.temp)
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", image, err)
 	}
@@ -91,8 +90,8 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, temp 
 }
 
 func (p *packed) print(w io.Writer) {
-	fmt.Fprintf(w, "bundle   %d chunks for %d starts: %s for the %s that they touch, stored as %s\n",
-		p.Chunks, p.Starts, bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+	fmt.Fprintf(w, "bundle   %s for %s: %s for the %s that was touched, stored as %s\n",
+		count(p.Chunks, "chunk"), count(int(p.Starts), "start"), bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
 }
 
 // packTraces makes a bundle of traces of an image, and stores it beside the image.

@@ -38,11 +38,11 @@ marks that would cover each other are drawn as one.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVarP(&out, "output", "o", "", "file to write; its name ends in .svg or .png")
-	f.StringVar(&image, "image", "", "the image that the trace was recorded of, to colour its layers")
+	f.StringVarP(&out, "output", "o", "", "write the picture to `FILE`, whose name ends in .svg or .png")
+	f.StringVar(&image, "image", "", "the trace was recorded of `IMAGE`: give each layer a colour")
 	f.StringArrayVar(&pin, "pin", nil, pinUsage)
-	f.IntVar(&o.Width, "width", plot.DefaultWidth, "in pixels")
-	f.IntVar(&o.Height, "height", plot.DefaultHeight, "in pixels")
+	f.IntVar(&o.Width, "width", plot.DefaultWidth, "width of the picture: `N` pixels")
+	f.IntVar(&o.Height, "height", plot.DefaultHeight, "height of the picture: `N` pixels")
 	return c
 }
 

@@ -41,7 +41,7 @@ func TestRecordAndReplay(t *testing.T) {
 
 	s := serving(t, one, "--listen", "unix:"+socket(t), "--cache", dir+"/c1", "--record", path)
 	readBlocks(t, s.uri())
-	if out := must(t, "trace", "stop", "--cache", dir+"/c1"); !strings.Contains(out, "1 recordings") {
+	if out := must(t, "trace", "stop", "--cache", dir+"/c1"); !strings.Contains(out, "1 recording ended") {
 		t.Errorf("trace stop: %s", out)
 	}
 	recorded := p.fetched()

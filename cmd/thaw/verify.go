@@ -26,7 +26,7 @@ with the first fault that it finds.`,
 		RunE:    func(c *cobra.Command, args []string) error { return a.verify(c.Context(), args[0], pin) },
 	}
 	c.Flags().StringVar(&a.temp, "temp", "", "keep the filesystem's metadata in `DIR` meanwhile (default: $TMPDIR, or /tmp)")
-	c.Flags().StringArrayVar(&pin, "pin", nil, pinImageUsage)
+	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
 	return c
 }

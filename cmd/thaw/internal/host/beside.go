@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"thaw/blockmap"
+	"thaw/blockmap/flatten"
 	"thaw/fetcher"
 	"thaw/fetcher/registry"
 	"thaw/tracefile"
@@ -289,17 +290,17 @@ func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp s
 // pushBundle packs a plan's bundle in a directory below temp, and stores it beside the
 // image.
 func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
-	dir, err := os.MkdirTemp(temp, "thaw-bundle-")
+	dir, err := flatten.NewTempDir(temp, "thaw-bundle-")
 	if err != nil {
-		return d, 0, fmt.Errorf("cannot make a directory to pack the bundle in: %w; name a directory with --temp or in TMPDIR", err)
+		return d, 0, fmt.Errorf("pack the bundle: %w", err)
 	}
-	defer os.RemoveAll(dir)
-	scratch, err := os.Create(filepath.Join(dir, "frames"))
+	defer func() { _ = dir.Remove() }()
+	scratch, err := os.Create(filepath.Join(dir.Path(), "frames"))
 	if err != nil {
 		return d, 0, err
 	}
 	defer scratch.Close()
-	f, err := os.Create(filepath.Join(dir, "bundle"))
+	f, err := os.Create(filepath.Join(dir.Path(), "bundle"))
 	if err != nil {
 		return d, 0, err
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -74,11 +75,19 @@ type Host struct {
 	close   sync.Once
 }
 
+// absolute is dir for those who have another working directory.
+func absolute(dir string) string {
+	if abs, err := filepath.Abs(dir); err == nil {
+		return abs
+	}
+	return dir
+}
+
 // Open opens the cache and makes a host without devices. It fails with
 // blockmap.ErrLocked where another process has the cache directory. The caller
 // closes the host.
 func Open(o Options) (*Host, error) {
-	h := &Host{finder: o.Finder, nbd: o.NBD, dir: o.Dir, quota: o.Quota, began: time.Now(), log: o.Finder.Log}
+	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
 	err := CheckQuota(o.Quota)
 	if err == nil {
 		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Quota: o.Quota, Boot: bootID(h.log), Log: h.log})

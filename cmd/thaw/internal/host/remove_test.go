@@ -145,6 +145,16 @@ func TestRecordOneDevice(t *testing.T) {
 	refused()
 }
 
+// The status has a cache directory that leads there from any working directory.
+func TestStatusHasAnAbsoluteDirectory(t *testing.T) {
+	r := newRegistry(t)
+	dir := t.TempDir()
+	t.Chdir(dir)
+	if got := r.open(Options{Dir: "c"}).Status().Cache; got != filepath.Join(dir, "c") {
+		t.Errorf("the cache is in %q", got)
+	}
+}
+
 // The status counts devices as they describe themselves, and says what the host is at.
 func TestStatus(t *testing.T) {
 	r := newRegistry(t)

@@ -128,7 +128,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, nil
 	}
 	c := http.NewResponseController(w)
-	c.SetReadDeadline(time.Now().Add(bodyTimeout))
+	_ = c.SetReadDeadline(time.Now().Add(bodyTimeout))
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooMany *http.MaxBytesError
 	switch {
@@ -139,7 +139,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, fail(http.StatusBadRequest, "read the body of the request: %w", err)
 	}
 	// Nothing more is to come; that the client leaves is still noticed.
-	c.SetReadDeadline(time.Time{})
+	_ = c.SetReadDeadline(time.Time{})
 	return body, nil
 }
 
@@ -183,7 +183,7 @@ func (s *Server) write(w http.ResponseWriter, a response) {
 	if code != http.StatusNoContent {
 		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	}
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
 	w.WriteHeader(code)
 	if _, err := w.Write(b); err != nil && len(b) > 0 {
 		s.log.Debug("cannot answer on the control socket", "err", err)
