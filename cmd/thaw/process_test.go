@@ -28,13 +28,6 @@ func layoutImage(t testing.TB) string {
 	return image
 }
 
-// asProgram is the program in a process of its own, not started yet.
-func asProgram(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), asThaw+"=1")
-	return cmd
-}
-
 // Whoever reads the log, or the line that says ready, goes away: the server lives on.
 func TestServerOutlivesItsReaders(t *testing.T) {
 	need(t, "qemu-io")
