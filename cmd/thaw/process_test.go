@@ -459,6 +459,7 @@ func TestSignalSentTwice(t *testing.T) {
 // A FIFO that nobody writes to, wherever a file is named, does not outlive SIGTERM;
 // and what is written to one is read as from a file.
 func TestFIFOForAFile(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	image := layoutImage(t)
 	dir := t.TempDir()
