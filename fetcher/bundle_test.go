@@ -48,6 +48,11 @@ func (w *world) bundle(t *testing.T, wants []blockmap.Want) *load {
 	l := &load{free: 1 << 40}
 	l.cond = sync.NewCond(&l.mu)
 	parts := make(map[blockmap.Digest]int)
+	size := 0
+	for _, x := range wants {
+		size += int(x.Table.Chunks[x.Chunk].Stored)
+	}
+	l.frames = make([]byte, 0, size)
 	for _, x := range wants {
 		c := &x.Table.Chunks[x.Chunk]
 		i, ok := parts[c.Digest]

@@ -282,12 +282,17 @@ func TestDemandFirstOnTheLink(t *testing.T) {
 
 // A replay takes as long as the link takes for its bytes.
 func TestReplayFillsTheLink(t *testing.T) {
+	images := make(map[int]*blocktest.Image) // by the size of chunks
 	for _, c := range []struct {
 		rate float64
 		rtt  time.Duration
 		size int
 	}{{25e6, 20 * time.Millisecond, 1 << 20}, {25e6, 20 * time.Millisecond, 128 << 10}, {2e6, 20 * time.Millisecond, 1 << 20}, {125e6, 20 * time.Millisecond, 1 << 20}} {
-		m := large(t, 70, c.size)
+		m := images[c.size]
+		if m == nil {
+			m = large(t, 70, c.size)
+			images[c.size] = m
+		}
 		for _, ranges := range []int{1, 16} {
 			t.Run(fmt.Sprintf("%.0f MB/s, chunks of %d, %d ranges", c.rate/1e6, c.size, ranges), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {

@@ -154,12 +154,14 @@ func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error
 	if !ok {
 		return fail(fmt.Errorf("no blob %v", asked[0].Blob))
 	}
-	var b []byte
 	for _, a := range asked {
 		if a.Off < 0 || a.N <= 0 || a.Off+a.N > int64(len(blob)) {
 			return fail(fmt.Errorf("bytes %d+%d of a blob of %d", a.Off, a.N, len(blob)))
 		}
-		b = append(b, blob[a.Off:a.Off+a.N]...)
+	}
+	b := blob[asked[0].Off:][:asked[0].N:asked[0].N]
+	for _, a := range asked[1:] {
+		b = append(b, blob[a.Off:][:a.N]...) // a copy: b has no room
 	}
 	n := len(b)
 	if f.Delay > 0 {
@@ -184,6 +186,7 @@ func (o *Origin) open(ctx context.Context, asked ...Asked) (io.ReadCloser, error
 	case f.Break != nil:
 		body.Reader = io.MultiReader(bytes.NewReader(b[:n/2]), broken{f.Break})
 	case f.Flip:
+		b = bytes.Clone(b)
 		b[n/2] ^= 4
 		fallthrough
 	default:

@@ -525,7 +525,7 @@ func (w Writable) readOnly(t *testing.T) {
 	if err := d.Flush(ctx); err != nil {
 		t.Errorf("flush: %v", err)
 	}
-	check(t, d, blockmap.Range(0, d.Size()), w.Content)
+	new(reader).check(t, d, blockmap.Range(0, d.Size()), w.Content)
 }
 
 // Random sequences of everything, against a model.

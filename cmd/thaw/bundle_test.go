@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -77,22 +78,62 @@ func qemuRead(t testing.TB, uri string, commands ...string) {
 func bundled(t *testing.T, pack bool) (p *proxy, reg *registryProcess, ref, trace string) {
 	t.Helper()
 	need(t, "qemu-io", "nbdcopy")
+	made := bundledStorage(t)
 	storage := t.TempDir()
+	of := "plain"
+	if pack {
+		of = "packed"
+	}
+	if err := os.CopyFS(storage, os.DirFS(filepath.Join(made, of))); err != nil {
+		t.Fatal(err)
+	}
 	reg = startRegistry(t, "", storage, "")
 	p = startProxy(t, reg.addr)
-	ref = p.host() + "/team/app:v1"
+	return p, reg, p.host() + "/team/app:v1", filepath.Join(made, "trace")
+}
+
+// bundledImage is where bundledStorage has made its directories.
+var bundledImage struct {
+	sync.Mutex
+	dir string
+}
+
+// bundledStorage makes what bundled is about, once: "plain" is the storage of a registry
+// with an image and its trace, "packed" has their bundle too, and "trace" is that trace.
+func bundledStorage(t *testing.T) string {
+	t.Helper()
+	bundledImage.Lock()
+	defer bundledImage.Unlock()
+	if bundledImage.dir != "" {
+		return bundledImage.dir
+	}
+	dir, storage := t.TempDir(), t.TempDir()
+	reg := startRegistry(t, "", storage, "")
+	ref := reg.addr + "/team/app:v1"
 	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 60), file{name: "big", data: random(3, 16<<20)})...)))
 	must(t, "build", "--size", "32M", "--chunk-size", "128K", ref)
-	trace = filepath.Join(t.TempDir(), "trace")
+	trace := filepath.Join(dir, "trace")
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--record", trace, "--fetch-ahead", "none")
 	qemuRead(t, s.uri(), readWide)
 	s.term()
 	must(t, "trace", "push", ref, trace)
-	if pack {
-		must(t, "trace", "pack", ref)
+	if err := os.CopyFS(filepath.Join(dir, "plain"), os.DirFS(storage)); err != nil {
+		t.Fatal(err)
 	}
-	p.take()
-	return p, reg, ref, trace
+	must(t, "trace", "pack", ref)
+	reg.stop()
+	if err := os.CopyFS(filepath.Join(dir, "packed"), os.DirFS(storage)); err != nil {
+		t.Fatal(err)
+	}
+	kept, err := os.MkdirTemp("", "thaw-bundled")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundledImage.dir = kept
+	if err := os.CopyFS(kept, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	return kept
 }
 
 // ranges are the requests for parts of a blob, or of all but that one.
@@ -344,6 +385,7 @@ func TestRegistryDiesWithinABundle(t *testing.T) {
 	if testing.Short() {
 		t.Skip("waits for the retries to end")
 	}
+	t.Parallel()
 	p, reg, ref, _ := bundled(t, true)
 	layer := bundleOf(t, ref)
 	var times atomic.Int64
@@ -424,6 +466,7 @@ func TestTwoExportsOfOneImage(t *testing.T) {
 // An export that a client has opened stops fetching ahead when its last client
 // goes.
 func TestAllowedExportStopsReplaying(t *testing.T) {
+	t.Parallel()
 	p, _, ref, _ := bundled(t, true)
 	s := serving(t, "--allow", p.host()+"/**", "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-rate", "1M")
 	uri := "nbd+unix:///" + ref + "?socket=" + strings.TrimPrefix(s.ready.Listen[0], "unix:")

@@ -106,6 +106,7 @@ func TestReadyInWords(t *testing.T) {
 
 // --prefetch-wait ends by time, too, and at once where nothing more comes.
 func TestPrefetchWaitIsBounded(t *testing.T) {
+	t.Parallel()
 	p, _, ref, _ := bundled(t, false)
 	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100", "--prefetch-rate", "10K",
 		"--prefetch-wait-for", "300ms", "--grace", "0s")

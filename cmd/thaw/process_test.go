@@ -29,13 +29,6 @@ func layoutImage(t testing.TB) string {
 	return image
 }
 
-// asProgram is the program in a process of its own, not started yet.
-func asProgram(args ...string) *exec.Cmd {
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), asThaw+"=1")
-	return cmd
-}
-
 // Whoever reads the log, or the line that says ready, goes away: the server lives on.
 func TestServerOutlivesItsReaders(t *testing.T) {
 	need(t, "qemu-io")
@@ -467,6 +460,7 @@ func TestSignalSentTwice(t *testing.T) {
 // A FIFO that nobody writes to, wherever a file is named, does not outlive SIGTERM;
 // and what is written to one is read as from a file.
 func TestFIFOForAFile(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	image := layoutImage(t)
 	dir := t.TempDir()

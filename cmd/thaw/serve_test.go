@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -29,10 +30,22 @@ func device(t testing.TB, uri string) string {
 	return out
 }
 
+// sample is an image of two layers. Nothing changes it, so it is made once.
 func sample(t testing.TB) v1.Image {
-	return imageOf(t,
-		layerOf(t, files(1, "base", 150)...),
-		layerOf(t, append(files(2, "app", 60), file{name: "big", data: random(3, 3<<20)})...))
+	t.Helper()
+	sampleImage.Lock()
+	defer sampleImage.Unlock()
+	if sampleImage.Image == nil {
+		sampleImage.Image = imageOf(t,
+			layerOf(t, files(1, "base", 150)...),
+			layerOf(t, append(files(2, "app", 60), file{name: "big", data: random(3, 3<<20)})...))
+	}
+	return sampleImage.Image
+}
+
+var sampleImage struct {
+	sync.Mutex
+	v1.Image
 }
 
 // The whole way, with programs that others wrote: an ordinary image in a

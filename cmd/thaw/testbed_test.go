@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -43,7 +44,19 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	os.RemoveAll(bundledImage.dir)
+	os.Exit(code)
+}
+
+// asProgram is the program in a process of its own, not started yet. Built with -race, a
+// program sleeps for a second when it exits, so that goroutines that still run can show
+// their races. thaw waits for its goroutines before it exits: the second shows nothing
+// and would be most of what these tests take. Races before the exit are reported as ever.
+func asProgram(args ...string) *exec.Cmd {
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), asThaw+"=1", "GORACE="+os.Getenv("GORACE")+" atexit_sleep_ms=0")
+	return cmd
 }
 
 // need skips a test on a machine that lacks a program, and says which.
@@ -180,8 +193,8 @@ func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return 
 func launch(t testing.TB, env []string, args ...string) *server {
 	t.Helper()
 	s := &server{t: t, done: make(chan struct{})}
-	s.cmd = exec.Command(os.Args[0], append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
-	s.cmd.Env = append(append(os.Environ(), asThaw+"=1"), env...)
+	s.cmd = asProgram(append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
+	s.cmd.Env = append(s.cmd.Env, env...)
 	s.cmd.Stderr = &s.stderr
 	out, err := s.cmd.StdoutPipe()
 	if err != nil {
@@ -400,7 +413,8 @@ func layerOf(t testing.TB, files ...file) v1.Layer {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil },
+		tarball.WithCompressionLevel(gzip.BestSpeed), tarball.WithCompressedCaching)
 	if err != nil {
 		t.Fatal(err)
 	}

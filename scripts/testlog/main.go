@@ -98,7 +98,12 @@ func (l *log) add(e event) {
 	delete(l.output, key)
 	switch {
 	case e.Test == "" && e.Action != "skip" && e.Action != "build-fail":
-		l.packages = append(l.packages, e)
+		// A package can run twice: with the race detector, and without.
+		if i := slices.IndexFunc(l.packages, func(p event) bool { return p.Package == e.Package }); i >= 0 {
+			l.packages[i].Elapsed += e.Elapsed
+		} else {
+			l.packages = append(l.packages, e)
+		}
 	case e.Test != "" && !strings.Contains(e.Test, "/"): // a subtest is part of its test
 		l.longest[e.Package] = append(l.longest[e.Package], e)
 	}

@@ -18,6 +18,8 @@ const sample = `a line of the compiler
 {"Action":"fail","Package":"thaw/a","Elapsed":12}
 {"Action":"pass","Package":"thaw/b","Test":"TestB","Elapsed":30}
 {"Action":"pass","Package":"thaw/b","Elapsed":31}
+{"Action":"pass","Package":"thaw/b","Test":"TestC","Elapsed":2}
+{"Action":"pass","Package":"thaw/b","Elapsed":3}
 {"Action":"skip","Package":"thaw/none","Elapsed":0}
 `
 
@@ -27,7 +29,7 @@ func TestLog(t *testing.T) {
 	if err := l.read(strings.NewReader(sample)); err != nil {
 		t.Fatal(err)
 	}
-	if l.passed != 4 || l.failed != 1 || len(l.skipped) != 1 || l.skipped[0] != "thaw/a TestSkipped: no /dev/fuse" {
+	if l.passed != 5 || l.failed != 1 || len(l.skipped) != 1 || l.skipped[0] != "thaw/a TestSkipped: no /dev/fuse" {
 		t.Errorf("%d passed, %d failed, skipped %q", l.passed, l.failed, l.skipped)
 	}
 	for _, want := range []string{"a line of the compiler\n", "FAIL      2.0s  thaw/a TestBroken\nwhat went wrong\n", "ok       31.0s  thaw/b\n"} {
@@ -36,7 +38,7 @@ func TestLog(t *testing.T) {
 		}
 	}
 	l.writeCost(&cost)
-	const want = "   31.0s  thaw/b                        TestB 30s\n" +
+	const want = "   34.0s  thaw/b                        TestB 30s  TestC 2s\n" +
 		"   12.0s  thaw/a                        TestLong 9s  TestBroken 2s\n"
 	if cost.String() != want {
 		t.Errorf("got\n%swant\n%s", &cost, want)
