@@ -6,38 +6,37 @@ import (
 	"fmt"
 )
 
-// ErrCorrupt marks input that is not what its format says: a truncated,
-// altered or hostile index, table or header.
+// ErrCorrupt marks input that violates its format: a truncated, altered or hostile
+// index, table or header.
 var ErrCorrupt = errors.New("corrupt")
 
-// Decoder reads the varint-coded bodies of thaw's binary formats without
-// trusting them. The first fault sticks: every later read returns zeros, so a
-// format's reader checks Err once a record instead of once a field. Nothing is
-// allocated for a count before Count has checked it against the bytes that are
-// left.
+// Decoder reads the varint-coded bodies of thaw's binary formats, which may be hostile.
+// After the first fault, every later read returns zeros, so the reader of a format
+// checks Err once per record instead of once per field. Count checks a count against
+// the remaining bytes before anything is allocated for it.
 type Decoder struct {
 	b   []byte
 	off int
 	err error
 }
 
-// NewDecoder reads b, which it does not copy.
+// NewDecoder reads b without copying it.
 func NewDecoder(b []byte) *Decoder { return &Decoder{b: b} }
 
-// Err is the first fault, or nil.
+// Err returns the first fault, or nil.
 func (d *Decoder) Err() error { return d.err }
 
-// Fail makes the decoder fail at the current offset, unless it has already.
+// Fail makes the decoder fail at the current offset, unless it has failed already.
 func (d *Decoder) Fail(format string, args ...any) {
 	if d.err == nil {
 		d.err = fmt.Errorf("%w at byte %d: %s", ErrCorrupt, d.off, fmt.Sprintf(format, args...))
 	}
 }
 
-// Len is the number of bytes not yet read.
+// Len returns the number of unread bytes.
 func (d *Decoder) Len() int { return len(d.b) - d.off }
 
-// Uvarint reads a number of at most limit.
+// Uvarint reads a number, which must not exceed limit.
 func (d *Decoder) Uvarint(limit uint64) uint64 {
 	if d.err != nil {
 		return 0
@@ -69,7 +68,7 @@ func (d *Decoder) Varint() int64 {
 	return v
 }
 
-// Count reads how many records follow, each of at least size bytes.
+// Count reads the number of the records that follow, each of at least size bytes.
 func (d *Decoder) Count(size int) int {
 	n := d.Uvarint(1 << 40)
 	if d.err == nil && n > uint64(d.Len()/size) {
@@ -95,18 +94,18 @@ func (d *Decoder) Bytes(n int) []byte {
 	return p
 }
 
-// String reads a length of at most limit and that many bytes.
+// String reads a length, which must not exceed limit, and as many bytes.
 func (d *Decoder) String(limit uint64) string {
 	return string(d.Bytes(int(d.Uvarint(limit))))
 }
 
-// Digest reads a SHA-256.
+// Digest reads a SHA-256 digest.
 func (d *Decoder) Digest() (g Digest) {
 	copy(g[:], d.Bytes(len(g)))
 	return g
 }
 
-// End fails unless everything has been read.
+// End fails unless all bytes have been read.
 func (d *Decoder) End() {
 	if d.Len() != 0 {
 		d.Fail("%d bytes too many", d.Len())

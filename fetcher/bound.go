@@ -21,13 +21,13 @@ func (f *Fetcher) From(o Origin) *Bound {
 	return &Bound{f: f, src: f.newSource(o), hints: make(map[*fetch]struct{})}
 }
 
-// ReadAhead has chunks prefetched that readers are likely to demand next, judging by
-// those that they have demanded. It is for images without a trace.
+// ReadAhead prefetches chunks that readers are likely to demand next, as predicted from
+// the chunks that they have demanded. It is for images without a trace.
 func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
 
-// Fetch returns when all wants are resident, or with the first error: of a chunk that
-// was given up, or the cause of the end of ctx. After an error it cancels the fetches
-// that nobody else wants.
+// Fetch returns when all wants are resident, or with the first error: that of a chunk
+// that was given up, or the cause of the end of ctx. After an error it cancels the
+// fetches that no other reader or prefetch wants.
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	var ahead []blockmap.Want
 	if r := b.ahead.Load(); r != nil {
@@ -52,12 +52,12 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	return nil
 }
 
-// Prefetch has wants fetched when no demand is waiting. It is a hint: it is dropped
-// where maxHints chunks are being prefetched already.
+// Prefetch fetches wants when no demand is waiting. It is a hint: it is dropped if
+// maxHints chunks are being prefetched already.
 func (b *Bound) Prefetch(wants []blockmap.Want) { b.join(nil, wants, hint) }
 
-// Close cancels what Prefetch and ReadAhead have asked for. It is called when the image
-// is no longer in use.
+// Close cancels the fetches that Prefetch and ReadAhead have asked for. The caller
+// calls it when the image is no longer in use.
 func (b *Bound) Close() {
 	b.ahead.Store(nil)
 	b.f.mu.Lock()
@@ -71,21 +71,21 @@ func (b *Bound) Close() {
 	b.f.cancelPrefetches(hinted, context.Canceled)
 }
 
-// asker says who asks for a chunk.
+// asker is the kind of caller that asks for a chunk.
 type asker uint8
 
 const (
 	reader   asker = iota // waits, and leaves if it gives up
 	prefetch              // waits, and calls cancelPrefetches if it is stopped
-	hint                  // does not wait, and is dropped where there are many
+	hint                  // does not wait, and is dropped if there are many
 )
 
-// maxHints bounds the fetches that a Bound has from hints and predictions.
+// maxHints bounds the fetches of a Bound that come from hints and predictions.
 const maxHints = 256
 
-// join finds or makes the fetches of chunks: one for each of wants, nil where the chunk
-// is resident. For those of hinted it only makes fetches. It starts requests when all
-// are queued, so that neighbours share one.
+// join finds or makes the fetches of chunks. It returns one for each of wants, nil if
+// the chunk is resident. For the chunks of hinted it makes fetches but returns none. It
+// starts requests when all fetches are queued, so that neighbours share one.
 func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*fetch {
 	f := b.f
 	fetches := make([]*fetch, len(wants))
@@ -101,8 +101,8 @@ func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []
 	return fetches
 }
 
-// fetch finds or makes the fetch of a chunk, or returns nil where the chunk is
-// resident. f.mu is held.
+// fetch finds or makes the fetch of a chunk, or returns nil if the chunk is resident.
+// f.mu is held.
 func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	f := b.f
 	k := key{w.Stream, w.Chunk}

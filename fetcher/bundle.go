@@ -9,16 +9,17 @@ import (
 	"thaw/blockmap"
 )
 
-// Bundle is chunks that come in one download, in the order in which a start reads them.
+// Bundle is a sequence of chunks in one download, in the order in which a start reads
+// them.
 type Bundle struct {
 	Parts []Part
-	// Open reads the frames of all parts, one behind the other, from byte off of them to
-	// their end. The body ends with ctx.
+	// Open returns a body with the frames of all parts, one after the other, from byte
+	// off to the end. The body ends with ctx.
 	Open func(ctx context.Context, off int64) (io.ReadCloser, error)
-	// Asked is when the body that Open returns first was asked for; zero if Open asks
-	// for it.
+	// Asked is when the first body that Open returns was requested. It is zero if Open
+	// requests that body itself.
 	Asked time.Time
-	// Close, if not nil, is called when Open will not be called any more.
+	// Close, if not nil, is called after the last call of Open.
 	Close func()
 }
 
@@ -29,7 +30,8 @@ type Part struct {
 	Wants []blockmap.Want
 }
 
-// before is the wants of a bundle, followed by those of rest that are not in it.
+// before returns the wants of a bundle, followed by the wants of rest that are not in
+// the bundle.
 func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
 	seen := make(map[key]bool)
 	for _, p := range b.Parts {
@@ -46,7 +48,8 @@ func (b *Bundle) before(rest []blockmap.Want) (all []blockmap.Want) {
 	return all
 }
 
-// only is the bundle with the wants that are in kept, up to the last part that has any.
+// only returns the bundle with only the wants in kept, up to the last part that has
+// any.
 func (b *Bundle) only(kept []blockmap.Want) *Bundle {
 	in := make(map[key]bool, len(kept))
 	for _, w := range kept {

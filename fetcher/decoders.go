@@ -9,26 +9,27 @@ import (
 )
 
 // decoders are threads of low priority that decompress, verify and store prefetched
-// chunks. If they had normal priority, both processors of a small host could be busy with
-// chunks that a start reads later, while it waits for one that it reads now. The kernel's
-// priorities are used, and not Go's scheduler, because the program that starts is another
-// process.
+// chunks. With normal priority they could keep both processors of a small host busy
+// with chunks that a start reads later, while the start waits for a chunk that it reads
+// now. They use the kernel's priorities and not Go's scheduler, because the program
+// that starts is another process.
 //
-// A thread that waits for a processor still holds one of Go's GOMAXPROCS, so there should
-// be more of these than decoders: see Options.Decoders.
+// A thread that waits for a processor still holds one of Go's GOMAXPROCS, so GOMAXPROCS
+// should be larger than the number of decoders: see Options.Decoders.
 //
-// A job writes to a disk and may hang. A thread whose job takes longer than stuckAfter is
-// replaced by another, and ends with its job. So a source whose jobs hang delays the
-// jobs of others for stuckAfter at most, and how many of its jobs hang is bounded by what
-// it may have in flight.
+// A job writes to a disk and may hang. If a job takes longer than stuckAfter, another
+// thread replaces its thread, which ends with the job. So a source whose jobs hang
+// delays the jobs of other sources for stuckAfter at most. The limit on what a source
+// may have in flight bounds the number of its jobs that hang.
 type decoders struct {
 	work chan func()
 	wg   sync.WaitGroup
 	once sync.Once // closes work
 }
 
-// niceness is how much nicer the decoders' threads are than the process. On a processor
-// that other threads want they get a tenth of the time, and on an idle one all of it.
+// niceness is the niceness of the decoders' threads relative to the process. On a
+// processor that other threads want, they get a tenth of the time; on an idle one, all
+// of it.
 const niceness = 10
 
 func newDecoders(n int) *decoders {
@@ -45,14 +46,15 @@ func (d *decoders) run() {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
 		// The first thread of a process never ends, and tools show its priority as that
-		// of the process. It is held here until another goroutine has got another one.
+		// of the process. This goroutine holds it until another goroutine has got
+		// another thread.
 		defer runtime.UnlockOSThread()
 		var other sync.WaitGroup
 		other.Go(d.run)
 		other.Wait()
 		return
 	}
-	// Only a sandbox refuses this, and then the thread keeps the normal priority. The
+	// Only a sandbox refuses this; the thread then keeps the normal priority. The
 	// system call returns 20 minus the niceness.
 	if p, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Getpid()); err == nil {
 		_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), min(20-p+niceness, 19))
@@ -64,7 +66,8 @@ func (d *decoders) run() {
 	}
 }
 
-// replaced does a job, and says whether another thread has replaced this one meanwhile.
+// replaced does a job, and reports whether another thread has replaced this one
+// meanwhile.
 func (d *decoders) replaced(job func()) bool {
 	var mu sync.Mutex
 	var done, replaced bool
@@ -84,7 +87,7 @@ func (d *decoders) replaced(job func()) bool {
 	return replaced
 }
 
-// do hands f to a thread as soon as one is free. It returns false if urgent is closed
+// do gives f to a thread as soon as one is free. It returns false if urgent is closed
 // before that.
 func (d *decoders) do(urgent <-chan struct{}, f func()) bool {
 	select {
@@ -95,7 +98,7 @@ func (d *decoders) do(urgent <-chan struct{}, f func()) bool {
 	}
 }
 
-// close returns when all threads have ended. do must not be called any more.
+// close returns when all threads have ended. Nobody may call do afterwards.
 func (d *decoders) close() {
 	d.once.Do(func() { close(d.work) })
 	d.wg.Wait()

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// push queues a fetch at all sources that have its chunk: the first that has room for
-// it takes it. f.mu is held; the caller calls dispatch.
+// push queues a fetch at all sources that have its chunk. The first source with room
+// for the fetch takes it. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) push(ft *fetch) {
 	ft.state = queued
 	f.pushTo(ft, ft.place.src)
@@ -23,7 +23,7 @@ func (f *Fetcher) pushTo(ft *fetch, s *source) {
 	f.addSource(s)
 }
 
-// addSource has dispatch look at a source.
+// addSource makes dispatch look at a source.
 func (f *Fetcher) addSource(s *source) {
 	if !s.listed {
 		s.listed = true
@@ -31,7 +31,7 @@ func (f *Fetcher) addSource(s *source) {
 	}
 }
 
-// dispatch starts requests while the bounds allow it, of each source in turn. f.mu is
+// dispatch starts requests while the bounds allow it, for each source in turn. f.mu is
 // held.
 func (f *Fetcher) dispatch() {
 	if f.mu.closed {
@@ -51,7 +51,7 @@ func (f *Fetcher) dispatch() {
 		s.listed = s.queue.len() > 0
 		return !s.listed
 	})
-	if n := len(f.mu.sources); n > 1 { // the first is the last the next time
+	if n := len(f.mu.sources); n > 1 { // start with the next source the next time
 		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
 	}
 }
@@ -60,7 +60,7 @@ func (f *Fetcher) dispatch() {
 // it.
 func (f *Fetcher) startNext(s *source, demand bool) bool {
 	if !demand && s.queue.next(true) != nil {
-		return false // a demand has no room, and prefetches must not take it
+		return false // a demand has no room, and prefetches must not take the room it waits for
 	}
 	first := s.queue.next(demand)
 	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
@@ -89,7 +89,7 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 	return true
 }
 
-// limits are those of the next request to a source.
+// limits returns the limits of the next request to a source.
 func (f *Fetcher) limits(s *source, demand bool) limits {
 	l := limits{request: f.o.MaxRequest, ranges: 1, near: s.pace.near()}
 	if !demand {
@@ -99,7 +99,7 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 	case demand:
 		l.bytes = s.pace.behind()
 	case l.ranges == 1:
-		// Prefetches come by several requests at once, so that the link is not idle
+		// Several requests at once bring prefetches, so that the link is not idle
 		// between a request and its answer.
 		l.bytes = s.pace.run()
 	default:
@@ -109,7 +109,7 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 	return l
 }
 
-// costs is the sum of the costs of fetches.
+// costs returns the sum of the costs of fetches.
 func costs(batch []*fetch) (bytes int64) {
 	for _, ft := range batch {
 		bytes += cost(ft.chunk())
@@ -148,9 +148,9 @@ func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
 	})
 }
 
-// keepsPace says whether a source may make one more request for prefetches, of so many
-// bytes: only if those in flight do not keep the link busy. Requests that hardly bring
-// anything do not.
+// keepsPace reports whether a source may make one more request for prefetches of this
+// many bytes. It may if the requests in flight do not keep the link busy. Requests that
+// bring hardly any bytes do not keep it busy.
 func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	now := time.Now()
 	var left int64
@@ -166,7 +166,7 @@ func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
 }
 
-// flows says whether a request uses the link, or soon will.
+// flows reports whether a request uses the link, or soon will.
 func (r *request) flows(now time.Time) bool {
 	if !r.paused.IsZero() || now.Sub(r.asked) < stuckAfter {
 		return true
@@ -176,5 +176,5 @@ func (r *request) flows(now time.Time) bool {
 	return now.Sub(r.moved) < stuckAfter && (!known || rate >= src.pace.speed/float64(8*len(src.running)))
 }
 
-// stuckAfter is how long a request that brings nothing counts as one that soon will.
+// stuckAfter is how long a request without bytes counts as one that soon uses the link.
 const stuckAfter = time.Second

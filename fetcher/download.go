@@ -18,42 +18,42 @@ import (
 const (
 	// downloadTries bounds how often a download is resumed without a part in between.
 	downloadTries = 3
-	// downloadBytes is what a download takes of Options.MaxBytes, for the parts that
-	// are being read and decompressed.
+	// downloadBytes is the part of Options.MaxBytes that a download takes, for the
+	// parts that are being read and decompressed.
 	downloadBytes = 8 << 20
-	// maxWait is the longest time that a reader waits for a download before its chunk
-	// is fetched by a request.
+	// maxWait is the longest time that a reader waits for a download. After that, a
+	// request fetches the chunk.
 	maxWait = 2 * time.Second
-	// maxLater is how much later than by a request a chunk may come by a download: that
-	// saves a request, and bytes that would come twice.
+	// maxLater is how much later a chunk may come by a download than by a request. The
+	// download saves a request, and bytes that would come twice.
 	maxLater = 50 * time.Millisecond
 )
 
-// download is a bundle that is being downloaded. A chunk in it is a fetch like any other.
-// A reader that needs it waits for the download if that brings it soon, and otherwise has
-// it fetched by a request.
+// download is a bundle that is being downloaded. A chunk in it is a fetch like any
+// other. A reader that needs it waits for the download if that brings it soon;
+// otherwise a request fetches it.
 type download struct {
 	f       *Fetcher
 	src     *source
 	bundle  *Bundle
 	limit   *rate.Limiter
 	done    func(Part) // called for each part that is resident, by several goroutines
-	missing []bool     // the parts that are not
-	fetches []*fetch   // of the chunks in these
+	missing []bool     // the parts that are not resident
+	fetches []*fetch   // the fetches of the chunks in these parts
 	next    int        // the part to be read next
-	off     int64      // where it begins
+	off     int64      // offset of that part
 
-	// What follows is guarded by Fetcher.mu.
-	asked   time.Time           // when the bundle was asked for
-	first   time.Time           // when its first part had come; zero until then
-	base    int64               // bytes that had come by then
-	got     int64               // bytes that have come by now
-	hangs   bool                // a reader has waited too long, and nothing has come since
-	awaited map[*fetch]struct{} // those that readers wait for
+	// Fetcher.mu guards the fields below.
+	asked   time.Time           // when the bundle was requested
+	first   time.Time           // when its first part had arrived; zero until then
+	base    int64               // bytes that had arrived by then
+	got     int64               // bytes that have arrived so far
+	hangs   bool                // a reader has waited too long, and no bytes have arrived since
+	awaited map[*fetch]struct{} // the fetches that readers wait for
 }
 
-// soon says whether the frame that ends at byte at, of so many bytes, comes by the
-// download about as soon as it would by a request, and how long to wait for it.
+// soon reports whether the download brings the frame of this size that ends at byte at
+// about as soon as a request would, and returns how long to wait for it.
 func (d *download) soon(now time.Time, at, stored int64) (wait time.Duration, ok bool) {
 	if d.hangs {
 		return 0, false
@@ -65,12 +65,12 @@ func (d *download) soon(now time.Time, at, stored int64) (wait time.Duration, ok
 	latency := d.first.Sub(d.asked)
 	perByte := float64(max(now.Sub(d.first), time.Millisecond)) / float64(max(d.got-d.base, 64<<10))
 	eta := time.Duration(float64(at-d.got) * perByte)
-	// The download would pause for a request.
+	// A request would make the download pause.
 	alone := latency + time.Duration(float64(stored)*perByte)
 	return min(2*eta+latency+20*time.Millisecond, maxWait), eta <= alone+alone/4+maxLater
 }
 
-// leave notes that no reader waits for the download to bring a fetch any more.
+// leave records that no reader waits for the download to bring a fetch any more.
 func (d *download) leave(ft *fetch) {
 	if ft.late != nil {
 		ft.late.Stop()
@@ -79,8 +79,8 @@ func (d *download) leave(ft *fetch) {
 	delete(d.awaited, ft)
 }
 
-// awaitDownload has a reader of a chunk in a download wait for that, or for a request.
-// f.mu is held; the caller calls dispatch.
+// awaitDownload makes a reader of a chunk in a download wait for the download, or for a
+// request. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) awaitDownload(ft *fetch) {
 	d := ft.download
 	wait, ok := d.soon(time.Now(), ft.until, int64(ft.chunk().Stored))
@@ -102,10 +102,10 @@ func (f *Fetcher) awaitDownload(ft *fetch) {
 	})
 }
 
-// downloadBundle downloads a bundle and makes its chunks resident. It calls done for each
-// part that is resident, from several goroutines. When it returns, no chunk is
-// downloading any more: those that the bundle did not bring are queued. It does nothing
-// where most of the bundle is resident or in flight already.
+// downloadBundle downloads a bundle and makes its chunks resident. It calls done for
+// each part that is resident, from several goroutines. When it returns, no chunk is
+// downloading any more: chunks that the bundle did not bring are queued. It does
+// nothing if most of the bundle is resident or in flight already.
 func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
 	f := b.f
 	if bundle.Close != nil {
@@ -116,7 +116,7 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 		f.mu.Unlock()
 		return blockmap.ErrClosed
 	}
-	f.wg.Add(1) // Close waits for what is being decompressed
+	f.wg.Add(1) // Close waits for the parts that are being decompressed
 	f.mu.Unlock()
 	defer f.wg.Done()
 	for _, p := range bundle.Parts {
@@ -148,9 +148,9 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	return d.run(ctx)
 }
 
-// begin makes fetches of the chunks that a bundle brings. It does nothing, and says so,
-// where these are less than half of the bundle, or where other downloads have taken the
-// room.
+// begin makes fetches of the chunks that a bundle brings. It returns false and does
+// nothing if these are less than half of the bundle, or if other downloads have taken
+// the room.
 func (d *download) begin() bool {
 	f, s := d.f, d.src
 	f.mu.Lock()
@@ -224,9 +224,9 @@ func (d *download) end() {
 	f.dispatch()
 }
 
-// run reads the bundle from its beginning to its end. Where a connection breaks, it
-// resumes. It gives up at the first part that is wrong: the others were made by the same
-// program, and may be wrong too.
+// run reads the bundle from its beginning to its end. If a connection breaks, run
+// resumes the download. It gives up at the first part that is wrong: the program that
+// made it also made the other parts, so they may be wrong too.
 func (d *download) run(ctx context.Context) error {
 	f := d.f
 	for try := 0; ; try++ {
@@ -281,7 +281,8 @@ func (d *download) read(ctx context.Context) error {
 			continue
 		}
 		// A wrong part is not the fault of the server that sends it, so no server is
-		// distrusted for it. Chunks that are fetched by requests tell whether one is.
+		// distrusted for it. Chunks that requests fetch show whether a server is at
+		// fault.
 		f.decodeLater(d.src, &decoding, nil, func() {
 			defer f.buffers.Put(stored)
 			err := f.keepPart(p, *stored)
@@ -325,7 +326,7 @@ func (d *download) readPart(ctx context.Context, body io.Reader) (stored *[]byte
 	return nil, fmt.Errorf("part %d: %w", d.next, err)
 }
 
-// received notes that a part has come.
+// received records that a part has arrived.
 func (d *download) received(p Part) {
 	d.off += p.Stored
 	d.f.mu.Lock()
@@ -338,7 +339,7 @@ func (d *download) received(p Part) {
 	d.src.good = now
 }
 
-// keepPart makes a part resident in all its places, and ends the fetches of these.
+// keepPart makes a part resident in all its places, and ends their fetches.
 func (f *Fetcher) keepPart(p Part, stored []byte) error {
 	fr := frame{f: f, stored: stored}
 	defer fr.release()
@@ -364,8 +365,8 @@ func (f *Fetcher) keepPart(p Part, stored []byte) error {
 	return nil
 }
 
-// fetchAlone queues the fetch of a chunk that a bundle has brought in vain, if it is still
-// wanted.
+// fetchAlone queues the fetch of a chunk whose content in a bundle was of no use, if
+// the fetch is still wanted.
 func (f *Fetcher) fetchAlone(k key) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

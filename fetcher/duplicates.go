@@ -1,8 +1,9 @@
 package fetcher
 
-// enqueue queues a fetch at its sources or, where another fetch already brings the same
-// content, makes it a duplicate of that. A fetch that leaves a bundle download does not
-// wait for another one. f.mu is held; the caller calls dispatch.
+// enqueue queues a fetch at its sources. If another fetch already brings the same
+// content, enqueue makes the new fetch a duplicate of that one. A fetch that leaves a
+// bundle download does not wait for another one. f.mu is held; the caller calls
+// dispatch.
 func (f *Fetcher) enqueue(ft *fetch) {
 	if ft.state == downloading {
 		ft.download.leave(ft)
@@ -36,8 +37,8 @@ func (f *Fetcher) addDuplicates(original *fetch, duplicates ...*fetch) {
 	original.duplicates = append(original.duplicates, duplicates...)
 }
 
-// copyTo ends a fetch with a copy of its content, which another fetch was quicker to
-// bring from a source that works.
+// copyTo ends a fetch with a copy of its content. Another fetch, from a source that
+// works, was quicker to bring that content.
 func (f *Fetcher) copyTo(ft *fetch) {
 	if !ft.isWanted() {
 		return

@@ -8,16 +8,16 @@ import (
 	"thaw/blockmap"
 )
 
-// fetch is one chunk that is to become resident. There is at most one for each chunk
-// of the cache; whoever needs the chunk joins it.
+// fetch is one chunk that is to become resident. There is at most one for each chunk of
+// the cache. Every reader or prefetch that needs the chunk joins it.
 type fetch struct {
 	key
-	place  place   // where the chunk is read, or was tried last
-	others []place // where else it can be read, the next one first
+	place  place   // where the next try reads the chunk, or the last one did
+	others []place // other places that have the chunk, the next one first
 	demand bool    // a reader waits for it, or for a duplicate of it
-	// The readers that wait and the prefetches that want it, without those that left.
+	// The readers that wait and the prefetches that want it, except those that left.
 	readers, wanted int
-	hint            *Bound // whose hint or prediction is one of wanted
+	hint            *Bound // one of wanted is a hint or prediction of this Bound
 	state           state
 	seq             int64 // its number among all fetches, in order of arrival
 	started         bool
@@ -25,12 +25,12 @@ type fetch struct {
 	since           time.Time // when a reader began to wait
 	tries           int
 	passed          int // smaller fetches that were started before it
-	wrong           int // tries that brought something else
+	wrong           int // tries that brought wrong bytes
 
-	requests      []*request // that bring it, while it is running
-	noExtraBefore time.Time  // when the next extra request may be made
+	requests      []*request // requests that bring it, while it is running
+	noExtraBefore time.Time  // no extra request may be made before this time
 
-	original   *fetch   // the one in flight that it is a duplicate of
+	original   *fetch   // the fetch in flight that it is a duplicate of
 	duplicates []*fetch // fetches of the same content for other chunks of the cache
 
 	download *download   // the bundle download that brings it, while it is downloading
@@ -48,16 +48,16 @@ const (
 	running                  // one or several requests bring it
 	waiting                  // it waits for its next try
 	downloading              // a bundle download brings it
-	duplicate                // another fetch brings its content, which it copies then
+	duplicate                // another fetch brings its content; then it copies the content
 	ended
 )
 
 func (ft *fetch) chunk() *blockmap.Chunk { return &ft.place.table.Chunks[ft.key.chunk] }
 
-// cost is how many bytes of Options.MaxBytes a chunk takes.
+// cost returns how many bytes of Options.MaxBytes a chunk takes.
 func cost(c *blockmap.Chunk) int64 { return int64(c.Stored) + int64(c.Size()) }
 
-// at is where a chunk lies at a source.
+// at returns where a chunk lies at a source.
 func (ft *fetch) at(s *source) place {
 	if ft.place.src == s {
 		return ft.place
@@ -72,24 +72,24 @@ func (ft *fetch) at(s *source) place {
 
 func (ft *fetch) isAt(p place) bool { return ft.place == p || slices.Contains(ft.others, p) }
 
-// take makes p the place that is tried next.
+// take makes p the place of the next try.
 func (ft *fetch) take(p place) {
 	if i := slices.Index(ft.others, p); i >= 0 && ft.place != p {
 		ft.place, ft.others[i] = p, ft.place
 	}
 }
 
-// isWanted says whether a reader or a prefetch still wants it, or a duplicate of it.
+// isWanted reports whether a reader or a prefetch still wants it, or a duplicate of it.
 func (ft *fetch) isWanted() bool {
 	return ft.demand || ft.wanted > 0 || slices.ContainsFunc(ft.duplicates, (*fetch).isWanted)
 }
 
-// hasReader says whether a reader waits for it, or for a duplicate of it.
+// hasReader reports whether a reader waits for it, or for a duplicate of it.
 func (ft *fetch) hasReader() bool {
 	return ft.readers > 0 || slices.ContainsFunc(ft.duplicates, func(x *fetch) bool { return x.demand })
 }
 
-// markDemand notes that a reader waits for a fetch from now on.
+// markDemand records that a reader waits for a fetch from now on.
 func (f *Fetcher) markDemand(ft *fetch) {
 	ft.demand = true
 	ft.began = time.Now()
@@ -99,8 +99,8 @@ func (f *Fetcher) markDemand(ft *fetch) {
 	f.watch()
 }
 
-// promote makes a prefetch a demand, and the fetch that it is a duplicate of too. f.mu
-// is held; the caller calls dispatch.
+// promote makes a prefetch a demand. If it is a duplicate, promote does the same for
+// its original. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) promote(ft *fetch) {
 	if ft.demand || ft.state == ended {
 		return
@@ -121,7 +121,8 @@ func (f *Fetcher) promote(ft *fetch) {
 	}
 }
 
-// leave takes back a reader's part in fetches. It cancels those that nobody else wants.
+// leave removes a reader from fetches. It cancels the fetches that no other reader or
+// prefetch wants.
 func (f *Fetcher) leave(fetches []*fetch) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -154,7 +155,7 @@ func (f *Fetcher) update(ft *fetch) {
 		if !wanted {
 			f.drop(ft)
 		} else if calmed {
-			// Its turn as a prefetch is over, so it goes first.
+			// Its turn as a prefetch has passed, so it goes first.
 			ft.place.src.queue.pushFront(ft)
 			f.addSource(ft.place.src)
 		}
@@ -176,15 +177,16 @@ func (f *Fetcher) update(ft *fetch) {
 	}
 }
 
-// drop ends a fetch that nobody wants.
+// drop ends a fetch that no reader or prefetch wants.
 func (f *Fetcher) drop(ft *fetch) {
 	f.cancelled.Add(1)
 	f.end(ft, context.Canceled)
 }
 
-// cancelPrefetches takes back prefetches; each has joined its fetch the given number of
-// times. Fetches that nobody else wants end: at once if they have not started, and
-// otherwise after cancelAfter, since their bytes may arrive before that and be of use.
+// cancelPrefetches removes prefetches from fetches; each has joined its fetch the given
+// number of times. Fetches that no other reader or prefetch wants end: at once if they
+// have not started, and otherwise after cancelAfter, because their bytes may arrive
+// before that and be of use.
 func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -217,10 +219,10 @@ func (f *Fetcher) cancelPrefetches(fetches map[*fetch]int, err error) {
 	f.dispatch()
 }
 
-// cancelAfter is how long a request goes on that only stopped prefetches wanted.
+// cancelAfter is how long a request continues if only stopped prefetches wanted it.
 const cancelAfter = time.Second
 
-// end ends a fetch with err, nil for success, and wakes those who wait. f.mu is held.
+// end ends a fetch with err, nil for success, and wakes its waiters. f.mu is held.
 func (f *Fetcher) end(ft *fetch, err error) {
 	if f.mu.fetches[ft.key] != ft {
 		return
@@ -240,8 +242,8 @@ func (f *Fetcher) end(ft *fetch, err error) {
 	}
 	ft.err = err
 	close(ft.done)
-	// If it has succeeded, its duplicates copy the content. Otherwise the first of them
-	// becomes the original of the others.
+	// After a success the duplicates copy the content. After a failure the first
+	// duplicate becomes the original of the others.
 	duplicates := ft.duplicates
 	ft.duplicates = nil
 	for _, x := range duplicates {

@@ -22,8 +22,8 @@ type Fetcher struct {
 	wg           sync.WaitGroup
 	chunkDecoder *blockmap.ChunkDecoder
 	buffers      sync.Pool
-	decode       chan struct{} // a token for each demanded chunk that is decompressed while its request is read
-	decoders     *decoders     // for all other chunks
+	decode       chan struct{} // a token for each demanded chunk that is being decompressed while its request is read
+	decoders     *decoders     // decompress all other chunks
 
 	warnings rate.Sometimes
 
@@ -40,7 +40,7 @@ type Fetcher struct {
 		contents  map[blockmap.Digest]*fetch // the fetch that brings each content
 		urgent    map[*fetch]struct{}        // the demanded ones
 		sources   []*source                  // those with something queued, the next to be served first
-		running   map[*request]struct{}      // without extra ones
+		running   map[*request]struct{}      // all requests except extra ones
 		watching  bool
 		pool      pool // shared by requests
 		extraPool pool // shared by extra requests
@@ -70,7 +70,7 @@ func New(o Options) *Fetcher {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	// Demanded chunks are decompressed beside what the decoders do.
+	// Demanded chunks are decompressed in addition to the work of the decoders.
 	f := &Fetcher{o: o, log: o.Log, chunkDecoder: blockmap.NewChunkDecoder(procs + o.Decoders),
 		decode: make(chan struct{}, procs), decoders: newDecoders(o.Decoders)}
 	f.ctx, f.cancel = context.WithCancel(context.Background())
@@ -93,8 +93,8 @@ func setDefault[T comparable](p *T, v T) {
 	}
 }
 
-// Close ends all fetches; those who wait for one get blockmap.ErrClosed. It returns when
-// no goroutine is left.
+// Close ends all fetches. Their waiters get blockmap.ErrClosed. Close returns when no
+// goroutine is left.
 func (f *Fetcher) Close() {
 	f.cancel()
 	f.mu.Lock()

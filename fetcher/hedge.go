@@ -8,28 +8,29 @@ import (
 	"thaw/blockmap"
 )
 
-// A demanded chunk is watched. If its request brings nothing for stallAfter, or will take
-// longer than tooLong at its present speed, another server or source is asked for the
-// chunk as well. If the request brings nothing at all, so is the same origin again. The
-// first request that brings the chunk ends the fetch, and with it the others.
+// This file watches demanded chunks. If the request for a chunk brings nothing for
+// stallAfter, or will take longer than tooLong at its present speed, the Fetcher asks
+// another server or source for the chunk as well. If the request brings nothing for
+// againAfter, it asks the same origin again. The first request that brings the chunk
+// ends the fetch, and with it the other requests.
 const (
 	watchEvery  = 250 * time.Millisecond
 	stallAfter  = 2 * time.Second // without a byte, until another server or source is asked
 	againAfter  = 4 * time.Second // without a byte, until the same origin is asked again
 	tooLong     = 3 * time.Second
-	avoidFor    = 30 * time.Second // how long a server is avoided that was slower than an extra request
-	maxExtra    = 8                // extra requests of a source that are in flight at once
-	freeExtra   = 16               // extra requests of a source in all, and a tenth of its requests
-	maxTries    = 3                // requests for a chunk that are in flight at once
-	leastSpeed  = 4 << 10          // bytes a second, of a request on a shared link
-	sharedSpeed = 256 << 10        // bytes a second, of a source whose link is busy
-	goodBytes   = 64 << 10         // of a chunk, from which on it proves that its source works, however long it took
-	longest     = 4                // times RetryFor, that a chunk may take on a busy link
+	avoidFor    = 30 * time.Second // how long to avoid a server that was slower than an extra request
+	maxExtra    = 8                // extra requests of a source in flight at once
+	freeExtra   = 16               // extra requests of a source in all, in addition to a tenth of its requests
+	maxTries    = 3                // requests for a chunk in flight at once
+	leastSpeed  = 4 << 10          // bytes per second, of a request on a shared link
+	sharedSpeed = 256 << 10        // bytes per second, of a source whose link is busy
+	goodBytes   = 64 << 10         // a chunk of at least this size proves that its source works, however long the chunk took
+	longest     = 4                // multiple of RetryFor that a chunk may take on a busy link
 	maxUseless  = 3                // extra requests in a row that were not quicker, on a busy link
 )
 
 // askElsewhere makes an extra request for a chunk: to another server, to another source
-// that has it, or to the same one again. f.mu is held.
+// that has the chunk, or to the same source again. f.mu is held.
 func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
 	first := ft.requests[0]
 	src := first.place.src
@@ -83,15 +84,15 @@ func (f *Fetcher) chargeExtra(s *source, n int, bytes int64) {
 	s.extraLoad.add(n, bytes)
 }
 
-// way is one of the ways to ask for a chunk again.
+// way is one way to ask for a chunk again.
 type way struct {
 	place place
-	other Elsewhere // if not nil, asked for another server than avoid
+	other Elsewhere // if not nil, asks a server other than avoid
 	avoid string
 }
 
-// runExtra brings a chunk by the first way that gets an answer, and says whether any
-// request was made.
+// runExtra brings a chunk by the first way that gets an answer, and reports whether it
+// has made any request.
 func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	err := errNowhereElse
 	for _, w := range ways {
@@ -128,9 +129,9 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	return asked
 }
 
-// avoidSlower notes which server an extra request has overtaken, so that others are asked
-// first for some time. The slower request is cancelled, so the registry's own measures
-// do not see how slow it was. f.mu is held.
+// avoidSlower records which server an extra request has overtaken, so that other
+// servers are asked first for avoidFor. The slower request is cancelled, so the
+// registry client's own measurements do not show how slow it was. f.mu is held.
 func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
 	for _, r := range ft.requests {
 		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src && r.server != "" {
@@ -139,8 +140,8 @@ func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
 	}
 }
 
-// openElsewhere opens a range from another server than one that is being avoided. It
-// returns nil without an error if none is, or if there is no other server.
+// openElsewhere opens a range from a server other than the one to avoid. It returns nil
+// without an error if no server is to be avoided, or if there is no other server.
 func (f *Fetcher) openElsewhere(r *request, e blockmap.Extent) (io.ReadCloser, error) {
 	src := r.place.src
 	o, ok := src.origin.(Elsewhere)

@@ -8,19 +8,20 @@ import (
 	"thaw/blockmap"
 )
 
-// Every chunk that comes from a source goes through this file, whatever asked for
-// it: a demand, a prefetch, an extra request or a bundle. It is decompressed once,
-// and the cache verifies it before it stores it or holds it in memory.
+// Every chunk that comes from a source goes through this file, whether a demand, a
+// prefetch, an extra request or a bundle asked for it. It is decompressed once, and the
+// cache verifies it before it stores it or holds it in memory.
 
-// frame is the content of a chunk, compressed, and decompressed once that is needed.
+// frame is the content of a chunk: compressed, and also decompressed once that is
+// needed.
 type frame struct {
 	f       *Fetcher
-	stored  []byte // as it came
+	stored  []byte // as it arrived
 	content []byte // in buf; nil until it is decompressed
 	buf     *[]byte
 }
 
-// decompress sets content, if it is not set yet.
+// decompress sets content, unless it is set already.
 func (fr *frame) decompress(c *blockmap.Chunk) (err error) {
 	if fr.content != nil {
 		return nil
@@ -40,10 +41,10 @@ func (fr *frame) release() {
 	}
 }
 
-// keep makes the chunk w resident from a frame: in the cache or, where that has no
-// room or its disk fails and a reader waits for the chunk, in memory. It calls
-// decompressed when only the disk is left to wait for. It fails with ErrDigest where
-// the frame holds something else, and with a storeError.
+// keep makes the chunk w resident from a frame. It stores the chunk in the cache. If
+// the cache has no room or its disk fails, and a reader waits for the chunk, keep holds
+// it in memory. It calls decompressed when only the disk is left to wait for. It fails
+// with ErrDigest if the frame holds other content, and otherwise with a storeError.
 func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
 	err := fr.decompress(&w.Table.Chunks[w.Chunk])
 	decompressed()
@@ -70,7 +71,8 @@ func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
 			}
 			err = fmt.Errorf("%w; nor can it be held in memory: %w", err, held)
 		}
-		// Other chunks may be in use for a short time, and then make room.
+		// Readers may use the other chunks only for a short time; then the cache has
+		// room.
 		if try == storeTries-1 || !errors.Is(err, blockmap.ErrNoSpace) || f.unstored.Add(1) > maxRefusals {
 			return &storeError{err}
 		}
@@ -91,7 +93,7 @@ const (
 	warnEvery = 10 * time.Second
 )
 
-// isDemanded says whether a reader waits for a chunk.
+// isDemanded reports whether a reader waits for a chunk.
 func (f *Fetcher) isDemanded(k key) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -99,14 +101,13 @@ func (f *Fetcher) isDemanded(k key) bool {
 	return ft != nil && ft.demand
 }
 
-// storeError says that a chunk came and was the right one, and that the cache could
-// not keep it.
+// storeError says that the right chunk arrived, but that the cache could not store it.
 type storeError struct{ err error }
 
 func (e *storeError) Error() string { return e.err.Error() }
 func (e *storeError) Unwrap() error { return e.err }
 
-// buffer returns n bytes, to be put back into f.buffers.
+// buffer returns n bytes. The caller puts them back into f.buffers.
 func (f *Fetcher) buffer(n int) *[]byte {
 	p, _ := f.buffers.Get().(*[]byte)
 	if p == nil || cap(*p) < n {

@@ -5,18 +5,19 @@ import (
 	"time"
 )
 
-// Demands go first on the link as well. While the bytes of a demand come, requests that
-// no reader waits for pause: they are not read, so their senders stop when the buffers
-// are full and leave the link to the demand. A pause costs a round trip, so a request
-// claims the link only if its bytes take longer than that; on a fast link none does.
+// Demands also go first on the link. While the bytes of a demand arrive, requests that
+// no reader waits for pause: the Fetcher does not read them, so their senders stop when
+// the buffers are full and leave the link to the demand. A pause costs a round trip, so
+// a request claims the link only if its bytes take longer than that; on a fast link
+// none does.
 const (
 	maxClaim  = 2 * time.Second        // how long a request may claim the link
-	maxPause  = 2 * time.Second        // in a row; a server may take a longer one for a dead connection
-	leastFree = 500 * time.Millisecond // between two pauses of that length
-	claimDies = 250 * time.Millisecond // without a byte, until a claim is void
+	maxPause  = 2 * time.Second        // in a row; after a longer pause a server may think that the connection is dead
+	leastFree = 500 * time.Millisecond // between two pauses of maxPause
+	claimDies = 250 * time.Millisecond // a claim ends after this time without a byte
 )
 
-// incoming is the body of an answer, which pauses and is measured.
+// incoming is the body of an answer; it pauses for demands and measures bytes.
 type incoming struct {
 	f    *Fetcher
 	r    *request
@@ -32,8 +33,8 @@ func (b *incoming) Read(p []byte) (int, error) {
 
 const readSize = 256 << 10
 
-// arrived notes bytes that have come, and starts prefetches for which there is room on the
-// link now.
+// arrived records bytes that have arrived, and starts prefetches that now have room on
+// the link.
 func (f *Fetcher) arrived(r *request, n int64) {
 	now := time.Now()
 	f.mu.Lock()
@@ -50,7 +51,7 @@ func (f *Fetcher) arrived(r *request, n int64) {
 	}
 }
 
-// claimLink has others pause for a request as long as that pays. f.mu is held.
+// claimLink makes other requests pause for this one as long as that pays. f.mu is held.
 func (f *Fetcher) claimLink(r *request, now time.Time) {
 	if r.download != nil {
 		return
@@ -74,8 +75,8 @@ func (f *Fetcher) claimLink(r *request, now time.Time) {
 	}
 }
 
-// usesLink says whether others should go on pausing for a request, one of so many: for
-// maxClaim, and while it gets a fair part of what the link carries.
+// usesLink reports whether the others should continue to pause for one of n requests:
+// for maxClaim, and while the request gets a fair part of what the link carries.
 func (r *request) usesLink(now time.Time, of int) bool {
 	since := now.Sub(r.claimed)
 	fair := r.place.src.pace.speed / float64(8*of)
@@ -91,7 +92,7 @@ func (f *Fetcher) unclaim(r *request) {
 	}
 }
 
-// wakePaused has paused requests look whether they may go on. f.mu is held.
+// wakePaused makes paused requests check whether they may continue. f.mu is held.
 func (f *Fetcher) wakePaused() {
 	close(f.mu.resumed)
 	f.mu.resumed = make(chan struct{})
@@ -132,7 +133,7 @@ func (f *Fetcher) awaitLink(r *request) {
 	}
 }
 
-// mustPause says whether a request must wait for others.
+// mustPause reports whether a request must wait for others.
 func (f *Fetcher) mustPause(r *request, now time.Time) bool {
 	if r.awaited() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= maxPause {
 		return false
@@ -140,7 +141,7 @@ func (f *Fetcher) mustPause(r *request, now time.Time) bool {
 	return f.linkIsTaken(r, now)
 }
 
-// linkIsTaken says whether a request other than r claims the link.
+// linkIsTaken reports whether a request other than r claims the link.
 func (f *Fetcher) linkIsTaken(r *request, now time.Time) bool {
 	for x := range f.mu.claims {
 		if x != r && now.Sub(x.moved) < claimDies && now.Sub(x.claimed) <= maxClaim {

@@ -5,16 +5,16 @@ import (
 	"slices"
 )
 
-// queue decides what a source's next request brings. It holds the fetches that
-// wait for a request to the source, in two lists: those that readers demand and
-// those that are prefetched, each in order of arrival. It starts nothing: no
-// goroutine, no clock, no I/O. Its callers hold Fetcher.mu.
+// queue decides what a source's next request brings. It holds the fetches that wait for
+// a request to the source, in two lists: fetches that readers demand and fetches that
+// are prefetched, each in order of arrival. It starts no goroutine and uses no clock
+// and no I/O. Its callers hold Fetcher.mu.
 //
-// A fetch may be in the queues of several sources, and its state says whether it
-// still waits. So a fetch that another source has taken, or that has ended, is not
-// taken out of the lists at once: the queue skips it, and drops it when it comes to
-// the front or when a list has doubled. A fetch that becomes a demand is pushed
-// again, into the other list.
+// A fetch may be in the queues of several sources, and its state says whether it still
+// waits. So if another source has taken a fetch, or the fetch has ended, it is not
+// removed from the lists at once: the queue skips it, and drops it when it reaches the
+// front or when a list has doubled. A fetch that becomes a demand is pushed again, into
+// the other list.
 type queue struct {
 	demand, prefetch list
 	at               map[key]*fetch // what the lists hold, to find the neighbours of a fetch
@@ -23,12 +23,12 @@ type queue struct {
 // list is one of the two orders.
 type list struct {
 	fetches []*fetch
-	sweep   int // the length at which fetches that no longer wait here are taken out
+	sweep   int // the length at which fetches that no longer wait here are removed
 }
 
 // limits bound one request. Bytes are compressed.
 type limits struct {
-	request int64 // bytes of a request, in any case
+	request int64 // limit for a request of any kind, in bytes
 	bytes   int64 // bytes up to which prefetched chunks are added
 	ranges  int   // ranges of a blob that a request may have
 	near    int64 // how far out of its turn a prefetched chunk may come
@@ -37,8 +37,8 @@ type limits struct {
 // push adds a fetch at the end of the list of its kind.
 func (q *queue) push(ft *fetch) {
 	l := q.list(ft.demand)
-	// Readers that come and go must not make the queue of a source that hangs grow
-	// without bound.
+	// A source that hangs must not let its queue grow without bound as readers come and
+	// go.
 	if len(l.fetches) >= max(l.sweep, 64) {
 		l.fetches = slices.DeleteFunc(l.fetches, func(x *fetch) bool { return q.skip(x, ft.demand) })
 		l.sweep = 2 * len(l.fetches)
@@ -47,7 +47,7 @@ func (q *queue) push(ft *fetch) {
 	q.index(ft)
 }
 
-// pushFront adds a fetch at the front: its turn has been.
+// pushFront adds a fetch at the front, because its turn has passed.
 func (q *queue) pushFront(ft *fetch) {
 	l := q.list(ft.demand)
 	l.fetches = append([]*fetch{ft}, l.fetches...)
@@ -68,8 +68,8 @@ func (q *queue) index(ft *fetch) {
 	q.at[ft.key] = ft
 }
 
-// skip says whether a fetch no longer waits in the list of that kind. One that no
-// longer waits at all is nobody's neighbour either.
+// skip reports whether a fetch no longer waits in the list of that kind. A fetch that
+// no longer waits at all is not a neighbour of any fetch either.
 func (q *queue) skip(ft *fetch, demand bool) bool {
 	if ft.state != queued && q.at[ft.key] == ft {
 		delete(q.at, ft.key)
@@ -77,13 +77,13 @@ func (q *queue) skip(ft *fetch, demand bool) bool {
 	return !ft.waits(demand)
 }
 
-// waits says whether a fetch is to be started from a list of that kind.
+// waits reports whether a fetch is to be started from a list of that kind.
 func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
 
-// len is how many fetches the lists hold, those that are skipped included.
+// len returns how many fetches the lists hold, including skipped ones.
 func (q *queue) len() int { return len(q.demand.fetches) + len(q.prefetch.fetches) }
 
-// next is the fetch whose turn it is, or nil.
+// next returns the fetch whose turn it is, or nil.
 func (q *queue) next(demand bool) *fetch {
 	l := q.list(demand)
 	for len(l.fetches) > 0 && q.skip(l.fetches[0], demand) {
@@ -96,8 +96,9 @@ func (q *queue) next(demand bool) *fetch {
 	return l.fetches[0]
 }
 
-// smaller finds a demanded fetch that fits where the first one does not. It passes
-// the first one a bounded number of times, or that would never have room.
+// smaller finds a demanded fetch that fits where the first one does not. It does so a
+// bounded number of times for each first fetch; otherwise the first one would never
+// have room.
 func (q *queue) smaller(fits func(*fetch) bool) *fetch {
 	first := q.next(true)
 	if first == nil || first.passed >= maxPassed {
@@ -114,16 +115,17 @@ func (q *queue) smaller(fits func(*fetch) bool) *fetch {
 }
 
 const (
-	// maxPassed bounds how many fetches are started before one that has no room.
+	// maxPassed bounds how many fetches are started before an earlier one that has no
+	// room.
 	maxPassed = 16
-	// scanLimit bounds how many fetches of a list are looked at.
+	// scanLimit bounds how many fetches of a list are examined.
 	scanLimit = 64
 )
 
 // gather collects the fetches that can share a request with first at a place: its
-// neighbours in the blob and, where first is prefetched and a request may have
-// several ranges, what else of the blob is next in turn, with its neighbours. The
-// order is that of the request.
+// neighbours in the blob. If first is prefetched and a request may have several ranges,
+// gather adds the fetches of the blob that are next in turn, and their neighbours. The
+// result is in the order of the request.
 func (q *queue) gather(from place, first *fetch, l limits) []*fetch {
 	if first.demand || l.ranges == 1 {
 		return q.neighbours(from, first, nil, l)
@@ -145,10 +147,10 @@ func (q *queue) gather(from place, first *fetch, l limits) []*fetch {
 	return batch
 }
 
-// neighbours collects first and the fetches beside it in the blob that wait here
-// and are not in batch. Demanded ones are added up to l.request. Prefetched ones are
-// added up to l.bytes, only behind a demanded one, so that they delay nothing, and
-// only if their turn is near, so that chunks come about in their order.
+// neighbours collects first and the fetches beside it in the blob that wait here and
+// are not in batch. It adds demanded ones up to l.request. It adds prefetched ones up
+// to l.bytes: only behind a demanded one, so that they delay nothing, and only if their
+// turn is near, so that chunks arrive roughly in their order.
 func (q *queue) neighbours(from place, first *fetch, batch []*fetch, l limits) []*fetch {
 	run := []*fetch{first}
 	bytes := from.stored(first)

@@ -4,7 +4,7 @@ import (
 	"time"
 )
 
-// samples are how many bytes had come at points in time that lie watchEvery apart.
+// samples are the numbers of bytes that had arrived at times that are watchEvery apart.
 type samples struct {
 	at  [int(stallAfter/watchEvery) + 1]time.Time
 	got [int(stallAfter/watchEvery) + 1]int64
@@ -17,8 +17,8 @@ func (s *samples) add(now time.Time, got int64) {
 	s.n++
 }
 
-// rate is the speed in the last stallAfter, in bytes a second. It is not known before
-// that time has passed.
+// rate returns the speed in the last stallAfter, in bytes per second. The speed is
+// unknown until that time has passed.
 func (s *samples) rate() (bytes float64, known bool) {
 	if s.n < len(s.at) {
 		return 0, false
@@ -27,7 +27,7 @@ func (s *samples) rate() (bytes float64, known bool) {
 	return float64(s.got[last]-s.got[first]) / s.at[last].Sub(s.at[first]).Seconds(), true
 }
 
-// lately is the speed in the last half second.
+// lately returns the speed in the last half second.
 func (s *samples) lately() (bytes float64, known bool) {
 	const back = int(500 * time.Millisecond / watchEvery)
 	if s.n <= back {
@@ -37,7 +37,7 @@ func (s *samples) lately() (bytes float64, known bool) {
 	return float64(s.got[last]-s.got[first]) / s.at[last].Sub(s.at[first]).Seconds(), true
 }
 
-// rates are the speeds of a source's requests together.
+// rates returns the total speed of a source's requests.
 type rates struct {
 	sum float64
 	of  int

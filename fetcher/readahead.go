@@ -10,12 +10,12 @@ import (
 // readahead predicts, from the chunks that readers have demanded, those that they will
 // demand next. It is for starts without a trace, and uses two of their habits:
 //
-// Starts read what lies together. Chunks follow files in the order of their layer, so the
-// neighbours of a chunk belong to the same file, directory or package. If a chunk nearby
-// was demanded before, the neighbour on each side is likely to be demanded too.
+// Starts read neighbours. Chunks follow files in the order of their layer, so the
+// neighbours of a chunk belong to the same file, directory or package. If a chunk
+// nearby was demanded before, the neighbour on each side is likely to be demanded too.
 //
-// Starts read in sequence. If the chunk behind the last prediction is demanded, all of
-// the prediction was right, and the next one is twice as long.
+// Starts read in sequence. If a reader demands the chunk behind the last prediction,
+// all of the prediction was right, and the next one is twice as long.
 //
 // Over a slow link this makes a start a quarter shorter, for an eighth to a quarter more
 // bytes: bench/README.md has the figures and the commands.
@@ -27,7 +27,7 @@ type readahead struct {
 // reading is what is known about the demands of one stream.
 type reading struct {
 	demanded []uint64    // one bit a chunk
-	next     map[int]int // the chunk behind a prediction, and how many chunks that had
+	next     map[int]int // the chunk behind a prediction, and how many chunks the prediction had
 }
 
 const (
@@ -36,7 +36,7 @@ const (
 	maxSequences = 64 // predictions of a stream that are remembered
 )
 
-// after returns what to prefetch when chunks are demanded.
+// after returns what to prefetch when readers demand chunks.
 func (r *readahead) after(wants []blockmap.Want) (ahead []blockmap.Want) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -56,8 +56,8 @@ func (r *readahead) after(wants []blockmap.Want) (ahead []blockmap.Want) {
 	return ahead
 }
 
-// demand notes that chunk i is demanded, and returns how many chunks before and behind it
-// are likely to be demanded next.
+// demand records that chunk i is demanded, and returns how many chunks before and
+// behind it are likely to be demanded next.
 func (s *reading) demand(i int) (before, behind int) {
 	known := s.near(i)
 	s.demanded[i/64] |= 1 << (i % 64)
@@ -73,7 +73,7 @@ func (s *reading) demand(i int) (before, behind int) {
 	if behind > 0 {
 		if len(s.next) == maxSequences {
 			for old := range s.next {
-				delete(s.next, old) // any: few of them are still being read
+				delete(s.next, old) // any of them: few are still being read
 				break
 			}
 		}
@@ -82,7 +82,7 @@ func (s *reading) demand(i int) (before, behind int) {
 	return before, behind
 }
 
-// near says whether a chunk nearby was demanded before.
+// near reports whether a chunk nearby was demanded before.
 func (s *reading) near(i int) bool {
 	for first := max(i-nearby, 0); first <= i+nearby && first/64 < len(s.demanded); {
 		last := min(first|63, i+nearby)

@@ -11,7 +11,7 @@ import (
 	"thaw/blockmap"
 )
 
-// run brings the fetches of a request: from the cache where it has them by now, and
+// run brings the fetches of a request: from the cache if it has them by now, and
 // otherwise from the origin.
 func (f *Fetcher) run(r *request) {
 	var missing []*fetch
@@ -39,7 +39,8 @@ func (f *Fetcher) run(r *request) {
 	f.fetch(r, missing)
 }
 
-// runs are the ranges of the blob that hold fetches, and how many fetches each holds.
+// runs returns the ranges of the blob that hold fetches, and how many fetches each
+// holds.
 func runs(p place, fetches []*fetch) (ranges []blockmap.Extent, counts []int) {
 	for _, ft := range fetches {
 		c := &p.table.Chunks[ft.key.chunk]
@@ -53,8 +54,8 @@ func runs(p place, fetches []*fetch) (ranges []blockmap.Extent, counts []int) {
 	return ranges, counts
 }
 
-// open asks the origin for ranges. A nil body without an error means that each must be
-// asked for by itself.
+// open asks the origin for ranges. A nil body without an error means that the caller
+// must ask for each range separately.
 func (f *Fetcher) open(r *request, ranges []blockmap.Extent) (io.ReadCloser, error) {
 	src := r.place.src
 	if len(ranges) == 1 {
@@ -70,7 +71,8 @@ func (f *Fetcher) open(r *request, ranges []blockmap.Extent) (io.ReadCloser, err
 	return nil, nil
 }
 
-// fetch asks the origin for fetches and finishes each as soon as its bytes have come.
+// fetch asks the origin for fetches and finishes each as soon as its bytes have
+// arrived.
 func (f *Fetcher) fetch(r *request, group []*fetch) {
 	ranges, counts := runs(r.place, group)
 	asked := time.Now()
@@ -92,7 +94,7 @@ func (f *Fetcher) fetch(r *request, group []*fetch) {
 	f.receive(r, body, group)
 }
 
-// answered notes the answer to a request, and how long it took.
+// answered records the answer to a request, and how long it took.
 func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -103,7 +105,7 @@ func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) 
 	}
 }
 
-// fail finishes fetches whose bytes do not come.
+// fail finishes fetches whose bytes do not arrive.
 func (f *Fetcher) fail(r *request, group []*fetch, err error) {
 	for _, ft := range group {
 		f.finish(r, ft, err)
@@ -116,7 +118,7 @@ func (f *Fetcher) fail(r *request, group []*fetch, err error) {
 	}
 }
 
-// receive reads fetches from the body of an answer, and has them kept meanwhile.
+// receive reads fetches from the body of an answer, and stores them meanwhile.
 func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
@@ -152,10 +154,10 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		case !demanded:
 			f.decodeLater(r.place.src, &decoding, r.demanded, func() { keep(func() {}) })
 		case i == len(group)-1:
-			keep(func() {}) // nothing left to read meanwhile
+			keep(func() {}) // nothing is left to read meanwhile
 		default:
-			// f.decode limits work of the processor only, for all requests. A chunk
-			// that waits for the disk, which may hang, delays its own request alone.
+			// f.decode limits only work of the processor, for all requests. A chunk
+			// that waits for the disk, which may hang, delays only its own request.
 			beside <- struct{}{}
 			f.decode <- struct{}{}
 			decoding.Go(func() {
@@ -166,9 +168,9 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	}
 }
 
-// left says whether a reader waits for ft, whose bytes have come, or for a later fetch
-// of the request: then the request does not wait for a decoder. over says that ft has
-// ended already.
+// left reports whether a reader waits for ft, whose bytes have arrived, or for a later
+// fetch of the request. If so, the request does not wait for a decoder. over reports
+// that ft has ended already.
 func (f *Fetcher) left(r *request, ft *fetch) (demanded, over bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -177,7 +179,7 @@ func (f *Fetcher) left(r *request, ft *fetch) (demanded, over bool) {
 
 // decodeLater has a decoder do a job, or a goroutine if urgent is closed before a
 // decoder is free. A source has at most as many jobs with the decoders as there are
-// decoders, so that one whose jobs hang does not crowd out the others.
+// decoders, so that a source whose jobs hang does not block the others.
 func (f *Fetcher) decodeLater(s *source, decoding *sync.WaitGroup, urgent <-chan struct{}, job func()) {
 	select {
 	case s.decoding <- struct{}{}:

@@ -2,20 +2,20 @@ package fetcher
 
 import "time"
 
-// reclaim cancels requests that bring nothing, of sources that hold more than is free,
-// and queues their chunks again, if a source had no room for a request. Otherwise the
-// first source that hangs would keep half of the pool, and the next one half of the
-// rest. f.mu is held.
+// reclaim acts if a source had no room for a request. It cancels requests that bring
+// nothing, of sources that hold more than is free, and queues their chunks again.
+// Otherwise the first source that hangs would keep half of the pool, and the next one
+// half of the rest. f.mu is held.
 func (f *Fetcher) reclaim(now time.Time) {
 	if !f.mu.refused {
 		return
 	}
 	f.mu.refused = false
-	var freed load // by requests that were cancelled and have not ended yet
+	var freed load // held by cancelled requests that have not ended yet
 	ends := make(map[*source]load)
 	for again := true; again; {
 		again = false
-		stalled := make(map[*source]*request) // the youngest of each source
+		stalled := make(map[*source]*request) // the youngest stalled request of each source
 		for r := range f.mu.running {
 			if r.cancelled || !r.stalls(now) {
 				continue
@@ -39,7 +39,7 @@ func (f *Fetcher) reclaim(now time.Time) {
 	}
 }
 
-// stalls says whether a request brings nothing, or hardly anything.
+// stalls reports whether a request brings nothing, or hardly anything.
 func (r *request) stalls(now time.Time) bool {
 	if !r.paused.IsZero() {
 		return false

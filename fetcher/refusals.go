@@ -5,7 +5,7 @@ import (
 )
 
 // refusals counts prefetched chunks in a row that the cache refused to store. A single
-// one says little: all other chunks may have been in use when it came.
+// refusal proves little: all other chunks may have been in use at that moment.
 type refusals struct {
 	mu sync.Mutex
 	n  int
@@ -13,8 +13,8 @@ type refusals struct {
 
 const maxRefusals = 3
 
-// full notes whether a chunk was stored, err saying why not, and says whether the cache
-// has refused enough of them for the prefetch to end.
+// full records whether a chunk was stored; err is the reason if it was not. It reports
+// whether the cache has refused enough chunks for the prefetch to end.
 func (c *refusals) full(err error) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

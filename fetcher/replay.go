@@ -16,14 +16,15 @@ import (
 
 // ReplayOptions are the settings of a Replay.
 type ReplayOptions struct {
-	// Rate bounds the bytes a second that the replay asks the origin for; 0 for no limit
-	// but the Fetcher's.
+	// Rate bounds the bytes per second that the replay requests from the origin; 0
+	// means no limit except the Fetcher's.
 	Rate int64
 	// Window is how many compressed bytes of the list are queued at once, so that
-	// neighbours can share requests; 16 MiB by default.
+	// neighbours can share requests. It defaults to 16 MiB.
 	Window int64
-	// MaxBytes bounds the bytes that the chunks take in the cache; 0 for no limit. The
-	// replay ends there, counting the bundle's chunks first and then the list.
+	// MaxBytes bounds the bytes that the chunks take in the cache; 0 means no limit.
+	// The replay ends at this limit. The bundle's chunks count first, and then the
+	// list's.
 	MaxBytes int64
 	// Bundle, if not nil, is downloaded first. Its chunks need not be in the list.
 	Bundle *Bundle
@@ -44,14 +45,14 @@ type Replay struct {
 // ReplayProgress is the progress of a Replay. Bytes are compressed.
 type ReplayProgress struct {
 	Chunks, Bytes         int64 // of the list and the bundle
-	DoneChunks, DoneBytes int64 // resident, or evicted again, whatever brought them
+	DoneChunks, DoneBytes int64 // resident, or evicted again, whatever request or download brought them
 	Failed                int64 // chunks that were given up
 	Err                   error // of the first of these, or why the replay ended early
 	Began, Ended          time.Time
 }
 
-// Replay starts to fetch wants, in their order. It ends when all are resident or given
-// up, with ctx, or by Stop.
+// Replay starts to fetch wants, in their order. The replay ends when all chunks are
+// resident or given up, when ctx ends, or by Stop.
 func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptions) *Replay {
 	if o.Window == 0 {
 		o.Window = 16 << 20
@@ -83,8 +84,8 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	return r
 }
 
-// within is the first of wants that take at most so many bytes. A chunk that is listed
-// twice counts once.
+// within returns the first of wants that together take at most this many bytes. A chunk
+// that is listed twice counts once.
 func within(wants []blockmap.Want, most int64) []blockmap.Want {
 	if most <= 0 {
 		return wants
@@ -101,7 +102,8 @@ func within(wants []blockmap.Want, most int64) []blockmap.Want {
 	return wants
 }
 
-// largestFrame is the longest frame of a chunk: raw blocks and their headers.
+// largestFrame is the length of the longest frame of a chunk: raw blocks and their
+// headers.
 const largestFrame = blockmap.MaxChunkBlocks*blockmap.BlockSize + 1<<17
 
 func stored(w blockmap.Want) int64 { return int64(w.Table.Chunks[w.Chunk].Stored) }
@@ -131,7 +133,7 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	defer cancel()
 	window := o.Window
 	if o.Rate > 0 {
-		window = min(window, max(o.Rate/4, 1)) // a steady flow, rather than bursts
+		window = min(window, max(o.Rate/4, 1)) // a steady rate instead of bursts
 	}
 	arrived := make(chan arrival)
 	pending := make(map[*fetch]int)
@@ -205,7 +207,7 @@ func (l arrival) await(ctx context.Context, arrived chan<- arrival) {
 	}
 }
 
-// notStored is why the cache did not keep a chunk that came.
+// notStored is the reason why the cache did not store a chunk that arrived.
 func (l arrival) notStored() error {
 	var notStored *storeError
 	if l.fetch == nil || !errors.As(l.fetch.err, &notStored) {
@@ -221,12 +223,12 @@ func (l arrival) count(p *ReplayProgress) {
 		p.Err = cmp.Or(p.Err, l.fetch.err)
 		return
 	}
-	// In a small cache it may have been evicted since; it counts all the same.
+	// A small cache may have evicted it since; it counts all the same.
 	p.DoneChunks++
 	p.DoneBytes += stored(l.want)
 }
 
-// downloadBundle downloads the bundle. It returns those of wants that the bundle did not
+// downloadBundle downloads the bundle. It returns the wants that the bundle did not
 // bring, and the error that ended the download early.
 func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
 	var mu sync.Mutex
@@ -288,8 +290,8 @@ func (r *Replay) Wait(ctx context.Context, share float64) error {
 	}
 }
 
-// Stop ends the replay, and returns when it has ended. Chunks that no reader wants are not
-// fetched any more.
+// Stop ends the replay, and returns when it has ended. Chunks that no reader wants are
+// not fetched any more.
 func (r *Replay) Stop() {
 	r.cancel()
 	<-r.done

@@ -7,36 +7,36 @@ import (
 	"time"
 )
 
-// request asks a source for chunks of one blob, in its order.
+// request asks a source for chunks of one blob, in the order of the blob.
 type request struct {
 	place  place
 	ctx    context.Context
 	cancel context.CancelFunc
 	asked  time.Time
-	demand bool  // a reader waited when it was made
-	bytes  int64 // what it takes of Options.MaxBytes
-	extra  bool  // it was made because another is late, see hedge.go
+	demand bool  // a reader was waiting when it was made
+	bytes  int64 // the part of Options.MaxBytes that it takes
+	extra  bool  // it was made because another request is late, see hedge.go
 
-	elsewhere bool      // it is an extra one to another server of the same origin
+	elsewhere bool      // it is an extra request to another server of the same origin
 	download  *download // it is a bundle download, which has no fetches of its own
 
 	demanded chan struct{} // closed when a reader waits for one of its fetches
 	once     sync.Once     // closes demanded
 
-	// What follows is guarded by Fetcher.mu.
-	fetches    []*fetch  // what it brings, in the order of the blob
-	ends       []int64   // where each ends in the body
+	// Fetcher.mu guards the fields below.
+	fetches    []*fetch  // fetches that it brings, in the order of the blob
+	ends       []int64   // where each fetch ends in the body
 	total, got int64     // bytes of the body, and those received
-	moved      time.Time // when the last bytes came, or when it was asked
+	moved      time.Time // when the last bytes arrived, or when the request was sent
 	samples    samples   // of got, over time
-	made       bool      // it was sent, and the chunks were not all in the cache
-	server     string    // where the bytes come from, if known
+	made       bool      // it was sent, because the cache did not have all the chunks
+	server     string    // the server that sends the bytes, if known
 	cancelled  bool
-	won        bool // it is an extra one that brought its chunk first
+	won        bool // it is an extra request that brought its chunk first
 
 	claimed time.Time // when others began to pause for it, see claimLink
 	before  int64     // got at that time
-	paused  time.Time // since when it pauses for others, see awaitLink
+	paused  time.Time // since when it has paused for others, see awaitLink
 	free    time.Time // it does not pause again before this
 }
 
@@ -47,15 +47,15 @@ func newRequest(ctx context.Context, p place) *request {
 	return r
 }
 
-// markDemand notes that a reader waits for one of its fetches.
+// markDemand records that a reader waits for one of its fetches.
 func (r *request) markDemand() { r.once.Do(func() { close(r.demanded) }) }
 
-// brings says whether a fetch is still to be ended by this request.
+// brings reports whether this request is still to end a fetch.
 func (r *request) brings(ft *fetch) bool {
 	return ft.state == running && slices.Contains(ft.requests, r)
 }
 
-// awaited says whether a reader waits for any of it. f.mu is held.
+// awaited reports whether a reader waits for any of its fetches. f.mu is held.
 func (r *request) awaited() bool {
 	if r.download != nil {
 		return len(r.download.awaited) > 0
@@ -72,10 +72,10 @@ func (r *request) expect(fetches []*fetch) {
 	}
 }
 
-// stored is the length of a chunk's frame at the request's place.
+// stored returns the length of a chunk's frame at the request's place.
 func (r *request) stored(ft *fetch) int { return int(r.place.table.Chunks[ft.key.chunk].Stored) }
 
-// left is how many bytes must still come until a fetch is complete.
+// left returns how many bytes must still arrive until a fetch is complete.
 func (r *request) left(ft *fetch) int64 {
 	if i := slices.Index(r.fetches, ft); i >= 0 && i < len(r.ends) {
 		return r.ends[i] - r.got
@@ -83,12 +83,12 @@ func (r *request) left(ft *fetch) int64 {
 	return int64(r.stored(ft))
 }
 
-// leave notes that a request no longer brings the fetch.
+// leave records that a request no longer brings the fetch.
 func (ft *fetch) leave(r *request) {
 	ft.requests = slices.DeleteFunc(slices.Clone(ft.requests), func(x *request) bool { return x == r })
 }
 
-// ended forgets a request. f.mu is held.
+// ended removes a request that has ended. f.mu is held.
 func (f *Fetcher) ended(r *request) {
 	r.cancel()
 	delete(r.place.src.running, r)
@@ -96,8 +96,8 @@ func (f *Fetcher) ended(r *request) {
 	f.unclaim(r)
 }
 
-// cancelUnwanted cancels a request if nobody wants any of its fetches any more. f.mu is
-// held; the caller calls dispatch.
+// cancelUnwanted cancels a request if no reader or prefetch wants any of its fetches
+// any more. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) cancelUnwanted(r *request) {
 	if r.cancelled {
 		return

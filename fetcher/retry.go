@@ -18,20 +18,20 @@ const (
 	spaceTries = 4
 )
 
-// finish ends a fetch that a request has brought, or has it tried again. A request that
-// fails does not matter while others still bring the fetch.
+// finish ends a fetch that a request has brought, or arranges another try. A failed
+// request does not matter while other requests still bring the fetch.
 func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer f.dispatch() // what waited for the fetch or for room
+	defer f.dispatch() // other fetches may have waited for this one or for its room
 	if ft.state == ended || err != nil && !r.brings(ft) {
-		return // another request was faster, or this one does not bring it any more
+		return // another request was faster, or this one does not bring the fetch any more
 	}
 	others := len(ft.requests) > 1
 	if err == nil {
 		f.chunkCame(r, ft, others)
 		f.end(ft, nil)
-		f.cancelUnwanted(r) // nobody may want the rest of it any more
+		f.cancelUnwanted(r) // perhaps no reader or prefetch wants the rest of it any more
 		return
 	}
 	ft.leave(r)
@@ -76,7 +76,7 @@ func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 	}
 	src := r.place.src
 	if now := time.Now(); now.Sub(r.asked) < tooLong || r.stored(ft) >= goodBytes {
-		src.good = now // and does not only trickle
+		src.good = now // the source works, and does not only trickle
 	}
 	f.chunks.Add(1)
 	if r.extra && others {
@@ -97,21 +97,23 @@ func (f *Fetcher) giveUp(ft *fetch, err error) {
 	f.end(ft, err)
 }
 
-// late is the error of a fetch that its sources did not deliver in time.
+// late returns the error of a fetch that its sources did not deliver in time.
 func (f *Fetcher) late(ft *fetch) error {
 	c := ft.chunk()
 	return fmt.Errorf("fetch chunk %d (%d bytes at %d of blob sha256:%.12s…): %w within %v",
 		ft.key.chunk, c.Stored, c.Offset, ft.place.table.Blob, errLate, f.o.RetryFor)
 }
 
-// pause is how long to wait before the next try, or negative if there is to be none.
+// pause returns how long to wait before the next try. It is negative if there is to be
+// none.
 func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	permanent := ft.wrong >= wrongTries
 	var noRoom *storeError
 	switch {
 	case errors.Is(err, blockmap.ErrDigest), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, errNowhereElse):
 	case errors.As(err, &noRoom):
-		// Prefetched chunks may have taken the room; they can be evicted for a demand.
+		// Prefetched chunks may have taken the room; the cache can evict them for a
+		// demand.
 		if !ft.demand || ft.tries >= spaceTries {
 			return -1
 		}
@@ -129,7 +131,7 @@ func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	return pause
 }
 
-// heed lengthens a pause to what the origin asked for.
+// heed lengthens a pause to the time that the origin asked for.
 func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
 	if f.o.RetryAfter != nil {
 		pause = max(pause, f.o.RetryAfter(err))

@@ -6,30 +6,30 @@ import (
 	"thaw/blockmap"
 )
 
-// source is where the chunks of one image come from, with what waits for it and what is
-// in flight. Sources share the Fetcher's bounds, and none can use them up: see pool.
+// source is where the chunks of one image come from, with its queue and its requests in
+// flight. Sources share the Fetcher's bounds, and none can use them up: see pool.
 type source struct {
 	origin Origin
 
 	queue queue // the fetches that wait for a request
 
-	active       load // what its requests take
-	prefetchLoad load // the part of active that was no demand when its requests were made
-	bundles      int  // bundle downloads, which are part of both
+	active       load // what its requests use
+	prefetchLoad load // the part of active of requests that were prefetches when they were made
+	bundles      int  // bundle downloads, which count in both
 	running      map[*request]struct{}
 	pace         *pace
 
-	extraLoad   load      // what its extra requests take; not part of active
+	extraLoad   load      // what its extra requests use; not part of active
 	asked       int64     // requests made
 	extra       int64     // extra requests made
 	good        time.Time // when it last brought a right chunk
-	avoid       string    // a server of the origin that was too slow, until avoidTill
+	avoid       string    // a server of the origin that was too slow; avoided until avoidTill
 	avoidTill   time.Time
-	useless     int // extra requests in a row that were not quicker, until uselessTill
+	useless     int // extra requests in a row that were not quicker; counts until uselessTill
 	uselessTill time.Time
 
-	decoding chan struct{} // a token for each of its jobs that the decoders have
-	listed   bool          // in Fetcher.mu.sources
+	decoding chan struct{} // a token for each of its jobs that the decoders work on
+	listed   bool          // it is in Fetcher.mu.sources
 }
 
 func (f *Fetcher) newSource(o Origin) *source {
@@ -39,18 +39,18 @@ func (f *Fetcher) newSource(o Origin) *source {
 	}
 }
 
-// place is where a chunk can be read: a source, and the table that says where in the
-// blob the chunk lies.
+// place is where a chunk can be read: a source, and the table with the position of the
+// chunk in the blob.
 type place struct {
 	src   *source
 	table *blockmap.Table
 }
 
-// offset is where in the blob a chunk lies, stored how many bytes it has there.
+// offset returns the position of a chunk in the blob; stored returns its length there.
 func (p place) offset(ft *fetch) int64 { return p.table.Chunks[ft.key.chunk].Offset }
 func (p place) stored(ft *fetch) int64 { return int64(p.table.Chunks[ft.key.chunk].Stored) }
 
-// load is what requests in flight take up.
+// load is what requests in flight use.
 type load struct {
 	requests int
 	bytes    int64 // of memory
@@ -58,28 +58,29 @@ type load struct {
 
 func (l *load) add(n int, bytes int64) { l.requests += n; l.bytes += bytes }
 
-// pool is what the requests of all sources share. A source may take as much as it
-// leaves free. So a source alone takes half of the pool, and beside k sources that hang
-// the next one still gets 1/(k+2).
+// pool is what the requests of all sources share. A source may use as much as it leaves
+// free. So a single source uses half of the pool, and beside k sources that hang the
+// next one still gets 1/(k+2).
 type pool struct {
 	most, taken load
 }
 
-// free is what is left after one more request of so many bytes.
+// free returns what is left after one more request of this many bytes.
 func (p *pool) free(bytes int64) load {
 	return load{p.most.requests - p.taken.requests - 1, p.most.bytes - p.taken.bytes - bytes}
 }
 
-// admits says whether a source that has taken own may make one more request.
+// admits reports whether a source that uses own may make one more request.
 func (p *pool) admits(own load, bytes int64) bool {
 	free := p.free(bytes)
 	return own.requests+1 <= free.requests && own.bytes+bytes <= free.bytes
 }
 
-// admits says whether a source may make one more request. f.mu is held.
+// admits reports whether a source may make one more request. f.mu is held.
 func (f *Fetcher) admits(s *source, demand bool, bytes int64) bool {
 	if demand {
-		// One demand is always admitted, however large its chunk and whatever hangs.
+		// One demand is always admitted, regardless of the size of its chunk and of
+		// requests that hang.
 		return s.active.requests == s.prefetchLoad.requests || f.mu.pool.admits(s.active, bytes)
 	}
 	if s.active.requests == s.bundles {
@@ -88,15 +89,15 @@ func (f *Fetcher) admits(s *source, demand bool, bytes int64) bool {
 	return f.mu.pool.admits(s.active, bytes) && f.admitsPrefetch(s, bytes)
 }
 
-// admitsPrefetch says whether the part of the bounds for prefetches has room.
+// admitsPrefetch reports whether the part of the bounds for prefetches has room.
 func (f *Fetcher) admitsPrefetch(s *source, bytes int64) bool {
 	free := f.mu.pool.free(bytes)
 	return float64(s.prefetchLoad.requests) < float64(min(f.o.MaxRequests, free.requests))*f.o.PrefetchShare &&
 		float64(s.prefetchLoad.bytes+bytes) <= float64(min(f.o.MaxBytes, free.bytes))*f.o.PrefetchShare
 }
 
-// charge adds a request that begins, or with negative numbers removes one that has
-// ended.
+// charge adds the load of a request that begins. With negative numbers it removes the
+// load of one that has ended.
 func (f *Fetcher) charge(s *source, demand bool, n int, bytes int64) {
 	f.mu.pool.taken.add(n, bytes)
 	s.active.add(n, bytes)

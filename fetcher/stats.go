@@ -18,7 +18,7 @@ type Stats struct {
 	MostInFlight int64 `json:"most_in_flight"`     // the largest number of requests that were in flight at once
 }
 
-// Stats returns the counts so far.
+// Stats returns the current counts.
 func (f *Fetcher) Stats() Stats {
 	f.mu.Lock()
 	n := f.mu.pool.taken.requests + f.mu.extraPool.taken.requests

@@ -11,7 +11,7 @@ var (
 	errNowhereElse = errors.New("no other server or origin has it")
 )
 
-// watch has checkAll called every watchEvery, while there is anything to check. f.mu is
+// watch calls checkAll every watchEvery, while there is anything to check. f.mu is
 // held.
 func (f *Fetcher) watch() {
 	if f.mu.watching || f.mu.closed {
@@ -31,8 +31,8 @@ func (f *Fetcher) watch() {
 	})
 }
 
-// checkAll samples how fast requests bring their bytes, and does something about those
-// that are late. f.mu is held.
+// checkAll samples how fast requests bring their bytes, and acts on late ones. f.mu is
+// held.
 func (f *Fetcher) checkAll(now time.Time) {
 	seen := make(map[*request]bool)
 	sample := func(r *request) {
@@ -59,7 +59,7 @@ func (f *Fetcher) checkAll(now time.Time) {
 			f.checkRunning(ft, now, rates)
 		case ft.state == duplicate && now.Sub(ft.since) > stallAfter && ft.original.outlook(now, rates) == stalls &&
 			ft.place.src != ft.original.place.src:
-			// Its own source may be better than that of the original.
+			// The duplicate's own source may be better than that of the original.
 			original := ft.original
 			original.duplicates = slices.DeleteFunc(original.duplicates, func(x *fetch) bool { return x == ft })
 			ft.original = nil
@@ -77,7 +77,7 @@ func (f *Fetcher) checkAll(now time.Time) {
 	f.reclaim(now)
 }
 
-// checkStalled asks other sources for the prefetches of a request that brings nothing,
+// checkStalled moves the prefetches of a request that brings nothing to other sources,
 // or gives them up.
 func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	for _, ft := range r.fetches {
@@ -91,8 +91,8 @@ func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	}
 }
 
-// lastGood is when one of its sources last brought a chunk, or when a reader began to
-// wait for it if that was later.
+// lastGood returns when one of its sources last brought a chunk, or when a reader began
+// to wait for it, whichever is later.
 func (ft *fetch) lastGood() time.Time {
 	last := ft.since
 	for _, p := range append([]place{ft.place}, ft.others...) {
@@ -112,7 +112,7 @@ func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates
 	case hope == comes && tried < longest*f.o.RetryFor:
 		return
 	case hope == shares && tried < longest*f.o.RetryFor:
-		// It has a fair share of a link that is busy. Another server may have another
+		// The request has a fair share of a busy link. Another server may have another
 		// link.
 		if src := ft.requests[0].place.src; src.useless >= maxUseless && now.Before(src.uselessTill) {
 			return
@@ -132,12 +132,12 @@ func (f *Fetcher) checkRunning(ft *fetch, now time.Time, rates map[*source]rates
 type outlook uint8
 
 const (
-	stalls outlook = iota // it brings hardly anything
+	stalls outlook = iota // it brings hardly any bytes
 	shares                // it is late, because it shares the link with others
 	comes                 // the chunk comes soon
 )
 
-// outlook is the best outlook of its requests.
+// outlook returns the best outlook of its requests.
 func (ft *fetch) outlook(now time.Time, rates map[*source]rates) (best outlook) {
 	for _, r := range ft.requests {
 		best = max(best, r.outlook(ft, now, rates[r.place.src]))
@@ -159,7 +159,7 @@ func (r *request) outlook(ft *fetch, now time.Time, all rates) outlook {
 	return stalls
 }
 
-// dead says whether a request will not bring a fetch at all.
+// dead reports whether a request will not bring a fetch at all.
 func (r *request) dead(ft *fetch, now time.Time) bool {
 	if now.Sub(r.asked) < againAfter {
 		return false

@@ -7,30 +7,30 @@ import (
 	"thaw/blockmap"
 )
 
-// Plan is what to fetch ahead of a start: the chunks that a trace needs, in the
-// order in which it needs them. The same trace and index give the same plan.
+// Plan lists what to prefetch for a start: the chunks that a trace needs, in the order
+// in which it needs them. The same trace and index give the same plan.
 type Plan struct {
 	Index *blockmap.Index
 	Steps []Step
 
-	Wanted int64 // bytes that the trace touches, without holes
-	Size   int64 // bytes of the chunks, uncompressed, each content once
-	Stored int64 // bytes of the chunks, compressed, each content once
+	Wanted int64 // bytes that the trace touches, except holes
+	Size   int64 // uncompressed bytes of the chunks; equal content counts once
+	Stored int64 // compressed bytes of the chunks; equal content counts once
 }
 
 // Step is one chunk of a Plan.
 type Step struct {
 	Stream, Chunk int           // positions in Index.Streams and its Chunks
-	At            time.Duration // when its first block was touched, as in the trace
-	Starts        uint32        // how many starts touched that
-	Stored        int64         // bytes, compressed
-	// Again says that a step before has the same content, in another place.
-	// It need not be fetched, and has no place in a bundle.
+	At            time.Duration // when the trace first touches one of its blocks
+	Starts        uint32        // number of starts that touched that block
+	Stored        int64         // compressed bytes
+	// Again says that an earlier step has the same content in another place. Then the
+	// chunk need not be fetched, and a bundle does not contain it.
 	Again bool
 }
 
-// NewPlan makes the plan of a trace. It fails with ErrOtherImage where the trace
-// is not of the image with that index; Translate may help then.
+// NewPlan makes the plan of a trace. It fails with ErrOtherImage if the trace is of an
+// image with another index; Translate may help then.
 func NewPlan(t *Trace, ix *blockmap.Index) (*Plan, error) {
 	if err := t.is(ix); err != nil {
 		return nil, fmt.Errorf("plan: %w", err)
@@ -39,7 +39,7 @@ func NewPlan(t *Trace, ix *blockmap.Index) (*Plan, error) {
 		return nil, fmt.Errorf("plan: %w", err)
 	}
 	p := &Plan{Index: ix}
-	planned := make([][]uint64, len(ix.Streams)) // one bit a chunk
+	planned := make([][]uint64, len(ix.Streams)) // one bit per chunk
 	for i := range planned {
 		planned[i] = make([]uint64, (len(ix.Streams[i].Chunks)+63)/64)
 	}
@@ -72,8 +72,8 @@ func NewPlan(t *Trace, ix *blockmap.Index) (*Plan, error) {
 	return p, nil
 }
 
-// pieces cuts touches where the runs of the index end. Each piece comes with the
-// run that begins with it, which has no blocks where it is a hole.
+// pieces cuts touches where the runs of the index end. Each piece comes with the run
+// that begins with it; for a hole, that run has no blocks.
 func pieces(ix *blockmap.Index, touches []Touch) func(yield func(Touch, blockmap.Run) bool) {
 	return func(yield func(Touch, blockmap.Run) bool) {
 		for _, t := range touches {
@@ -97,14 +97,14 @@ func pieces(ix *blockmap.Index, touches []Touch) func(yield func(Touch, blockmap
 	}
 }
 
-// Chunk is the line of the chunk table that a step is about: where its
-// compressed bytes lie, and what they are.
+// Chunk returns the entry of the chunk table for a step: the place of its compressed
+// bytes, and its content.
 func (p *Plan) Chunk(s Step) *blockmap.Chunk { return &p.Index.Streams[s.Stream].Chunks[s.Chunk] }
 
-// Wants are the chunks of the plan as a fetcher takes them, in order. open gives
-// the stream of each table that is needed: it is the Stream method of the
-// blockmap.Cache. The index must be the one that the device was made with,
-// for its tables say which chunks are neighbours.
+// Wants returns the chunks of the plan in order, as a fetcher takes them. open returns
+// the stream of each table that Wants needs: pass the Stream method of the
+// blockmap.Cache. The index must be the one that the device was made with, because its
+// tables say which chunks are neighbours.
 func (p *Plan) Wants(open func(*blockmap.Table) (*blockmap.Stream, error)) ([]blockmap.Want, error) {
 	streams := make([]*blockmap.Stream, len(p.Index.Streams))
 	wants := make([]blockmap.Want, 0, len(p.Steps))

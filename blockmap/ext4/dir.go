@@ -7,16 +7,16 @@ import (
 	"strings"
 )
 
-// A directory is a file of blocks of entries. An entry is
+// A directory is a file of blocks of entries. An entry is:
 const (
-	deInode  = 0x0 // 4: 0 is no entry
-	deLength = 0x4 // 2: bytes to the next one, a multiple of 4; the last reaches to the tail
+	deInode  = 0x0 // 4: 0 means no entry
+	deLength = 0x4 // 2: bytes to the next entry, a multiple of 4; the last entry extends to the tail
 	deNameLn = 0x6 // 1
 	deType   = 0x7 // 1
 	deName   = 0x8 // the name, not terminated
 
-	// and each block ends in an entry of inode 0 whose type is tailType and
-	// whose name is the block's checksum.
+	// Each block ends in an entry of inode 0. Its type is tailType, and its name is the
+	// checksum of the block.
 	dirTail     = blockSize - 12 // 12: 0, length 12, name length 0, tailType, checksum
 	tailType    = 0xDE
 	dirTailCsum = dirTail + 8 // 4: crc32c(inode seed, block up to dirTail)
@@ -30,10 +30,10 @@ var fileTypes = [16]byte{
 	modeFifo >> 12: 5, modeSocket >> 12: 6, modeSymlink >> 12: 7,
 }
 
-// direntSize is the least size of an entry: names are padded to 4 bytes.
+// direntSize returns the smallest size of an entry: names are padded to 4 bytes.
 func direntSize(name int) int { return deName + (name+3)&^3 }
 
-// sortEntries sorts entries by name and fails on names that cannot be.
+// sortEntries sorts entries by name. It fails on names that are not allowed.
 func sortEntries(entries []Dirent) error {
 	slices.SortFunc(entries, func(a, b Dirent) int { return strings.Compare(a.Name, b.Name) })
 	for i := range entries {
@@ -53,9 +53,8 @@ func sortEntries(entries []Dirent) error {
 	return nil
 }
 
-// dirBlocks plans directory in, whose entries are sorted by name, and returns
-// how many blocks it takes. The entries of one with several blocks are sorted by
-// hash.
+// dirBlocks plans directory in, whose entries are sorted by name, and returns how many
+// blocks it takes. If it takes several, dirBlocks sorts its entries by hash.
 func (fs *Filesystem) dirBlocks(in *Inode) (uint32, error) {
 	size := direntSize(1) + direntSize(2)
 	for i := range in.Entries {
@@ -104,8 +103,8 @@ type dirWriter struct {
 	buf    [blockSize]byte
 }
 
-// blocks calls emit with the n blocks of directory in. The buffer is good for
-// one call only.
+// blocks calls emit with the n blocks of directory in. The buffer is valid only during
+// the call.
 func (w *dirWriter) blocks(in *Inode, n uint32, emit func(b []byte) error) error {
 	if n == 1 {
 		w.begin()
@@ -121,7 +120,7 @@ func (w *dirWriter) blocks(in *Inode, n uint32, emit func(b []byte) error) error
 
 func (w *dirWriter) begin() { clear(w.buf[:]) }
 
-// end lets the entry at last reach to the tail and writes that.
+// end extends the entry at last to the tail and writes the tail.
 func (w *dirWriter) end(last int) []byte {
 	b := w.buf[:]
 	le.PutUint16(b[last+deLength:], uint16(dirTail-last))

@@ -1,13 +1,12 @@
 package ext4
 
-// A file's blocks are named by a tree of extents. Every node starts with a
-// header of 12 bytes; the root is in the inode (4 entries of 12 bytes), the
-// others are a block each (340 entries), with a checksum behind the last entry
-// that would fit.
+// A tree of extents lists the blocks of a file. Every node starts with a header of 12
+// bytes. The inode holds the root (4 entries of 12 bytes). Each other node is a block
+// (340 entries), with a checksum after the last possible entry.
 const (
 	ehMagic   = 0x0 // 2
-	ehEntries = 0x2 // 2: in use
-	ehMax     = 0x4 // 2: that would fit
+	ehEntries = 0x2 // 2: entries in use
+	ehMax     = 0x4 // 2: capacity in entries
 	ehDepth   = 0x6 // 2: 0 is a leaf
 	ehSize    = 12  // the last 4 bytes, a generation, are unused
 
@@ -15,12 +14,12 @@ const (
 
 	// Leaves have extents:
 	eeFile      = 0x0 // 4: first block in the file
-	eeCount     = 0x4 // 2: blocks, at most maxExtent; more is an unwritten extent of that less maxExtent
+	eeCount     = 0x4 // 2: blocks, at most maxExtent; a larger number n is an unwritten extent of n-maxExtent blocks
 	eeStartHigh = 0x6 // 2: first block on the device
 	eeStart     = 0x8 // 4
 
 	// Index nodes have:
-	eiFile     = 0x0 // 4: first file block that the child is about
+	eiFile     = 0x0 // 4: first file block that the child covers
 	eiLeaf     = 0x4 // 4: block of the child
 	eiLeafHigh = 0x8 // 2
 
@@ -35,8 +34,8 @@ const (
 // extent is count blocks of a file, from file, at device on the device.
 type extent struct{ file, device, count uint32 }
 
-// appendExtent adds e to l, which it follows in the file, as part of the last
-// extent where it can be.
+// appendExtent adds e, which follows l in the file, to l. It extends the last extent
+// where possible.
 func appendExtent(l []extent, e extent) []extent {
 	if n := len(l); n > 0 {
 		last := &l[n-1]
@@ -54,7 +53,7 @@ func appendExtent(l []extent, e extent) []extent {
 	return l
 }
 
-// treeBlocks is how many blocks a tree of n extents has beside its root.
+// treeBlocks returns how many blocks a tree of n extents has besides its root.
 func treeBlocks(n int) uint32 {
 	var sum int
 	for n > rootExtents {
@@ -64,8 +63,8 @@ func treeBlocks(n int) uint32 {
 	return uint32(sum)
 }
 
-// treeLevels is the number of nodes on each level of a tree of n extents,
-// leaves first, without the root; its length is the depth.
+// treeLevels returns the number of nodes on each level of a tree of n extents, leaves
+// first, without the root. Its length is the depth.
 func treeLevels(n int) []int {
 	var l []int
 	for n > rootExtents {
@@ -87,9 +86,9 @@ func putExtentRoot(b []byte, ext []extent, tree uint32) {
 	putIndex(b, rootExtents, top+1, ext, 0, levels[top], spanOf(top), tree)
 }
 
-// extentBlocks calls emit with the blocks of the tree of ext, without its root,
-// in the order they have on the device: the top level first, the leaves last.
-// The buffer is good for one call only.
+// extentBlocks calls emit with the blocks of the tree of ext, without its root, in
+// their order on the device: the top level first, the leaves last. The buffer is valid
+// only during the call.
 func extentBlocks(ext []extent, tree, seed uint32, emit func(b []byte) error) error {
 	levels := treeLevels(len(ext))
 	var b [blockSize]byte
@@ -116,7 +115,7 @@ func extentBlocks(ext []extent, tree, seed uint32, emit func(b []byte) error) er
 	return nil
 }
 
-// spanOf is how many extents are below a full node of a level.
+// spanOf returns the number of extents below a full node of a level.
 func spanOf(level int) int {
 	n := blockExtents
 	for range level {
@@ -135,8 +134,8 @@ func putExtents(b []byte, room int, ext []extent) {
 	}
 }
 
-// putIndex writes an index node with n children at consecutive blocks from
-// child; the i'th is about the extents from first + i*span.
+// putIndex writes an index node with n children in consecutive blocks from child on.
+// Child i covers the extents from first + i*span on.
 func putIndex(b []byte, room, depth int, ext []extent, first, n, span int, child uint32) {
 	putExtentHeader(b, n, room, depth)
 	for i := range n {

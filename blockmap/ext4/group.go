@@ -1,7 +1,7 @@
 package ext4
 
-// A group is 32768 blocks: what one block of bitmap covers. Its descriptor is 64
-// bytes in a table that starts at block 1:
+// A group is 32768 blocks: the number that one block of bitmap covers. Its descriptor
+// is 64 bytes in a table that starts at block 1:
 const (
 	gdBlockBitmap         = 0x00 // 4, low half
 	gdInodeBitmap         = 0x04 // 4, low half
@@ -26,13 +26,13 @@ const (
 
 	descsPerBlock = blockSize / descSize
 
-	groupInodeUninit = 0x1 // the inode bitmap is not there: all inodes are free
-	groupBlockUninit = 0x2 // the block bitmap is not there: all but the group's own metadata is free
-	groupTableZeroed = 0x4 // unused inodes are zero: nothing for the kernel to initialise in the background
+	groupInodeUninit = 0x1 // the inode bitmap is not stored: all inodes are free
+	groupBlockUninit = 0x2 // the block bitmap is not stored: all blocks except the group's own metadata are free
+	groupTableZeroed = 0x4 // unused inodes are zero, so the kernel need not initialise them in the background
 )
 
-// prefixBitmap fills one block with a bitmap whose first used bits are set, and
-// those from size on, which stand for nothing.
+// prefixBitmap fills one block with a bitmap. It sets the first used bits, and the bits
+// from size on, which stand for no block or inode.
 func prefixBitmap(b []byte, used, size uint32) {
 	clear(b)
 	setBits(b, 0, used)
@@ -52,11 +52,11 @@ func setBits(b []byte, from, to uint32) {
 	}
 }
 
-// group is what a descriptor says of its group, as far as the place of things
-// does not say it.
+// group holds the fields of a group's descriptor that do not follow from the places of
+// the parts.
 type group struct {
 	size       uint32 // in blocks: the last one may be short
-	usedBlocks uint32 // from its start on, as everything in use is a prefix of the device
+	usedBlocks uint32 // at its start, because everything in use is a prefix of the device
 	usedInodes uint32 // likewise
 	dirs       uint32
 }
@@ -77,15 +77,15 @@ func (fs *Filesystem) group(i uint32) group {
 	return gr
 }
 
-// hasBlockBitmap says whether the block bitmap of group i is in stream 0, or
-// else zeros, which are not stored.
+// hasBlockBitmap reports whether stream 0 has the block bitmap of group i. If not, the
+// bitmap is zeros, which are not stored.
 func (fs *Filesystem) hasBlockBitmap(i uint32) bool {
 	gr := fs.group(i)
 	return gr.usedBlocks > 0 || gr.size < blocksPerGroup
 }
 
-// descriptors writes the descriptors of the groups from first on to b, which is
-// zeroed: as many as there are and fit.
+// descriptors writes the descriptors of the groups from first on to b, which is zeroed.
+// It stops at the last group or when b is full.
 func (fs *Filesystem) descriptors(b []byte, first uint32) {
 	g := &fs.geo
 	for i := first; i < g.groups && len(b) >= descSize; i++ {
@@ -107,8 +107,8 @@ func (fs *Filesystem) descriptors(b []byte, first uint32) {
 		} else {
 			putHalves(d, gdInodeBitmapCsum, gdInodeBitmapCsumHigh, fs.inodeBitmapCsum(gr))
 		}
-		// The last group's bitmap is there even when nothing in it is used:
-		// it ends in padding that no descriptor describes.
+		// The last group's bitmap is stored even if nothing in it is used: it ends in
+		// padding that no descriptor describes.
 		if gr.usedBlocks == 0 && i < g.groups-1 {
 			flags |= groupBlockUninit
 		} else {
@@ -128,8 +128,8 @@ func getHalves(d []byte, low, high int) uint32 {
 	return uint32(le.Uint16(d[low:])) | uint32(le.Uint16(d[high:]))<<16
 }
 
-// descChecksum is the checksum of descriptor d, whatever its checksum field
-// holds.
+// descChecksum returns the checksum of descriptor d. It ignores the content of the
+// checksum field.
 func descChecksum(seed, group uint32, d []byte) uint16 {
 	c := crc32c(crc32cWord(seed, group), d[:gdChecksum])
 	c = crc32cHole(c, 2)

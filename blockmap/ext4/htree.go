@@ -1,30 +1,30 @@
 package ext4
 
-// A directory of more than one block is a hash tree: its leaves are ordinary
-// directory blocks, and each holds the names of a range of hashes. The index
-// above them is made of blocks that look to a reader who knows no hash trees
-// like empty directory blocks. The root is block 0:
+// A directory of more than one block is a hash tree. Its leaves are ordinary directory
+// blocks; each leaf holds the names of one range of hashes. A driver that does not know
+// hash trees sees the index blocks above the leaves as empty directory blocks. The root
+// is block 0:
 const (
 	dxDot        = 0x00 // 12: the entry "."
 	dxDotDot     = 0x0C // 12: the entry "..", as long as the rest of the block
-	dxHash       = 0x1C // 1: hash version; 4 bytes of zeros are before it
+	dxHash       = 0x1C // 1: hash version, after 4 bytes of zeros
 	dxInfoLength = 0x1D // 1: 8, the length of these fields from 0x18
 	dxIndirect   = 0x1E // 1: levels of nodes between the root and the leaves
 	dxRoot       = 0x20 // entries of 8 bytes
 
-	// and other nodes are
+	// The other nodes are:
 	dxFake = 0x00 // 8: an entry of inode 0, as long as the block
 	dxNode = 0x08 // entries of 8 bytes
 
-	// An entry is a hash and the block of the directory that names from that
-	// hash on are below. The lowest bit of the hash is set where names of
-	// that very hash are at the end of the block before, too. Every node's
-	// first entry has no hash, since it is that of the entry above: it holds
-	dxLimit = 0x0 // 2: entries that would fit
-	dxCount = 0x2 // 2: entries
+	// An entry is a hash and a block number: the names from that hash on are below that
+	// block of the directory. The lowest bit of the hash is set if the preceding block
+	// ends in names of the same hash. The first entry of a node has no hash, because
+	// the entry above gives it. In its place are:
+	dxLimit = 0x0 // 2: capacity in entries
+	dxCount = 0x2 // 2: entries in use
 	dxBlock = 0x4 // 4: the first entry's block
 
-	// and behind the last entry that would fit is
+	// The space after the last possible entry holds:
 	dxTailSize = 8 // 4: zero; 4: crc32c(inode seed, block up to the end of the entries, 8 zero bytes)
 
 	dxEntrySize = 8
@@ -35,16 +35,16 @@ const (
 	maxIndirect = 2 // with large_dir; 1 without
 )
 
-// hashTree is the shape of a tree: how many blocks each level has, the root
-// first, the leaves last. A level's blocks follow one another in the directory,
-// and so do the levels.
+// hashTree is the shape of a tree: the number of blocks of each level, from the root to
+// the leaves. The blocks of a level are consecutive in the directory, and so are the
+// levels.
 type hashTree struct {
 	levels []int
 	fan    int // children of a full node that is not the root
 }
 
-// newHashTree makes the lowest tree of so many leaves. fan, where not 0, limits
-// the children of a node to fewer than fit.
+// newHashTree makes the lowest tree with this number of leaves. A fan other than 0
+// limits the children of a node to fewer than fit.
 func newHashTree(leaves, fan int) hashTree {
 	rootFan, nodeFan := dxRootLimit, dxNodeLimit
 	if fan > 0 {
@@ -73,7 +73,7 @@ func (t *hashTree) blocks() int {
 	return sum
 }
 
-// leafEntries is how many of entries, which are not none, fit in one leaf.
+// leafEntries returns how many of entries fit in one leaf. entries must not be empty.
 func leafEntries(entries []Dirent) int {
 	size, n := 0, 0
 	for n < len(entries) {
@@ -87,8 +87,8 @@ func leafEntries(entries []Dirent) int {
 
 // hashTree emits the blocks of a directory whose entries are sorted by hash.
 func (w *dirWriter) hashTree(entries []Dirent, emit func(b []byte) error) error {
-	// The key of each leaf: the hash of its first name, with the continuation
-	// bit where the leaf before ends in a name of the same hash.
+	// The key of each leaf is the hash of its first name. The continuation bit is set
+	// if the preceding leaf ends in a name of the same hash.
 	var keys []uint32
 	for at := 0; at < len(entries); {
 		hash, _ := w.fs.hasher.hash(entries[at].Name)
@@ -138,8 +138,8 @@ func (w *dirWriter) hashTree(entries []Dirent, emit func(b []byte) error) error 
 	return nil
 }
 
-// index makes a node of level with count children, from child number first of
-// the level below, which starts at block below.
+// index makes a node of level with count children. The first child is number first of
+// the level below, and that level starts at block below.
 func (w *dirWriter) index(level int, t *hashTree, keys []uint32, span, first, count, below int) []byte {
 	w.begin()
 	b := w.buf[:]

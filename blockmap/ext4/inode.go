@@ -1,7 +1,7 @@
 package ext4
 
-// An inode is 256 bytes. Numbers start at 1; inode n is at place n-1 of the
-// tables of all groups put end to end.
+// An inode is 256 bytes. Numbers start at 1: inode n is entry n-1 of the concatenated
+// tables of all groups.
 const (
 	inMode        = 0x00 // 2
 	inUID         = 0x02 // 2, low half
@@ -9,7 +9,7 @@ const (
 	inAtime       = 0x08 // 4, low half, signed
 	inCtime       = 0x0C // 4
 	inMtime       = 0x10 // 4
-	inDtime       = 0x14 // 4: when it was deleted
+	inDtime       = 0x14 // 4: deletion time
 	inGID         = 0x18 // 2, low half
 	inLinks       = 0x1A // 2
 	inBlocks      = 0x1C // 4, low half: in units of 512 bytes
@@ -25,7 +25,7 @@ const (
 	inChecksum    = 0x7C // 2, low half: crc32c(inode seed, inode with 0 here and in inChecksumHigh)
 	inExtraIsize  = 0x80 // 2: bytes in use beyond 128
 	inChecksumHi  = 0x82 // 2
-	inCtimeExtra  = 0x84 // 4: nanoseconds << 2 | what is to be added to the seconds >> 32
+	inCtimeExtra  = 0x84 // 4: nanoseconds << 2 | amount to add to the seconds >> 32
 	inMtimeExtra  = 0x88 // 4
 	inAtimeExtra  = 0x8C // 4
 	inCrtime      = 0x90 // 4
@@ -44,21 +44,21 @@ const (
 	inodeFlagExtents  = 0x80000
 
 	maxLinks    = 65000 // a directory with more has a count of 1
-	maxFastLink = 59    // longest symlink that lies in the inode, with a NUL
-	maxSymlink  = 4095  // longest symlink that lies in a block, with a NUL
+	maxFastLink = 59    // longest symlink target that fits in the inode with a NUL
+	maxSymlink  = 4095  // longest symlink target that fits in a block with a NUL
 	maxFileSize = maxBlocks * int64(blockSize)
 	maxMajor    = 1<<12 - 1
 	maxMinor    = 1<<20 - 1
 
-	// The format reaches to 1<<34-1<<31-1, but e2fsck takes the last bit of
-	// the epoch for a mistake that old kernels made with times before 1970.
+	// The format allows times up to 1<<34-1<<31-1. But e2fsck treats a set last bit of
+	// the epoch as a mistake that old kernels made with times before 1970.
 	minSeconds = -1 << 31
 	maxSeconds = 3<<32 - 1<<31 - 1
 	maxNsec    = 999_999_999
 )
 
-// putInode writes an inode to b, which is zeroed. ext are the extents of its
-// content, own is how many blocks it has beside that.
+// putInode writes an inode to b, which is zeroed. ext lists the extents of its content.
+// own is the number of blocks that the inode has besides its content.
 func (fs *Filesystem) putInode(b []byte, n *node, ext []extent) error {
 	in := n.Inode
 	le.PutUint16(b[inMode:], uint16(in.Mode))
@@ -142,12 +142,13 @@ func (fs *Filesystem) putJournalInode(b []byte) {
 	fs.sealInode(b, journalInode)
 }
 
-// sealInode sets the checksum of an inode that has all else.
+// sealInode sets the checksum of an inode that is otherwise complete.
 func (fs *Filesystem) sealInode(b []byte, number uint32) {
 	putHalves(b, inChecksum, inChecksumHi, inodeChecksum(fs.seed, number, b))
 }
 
-// inodeChecksum is the checksum of inode b, whatever its checksum fields hold.
+// inodeChecksum returns the checksum of inode b. It ignores the content of the checksum
+// fields.
 func inodeChecksum(seed, number uint32, b []byte) uint32 {
 	c := inodeSeed(seed, number, le.Uint32(b[inGeneration:]))
 	c = crc32c(c, b[:inChecksum])
@@ -157,9 +158,9 @@ func inodeChecksum(seed, number uint32, b []byte) uint32 {
 	return crc32c(c, b[inChecksumHi+2:inodeSize])
 }
 
-// putSizes sets the length in bytes and in blocks. 48 bits of sectors of 512
-// bytes are more than a device has, so the flag that counts in blocks instead is
-// never needed.
+// putSizes sets the length in bytes and in blocks. No device has more sectors of 512
+// bytes than 48 bits can count. So the flag that counts in blocks instead is never
+// needed.
 func putSizes(b []byte, size int64, blocks uint64) {
 	le.PutUint32(b[inSize:], uint32(size))
 	le.PutUint32(b[inSizeHigh:], uint32(size>>32))
@@ -171,8 +172,8 @@ func putSizes(b []byte, size int64, blocks uint64) {
 func putTime(b []byte, low, extra int, t Time) {
 	sec := min(max(t.Sec, minSeconds), maxSeconds)
 	le.PutUint32(b[low:], uint32(sec))
-	// The low word is read as signed, so what has to be added to it is a
-	// multiple of 1<<32, from 0 to 3.
+	// Kernels read the low word as signed. So the amount to add to it is a multiple of
+	// 1<<32, from 0 to 3.
 	epoch := uint32((sec - int64(int32(sec))) >> 32)
 	le.PutUint32(b[extra:], min(t.Nsec, maxNsec)<<2|epoch)
 }

@@ -4,10 +4,10 @@ import "encoding/binary"
 
 const journalInode = 8
 
-// The journal is a file of inode 8. Its first block is its superblock, all
-// big-endian; the rest is not read when the log is empty, so it may hold
-// anything. Checksums and other features of the journal are turned on by the
-// first mount that writes, as after mke2fs.
+// Inode 8 is the journal file. Its first block is the journal superblock, in big-endian
+// byte order. Drivers do not read the rest while the log is empty, so it may hold
+// anything. As after mke2fs, the first mount that writes turns on checksums and other
+// features of the journal.
 const (
 	jsMagic     = 0x00 // 4
 	jsBlockType = 0x04 // 4: 4 is a superblock, version 2
@@ -15,14 +15,14 @@ const (
 	jsMaxLen    = 0x10 // 4: blocks in the journal
 	jsFirst     = 0x14 // 4: first block of the log
 	jsSequence  = 0x18 // 4: first transaction expected
-	jsStart     = 0x1C // 4: where the log starts; 0 is an empty log
+	jsStart     = 0x1C // 4: start of the log; 0 means that the log is empty
 	jsError     = 0x20 // 4: errno of the last abort
 	jsCompat    = 0x24 // 4: features
 	jsIncompat  = 0x28 // 4
 	jsROCompat  = 0x2C // 4
 	jsUUID      = 0x30 // 16
-	jsUsers     = 0x40 // 4: filesystems that share the journal
-	jsChecksum  = 0xFC // 4: with one of these features, crc32c(the first 1024 bytes with 0 here)
+	jsUsers     = 0x40 // 4: number of filesystems that share the journal
+	jsChecksum  = 0xFC // 4: if one of these features is on, crc32c(the first 1024 bytes with 0 here)
 
 	jsChecksumV2 = 0x8
 	jsChecksumV3 = 0x10
@@ -43,8 +43,8 @@ func (fs *Filesystem) journalSuperblock(b []byte) {
 	be.PutUint32(b[jsUsers:], 1)
 }
 
-// journalSize is how many blocks mke2fs gives the journal of a device: none at
-// all below 8 MiB.
+// journalSize returns the number of blocks that mke2fs gives the journal of a device.
+// Devices below 8 MiB get no journal.
 func journalSize(blocks uint32) uint32 {
 	switch {
 	case blocks < 2048:
@@ -67,7 +67,7 @@ func journalSize(blocks uint32) uint32 {
 	return 262144
 }
 
-// journalExtents is where the journal lies.
+// journalExtents returns the extents of the journal.
 func (g *geometry) journalExtents() []extent {
 	var l []extent
 	for n := uint32(0); n < g.journalBlocks; n += maxExtent {

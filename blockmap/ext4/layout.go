@@ -11,25 +11,24 @@ import (
 	"thaw/blockmap"
 )
 
-// Options are what a filesystem is made with beside its tree.
+// Options are the settings of a filesystem, besides its tree.
 type Options struct {
-	// Size is the size of the device in bytes, rounded up to whole blocks. A
-	// device that is too small for the content, or for its number of inodes,
-	// is made as large as it must be; then it may be full. There is an inode
-	// for every 16 KiB of the device, or more if the tree has more.
+	// Size is the size of the device in bytes, rounded up to whole blocks. If the
+	// content or the number of inodes requires more, Layout makes the device as large
+	// as required, and then the device may be full. The device has one inode for every
+	// 16 KiB, or more if the tree has more.
 	Size int64
 
 	UUID     [16]byte // must not be zero
-	HashSeed [16]byte // of directory hashes
+	HashSeed [16]byte // for directory hashes
 	Label    string   // at most 16 bytes
-	Time     Time     // when the filesystem and its inodes were made; e2fsck dislikes the future
+	Time     Time     // when the filesystem and its inodes were made; e2fsck complains about times in the future
 
-	dxFan int // tests: children of a hash tree node, to get deep trees cheaply
+	dxFan int // for tests: children of a hash tree node, so that deep trees need few entries
 }
 
-// Filesystem is a filesystem that was laid out. It refers to the tree that it was
-// made from: nobody may change the tree while the Filesystem is in use. Its methods
-// may run at the same time.
+// Filesystem is a filesystem that has been laid out. It refers to its tree, which must
+// not change while the Filesystem is in use. Its methods are safe for concurrent use.
 type Filesystem struct {
 	opts     Options
 	geo      geometry
@@ -39,34 +38,35 @@ type Filesystem struct {
 
 	nodes     []node            // by inode number; see inodeNumber
 	dirs      []uint32          // number of directories in each group that has inodes in use
-	xattrRefs map[uint32]uint32 // inodes that share a block of extended attributes
-	meta      []blockmap.Run    // stream 0
-	data      []blockmap.Run    // the others, sorted by stream and block as well as by device
+	xattrRefs map[uint32]uint32 // number of inodes that share each block of extended attributes
+	meta      []blockmap.Run    // runs of stream 0
+	data      []blockmap.Run    // runs of the other streams, sorted by stream and block, which is also their order on the device
 
-	fullBlockCsum, fullInodeCsum uint32 // of bitmaps without a zero
+	fullBlockCsum, fullInodeCsum uint32 // checksums of bitmaps without a zero
 }
 
-// node is where an inode is put. Blocks are counted from the start of the body.
+// node is the placement of an inode. Its block numbers count from the start of the
+// body.
 type node struct {
 	*Inode
 	links      uint32
-	parent     uint32 // index of the directory that it was found in first
-	block      uint32 // directories and long symlinks: the content
+	parent     uint32 // index of the directory in which Layout found it first
+	block      uint32 // of directories and long symlinks: first block of the content
 	blocks     uint32
-	tree       uint32 // extent tree without its root
+	tree       uint32 // first block of the extent tree without its root
 	treeBlocks uint32
-	xattr      uint32 // extended attributes; maybe another inode's, which is before this one
+	xattr      uint32 // block of extended attributes; may belong to an earlier inode
 }
 
-// geometry is where things are, in blocks of the device.
+// geometry holds the places of the parts, in blocks of the device.
 type geometry struct {
 	blocks         uint32
 	groups         uint32
 	inodesPerGroup uint32
-	logFlex        uint8 // log2 of groups in a flex group: all of them
+	logFlex        uint8 // log2 of the groups in a flex group, which contains all groups
 
-	// In this order, each up to the next.
-	blockBitmaps uint32 // descriptors are before, from block 1
+	// In this order. Each part extends to the next one.
+	blockBitmaps uint32 // descriptors come before, from block 1
 	inodeBitmaps uint32
 	inodeTables  uint32
 	journal      uint32
@@ -78,10 +78,10 @@ type geometry struct {
 	journalBlocks uint32
 }
 
-// tableBlocks is the size of one group's inode table.
+// tableBlocks returns the size of one group's inode table.
 func (g *geometry) tableBlocks() uint32 { return g.inodesPerGroup / inodesPerBlock }
 
-// inodeNumber is the number of the inode of nodes[index].
+// inodeNumber returns the number of the inode of nodes[index].
 func inodeNumber(index uint32) uint32 {
 	if index == 0 {
 		return rootInode
@@ -89,13 +89,12 @@ func inodeNumber(index uint32) uint32 {
 	return firstInode - 1 + index
 }
 
-// usedInodes is the number of inodes in use, reserved ones included. It is the
-// highest number, too.
+// usedInodes returns the number of inodes in use, reserved ones included. It is also
+// the highest inode number.
 func (fs *Filesystem) usedInodes() uint32 { return firstInode - 1 + uint32(len(fs.nodes)) - 1 }
 
-// Layout lays out the tree below root. It reorders Entries. Two calls at the same
-// time must not share inodes. The error names the path that cannot be laid out, and
-// the cause.
+// Layout lays out the tree below root. It reorders Entries. Concurrent calls must not
+// share inodes. The error names the path that cannot be laid out, and the cause.
 func Layout(root *Inode, o Options) (*Filesystem, error) {
 	switch {
 	case root == nil || !root.is(modeDir):
@@ -139,19 +138,19 @@ func Layout(root *Inode, o Options) (*Filesystem, error) {
 	return fs, nil
 }
 
-// Blocks is the size of the device in blocks.
+// Blocks returns the size of the device in blocks.
 func (fs *Filesystem) Blocks() uint32 { return fs.geo.blocks }
 
-// Runs is the map of the device, sorted, of stream 0 and of those that the tree
-// names. Blocks in no run read as zeros.
+// Runs returns the map of the device: the sorted runs of stream 0 and of the streams
+// that the tree names. Blocks outside of all runs read as zeros.
 func (fs *Filesystem) Runs() []blockmap.Run {
 	return slices.Concat(fs.meta, fs.data)
 }
 
-// number gives every inode of the tree its number and counts links. A
-// directory's children have consecutive numbers, so that to list it and to look
-// at each takes few blocks of the inode table; then come those of its first
-// subdirectory, and so on down.
+// number gives every inode of the tree its number and counts links. The children of a
+// directory have consecutive numbers, so that a program that lists the directory and
+// looks at each child reads few blocks of the inode table. The children of the first
+// subdirectory follow, and so on down.
 func (fs *Filesystem) number(root *Inode) error {
 	fs.add(root, 0)
 	if err := root.validate(); err != nil {
@@ -200,8 +199,8 @@ func (fs *Filesystem) number(root *Inode) error {
 
 const maxInodes = 1<<32 - 1 - firstInode
 
-// has reports whether in got its number in this layout: it may have the number of
-// another one.
+// has reports whether in got its number in this layout. If not, in may have the number
+// of another inode.
 func (fs *Filesystem) has(in *Inode) bool {
 	return int(in.index) < len(fs.nodes) && fs.nodes[in.index].Inode == in
 }
@@ -247,7 +246,7 @@ func (in *Inode) validate() error {
 	case in.Size < 0 || in.Size > maxFileSize:
 		return fmt.Errorf("has a size of %d bytes: the limit is %d", in.Size, int64(maxFileSize))
 	}
-	var next uint64 // file block behind the last run
+	var next uint64 // file block after the last run
 	for _, r := range in.Data {
 		switch {
 		case r.Count == 0:
@@ -267,9 +266,8 @@ func (in *Inode) validate() error {
 	return nil
 }
 
-// placeData puts the blocks of all streams in their order and fills fs.data,
-// with device blocks counted from the start of the data. It returns their
-// number.
+// placeData puts the blocks of all streams in their order and fills fs.data, with
+// device blocks counted from the start of the data. It returns the number of blocks.
 func (fs *Filesystem) placeData() (uint64, error) {
 	type piece struct {
 		at    uint64 // stream << 32 | block
@@ -310,7 +308,7 @@ func (fs *Filesystem) placeData() (uint64, error) {
 	return total, nil
 }
 
-// device is where a block of a stream is on the device.
+// device returns the place of a stream's block on the device.
 func (fs *Filesystem) device(stream, block uint32) uint32 {
 	i, ok := slices.BinarySearchFunc(fs.data, blockmap.Run{Stream: stream, Block: block}, func(a, b blockmap.Run) int {
 		return cmp.Or(cmp.Compare(a.Stream, b.Stream), cmp.Compare(a.Block, b.Block))
@@ -321,7 +319,7 @@ func (fs *Filesystem) device(stream, block uint32) uint32 {
 	return fs.data[i].Device + block - fs.data[i].Block
 }
 
-// extents appends to l where the content of a node is.
+// extents appends to l the extents of a node's content.
 func (fs *Filesystem) extents(n *node, l []extent) []extent {
 	for _, r := range n.Data {
 		l = appendExtent(l, extent{r.FileBlock, fs.device(r.Stream, r.Block), r.Count})
@@ -332,9 +330,8 @@ func (fs *Filesystem) extents(n *node, l []extent) []extent {
 	return l
 }
 
-// placeBody gives directories, long symlinks, extent trees and blocks of
-// extended attributes their places, in the order of inodes, and returns how many
-// blocks they take.
+// placeBody assigns blocks to directories, long symlinks, extent trees and blocks of
+// extended attributes, in the order of inodes. It returns how many blocks they take.
 func (fs *Filesystem) placeBody() (uint64, error) {
 	type shared struct{ block, refs uint32 }
 	blocks := make(map[[sha256.Size]byte]shared) // attributes, by content
@@ -357,8 +354,8 @@ func (fs *Filesystem) placeBody() (uint64, error) {
 			n.blocks = 1
 		}
 		n.block = take(n.blocks)
-		// Where body and data begin is not known yet, but how many extents
-		// there are does not depend on it.
+		// The starts of body and data are not known yet, but the number of extents does
+		// not depend on them.
 		ext = fs.extents(n, ext[:0])
 		n.treeBlocks = treeBlocks(len(ext))
 		n.tree = take(n.treeBlocks)
@@ -386,7 +383,7 @@ func (fs *Filesystem) placeBody() (uint64, error) {
 	return next, nil
 }
 
-// fit decides the size of the device and where its parts begin.
+// fit decides the size of the device and the starts of its parts.
 func (g *geometry) fit(size int64, used uint32, body, data uint64) error {
 	blocks := uint64(max(blocksOf(size), 1))
 	for {
@@ -441,12 +438,12 @@ func (fs *Filesystem) countDirs() {
 	}
 }
 
-// fault says which inode an error is about.
+// fault adds the path of the inode to an error about it.
 func (fs *Filesystem) fault(index uint32, err error) error {
 	return fmt.Errorf("ext4: %q %w", fs.path(fs.nodes[index].Inode), err)
 }
 
-// path is the first name of an inode that has its number, for an error.
+// path returns the first path of an inode that has its number, for an error.
 func (fs *Filesystem) path(in *Inode) string {
 	var names []string
 	for in.index != 0 {
@@ -469,4 +466,4 @@ func (fs *Filesystem) path(in *Inode) string {
 	return path
 }
 
-const maxErrorPath = 4096 // of a path, an error has the end
+const maxErrorPath = 4096 // an error shows only the end of a longer path

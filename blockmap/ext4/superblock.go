@@ -10,35 +10,34 @@ const (
 	blockSize      = blockmap.BlockSize
 	blocksPerGroup = 8 * blockSize // one bitmap block's worth
 
-	maxBlocks = 1<<32 - 1 // device blocks are uint32, and so are the counts of them
+	maxBlocks = 1<<32 - 1 // device blocks and their counts are uint32
 )
 
-// The superblock is 1024 bytes at byte 1024 of the device. Fields that are not
-// named are zero: they belong to features that are off, or count errors and
-// mounts.
+// The superblock is 1024 bytes at byte 1024 of the device. Fields without a name here
+// are zero: they belong to features that are off, or count errors and mounts.
 const (
 	superblockOffset = 1024
 	superblockSize   = 1024
 
 	sbInodesCount       = 0x000 // 4
 	sbBlocksCount       = 0x004 // 4, low half
-	sbReservedBlocks    = 0x008 // 4, low half: for root only
+	sbReservedBlocks    = 0x008 // 4, low half: reserved for root
 	sbFreeBlocks        = 0x00C // 4, low half
 	sbFreeInodes        = 0x010 // 4
 	sbFirstDataBlock    = 0x014 // 4: 0 for all block sizes but 1 KiB
 	sbLogBlockSize      = 0x018 // 4: block size is 1024 << this
-	sbLogClusterSize    = 0x01C // 4: the same without bigalloc
+	sbLogClusterSize    = 0x01C // 4: equal to sbLogBlockSize, because bigalloc is off
 	sbBlocksPerGroup    = 0x020 // 4
 	sbClustersPerGroup  = 0x024 // 4
 	sbInodesPerGroup    = 0x028 // 4
 	sbWriteTime         = 0x030 // 4
-	sbMaxMountCount     = 0x036 // 2: -1 is no limit
+	sbMaxMountCount     = 0x036 // 2: -1 means no limit
 	sbMagic             = 0x038 // 2
 	sbState             = 0x03A // 2: 1 is cleanly unmounted
-	sbErrors            = 0x03C // 2: what to do on errors; 1 is to go on
+	sbErrors            = 0x03C // 2: behaviour on errors; 1 continues
 	sbCheckTime         = 0x040 // 4
-	sbRevision          = 0x04C // 4: 1, inode size and features are in the superblock
-	sbFirstInode        = 0x054 // 4: first that is not reserved
+	sbRevision          = 0x04C // 4: 1 means that the inode size and the features are in the superblock
+	sbFirstInode        = 0x054 // 4: first inode that is not reserved
 	sbInodeSize         = 0x058 // 2
 	sbFeatureCompat     = 0x05C // 4
 	sbFeatureIncompat   = 0x060 // 4
@@ -64,12 +63,12 @@ const (
 	sbFlags             = 0x160 // 4
 	sbLogGroupsPerFlex  = 0x174 // 1
 	sbChecksumType      = 0x175 // 1: 1 is crc32c
-	sbOverhead          = 0x248 // 4: blocks that are never data
-	sbBackupGroups      = 0x24C // 8: two groups that hold backups; none if 0
+	sbOverhead          = 0x248 // 4: blocks that never hold data
+	sbBackupGroups      = 0x24C // 8: two groups that hold backups; 0 means none
 	sbWriteTimeHigh     = 0x274 // 1
 	sbMkfsTimeHigh      = 0x276 // 1
 	sbCheckTimeHigh     = 0x277 // 1
-	sbChecksum          = 0x3FC // 4: crc32c of all that is before it
+	sbChecksum          = 0x3FC // 4: crc32c of all bytes before it
 
 	superMagic      = 0xEF53
 	stateClean      = 1
@@ -81,9 +80,9 @@ const (
 	flagUnsignedHash = 0x2
 )
 
-// Features. A driver that does not know a compat one may write, that does not
-// know a ro_compat one may read, that does not know an incompat one may do
-// neither.
+// Features. A driver that does not know a compat feature may still write. One that does
+// not know a ro_compat feature may only read. One that does not know an incompat
+// feature may do neither.
 const (
 	compatHasJournal   = 0x4
 	compatExtAttr      = 0x8
@@ -106,8 +105,7 @@ const (
 
 var le = binary.LittleEndian
 
-// superblock writes the superblock to b, which is zeroed and superblockSize
-// long.
+// superblock writes the superblock to b, which is zeroed and superblockSize long.
 func (fs *Filesystem) superblock(b []byte) {
 	g := &fs.geo
 	compat := uint32(compatExtAttr | compatDirIndex | compatSparseSuper2)
@@ -154,7 +152,7 @@ func (fs *Filesystem) superblock(b []byte) {
 	le.PutUint32(b[sbMountOptions:], optionsXattrACL)
 	le.PutUint16(b[sbMinExtraIsize:], extraIsize)
 	le.PutUint16(b[sbWantExtraIsize:], extraIsize)
-	// Names hash as unsigned bytes, whatever the char of the machine.
+	// Names are hashed as unsigned bytes, whether or not the machine's char is signed.
 	le.PutUint32(b[sbFlags:], flagUnsignedHash)
 	b[sbLogGroupsPerFlex] = g.logFlex
 	b[sbChecksumType] = checksumCRC32C

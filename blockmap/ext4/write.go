@@ -8,7 +8,7 @@ import (
 	"thaw/blockmap"
 )
 
-// mapMeta fills fs.meta: where the blocks of stream 0 go, in the order in which
+// mapMeta fills fs.meta: the places of the blocks of stream 0, in the order in which
 // WriteMeta writes them.
 func (fs *Filesystem) mapMeta() {
 	g := &fs.geo
@@ -39,8 +39,8 @@ func (fs *Filesystem) mapMeta() {
 	add(g.body, g.data-g.body)
 }
 
-// usedTableBlocks is how many blocks of the inode tables, which are one after
-// the other, hold inodes in use.
+// usedTableBlocks returns how many blocks of the inode tables hold inodes in use. The
+// tables are consecutive.
 func (fs *Filesystem) usedTableBlocks() uint32 {
 	return (fs.usedInodes() + inodesPerBlock - 1) / inodesPerBlock
 }
@@ -141,7 +141,7 @@ func (m *metaWriter) inode(b []byte, number uint32) error {
 	case number == journalInode && fs.geo.journalBlocks > 0:
 		fs.putJournalInode(b)
 	}
-	// The other reserved inodes are zero, which needs no checksum.
+	// The other reserved inodes are zero and need no checksum.
 	return nil
 }
 
@@ -163,7 +163,7 @@ func (m *metaWriter) journal() error {
 	return extentBlocks(fs.geo.journalExtents(), fs.geo.journalTree, inodeSeed(fs.seed, journalInode, 0), m.put)
 }
 
-// body writes what placeBody gave a place, in the same order.
+// body writes everything that placeBody placed, in the same order.
 func (m *metaWriter) body() error {
 	fs := m.fs
 	var next uint32
@@ -196,7 +196,7 @@ func (m *metaWriter) body() error {
 			}
 		}
 		if len(n.Xattrs) == 0 || n.xattr != next {
-			continue // none, or in the inode, or in the block of an earlier inode
+			continue // no attributes, or in the inode, or in the block of an earlier inode
 		}
 		if _, block, err := splitXattrs(n.Inode); err != nil {
 			return err

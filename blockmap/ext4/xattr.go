@@ -8,9 +8,9 @@ import (
 	"strings"
 )
 
-// Extended attributes lie in what is left of the inode, behind a word of
-// xattrMagic, or in a block of their own, which inodes with equal attributes
-// share. The block begins with
+// The rest of the inode holds extended attributes after a word of xattrMagic, or else a
+// block of their own holds them. Inodes with equal attributes share a block. The block
+// begins with:
 const (
 	xhMagic    = 0x00 // 4
 	xhRefs     = 0x04 // 4: inodes that share the block
@@ -21,19 +21,20 @@ const (
 
 	xattrMagic = 0xEA020000
 
-	// Then come the entries, in a block sorted by index, length of the name
-	// and name, and a word of 0. Values fill the space from its end on.
+	// The entries follow, and end with a word of 0. In a block they are sorted by
+	// index, length of the name, and name. Values fill the space from its end
+	// downwards.
 	xeNameLen   = 0x0 // 1
-	xeIndex     = 0x1 // 1: what the name begins with
-	xeOffset    = 0x2 // 2: of the value, from the start of the block, or of the inode's entries
-	xeInode     = 0x4 // 4: inode that holds the value; 0
+	xeIndex     = 0x1 // 1: stands for the beginning of the name
+	xeOffset    = 0x2 // 2: offset of the value from the start of the block, or of the inode's entries
+	xeInode     = 0x4 // 4: inode that holds the value; always 0
 	xeValueSize = 0x8 // 4
-	xeHash      = 0xC // 4: of name and value; 0 in an inode
+	xeHash      = 0xC // 4: hash of name and value; 0 in an inode
 	xeName      = 0x10
 
 	xattrEnd = 4
 
-	maxXattrRefs = 1024 // more inodes than the kernel lets share one block
+	maxXattrRefs = 1024 // the kernel lets at most this many inodes share one block
 	maxXattrName = 255
 
 	inodeXattrs     = 128 + extraIsize // offset in the inode: xattrMagic, then entries
@@ -41,7 +42,7 @@ const (
 	blockXattrSpace = blockSize - xhSize
 )
 
-// Indexes of the beginnings of names.
+// Indexes that stand for the beginnings of names.
 const (
 	xattrUser       = 1
 	xattrACLAccess  = 2
@@ -53,7 +54,7 @@ const (
 type xattrPrefix struct {
 	prefix string
 	index  byte
-	whole  bool // the prefix is all of the name
+	whole  bool // the prefix is the whole name
 }
 
 var xattrPrefixes = []xattrPrefix{
@@ -64,7 +65,7 @@ var xattrPrefixes = []xattrPrefix{
 	{"security.", xattrSecurity, false},
 }
 
-// diskXattr is an attribute as it is stored.
+// diskXattr is an attribute in its stored form.
 type diskXattr struct {
 	index byte
 	name  string
@@ -101,9 +102,9 @@ func newDiskXattr(x *Xattr) (diskXattr, error) {
 	return diskXattr{}, fmt.Errorf("has an extended attribute that ext4 cannot store: %.255q", x.Name)
 }
 
-// splitXattrs decides which attributes of in go in the inode and which in a
-// block. All go in the inode where they fit, or else all in a block where they
-// fit, so that blocks can be shared; or else both are filled.
+// splitXattrs decides which attributes of in go in the inode and which in a block. If
+// all fit in the inode, they go there. Otherwise, if all fit in a block, they go in the
+// block, so that inodes can share it. Otherwise splitXattrs uses both.
 func splitXattrs(in *Inode) (inode, block []diskXattr, err error) {
 	if len(in.Xattrs) == 0 {
 		return nil, nil, nil
@@ -159,7 +160,8 @@ func (x *diskXattr) fullName() string {
 	return x.name
 }
 
-// putXattrs writes entries to b from start on, and their values from its end.
+// putXattrs writes entries to b from start on, and their values backwards from the end
+// of b.
 func putXattrs(b []byte, start int, l []diskXattr, hashes bool) {
 	end := len(b)
 	for i := range l {
@@ -181,8 +183,8 @@ func putXattrs(b []byte, start int, l []diskXattr, hashes bool) {
 	}
 }
 
-// xattrBlock writes a block of attributes to b, all but what depends on where it
-// is and who shares it.
+// xattrBlock writes a block of attributes to b, except the fields that depend on the
+// place of the block and on the inodes that share it.
 func xattrBlock(b []byte, l []diskXattr) {
 	clear(b)
 	le.PutUint32(b[xhMagic:], xattrMagic)
@@ -195,9 +197,9 @@ func xattrBlock(b []byte, l []diskXattr) {
 	le.PutUint32(b[xhHash:], h)
 }
 
-// hash of the name and the value. Kernels before 6.2 took the bytes of the name
-// as char, which is signed on some machines; later ones write it unsigned and
-// read both.
+// hash of the name and the value. Kernels before 6.2 hashed the bytes of the name as
+// char, which is signed on some machines. Later kernels write the hash of unsigned
+// bytes and read both.
 func (x *diskXattr) hash(signed bool) uint32 {
 	var h uint32
 	for i := range len(x.name) {
@@ -219,17 +221,17 @@ func (x *diskXattr) hash(signed bool) uint32 {
 	return h
 }
 
-// xattrChecksum is the checksum of xattr block b at block on the device,
-// whatever its checksum field holds.
+// xattrChecksum returns the checksum of xattr block b, which is at block on the device.
+// It ignores the content of the checksum field.
 func xattrChecksum(seed uint32, block uint64, b []byte) uint32 {
 	c := crc32cWord(crc32cWord(seed, uint32(block)), uint32(block>>32))
 	c = crc32cHole(crc32c(c, b[:xhChecksum]), 4)
 	return crc32c(c, b[xhChecksum+4:])
 }
 
-// An ACL as getxattr gives it is a word of 2 and 8 bytes for each entry: tag,
-// permissions (2 bytes each) and the user or group. On disk it is a word of 1,
-// and entries that are about no user or group in particular end before that.
+// getxattr returns an ACL as a word of 2 and 8 bytes for each entry: tag, permissions
+// (2 bytes each) and the user or group. On disk the word is 1, and entries without a
+// particular user or group omit that last field.
 const (
 	aclVersion     = 2
 	aclDiskVersion = 1

@@ -11,9 +11,9 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// elfFile is what a dynamic linker reads of an ELF file: program headers and the
-// dynamic section, and nothing by way of section headers, which a file need not
-// have and debug/elf wants.
+// elfFile holds what a dynamic linker reads of an ELF file: the program headers and the
+// dynamic section. It does not use section headers, which debug/elf requires but a file
+// need not have.
 type elfFile struct {
 	class   elf.Class
 	order   binary.ByteOrder
@@ -24,8 +24,8 @@ type elfFile struct {
 	soname         string
 	rpath, runpath string
 
-	head []span // read as the file is mapped
-	body []span // read and written when it is relocated, and where it begins to run
+	head []span // read when the file is mapped
+	body []span // read and written when the file is relocated, and where it begins to run
 }
 
 // span is a range of bytes of a file.
@@ -37,26 +37,26 @@ const (
 	maxDynamic = 4096 // entries
 	maxNeeded  = 1024
 	maxString  = 4095
-	maxStrings = 64 << 10 // bytes of the names of libraries, and of directories, that are kept of a file
+	maxStrings = 64 << 10 // total bytes of the names of libraries and directories that are kept for one file
 
-	// maxTables bounds the tables of a file that are guessed, and maxWritable
-	// its segments of data that has to be relocated. Chromium has 26 and 12 MiB.
+	// maxTables bounds the tables of a file that are predicted; maxWritable bounds its
+	// segments of data that need relocation. Chromium has 26 and 12 MiB.
 	maxTables   = 32 << 20
 	maxWritable = 16 << 20
 
-	// entryReach is what is guessed about the first instruction: what a kernel
+	// entryReach is the size of the prediction at the first instruction: what a kernel
 	// maps and reads ahead there.
 	entryReach = 128 << 10
 
-	// Of the generic ABI, and not in debug/elf yet.
+	// The generic ABI defines these, and debug/elf does not have them yet.
 	dtRELRSZ elf.DynTag = 35
 	dtRELR   elf.DynTag = 36
 )
 
 var errNotELF = errors.New("not an ELF file that can be run")
 
-// readELF reads an ELF file without trusting it: nothing of it is followed
-// further than the bounds above.
+// readELF reads an ELF file, which may be hostile. It reads nothing beyond the bounds
+// above.
 func readELF(ctx context.Context, c *contents, in *ext4.Inode) (*elfFile, error) {
 	ident, err := c.read(ctx, in, 0, 64)
 	if err != nil {
@@ -127,8 +127,7 @@ func readELF(ctx context.Context, c *contents, in *ext4.Inode) (*elfFile, error)
 	return f, nil
 }
 
-// progs reads the program headers. Those that lie outside of the file are left
-// out.
+// progs reads the program headers, except those that lie outside of the file.
 func (f *elfFile) progs(ctx context.Context, c *contents, in *ext4.Inode, h *elf.Header64) ([]elf.Prog64, error) {
 	size := binary.Size(elf.Prog64{})
 	if f.class == elf.ELFCLASS32 {
@@ -163,10 +162,10 @@ func (f *elfFile) progs(ctx context.Context, c *contents, in *ext4.Inode, h *elf
 	return progs, nil
 }
 
-// memory is where a file is mapped.
+// memory lists the program headers, which say where a file is mapped.
 type memory []elf.Prog64
 
-// file is where in the file an address is.
+// file returns the offset in the file of an address.
 func (m memory) file(addr uint64) (int64, bool) {
 	for _, p := range m {
 		if elf.ProgType(p.Type) == elf.PT_LOAD && addr >= p.Vaddr && addr-p.Vaddr < p.Filesz {
@@ -237,8 +236,8 @@ func (f *elfFile) dynamic(ctx context.Context, c *contents, in *ext4.Inode, m me
 	return err
 }
 
-// tables finds what symbols are looked up in, which is read as soon as a file
-// is needed by another, and what relocations are listed in.
+// tables finds the tables in which symbols are looked up, which are read as soon as
+// another file needs this one, and the tables that list relocations.
 func (f *elfFile) tables(m memory, values map[elf.DynTag]uint64) {
 	left := int64(maxTables)
 	add := func(l *[]span, start elf.DynTag, n uint64) {
@@ -251,7 +250,7 @@ func (f *elfFile) tables(m memory, values map[elf.DynTag]uint64) {
 		}
 	}
 	add(&f.head, elf.DT_STRTAB, values[elf.DT_STRSZ])
-	// Hash tables and symbols do not say how long they are; linkers put them
+	// Hash tables and symbol tables do not record their length; linkers place them
 	// before the strings.
 	for _, t := range []elf.DynTag{elf.DT_GNU_HASH, elf.DT_HASH, elf.DT_SYMTAB, elf.DT_VERSYM, elf.DT_VERNEED} {
 		n := uint64(blockSize)
@@ -266,7 +265,7 @@ func (f *elfFile) tables(m memory, values map[elf.DynTag]uint64) {
 	add(&f.body, elf.DT_JMPREL, values[elf.DT_PLTRELSZ])
 }
 
-// stringAt reads a string that ends in a NUL; one that does not is none.
+// stringAt reads a string that ends in a NUL. It returns "" if there is no NUL.
 func (c *contents) stringAt(ctx context.Context, in *ext4.Inode, off int64) (string, error) {
 	b, err := c.read(ctx, in, off, maxString+1)
 	if i := bytes.IndexByte(b, 0); i >= 0 {

@@ -19,7 +19,7 @@ type linker struct {
 	musl    bool
 	env     []string // LD_LIBRARY_PATH
 	system  []string // the directories of the image and of its linker
-	machine *elfFile // the program, which libraries are to be like
+	machine *elfFile // the program, whose class and machine libraries must have
 	queue   []*object
 	loaded  map[*ext4.Inode]bool
 	sonames map[string]bool
@@ -28,23 +28,23 @@ type linker struct {
 // object is a file in a process.
 type object struct {
 	*elfFile
-	origin         string   // the directory that it was found in
-	loader         *object  // what needs it
+	origin         string   // the directory in which it was found
+	loader         *object  // the object that needs it
 	rpath, runpath []string // of elfFile, expanded
 }
 
 const (
-	// maxObjects bounds the libraries of a program, maxDirs the directories
-	// that are searched on behalf of one setting, maxConfigs the files and
-	// patterns that list them.
+	// maxObjects bounds the libraries of a program. maxDirs bounds the directories that
+	// one setting lists. maxConfigs bounds the files and patterns that list
+	// directories.
 	maxObjects = 1024
 	maxDirs    = 128
 	maxConfigs = 64
-	maxChain   = 64 // libraries that are there because of each other
+	maxChain   = 64 // libraries in a chain in which each needs the next
 )
 
-// link guesses the linker and the libraries of a program, in the order in which
-// they are opened.
+// link predicts the linker and the libraries of a program, in the order in which they
+// are opened.
 func (g *guesser) link(ctx context.Context, real string, in *ext4.Inode, f *elfFile) {
 	if f.interp == "" {
 		return // static
@@ -86,7 +86,7 @@ func (g *guesser) link(ctx context.Context, real string, in *ext4.Inode, f *elfF
 	}
 }
 
-// need loads what an object asks for by name, unless it is there.
+// need loads the library that an object asks for by name, unless it has done so before.
 func (l *linker) need(ctx context.Context, o *object, name string) {
 	if l.sonames[name] || len(l.queue) > maxObjects || l.g.lookups > maxLookups || ctx.Err() != nil {
 		return
@@ -106,7 +106,7 @@ func (l *linker) need(ctx context.Context, o *object, name string) {
 	l.g.log.Debug("guess: no such library", "library", name, "wanted_by", o.origin)
 }
 
-// object is an ELF file that was found in the directory origin.
+// object makes the object of an ELF file that was found in the directory origin.
 func (l *linker) object(f *elfFile, origin string, loader *object) *object {
 	expand := func(list string) (dirs []string) {
 		left := maxStrings
@@ -121,14 +121,14 @@ func (l *linker) object(f *elfFile, origin string, loader *object) *object {
 	return &object{elfFile: f, origin: origin, loader: loader, rpath: expand(f.rpath), runpath: expand(f.runpath)}
 }
 
-// search is where libraries that o needs may be, in order.
+// search returns the directories that may have libraries that o needs, in order.
 func (l *linker) search(o *object) (dirs [][]string) {
 	if l.musl {
 		dirs = append(dirs, l.env)
 	}
 	for p, depth := o, 0; p != nil && depth < maxChain; p, depth = p.loader, depth+1 {
 		switch {
-		case l.musl: // knows no difference
+		case l.musl: // musl treats rpath and runpath alike
 			dirs = append(dirs, p.rpath, p.runpath)
 		case len(o.runpath) == 0 && len(p.runpath) == 0:
 			dirs = append(dirs, p.rpath)
@@ -162,13 +162,13 @@ func (l *linker) expand(s, origin string) string {
 	}
 	lib := "lib"
 	if t := triplet(l.machine); t != "" {
-		lib = "lib/" + t // as Debian has it
+		lib = "lib/" + t // as in Debian
 	}
 	return strings.NewReplacer("${ORIGIN}", origin, "$ORIGIN", origin, "${LIB}", lib, "$LIB", lib).Replace(s)
 }
 
-// muslDirs is what musl searches: what a file says that is named after the
-// linker, or what is built in.
+// muslDirs returns the directories that musl searches: those that a file named after
+// the linker lists, or else the built-in ones.
 func (l *linker) muslDirs(ctx context.Context, interp string) []string {
 	arch, _, _ := strings.Cut(strings.TrimPrefix(path.Base(interp), "ld-musl-"), ".")
 	if text := l.g.text(ctx, "/etc/ld-musl-"+arch+".path"); text != "" {
@@ -177,8 +177,8 @@ func (l *linker) muslDirs(ctx context.Context, interp string) []string {
 	return []string{"/lib", "/usr/local/lib", "/usr/lib"}
 }
 
-// configured are the directories that a configuration of ldconfig lists. The
-// linker reads the cache that is made of it, in which they come first.
+// configured returns the directories that a configuration of ldconfig lists. The linker
+// reads the cache that ldconfig makes from it, in which these directories come first.
 func (g *guesser) configured(ctx context.Context, file string) (dirs []string) {
 	if g.configs++; g.configs > maxConfigs {
 		return nil
@@ -207,7 +207,7 @@ func (g *guesser) configured(ctx context.Context, file string) (dirs []string) {
 	return dirs[:min(len(dirs), maxDirs)]
 }
 
-// glob gives the files whose last part matches a pattern, sorted.
+// glob returns the files whose last part matches a pattern, sorted.
 func (g *guesser) glob(pattern string) (files []string) {
 	dir, base := path.Split(pattern)
 	_, n := g.tree.find(dir)
@@ -223,8 +223,9 @@ func (g *guesser) glob(pattern string) (files []string) {
 	return files[:min(len(files), maxDirs)]
 }
 
-// defaultDirs are built into a linker; which of them, and in which order, is up
-// to the distribution. The class and machine of what is there decides.
+// defaultDirs returns the directories that are built into a linker. Each distribution
+// chooses some of them, and their order. The class and machine of the files in them
+// decide which files fit.
 func defaultDirs(f *elfFile) []string {
 	var dirs []string
 	if t := triplet(f); t != "" {
@@ -236,7 +237,7 @@ func defaultDirs(f *elfFile) []string {
 	return append(dirs, "/lib", "/usr/lib")
 }
 
-// triplet names the directories of an architecture in Debian.
+// triplet returns Debian's name for the directories of an architecture.
 func triplet(f *elfFile) string {
 	wide := f.class == elf.ELFCLASS64
 	switch {
@@ -260,7 +261,7 @@ func triplet(f *elfFile) string {
 	return ""
 }
 
-// fields cuts a list at any of the separators, of which an empty part is none.
+// fields cuts a list at any of the separators and drops empty parts.
 func fields(list, separators string) []string {
 	return strings.FieldsFunc(list, func(r rune) bool { return strings.ContainsRune(separators, r) })
 }

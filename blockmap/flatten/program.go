@@ -28,12 +28,12 @@ type guesser struct {
 	workDir  string
 
 	wants  []want
-	late   []want // read when all of a program is mapped
+	late   []want // read once the whole program is mapped
 	wanted map[*ext4.Inode]bool
 	elfs   map[*ext4.Inode]parsed
 
 	libDirs                []string // of /etc/ld.so.conf
-	runs, lookups, configs int      // so far
+	runs, lookups, configs int      // counts so far
 }
 
 // want is a part of a file that will be read.
@@ -52,19 +52,19 @@ const (
 	// only the parts are predicted that are known to be read.
 	maxWhole = 8 << 20
 
-	maxScript  = 64 << 10 // of a script that is looked into
+	maxScript  = 64 << 10 // size of a script that is parsed
 	maxELFs    = 2048
 	maxRuns    = 64 // programs that start one another
 	maxNest    = 8
-	maxLookups = 1 << 18 // of paths
+	maxLookups = 1 << 18 // look-ups of paths
 	maxArgs    = 64
 )
 
-// guess predicts what a start of the image will read. It fails only with ctx.
+// guess predicts what a start of the image will read. It fails only if ctx ends.
 func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want, error) {
 	var c v1.ConfigFile
 	if err := json.Unmarshal(b.src.Config, &c); err != nil {
-		return nil, nil // diffIDs has read it
+		return nil, nil // diffIDs has decoded the same config before
 	}
 	contents := newContents(b.streams.temp, b.dst, streams)
 	defer contents.close()
@@ -84,14 +84,14 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want,
 		return nil, context.Cause(ctx)
 	}
 	if contents.failed != nil {
-		// Half a guess would differ from one build to the next.
+		// An incomplete guess would differ from one build to the next.
 		b.Log.Warn("the image gets no guess of what a start will read", "err", contents.failed)
 		return nil, nil
 	}
 	return g.wants, nil
 }
 
-// run guesses a command.
+// run predicts what a command reads.
 func (g *guesser) run(ctx context.Context, argv []string, depth int) {
 	if g.runs++; len(argv) == 0 || g.runs > maxRuns || depth > maxNest || ctx.Err() != nil {
 		return
@@ -110,7 +110,7 @@ func (g *guesser) run(ctx context.Context, argv []string, depth int) {
 		g.handOn(ctx, argv, depth)
 		return
 	}
-	head, err := g.contents.read(ctx, n.inode, 0, 256) // as much as the kernel looks at
+	head, err := g.contents.read(ctx, n.inode, 0, 256) // the kernel looks at no more
 	line, ok := strings.CutPrefix(string(head), "#!")
 	if err != nil || !ok {
 		g.log.Debug("guess: not a program", "file", file, "err", err)
@@ -127,12 +127,12 @@ func (g *guesser) run(ctx context.Context, argv []string, depth int) {
 	g.run(ctx, append(append(next, file), argv[1:]...), depth+1)
 }
 
-// launchers run the first of their arguments that is a program.
+// launchers run the first of their arguments that names a program.
 var launchers = []string{"env", "tini", "tini-static", "dumb-init", "docker-init", "catatonit", "gosu", "su-exec", "nohup", "nice", "ionice", "stdbuf", "setpriv", "time", "timeout"}
 
 var shells = []string{"sh", "ash", "bash", "dash", "ksh", "mksh", "zsh"}
 
-// handOn guesses what a program is given to run or to read.
+// handOn predicts what the arguments make a program run or read.
 func (g *guesser) handOn(ctx context.Context, argv []string, depth int) {
 	name, args := path.Base(argv[0]), argv[1:]
 	switch {
@@ -143,7 +143,7 @@ func (g *guesser) handOn(ctx context.Context, argv []string, depth int) {
 			args = splitString(args)
 		}
 		if (name == "gosu" || name == "su-exec") && len(args) > 0 {
-			args = args[1:] // the user
+			args = args[1:] // skip the user
 		}
 		for i, a := range args {
 			if !strings.HasPrefix(a, "-") && g.executable(a) != "" {
@@ -152,8 +152,8 @@ func (g *guesser) handOn(ctx context.Context, argv []string, depth int) {
 			}
 		}
 	default:
-		// python3 main.py, java -jar app.jar: a word that is no option and
-		// happens to be a file is read.
+		// python3 main.py, java -jar app.jar: the program reads an argument that is no
+		// option and names a file.
 		for _, a := range args {
 			if !strings.HasPrefix(a, "-") {
 				g.want(g.abs(a))
@@ -162,8 +162,8 @@ func (g *guesser) handOn(ctx context.Context, argv []string, depth int) {
 	}
 }
 
-// splitString undoes env -S, by which the one argument of a script's first line
-// becomes several.
+// splitString does what env -S does: it splits the one argument of a script's first
+// line into several.
 func splitString(args []string) (split []string) {
 	for _, a := range args {
 		if s, ok := strings.CutPrefix(a, "-S"); ok {
@@ -177,7 +177,7 @@ func splitString(args []string) (split []string) {
 	return split
 }
 
-// shell guesses what a shell is told to do: by a string, or by a script.
+// shell predicts what a shell runs: a command string, or a script.
 func (g *guesser) shell(ctx context.Context, args []string, depth int) {
 	command := false
 	for len(args) > 0 && len(args[0]) > 1 && (args[0][0] == '-' || args[0][0] == '+') {
@@ -211,7 +211,7 @@ func (g *guesser) shell(ctx context.Context, args []string, depth int) {
 	}
 }
 
-// abs is a path as the program of the image sees it.
+// abs returns a path as the program of the image sees it.
 func (g *guesser) abs(p string) string {
 	if strings.HasPrefix(p, "/") {
 		return p
@@ -219,7 +219,7 @@ func (g *guesser) abs(p string) string {
 	return g.workDir + "/" + p
 }
 
-// regular is the inode of a regular file, or nil.
+// regular returns the inode of a regular file, or nil.
 func (g *guesser) regular(file string) *ext4.Inode {
 	if g.lookups++; len(file) > maxString || g.lookups > maxLookups {
 		return nil
@@ -231,7 +231,7 @@ func (g *guesser) regular(file string) *ext4.Inode {
 	return n.inode
 }
 
-// executable is where a command is, "" where there is none.
+// executable returns the path of a command, or "" if there is none.
 func (g *guesser) executable(name string) string {
 	can := func(file string) bool {
 		in := g.regular(file)
@@ -254,7 +254,7 @@ func (g *guesser) executable(name string) string {
 	return ""
 }
 
-// read gives the beginning of a text file, "" where there is none.
+// read returns the beginning of a text file, or "" if there is none.
 func (g *guesser) read(ctx context.Context, file string) string {
 	in := g.regular(file)
 	if in == nil {
@@ -267,13 +267,13 @@ func (g *guesser) read(ctx context.Context, file string) string {
 	return string(b)
 }
 
-// text is read, for a file that the start reads too.
+// text returns a text file, and predicts that the start reads it too.
 func (g *guesser) text(ctx context.Context, file string) string {
 	g.want(file)
 	return g.read(ctx, file)
 }
 
-// elf reads an ELF file, once.
+// elf parses an ELF file, each file once.
 func (g *guesser) elf(ctx context.Context, file string) (*ext4.Inode, *elfFile, error) {
 	in := g.regular(file)
 	if in == nil {
@@ -292,8 +292,8 @@ func (g *guesser) elf(ctx context.Context, file string) (*ext4.Inode, *elfFile, 
 	return in, p.f, p.err
 }
 
-// want guesses a file that is there: whole, or its two ends, where archives and
-// tables have their beginnings.
+// want predicts reads of an existing file: the whole file, or its two ends, where
+// archives and tables have their headers.
 func (g *guesser) want(file string) {
 	in := g.regular(file)
 	if in == nil || g.wanted[in] {
@@ -320,7 +320,7 @@ func (g *guesser) wantELF(in *ext4.Inode, f *elfFile) {
 	for _, s := range f.head {
 		g.add(&g.wants, in, s)
 	}
-	// What was mapped first is relocated last.
+	// The file that was mapped first is relocated last.
 	body := make([]want, 0, len(f.body))
 	for _, s := range f.body {
 		g.add(&body, in, s)

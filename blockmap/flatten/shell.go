@@ -2,7 +2,7 @@ package flatten
 
 import "strings"
 
-// maxCommands bounds what one script is guessed to run.
+// maxCommands bounds the commands that are predicted for one script.
 const maxCommands = 8
 
 // shellCommands predicts which programs a shell script ends up running: each command
@@ -45,7 +45,7 @@ func shellCommands(text string, inline bool, zero string, args []string, env map
 	return append(found, execs...)
 }
 
-// execed is the command behind exec and its options.
+// execed returns the command after exec and its options.
 func execed(words []string) []string {
 	for len(words) > 0 && strings.HasPrefix(words[0], "-") {
 		if words[0] == "-a" && len(words) > 1 {
@@ -61,23 +61,24 @@ type shellParser struct {
 	text string
 	at   int
 	args []string
-	vars map[string]string // set by the script so far
+	vars map[string]string // variables that the script has set so far
 	env  map[string]string
-	here []string // ends of the here-documents that begin at the next line
+	here []string // end words of the here-documents that begin on the next line
 }
 
-// unknown stands in a word for what cannot be known. No file has it in its name.
+// unknown replaces the part of a word that the parser cannot know. No file name
+// contains it.
 const unknown = "\x00"
 
-// word is one that is being read.
+// word is a word that is being read.
 type word struct {
 	b   []byte
-	any bool // there is one, if an empty one
+	any bool // the word exists, even if it is empty
 }
 
 func (w *word) put(s string) {
 	if w.any = true; len(w.b) > maxString {
-		s = unknown // nor has any file so long a one
+		s = unknown // no file has a name that long either
 	}
 	if len(w.b) <= maxString+1 {
 		w.b = append(w.b, s...)
@@ -92,8 +93,8 @@ func (w *word) end(words []string) []string {
 	return words
 }
 
-// command gives the words of the next simple command, none where separators
-// follow each other. ok is false at the end of the text.
+// command returns the words of the next simple command, or none between two separators.
+// ok is false at the end of the text.
 func (p *shellParser) command() (words []string, ok bool) {
 	var w word
 	for p.at < len(p.text) {
@@ -154,7 +155,7 @@ func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") =
 
 // quoted reads up to the closing double quote.
 func (p *shellParser) quoted(w *word, words []string) []string {
-	// "$@" is as many words as there are arguments, so none if there are none.
+	// "$@" expands to one word for each argument, so to none without arguments.
 	if rest := p.text[p.at:]; !w.any && (strings.HasPrefix(rest, `$@"`) || strings.HasPrefix(rest, `${@}"`)) {
 		p.at += strings.IndexByte(rest, '"') + 1
 		return append(words, p.args...)
@@ -182,7 +183,7 @@ func (p *shellParser) quoted(w *word, words []string) []string {
 	return words
 }
 
-// expand reads what follows a dollar sign or a backquote.
+// expand reads an expansion, from after its dollar sign or backquote on.
 func (p *shellParser) expand(c byte, w *word, words []string, quoted bool) []string {
 	w.any = true
 	rest := p.text[p.at:]
@@ -246,7 +247,7 @@ func (p *shellParser) all(w *word, words []string) []string {
 func (p *shellParser) value(name string, w *word, quoted bool) {
 	v, ok := p.lookup(name)
 	if !ok || !quoted && strings.ContainsAny(v, " \t\n*?") {
-		w.put(unknown) // it would be several words
+		w.put(unknown) // it would expand to several words
 		return
 	}
 	w.put(v)
@@ -266,7 +267,7 @@ func (p *shellParser) lookup(name string) (string, bool) {
 	return v, ok
 }
 
-// nameLength is the length of the parameter that s begins with.
+// nameLength returns the length of the parameter that s begins with.
 func nameLength(s string) int {
 	for i := range len(s) {
 		c := s[i]
@@ -281,7 +282,7 @@ func nameLength(s string) int {
 	return len(s)
 }
 
-// closing is the length of s up to the bracket that closes its first one.
+// closing returns the length of s up to the bracket that closes its first bracket.
 // Brackets in quotes do not count.
 func closing(s string, open, shut byte) int {
 	depth, quote := 0, byte(0)
@@ -305,7 +306,7 @@ func closing(s string, open, shut byte) int {
 	return len(s)
 }
 
-// redirect skips where input comes from or output goes to.
+// redirect skips the source of input or the target of output.
 func (p *shellParser) redirect() {
 	rest := p.text[p.at:]
 	document := strings.HasPrefix(rest, "<") && !strings.HasPrefix(rest, "<<") && p.text[p.at-1] == '<'
@@ -335,14 +336,14 @@ func (p *shellParser) skipHere() {
 	p.here = nil
 }
 
-// keywords stand before a command, or between commands.
+// keywords come before a command, or between commands.
 var keywords = map[string]bool{
 	"if": true, "then": true, "else": true, "elif": true, "fi": true, "while": true, "until": true, "do": true,
 	"done": true, "{": true, "}": true, "!": true, "time": true, "esac": true,
 }
 
-// plain takes keywords and assignments from the beginning of a command, and
-// makes a note of the latter.
+// plain removes keywords and assignments from the beginning of a command, and records
+// the assignments.
 func (p *shellParser) plain(words []string) []string {
 	for len(words) > 0 && keywords[words[0]] {
 		words = words[1:]

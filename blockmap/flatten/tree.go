@@ -28,28 +28,27 @@ import (
 // and by an allowance that grows with every entry.
 type tree struct {
 	root  *node
-	layer int                    // being applied, from 1
+	layer int                    // the layer that is being applied, from 1
 	plink map[string]*ext4.Inode // pseudo-links of the layer, by name
 
-	names   int // in the tree
-	implied int // directories that may still be made without an entry of their own
-	follow  int // bytes of the targets of symbolic links, and what comes behind them, that may still be walked
+	names   int // number of names in the tree
+	implied int // directories without an entry of their own that may still be made
+	follow  int // bytes of paths that may still be walked: targets of symbolic links, and the rest of the path after them
 }
 
 // Bounds on a tree.
 const (
-	// maxNames is what an image can have of names of files. A build takes about
-	// a KiB of memory for each.
+	// maxNames bounds the file names of an image. A build takes about a KiB of memory
+	// for each.
 	maxNames = 4 << 20
 
-	// maxDepth is how deep directories are: deeper ones have no path that Linux
-	// takes.
+	// maxDepth bounds the depth of directories. Linux accepts no path to a deeper one.
 	maxDepth = maxPath / 2
 
-	// An entry that lists no parents makes them, and one whose parents are
-	// symbolic links walks what these lead to; a few bytes of a layer could make
-	// thousands of directories and steps. So an image has a number of each to
-	// begin with, and more for each of its entries. Honest ones need a few.
+	// If no layer lists the parents of an entry, the build makes them. If the parents
+	// are symbolic links, it walks their targets. So a few bytes of a layer could cost
+	// thousands of directories and steps. Therefore an image has a base allowance of
+	// each, and each of its entries adds to that. Honest images need little of it.
 	impliedBase, impliedEntry = 64 << 10, 16
 	followBase, followEntry   = 64 << 20, 1 << 10
 )
@@ -58,8 +57,8 @@ const (
 type node struct {
 	inode *ext4.Inode
 	names map[string]*node // of a directory
-	layer int              // that put the name there last
-	own   int              // a directory: the layer that all below it is of; less: maybe of several
+	layer int              // the layer that last put the name there
+	own   int              // of a directory: the layer that all names below it belong to; if less than the current one, they may belong to several
 }
 
 func (n *node) isDir() bool     { return n.inode.Mode&modeType == modeDir }
@@ -71,7 +70,7 @@ func newDir(layer int) *node {
 	return &node{inode: &ext4.Inode{Mode: modeDir | 0o755}, layer: layer, own: layer}
 }
 
-// maxFollow is how many symbolic links a path may lead through, as in Linux.
+// maxFollow bounds the symbolic links that a path may lead through, as in Linux.
 const maxFollow = 40
 
 var (
@@ -80,8 +79,8 @@ var (
 	errImplied  = errors.New("the layers need too many directories that no layer lists")
 )
 
-// applyLayer puts a layer over those that are there: its TOC and, of its stream,
-// the number and the length of its blob.
+// applyLayer applies a layer over those before it, from its TOC and the number and the
+// blob length of its stream.
 func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, stored int64) error {
 	toc, err := openTOC(blob, stored)
 	if err != nil {
@@ -109,7 +108,7 @@ func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, store
 // begin begins the next layer.
 func (t *tree) begin() { t.layer, t.plink = t.layer+1, nil }
 
-// quoted is a name as errors show it: a long one is cut to its end.
+// quoted quotes a name for an error. It shows only the end of a long name.
 func quoted(name string) string {
 	const most = 512
 	if n := len(name) - most; n > 0 {
@@ -185,8 +184,8 @@ func (t *tree) put(parent *node, base string, n *node) error {
 	return nil
 }
 
-// count is how many names a node has at and below it. A node is counted once,
-// when it goes, so to count them costs no more than to make them.
+// count returns the number of names at and below a node. A node is counted once, when
+// it is removed, so counting names costs no more than making them.
 func (n *node) count() int {
 	total := 1
 	for _, child := range n.names {
@@ -195,10 +194,10 @@ func (n *node) count() int {
 	return total
 }
 
-// isPlink says whether a name is that of a pseudo-link of aufs.
+// isPlink reports whether a name is that of a pseudo-link of aufs.
 func isPlink(name string) bool { return strings.HasPrefix(name, plinkDir) }
 
-// pseudo takes note of a file that only hard links will name.
+// pseudo records a file that only hard links will name.
 func (t *tree) pseudo(name string, in *ext4.Inode) error {
 	if in.Mode&modeType == modeDir {
 		return errors.New("a directory among the pseudo-links of aufs")
@@ -210,7 +209,7 @@ func (t *tree) pseudo(name string, in *ext4.Inode) error {
 	return nil
 }
 
-// link makes another name for a file that is there already.
+// link makes another name for an existing file.
 func (t *tree) link(e *entry) error {
 	if e.link == "" {
 		return errors.New("a hard link to the root, which is a directory")
@@ -233,7 +232,7 @@ func (t *tree) link(e *entry) error {
 	return t.put(parent, base, &node{inode: target, own: t.layer})
 }
 
-// target is the inode that a hard link names.
+// target returns the inode that a hard link names.
 func (t *tree) target(name string) (*ext4.Inode, error) {
 	if isPlink(name) {
 		if in := t.plink[name]; in != nil {
@@ -327,7 +326,7 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 		case !make:
 			return nil, nil
 		default:
-			// Nothing is there, or a file, which cannot stay.
+			// There is nothing here, or a file, which cannot stay.
 			if t.implied--; t.implied < 0 {
 				return nil, errImplied
 			}

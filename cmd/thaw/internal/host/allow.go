@@ -19,7 +19,7 @@ import (
 // Allow lists the patterns of the references that clients may open.
 type Allow []string
 
-// Check fails with an InvalidError where a pattern is malformed.
+// Check fails with an InvalidError if a pattern is malformed.
 func (p Allow) Check() error {
 	for _, s := range p {
 		if _, err := parsePattern(s); err != nil {
@@ -249,7 +249,8 @@ func realPath(dir string) (string, error) {
 	}
 }
 
-// isMissing reports whether nothing has that name, not even a broken symbolic link.
+// isMissing reports whether the path does not exist, not even as a broken symbolic
+// link.
 func isMissing(path string) bool {
 	_, err := os.Lstat(path)
 	return errors.Is(err, fs.ErrNotExist)

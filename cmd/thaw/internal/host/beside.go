@@ -24,14 +24,14 @@ import (
 )
 
 const (
-	// maxTraces bounds how many traces of an image are read: the newest.
+	// maxTraces bounds how many traces of an image are read, the newest first.
 	maxTraces = 32
 	// maxBundles bounds how many bundles of an image are tried, the newest first.
 	maxBundles = 8
 )
 
 // Beside lists what is stored beside an image for its starts: the manifests of traces
-// and of bundles. The newest is the last, where the registry's list keeps the order.
+// and of bundles. The newest is last, if the registry's list keeps the order.
 type Beside struct{ Traces, Bundles []v1.Descriptor }
 
 // Beside finds what is stored beside the image.
@@ -62,8 +62,8 @@ func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, medi
 	return tracefile.ArtifactLayer(raw, mediaType)
 }
 
-// StoredTraces reads traces that are stored beside the image. It logs those that
-// cannot be used and leaves them out.
+// StoredTraces reads the traces that are stored beside the image. It logs traces that
+// it cannot use and omits them.
 func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor, log *slog.Logger) (traces []*tracefile.Trace) {
 	for _, d := range manifests {
 		trace, err := storedTrace(ctx, b, d)
@@ -101,16 +101,16 @@ func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefil
 	return trace, err
 }
 
-// RecordedTrace is a trace, with the index of the image that it was recorded of if that
-// is known.
+// RecordedTrace is a trace, with the index of the image that it was recorded from, if
+// that is known.
 type RecordedTrace struct {
 	*tracefile.Trace
 	name string
-	of   *blockmap.Index // nil: not known
+	of   *blockmap.Index // nil: unknown
 }
 
-// ReadTraces reads the traces that names stand for: each a file, or an image for the
-// traces beside it.
+// ReadTraces reads the traces that names stand for. A name is a file, or an image,
+// which stands for the traces beside it.
 func (f *Finder) ReadTraces(ctx context.Context, names []string) (traces []RecordedTrace, err error) {
 	for _, name := range names {
 		found, err := f.readNamed(ctx, name)
@@ -151,8 +151,8 @@ func (f *Finder) readNamed(ctx context.Context, name string) (traces []RecordedT
 	return traces, nil
 }
 
-// Fit translates the trace to b. Where the trace was recorded of another version of
-// the image, carried says how much of it b has.
+// Fit translates the trace to b. If the trace was recorded from another version of the
+// image, carried says how much of it b has.
 func (r RecordedTrace) Fit(b *BlockImage) (*tracefile.Trace, *tracefile.Carried, error) {
 	if r.Index == b.IndexDigest() {
 		return r.Trace, nil, nil
@@ -250,13 +250,13 @@ func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor,
 	return pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer)
 }
 
-// ErrEmptyPlan is the error of Pack where it has nothing to pack.
+// ErrEmptyPlan is the error of Pack if there is nothing to pack.
 var ErrEmptyPlan = errors.New("the traces touch no chunk of the image")
 
 // Packed describes a bundle that was stored beside its image.
 type Packed struct {
 	Reference string // to the bundle's manifest
-	Starts    uint32 // that the traces are of
+	Starts    uint32 // number of starts in the traces
 	Chunks    int
 	Wanted    int64 // bytes that the traces touch
 	Content   int64 // bytes of the chunks

@@ -22,14 +22,14 @@ type Spec struct {
 	Image string // the reference of its image; Name if empty
 }
 
-// Device is a device of a Host, from the moment on that somebody asks for it. Its
-// methods may be called at any time, also after it has been closed.
+// Device is a device of a Host, from the first request for it on. Its methods may be
+// called at any time, also after the device has been closed.
 type Device struct {
 	of     *devices
 	id     string
 	spec   Spec
-	ready  chan struct{} // closed when opening it has ended
-	closed chan struct{} // closed when nothing of it is left
+	ready  chan struct{} // closed when the opening has ended
+	closed chan struct{} // closed when nothing of the device is left
 	cancel context.CancelFunc
 
 	// Set before ready is closed: either err, or all others.
@@ -39,7 +39,7 @@ type Device struct {
 	block blockmap.Device
 
 	// Guarded by of.mu.
-	users     int // those who have acquired it, and one more while it is permanent
+	users     int // number of users, and one more while it is permanent
 	permanent bool
 }
 
@@ -50,8 +50,8 @@ func (d *Device) ID() string { return d.id }
 // Name is the name by which clients open the device.
 func (d *Device) Name() string { return d.spec.Name }
 
-// Block is the content of the device: what a transport serves. It is nil until the
-// device is ready. Whoever reads it has acquired the device, or knows that it is not
+// Block is the content of the device, which a transport serves. It is nil until the
+// device is ready. A reader must have acquired the device, or know that it is not
 // removed meanwhile.
 func (d *Device) Block() blockmap.Device {
 	select {
@@ -62,37 +62,37 @@ func (d *Device) Block() blockmap.Device {
 	}
 }
 
-// State is what a device is at.
+// State is the state of a device.
 type State string
 
 // The states of a device, in their order.
 const (
-	Opening State = "opening" // its image is looked up, its index fetched
+	Opening State = "opening" // thaw looks up its image and fetches its index
 	Ready   State = "ready"
-	Failed  State = "failed"  // to open; those who wait for it are told
-	Closing State = "closing" // nobody can open it any more
+	Failed  State = "failed"  // opening it failed; those who wait for it get the error
+	Closing State = "closing" // it cannot be opened any more
 )
 
 // DeviceInfo describes a device. Its JSON is what the control API answers.
 type DeviceInfo struct {
 	ID        string `json:"id"`
 	Name      string `json:"name"`
-	Image     string `json:"image"`            // the reference that was asked for; once it is ready, that of the block image by digest
+	Image     string `json:"image"`            // the requested reference; once the device is ready, the block image by digest
 	Digest    string `json:"digest,omitempty"` // of the block image
 	State     State  `json:"state"`
 	Error     string `json:"error,omitempty"` // why opening it failed
 	Permanent bool   `json:"permanent"`       // stays open without users
-	Users     int    `json:"users"`           // who have it open
+	Users     int    `json:"users"`           // number of users that have it open
 	Size      int64  `json:"bytes"`           // of the device
 	Stored    int64  `json:"stored_bytes"`    // of the image in the registry
 	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
-	Resident  int64  `json:"resident_bytes"`  // of the content, what is in the cache
+	Resident  int64  `json:"resident_bytes"`  // the part of the content that is in the cache
 
 	Prefetch  *PrefetchInfo  `json:"prefetch,omitempty"`
 	Recording *RecordingInfo `json:"recording,omitempty"`
 }
 
-// Info describes the device as of now.
+// Info describes the current state of the device.
 func (d *Device) Info() DeviceInfo {
 	d.of.mu.Lock()
 	in := DeviceInfo{
@@ -126,9 +126,9 @@ func (d *Device) Info() DeviceInfo {
 	return in
 }
 
-// AwaitPrefetch returns when this share (0 to 1) of what startup is known to read has
-// been prefetched, when no more of it will come, or when ctx ends. Where no trace is
-// found in time it returns at once: the device is usable all the same.
+// AwaitPrefetch returns when this share (0 to 1) of the known reads of startup has been
+// prefetched, when the prefetch will bring no more of it, or when ctx ends. If no trace
+// is found in time, it returns at once: the device is usable without one.
 func (d *Device) AwaitPrefetch(ctx context.Context, share float64) {
 	select {
 	case <-d.ready:
@@ -146,12 +146,12 @@ var (
 	ErrClosed   = errors.New("the host is stopping")
 )
 
-// devices are the devices of a host. A device is opened once, however many ask for it
-// at once, and is closed when its last user has left. A device that was added has
-// one user more, which leaves when the device is removed.
+// devices are the devices of a host. A device is opened once, even if several clients
+// ask for it at once, and is closed when its last user has left. A device that was
+// added has one user more, which leaves when the device is removed.
 type devices struct {
 	open  func(ctx context.Context, d *Device) error
-	close func(d *Device) // of one that is open
+	close func(d *Device) // closes an open device
 	log   *slog.Logger
 	lines *rate.Limiter // limits the log lines that clients can cause
 
@@ -160,12 +160,12 @@ type devices struct {
 
 	mu struct {
 		sync.Mutex
-		named    map[string]*Device // those that can be acquired
-		all      []*Device          // also those that are closing, in the order in which they were asked for
-		alone    *Device            // the last one that was added where there was no permanent one
-		last     int                // the last ID given out
-		stopping bool               // nothing more is opened
-		stopped  bool               // nothing more is closed
+		named    map[string]*Device // devices that can be acquired
+		all      []*Device          // also devices that are closing, in the order of the requests for them
+		alone    *Device            // the last device that was added while there was no permanent one
+		last     int                // the last ID
+		stopping bool               // set: no device can be opened any more
+		stopped  bool               // set: no device is closed any more
 	}
 }
 
@@ -179,8 +179,7 @@ func newDevices(log *slog.Logger, open func(context.Context, *Device) error, clo
 	return t
 }
 
-// add opens devices that stay until they are removed: all of them or, where one
-// fails, none.
+// add opens devices that stay until they are removed. If one fails, it adds none.
 func (t *devices) add(ctx context.Context, specs []Spec) ([]*Device, error) {
 	added, err := t.reserve(specs)
 	if err == nil {
@@ -254,8 +253,8 @@ func (t *devices) remove(d *Device) bool {
 }
 
 // acquire makes the caller a user of the device of that name, and waits until it is
-// open. Where there is no such device it is opened, if mayOpen says so. The caller
-// calls release once.
+// open. If there is no such device and mayOpen allows it, acquire opens the device. The
+// caller calls release once.
 func (t *devices) acquire(ctx context.Context, name string, mayOpen func(string) bool) (d *Device, release func(), err error) {
 	if d, err = t.join(name, mayOpen); err != nil {
 		return nil, nil, err
@@ -283,7 +282,7 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 	if d != nil {
 		return d, nil
 	}
-	if mayOpen == nil || !mayOpen(name) { // not under the lock: it may read directories
+	if mayOpen == nil || !mayOpen(name) { // not under the lock, because mayOpen may read directories
 		return nil, ErrNoDevice
 	}
 	t.mu.Lock()
@@ -298,9 +297,9 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 	return d, nil
 }
 
-// find returns the device of that name. "" is the device that was added when there was
-// no other, so that what is added later does not take it from its clients; without that,
-// it is the only permanent device. t.mu is held.
+// find returns the device of that name. "" is the device that was added while there was
+// no other, so that devices added later do not take it from its clients. If there is no
+// such device, "" is the only permanent device. t.mu is held.
 func (t *devices) find(name string) (d *Device) {
 	if name != "" {
 		return t.mu.named[name]
@@ -329,9 +328,9 @@ func (t *devices) anyPermanent() bool {
 	return false
 }
 
-// begin begins to open a device, within timeout where there is one. The opening goes
-// on when the one who asked first leaves, and ends with the last one who waits for
-// it. t.mu is held.
+// begin begins to open a device, with a timeout if there is one. The opening continues
+// when the first caller leaves, and ends when the last caller that waits for it leaves.
+// t.mu is held.
 func (t *devices) begin(spec Spec, timeout time.Duration) *Device {
 	t.mu.last++
 	d := &Device{of: t, id: strconv.Itoa(t.mu.last), spec: spec, ready: make(chan struct{}), closed: make(chan struct{})}
@@ -347,7 +346,7 @@ func (t *devices) begin(spec Spec, timeout time.Duration) *Device {
 	return d
 }
 
-// make opens d for those who wait for it.
+// make opens d for the callers that wait for it.
 func (t *devices) make(ctx context.Context, d *Device) {
 	defer d.cancel()
 	err := t.open(ctx, d)
@@ -384,7 +383,7 @@ func (t *devices) release(d *Device) {
 	}
 }
 
-// end closes d, which has no users and gets none.
+// end closes d, which has no users and cannot get any.
 func (t *devices) end(d *Device) {
 	if d.err == nil {
 		t.close(d)
@@ -395,8 +394,8 @@ func (t *devices) end(d *Device) {
 	close(d.closed)
 }
 
-// stop ends what is being opened, removes what was added, and waits until all devices
-// without users are closed. Those that still have users stay as they are.
+// stop ends all openings, removes the devices that were added, and waits until all
+// devices without users are closed. Devices that still have users stay open.
 func (t *devices) stop() {
 	t.mu.Lock()
 	t.mu.stopping = true
@@ -410,15 +409,15 @@ func (t *devices) stop() {
 	}
 }
 
-// ending returns a channel that closes when one device more is opened or closed, nil
-// where none is under way.
+// ending returns a channel that closes when one more device has been opened or closed.
+// It returns nil if no device is being opened or closed.
 func (t *devices) ending() <-chan struct{} {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, d := range t.mu.all {
 		select {
 		case <-d.ready:
-			if d.users == 0 || d.err != nil { // those who waited for one that failed leave by themselves
+			if d.users == 0 || d.err != nil { // the callers that waited for a failed device leave by themselves
 				return d.closed
 			}
 		default:

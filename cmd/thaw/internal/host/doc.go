@@ -1,13 +1,14 @@
-// Package host is one host's thaw: a cache, a registry client and a fetcher, and the
+// Package host is thaw on one host: a cache, a registry client and a fetcher, and the
 // devices that are made of them. The commands of thaw parse flags, make a [Host] or a
-// [Finder], and print; what happens is decided here.
+// [Finder], and print the results; this package makes the decisions.
 //
-// A [Finder] finds block images by name, and the traces and bundles beside them. It is
-// all that a command needs that only looks at images.
+// A [Finder] finds block images by name, and the traces and bundles beside them.
+// Commands that only look at images need nothing else.
 //
-// A [Host] opens images as devices. To open a device is to find its image, to take its
-// streams from the cache, and to begin its start: look for traces, prefetch what they
-// say, record where there are none. A device is a [blockmap.Device] for any transport:
+// A [Host] opens images as devices. To open a device, it finds the image, takes its
+// streams from the cache, and begins the start: it looks for traces, prefetches the
+// chunks that they list, and records the start if there are none. A device is a
+// [blockmap.Device] for any transport:
 //
 //	h, err := host.Open(host.Options{Finder: finder, Dir: "/var/cache/thaw"})
 //	defer h.Close()
@@ -16,17 +17,18 @@
 //	h.SetServing()
 //
 // There are two ways to a device. [Host.Add] opens devices that stay until
-// [Host.Remove]. [Host.Acquire] makes the caller a user of a device, and opens it first
-// where that is allowed; such a device is closed when its last user has left. A device
-// that was added and is removed is closed then as well. Each name leads to one device,
-// however many ask for it at once.
+// [Host.Remove]. [Host.Acquire] makes the caller a user of a device, and opens the
+// device first if that is allowed; such a device is closed when its last user has left.
+// A device that was added and then removed is also closed when its last user has left.
+// Each name leads to one device, even if several clients ask for it at once.
 //
-// What may be called at once: all methods of Host, Device and Exports, from any number
-// of goroutines, also while Stop and Close run; they fail with [ErrClosed] then. No
-// lock is held while anything waits for the registry, the disk or a client. Only the
-// order of the end is the caller's: the transports stop, then Stop, which closes the
-// devices and stores what was recorded, then Close. A device's Block may be read as
-// long as the reader has acquired the device, or knows that it is not removed.
+// Concurrency: any number of goroutines may call the methods of Host, Device and
+// Exports, also while Stop and Close run; the methods then fail with [ErrClosed]. No
+// lock is held during a wait for the registry, the disk or a client. The caller is
+// responsible only for the order of the end: first stop the transports, then call Stop,
+// which closes the devices and stores recordings, then Close. A reader may read a
+// device's Block while it has acquired the device, or knows that the device is not
+// removed.
 //
 // The files, from the top:
 //

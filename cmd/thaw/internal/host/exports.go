@@ -11,26 +11,26 @@ import (
 	"thaw/nbd"
 )
 
-// Exports offers the devices of a Host to NBD clients. A client may open any device
-// that is there, and any image whose reference is allowed. Where there is one
-// permanent device, it is the default export.
+// Exports offers the devices of a Host to NBD clients. A client may open any existing
+// device, and any image whose reference is allowed. If there is one permanent device,
+// it is the default export.
 type Exports struct {
 	host    *Host
 	allow   Allow
-	clients []string // names of certificates that may open anything; none: everybody may
+	clients []string // names in certificates of the clients that may open exports; empty: all clients may
 }
 
-// NewExports makes the exports of h. allow lists what clients may open by reference.
-// Where clients are given, only these may open anything.
+// NewExports makes the exports of h. allow lists the references that clients may open.
+// If clients is not empty, only these clients may open exports.
 func NewExports(h *Host, allow Allow, clients []string) *Exports {
 	return &Exports{h, allow, clients}
 }
 
-// Open implements nbd.Exports. An image that several clients ask for at once is
-// opened once, and is closed when its last user has left.
+// Open implements nbd.Exports. An image that several clients ask for at once is opened
+// once, and is closed when its last user has left.
 func (x *Exports) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd.Export, func(), error) {
 	if len(x.clients) > 0 && !c.Named(x.clients...) {
-		return nil, nil, nbd.ErrDenied // before anything is fetched for it
+		return nil, nil, nbd.ErrDenied // before anything is fetched for the client
 	}
 	d, release, err := x.host.Acquire(ctx, name, x.allow.Match)
 	switch {
@@ -50,8 +50,8 @@ func (x *Exports) export(d *Device) *nbd.Export {
 	return &nbd.Export{Name: d.Name(), Description: "read-only block image", Device: d.Block(), ReadOnly: true, Clients: x.clients}
 }
 
-// List implements nbd.Exports: the permanent devices in their order, and then those
-// that clients have open, by name.
+// List implements nbd.Exports. It lists the permanent devices in their order, and then
+// the devices that clients have open, by name.
 func (x *Exports) List(context.Context, nbd.ClientInfo) ([]nbd.Export, error) {
 	var permanent, others []nbd.Export
 	for _, d := range x.host.Devices() {

@@ -23,27 +23,27 @@ type Finder struct {
 	Pins     Pins
 	Log      *slog.Logger
 
-	// ReadFile reads a trace file that the user names. It fails with an
-	// *fs.PathError whose Op is "open" if there is no such file: the name is taken
-	// for one of an image then.
+	// ReadFile reads a trace file that the user names. If there is no such file, it
+	// fails with an *fs.PathError whose Op is "open"; the name is then taken for an
+	// image.
 	ReadFile func(ctx context.Context, name string, most int64) ([]byte, error)
 }
 
 // Close closes the client.
 func (f *Finder) Close() { f.Client.Close() }
 
-// BlockImage is a block image that was found, with its index. It is not changed once
-// it has been found.
+// BlockImage is a block image that was found, with its index. It does not change
+// afterwards.
 type BlockImage struct {
-	Name     string // by which it was found
+	Name     string // the name by which it was found
 	Repo     *registry.Repo
 	Digest   v1.Hash // of its manifest
 	Raw      []byte  // its manifest
 	Manifest *flatten.Image
 	Index    *blockmap.Index
 
-	// How the name led to the image: through the index top, and to the source image
-	// that it is beside. Zero where it did not.
+	// How the name led to the image: top is the index on the way, source is the source
+	// image that the block image is beside. Each is zero if there was none.
 	top, source v1.Hash
 }
 
@@ -130,7 +130,7 @@ func (f *Finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image) error {
 	pin, pinned := f.Pins.Of(b.Repo.Ref())
 	if pinned {
-		// A list is not needed to find it, and cannot hide it.
+		// The pinned image is found without a list, and no list can hide it.
 		switch d, err := b.Repo.Lookup(ctx, b.Repo.Ref().WithDigest(pin)); {
 		case err == nil:
 			return b.takePinned(ctx, img, d)
@@ -172,7 +172,7 @@ func (f *Finder) beside(ctx context.Context, b *BlockImage, img *registry.Image)
 			return err
 		}
 		if other != (v1.Hash{}) {
-			break // one is enough to name
+			break // one is enough for the error
 		}
 	}
 	// The list may have lost the entry: the block image has a tag of its own.

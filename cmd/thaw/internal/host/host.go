@@ -21,23 +21,24 @@ import (
 type Options struct {
 	// Finder finds the images. The host closes it.
 	Finder *Finder
-	// Dir is the cache directory. One process has it at a time.
+	// Dir is the cache directory. Only one process can use it at a time.
 	Dir string
-	// Quota bounds the bytes in the cache: at least MinQuota, or 0 for no bound but
-	// the disk.
+	// Quota bounds the bytes in the cache: at least MinQuota, or 0 for no bound except
+	// the size of the disk.
 	Quota int64
-	// Trace says what is recorded and what is prefetched when a device starts.
+	// Trace says what to record and what to prefetch when a device starts.
 	Trace TraceOptions
-	// Decoders is the number of threads that decompress prefetched chunks;
-	// GOMAXPROCS if zero.
+	// Decoders is the number of threads that decompress prefetched chunks. It defaults
+	// to GOMAXPROCS.
 	Decoders int
-	// NBD is the server whose counts belong to Stats; nil for none.
+	// NBD is the server whose counts Stats includes; nil for none.
 	NBD *nbd.Server
 }
 
 // MinQuota is the smallest quota of a cache. Transports read in windows of 4 MiB, which
 // touch two of the largest chunks, and an eighth of the quota is for manifests and
-// indexes. Four of the largest chunks serve one request of any size, and the next one.
+// indexes. Four of the largest chunks have room for one request of any size, and for
+// the next one.
 const MinQuota = 4 * blockmap.MaxChunkBlocks * blockmap.BlockSize
 
 // CheckQuota refuses a quota below MinQuota.
@@ -48,13 +49,13 @@ func CheckQuota(quota int64) error {
 	return nil
 }
 
-// InvalidError says that a request is wrong in itself, whatever the registry, the
-// cache and the devices are like: repeating it does not help.
+// InvalidError says that a request is invalid in any state of the registry, the cache
+// and the devices: repeating it does not help.
 type InvalidError struct{ error }
 
 func (e InvalidError) Unwrap() error { return e.error }
 
-// Host is one host's thaw: see the package documentation for what may be called at
+// Host is thaw on one host. The package documentation says which methods may run at
 // once.
 type Host struct {
 	cache   *blockmap.Cache
@@ -70,12 +71,12 @@ type Host struct {
 	dir     string
 	log     *slog.Logger
 
-	limited context.CancelCauseFunc // ends what Stop waits for
+	limited context.CancelCauseFunc // ends the waits of Stop
 	stop    sync.Once
 	close   sync.Once
 }
 
-// absolute is dir for those who have another working directory.
+// absolute makes dir valid for processes that have another working directory.
 func absolute(dir string) string {
 	if abs, err := filepath.Abs(dir); err == nil {
 		return abs
@@ -83,9 +84,8 @@ func absolute(dir string) string {
 	return dir
 }
 
-// Open opens the cache and makes a host without devices. It fails with
-// blockmap.ErrLocked where another process has the cache directory. The caller
-// closes the host.
+// Open opens the cache and makes a host without devices. If another process uses the
+// cache directory, it fails with blockmap.ErrLocked. The caller closes the host.
 func Open(o Options) (*Host, error) {
 	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
 	err := CheckQuota(o.Quota)
@@ -107,9 +107,9 @@ func Open(o Options) (*Host, error) {
 	return h, nil
 }
 
-// Add opens devices, all at once, that stay open until Remove or Stop. It returns
-// when all of them are ready, or with the first error, and then has added none. A
-// device that a client has open already becomes one that stays.
+// Add opens devices concurrently; they stay open until Remove or Stop. It returns when
+// all of them are ready. If one fails, Add returns the first error and adds none. If a
+// client already has a device open, Add makes it permanent.
 func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
 	if h.traces.Record != "" && (len(specs) > 1 || h.once.Swap(true)) {
 		return nil, InvalidError{conflict("this server records one start to %s, so it takes no other device", h.traces.Record)}
@@ -117,8 +117,8 @@ func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
 	return h.devices.add(ctx, specs)
 }
 
-// Remove takes a device away that was added: nobody can open it any more. It waits
-// until the last user has left and the device is closed. When ctx ends first it
+// Remove removes a device that was added: clients cannot open it any more. Remove waits
+// until the last user has left and the device is closed. If ctx ends first, Remove
 // returns the cause, and the device is closed later.
 func (h *Host) Remove(ctx context.Context, id string) error {
 	d := h.Device(id)
@@ -132,20 +132,20 @@ func (h *Host) Remove(ctx context.Context, id string) error {
 }
 
 // Acquire makes the caller a user of the device of that name, and waits until it is
-// ready. "" is the default device: the
-// one that was added when there was no other, or the only one that was added. Where there is no such device,
-// Acquire opens the image of that name, if mayOpen is given and says that it may: or
-// else it fails with ErrNoDevice. The caller calls release once, when it has no view
-// of the device any more.
+// ready. "" is the default device: the device that was added while there was no other,
+// or the only one that was added. If there is no such device, Acquire opens the image
+// of that name if mayOpen is not nil and allows it. Otherwise it fails with
+// ErrNoDevice. The caller calls release once, when it has no view of the device any
+// more.
 func (h *Host) Acquire(ctx context.Context, name string, mayOpen func(name string) bool) (d *Device, release func(), err error) {
 	return h.devices.acquire(ctx, name, mayOpen)
 }
 
-// Devices lists all devices in the order in which they were asked for, also those
-// that are being opened and closed.
+// Devices lists all devices in the order of the requests for them, also those that are
+// being opened or closed.
 func (h *Host) Devices() []*Device { return h.devices.list() }
 
-// Device returns the device with that ID, nil where there is none.
+// Device returns the device with that ID, or nil if there is none.
 func (h *Host) Device(id string) *Device {
 	for _, d := range h.Devices() {
 		if d.id == id {
@@ -155,28 +155,28 @@ func (h *Host) Device(id string) *Device {
 	return nil
 }
 
-// SetServing says that clients can read from now on. A recording that ends before is
-// not kept: nothing was read for a client.
+// SetServing says that clients can read from now on. Recordings that end before are not
+// kept, because no client has read anything.
 func (h *Host) SetServing() { h.traces.serving.Store(true) }
 
-// StopRecordings ends the recordings of all devices, and returns how many it has
-// ended, once their files are complete or ctx has ended.
+// StopRecordings ends the recordings of all devices. It returns how many it has ended,
+// once their files are complete or ctx has ended.
 func (h *Host) StopRecordings(ctx context.Context) int { return h.traces.stopRecordings(ctx) }
 
-// Stop closes all devices, after which no transport uses one; recordings end, and are
-// stored where that is wanted. It waits for the registry, and for readers of
-// recordings, until ctx ends. Nothing can be opened any more.
+// Stop closes all devices; no transport may use one afterwards. Recordings end, and are
+// stored if that is enabled. Stop waits for the registry, and for readers of
+// recordings, until ctx ends. No device can be opened any more.
 func (h *Host) Stop(ctx context.Context) {
 	h.stop.Do(func() {
 		stop := context.AfterFunc(ctx, func() { h.limited(context.Cause(ctx)) })
 		defer stop()
 		h.devices.stop()
-		h.traces.stop() // those of devices that are still in use
+		h.traces.stop() // the starts of devices that are still in use
 	})
 }
 
-// Close stops the host, if Stop has not, and gives the cache directory back. Stats may
-// be called afterwards.
+// Close stops the host, if Stop has not, and releases the cache directory. Stats may be
+// called afterwards.
 func (h *Host) Close() {
 	h.close.Do(func() {
 		over, cancel := context.WithCancel(context.Background())
@@ -185,7 +185,7 @@ func (h *Host) Close() {
 		h.limited(nil)
 		h.meter.stop()
 		h.fetcher.Close()
-		// A full disk, as a rule. Nothing is lost that cannot be fetched again.
+		// Usually the disk is full. Only data that can be fetched again is lost.
 		if err := h.cache.Close(); err != nil {
 			h.log.Warn("the cache cannot be made durable; the newest chunks will be fetched again", "err", err)
 		}
@@ -214,8 +214,8 @@ func closeDevice(d *Device) {
 	d.image.close()
 }
 
-// bootID tells this run of the kernel from others. Without one the cache
-// trusts only what was made durable.
+// bootID identifies this run of the kernel. Without a boot ID, the cache trusts only
+// blocks that were made durable.
 func bootID(log *slog.Logger) blockmap.BootID {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	var id blockmap.BootID

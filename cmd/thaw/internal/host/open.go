@@ -24,18 +24,18 @@ type opener struct {
 	fetcher *fetcher.Fetcher
 }
 
-// patience is how long the start of a device waits for a registry where the cache
-// knows an earlier answer, or where the start can go on without an answer.
+// patience is how long the start of a device waits for a registry if the cache knows an
+// earlier answer, or if the start can go on without an answer.
 const patience = 2 * time.Second
 
 // openImage is an image in the cache, and the fetcher bound to its registry. The caller
-// closes it once nothing reads it.
+// closes it when no reader uses it any more.
 type openImage struct {
 	*blockmap.Image
 	of      *BlockImage
 	fetcher *fetcher.Bound
 
-	cancel context.CancelFunc // of the requests in the background
+	cancel context.CancelFunc // cancels the requests in the background
 	asking sync.WaitGroup
 }
 
@@ -74,7 +74,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		return o.serveKnown(known, nil, func(ctx context.Context) { o.checkAccess(ctx, known) })
 	}
 
-	// A late answer is still compared with what is served.
+	// A late answer is still compared with the image that is served.
 	type answer struct {
 		b   *BlockImage
 		err error
@@ -135,7 +135,7 @@ func (o *opener) ask(ctx context.Context, repo *registry.Repo, name string, begi
 	return o.image(b, nil)
 }
 
-// serveFound opens b, which the registry has answered with.
+// serveFound opens b, the image that the registry has returned.
 func (o *opener) serveFound(ctx context.Context, known, b *BlockImage, begin func(*BlockImage)) (*openImage, error) {
 	if b.Digest != known.Digest {
 		begin(b)
@@ -170,8 +170,8 @@ func (o *opener) serveInstead(known *BlockImage, err error) (*openImage, error) 
 	return o.serveKnown(known, err, then)
 }
 
-// serveKnown opens the image that the cache knows. err is why the registry's answer is
-// not used; nil if no answer is needed.
+// serveKnown opens the image that the cache knows. err is the reason why the registry's
+// answer is not used; it is nil if no answer is needed.
 func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Context)) (*openImage, error) {
 	m, openErr := o.image(known, nil)
 	if openErr != nil {
@@ -191,7 +191,8 @@ func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Cont
 	return m, nil
 }
 
-// image opens b, and runs then in the background until the image is closed.
+// image opens b, and runs then in the background, unless it is nil, until the image is
+// closed.
 func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
 	f := o.fetcher.From(b.Repo)
 	image, err := blockmap.NewImage(b.Index, o.cache, f)
@@ -211,8 +212,8 @@ func (m *openImage) background(f func(context.Context)) {
 	m.asking.Go(func() { f(ctx) })
 }
 
-// askAgain asks the registry, less and less often, until it answers what the name
-// means.
+// askAgain asks the registry which image the name means, with growing pauses, until the
+// registry answers.
 func (o *opener) askAgain(ctx context.Context, known *BlockImage) {
 	const first, most = 5 * time.Second, 2 * time.Minute
 	for wait := first; ; wait = min(2*wait, most) {
@@ -242,8 +243,8 @@ func (o *opener) compare(ctx context.Context, known, b *BlockImage, err error) {
 	case err != nil:
 		log.Warn("the registry has answered late, and not with the image that is served from the cache", "err", err)
 	case b.Digest != known.Digest:
-		// Without this, a registry that is always slow would leave the name with its
-		// first meaning for ever.
+		// Without this, a registry that is always slow would keep the first meaning of
+		// the name forever.
 		if _, err := o.load(ctx, b); err != nil && ctx.Err() == nil {
 			log.Warn("the image that the name means by now cannot be kept in the cache", "now", b.Digest.String(), "err", err)
 		}
@@ -253,8 +254,8 @@ func (o *opener) compare(ctx context.Context, known, b *BlockImage, err error) {
 	}
 }
 
-// checkAccess warns if the registry does not let us read the image: its name needed no
-// look-up, but the bytes that the cache lacks have to be fetched.
+// checkAccess warns if the registry does not let thaw read the image. The name needed
+// no look-up, but thaw must fetch the bytes that the cache lacks.
 func (o *opener) checkAccess(ctx context.Context, b *BlockImage) {
 	if err := b.Repo.CheckAccess(ctx); err != nil && ctx.Err() == nil {
 		o.Log.Warn("reads of chunks that are not in the cache may fail", "image", b.Name, "err", err)
@@ -268,14 +269,14 @@ func (o *opener) checkBlobs(ctx context.Context, b *BlockImage) {
 	switch {
 	case ctx.Err() != nil:
 	case err != nil:
-		// A registry may refuse HEAD and still give the blob.
+		// A registry may refuse HEAD and still serve the blob by GET.
 		o.Log.Debug("cannot check whether the registry has all blobs of the image", "image", b.Name, "err", err)
 	case !ok:
 		o.Log.Warn("the registry has lost a part of the image", "image", b.Name, "blob", d.Digest.String())
 	}
 }
 
-// load reads the index, from the cache if it is there, and keeps in the cache what a
+// load reads the index, from the cache if it is there, and stores in the cache what a
 // later recall needs.
 func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err error) {
 	encoded, err := o.cache.Blob(b.IndexDigest())
@@ -305,8 +306,8 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 	return cached, nil
 }
 
-// recall finds what load has kept, and checks it by the rules for a registry's answer.
-// It fails with fs.ErrNotExist if nothing was kept.
+// recall finds what load has stored, and checks it by the rules for a registry's
+// answer. It fails with fs.ErrNotExist if load has stored nothing.
 func (o *opener) recall(repo *registry.Repo, name string) (*BlockImage, error) {
 	kept, err := o.cache.Ref(o.key(name))
 	if err != nil {

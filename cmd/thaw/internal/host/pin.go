@@ -29,7 +29,8 @@ func (p Pins) Of(ref registry.Ref) (v1.Hash, bool) {
 	return h, ok
 }
 
-// canonical replaces the directory of ref by where its symbolic links lead.
+// canonical replaces the directory of ref by the directory that its symbolic links lead
+// to.
 func canonical(ref registry.Ref) registry.Ref {
 	if ref.Layout != "" {
 		if dir, err := realPath(ref.Layout); err == nil {

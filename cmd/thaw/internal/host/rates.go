@@ -6,16 +6,16 @@ import (
 	"time"
 )
 
-// Rates say how fast counts of Stats have grown lately, per second.
+// Rates are recent growth rates of counts of Stats, per second.
 type Rates struct {
-	Seconds  float64 `json:"seconds"` // that they are averages of: the last 10 s, or since the start
+	Seconds  float64 `json:"seconds"` // the period of the averages: the last 10 s, or since the start
 	Fetched  float64 `json:"fetched_bytes_per_second"`
 	Requests float64 `json:"requests_per_second"`   // to origins
 	Sent     float64 `json:"sent_bytes_per_second"` // to NBD clients
 	Reads    float64 `json:"reads_per_second"`      // of NBD clients
 }
 
-// moved are the counts that Rates are made of.
+// moved holds the counts that Rates are made of.
 type moved struct{ fetched, requests, sent, reads int64 }
 
 func (h *Host) moved() moved {
@@ -28,8 +28,8 @@ func (h *Host) moved() moved {
 	return m
 }
 
-// A meter looks at counts once a second, so that a status can tell how fast they have
-// grown. The readers and writers that count know nothing of it.
+// A meter samples counts once a second, so that a status can tell how fast they have
+// grown. The code that counts does not know of it.
 type meter struct {
 	read func() moved
 	end  chan struct{}
@@ -69,7 +69,7 @@ func startMeter(read func() moved) *meter {
 	return m
 }
 
-// stop ends the looking. It is called once.
+// stop ends the sampling. It is called once.
 func (m *meter) stop() {
 	close(m.end)
 	m.wg.Wait()
@@ -83,7 +83,7 @@ func (m *meter) take() {
 	m.mu.samples = append(m.mu.samples, now)
 }
 
-// rates are the averages since the oldest sample.
+// rates returns the averages since the oldest sample.
 func (m *meter) rates() Rates {
 	now := sample{time.Now(), m.read()}
 	m.mu.Lock()

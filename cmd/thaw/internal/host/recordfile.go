@@ -60,7 +60,8 @@ func createRecord(target string, log *slog.Logger) (*recordFile, error) {
 	}
 	r := &recordFile{File: f, target: target}
 	if mode != 0 {
-		// As if the target was overwritten: it must be writable, and its permissions stay.
+		// Like a program that overwrites the target: it must be writable, and its permissions
+		// stay.
 		var was *os.File
 		if was, err = os.OpenFile(target, os.O_WRONLY, 0); err == nil {
 			err = errors.Join(was.Close(), f.Chmod(mode.Perm()))
@@ -106,8 +107,8 @@ func recordTarget(path string) (string, fs.FileMode, error) {
 	return path, 0, fmt.Errorf("%s: %w", path, unix.ELOOP)
 }
 
-// openDirect opens a FIFO, a device or a pipe. It refuses a FIFO without a reader, which
-// opening would wait for.
+// openDirect opens a FIFO, a device or a pipe. It refuses a FIFO without a reader,
+// because opening it would block.
 func openDirect(path string) (*recordFile, error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ENXIO) {
@@ -152,8 +153,8 @@ func (r *recordFile) discard() {
 	r.Close()
 }
 
-// interrupted keeps the readable part of a recording that failed beside the target, and
-// returns its path, "" if no part is readable.
+// interrupted keeps the readable part of a failed recording beside the target, and
+// returns its path. It returns "" if no part is readable.
 func (r *recordFile) interrupted() string {
 	defer r.Close()
 	if r.direct {
@@ -224,10 +225,10 @@ func lockDir(dir string) (unlock func()) {
 	}
 }
 
-// keptRecords is how many recordings stay in the cache directory: the newest.
+// keptRecords is how many recordings stay in the cache directory; the newest stay.
 const keptRecords = 32
 
-// recordDir is where recordings are written that the user has named no file for.
+// recordDir is the directory of recordings for which the user has named no file.
 type recordDir struct{ cache string }
 
 func (d recordDir) path() string { return filepath.Join(d.cache, "traces") }

@@ -26,10 +26,10 @@ type recording struct {
 // RecordingInfo describes the recording of a device's start.
 type RecordingInfo struct {
 	State   string `json:"state"` // recording, saved, stored (beside the image), discarded (nothing was read), or lost
-	File    string `json:"file"`  // where it is or will be; a stored recording keeps it only if the user named it
+	File    string `json:"file"`  // its present or future path; a stored recording keeps its file only if the user named it
 	Ranges  int64  `json:"ranges"`
-	Bytes   int64  `json:"bytes"`         // that were touched
-	Dropped int64  `json:"dropped_bytes"` // that were touched too fast to be recorded
+	Bytes   int64  `json:"bytes"`         // bytes that clients touched
+	Dropped int64  `json:"dropped_bytes"` // bytes that clients touched too fast to be recorded
 }
 
 const (
@@ -46,7 +46,7 @@ func (rec *recording) set(state string) {
 	rec.state = state
 }
 
-// recordingInfo is nil where the start is not recorded.
+// recordingInfo returns nil if the start is not recorded.
 func (s *start) recordingInfo() *RecordingInfo {
 	s.t.mu.Lock()
 	rec := s.rec
@@ -96,7 +96,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 	return rec.Recorder, nil
 }
 
-// save completes the recording's file, and reports whether there is one to store.
+// save completes the recording's file, and reports whether there is a file to store.
 func (t *tracer) save(rec *recording) bool {
 	defer close(rec.saved)
 	log := t.log.With("image", rec.start.image.Name)
@@ -156,8 +156,8 @@ func (t *tracer) store(rec *recording) {
 	}
 }
 
-// stopRecording ends the recording of the start, if one is under way. It returns when
-// the file is complete, or when ctx ends, and reports whether it has ended one.
+// stopRecording ends the recording of the start, if there is one. It returns when the
+// file is complete, or when ctx ends, and reports whether it has ended a recording.
 func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 	s.t.mu.Lock()
 	rec := s.rec
@@ -170,7 +170,7 @@ func (s *start) stopRecording(ctx context.Context) (stopped bool) {
 		return false
 	default:
 	}
-	go func() { _ = rec.Stop() }() // which may wait for the reader of a FIFO
+	go func() { _ = rec.Stop() }() // Stop may wait for the reader of a FIFO
 	return s.t.await(ctx, rec.saved) && rec.Stop() == nil
 }
 

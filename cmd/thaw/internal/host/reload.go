@@ -66,7 +66,7 @@ func Watch[T any](what string, log *slog.Logger, read func() (T, error), paths .
 			w.paths = append(w.paths, p)
 		}
 	}
-	w.mu.seen = w.stamps() // before they are read, so that a change meanwhile is seen
+	w.mu.seen = w.stamps() // before the files are read, so that a change meanwhile is seen
 	v, err := read()
 	if err != nil {
 		return nil, err
@@ -116,8 +116,8 @@ func (w *Watched[T]) Refresh(force bool) bool {
 	return true
 }
 
-// Reload reads files again when they change, and on SIGHUP, until ctx ends. Each
-// of refresh does so for some.
+// Reload reads files again when they change, and on SIGHUP, until ctx ends. Each of the
+// refresh functions does so for its own files.
 func Reload(ctx context.Context, hangup <-chan os.Signal, refresh ...func(force bool)) {
 	t := time.NewTicker(reloadEvery)
 	defer t.Stop()
@@ -156,7 +156,7 @@ type TLSFiles struct {
 	Cert, Key, ClientCA string
 }
 
-// Watch reads the certificates, and again when they change.
+// Watch reads the certificates now, and again when they change.
 func (f TLSFiles) Watch(log *slog.Logger) (*Watched[*tls.Config], error) {
 	return Watch("TLS certificates", log, f.read, f.Cert, f.Key, f.ClientCA)
 }

@@ -5,7 +5,7 @@ import (
 	"fmt"
 )
 
-// ConflictError says that the devices of a host do not allow a request now: its name is
+// ConflictError says that the host's devices do not allow a request now: its name is
 // taken, or a client uses the device.
 type ConflictError struct{ error }
 
@@ -17,8 +17,8 @@ func notAdded(id string) error {
 	return InvalidError{conflict("remove device %s: it was not added, and closes when its last client leaves", id)}
 }
 
-// RemoveUnused is Remove for a device that no client has open. Where one has, it fails
-// with a ConflictError, and changes nothing.
+// RemoveUnused is Remove for a device that no client has open. If a client has it open,
+// RemoveUnused fails with a ConflictError and changes nothing.
 func (h *Host) RemoveUnused(ctx context.Context, id string) error {
 	d := h.Device(id)
 	if d == nil {
@@ -33,7 +33,7 @@ func (h *Host) RemoveUnused(ctx context.Context, id string) error {
 	return d.awaitClosed(ctx)
 }
 
-// removeUnused undoes add, unless d has users beside that. It reports whether d was
+// removeUnused undoes add, unless d has other users. It reports whether d was
 // permanent.
 func (t *devices) removeUnused(d *Device) (was bool, users int) {
 	t.mu.Lock()
@@ -61,9 +61,9 @@ func (d *Device) awaitClosed(ctx context.Context) error {
 	}
 }
 
-// StopRecording ends the recording of the device's start, if one is under way. It
-// returns when the file is complete, or when ctx ends, and reports whether it has ended
-// one.
+// StopRecording ends the recording of the device's start, if there is one. It returns
+// when the file is complete, or when ctx ends, and reports whether it has ended a
+// recording.
 func (d *Device) StopRecording(ctx context.Context) bool {
 	select {
 	case <-d.ready:
@@ -73,15 +73,15 @@ func (d *Device) StopRecording(ctx context.Context) bool {
 	}
 }
 
-// SetStopping says that the host will be stopped: nothing is opened from now on. What
-// is open or being opened stays until Stop.
+// SetStopping says that the host will be stopped. It opens no device from now on.
+// Devices that are open or being opened stay until Stop.
 func (h *Host) SetStopping() {
 	h.devices.mu.Lock()
 	defer h.devices.mu.Unlock()
 	h.devices.mu.stopping = true
 }
 
-// Stopping reports whether nothing is opened any more.
+// Stopping reports whether the host has ceased to open devices.
 func (h *Host) Stopping() bool {
 	h.devices.mu.Lock()
 	defer h.devices.mu.Unlock()

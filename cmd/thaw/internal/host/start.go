@@ -17,25 +17,25 @@ import (
 
 // TraceOptions say what a Host records of a device's start, and what it prefetches.
 type TraceOptions struct {
-	Record      string        // the file to record to; "": none
+	Record      string        // the file to record to; "": no recording to a named file
 	RecordFor   time.Duration // how long a recording lasts from the first read
-	RecordBytes int64         // how many bytes it may touch; 0: any number
-	RecordQuiet time.Duration // a recording ends after so long without a new block
+	RecordBytes int64         // how many bytes a recording may touch; 0: no limit
+	RecordQuiet time.Duration // a recording ends after this time without a new block
 	Use         []string      // the traces to prefetch from: files, images, or Auto
 	Push        bool          // store recordings beside the image
-	Rate        int64         // of prefetching, bytes a second; 0: no bound
+	Rate        int64         // of prefetching, in bytes per second; 0: no limit
 	Ahead       Ahead
 }
 
-// Auto, among TraceOptions.Use, stands for the traces and the bundle beside the image.
-// Where there are none, the start is recorded.
+// Auto, in TraceOptions.Use, stands for the traces and the bundle beside the image. If
+// there are none, the host records the start.
 const Auto = "auto"
 
-// Ahead says what is prefetched where there is no trace.
+// Ahead says what is prefetched without a trace.
 type Ahead struct {
-	Metadata  bool // the filesystem's metadata, where it is small
-	Readahead bool // the chunks that follow those that are read in order
-	Program   bool // what the image's program is made of, by the guess in the image
+	Metadata  bool // the filesystem's metadata, if it is small
+	Readahead bool // the chunks that follow chunks that are read in order
+	Program   bool // the files that the image's program needs, by the guess in the image
 }
 
 func (o *TraceOptions) auto() bool { return slices.Contains(o.Use, Auto) }
@@ -45,10 +45,10 @@ type tracer struct {
 	TraceOptions
 	opener *opener
 	dir    recordDir
-	limit  context.Context // ends all waiting and pushing, when the host stops
+	limit  context.Context // ends all waits and pushes when the host stops
 	log    *slog.Logger
 
-	serving atomic.Bool // clients can read; recordings before that are not kept
+	serving atomic.Bool // clients can read; recordings that end before are not kept
 
 	mu     sync.Mutex // guards starts, and of each start rec, replay, source and guessed
 	starts map[*start]struct{}
@@ -61,8 +61,8 @@ func newTracer(limit context.Context, o TraceOptions, opener *opener, dir record
 	return &tracer{TraceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.Log, starts: make(map[*start]struct{})}
 }
 
-// await waits for c until ctx or t.limit ends, and half a second longer: the work that
-// is left then depends on this machine alone. It reports whether c was closed.
+// await waits for c until ctx or t.limit ends, and then for half a second more, because
+// the remaining work depends only on this machine. It reports whether c was closed.
 func (t *tracer) await(ctx context.Context, c <-chan struct{}) bool {
 	select {
 	case <-c:
@@ -81,7 +81,7 @@ func (t *tracer) await(ctx context.Context, c <-chan struct{}) bool {
 }
 
 // findTimeout bounds the look-up of traces and bundles beside an image. A device waits
-// for no longer than patience.
+// only for patience.
 const findTimeout = 10 * time.Second
 
 // start is the start of one device.
@@ -96,15 +96,15 @@ type start struct {
 	beside  Beside
 	listErr error
 
-	attached bool // set by attach, which begins all that follows
+	attached bool // set by attach, which begins everything below
 
 	// Guarded by t.mu, for prefetchInfo and recordingInfo. Once loaded is closed, all
-	// but rec are final.
+	// fields except rec are final.
 	rec     *recording
-	replay  *fetcher.Replay // of a bundle or traces; nil without any
+	replay  *fetcher.Replay // of a bundle or traces; nil if there are none
 	source  string          // of replay: "bundle" or "trace"
-	guessed *fetcher.Replay // of a guess, until there is a replay
-	loaded  chan struct{}   // closed when replay is set, or will not be
+	guessed *fetcher.Replay // of a guess, until replay is set
+	loaded  chan struct{}   // closed when replay is set, or will not be set
 }
 
 // open opens an image, and begins its start.
@@ -164,13 +164,13 @@ func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
 	return false
 }
 
-// attach returns the device to serve: the image, or a recorder around it where the start
-// is recorded. It begins the prefetch. A failure with traces costs speed only, except
-// that a recording the user asked for must be possible.
+// attach returns the device to serve: the image, or a recorder around it if the start
+// is recorded. It begins the prefetch. A failure with traces only makes the start
+// slower, except that a recording that the user asked for must be possible.
 func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, error) {
 	t := s.t
 	s.attached = true
-	go func() { // since it may ask the registry; the device is usable meanwhile
+	go func() { // in the background, because it may ask the registry; the device is usable meanwhile
 		defer close(s.loaded)
 		s.load(image)
 		if s.replay == nil && t.Ahead.Readahead {
@@ -200,8 +200,8 @@ func (s *start) known(ctx context.Context) bool {
 // found reports whether traces or bundles are beside the image, once listed is closed.
 func (s *start) found() bool { return len(s.beside.Traces)+len(s.beside.Bundles) > 0 }
 
-// load begins to prefetch what a bundle and traces list, or else what the image's guess
-// lists.
+// load begins to prefetch the chunks that a bundle and traces list, or, without these,
+// the chunks that the image's guess lists.
 func (s *start) load(image *openImage) {
 	log := s.t.log.With("image", s.image.Name)
 	o := s.replayOptions()
@@ -268,8 +268,8 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 	return nil
 }
 
-// guess prefetches what any start is likely to read: the filesystem's metadata, and the
-// image's program.
+// guess prefetches what every start is likely to read: the filesystem's metadata, and
+// the files of the image's program.
 func (s *start) guess(image *openImage) {
 	var wants []blockmap.Want
 	if s.t.Ahead.Metadata {
@@ -294,18 +294,18 @@ func (s *start) guess(image *openImage) {
 	}
 }
 
-// replayOptions bound a prefetch to what the cache can hold: more would evict the first
-// chunks before they are read.
+// replayOptions limits a prefetch to the capacity of the cache: a larger prefetch would
+// evict its first chunks before clients read them.
 func (s *start) replayOptions() fetcher.ReplayOptions {
 	return fetcher.ReplayOptions{Rate: s.t.Rate, MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
-// smallMetadata is the largest stored size of metadata that is prefetched whole: some
-// hundred thousand files.
+// smallMetadata is the largest stored size of metadata that is prefetched whole: that
+// of a few hundred thousand files.
 const smallMetadata = 4 << 20
 
-// trace reads and merges the traces to use. stored includes those beside the image; a
-// bundle already has their chunks.
+// trace reads and merges the traces to use. It includes the traces beside the image if
+// stored is set; a bundle already has their chunks.
 func (s *start) trace(stored bool) *tracefile.Trace {
 	var traces []*tracefile.Trace
 	for _, use := range s.t.Use {
@@ -332,15 +332,15 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	return merged
 }
 
-// read reads the traces that use names, and translates them to b.
+// read reads the traces that the names in use stand for, and translates them to b.
 func (t *tracer) read(ctx context.Context, use string, b *BlockImage) (traces []*tracefile.Trace, err error) {
 	found, err := t.opener.readNamed(ctx, use)
 	for _, r := range found {
-		if r.Cut != nil && r.of == nil { // StoredTraces has logged it of the others
+		if r.Cut != nil && r.of == nil { // StoredTraces has logged the others
 			t.log.Warn("a trace ends early; thaw uses the part that is there", "trace", use, "err", r.Cut)
 		}
 		if r.of == nil {
-			// The index of an image that was served before may be in the cache.
+			// The cache may have the index of an image that was served before.
 			if encoded, err := t.opener.cache.Blob(r.Index); err == nil {
 				r.of, _ = blockmap.DecodeIndex(encoded) // nil if it is damaged
 			}
@@ -358,8 +358,8 @@ func (t *tracer) read(ctx context.Context, use string, b *BlockImage) (traces []
 	return traces, err
 }
 
-// await returns when this share of the trace has been prefetched, when no more of it
-// will come, or when ctx ends.
+// await returns when this share of the trace has been prefetched, when the prefetch
+// will bring no more of it, or when ctx ends.
 func (s *start) await(ctx context.Context, share float64) {
 	if share == 0 || !s.within(ctx, s.listed) {
 		return
@@ -378,7 +378,7 @@ func (s *start) await(ctx context.Context, share float64) {
 	}
 }
 
-// PrefetchInfo says how far the prefetch of a device is.
+// PrefetchInfo is the progress of the prefetch of a device.
 type PrefetchInfo struct {
 	State      string  `json:"state"`            // looking (for traces), running, ended, or none
 	Source     string  `json:"source,omitempty"` // bundle, trace, or guess
@@ -387,7 +387,7 @@ type PrefetchInfo struct {
 	Failed     int64   `json:"failed_chunks"`
 	Bytes      int64   `json:"stored_bytes"` // of the chunks, as they are stored in the registry
 	DoneBytes  int64   `json:"done_stored_bytes"`
-	Seconds    float64 `json:"seconds"` // since it began, or until it ended
+	Seconds    float64 `json:"seconds"` // since the prefetch began, or until it ended
 }
 
 func (s *start) prefetchInfo() *PrefetchInfo {
@@ -437,7 +437,7 @@ func (s *start) stop() {
 		return
 	}
 	if rec != nil {
-		go func() { _ = rec.Stop() }() // which may wait for the reader of a FIFO
+		go func() { _ = rec.Stop() }() // Stop may wait for the reader of a FIFO
 		s.t.await(s.t.limit, rec.ended)
 	}
 	if !s.t.await(s.t.limit, s.loaded) {

@@ -10,14 +10,14 @@ import (
 // Stats are the counts of every layer of a Host. Its JSON is a part of Status.
 type Stats struct {
 	fetcher.Stats
-	Cached      int64     `json:"cached_bytes"`    // on disk, what describes it included
-	Held        int64     `json:"held_bytes"`      // in memory, since the disk has no room
+	Cached      int64     `json:"cached_bytes"`    // on disk, including the files that describe the chunks
+	Held        int64     `json:"held_bytes"`      // in memory, because the disk has no room
 	Evicted     int64     `json:"evicted_bytes"`   // since the start
 	Damaged     int64     `json:"damaged"`         // chunks and files of the cache that could not be read
-	OpenStreams int64     `json:"open_streams"`    // whose files are open
-	Devices     int       `json:"devices"`         // those that are being opened and closed included
+	OpenStreams int64     `json:"open_streams"`    // streams whose files are open
+	Devices     int       `json:"devices"`         // includes devices that are being opened or closed
 	Goroutines  int       `json:"goroutines"`      // of the process
-	Memory      int64     `json:"go_memory_bytes"` // that Go has from the system
+	Memory      int64     `json:"go_memory_bytes"` // memory that Go has from the system
 	NBD         *NBDStats `json:"nbd,omitempty"`
 }
 
@@ -33,7 +33,7 @@ type NBDStats struct {
 	Repaired int64 `json:"repaired"`
 }
 
-// Stats returns the counts so far.
+// Stats returns the current counts.
 func (h *Host) Stats() Stats {
 	memory := []metrics.Sample{{Name: "/memory/classes/total:bytes"}}
 	metrics.Read(memory)

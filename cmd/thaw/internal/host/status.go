@@ -5,17 +5,17 @@ import (
 	"time"
 )
 
-// Phase is what a host is at.
+// Phase is the phase of a host.
 type Phase string
 
 // The phases of a host, in their order.
 const (
 	Starting Phase = "starting" // clients cannot read yet
 	Serving  Phase = "serving"
-	Stopping Phase = "stopping" // nothing is opened any more
+	Stopping Phase = "stopping" // the host opens no devices any more
 )
 
-// Status is what a host does.
+// Status is the state of a host.
 type Status struct {
 	State   Phase     `json:"state"`
 	Version string    `json:"version,omitempty"` // of the program; the host does not know it
@@ -25,7 +25,7 @@ type Status struct {
 	Uptime  float64   `json:"uptime_seconds"`
 
 	Cache string `json:"cache_directory"`
-	Quota int64  `json:"cache_quota_bytes"` // 0: no bound but the disk
+	Quota int64  `json:"cache_quota_bytes"` // 0: no bound except the size of the disk
 
 	Devices DeviceCounts `json:"devices"`
 	Rates   Rates        `json:"rates"`
@@ -40,7 +40,7 @@ type DeviceCounts struct {
 	Closing int `json:"closing"`
 }
 
-// Status says what the host does at this moment.
+// Status returns the current state of the host.
 func (h *Host) Status() Status {
 	now := time.Now()
 	s := Status{
