@@ -32,10 +32,28 @@ type disk struct {
 
 // over is how many bytes the directory takes beyond its quota, 0 if none.
 func (d *disk) over() int64 {
+	return d.lacks(0)
+}
+
+// lacks is how many bytes the quota has too few for n more, 0 if none.
+func (d *disk) lacks(n int64) int64 {
 	if d.quota == 0 {
 		return 0
 	}
-	return max(0, d.used.Load()-d.quota)
+	return max(0, d.used.Load()+n-d.quota)
+}
+
+// take counts n more bytes as used, if the quota has room for them.
+func (d *disk) take(n int64) bool {
+	for {
+		used := d.used.Load()
+		if d.quota != 0 && used+n > d.quota {
+			return false
+		}
+		if d.used.CompareAndSwap(used, used+n) {
+			return true
+		}
+	}
 }
 
 // drop reports that a part of the cache was damaged, and is removed. kind is

@@ -35,6 +35,8 @@ type evictor struct {
 	// chunk being evicted waits for it. It is held across I/O.
 	turn sync.Mutex
 
+	waiting atomic.Int32 // calls of reserve that evict, or wait for their turn
+
 	fullUntil atomic.Int64 // ns since 1970: the disk is full, and left alone
 	evicted   atomic.Int64
 
@@ -91,22 +93,28 @@ const (
 	fullFor   = time.Second
 )
 
-// reserve counts n bytes as used, evicting where the quota requires it.
+// reserve counts n bytes as used, evicting where the quota requires it. Callers that
+// evict get their bytes in turn: while one waits, nobody takes what it frees.
 func (e *evictor) reserve(n int64) error {
-	e.disk.used.Add(n)
-	// Another fill may take what is freed before it is counted here.
+	if e.waiting.Load() == 0 && e.disk.take(n) {
+		return nil
+	}
+	e.waiting.Add(1)
+	defer e.waiting.Add(-1)
+	e.turn.Lock()
+	defer e.turn.Unlock()
+	// Small files and maps take room, too, and do not wait.
 	for range 16 {
-		if e.disk.over() == 0 {
+		if e.disk.take(n) {
 			return nil
 		}
-		if _, err := e.evict(0); err != nil {
+		if freed, err := e.evictInTurn(e.disk.lacks(n) + e.disk.quota/32); freed == 0 || err != nil {
 			break // it would evict more and more, and free nothing
 		}
 	}
-	if e.disk.over() == 0 {
+	if e.disk.take(n) {
 		return nil
 	}
-	e.disk.used.Add(-n)
 	return fmt.Errorf("all %d bytes of the cache are in use: %w", e.disk.quota, ErrNoSpace)
 }
 
@@ -171,6 +179,11 @@ func (e *evictor) evict(atLeast int64) (freed int64, err error) {
 	if want == 0 {
 		return 0, nil
 	}
+	return e.evictInTurn(want)
+}
+
+// evictInTurn is evict for a caller that holds e.turn, and frees want bytes.
+func (e *evictor) evictInTurn(want int64) (freed int64, err error) {
 	freed, err = e.evictChunks(want)
 	freed += e.streams.removeEmpty()
 	if freed < want {
