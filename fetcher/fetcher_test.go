@@ -109,7 +109,7 @@ func TestConformsOverABadOrigin(t *testing.T) {
 // Each chunk is fetched once, however many readers wait for it.
 func TestEachChunkOnce(t *testing.T) {
 	m := blocktest.NewImage(t, 3, 2000)
-	w := newWorld(t, m, fetcher.Options{MaxRequest: 1}) // a chunk a request, to count them
+	w := newWorld(t, m, fetcher.Options{MaxRequest: 1}) // one chunk per request, to count them
 	w.origin.Set(blocktest.Faults{Delay: time.Millisecond})
 	var wg sync.WaitGroup
 	for i := range 32 {

@@ -54,7 +54,7 @@ func TestPace(t *testing.T) {
 			t.Errorf("%.0f MB/s that were ten times as many: windows %v", slower.speed/1e6, w)
 		}
 	}
-	// All at one point in time, as what lay in a buffer does.
+	// All at one moment, like bytes from a buffer.
 	p := newPace(most)
 	now := time.Now()
 	for range 100 {

@@ -161,7 +161,7 @@ func TestQueueGathers(t *testing.T) {
 		q := newQueue()
 		q.do(t, "d5 d6 d7 d8")
 		other := place{&source{}, q.here.table}
-		q.fetches[6].place, q.fetches[6].others = other, []place{q.here} // it has it as well
+		q.fetches[6].place, q.fetches[6].others = other, []place{q.here} // the other source has it too
 		q.fetches[7].place = other
 		var got []int
 		for _, ft := range q.gather(q.here, q.next(true), wide) {

@@ -91,7 +91,7 @@ func TestReplayStops(t *testing.T) {
 	if asked > 2 {
 		t.Errorf("%d requests", asked)
 	}
-	// The reader of one that was forgotten fetches it itself.
+	// The reader of a forgotten chunk fetches it itself.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	w.origin.Set(blocktest.Faults{})

@@ -63,7 +63,7 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 	for what, fault := range faults {
 		for name, o := range options {
 			if name != "" && what != "no answer" {
-				continue // what hangs is the same to the bounds
+				continue // the bounds treat all kinds of hanging alike
 			}
 			for _, hogs := range []int{1, 3, 10} {
 				for _, bundles := range []bool{false, true} {
@@ -95,7 +95,7 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 							bound := w.fetcher.From(w.origin)
 							wants := w.wants(t)
 							third := len(wants) / 3
-							// One after the other, many at once, and ahead.
+							// In sequence, many at once, and ahead.
 							for _, one := range apart(wants[:20]) {
 								began := time.Now()
 								if err := bound.Fetch(t.Context(), one); err != nil || time.Since(began) > 25*time.Millisecond {
@@ -369,7 +369,7 @@ func TestContentSharedWithAnOriginThatHangs(t *testing.T) {
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("it took %v", took)
 		}
-		// And who was first has a copy.
+		// The first reader has a copy.
 		if err := <-first; err != nil {
 			t.Error(err)
 		}
@@ -404,7 +404,7 @@ func TestHintsAreBounded(t *testing.T) {
 		if n := resident(wants); n != 512 {
 			t.Errorf("%d chunks are here", n)
 		}
-		// Closed, it wants no more of them.
+		// After Close it wants no more of them.
 		w.origin.Set(blocktest.Faults{Delay: time.Second})
 		before := w.origin.Requests()
 		bound.Prefetch(wants)
