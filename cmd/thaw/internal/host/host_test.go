@@ -170,7 +170,8 @@ func TestDevicesAtRunTime(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 
-	// Removed under a user: nobody else gets it, and it is closed with that user.
+	// Removed while it has a user: no other client gets it, and it is closed when that
+	// user leaves.
 	d, release, err := h.Acquire(t.Context(), "root", nil)
 	if err != nil || d != added[1] {
 		t.Fatalf("%v, %v", d, err)
@@ -192,7 +193,7 @@ func TestDevicesAtRunTime(t *testing.T) {
 	if err := h.Remove(t.Context(), d.ID()); !errors.Is(err, ErrNoDevice) {
 		t.Errorf("remove a device that is gone: %v", err)
 	}
-	// And back under another ID.
+	// It is added again with another ID.
 	again, err := h.Add(t.Context(), Spec{Name: "root", Image: b})
 	if err != nil || again[0].ID() == d.ID() {
 		t.Fatalf("%v, %v", again, err)
@@ -219,7 +220,7 @@ func TestLeastCacheSize(t *testing.T) {
 	m := &blocktest.Image{Index: new(blockmap.Index), Blobs: make(map[blockmap.Digest][]byte)}
 	const chunk, chunks = blockmap.MaxChunkBlocks * blockmap.BlockSize, 12
 	rng := rand.NewChaCha8([32]byte{1})
-	for range 2 { // the first stream is the metadata's
+	for range 2 { // the first stream is that of the metadata
 		var parts [][]byte
 		for range chunks / 2 {
 			p := make([]byte, chunk)
@@ -356,7 +357,7 @@ func TestRecordingAndPrefetch(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The next host prefetches what was read.
+	// The next host prefetches the recorded reads.
 	next := r.open(Options{Trace: TraceOptions{Use: []string{Auto}}})
 	if added, err = next.Add(t.Context(), Spec{Name: name}); err != nil {
 		t.Fatal(err)
