@@ -80,7 +80,7 @@ func (l *load) replace(i int, frame []byte) {
 	l.Parts[i].Stored = int64(len(frame))
 }
 
-// let allows so many bytes to be sent, and sets what happens then.
+// let allows free bytes to be sent, and sets what happens after these.
 func (l *load) let(free int64, brk error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -101,7 +101,7 @@ func (l *load) open(ctx context.Context, off int64) (io.ReadCloser, error) {
 		return nil, l.refuse
 	}
 	if off != 0 && !slices.Contains(l.ends, off) {
-		return nil, fmt.Errorf("opened at %d, where no part begins", off)
+		return nil, fmt.Errorf("opened at %d, which is not the start of a part", off)
 	}
 	l.alive++
 	b := &loadBody{l: l, ctx: ctx, off: off}
@@ -249,7 +249,7 @@ func TestBundle(t *testing.T) {
 	short, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
 	defer cancel()
 	if err := r.Wait(short, 0.9); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Wait for more than has come: %v", err)
+		t.Errorf("Wait for more than has arrived: %v", err)
 	}
 	l.let(1<<40, nil)
 	checkDone(t, r)
@@ -300,7 +300,7 @@ func TestReadersOfABundle(t *testing.T) {
 			t.Errorf("the next part took %v and %d requests", d, w.origin.Requests())
 		}
 		if d := w.fetch(t, l.Parts[12].Wants[0]); d > 40*time.Millisecond || w.origin.Requests() != 0 {
-			t.Errorf("the one behind the next took %v and %d requests", d, w.origin.Requests())
+			t.Errorf("the part after the next took %v and %d requests", d, w.origin.Requests())
 		}
 		last := l.Parts[len(l.Parts)-2].Wants[0]
 		if d := w.fetch(t, last); d > 50*time.Millisecond || w.origin.Requests() != 1 {
@@ -311,7 +311,7 @@ func TestReadersOfABundle(t *testing.T) {
 			t.Errorf("%d requests", n)
 		}
 		if st := w.fetcher.Stats(); st.Chunks != int64(len(wants)) {
-			t.Errorf("%d chunks were fetched, there are %d: resident chunks were fetched again", st.Chunks, len(wants))
+			t.Errorf("%d chunks were fetched of %d: resident chunks were fetched again", st.Chunks, len(wants))
 		}
 		w.checkAll(t)
 	})
@@ -431,7 +431,7 @@ func TestBundleLies(t *testing.T) {
 				}
 			}
 			if n := w.origin.Requests(); n > len(l.Parts)-1 {
-				t.Errorf("%d requests for the %d contents that were left at most", n, len(l.Parts)-1)
+				t.Errorf("%d requests for at most %d contents that were left", n, len(l.Parts)-1)
 			}
 		})
 	}
@@ -515,7 +515,7 @@ func TestBundleIsGivenUp(t *testing.T) {
 					}
 				}
 				if n := w.origin.Requests(); n > len(l.Parts) {
-					t.Errorf("%d requests for %d contents: what is in two places was fetched twice", n, len(l.Parts))
+					t.Errorf("%d requests for %d contents: content in two places was fetched twice", n, len(l.Parts))
 				}
 			})
 		})
@@ -625,7 +625,7 @@ func TestBundleIsStopped(t *testing.T) {
 		}
 		r.Stop()
 		if d := <-read; d > 10*time.Millisecond {
-			t.Errorf("it was stopped, and a reader waited for %v", d)
+			t.Errorf("a reader waited for %v after Stop", d)
 		}
 		time.Sleep(time.Minute)
 		if n := w.origin.Requests(); n != 1 || l.alive != 0 || l.closed != 1 {
@@ -656,7 +656,7 @@ func TestCloseEndsABundle(t *testing.T) {
 			t.Errorf("a reader got %v", err)
 		}
 		if err := r.Wait(t.Context(), 1); err == nil && resident(wants) < len(wants) {
-			t.Error("Wait says that all has come")
+			t.Error("Wait reports that everything has arrived")
 		} else if err != nil && strings.Contains(err.Error(), "%!") {
 			t.Error(err)
 		}

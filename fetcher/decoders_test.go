@@ -24,7 +24,7 @@ func nice(t *testing.T) (n int) {
 	}
 	stats, err := filepath.Glob("/proc/self/task/*/stat")
 	if err != nil || len(stats) == 0 {
-		t.Fatal("no threads can be seen", err)
+		t.Fatal("the test cannot see threads", err)
 	}
 	for _, path := range stats {
 		b, err := os.ReadFile(path)

@@ -95,7 +95,7 @@ func TestDuplicatesTryThemselves(t *testing.T) {
 			t.Errorf("%v", errs)
 		}
 		if w.origin.Requests() != 2 || good.Requests() != 1 {
-			t.Errorf("%d requests where it fails, %d where it does not", w.origin.Requests(), good.Requests())
+			t.Errorf("%d requests to the failing place, %d to the other", w.origin.Requests(), good.Requests())
 		}
 	})
 }

@@ -84,7 +84,7 @@ func TestSlowTryIsOvertaken(t *testing.T) {
 					readers.Wait()
 					synctest.Wait()
 					if n := x.mirror.Alive() + x.origin.Alive(); n != 0 {
-						t.Errorf("%d requests go on", n)
+						t.Errorf("%d requests continue", n)
 					}
 					if st := w.fetcher.Stats(); st.Overtaken < 4 || st.Extra < 4 || st.Cancelled < 4 || st.Failed != 0 || st.InFlight != 0 {
 						t.Errorf("%+v", st)
@@ -152,7 +152,7 @@ func TestReadersTimeIsBounded(t *testing.T) {
 				readers.Wait()
 				synctest.Wait()
 				if n := w.origin.Alive(); n != 0 || w.fetcher.Stats().Failed < 15 {
-					t.Errorf("%d requests go on, %+v", n, w.fetcher.Stats())
+					t.Errorf("%d requests continue, %+v", n, w.fetcher.Stats())
 				}
 				// The next read tries again.
 				w.origin.Set(blocktest.Faults{})
@@ -233,7 +233,7 @@ func TestPrefetchIsNotAskedForTwice(t *testing.T) {
 		}
 		// The replay ends in bounded time, whatever hangs.
 		if err := r.Wait(t.Context(), 1); err == nil {
-			t.Error("the prefetch did not come")
+			t.Error("the prefetched chunk has not arrived")
 		}
 		r.Stop()
 	})
@@ -337,7 +337,7 @@ func TestReadersLeave(t *testing.T) {
 		readers.Wait()
 		synctest.Wait()
 		if n := w.origin.Alive(); n != 0 {
-			t.Errorf("%d requests go on", n)
+			t.Errorf("%d requests continue", n)
 		}
 		if st := w.fetcher.Stats(); st.InFlight != 0 || st.Failed != 0 || st.Cancelled == 0 {
 			t.Errorf("%+v", st)
@@ -379,7 +379,7 @@ func TestOneReaderLeaves(t *testing.T) {
 			}
 			synctest.Wait()
 			if n := w.origin.Requests(); n != 1 || w.origin.Alive() != 0 {
-				t.Errorf("%d requests, %d go on", n, w.origin.Alive())
+				t.Errorf("%d requests, %d continue", n, w.origin.Alive())
 			}
 		})
 	}
@@ -433,7 +433,7 @@ func TestReadersOfDuplicatesLeave(t *testing.T) {
 				}
 				readers.Wait()
 				if n := w.origin.Alive(); n != 0 || w.origin.Requests() != 1 {
-					t.Errorf("%d requests go on, of %d", n, w.origin.Requests())
+					t.Errorf("%d requests of %d continue", n, w.origin.Requests())
 				}
 				w.origin.Set(blocktest.Faults{})
 				w.fetch(t, places[1])
@@ -465,7 +465,7 @@ func TestComingAndGoing(t *testing.T) {
 		r.Stop()
 		time.Sleep(2 * time.Second)
 		if n, fetches := w.fetcher.Queued(bound), w.fetcher.Fetches(); fetches != 0 || w.origin.Alive() != 0 {
-			t.Errorf("%d are queued, %d on their way, %d requests go on", n, fetches, w.origin.Alive())
+			t.Errorf("%d are queued, %d in flight, %d requests continue", n, fetches, w.origin.Alive())
 		}
 		w.origin.Set(blocktest.Faults{})
 		if err := bound.Fetch(t.Context(), wants); err != nil {

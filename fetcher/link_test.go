@@ -373,7 +373,7 @@ func (o *uneven) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 	return o.far.OpenRange(ctx, blob, off, n)
 }
 
-// slowly is a body that gets so many bytes after each pause.
+// slowly is a body that gets the same number of bytes after each pause.
 type slowly struct {
 	ctx   context.Context
 	b     []byte

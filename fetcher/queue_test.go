@@ -35,8 +35,8 @@ func newQueue(holes ...int) *queuedChunks {
 }
 
 // do runs steps, each a letter and the number of a chunk: a prefetch (p), a demand
-// (d), a demand that nobody waits for any more (c), one that another source starts
-// (s), one that ends (e).
+// (d), a demand that no reader waits for any more (c), a fetch that another source
+// starts (s), a fetch that ends (e).
 func (q *queuedChunks) do(t *testing.T, steps string) {
 	t.Helper()
 	for _, step := range strings.Fields(steps) {

@@ -226,12 +226,12 @@ func TestReplayWithinBounds(t *testing.T) {
 					}
 					want++
 					if !x.Stream.Has(x.Chunk) {
-						t.Error("a chunk is left out, and one behind it is not")
+						t.Error("a chunk is omitted although a later one is not")
 						break
 					}
 				}
 				if n := resident(wants); n != want {
-					t.Errorf("%d chunks are here, want %d", n, want)
+					t.Errorf("%d chunks are resident, want %d", n, want)
 				}
 				if lines := log.lines(); len(lines) != map[bool]int{true: 0, false: 1}[want == len(wants)] {
 					t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
