@@ -55,7 +55,7 @@ func TestSharedOpens(t *testing.T) {
 		}
 		synctest.Wait()
 		if ctx.Err() == nil || len(x.list()) != 0 {
-			t.Error("it is being opened for nobody")
+			t.Error("the opening continues although no caller waits")
 		}
 		// For the next client the host opens it anew; a client that comes late is
 		// served as well.
@@ -87,10 +87,10 @@ func TestSharedOpens(t *testing.T) {
 			t.Error("it was opened")
 		}
 		if err := <-open(t.Context()); !errors.Is(err, ErrClosed) {
-			t.Errorf("a host that stops opens more: %v", err)
+			t.Errorf("a stopping host opens a device: %v", err)
 		}
 		if _, err := x.add(t.Context(), []Spec{{Name: name}}); !errors.Is(err, ErrClosed) {
-			t.Errorf("a host that stops adds more: %v", err)
+			t.Errorf("a stopping host adds a device: %v", err)
 		}
 	})
 }
@@ -157,7 +157,7 @@ func TestAddedDevices(t *testing.T) {
 			t.Errorf("the default of two: %v", err)
 		}
 		if !x.remove(added[0]) || x.remove(added[0]) {
-			t.Error("it can be removed once")
+			t.Error("remove does not succeed exactly once")
 		}
 		<-added[0].closed
 		d, release, err := x.acquire(t.Context(), "", nil)
@@ -175,7 +175,7 @@ func TestAddedDevices(t *testing.T) {
 		synctest.Wait()
 		select {
 		case <-d.closed:
-			t.Error("it is closed under its user")
+			t.Error("it is closed although it has a user")
 		default:
 		}
 		release()

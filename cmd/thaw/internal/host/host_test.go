@@ -191,7 +191,7 @@ func TestDevicesAtRunTime(t *testing.T) {
 	release()
 	await(t, "the device is closed", func() bool { return h.Device(d.ID()) == nil })
 	if err := h.Remove(t.Context(), d.ID()); !errors.Is(err, ErrNoDevice) {
-		t.Errorf("remove a device that is gone: %v", err)
+		t.Errorf("remove a removed device: %v", err)
 	}
 	// It is added again with another ID.
 	again, err := h.Add(t.Context(), Spec{Name: "root", Image: b})
@@ -204,11 +204,11 @@ func TestDevicesAtRunTime(t *testing.T) {
 	}
 
 	if _, err := h.Add(t.Context(), Spec{Name: r.host + "/team/none:v1"}); !errors.Is(err, registry.ErrNotFound) {
-		t.Errorf("add an image that is not there: %v", err)
+		t.Errorf("add a missing image: %v", err)
 	}
 	var invalid InvalidError
 	if _, err := h.Add(t.Context(), Spec{Name: "not a name"}); !errors.As(err, &invalid) {
-		t.Errorf("add what is no name: %v", err)
+		t.Errorf("add an invalid name: %v", err)
 	}
 }
 
@@ -257,7 +257,7 @@ func TestLeastCacheSize(t *testing.T) {
 		}
 		v.Release()
 		if n, most := h.Stats().Chunks-before, (e.End-1)/chunk-e.Start/chunk+1; n > most && e.Len() <= 4<<20 {
-			t.Errorf("%d chunks were fetched for the %d of one request", n, most)
+			t.Errorf("%d chunks were fetched for one request of %d", n, most)
 		}
 	}
 	if used := h.Stats().Cached; used > MinQuota {
@@ -368,7 +368,7 @@ func TestRecordingAndPrefetch(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	if v, ok := added[0].Block().View(blockmap.Extent{Start: 0, End: 1 << 20}); !ok {
-		t.Error("what the trace touches is not here")
+		t.Error("the chunks of the trace are not resident")
 	} else {
 		v.Release()
 	}
