@@ -124,7 +124,7 @@ type source struct {
 	mu     struct {
 		sync.Mutex
 		delay time.Duration // of each fetch
-		now   int           // fetches under way, and so many at most
+		now   int           // fetches under way; most is their largest number
 		most  int
 		times map[int]int // that each chunk was fetched
 	}
