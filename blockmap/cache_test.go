@@ -18,7 +18,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// quiet sets o so that no sync runs while a test does.
+// quiet sets o so that no sync runs during a test.
 func quiet(o blockmap.CacheOptions) blockmap.CacheOptions {
 	o.SyncEvery = time.Hour
 	return o
@@ -64,7 +64,7 @@ func TestKilledProcessLosesNothing(t *testing.T) {
 }
 
 // After a power cut, and after a forced remount, every resident block has the right
-// bytes, in any order of fetches, evictions and syncs before.
+// bytes, after any order of fetches, evictions and syncs.
 func TestPowerCut(t *testing.T) {
 	m := blocktest.NewImage(t, 21, 1200)
 	kept := 0
@@ -127,8 +127,8 @@ func TestPowerCut(t *testing.T) {
 	}
 }
 
-// A power cut can tear the map, so that a chunk is resident in part. What counts as
-// resident can be read without a fetch.
+// A power cut can tear the map, so that a chunk is partly resident. Blocks that count
+// as resident can be read without a fetch.
 func TestTornMap(t *testing.T) {
 	m := blocktest.NewImage(t, 23, 1200)
 	dir := t.TempDir()
@@ -190,7 +190,7 @@ func TestSecondProcess(t *testing.T) {
 	}
 }
 
-// Each kind of damage costs a refetch, and nothing else.
+// Each kind of damage costs only a refetch.
 func TestDamagedCache(t *testing.T) {
 	m := blocktest.NewImage(t, 23, 600)
 	each := func(name string, damage func(t *testing.T, stream string)) {
@@ -274,18 +274,18 @@ func TestFullDisk(t *testing.T) {
 	}
 	for i := range m.Index.Streams {
 		if s, err := c.Stream(&m.Index.Streams[i]); err != nil || s.Resident() != 0 {
-			t.Errorf("%d bytes are resident, and none could be written (%v)", s.Resident(), err)
+			t.Errorf("%d bytes are resident, but no write succeeded (%v)", s.Resident(), err)
 		}
 	}
 	if c.Used() > 64<<10 {
-		t.Errorf("%d bytes are counted, and only tables and maps are kept", c.Used())
+		t.Errorf("%d bytes are counted, but only tables and maps are stored", c.Used())
 	}
 	fsys.Fail(nil)
 	readAll(t, image, m)
 }
 
-// fillable opens a stream whose chunks have the given numbers of blocks, as a device
-// of its own, on a disk that has space for room blocks.
+// fillable opens a stream whose chunks have the given numbers of blocks, as a device of
+// its own, on a disk with space for room blocks.
 func fillable(t *testing.T, room int64, blocks ...int) (image *blockmap.Image, fill func(i int) error) {
 	t.Helper()
 	var chunks [][]byte
@@ -302,13 +302,12 @@ func fillable(t *testing.T, room int64, blocks ...int) (image *blockmap.Image, f
 	must(t, err)
 	s, err := c.Stream(&ix.Streams[0])
 	must(t, err)
-	const tablePages, mapPages = 1, 3 // that the stream takes as well
+	const tablePages, mapPages = 1, 3 // pages that the stream uses as well
 	fsys.Shrink(room + tablePages + mapPages)
 	return image, func(i int) error { return s.Fill(i, chunks[i]) }
 }
 
-// A chunk that was written in part before the disk was full makes room for the next
-// one.
+// A chunk that was partly written before the disk was full makes room for the next one.
 func TestTornChunkLeavesTheDisk(t *testing.T) {
 	image, fill := fillable(t, 15, 6, 10, 10)
 	must(t, fill(0))
@@ -319,17 +318,17 @@ func TestTornChunkLeavesTheDisk(t *testing.T) {
 	// The view pins chunk 0, so there is no room, and 9 of the 10 blocks of chunk 1
 	// are written.
 	if err := fill(1); !errors.Is(err, blockmap.ErrNoSpace) {
-		t.Errorf("10 blocks where there is room for 9: %v", err)
+		t.Errorf("10 blocks with room for 9: %v", err)
 	}
 	v.Release()
-	// The cache leaves a full disk alone for a second.
+	// The cache does not write to a full disk for a second.
 	eventually(t, "the disk has room again, and the cache does not use it", func() bool { return fill(2) == nil })
 	must(t, fill(1))
 	must(t, fill(0))
 }
 
-// Chunks that fit on the disk only one after the other are all stored, though all are
-// filled at once.
+// Chunks that fit on the disk only one at a time are all stored, though all are filled
+// at once.
 func TestFillsTakeTurnsOnAFullDisk(t *testing.T) {
 	_, fill := fillable(t, 150, 100, 100, 100, 100)
 	for range 50 {
@@ -345,8 +344,8 @@ func TestFillsTakeTurnsOnAFullDisk(t *testing.T) {
 	}
 }
 
-// While views pin all of the quota, a reader that needs more gets an error. When the
-// views are released every read succeeds.
+// While views pin the whole quota, a reader that needs more gets an error. When the
+// views are released, every read succeeds.
 func TestQuotaInUse(t *testing.T) {
 	m := blocktest.NewImage(t, 26, 1500)
 	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{Quota: 1 << 20})
@@ -374,7 +373,8 @@ func TestQuotaInUse(t *testing.T) {
 	}
 }
 
-// In a small cache that is larger than all fills in progress, every fill finds room.
+// In a small cache that is still larger than all fills in progress, every fill finds
+// room.
 func TestFillsAtOnceUnderAQuota(t *testing.T) {
 	var chunks [][]byte
 	for i := range 96 {
@@ -403,8 +403,8 @@ func TestFillsAtOnceUnderAQuota(t *testing.T) {
 	}
 }
 
-// spaceOf is the space that the files of a cache and the directories of its streams
-// take on disk.
+// spaceOf returns the space that the files of a cache and the directories of its
+// streams take on disk.
 func spaceOf(t *testing.T, dir string) (n int64) {
 	t.Helper()
 	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -420,8 +420,8 @@ func spaceOf(t *testing.T, dir string) (n int64) {
 	return n
 }
 
-// Data that cannot be punched still counts, so that the disk never holds more than
-// the quota.
+// Data that cannot be punched still counts, so that the disk never holds more than the
+// quota.
 func TestQuotaCountsWhatCannotBePunched(t *testing.T) {
 	m := blocktest.NewImage(t, 28, 3000)
 	fsys, dir := blocktest.NewFS(), t.TempDir()
@@ -468,7 +468,7 @@ func TestQuotaCountsWhatCannotBePunched(t *testing.T) {
 	}
 }
 
-// A part of a chunk that was written before the disk was full counts too.
+// A part of a chunk that was written before the disk was full also counts.
 func TestTornChunkCounts(t *testing.T) {
 	chunk := bytes.Repeat([]byte{1, 2}, 64<<10)
 	table, _ := blocktest.Stream(t, [][]byte{chunk})
@@ -486,8 +486,7 @@ func TestTornChunkCounts(t *testing.T) {
 	}
 }
 
-// Where a file is in the place of a directory of the cache, the error says what to
-// do.
+// If a file is in the place of a directory of the cache, the error gives the remedy.
 func TestFileInPlaceOfDirectory(t *testing.T) {
 	for _, name := range []string{"", "streams", "blobs", "blobs/sha256", "refs", "roots"} {
 		dir := filepath.Join(t.TempDir(), "cache")
@@ -509,7 +508,7 @@ func TestFileInPlaceOfDirectory(t *testing.T) {
 	}
 }
 
-// Chunks that were used lately stay, and the disk gets the space of evicted ones back.
+// Recently used chunks stay, and the disk gets back the space of evicted ones.
 func TestEvictsTheCold(t *testing.T) {
 	m := blocktest.NewImage(t, 27, 6000)
 	dir := t.TempDir()
@@ -595,7 +594,7 @@ func TestPutsAtOnce(t *testing.T) {
 			t.Errorf("%d bytes, %v", len(got), err)
 		}
 		if ref, err := c.Ref(name); err != nil || len(ref) < 1000 || !bytes.Equal(ref, bytes.Repeat(ref[:1], 1000+int(ref[0]))) {
-			t.Errorf("a mixture of two writes, of %d bytes, or %v", len(ref), err)
+			t.Errorf("mixed bytes of two writes, %d bytes, or %v", len(ref), err)
 		}
 	}
 }

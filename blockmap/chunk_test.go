@@ -12,7 +12,7 @@ import (
 	"thaw/blockmap"
 )
 
-// frameOf is content as a blob holds it, and the chunk that it is.
+// frameOf returns content as a blob holds it, and its chunk.
 func frameOf(t testing.TB, content []byte) (blockmap.Chunk, []byte) {
 	t.Helper()
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
@@ -93,7 +93,7 @@ func FuzzChunkDecoder(f *testing.F) {
 	f.Fuzz(func(t *testing.T, frame []byte) {
 		got, err := d.Decode(&c, frame, nil)
 		if err == nil && !bytes.Equal(got, content) {
-			t.Fatalf("%d bytes that are not the chunk", len(got))
+			t.Fatalf("%d bytes differ from the chunk", len(got))
 		}
 		if err != nil && !errors.Is(err, blockmap.ErrDigest) {
 			t.Fatal(err)

@@ -67,7 +67,7 @@ func (d *disk) unmount() {
 	must(d.t, unix.Unmount(d.at, 0))
 }
 
-// fill writes a file that takes all the space that is left, and returns its path.
+// fill writes a file that takes all the remaining space, and returns its path.
 func (d *disk) fill() string {
 	d.t.Helper()
 	path := filepath.Join(d.at, "filler")
@@ -86,7 +86,7 @@ func (d *disk) fill() string {
 			d.t.Fatal(err)
 		}
 	}
-	_ = f.Sync() // a full disk may say so again
+	_ = f.Sync() // a full disk may report the error again
 	return path
 }
 
@@ -177,8 +177,8 @@ func TestRealFullDisk(t *testing.T) {
 	}
 }
 
-// A file system that is remounted by force, without a reboot, has lost what it had
-// not written, though live bits say that the blocks are resident.
+// A file system that is remounted by force, without a reboot, has lost unwritten data,
+// though live bits say that the blocks are resident.
 func TestRealRemount(t *testing.T) {
 	m := blocktest.NewImage(t, 81, 4000)
 	d := newDisk(t, 96<<20, "mkfs.ext4", "-q")
@@ -187,7 +187,7 @@ func TestRealRemount(t *testing.T) {
 	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/4))
 	must(t, err)
 	must(t, c.Sync())
-	// Evictions make the maps durable, with live bits of data that is not durable.
+	// Evictions make the maps durable, with live bits of blocks that are not durable.
 	for at := int64(0); at < image.Size(); at += 64 << 10 {
 		_, err := blocktest.Read(t.Context(), image, blockmap.Range(at, min(64<<10, image.Size()-at)))
 		must(t, err)
@@ -212,8 +212,8 @@ func TestRealRemount(t *testing.T) {
 	must(t, c.Close())
 }
 
-// Chunks in sectors that cannot be read or written are fetched again. A disk whose
-// sectors are good again is used again.
+// Chunks in sectors that cannot be read or written are fetched again. When the sectors
+// are good again, the cache uses the disk again.
 func TestRealBadSectors(t *testing.T) {
 	m := blocktest.NewImage(t, 82, 4000)
 	for _, mkfs := range [][]string{

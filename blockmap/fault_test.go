@@ -28,7 +28,7 @@ func dataFiles(t *testing.T, dir string) []string {
 	return files
 }
 
-// When a data file is cut short under readers, its chunks are fetched again.
+// If a data file is truncated under readers, its chunks are fetched again.
 func TestTruncatedUnderReaders(t *testing.T) {
 	m := blocktest.NewImage(t, 60, 1500)
 	for _, left := range []int64{0, 4096, 100_000, -4096, -1} {
@@ -40,7 +40,7 @@ func TestTruncatedUnderReaders(t *testing.T) {
 			used := c.Used()
 			v, ok := image.View(blockmap.Range(image.Size()/2, 1<<20))
 			if !ok {
-				t.Fatal("the image was read, and is not resident")
+				t.Fatal("the image was read but is not resident")
 			}
 			for _, path := range dataFiles(t, dir) {
 				fi, err := os.Stat(path)
@@ -49,7 +49,7 @@ func TestTruncatedUnderReaders(t *testing.T) {
 			}
 			if left == 0 {
 				if err := v.CopyTo(make([]byte, v.Len())); !errors.Is(err, blockmap.ErrDamaged) {
-					t.Errorf("a view of a file that was emptied: %v", err)
+					t.Errorf("a view of a truncated file: %v", err)
 				}
 			}
 			v.Release()
@@ -65,7 +65,7 @@ func TestTruncatedUnderReaders(t *testing.T) {
 	}
 }
 
-// While another program cuts data files short all the time, every read gets the right
+// While another program truncates data files all the time, every read gets the right
 // bytes.
 func TestTruncatedAllTheTime(t *testing.T) {
 	m := blocktest.NewImage(t, 61, 1500)
@@ -91,7 +91,7 @@ func TestTruncatedAllTheTime(t *testing.T) {
 			}
 			path := files[rng.IntN(len(files))]
 			if fi, err := os.Stat(path); err == nil && fi.Size() > 0 {
-				// The cache removes a file that it found cut short.
+				// The cache removes a truncated file.
 				if err := os.Truncate(path, rng.Int64N(fi.Size())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					t.Error(err)
 				}
@@ -154,7 +154,7 @@ func TestFailedSync(t *testing.T) {
 	}
 }
 
-// The same where the sync of the map fails before an eviction.
+// The same if the sync of the map fails before an eviction.
 func TestFailedMapSync(t *testing.T) {
 	m := blocktest.NewImage(t, 63, 1200)
 	for seed := range uint64(8) {
@@ -180,7 +180,7 @@ func TestFailedMapSync(t *testing.T) {
 				t.Fatalf("read %v: wrong bytes, or %v", e, err)
 			}
 			if rng.IntN(8) == 0 {
-				_ = c.Sync() // a map whose sync failed is tried again
+				_ = c.Sync() // the cache tries again a map whose sync failed
 			}
 		}
 		fsys.Fail(nil)
@@ -193,8 +193,8 @@ func TestFailedMapSync(t *testing.T) {
 	}
 }
 
-// A copy of a cache that is in use has files of different moments, so the cache
-// trusts none of it.
+// A copy of a cache in use has files of different moments, so the cache trusts none of
+// it.
 func TestCopiedCache(t *testing.T) {
 	m := blocktest.NewImage(t, 64, 1000)
 	dir, boot := t.TempDir(), blockmap.BootID{1}
@@ -286,13 +286,13 @@ func TestHeldInMemory(t *testing.T) {
 	c.StoreHeld()
 	readAll(t, image, m)
 	if c.Held() != 0 {
-		t.Errorf("%d bytes are held in memory, and the disk has room", c.Held())
+		t.Errorf("%d bytes are held in memory although the disk has room", c.Held())
 	}
 }
 
-// Another goroutine may close a file that is being synced, as when a damaged stream
-// is given up during an eviction. No call then reaches a descriptor that belongs to
-// another file by now.
+// Another goroutine may close a file that is being synced, as when a damaged stream is
+// given up during an eviction. No call then reaches a descriptor that another file has
+// taken over.
 func TestFileClosedMeanwhile(t *testing.T) {
 	dir := t.TempDir()
 	for i := range 200 {
@@ -325,7 +325,7 @@ func TestFileClosedMeanwhile(t *testing.T) {
 	}
 }
 
-// A cache directory that another user could write to is refused.
+// The cache refuses a directory that another user could write to.
 func TestForeignDirectory(t *testing.T) {
 	refused := func(name, dir, why string) {
 		t.Helper()
@@ -363,8 +363,7 @@ func TestForeignDirectory(t *testing.T) {
 	}
 }
 
-// A small file gets room on a full disk, and is not written again while it is
-// there.
+// A small file gets room on a full disk, and is not written again while it exists.
 func TestSmallFilesOnAFullDisk(t *testing.T) {
 	m := blocktest.NewImage(t, 67, 1500)
 	fsys := blocktest.NewFS()
@@ -438,7 +437,7 @@ func TestQuotaIsOfAll(t *testing.T) {
 	if n := spaceOf(t, dir); n > c.Used() || c.Used() > quota {
 		t.Errorf("%d bytes are on disk and %d are counted, %d are allowed", n, c.Used(), quota)
 	}
-	const slack = 64 << 10 // a map that is not written yet already counts
+	const slack = 64 << 10 // an unwritten map already counts
 	if n := spaceOf(t, dir); n < c.Used()-slack {
 		t.Errorf("%d bytes are on disk, and %d are counted", n, c.Used())
 	}
@@ -463,7 +462,7 @@ func TestImagesComeAndGo(t *testing.T) {
 		image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
 		must(t, err)
 		if n := c.OpenStreams(); i == 0 && n != 0 {
-			t.Errorf("%d streams are open, and none was read", n)
+			t.Errorf("%d streams are open although none was read", n)
 		}
 		if i%3 != 0 {
 			readAll(t, image, m)
@@ -479,7 +478,7 @@ func TestImagesComeAndGo(t *testing.T) {
 	})
 }
 
-// eventually waits until is returns true, or fails with what.
+// eventually waits until the function is returns true, or fails with what.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
@@ -527,8 +526,8 @@ func TestManyStreams(t *testing.T) {
 }
 
 // Files that are closed because no image uses them may change meanwhile. The cache
-// checks them before it trusts them again, in this process and, after a kill, in
-// the next.
+// checks them before it trusts them again, in this process and, after a kill, in the
+// next.
 func TestChangedWhileClosed(t *testing.T) {
 	m := blocktest.NewImage(t, 62, 1500)
 	each := func(f func(path string) error) func(t *testing.T, dir string) {
@@ -574,13 +573,13 @@ func TestChangedWhileClosed(t *testing.T) {
 			must(t, c.Sync())
 			image.Close()
 			if n := c.OpenStreams(); n != 0 {
-				t.Fatalf("%d streams are open, and no image uses them", n)
+				t.Fatalf("%d streams are open although no image uses them", n)
 			}
 			change(t, dir)
 			image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
 			must(t, err)
-			// Only a part is read, so that a block that was not fetched again and
-			// counts as resident is found.
+			// The test reads only a part, to find a block that was not fetched again
+			// and counts as resident.
 			part := blockmap.Range(image.Size()/2, 1<<20)
 			got, err := blocktest.Read(t.Context(), image, part)
 			if err != nil || !bytes.Equal(got, m.Content[part.Start:part.End]) {
@@ -591,7 +590,7 @@ func TestChangedWhileClosed(t *testing.T) {
 			c, image, _ = openImage(t, dir, m, o)
 			readAll(t, image, m)
 			if held := c.Held(); held != 0 {
-				t.Errorf("%d bytes are held in memory, and the disk has room", held)
+				t.Errorf("%d bytes are held in memory although the disk has room", held)
 			}
 			if c.Used() != used {
 				t.Errorf("%d bytes are counted; before, %d were", c.Used(), used)

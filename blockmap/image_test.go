@@ -16,14 +16,14 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// direct fetches in the simplest way: the scheduler is tested where it is.
+// direct fetches in the simplest way: the scheduler's package tests the scheduler.
 type direct struct {
 	t      testing.TB
 	origin *blocktest.Origin
 	dec    *zstd.Decoder
 	mu     sync.Mutex
 	filled map[blockmap.Digest]int
-	hold   bool // in memory, what the disk does not take
+	hold   bool // hold in memory what the disk does not accept
 }
 
 func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
@@ -38,7 +38,7 @@ func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		if err != nil {
 			return err
 		}
-		b := make([]byte, c.Stored) // io.ReadAll allocates several times as much, which the race detector makes dear
+		b := make([]byte, c.Stored) // io.ReadAll allocates several times as much, which is slow with the race detector
 		_, err = io.ReadFull(body, b)
 		body.Close()
 		if err == nil {
@@ -96,8 +96,8 @@ func TestImageConforms(t *testing.T) {
 	})
 }
 
-// The same suite with room for a third of the image: chunks come, go and come
-// again under the readers.
+// The same suite with room for a third of the image: chunks are fetched, evicted and
+// fetched again during reads.
 func TestImageConformsUnderEviction(t *testing.T) {
 	m := blocktest.NewImage(t, 8, 3000)
 	var c *blockmap.Cache
@@ -139,7 +139,7 @@ func TestImageConformsUnderEviction(t *testing.T) {
 	}
 }
 
-// What a view shows stays, however much is evicted meanwhile.
+// The bytes of a view stay, however much is evicted meanwhile.
 func TestViewPins(t *testing.T) {
 	m := blocktest.NewImage(t, 9, 3000)
 	c := newCache(t, t.TempDir(), blockmap.CacheOptions{Quota: int64(len(m.Content)) / 4})
@@ -174,7 +174,7 @@ func TestViewPins(t *testing.T) {
 }
 
 // A read of more than a few MiB is a copy: it pins nothing, and its holes stay holes. A
-// smaller one shows the bytes where they lie.
+// smaller read shows the bytes in place.
 func TestReadOfWindows(t *testing.T) {
 	m := blocktest.NewImage(t, 12, 3000)
 	image := newImage(t, m, blocktest.NewOrigin(m))
@@ -229,7 +229,7 @@ func TestViewAllocatesNothing(t *testing.T) {
 	}
 }
 
-// A chunk that two streams have is fetched once.
+// A chunk that is in two streams is fetched once.
 func TestFillLocal(t *testing.T) {
 	m := blocktest.NewImage(t, 11, 1000)
 	c := newCache(t, t.TempDir(), blockmap.CacheOptions{})

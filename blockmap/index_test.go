@@ -26,7 +26,7 @@ func TestIndexRoundTrip(t *testing.T) {
 	}
 }
 
-// The program reads the index that earlier versions wrote, and writes the same bytes.
+// The program reads indexes of earlier versions, and writes the same bytes.
 func TestFrozenIndex(t *testing.T) {
 	chunks := func(first byte, counts ...uint32) (all []blockmap.Chunk) {
 		var block, off uint32
@@ -48,7 +48,7 @@ func TestFrozenIndex(t *testing.T) {
 	got, err := blockmap.DecodeIndex(frozen(t, "index", ix.Encode()))
 	must(t, err)
 	if !reflect.DeepEqual(got, ix) {
-		t.Error("the frozen index is decoded to another one")
+		t.Error("the frozen index decodes to another index")
 	}
 }
 
@@ -66,7 +66,7 @@ func TestIndexAltered(t *testing.T) {
 	}
 }
 
-// An index may be wrong though its checksum is right: the other checks find that.
+// An index may be wrong in spite of a right checksum: the other checks find that.
 func TestIndexHostile(t *testing.T) {
 	chunk := func(block, count uint32) blockmap.Chunk {
 		return blockmap.Chunk{Block: block, Count: count, Stored: 10, Offset: int64(block) * 10}
@@ -96,7 +96,7 @@ func TestIndexHostile(t *testing.T) {
 	}
 }
 
-// The memory that an index takes depends on its length, and not on its numbers.
+// The memory of an index depends on its length, and not on its numbers.
 func TestIndexOfFewBytes(t *testing.T) {
 	ix := blockmap.Index{Blocks: math.MaxUint32, Streams: make([]blockmap.Table, 1)}
 	b := ix.Encode()
@@ -114,7 +114,7 @@ func TestIndexOfFewBytes(t *testing.T) {
 	}
 	for _, block := range []uint32{0, 1, 1 << 20, math.MaxUint32 - 1} {
 		if run, ok := got.Lookup(block); ok || run.Device != 0 || run.Count != math.MaxUint32 {
-			t.Errorf("block %d is in run %v, and the index has none", block, run)
+			t.Errorf("block %d is in run %v, but the index has no runs", block, run)
 		}
 	}
 }
@@ -125,7 +125,7 @@ type noFetch struct{}
 func (noFetch) Fetch(context.Context, []blockmap.Want) error { return blocktest.ErrInjected }
 func (noFetch) Prefetch([]blockmap.Want)                     {}
 
-// use reads an index in the ways that a server does.
+// use reads an index in the same ways as a server.
 func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 	image, err := blockmap.NewImage(ix, c, noFetch{})
 	if err != nil {
@@ -170,7 +170,7 @@ func FuzzIndex(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if ix.Blocks < 1<<24 { // bitmaps of streams go by their length
+		if ix.Blocks < 1<<24 { // the size of streams' bitmaps depends on their length
 			use(t, c, ix)
 		}
 		again, err := blockmap.DecodeIndex(ix.Encode())

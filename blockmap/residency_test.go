@@ -63,8 +63,8 @@ func TestBitmap(t *testing.T) {
 	}
 }
 
-// someMap writes the map of a stream of 70,000 blocks, of which some are durable
-// and some only live.
+// someMap writes the map of a stream of 70,000 blocks: some are durable, some are only
+// live.
 func someMap(t testing.TB) (path string, id Digest, data FileID) {
 	t.Helper()
 	path, id = filepath.Join(t.TempDir(), "map"), Digest{1, 2, 3}
@@ -85,7 +85,7 @@ func someMap(t testing.TB) (path string, id Digest, data FileID) {
 	return path, id, data
 }
 
-// The program reads the map that earlier versions wrote, and writes the same bytes.
+// The program reads maps of earlier versions, and writes the same bytes.
 func TestFrozenMap(t *testing.T) {
 	path, id, data := someMap(t)
 	got, err := os.ReadFile(path)
@@ -179,8 +179,8 @@ func FuzzMap(f *testing.F) {
 	})
 }
 
-// A sync that runs while blocks are set makes all of them durable or none: a part of
-// a chunk would be fetched again as a whole.
+// A sync that runs while blocks are set makes all of them durable or none: the cache
+// fetches a partly resident chunk again as a whole.
 func TestSyncTakesAllOrNone(t *testing.T) {
 	const words, each = 400, 64
 	for range 30 {
@@ -205,7 +205,8 @@ func TestSyncTakesAllOrNone(t *testing.T) {
 	}
 }
 
-// The order of held chunks lists each once, and their bytes stay within the limit.
+// The order of held chunks lists each chunk once, and their bytes stay within the
+// limit.
 func TestHeldIsBounded(t *testing.T) {
 	h := held{limit: 10 << 10}
 	s := new(Stream)
@@ -222,17 +223,17 @@ func TestHeldIsBounded(t *testing.T) {
 		}
 	}
 	if !h.has(stays) {
-		t.Error("a chunk went, and there was room")
+		t.Error("a chunk was dropped although there was room")
 	}
 	big := make([]byte, 9<<10)
 	h.put(chunkRef{s, 100}, big)
 	h.put(chunkRef{s, 101}, big)
 	if h.has(chunkRef{s, 100}) || h.has(stays) || !h.has(chunkRef{s, 101}) {
-		t.Error("the first to come were not the first to go")
+		t.Error("the oldest chunks were not dropped first")
 	}
 	h.dropAll(s)
 	if h.any() || h.size() != 0 || len(h.mu.order) != 0 {
-		t.Errorf("%d bytes are held of a stream that is gone", h.size())
+		t.Errorf("%d bytes of a removed stream are held", h.size())
 	}
 }
 

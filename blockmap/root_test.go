@@ -56,7 +56,7 @@ func TestFrozenRoot(t *testing.T) {
 	if !reflect.DeepEqual(*got, r) {
 		t.Errorf("decoded %+v, encoded %+v", got, r)
 	}
-	// The order in which lists are given, and doubles, make no difference.
+	// The order of lists, and duplicates in them, make no difference.
 	r.Streams = []blockmap.Digest{{5, 2}, {4}, {5, 1}, {4}}
 	r.Refs = []string{r.Refs[1], r.Refs[0], r.Refs[1]}
 	frozen(t, "root", r.Encode())
@@ -86,7 +86,7 @@ func sealRoot(b []byte) []byte {
 	return b
 }
 
-// A root may be wrong though its checksum is right.
+// A root may be wrong in spite of a right checksum.
 func TestRootHostile(t *testing.T) {
 	empty := blockmap.Root{Image: blockmap.Digest{1}}
 	head := empty.Encode()[:20+32]
@@ -128,7 +128,7 @@ func FuzzRoot(f *testing.F) {
 			return
 		}
 		if !bytes.Equal(r.Encode(), b) {
-			t.Fatal("a root that was accepted is encoded in another way")
+			t.Fatal("an accepted root encodes to other bytes")
 		}
 	})
 }
@@ -146,7 +146,7 @@ func TestRootsAreKept(t *testing.T) {
 	want := []blockmap.Root{r, other}
 	for _, when := range []string{"now", "after a restart"} {
 		got := c.Roots()
-		for i := range got { // an empty list is as good as none
+		for i := range got { // an empty list is equal to none
 			if len(got[i].Blobs) == 0 {
 				got[i].Blobs = nil
 			}
@@ -182,7 +182,7 @@ func TestRootsAreKept(t *testing.T) {
 			tooLarge.Streams[i] = blockmap.Digest{byte(i), byte(i >> 8)}
 		}
 		if err := c.AddRoot(tooLarge); err == nil {
-			t.Error("a root beyond the limits was taken")
+			t.Error("a root beyond the limits was accepted")
 		}
 	}
 }
@@ -206,7 +206,7 @@ func TestUnrootedStreamsGoFirst(t *testing.T) {
 		tables, streams = append(tables, table), append(streams, s)
 	}
 	must(t, c.AddRoot(blockmap.Root{Image: blockmap.Digest{1}, Streams: []blockmap.Digest{streams[0].ID(), streams[2].ID()}}))
-	// 0, which a root holds, is the oldest; 1, which none holds, came later.
+	// a root holds 0, the oldest chunk; no root holds 1, which was added later
 	for i, s := range streams {
 		for n := range tables[i].Chunks {
 			must(t, s.Fill(n, chunks[i][n]))
@@ -223,8 +223,8 @@ func TestUnrootedStreamsGoFirst(t *testing.T) {
 	}
 }
 
-// Small files that no root holds are evicted first. Then the least recently used
-// roots go, with what only they hold, and roots of images in use last.
+// The cache first evicts small files that no root holds, then the least recently used
+// roots with what only they hold, and last the roots of images in use.
 func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	dir := t.TempDir()
 	const quota = 8 << 20 // of which 1 MiB is for small files
@@ -269,7 +269,7 @@ func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	add(4) // 8 blobs of images are 800 KiB, and 3 others 300 KiB
 	for _, r := range images {
 		if !whole(r) {
-			t.Errorf("image %v has lost small files, and there were some that no root holds", r.Image)
+			t.Errorf("image %v has lost small files although there were some that no root holds", r.Image)
 		}
 	}
 	if _, err := c.Blob(digest(loose[0])); err == nil {
@@ -287,7 +287,7 @@ func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	}
 	for _, r := range c.Roots() {
 		if !whole(r) {
-			t.Errorf("the root of %v is there, and what it holds is not", r.Image)
+			t.Errorf("the root of %v exists but the files that it holds do not", r.Image)
 		}
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "roots/*"))
@@ -297,7 +297,7 @@ func TestUnrootedSmallFilesGoFirst(t *testing.T) {
 	used.Release()
 }
 
-// A root that cannot be written holds until the process ends.
+// A root that cannot be written is valid until the process ends.
 func TestRootOnAFailingDisk(t *testing.T) {
 	fsys := blocktest.NewFS()
 	c := newCache(t, t.TempDir(), blockmap.CacheOptions{FS: fsys})
@@ -317,8 +317,8 @@ func TestRootOnAFailingDisk(t *testing.T) {
 	must(t, c.AddRoot(someRoot()))
 }
 
-// Roots, small files and chunks are added and removed at once under a small quota.
-// No goroutine waits for ever, and each root that is left has its file.
+// Roots, small files and chunks are added and removed at once under a small quota. No
+// goroutine waits forever, and each remaining root has its file.
 func TestRootsAtOnce(t *testing.T) {
 	dir := t.TempDir()
 	c := newCache(t, dir, blockmap.CacheOptions{Quota: 1 << 20, SyncEvery: time.Millisecond})

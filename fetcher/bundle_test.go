@@ -28,14 +28,14 @@ import (
 type load struct {
 	fetcher.Bundle
 	frames []byte
-	ends   []int64 // of each part in frames
+	ends   []int64 // of each part in the frames
 
 	mu     sync.Mutex
 	cond   *sync.Cond
-	free   int64         // bytes that may go out
-	brk    error         // once they have; nil to hang then
-	refuse error         // of Open
-	steps  []int64       // what free becomes with each Open, as long as there are some
+	free   int64         // bytes that may be sent
+	brk    error         // the error after these bytes; nil to hang then
+	refuse error         // the error of Open
+	steps  []int64       // the values of free for each Open, while there are some
 	pace   time.Duration // before each part
 	opened []int64
 	closed int
@@ -80,7 +80,7 @@ func (l *load) replace(i int, frame []byte) {
 	l.Parts[i].Stored = int64(len(frame))
 }
 
-// let allows so many bytes to be sent, and sets what happens then.
+// let allows free bytes to be sent, and sets what happens after these.
 func (l *load) let(free int64, brk error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -101,7 +101,7 @@ func (l *load) open(ctx context.Context, off int64) (io.ReadCloser, error) {
 		return nil, l.refuse
 	}
 	if off != 0 && !slices.Contains(l.ends, off) {
-		return nil, fmt.Errorf("opened at %d, where no part begins", off)
+		return nil, fmt.Errorf("opened at %d, which is not the start of a part", off)
 	}
 	l.alive++
 	b := &loadBody{l: l, ctx: ctx, off: off}
@@ -196,7 +196,8 @@ func checkDone(t *testing.T, r *fetcher.Replay) {
 	if err := r.Wait(t.Context(), 1); err != nil {
 		t.Errorf("%v", err)
 	}
-	// That all is here is known before the last request has been put away.
+	// The test knows that all chunks are here before the last request has been cleaned
+	// up.
 	settled(t, "the replay has ended", func() bool { return !r.Progress().Ended.IsZero() })
 	if p := r.Progress(); p.DoneChunks != p.Chunks || p.DoneBytes != p.Bytes || p.Failed != 0 || p.Err != nil {
 		t.Errorf("%+v", p)
@@ -248,7 +249,7 @@ func TestBundle(t *testing.T) {
 	short, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
 	defer cancel()
 	if err := r.Wait(short, 0.9); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("Wait for more than has come: %v", err)
+		t.Errorf("Wait for more than has arrived: %v", err)
 	}
 	l.let(1<<40, nil)
 	checkDone(t, r)
@@ -294,12 +295,12 @@ func TestReadersOfABundle(t *testing.T) {
 		l.pace = 10 * time.Millisecond
 		r := w.replay(t, l, nil)
 		time.Sleep(105 * time.Millisecond)
-		// Ten parts have come, the next comes in 5 ms.
+		// Ten parts have arrived, the next one arrives in 5 ms.
 		if d := w.fetch(t, l.Parts[10].Wants[0]); d > 20*time.Millisecond || w.origin.Requests() != 0 {
 			t.Errorf("the next part took %v and %d requests", d, w.origin.Requests())
 		}
 		if d := w.fetch(t, l.Parts[12].Wants[0]); d > 40*time.Millisecond || w.origin.Requests() != 0 {
-			t.Errorf("the one behind the next took %v and %d requests", d, w.origin.Requests())
+			t.Errorf("the part after the next took %v and %d requests", d, w.origin.Requests())
 		}
 		last := l.Parts[len(l.Parts)-2].Wants[0]
 		if d := w.fetch(t, last); d > 50*time.Millisecond || w.origin.Requests() != 1 {
@@ -310,7 +311,7 @@ func TestReadersOfABundle(t *testing.T) {
 			t.Errorf("%d requests", n)
 		}
 		if st := w.fetcher.Stats(); st.Chunks != int64(len(wants)) {
-			t.Errorf("%d chunks were fetched, there are %d: resident chunks were fetched again", st.Chunks, len(wants))
+			t.Errorf("%d chunks were fetched of %d: resident chunks were fetched again", st.Chunks, len(wants))
 		}
 		w.checkAll(t)
 	})
@@ -342,7 +343,7 @@ func TestBundleHangs(t *testing.T) {
 						if d := w.fetch(t, l.Parts[parts+1].Wants[0]); d > 50*time.Millisecond {
 							t.Errorf("the second reader waited for %v", d)
 						}
-						// It goes on after all.
+						// It continues after all.
 						l.let(1<<40, nil)
 						checkDone(t, r)
 						if n := w.origin.Requests(); n != 2 {
@@ -405,7 +406,8 @@ func TestBundleLies(t *testing.T) {
 			const bad = 7
 			frame := l.frames[l.ends[bad]-l.Parts[bad].Stored : l.ends[bad]]
 			l.replace(bad, alter(frame))
-			// That is the fault of who made the bundle. Who sends it is not distrusted.
+			// The maker of the bundle is at fault. The server that sends it is not
+			// distrusted.
 			var doubts atomic.Int64
 			l.Open = func(ctx context.Context, off int64) (io.ReadCloser, error) {
 				rc, err := l.open(ctx, off)
@@ -429,7 +431,7 @@ func TestBundleLies(t *testing.T) {
 				}
 			}
 			if n := w.origin.Requests(); n > len(l.Parts)-1 {
-				t.Errorf("%d requests for the %d contents that were left at most", n, len(l.Parts)-1)
+				t.Errorf("%d requests for at most %d contents that were left", n, len(l.Parts)-1)
 			}
 		})
 	}
@@ -513,7 +515,7 @@ func TestBundleIsGivenUp(t *testing.T) {
 					}
 				}
 				if n := w.origin.Requests(); n > len(l.Parts) {
-					t.Errorf("%d requests for %d contents: what is in two places was fetched twice", n, len(l.Parts))
+					t.Errorf("%d requests for %d contents: content in two places was fetched twice", n, len(l.Parts))
 				}
 			})
 		})
@@ -581,7 +583,7 @@ func TestBundleOfWhatIsHere(t *testing.T) {
 	var here []blockmap.Want
 	for i, p := range l.Parts {
 		if i%4 != 0 {
-			here = append(here, p.Wants[0]) // the other places are filled from it
+			here = append(here, p.Wants[0]) // the other places are filled from this one
 		}
 	}
 	if err := w.fetcher.From(w.origin).Fetch(t.Context(), here); err != nil {
@@ -623,7 +625,7 @@ func TestBundleIsStopped(t *testing.T) {
 		}
 		r.Stop()
 		if d := <-read; d > 10*time.Millisecond {
-			t.Errorf("it was stopped, and a reader waited for %v", d)
+			t.Errorf("a reader waited for %v after Stop", d)
 		}
 		time.Sleep(time.Minute)
 		if n := w.origin.Requests(); n != 1 || l.alive != 0 || l.closed != 1 {
@@ -654,14 +656,14 @@ func TestCloseEndsABundle(t *testing.T) {
 			t.Errorf("a reader got %v", err)
 		}
 		if err := r.Wait(t.Context(), 1); err == nil && resident(wants) < len(wants) {
-			t.Error("Wait says that all has come")
+			t.Error("Wait reports that everything has arrived")
 		} else if err != nil && strings.Contains(err.Error(), "%!") {
 			t.Error(err)
 		}
 		if l.alive != 0 {
 			t.Errorf("%d bodies are left open", l.alive)
 		}
-		// And what begins behind it ends at once.
+		// A later download ends at once.
 		again := w.bundle(t, wants)
 		w.replay(t, again, wants).Stop()
 		if again.closed != 1 || again.alive != 0 {
@@ -820,7 +822,7 @@ func TestSoak(t *testing.T) {
 				for range 40 {
 					n := 1 + rng.Int64N(200_000)
 					if err := w.read(t.Context(), blockmap.Range(rng.Int64N(w.device.Size()-n), n)); err != nil && !errors.Is(err, blockmap.ErrDigest) &&
-						!(quota > 0 && errors.Is(err, blockmap.ErrNoSpace)) { // all of it may be in use at once
+						!(quota > 0 && errors.Is(err, blockmap.ErrNoSpace)) { // all chunks may be in use at once
 						t.Error(err)
 					}
 				}

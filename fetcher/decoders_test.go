@@ -24,20 +24,21 @@ func nice(t *testing.T) (n int) {
 	}
 	stats, err := filepath.Glob("/proc/self/task/*/stat")
 	if err != nil || len(stats) == 0 {
-		t.Fatal("no threads can be seen", err)
+		t.Fatal("the test cannot see threads", err)
 	}
 	for _, path := range stats {
 		b, err := os.ReadFile(path)
 		if err != nil {
-			continue // it has ended
+			continue // the thread has ended
 		}
-		// Behind the name in its brackets: proc(5) counts it as field 2, and the niceness as 19.
+		// After the name in brackets: proc(5) counts the name as field 2, and the
+		// niceness as 19.
 		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 		var value int
 		if _, err := fmt.Sscan(fields[19-3], &value); err != nil {
 			t.Fatal(err)
 		}
-		if value > 20-own { // which may have been started so
+		if value > 20-own { // the test may have been started with that niceness
 			n++
 		}
 	}
@@ -77,7 +78,7 @@ func TestDemandDoesNotWaitForDecoders(t *testing.T) {
 	release := sync.OnceFunc(func() { close(until) })
 	defer release()
 	w.fetcher.OccupyDecoders(until)
-	w.device.Prefetch(places[0]) // whose decoding hangs
+	w.device.Prefetch(places[0]) // its decoding hangs
 	for _, e := range places[1:] {
 		if err := w.read(t.Context(), e); err != nil {
 			t.Fatal(err)

@@ -51,7 +51,7 @@ func (f *Fetcher) dispatch() {
 		s.listed = s.queue.len() > 0
 		return !s.listed
 	})
-	if n := len(f.mu.sources); n > 1 { // start with the next source the next time
+	if n := len(f.mu.sources); n > 1 { // the first source comes last the next time
 		f.mu.sources = append(f.mu.sources[1:n:n], f.mu.sources[0])
 	}
 }

@@ -55,7 +55,7 @@ func TestDemandOfAPrefetchedContent(t *testing.T) {
 		places := w.shared(t)
 		bound := w.fetcher.From(w.origin)
 		first := len(places[0].Table.Chunks)
-		bound.Prefetch(w.wants(t)[:first]) // stream 0, whose last chunk it is
+		bound.Prefetch(w.wants(t)[:first]) // the last chunk of stream 0
 		synctest.Wait()
 		if d := w.fetch(t, places[1]); d > 2*time.Second {
 			t.Errorf("it waited for %v, behind prefetches", d)
@@ -95,7 +95,7 @@ func TestDuplicatesTryThemselves(t *testing.T) {
 			t.Errorf("%v", errs)
 		}
 		if w.origin.Requests() != 2 || good.Requests() != 1 {
-			t.Errorf("%d requests where it fails, %d where it does not", w.origin.Requests(), good.Requests())
+			t.Errorf("%d requests to the failing place, %d to the other", w.origin.Requests(), good.Requests())
 		}
 	})
 }
@@ -140,7 +140,7 @@ func TestReadAheadCostsNothing(t *testing.T) {
 		if err := get(20); err != nil {
 			t.Fatal(err)
 		}
-		// The neighbours of the next are on their way, and fail.
+		// The neighbours of the next chunk are in flight, and fail.
 		w.origin.Set(blocktest.Faults{Err: gone, Delay: time.Second})
 		bound.Prefetch(chunks[22:24])
 		synctest.Wait()
@@ -207,7 +207,7 @@ func TestReplayWaitAfterStop(t *testing.T) {
 // A chunk that a small cache has evicted again counts as prefetched.
 func TestReplayInASmallCache(t *testing.T) {
 	m := blocktest.NewImage(t, 66, 2000)
-	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000}) // one chunk, or two
+	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000}) // room for one chunk or two
 	if err != nil {
 		t.Fatal(err)
 	}

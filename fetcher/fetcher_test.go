@@ -109,7 +109,7 @@ func TestConformsOverABadOrigin(t *testing.T) {
 // Each chunk is fetched once, however many readers wait for it.
 func TestEachChunkOnce(t *testing.T) {
 	m := blocktest.NewImage(t, 3, 2000)
-	w := newWorld(t, m, fetcher.Options{MaxRequest: 1}) // a chunk a request, to count them
+	w := newWorld(t, m, fetcher.Options{MaxRequest: 1}) // one chunk per request, to count them
 	w.origin.Set(blocktest.Faults{Delay: time.Millisecond})
 	var wg sync.WaitGroup
 	for i := range 32 {
@@ -129,7 +129,7 @@ func TestEachChunkOnce(t *testing.T) {
 	wg.Wait()
 	for a, n := range w.origin.Asked() {
 		if n != 1 {
-			t.Errorf("%d bytes at %d of blob %.8s were asked for %d times", a.N, a.Off, a.Blob, n)
+			t.Errorf("%d bytes at %d of blob %.8s were requested %d times", a.N, a.Off, a.Blob, n)
 		}
 	}
 	if st := w.fetcher.Stats(); st.Local == 0 || st.Chunks != int64(len(w.origin.Asked())) {
@@ -316,7 +316,7 @@ func TestBackoff(t *testing.T) {
 				}
 				took := time.Since(began)
 				if took < c.min || took > c.max {
-					t.Errorf("it took %v until it gave up", took)
+					t.Errorf("it gave up after %v", took)
 				}
 				if n := w.origin.Requests(); n < 3 || n > 40 {
 					t.Errorf("%d requests in %v", n, took)

@@ -39,7 +39,7 @@ func newMirrored(m *blocktest.Image) mirrored {
 
 // However slow the first request is, another source brings the chunk in a few seconds.
 func TestSlowTryIsOvertaken(t *testing.T) {
-	// At 100 KB/s the smaller ones come in time.
+	// At 100 KB/s the smaller chunks arrive in time.
 	m := large(t, 30, 1<<20)
 	for name, fault := range map[string]blocktest.Faults{
 		"no answer":    {Mute: true},
@@ -84,7 +84,7 @@ func TestSlowTryIsOvertaken(t *testing.T) {
 					readers.Wait()
 					synctest.Wait()
 					if n := x.mirror.Alive() + x.origin.Alive(); n != 0 {
-						t.Errorf("%d requests go on", n)
+						t.Errorf("%d requests continue", n)
 					}
 					if st := w.fetcher.Stats(); st.Overtaken < 4 || st.Extra < 4 || st.Cancelled < 4 || st.Failed != 0 || st.InFlight != 0 {
 						t.Errorf("%+v", st)
@@ -92,7 +92,7 @@ func TestSlowTryIsOvertaken(t *testing.T) {
 					if others != "a mirror" {
 						return
 					}
-					// What was overtaken is not asked first for a while.
+					// The client avoids the overtaken server for a while.
 					began := time.Now()
 					if err := bound.Fetch(t.Context(), wants[10:11]); err != nil {
 						t.Error(err)
@@ -139,11 +139,11 @@ func TestReadersTimeIsBounded(t *testing.T) {
 				w.origin.Set(fault)
 				bound := w.fetcher.From(w.origin)
 				var readers sync.WaitGroup
-				for _, one := range apart(w.wants(t)) { // of which some are queued all the time
+				for _, one := range apart(w.wants(t)) { // some of them are queued all the time
 					readers.Go(func() {
 						began := time.Now()
 						err := bound.Fetch(t.Context(), one)
-						// At 2 KB/s the smallest come in little more than that.
+						// At 2 KB/s the smallest chunks take little more than that.
 						if took := time.Since(began); took > 34*time.Second {
 							t.Errorf("after %v: %v", took, err)
 						}
@@ -152,7 +152,7 @@ func TestReadersTimeIsBounded(t *testing.T) {
 				readers.Wait()
 				synctest.Wait()
 				if n := w.origin.Alive(); n != 0 || w.fetcher.Stats().Failed < 15 {
-					t.Errorf("%d requests go on, %+v", n, w.fetcher.Stats())
+					t.Errorf("%d requests continue, %+v", n, w.fetcher.Stats())
 				}
 				// The next read tries again.
 				w.origin.Set(blocktest.Faults{})
@@ -227,13 +227,13 @@ func TestPrefetchIsNotAskedForTwice(t *testing.T) {
 		if n := x.origin.Requests(); n != 0 {
 			t.Errorf("%d extra requests", n)
 		}
-		// A reader who comes to it does not wait for long.
+		// A reader of one of its chunks does not wait for long.
 		if d := w.fetch(t, w.wants(t)[0]); d > 5*time.Second {
 			t.Errorf("it took %v", d)
 		}
-		// And the replay ends some time, whatever hangs.
+		// The replay ends in bounded time, whatever hangs.
 		if err := r.Wait(t.Context(), 1); err == nil {
-			t.Error("the prefetch did not come")
+			t.Error("the prefetched chunk has not arrived")
 		}
 		r.Stop()
 	})
@@ -249,7 +249,7 @@ func TestOneOfSeveralTriesFails(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, m, fetcher.Options{Temporary: func(err error) bool { return !errors.Is(err, errGone) }})
 				x := newMirrored(m)
-				x.mirror.Set(blocktest.Faults{Delay: 6 * time.Second}) // it comes late
+				x.mirror.Set(blocktest.Faults{Delay: 6 * time.Second}) // it arrives late
 				x.origin.Set(fault)
 				began := time.Now()
 				if err := w.fetcher.From(x).Fetch(t.Context(), w.wants(t)[:1]); err != nil {
@@ -266,7 +266,7 @@ func TestOneOfSeveralTriesFails(t *testing.T) {
 				w := newWorld(t, m, fetcher.Options{Temporary: func(err error) bool { return !errors.Is(err, errGone) }})
 				x := newMirrored(m)
 				f := fault
-				f.Delay = 3 * time.Second // when the extra one is on its way
+				f.Delay = 3 * time.Second // while the extra request is in flight
 				x.mirror.Set(f)
 				x.origin.Set(blocktest.Faults{Delay: 2 * time.Second})
 				began := time.Now()
@@ -337,12 +337,12 @@ func TestReadersLeave(t *testing.T) {
 		readers.Wait()
 		synctest.Wait()
 		if n := w.origin.Alive(); n != 0 {
-			t.Errorf("%d requests go on", n)
+			t.Errorf("%d requests continue", n)
 		}
 		if st := w.fetcher.Stats(); st.InFlight != 0 || st.Failed != 0 || st.Cancelled == 0 {
 			t.Errorf("%+v", st)
 		}
-		// Who comes back starts anew.
+		// A reader that comes back starts anew.
 		w.origin.Set(blocktest.Faults{Delay: time.Millisecond})
 		if d := w.fetch(t, wants[0]); d > 2*time.Millisecond {
 			t.Errorf("it took %v", d)
@@ -379,7 +379,7 @@ func TestOneReaderLeaves(t *testing.T) {
 			}
 			synctest.Wait()
 			if n := w.origin.Requests(); n != 1 || w.origin.Alive() != 0 {
-				t.Errorf("%d requests, %d go on", n, w.origin.Alive())
+				t.Errorf("%d requests, %d continue", n, w.origin.Alive())
 			}
 		})
 	}
@@ -433,7 +433,7 @@ func TestReadersOfDuplicatesLeave(t *testing.T) {
 				}
 				readers.Wait()
 				if n := w.origin.Alive(); n != 0 || w.origin.Requests() != 1 {
-					t.Errorf("%d requests go on, of %d", n, w.origin.Requests())
+					t.Errorf("%d requests of %d continue", n, w.origin.Requests())
 				}
 				w.origin.Set(blocktest.Faults{})
 				w.fetch(t, places[1])
@@ -465,7 +465,7 @@ func TestComingAndGoing(t *testing.T) {
 		r.Stop()
 		time.Sleep(2 * time.Second)
 		if n, fetches := w.fetcher.Queued(bound), w.fetcher.Fetches(); fetches != 0 || w.origin.Alive() != 0 {
-			t.Errorf("%d are queued, %d on their way, %d requests go on", n, fetches, w.origin.Alive())
+			t.Errorf("%d are queued, %d in flight, %d requests continue", n, fetches, w.origin.Alive())
 		}
 		w.origin.Set(blocktest.Faults{})
 		if err := bound.Fetch(t.Context(), wants); err != nil {

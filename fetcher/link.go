@@ -75,8 +75,9 @@ func (f *Fetcher) claimLink(r *request, now time.Time) {
 	}
 }
 
-// usesLink reports whether the others should continue to pause for one of n requests:
-// for maxClaim, and while the request gets a fair part of what the link carries.
+// usesLink reports whether the others should continue to pause for a request that claims
+// the link: for maxClaim, and while it gets a fair part of what the link carries. of is
+// the number of claims.
 func (r *request) usesLink(now time.Time, of int) bool {
 	since := now.Sub(r.claimed)
 	fair := r.place.src.pace.speed / float64(8*of)

@@ -20,13 +20,13 @@ import (
 // that is not read is sent until its window is full; when there is room again, the sender
 // learns so half a round trip later.
 type wire struct {
-	rate   float64 // bytes a second
+	rate   float64 // bytes per second
 	rtt    time.Duration
-	window int // of a body, as a socket's buffer
+	window int // of a body, like a socket's buffer
 
 	mu     sync.Mutex
 	cond   *sync.Cond
-	bodies []*wired // that are being sent
+	bodies []*wired // bodies that are being sent
 	busy   bool
 	sent   int64
 }
@@ -222,7 +222,7 @@ func demands(t *testing.T, o *far, m *blocktest.Image, with besides) (took []tim
 			list = append(list, x)
 		}
 	}
-	// An order of its own, so that neighbours do not travel together.
+	// In a different order, so that neighbours do not share requests.
 	rand.New(rand.NewPCG(1, 2)).Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 	began := time.Now()
 	var r *fetcher.Replay
@@ -282,7 +282,7 @@ func TestDemandFirstOnTheLink(t *testing.T) {
 
 // A replay takes as long as the link takes for its bytes.
 func TestReplayFillsTheLink(t *testing.T) {
-	images := make(map[int]*blocktest.Image) // by the size of chunks
+	images := make(map[int]*blocktest.Image) // by the size of their chunks
 	for _, c := range []struct {
 		rate float64
 		rtt  time.Duration
@@ -373,7 +373,7 @@ func (o *uneven) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int
 	return o.far.OpenRange(ctx, blob, off, n)
 }
 
-// slowly is a body that gets so many bytes after each pause.
+// slowly is a body that gets the same number of bytes after each pause.
 type slowly struct {
 	ctx   context.Context
 	b     []byte

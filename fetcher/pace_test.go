@@ -51,10 +51,10 @@ func TestPace(t *testing.T) {
 		}
 		slower := line{c.speed / 10, c.latency}
 		if w := slower.run(p, &now, 40); float64(w[39]) > max(0.2*float64(c.want), leastWindow) && c.want < most {
-			t.Errorf("%.0f MB/s that were ten times as many: windows %v", slower.speed/1e6, w)
+			t.Errorf("%.0f MB/s after ten times that speed: windows %v", slower.speed/1e6, w)
 		}
 	}
-	// All at one point in time, as what lay in a buffer does.
+	// All at one moment, like bytes from a buffer.
 	p := newPace(most)
 	now := time.Now()
 	for range 100 {
@@ -64,6 +64,6 @@ func TestPace(t *testing.T) {
 		t.Errorf("a window of %d without time passing", p.window())
 	}
 	if w := newPace(1000).window(); w != 1000 {
-		t.Errorf("a window of %d where 1000 is the most", w)
+		t.Errorf("a window of %d, want at most 1000", w)
 	}
 }

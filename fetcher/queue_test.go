@@ -35,8 +35,8 @@ func newQueue(holes ...int) *queuedChunks {
 }
 
 // do runs steps, each a letter and the number of a chunk: a prefetch (p), a demand
-// (d), a demand that nobody waits for any more (c), one that another source starts
-// (s), one that ends (e).
+// (d), a demand that no reader waits for any more (c), a fetch that another source
+// starts (s), a fetch that ends (e).
 func (q *queuedChunks) do(t *testing.T, steps string) {
 	t.Helper()
 	for _, step := range strings.Fields(steps) {
@@ -161,7 +161,7 @@ func TestQueueGathers(t *testing.T) {
 		q := newQueue()
 		q.do(t, "d5 d6 d7 d8")
 		other := place{&source{}, q.here.table}
-		q.fetches[6].place, q.fetches[6].others = other, []place{q.here} // it has it as well
+		q.fetches[6].place, q.fetches[6].others = other, []place{q.here} // the other source has it too
 		q.fetches[7].place = other
 		var got []int
 		for _, ft := range q.gather(q.here, q.next(true), wide) {

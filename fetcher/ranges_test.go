@@ -30,7 +30,7 @@ func (w *world) fetchAll(t *testing.T, o fetcher.Origin, wants []blockmap.Want) 
 	}
 	r.Stop()
 	if n := resident(wants); n != len(wants) {
-		t.Errorf("%d of %d chunks are here", n, len(wants))
+		t.Errorf("%d of %d chunks are resident", n, len(wants))
 	}
 }
 
@@ -76,11 +76,11 @@ func TestDemandSharesNoRanges(t *testing.T) {
 		}
 		c := last.Table.Chunks[last.Chunk]
 		if n := w.origin.Asked()[blocktest.Asked{Blob: last.Table.Blob, Off: c.Offset, N: int64(c.Stored)}]; n != 1 {
-			t.Errorf("what a reader waited for was not asked for by itself: %d", n)
+			t.Errorf("the demanded chunk had no request of its own: %d", n)
 		}
 		time.Sleep(time.Hour)
 		if n := resident(wants); n != len(wants) {
-			t.Errorf("%d of %d chunks are here", n, len(wants))
+			t.Errorf("%d of %d chunks are resident", n, len(wants))
 		}
 	})
 }

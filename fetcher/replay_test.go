@@ -37,7 +37,7 @@ func TestReplay(t *testing.T) {
 	}
 	before := w.origin.Requests()
 	if err := w.read(t.Context(), w.all()); err != nil || w.origin.Requests() != before {
-		t.Errorf("all was replayed, and a read made %d requests (%v)", w.origin.Requests()-before, err)
+		t.Errorf("a read after a full replay made %d requests (%v)", w.origin.Requests()-before, err)
 	}
 	if p := r.Progress(); p.DoneChunks != p.Chunks || p.DoneBytes != p.Bytes || p.Failed != 0 {
 		t.Errorf("%+v", p)
@@ -91,7 +91,7 @@ func TestReplayStops(t *testing.T) {
 	if asked > 2 {
 		t.Errorf("%d requests", asked)
 	}
-	// The reader of one that was forgotten fetches it itself.
+	// The reader of a forgotten chunk fetches it itself.
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	w.origin.Set(blocktest.Faults{})

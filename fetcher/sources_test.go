@@ -63,7 +63,7 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 	for what, fault := range faults {
 		for name, o := range options {
 			if name != "" && what != "no answer" {
-				continue // what hangs is the same to the bounds
+				continue // the bounds treat all kinds of hanging alike
 			}
 			for _, hogs := range []int{1, 3, 10} {
 				for _, bundles := range []bool{false, true} {
@@ -95,7 +95,7 @@ func TestOriginsThatHangHoldUpNobody(t *testing.T) {
 							bound := w.fetcher.From(w.origin)
 							wants := w.wants(t)
 							third := len(wants) / 3
-							// One after the other, many at once, and ahead.
+							// In sequence, many at once, and ahead.
 							for _, one := range apart(wants[:20]) {
 								began := time.Now()
 								if err := bound.Fetch(t.Context(), one); err != nil || time.Since(began) > 25*time.Millisecond {
@@ -160,11 +160,11 @@ func TestSharesOfTheBounds(t *testing.T) {
 				fair := 2 * 48 / (len(origins) + 1)
 				for i, o := range origins {
 					if n := o.Alive() - 16; n > fair+1 { // 16 may be extra requests
-						t.Errorf("%d of %d that hang has %d requests, fair would be %d", i, len(origins), n, fair)
+						t.Errorf("hanging source %d of %d has %d requests, its fair share is %d", i, len(origins), n, fair)
 					}
 				}
 				if n := x.origin.Alive(); n < fair-1 {
-					t.Errorf("the last of %d has %d requests, fair would be %d", len(origins), n, fair)
+					t.Errorf("the last of %d sources has %d requests, its fair share is %d", len(origins), n, fair)
 				}
 				if all > 2*48+64 {
 					t.Errorf("%d requests in all", all)
@@ -176,8 +176,8 @@ func TestSharesOfTheBounds(t *testing.T) {
 	}
 }
 
-// Fetches that have no room are in nobody's way: demands go before prefetches of the same
-// source, in whatever order they were asked for.
+// Fetches that have no room delay no other fetch: demands go before prefetches of the same
+// source, whatever the order of the requests for them.
 func TestDemandBehindAPrefetchThatHangs(t *testing.T) {
 	m := blocktest.NewImage(t, 135, 4000)
 	synctest.Test(t, func(t *testing.T) {
@@ -369,16 +369,16 @@ func TestContentSharedWithAnOriginThatHangs(t *testing.T) {
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("it took %v", took)
 		}
-		// And who was first has a copy.
+		// The first reader has a copy.
 		if err := <-first; err != nil {
 			t.Error(err)
 		}
 		if took := time.Since(began); took > 3*time.Second {
-			t.Errorf("who was first waited for %v", took)
+			t.Errorf("the first reader waited for %v", took)
 		}
 		synctest.Wait()
 		if n := w.origin.Alive(); n != 0 {
-			t.Errorf("%d requests go on", n)
+			t.Errorf("%d requests continue", n)
 		}
 	})
 }
@@ -397,14 +397,14 @@ func TestHintsAreBounded(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		if n := resident(wants); n != 256 {
-			t.Errorf("%d chunks are here", n)
+			t.Errorf("%d chunks are resident", n)
 		}
 		bound.Prefetch(wants)
 		time.Sleep(time.Minute)
 		if n := resident(wants); n != 512 {
-			t.Errorf("%d chunks are here", n)
+			t.Errorf("%d chunks are resident", n)
 		}
-		// Closed, it wants no more of them.
+		// After Close it wants no more of them.
 		w.origin.Set(blocktest.Faults{Delay: time.Second})
 		before := w.origin.Requests()
 		bound.Prefetch(wants)

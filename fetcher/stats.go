@@ -13,7 +13,7 @@ type Stats struct {
 	Dropped      int64 `json:"dropped_hints"`      // hints dropped, because too many chunks were being prefetched
 	Extra        int64 `json:"extra_requests"`     // made because another request was late
 	Overtaken    int64 `json:"overtaken_requests"` // requests whose chunk an extra request brought first
-	Cancelled    int64 `json:"cancelled_fetches"`  // fetches and requests cancelled because nobody wanted them any more
+	Cancelled    int64 `json:"cancelled_fetches"`  // fetches and requests cancelled because no reader or prefetch wanted them any more
 	InFlight     int64 `json:"in_flight"`          // requests at present
 	MostInFlight int64 `json:"most_in_flight"`     // the largest number of requests that were in flight at once
 }

@@ -98,7 +98,7 @@ func TestReplayOnABadDisk(t *testing.T) {
 				if lines := log.lines(); len(lines) == 0 || len(lines) > 2 || !strings.Contains(lines[len(lines)-1], "leaves out") {
 					t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 				}
-				// And a reader is served all the same.
+				// The reader is served all the same.
 				if err := w.read(t.Context(), w.places(t, 9)[8]); err != nil {
 					t.Error(err)
 				}
@@ -158,7 +158,7 @@ func TestQuotaInUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.device.Close()
-	// Views that a client does not let go of.
+	// Views that a client does not release.
 	var held []blockmap.View
 	for _, e := range w.places(t, 60) {
 		if v, err := blockmap.Read(t.Context(), w.device, e); err != nil {
@@ -197,7 +197,7 @@ func TestReplayWithinBounds(t *testing.T) {
 					all += int64(x.Table.Chunks[x.Chunk].Size())
 				}
 				o := fetcher.ReplayOptions{MaxBytes: all * share / 10}
-				list := append(wants[5:], wants...) // some twice
+				list := append(wants[5:], wants...) // some chunks twice
 				order := append(wants[5:], wants[:5]...)
 				if bundle {
 					half := w.bundle(t, wants[len(wants)/2:])
@@ -226,12 +226,12 @@ func TestReplayWithinBounds(t *testing.T) {
 					}
 					want++
 					if !x.Stream.Has(x.Chunk) {
-						t.Error("a chunk is left out, and one behind it is not")
+						t.Error("a chunk is omitted although a later one is not")
 						break
 					}
 				}
 				if n := resident(wants); n != want {
-					t.Errorf("%d chunks are here, want %d", n, want)
+					t.Errorf("%d chunks are resident, want %d", n, want)
 				}
 				if lines := log.lines(); len(lines) != map[bool]int{true: 0, false: 1}[want == len(wants)] {
 					t.Errorf("it says:\n%s", strings.Join(lines, "\n"))

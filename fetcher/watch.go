@@ -77,8 +77,8 @@ func (f *Fetcher) checkAll(now time.Time) {
 	f.reclaim(now)
 }
 
-// checkStalled moves the prefetches of a request that brings nothing to other sources,
-// or gives them up.
+// checkStalled asks other sources for the prefetches of a request that brings nothing, or
+// gives the prefetches up.
 func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	for _, ft := range r.fetches {
 		switch {

@@ -45,11 +45,11 @@ func TestAdmissionOfOneClient(t *testing.T) {
 				}
 			}
 			if c.TryAcquire(0) {
-				t.Error("a fourth request was let in")
+				t.Error("a fourth request was admitted")
 			}
 			c.Release(1, 400)
 			if c.TryAcquire(401) {
-				t.Error("too many bytes were let in")
+				t.Error("too many bytes were admitted")
 			}
 			if c.Fits(401) || !c.Fits(400) || c.TryGrow(401) || !c.TryGrow(400) || c.Fits(1) {
 				t.Error("growth is counted wrongly")
@@ -64,11 +64,12 @@ func TestAdmissionOfOneClient(t *testing.T) {
 		})
 	}
 	if _, err := NewAdmission(Limits{Bytes: -1}); err == nil {
-		t.Error("a negative limit was taken")
+		t.Error("a negative limit was accepted")
 	}
 }
 
-// Requests of a client are let in in order, and a large one is not overtaken.
+// The server admits the requests of a client in order, and no request overtakes a large
+// one.
 func TestAdmissionInOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newAdmission(t, Limits{}).Client(Limits{Bytes: 10})
@@ -107,8 +108,8 @@ func TestAdmissionInOrder(t *testing.T) {
 	})
 }
 
-// The bound of all is shared, and one that holds all of it stops nobody: each client
-// has one request let in.
+// The global bound is shared. If one client uses all of it, it blocks no other client:
+// each client has one request admitted.
 func TestAdmissionOfAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAdmission(t, Limits{Requests: 4, Bytes: 100})
@@ -119,20 +120,20 @@ func TestAdmissionOfAll(t *testing.T) {
 			}
 		}
 		if greedy.TryAcquire(1) || greedy.TryGrow(1) {
-			t.Error("the bound of all is not kept")
+			t.Error("the global bound is not kept")
 		}
 		if !other.TryAcquire(50) {
 			t.Error("a client without requests in flight was refused")
 		}
 		if other.TryAcquire(1) {
-			t.Error("a second request beyond the bound of all was let in")
+			t.Error("a second request beyond the global bound was admitted")
 		}
 		if got := a.InFlight(); got != (Limits{5, 150}) {
 			t.Errorf("%+v in flight", got)
 		}
 
-		// Those who wait for room come in order, whichever client's they are;
-		// one whose other requests end gets in beyond the bound.
+		// Requests that wait for room are admitted in order across clients. A client
+		// whose other requests have ended gets one admitted beyond the bound.
 		var let [2]atomic.Bool
 		for i, c := range []*Client{greedy, other} {
 			go func() {
@@ -144,17 +145,17 @@ func TestAdmissionOfAll(t *testing.T) {
 			synctest.Wait()
 		}
 		if let[0].Load() || let[1].Load() {
-			t.Error("let in beyond the bound")
+			t.Error("admitted beyond the bound")
 		}
 		other.Release(1, 50)
 		synctest.Wait()
 		if let[0].Load() || !let[1].Load() {
-			t.Errorf("let in: %v %v, want the idle client only", let[0].Load(), let[1].Load())
+			t.Errorf("admitted: %v %v, want the idle client only", let[0].Load(), let[1].Load())
 		}
 		greedy.Release(2, 50)
 		synctest.Wait()
 		if !let[0].Load() {
-			t.Error("who waits is not let in when there is room")
+			t.Error("a waiting request is not admitted when there is room")
 		}
 		greedy.Release(3, 60)
 		other.Release(1, 10)
@@ -164,7 +165,7 @@ func TestAdmissionOfAll(t *testing.T) {
 	})
 }
 
-// A wait ends with its ctx, and those behind it move up.
+// A wait ends with its ctx, and the waits behind it move up.
 func TestAdmissionCancelled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newAdmission(t, Limits{Requests: 9}).Client(Limits{Bytes: 10})
@@ -184,7 +185,7 @@ func TestAdmissionCancelled(t *testing.T) {
 			t.Error(err)
 		}
 		if err := c.Acquire(ctx, 0); err != io.ErrNoProgress {
-			t.Errorf("a wait that begins cancelled: %v", err)
+			t.Errorf("a wait with a cancelled ctx: %v", err)
 		}
 		if got := c.InFlight(); got != (Limits{2, 10}) {
 			t.Errorf("%+v in flight", got)
@@ -192,8 +193,8 @@ func TestAdmissionCancelled(t *testing.T) {
 	})
 }
 
-// Many clients at once: no bound is passed but by one request a client, and nobody
-// waits forever.
+// Many clients at once: each client exceeds a bound by one request at most, and no
+// client waits forever.
 func TestAdmissionUnderLoad(t *testing.T) {
 	const clients = 8
 	all, each := Limits{Requests: 6, Bytes: 300}, Limits{Requests: 3, Bytes: 200}
@@ -270,7 +271,7 @@ func TestErrno(t *testing.T) {
 			if got != want {
 				t.Errorf("op %d, %v: %v, want %v", op, err, got, want)
 			}
-			// On amd64 and arm64 the protocol has the numbers of Linux.
+			// On amd64 and arm64 the protocol has Linux's numbers.
 			if wireErrno(got) != errno(got) {
 				t.Errorf("%v is %d on the wire", got, wireErrno(got))
 			}

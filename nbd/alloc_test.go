@@ -9,7 +9,7 @@ import (
 	"thaw/blockmap"
 )
 
-// flat is a device in one piece, all resident, as a mapped file is.
+// flat is a device in one piece, fully resident, like a mapped file.
 type flat struct{ p []byte }
 
 func (d *flat) Size() int64         { return int64(len(d.p)) }
@@ -26,8 +26,8 @@ func (d *flat) Status(e blockmap.Extent) blockmap.Status {
 	return blockmap.Status{Extent: e, Resident: true}
 }
 
-// A hit allocates nothing, from the system call that reads the request to the
-// one that writes the reply.
+// A hit allocates nothing between the system call that reads the request and the one
+// that writes the reply.
 func TestHitsAllocateNothing(t *testing.T) {
 	for _, structured := range []bool{false, true} {
 		c := dial(t, serveDevice(t, Export{Device: &flat{make([]byte, testSize)}}))
@@ -74,7 +74,7 @@ func BenchmarkHits(b *testing.B) {
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/hit")
 }
 
-// nullWire takes everything.
+// nullWire accepts every write.
 type nullWire struct{ wire }
 
 func (nullWire) writev([][]byte, func() time.Duration) (int, error) { return 0, nil }

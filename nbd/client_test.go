@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// logged collects what a server logs, and tells who waits for a message.
+// logged collects the log of a server, and lets a test wait for a message.
 type logged struct {
 	ch chan string
 }
@@ -59,8 +59,8 @@ func (l *logged) wait(t testing.TB, want string) string {
 	}
 }
 
-// serve starts srv on a unix socket and ends it with the test. It returns the
-// path of the socket.
+// serve runs srv on a unix socket until the test ends. It returns the path of the
+// socket.
 func serve(t testing.TB, srv *Server) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
@@ -93,7 +93,7 @@ func serveDevice(t testing.TB, e Export) string {
 	return serve(t, &Server{Exports: Static{e}})
 }
 
-// client speaks the protocol byte by byte, so that it can also speak it wrong.
+// client speaks the protocol byte by byte, so that it can also violate it.
 type client struct {
 	t  testing.TB
 	nc net.Conn
@@ -107,7 +107,7 @@ func dial(t testing.TB, path string) *client {
 	return c
 }
 
-// dialRaw connects and says nothing.
+// dialRaw connects and sends nothing.
 func dialRaw(t testing.TB, path string) *client {
 	t.Helper()
 	nc, err := net.Dial("unix", path)
@@ -144,7 +144,7 @@ func (c *client) read(n int) []byte {
 	return p
 }
 
-// closed waits for the server to hang up; nothing may come before.
+// closed waits until the server closes the connection; no bytes may arrive before.
 func (c *client) closed() {
 	c.t.Helper()
 	n, err := c.nc.Read(make([]byte, 1))
@@ -212,7 +212,7 @@ func appendString(p []byte, s string) []byte {
 	return append(binary.BigEndian.AppendUint32(p, uint32(len(s))), s...)
 }
 
-// infoData is the data of INFO and GO.
+// infoData returns the data of INFO and GO.
 func infoData(name string, infos ...uint16) []byte {
 	p := appendString(nil, name)
 	p = binary.BigEndian.AppendUint16(p, uint16(len(infos)))
@@ -222,7 +222,7 @@ func infoData(name string, infos ...uint16) []byte {
 	return p
 }
 
-// metaData is the data of LIST_META_CONTEXT and SET_META_CONTEXT.
+// metaData returns the data of LIST_META_CONTEXT and SET_META_CONTEXT.
 func metaData(name string, queries ...string) []byte {
 	p := appendString(nil, name)
 	p = binary.BigEndian.AppendUint32(p, uint32(len(queries)))
@@ -232,8 +232,8 @@ func metaData(name string, queries ...string) []byte {
 	return p
 }
 
-// enter chooses "disk" with structured replies and meta contexts as wanted, and
-// returns the transmission flags.
+// enter chooses "disk" with structured replies and meta contexts if wanted, and returns
+// the transmission flags.
 func (c *client) enter(structured bool, contexts ...string) uint16 {
 	c.t.Helper()
 	if structured {
@@ -279,8 +279,7 @@ type chunk struct {
 
 const simpleType = ^uint16(0)
 
-// chunk reads one. A simple reply is followed by simple bytes of data if it is
-// without error.
+// chunk reads one. A simple reply without an error has simple bytes of data after it.
 func (c *client) chunk(simple int) chunk {
 	c.t.Helper()
 	switch magic := binary.BigEndian.Uint32(c.read(4)); magic {
@@ -339,8 +338,7 @@ func (c *client) reply(simple int) []chunk {
 	}
 }
 
-// assemble puts the content chunks of a READ together and checks that they
-// cover it once.
+// assemble combines the content chunks of a READ and checks that they cover it once.
 func assemble(t testing.TB, cs []chunk, off uint64, n int) []byte {
 	t.Helper()
 	p := make([]byte, n)

@@ -14,9 +14,9 @@ import (
 	"thaw/blockmap"
 )
 
-// cutDevice is a device over a mapped file, which is cut short without its noticing,
-// as a bad sector shows: a chunk counts as resident until somebody says that it is
-// damaged. It is fetched to memory then.
+// cutDevice is a device over a mapped file. The file is truncated without the device's
+// notice, which looks like a bad sector: a chunk counts as resident until a caller
+// reports it as damaged. Then it is fetched to memory.
 type cutDevice struct {
 	t       testing.TB
 	content []byte
@@ -31,8 +31,8 @@ type cutDevice struct {
 	}
 }
 
-// newCutDevice makes one of so many chunks of cachedChunk bytes. One block in each
-// third chunk is a hole.
+// newCutDevice makes a device of n chunks of cachedChunk bytes. One block in each third
+// chunk is a hole.
 func newCutDevice(t testing.TB, chunks int) *cutDevice {
 	d := &cutDevice{t: t, content: make([]byte, chunks*cachedChunk)}
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -55,7 +55,7 @@ func newCutDevice(t testing.TB, chunks int) *cutDevice {
 	return d
 }
 
-// unmap gives back the files, at which nobody looks. d.mu is held.
+// unmap releases the files that no view shows. d.mu is held.
 func (d *cutDevice) unmap() {
 	clear(d.mu.chunks)
 	for _, m := range d.maps {
@@ -64,7 +64,7 @@ func (d *cutDevice) unmap() {
 	d.maps = nil
 }
 
-// hole is the hole in chunk i.
+// hole returns the hole in chunk i.
 func (d *cutDevice) hole(i int) (e blockmap.Extent) {
 	if i%3 == 2 {
 		e = blockmap.Range(int64(i)*cachedChunk+cachedChunk/2, 16*blockmap.BlockSize)
@@ -72,7 +72,7 @@ func (d *cutDevice) hole(i int) (e blockmap.Extent) {
 	return e
 }
 
-// cut makes all of it resident, in a file of which all from n on is cut off.
+// cut makes the whole device resident, in a file that is truncated to n bytes.
 func (d *cutDevice) cut(n int64) {
 	d.t.Helper()
 	if d.path != "" {
@@ -108,7 +108,7 @@ func (d *cutDevice) cut(n int64) {
 	}
 }
 
-// cutMore cuts the file that is in use.
+// cutMore truncates the file that is in use.
 func (d *cutDevice) cutMore(n int64) {
 	d.t.Helper()
 	if err := os.Truncate(d.path, n); err != nil {

@@ -16,11 +16,11 @@ import (
 	"thaw/blockmap"
 )
 
-// transports are the ways to a server: how bytes leave it differs.
+// transports are the ways to a server: they differ in how bytes leave it.
 var transports = []string{"unix", "tcp", "tls"}
 
-// smallBuffers has the kernel keep little of what a client does not take: TCP would
-// take megabytes.
+// smallBuffers makes the kernel buffer little for a client that does not read: TCP
+// would buffer megabytes.
 type smallBuffers struct{ net.Listener }
 
 func (l smallBuffers) Accept() (net.Conn, error) {
@@ -31,8 +31,8 @@ func (l smallBuffers) Accept() (net.Conn, error) {
 	return nc, err
 }
 
-// reach serves srv over the transport and returns what connects to it, in the
-// transmission phase of "disk".
+// reach serves srv over the transport and returns a function that connects to it, in
+// the transmission phase of "disk".
 func reach(t testing.TB, transport string, srv *Server) func(structured bool) *client {
 	t.Helper()
 	addr := "tcp:127.0.0.1:0"
@@ -71,8 +71,8 @@ func reach(t testing.TB, transport string, srv *Server) func(structured bool) *c
 	}
 }
 
-// readAll reads all of want from front to back, depth requests of n bytes at a
-// time in one write, and checks every byte.
+// readAll reads all of want from front to back, with depth requests of n bytes in each
+// write, and checks every byte.
 func (c *client) readAll(structured bool, want []byte, n, depth int) {
 	c.t.Helper()
 	for at := 0; at < len(want); {
@@ -85,7 +85,7 @@ func (c *client) readAll(structured bool, want []byte, n, depth int) {
 		}
 		c.write(p)
 		for i := range asked {
-			// Hits are answered in order, misses in any.
+			// The server answers hits in order and misses in any order.
 			off := first + i*n
 			m := min(n, len(want)-off)
 			cs := c.reply(m)
@@ -106,8 +106,8 @@ func (c *client) readAll(structured bool, want []byte, n, depth int) {
 	}
 }
 
-// Bytes that the server is about to send and cannot read are fetched again, and the
-// connection that reads them stays.
+// If the server cannot read bytes that it is about to send, it fetches them again, and
+// the connection stays.
 func TestDamaged(t *testing.T) {
 	for _, transport := range transports {
 		for _, structured := range []bool{false, true} {
@@ -136,7 +136,7 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// A file of the cache that is truncated under the server costs nobody anything.
+// Truncating a file of the cache under the server harms no client.
 func TestDamagedCache(t *testing.T) {
 	for _, transport := range transports {
 		for _, structured := range []bool{false, true} {
@@ -157,7 +157,7 @@ func TestDamagedCache(t *testing.T) {
 						wg.Wait()
 					}
 				}
-				// While a reply is under way.
+				// During a reply.
 				for _, cut := range []int64{0, 2*cachedChunk + 512<<10} {
 					img.warm(t)
 					c.send(cmdRead, 0, 1, 0, 3<<20)
@@ -180,8 +180,8 @@ func TestDamagedCache(t *testing.T) {
 	}
 }
 
-// A file that ends within a page reads as zeros up to the end of that page, without
-// a fault. Such bytes are never taken for the device's where a fault follows.
+// A file that ends within a page reads as zeros up to the end of that page, without a
+// fault. If a fault follows, the server never sends such zeros as the device's bytes.
 func TestDamagedWithinPage(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport, func(t *testing.T) {
@@ -209,15 +209,15 @@ func TestDamagedWithinPage(t *testing.T) {
 				c.nc.Close()
 			}
 			if transport == "tls" && ended > 0 {
-				t.Errorf("%d connections ended, where nothing had left", ended)
+				t.Errorf("%d connections ended before a reply had been sent", ended)
 			}
 			t.Logf("%d of 40 connections ended", ended)
 		})
 	}
 }
 
-// What is damaged and cannot be fetched is an error of its request, as long as the
-// protocol has a way to say so.
+// If damaged bytes cannot be fetched, their request fails, as long as the protocol
+// allows an error.
 func TestDamagedAndAway(t *testing.T) {
 	for _, transport := range transports {
 		for _, structured := range []bool{false, true} {
@@ -227,8 +227,8 @@ func TestDamagedAndAway(t *testing.T) {
 				dial := reach(t, transport, &Server{Exports: Static{{Name: "disk", Device: dev}}, Log: log})
 				c := dial(structured)
 
-				// Small replies: the header has not left. The request before
-				// and the one behind are answered.
+				// Small replies: the header has not been sent. The server answers the
+				// requests before and after it.
 				dev.cut(2*cachedChunk + 512<<10)
 				dev.setAway(true)
 				p := appendRequest(nil, cmdRead, 0, 1, 4096, 4096)
@@ -253,7 +253,7 @@ func TestDamagedAndAway(t *testing.T) {
 				dev.setAway(false)
 				c.readAll(structured, dev.content, 64<<10, 8)
 
-				// A large one: the first half has left.
+				// A large reply: its first half has been sent.
 				dev.cut(cachedChunk + 512<<10)
 				dev.setAway(true)
 				c.send(cmdRead, 0, 5, cachedChunk, cachedChunk)
@@ -279,7 +279,7 @@ func TestDamagedAndAway(t *testing.T) {
 						}
 					}
 					if n >= simpleReplyLen+cachedChunk {
-						t.Fatalf("%d bytes: a reply that cannot be right", n)
+						t.Fatalf("%d bytes: an impossible reply", n)
 					}
 					if s := l.wait(t, "session fails"); !strings.Contains(s, "connection refused") {
 						t.Errorf("logged %q", s)
@@ -293,7 +293,7 @@ func TestDamagedAndAway(t *testing.T) {
 	}
 }
 
-// Clients that others have written see nothing of it.
+// Foreign clients do not notice the damage.
 func TestDamagedForeign(t *testing.T) {
 	nbdcopy, convert, qemuIO := tool(t, "nbdcopy"), tool(t, "qemu-img"), tool(t, "qemu-io")
 	for _, transport := range transports {
@@ -356,7 +356,7 @@ func TestDamagedForeign(t *testing.T) {
 	}
 }
 
-// What of a read lies before what cannot be had may be damaged as well.
+// In a read, the bytes before the unavailable ones may be damaged as well.
 func TestDamagedPrefix(t *testing.T) {
 	for _, transport := range transports {
 		dev := newCutDevice(t, 3)
@@ -380,7 +380,7 @@ func TestDamagedPrefix(t *testing.T) {
 	}
 }
 
-// What was damaged together is fetched together.
+// Bytes that were damaged together are fetched together.
 func TestDamagedComesTogether(t *testing.T) {
 	img := newCached(t, 16, 0)
 	srv := &Server{Exports: Static{{Name: "disk", Device: img}}}
@@ -388,7 +388,7 @@ func TestDamagedComesTogether(t *testing.T) {
 	if err := img.Fault(t.Context(), blockmap.Range(2*cachedChunk, img.Size()-2*cachedChunk)); err != nil {
 		t.Fatal(err)
 	}
-	// A miss fills the socket, and hits wait behind it in one batch.
+	// A miss fills the socket, and hits wait after it in one batch.
 	p := appendRequest(nil, cmdRead, 0, 100, 0, 2*cachedChunk)
 	c.write(p)
 	first := c.read(1)
@@ -399,7 +399,7 @@ func TestDamagedComesTogether(t *testing.T) {
 	c.write(p)
 	for end := time.Now().Add(20 * time.Second); srv.Stats().Hits < 14; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("the hits are not read")
+			t.Fatal("the hits were not read")
 		}
 	}
 	img.cut(t, 0)
@@ -440,11 +440,12 @@ func TestDamagedBackend(t *testing.T) {
 	dev.cut(0)
 	dev.setAway(true)
 	if _, err := b.ReadAt(p, 0); !errors.Is(err, errAway) {
-		t.Errorf("what cannot be had: %v", err)
+		t.Errorf("unavailable bytes: %v", err)
 	}
 }
 
-// A read larger than the cache is right, and does not fetch again and again.
+// A read larger than the cache returns the right bytes, and does not fetch them
+// repeatedly.
 func TestReadLargerThanQuota(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport, func(t *testing.T) {

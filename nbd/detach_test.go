@@ -10,9 +10,9 @@ import (
 	"thaw/blockmap"
 )
 
-// However much of a batch has left when its bytes turn out to be unreadable, what
-// the client gets in the end is the replies that it would have got, or errors where
-// the bytes cannot be had, and never anything else.
+// However much of a batch has been sent when its bytes turn out to be unreadable, the
+// client gets the replies that it would have got, or errors if the bytes are
+// unavailable, and nothing else.
 func TestDetachAnywhere(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 4))
 	dev := newCutDevice(t, 3)
@@ -71,14 +71,14 @@ func TestDetachAnywhere(t *testing.T) {
 			continue
 		}
 		if !away && !bytes.Equal(out, whole) {
-			t.Fatal("the replies are not the same")
+			t.Fatal("the replies differ")
 		}
 		c := &client{t, &script{in: bytes.NewReader(out)}}
 		in := c.nc.(*script).in.(*bytes.Reader)
 		bad := make(map[uint64]bool)
 		for in.Len() > 0 {
 			if !structured {
-				// A simple reply is as long as what was asked for.
+				// A simple reply has the requested length.
 				var p [simpleReplyLen]byte
 				in.Read(p[:])
 				in.Seek(-simpleReplyLen, 1)
@@ -123,6 +123,6 @@ func TestDetachAnywhere(t *testing.T) {
 		}
 	}
 	if late == 0 || failed == 0 {
-		t.Errorf("%d ended late and %d failed: not all was tried", late, failed)
+		t.Errorf("%d ended late and %d failed: the test did not try all cases", late, failed)
 	}
 }

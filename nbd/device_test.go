@@ -7,8 +7,8 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// newPatternDevice is full of data that tells where it belongs, but for holes
-// in every fourth block.
+// newPatternDevice is full of data that depends on its position, except for holes in
+// every fourth block.
 func newPatternDevice(size int64) *blocktest.Memory {
 	d := blocktest.NewMemory(size)
 	for i := range size / blockmap.BlockSize {
@@ -19,14 +19,14 @@ func newPatternDevice(size int64) *blocktest.Memory {
 	return d
 }
 
-// newFullDevice has no holes, so that what is evicted is missed.
+// newFullDevice has no holes, so that every evicted block is a miss.
 func newFullDevice(size int64) *blocktest.Memory {
 	d := blocktest.NewMemory(size)
 	d.Fill(pattern(0, size), 0)
 	return d
 }
 
-// pattern is what newPatternDevice holds at off, were there no holes.
+// pattern returns the bytes that newPatternDevice would hold at off without holes.
 func pattern(off, n int64) []byte {
 	p := make([]byte, n)
 	for i := range p {

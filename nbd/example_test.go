@@ -12,7 +12,7 @@ import (
 	"thaw/nbd"
 )
 
-// zeros is the smallest device there is.
+// zeros is a minimal device.
 type zeros int64
 
 func (z zeros) Size() int64 { return int64(z) }
@@ -28,7 +28,7 @@ func (z zeros) Status(e blockmap.Extent) blockmap.Status {
 	return blockmap.Status{Extent: e, Zero: true, Resident: true}
 }
 
-// A device under the name "empty" on a unix socket. A client would say:
+// A device under the name "empty" on a unix socket. A client would run:
 //
 //	nbdinfo 'nbd+unix:///empty?socket=DIR/sock'
 func Example() {
@@ -47,8 +47,8 @@ func Example() {
 	done := make(chan error)
 	go func() { done <- srv.Serve(l) }()
 
-	// Later, in a signal handler: answer what is in flight, for at most a
-	// few seconds.
+	// Later, in a signal handler: answer the requests in flight, for a few seconds at
+	// most.
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if err := srv.Shutdown(ctx); err != nil {

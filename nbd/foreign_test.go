@@ -17,10 +17,10 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// Clients that others have written. Each test skips where its tool is missing;
-// on Debian they are in libnbd-bin, python3-libnbd, qemu-utils, fio, nbd-client.
+// Foreign clients. Each test skips if its tool is missing; on Debian the tools are in
+// libnbd-bin, python3-libnbd, qemu-utils, fio, nbd-client.
 
-// tool returns a function that runs the tool and fails the test with it.
+// tool returns a function that runs the tool and fails the test if the tool fails.
 func tool(t testing.TB, name string) func(args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -45,8 +45,8 @@ func tool(t testing.TB, name string) func(args ...string) string {
 
 func uri(path string) string { return "nbd+unix:///disk?socket=" + path }
 
-// foreign serves a device of a few MiB with holes, half of it absent, each miss
-// taking a moment.
+// foreign serves a device of a few MiB with holes. Half of it is absent, and each miss
+// takes a short time.
 func foreign(t testing.TB) (*blocktest.Memory, string) {
 	dev := newPatternDevice(4 << 20)
 	dev.Punch(blockmap.Range(300*blockmap.BlockSize, 200*blockmap.BlockSize))
@@ -130,7 +130,7 @@ func TestNbdcopy(t *testing.T) {
 	same(t, file, dst)
 }
 
-// same fails t unless the file holds what the device does.
+// same fails t unless the file has the content of the device.
 func same(t testing.TB, file string, dev *blocktest.Memory) {
 	t.Helper()
 	got, err := os.ReadFile(file)
@@ -138,7 +138,7 @@ func same(t testing.TB, file string, dev *blocktest.Memory) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, dev.Content(blockmap.Range(0, dev.Size()))) {
-		t.Error("the copy is not the same")
+		t.Error("the copy differs")
 	}
 }
 
@@ -335,7 +335,7 @@ func TestNbdClientList(t *testing.T) {
 	}
 }
 
-// TLS with client certificates, as libnbd and qemu do it over TCP.
+// TLS with client certificates, as libnbd and qemu use it over TCP.
 func TestForeignTLS(t *testing.T) {
 	nbdinfo := tool(t, "nbdinfo")
 	p := newPKI(t)

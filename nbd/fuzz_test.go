@@ -14,7 +14,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// script is a client that has said all it has to say, and notes the answers.
+// script is a client that sends prepared bytes, and records the answers.
 type script struct {
 	in io.Reader
 	mu struct {
@@ -36,8 +36,8 @@ func (s *script) SetDeadline(time.Time) error      { return nil }
 func (s *script) SetReadDeadline(time.Time) error  { return nil }
 func (s *script) SetWriteDeadline(time.Time) error { return nil }
 
-// FuzzHandshake sends bytes as options. Whatever they are, what comes back are
-// well-formed replies to options that were sent, and the end.
+// FuzzHandshake sends bytes as options. For any bytes, the server sends well-formed
+// replies to options that were sent, and then ends the connection.
 func FuzzHandshake(f *testing.F) {
 	flags := []byte{0, 0, 0, 3}
 	seed := func(opts ...[]byte) { f.Add(append(bytes.Clone(flags), bytes.Join(opts, nil)...)) }
@@ -89,8 +89,8 @@ func FuzzHandshake(f *testing.F) {
 	})
 }
 
-// FuzzTransmission sends bytes as requests. Each request that is complete, up
-// to the first that breaks the framing, gets one reply that is well-formed.
+// FuzzTransmission sends bytes as requests. Each complete request, up to the first that
+// breaks the framing, gets one well-formed reply.
 func FuzzTransmission(f *testing.F) {
 	seed := func(rs ...[]byte) { f.Add(true, bytes.Join(rs, nil)); f.Add(false, bytes.Join(rs, nil)) }
 	seed()
@@ -119,7 +119,7 @@ func FuzzTransmission(f *testing.F) {
 		newSession(&conn{srv: srv, nc: nc}, nc, agreed, slog.New(slog.DiscardHandler), cancel).run(ctx)
 		dev.NoPins(t)
 
-		// What was asked, cookie by cookie.
+		// The requests, by cookie.
 		type ask struct {
 			n    int
 			read bool
@@ -140,8 +140,8 @@ func FuzzTransmission(f *testing.F) {
 			asked[r.cookie] = append(asked[r.cookie], ask{int(r.length), r.cmd == cmdRead})
 		}
 		if !structured {
-			// Which of several with one cookie a reply belongs to
-			// cannot be told, and so not its length.
+			// If several requests have one cookie, the request of a reply is unknown,
+			// and so is the reply's length.
 			for _, a := range asked {
 				if len(a) > 1 {
 					return
@@ -166,7 +166,7 @@ func FuzzTransmission(f *testing.F) {
 			}
 			a := asked[k.cookie]
 			if len(a) == 0 {
-				t.Fatalf("reply to cookie %d, which nobody waits for", k.cookie)
+				t.Fatalf("reply to cookie %d, for which no request waits", k.cookie)
 			}
 			asked[k.cookie] = a[1:]
 		}

@@ -51,7 +51,7 @@ func TestBackend(t *testing.T) {
 	dev.Evict(blockmap.Range(0, 4096))
 	dev.OnFault = func(context.Context, blockmap.Extent) error { return errBroken }
 	if _, err := b.ReadAt(p, 0); err != errBroken {
-		t.Errorf("ReadAt of what cannot be had: %v", err)
+		t.Errorf("ReadAt of unavailable bytes: %v", err)
 	}
 	r := &Backend{Device: readOnly{dev}}
 	if _, err := r.WriteAt(p, 0); err != blockmap.ErrReadOnly {

@@ -25,7 +25,7 @@ func TestHaggling(t *testing.T) {
 	}})
 	c := dial(t, path)
 
-	// Whatever comes, the next option is understood.
+	// After any option, the server understands the next one.
 	c.want(99, nil, repErrUnsup)
 	c.want(99, make([]byte, 1000), repErrUnsup)
 	c.want(4, []byte("PEEK_EXPORT is history"), repErrUnsup)
@@ -116,7 +116,7 @@ func TestListMetaContext(t *testing.T) {
 	}
 }
 
-// What ends a connection, because there is no other way to answer.
+// Errors that end a connection, because the protocol has no other answer.
 func TestHandshakeDrops(t *testing.T) {
 	path := serveDevice(t, Export{Device: blocktest.NewMemory(testSize)})
 	for name, say := range map[string]func(c *client){
@@ -180,8 +180,8 @@ func (o opener) List(context.Context, ClientInfo) ([]Export, error) {
 	return nil, errors.New("not listed")
 }
 
-// An export is opened once for all options that name it, and released when the
-// connection ends or moves on.
+// An export is opened once for all options that name it. It is released when the
+// connection ends or chooses another.
 func TestOpenByReference(t *testing.T) {
 	events := make(chan string, 10)
 	path := serve(t, &Server{Exports: opener{func(_ context.Context, name string, _ ClientInfo) (*Export, func(), error) {
@@ -264,7 +264,7 @@ func TestSlowHandshake(t *testing.T) {
 	})
 }
 
-// The time that opening takes is not the client's.
+// The time of opening does not count as the client's time.
 func TestSlowOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newPipeListener()
@@ -281,8 +281,7 @@ func TestSlowOpen(t *testing.T) {
 	})
 }
 
-// However many options a client sends, the exports that it has opened for it take a
-// bounded time.
+// However many options a client sends, opening exports for it takes a bounded time.
 func TestSlowOpensAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 30 * time.Second
@@ -315,7 +314,7 @@ func TestSlowOpensAreBounded(t *testing.T) {
 		if d := time.Since(begin); d > openTimes*limit || opened < 5 {
 			t.Errorf("%d were opened in %v", opened, d)
 		}
-		// What is left of the client's own time is all it has.
+		// The client has only the rest of its own time.
 		begin = time.Now()
 		for {
 			time.Sleep(time.Second)
@@ -327,7 +326,7 @@ func TestSlowOpensAreBounded(t *testing.T) {
 			}
 			io.CopyN(io.Discard, c.nc, int64(len("not listed")))
 			if time.Since(begin) > time.Minute {
-				t.Fatal("the handshake does not end")
+				t.Fatal("the handshake has not ended")
 			}
 		}
 		c.nc.Close()

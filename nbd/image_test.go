@@ -15,7 +15,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// cached is an image in a cache on disk, the parts that damage is about.
+// cached is an image in a cache on disk, with the parts that tests damage.
 type cached struct {
 	*blockmap.Image
 	content []byte
@@ -25,7 +25,7 @@ type cached struct {
 
 const cachedChunk = 1 << 20
 
-// parts is content for so many chunks, and the table of the stream of them. It is
+// parts returns the content of this many chunks, and the table of their stream. It is
 // made once for each number.
 var parts = func() func(t testing.TB, chunks int) ([][]byte, blockmap.Table) {
 	type made struct {
@@ -53,8 +53,8 @@ var parts = func() func(t testing.TB, chunks int) ([][]byte, blockmap.Table) {
 	}
 }()
 
-// newCached makes an image of so many chunks of 1 MiB, in a cache with that quota.
-// Every third chunk has a hole in its middle. Nothing is resident.
+// newCached makes an image of this many chunks of 1 MiB, in a cache with that quota.
+// Every third chunk has a hole in its middle. No chunk is resident.
 func newCached(t testing.TB, chunks int, quota int64) *cached {
 	t.Helper()
 	parts, table := parts(t, chunks)
@@ -98,7 +98,7 @@ func newCached(t testing.TB, chunks int, quota int64) *cached {
 	return c
 }
 
-// warm makes all of it resident.
+// warm makes the whole image resident.
 func (c *cached) warm(t testing.TB) {
 	t.Helper()
 	if err := c.Fault(t.Context(), blockmap.Range(0, c.Size())); err != nil {
@@ -124,7 +124,7 @@ type source struct {
 	mu     struct {
 		sync.Mutex
 		delay time.Duration // of each fetch
-		now   int           // fetches under way, and so many at most
+		now   int           // fetches under way; most is their largest number
 		most  int
 		times map[int]int // that each chunk was fetched
 	}
@@ -138,7 +138,8 @@ func (s *source) setDelay(d time.Duration) {
 	s.mu.delay = d
 }
 
-// most is how often a chunk was fetched at most, and all of them together.
+// most returns the largest number of fetches of one chunk, and the number of all
+// fetches.
 func (s *source) most() (most, all int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -148,7 +149,7 @@ func (s *source) most() (most, all int) {
 	return most, all
 }
 
-// atOnce is how many fetches were under way at most since the last call.
+// atOnce returns the largest number of concurrent fetches since the last call.
 func (s *source) atOnce() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,7 +160,7 @@ func (s *source) atOnce() int {
 
 func (s *source) Prefetch([]blockmap.Want) {}
 
-// Fetch brings all of wants, up to 4 at once.
+// Fetch fetches all of wants, up to 4 at once.
 func (s *source) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	room := make(chan struct{}, 4)
 	errs := make([]error, len(wants))
@@ -188,7 +189,7 @@ func (s *source) fetch(w blockmap.Want) error {
 		s.mu.Unlock()
 	}()
 	time.Sleep(delay)
-	// All may be pinned, for a moment.
+	// All chunks may be pinned for a short time.
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := w.Stream.Fill(w.Chunk, s.chunks[w.Chunk])
 		if !errors.Is(err, blockmap.ErrNoSpace) || time.Now().After(end) {

@@ -77,14 +77,14 @@ func TestListen(t *testing.T) {
 	}
 }
 
-// A listener removes the socket that it made, and no other.
+// A listener removes only the socket that it made.
 func TestListenRemovesItsOwn(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	a, err := Listen(t.Context(), "unix:"+path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Somebody clears the directory, and another server starts.
+	// Another program clears the directory, and another server starts.
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
@@ -105,7 +105,7 @@ func TestListenRemovesItsOwn(t *testing.T) {
 	}
 	b.Close()
 
-	// What has taken its place may be of any kind.
+	// The replacement may be of any kind.
 	if a, err = Listen(t.Context(), "unix:"+path); err != nil {
 		t.Fatal(err)
 	}
@@ -119,8 +119,8 @@ func TestListenRemovesItsOwn(t *testing.T) {
 	}
 }
 
-// Of servers that start at once over a stale socket one gets the path, and it is
-// the one that answers there.
+// If servers start at once over a stale socket, one gets the path, and that one answers
+// there.
 func TestListenRace(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	for range 100 {
@@ -165,7 +165,7 @@ func TestListenRace(t *testing.T) {
 	}
 }
 
-// A private socket is never connectable for others, whatever the umask.
+// Other users can never connect to a private socket, whatever the umask.
 func TestListenPrivate(t *testing.T) {
 	sock := filepath.Join(t.TempDir(), "sock")
 	old := unix.Umask(0)
@@ -197,7 +197,7 @@ func TestListenPathTooLong(t *testing.T) {
 	}
 }
 
-// A directory that somebody keeps locked is an error, and not for ever.
+// If another process keeps the directory locked, listening fails after a bounded time.
 func TestListenLocked(t *testing.T) {
 	dir := t.TempDir()
 	unlock, err := lockDir(t.Context(), dir)
@@ -217,7 +217,7 @@ func TestListenLocked(t *testing.T) {
 	l.Close()
 }
 
-// A server whose queue is full is there.
+// A server whose queue is full counts as running.
 func TestListenKeepsOut(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)

@@ -71,9 +71,9 @@ func TestNamed(t *testing.T) {
 		t.Error("a name for nobody")
 	}
 	if !c.Named("nobody", "::1") {
-		t.Error("one of several does not do")
+		t.Error("one matching name of several is not enough")
 	}
-	// A common name is compared like what it is made like.
+	// A common name is compared as a host name or as an address, whichever it looks like.
 	c = ClientInfo{Names: []string{"Host-8", "10.0.0.8"}}
 	if !c.Named("host-8") || !c.Named("::ffff:10.0.0.8") || c.Named("host-80") {
 		t.Error("common names")
@@ -86,7 +86,7 @@ func FuzzNamed(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, a, b string) {
 		if sameName(a, b) != sameName(b, a) {
-			t.Errorf("%q and %q: not the same both ways", a, b)
+			t.Errorf("%q and %q: comparing them in both orders differs", a, b)
 		}
 		if a != "" && !sameName(a, a) {
 			t.Errorf("%q is not itself", a)

@@ -5,7 +5,7 @@ import (
 	"sync"
 )
 
-// pipeListener is a listener in memory, for tests in which time is not real.
+// pipeListener is a listener in memory, for tests with simulated time.
 type pipeListener struct {
 	conns chan net.Conn
 	done  chan struct{}

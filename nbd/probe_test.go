@@ -10,7 +10,7 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// Tools that look at a server, and leave as they please, are nothing to warn of.
+// Tools that probe a server and disconnect at any point cause no warning.
 func TestProbesAreNoWarnings(t *testing.T) {
 	tool(t, "nbdinfo")
 	p := newPKI(t)
@@ -44,7 +44,8 @@ func TestProbesAreNoWarnings(t *testing.T) {
 					{u + "disk" + certs}, {u + certs}, {u + "missing" + certs}, {"--list", u + certs}, {"--size", u + "disk" + certs},
 					{"--no-content", u + "disk" + certs}, {"--map", u + "other" + certs}, {"--is", "read-only", u + "disk" + certs}, {"--can", "df", u + certs},
 				} {
-					// Some fail, as they should; what counts is what the server says.
+					// Some probes fail, as they should; the test checks the server's
+					// log.
 					out, err := exec.CommandContext(t.Context(), "nbdinfo", args...).CombinedOutput()
 					t.Logf("nbdinfo %q: %v %.60q", args, err, out)
 					runs++

@@ -19,8 +19,8 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// Shutdown answers what is in flight, tells later requests, and ends the
-// connection behind the replies.
+// Shutdown answers requests in flight, refuses later requests, and ends the connection
+// after the replies.
 func TestShutdown(t *testing.T) {
 	dev := newFullDevice(testSize)
 	dev.Evict(blockmap.Range(0, testSize/2))
@@ -84,7 +84,7 @@ func TestShutdownRefuses(t *testing.T) {
 	<-g.waiting
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
-	// The end of another connection says that all are told.
+	// When another connection has ended, all connections have been told.
 	for !srv.closed() {
 		time.Sleep(time.Millisecond)
 	}
@@ -114,7 +114,7 @@ func TestShutdownRefuses(t *testing.T) {
 	t.Logf("%d of 10 late requests answered", late)
 }
 
-// unread gives bytes back before the rest.
+// unread returns bytes again before the rest.
 type unread struct {
 	net.Conn
 	p []byte
@@ -129,7 +129,7 @@ func (u *unread) Read(p []byte) (int, error) {
 	return u.Conn.Read(p)
 }
 
-// A WRITE whose payload is under way when the server shuts down is done.
+// A WRITE completes if its payload is arriving when the server shuts down.
 func TestShutdownDuringPayload(t *testing.T) {
 	const n = 4 << 20
 	dev := blocktest.NewMemory(n)
@@ -193,8 +193,8 @@ func TestCloseInHandshake(t *testing.T) {
 	}
 }
 
-// A handshake that waits for Open is cancelled as soon as the server shuts down:
-// nothing of it is worth waiting for.
+// The server cancels a handshake that waits for Open as soon as it shuts down, because
+// none of the handshake's work is needed.
 func TestShutdownCancelsOpen(t *testing.T) {
 	for name, option := range map[string][]byte{
 		"GO":               appendOption(nil, optGo, infoData("disk")),
@@ -226,7 +226,7 @@ func TestShutdownCancelsOpen(t *testing.T) {
 	}
 }
 
-// What does not heed its ctx is left behind, and said to be.
+// Shutdown leaves behind calls that ignore their ctx, and reports them.
 func TestShutdownLeavesBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dev := newFullDevice(testSize)
@@ -280,7 +280,7 @@ func TestShutdownLeavesBehind(t *testing.T) {
 	})
 }
 
-// A client that pauses does not hold up a shutdown beyond its ctx.
+// A client that pauses does not delay a shutdown beyond its ctx.
 func TestShutdownPausedClient(t *testing.T) {
 	for _, transport := range transports {
 		dev := newPatternDevice(testSize)
@@ -323,7 +323,8 @@ func TestMaxConns(t *testing.T) {
 	}
 }
 
-// A client that says something and then nothing is told of, with the limit.
+// The server reports a client that starts a message and then sends nothing, with the
+// limit.
 func TestSilentHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines, log := newLogged()
@@ -341,7 +342,7 @@ func TestSilentHandshake(t *testing.T) {
 	})
 }
 
-// flaky fails to accept as a process without descriptors does.
+// flaky fails to accept, like a process without free descriptors.
 type flaky struct {
 	net.Listener
 	fails int
@@ -421,7 +422,8 @@ func (l *leveled) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// What knocks on every port is no news, and what fails often is told now and then.
+// Port scans are not logged as warnings, and frequent failures are logged only from
+// time to time.
 func TestHandshakeLog(t *testing.T) {
 	p := newPKI(t)
 	h := &leveled{Handler: slog.DiscardHandler, lines: make(map[slog.Level][]string)}
@@ -498,7 +500,7 @@ func TestHandshakeLog(t *testing.T) {
 			break
 		}
 		if time.Now().After(end) {
-			t.Fatalf("what was left out is not told: %s", all)
+			t.Fatalf("the log does not count omitted lines: %s", all)
 		}
 		c := dial(t, path)
 		c.option(optExportName, []byte("nothing"))

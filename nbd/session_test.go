@@ -82,7 +82,7 @@ func TestHolesAreChunks(t *testing.T) {
 	}
 }
 
-// The errno of everything that can be asked wrongly, and the connection goes on.
+// Every kind of invalid request gets its errno, and the connection continues.
 func TestRefusals(t *testing.T) {
 	dev := newPatternDevice(testSize)
 	check := func(t *testing.T, c *client, structured, writable bool) {
@@ -157,14 +157,14 @@ func TestReadTooLarge(t *testing.T) {
 	if cs := c.reply(0); len(cs) != 1 || cs[0].hole != maxPayload {
 		t.Errorf("%d chunks, hole of %d", len(cs), cs[0].hole)
 	}
-	// What has no payload may be larger than one.
+	// A request without a payload may be larger than one with a payload.
 	c.mustDo(cmdTrim, 0, 0, 2*maxPayload, nil)
 	c.mustDo(cmdWriteZeroes, 0, 0, 2*maxPayload, nil)
 	c.mustDo(cmdCache, 0, 0, 2*maxPayload, nil)
 }
 
-// Payloads are read past even where the write is refused; beyond reason the
-// connection is dropped.
+// The server reads past the payload of a refused write. If the payload is unreasonably
+// long, the server drops the connection.
 func TestOversizedWrite(t *testing.T) {
 	path := serveDevice(t, Export{Device: blocktest.NewMemory(testSize)})
 	c := dial(t, path)
@@ -300,7 +300,7 @@ func (checkered) Status(e blockmap.Extent) blockmap.Status {
 	return blockmap.Status{Extent: blockmap.Range(i*blockmap.BlockSize, blockmap.BlockSize), Zero: i%2 == 0}
 }
 
-// stubborn says nothing of use.
+// stubborn gives no useful answers.
 type stubborn struct{ blockmap.Device }
 
 func (stubborn) Status(blockmap.Extent) blockmap.Status { return blockmap.Status{} }
@@ -327,7 +327,7 @@ func TestBlockStatusBounds(t *testing.T) {
 	}
 }
 
-// slowPrefetch is prefetched when it is told to be, and counts what it was asked.
+// slowPrefetch prefetches when the test tells it to, and counts requests for it.
 type slowPrefetch struct {
 	*blocktest.Memory
 	mu      sync.Mutex
@@ -340,7 +340,7 @@ func (d *slowPrefetch) Prefetch(e blockmap.Extent) {
 	d.pending = append(d.pending, e)
 }
 
-// take brings what was asked for.
+// take prefetches the requested chunks.
 func (d *slowPrefetch) take(ctx context.Context) []blockmap.Extent {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -367,7 +367,7 @@ func TestCache(t *testing.T) {
 		for range 100 {
 			c.mustDo(cmdCache, 0, 0, size, nil) // answered before it is done
 		}
-		// What is asked of the device stays little however much clients want.
+		// The server asks the device for little, however much clients request.
 		var brought int64
 		for range size / cacheStep {
 			time.Sleep(time.Second)
@@ -389,7 +389,8 @@ func TestCache(t *testing.T) {
 		if es := p.take(t.Context()); len(es) > 0 {
 			t.Errorf("and %v", es)
 		}
-		// A device that does not bring what it is asked for is asked for no more.
+		// The server stops asking a device that does not bring what the server asks
+		// for.
 		dev.Evict(blockmap.Range(0, size))
 		c.mustDo(cmdCache, 0, 0, size, nil)
 		time.Sleep(2 * time.Minute)
@@ -401,7 +402,7 @@ func TestCache(t *testing.T) {
 		c.nc.Close()
 	})
 
-	// However many commands there are, few are at work.
+	// However many commands arrive, only a few run at once.
 	synctest.Test(t, func(t *testing.T) {
 		dev := blocktest.NewMemory(testSize)
 		dev.Fill(make([]byte, testSize), 0)
@@ -423,7 +424,7 @@ func TestCache(t *testing.T) {
 	})
 }
 
-// The device's errors and what a client sees of them.
+// Errors of the device, and what a client sees of them.
 func TestDeviceErrors(t *testing.T) {
 	dev := newPatternDevice(testSize)
 	var fail atomic.Value
@@ -462,7 +463,7 @@ func TestDeviceErrors(t *testing.T) {
 		structured.mustFail(cmdWrite, cmdFlagFUA, 0, 100, test.write)
 	}
 
-	// What lies before the hole in the cache is delivered.
+	// The client gets the bytes before the hole in the cache.
 	structured.send(cmdRead, 0, 8, 4096-10, 3*4096)
 	cs := structured.reply(0)
 	if len(cs) != 2 || cs[0].typ != chunkData || cs[0].flags != 0 ||
@@ -473,13 +474,13 @@ func TestDeviceErrors(t *testing.T) {
 	dev.NoPins(t)
 }
 
-// errWrap makes errors of all kinds storable in one atomic.Value.
+// errWrap lets errors of all kinds be stored in one atomic.Value.
 type errWrap struct{ err error }
 
 func (e *errWrap) Error() string { return "wrapped: " + e.err.Error() }
 func (e *errWrap) Unwrap() error { return e.err }
 
-// gate holds up Faults until it is opened.
+// gate blocks Faults until it is opened.
 type gate struct {
 	waiting chan struct{} // one for each that has come
 	open    chan struct{}
@@ -530,8 +531,8 @@ func TestHitsOvertakeMisses(t *testing.T) {
 	}
 }
 
-// Many misses of one connection wait at once, up to the bound; then the
-// connection reads no more, and goes on when they are done.
+// Many misses of one connection wait at once, up to the bound. Then the server stops
+// reading the connection, and continues when they are done.
 func TestMissesInFlight(t *testing.T) {
 	overall, err := NewAdmission(Limits{Requests: 7})
 	if err != nil {
@@ -620,7 +621,7 @@ func TestMissesTakeTheirTimeTogether(t *testing.T) {
 	})
 }
 
-// A device that never gets what it promises is an error, not a loop.
+// A device that never makes promised data resident causes an error, not a loop.
 func TestFaultTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newPipeListener()
@@ -646,8 +647,8 @@ func (never) Fault(context.Context, blockmap.Extent) error   { return nil }
 func (never) Prefetch(blockmap.Extent)                       {}
 func (never) Status(e blockmap.Extent) blockmap.Status       { return blockmap.Status{Extent: e} }
 
-// A client that takes no replies is dropped after WriteTimeout, and what it had
-// pinned is released.
+// The server drops a client that reads no replies after WriteTimeout, and releases its
+// pins.
 func TestStuckClient(t *testing.T) {
 	dev := newPatternDevice(testSize)
 	l, log := newLogged()
@@ -677,7 +678,7 @@ func TestStuckClient(t *testing.T) {
 	}
 }
 
-// A client that vanishes takes its waiting requests with it.
+// If a client vanishes, its waiting requests end.
 func TestVanishedClient(t *testing.T) {
 	dev := newFullDevice(testSize)
 	dev.Evict(blockmap.Range(0, testSize))
@@ -696,7 +697,7 @@ func TestVanishedClient(t *testing.T) {
 	dev.NoPins(t)
 }
 
-// DISC answers what is in flight first.
+// DISC answers requests in flight first.
 func TestDisc(t *testing.T) {
 	dev := newFullDevice(testSize)
 	dev.Evict(blockmap.Range(0, testSize))
@@ -713,8 +714,8 @@ func TestDisc(t *testing.T) {
 	c.closed()
 }
 
-// Reads, writes and misses from several connections at once, byte by byte
-// checked against what the connection itself has written.
+// Reads, writes and misses from several connections at once. Every byte is checked
+// against the connection's own writes.
 func TestConcurrency(t *testing.T) {
 	const part = 64 * 4096
 	dev := blocktest.NewMemory(4 * part)
@@ -727,7 +728,7 @@ func TestConcurrency(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(1, uint64(i)))
 			want := make([]byte, part)
 			for range 50 {
-				// Writes that do not overlap, all at once.
+				// Concurrent writes that do not overlap.
 				var p []byte
 				const n = 16
 				for j := range int64(n) {
@@ -751,7 +752,7 @@ func TestConcurrency(t *testing.T) {
 					got = assemble(t, cs, uint64(i*part), part)
 				}
 				if !bytes.Equal(got, want) {
-					t.Errorf("connection %d read something else than it wrote", i)
+					t.Errorf("connection %d did not read what it wrote", i)
 					return
 				}
 			}

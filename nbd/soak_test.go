@@ -19,8 +19,8 @@ import (
 
 var soakTime = flag.Duration("soak", 2*time.Second, "how long TestSoak takes")
 
-// TestSoak lets 64 clients connect, misbehave and vanish for a while. At the
-// end the server has the goroutines, descriptors and memory it began with.
+// TestSoak lets 64 clients connect, misbehave and vanish for a while. At the end the
+// server has as many goroutines and descriptors and as much memory as at the start.
 func TestSoak(t *testing.T) {
 	const clients = 64
 	dev := newFullDevice(8 << 20)
@@ -42,7 +42,7 @@ func TestSoak(t *testing.T) {
 	}
 	path := serve(t, srv)
 
-	// The counts before: after one round, so that pools are warm.
+	// The counts before: taken after one round, so that pools are warm.
 	var rounds atomic.Int64
 	run := func(d time.Duration) {
 		end := time.Now().Add(d)
@@ -83,7 +83,7 @@ func TestSoak(t *testing.T) {
 		t.Errorf("%d KiB of heap, %d before", heap2>>10, heap>>10)
 	}
 	dev.NoPins(t)
-	// And it serves.
+	// The server still serves.
 	c := dial(t, path)
 	c.enter(true)
 	c.mustDo(cmdFlush, 0, 0, 0, nil)
@@ -102,7 +102,7 @@ func census(t testing.TB) (goroutines, fds int, heap uint64) {
 	return runtime.NumGoroutine(), len(ents), m.HeapAlloc
 }
 
-// misbehave is one connection of a client that means no good, or has no luck.
+// misbehave is one connection of a hostile or broken client.
 func misbehave(t testing.TB, path string, rnd *rand.Rand) {
 	nc, err := net.Dial("unix", path)
 	if err != nil {
@@ -136,7 +136,7 @@ func misbehave(t testing.TB, path string, rnd *rand.Rand) {
 		say(appendOption(p, optGo, infoData("nothing")))
 		return
 	}
-	// Options are sent ahead, which the server takes, too.
+	// The client sends options ahead, which the server also accepts.
 	p = appendOption(p, optSetMetaContext, metaData("disk", "base:allocation", "x-thaw:resident"))
 	say(appendOption(p, optGo, infoData("disk")))
 

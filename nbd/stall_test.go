@@ -13,8 +13,8 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// stalledClient asks for all of a device of testSize a few times, in requests of
-// n bytes, and takes nothing. It returns how many it has asked.
+// stalledClient requests all of a device of testSize a few times, in requests of n
+// bytes, and reads no replies. It returns the number of its requests.
 func stalledClient(c *client, n uint32) (asked uint64) {
 	var p []byte
 	for range 4 {
@@ -27,8 +27,8 @@ func stalledClient(c *client, n uint32) (asked uint64) {
 	return asked
 }
 
-// A client that takes no replies pins nothing, whether they are hits or misses or
-// both, and gets them all when it goes on.
+// A client that reads no replies pins nothing, for hits, misses or both, and gets all
+// replies when it continues.
 func TestStalledClientPinsNothing(t *testing.T) {
 	for _, transport := range transports {
 		for _, absent := range []int64{0, testSize / 2, testSize} {
@@ -43,7 +43,7 @@ func TestStalledClientPinsNothing(t *testing.T) {
 				l.wait(t, "does not take its replies")
 				dev.NoPins(t)
 
-				// Tasks that end while it stalls pin nothing either.
+				// Tasks that end during the stall pin nothing either.
 				for range asked {
 					k := c.chunk(n)
 					off := int64(k.cookie) * n % testSize
@@ -58,7 +58,7 @@ func TestStalledClientPinsNothing(t *testing.T) {
 	}
 }
 
-// Misses that end while the client stalls are copied as they come.
+// Misses that end during the stall are copied as they arrive.
 func TestMissesOfStalledClient(t *testing.T) {
 	for _, transport := range transports {
 		dev := newFullDevice(testSize)
@@ -93,8 +93,8 @@ func TestMissesOfStalledClient(t *testing.T) {
 	}
 }
 
-// A quota smaller than what one client has asked for and does not take is there for
-// the others.
+// If a quota is smaller than what one client has requested and does not read, the quota
+// is still available to other clients.
 func TestStalledClientLeavesTheCache(t *testing.T) {
 	for _, transport := range transports {
 		t.Run(transport, func(t *testing.T) {
@@ -123,7 +123,7 @@ func TestStalledClientLeavesTheCache(t *testing.T) {
 	}
 }
 
-// What finished misses pin counts, not what they show.
+// The pinned bytes of finished misses count, not the bytes that they show.
 func TestPinsAreCharged(t *testing.T) {
 	const weight, bound = 1 << 20, 8
 	dev := blocktest.NewMemory(64 * 4096)
@@ -142,7 +142,7 @@ func TestPinsAreCharged(t *testing.T) {
 	}
 	s.tasks.Wait()
 	if n := dev.Pins(); n == 0 || n > bound {
-		t.Errorf("%d chunks are pinned, where %d are allowed", n, bound)
+		t.Errorf("%d chunks are pinned, %d are allowed", n, bound)
 	}
 	if n := s.client.InFlight().Bytes; n > bound*weight {
 		t.Errorf("%d bytes are charged", n)
@@ -187,7 +187,8 @@ func TestPausedClient(t *testing.T) {
 	})
 }
 
-// With WriteTimeout a client that takes nothing goes, and one that is slow stays.
+// With WriteTimeout, the server drops a client that reads nothing, and keeps a slow
+// one.
 func TestWriteTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dev := newPatternDevice(testSize)
@@ -230,7 +231,7 @@ func TestIdleTimeout(t *testing.T) {
 			time.Sleep(9 * time.Second)
 			c.mustDo(cmdFlush, 0, 0, 0, nil)
 		}
-		// A request in flight is no idleness, nor is the time just after it.
+		// A connection with a request in flight is not idle, nor is it just after.
 		c.send(cmdRead, 0, 1, 0, 4096)
 		c.reply(4096)
 		time.Sleep(9 * time.Second)
@@ -242,7 +243,8 @@ func TestIdleTimeout(t *testing.T) {
 		}
 		lines.wait(t, "idle_timeout=10s")
 
-		// Half a request is not one in flight. Nor is a payload that does not come.
+		// Half a request does not count as a request in flight. A payload that does not
+		// arrive does not either.
 		for _, p := range [][]byte{make([]byte, 5), appendRequest(nil, cmdWrite, 0, 1, 0, 4096)} {
 			c = dial()
 			c.write(p)
@@ -252,7 +254,7 @@ func TestIdleTimeout(t *testing.T) {
 				t.Errorf("closed after %v", d)
 			}
 		}
-		// The bound does not get in the way of a shutdown.
+		// The bound does not delay a shutdown.
 		c = dial()
 		if err := srv.Shutdown(t.Context()); err != nil {
 			t.Error(err)

@@ -22,8 +22,8 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// pki is a CA and what it has signed, in memory and as the files that foreign
-// clients want.
+// pki is a CA with the certificates that it has signed, in memory and as the files that
+// foreign clients need.
 type pki struct {
 	dir    string
 	pool   *x509.CertPool
@@ -131,7 +131,7 @@ func TestTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-seen
-	// Nothing from before counts.
+	// Nothing from before TLS counts.
 	c.want(optSetMetaContext, metaData("disk", "base:allocation"), repErrInvalid)
 	c.want(optStartTLS, nil, repErrInvalid)
 	c.option(optInfo, infoData("theirs"))
@@ -167,7 +167,7 @@ func TestTLS(t *testing.T) {
 	}
 	c.enter(true)
 
-	// 1.2 is refused, whatever the configuration says.
+	// The server refuses 1.2, whatever the configuration says.
 	c = dial(t, path)
 	cfg3 := cfg.Clone()
 	cfg3.MaxVersion = tls.VersionTLS12
@@ -175,7 +175,7 @@ func TestTLS(t *testing.T) {
 		t.Error("TLS 1.2 is accepted")
 	}
 
-	// What was sent in the clear behind STARTTLS is not taken for TLS's.
+	// The server does not take bytes sent in the clear after STARTTLS for TLS.
 	c = dial(t, path)
 	c.write(append(appendOption(nil, optStartTLS, nil), appendOption(nil, optGo, infoData("disk"))...))
 	c.optReply()
@@ -189,7 +189,7 @@ func TestTLS(t *testing.T) {
 	c.want(optStartTLS, nil, repErrInvalid)
 }
 
-// watching tells of who opens.
+// watching reports the client that opens an export.
 type watching struct {
 	Static
 	seen chan ClientInfo
@@ -224,7 +224,7 @@ func TestRequireTLS(t *testing.T) {
 	c.closed()
 }
 
-// Renewed certificates are used by the next client.
+// The next client gets renewed certificates.
 func TestTLSFunc(t *testing.T) {
 	old, renewed := newPKI(t), newPKI(t)
 	var cfg atomic.Pointer[tls.Config]
@@ -247,7 +247,7 @@ func TestTLSFunc(t *testing.T) {
 	first.mustDo(cmdFlush, 0, 0, 0, nil)
 }
 
-// Shutdown over TLS answers what is in flight too.
+// Shutdown over TLS also answers requests in flight.
 func TestShutdownTLS(t *testing.T) {
 	p := newPKI(t)
 	dev := newPatternDevice(testSize)

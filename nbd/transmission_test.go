@@ -22,7 +22,8 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// socketPair is two ends of a unix socket, as the kernel's nbd driver is given one.
+// socketPair returns the two ends of a unix socket, as the kernel's nbd driver gets
+// one.
 func socketPair(t testing.TB) (a, b net.Conn) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -54,7 +55,7 @@ func transmit(t testing.TB, ctx context.Context, srv *Server, e *Export) (c *cli
 	return &client{t, nc}, ended
 }
 
-// within returns what comes of ch, and fails t where nothing does.
+// within returns the next value of ch, and fails t if none arrives in time.
 func within(t testing.TB, ch <-chan error) error {
 	t.Helper()
 	select {
@@ -89,7 +90,7 @@ func TestTransmission(t *testing.T) {
 	p := pattern(7, 10000)
 	c.mustDo(cmdWrite, 0, 5000, 10000, p)
 	if !bytes.Equal(dev.Content(blockmap.Range(5000, 10000)), p) {
-		t.Error("WRITE has put something else")
+		t.Error("WRITE has stored other bytes")
 	}
 	dev.Calls()
 	c.mustDo(cmdWrite, cmdFlagFUA, 0, 4096, make([]byte, 4096))
@@ -106,7 +107,7 @@ func TestTransmission(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 
-	// What came before DISC is answered.
+	// Requests before DISC are answered.
 	dev.Evict(blockmap.Range(0, testSize))
 	c.write(appendRequest(appendRequest(nil, cmdRead, 0, 1, 16384, 4096), cmdDisc, 0, 2, 0, 0))
 	if k := c.chunk(4096); k.cookie != 1 || k.errno != 0 {
@@ -150,7 +151,7 @@ func TestTransmissionOverSeveralConnections(t *testing.T) {
 	}
 }
 
-// However the session ends, nothing of it is left, and the caller is told why.
+// However the session ends, nothing of it is left, and the caller gets the reason.
 func TestTransmissionEnds(t *testing.T) {
 	gone := errors.New("the device was detached")
 	for name, test := range map[string]struct {
@@ -229,7 +230,7 @@ func TestTransmissionPeerDies(t *testing.T) {
 
 func isGone(err error) bool { return gone(err) }
 
-// Shutdown answers what is in flight, as for a client that came by a listener.
+// Shutdown answers requests in flight, as for a client of a listener.
 func TestTransmissionShutdown(t *testing.T) {
 	dev := newFullDevice(testSize)
 	dev.Evict(blockmap.Range(0, testSize))
@@ -305,7 +306,7 @@ func TestCheck(t *testing.T) {
 		}
 	}
 	if err := (&Server{MaxInFlightBytes: -5}).Check(); err == nil {
-		t.Error("negative bytes in flight were taken")
+		t.Error("a negative limit of bytes in flight was accepted")
 	}
 	for _, srv := range []*Server{{}, {MaxConns: 1, MaxWaiters: 1, MaxInFlightBytes: MinInFlightBytes}} {
 		if err := srv.Check(); err != nil {
@@ -314,8 +315,8 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// remote is a device at the other end of a connection: a client with many requests
-// in flight, for the suite of devices.
+// remote is a device at the other end of a connection: a client with many requests in
+// flight, for the conformance suite of devices.
 type remote struct {
 	t          testing.TB
 	nc         net.Conn
@@ -407,7 +408,7 @@ func (r *remote) do(ctx context.Context, cmd, flags uint16, e blockmap.Extent, p
 	return cs, nil
 }
 
-// fits reports whether the wire has a way to ask for e.
+// fits reports whether the protocol can express e.
 func fits(e blockmap.Extent) error {
 	if e.Start < 0 || e.Len() < 0 || e.Len() > maxPayload {
 		return e.Check(0)
@@ -417,7 +418,7 @@ func fits(e blockmap.Extent) error {
 
 func (r *remote) Size() int64 { return r.size }
 
-// View reads: a client has no other way to see what is resident.
+// View reads: a client cannot see what is resident in any other way.
 func (r *remote) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	p, err := r.read(context.Background(), e)
 	if err != nil {
@@ -504,9 +505,9 @@ func (r *remote) Flush(ctx context.Context) error {
 	return err
 }
 
-// A writable device is one for clients too: the suite of devices is put to a device
-// in memory through a server. With metadata contexts it is negotiated with; without,
-// the client begins with transmission.
+// A writable device is writable for clients too: the conformance suite of devices runs
+// on a device in memory through a server. With metadata contexts the connection is
+// negotiated; without them the client begins with transmission.
 func TestServesWritableDevice(t *testing.T) {
 	const size = 64 * blockmap.BlockSize
 	content := newPatternDevice(size).Content(blockmap.Range(0, size))

@@ -321,13 +321,13 @@ func TestCheckFaults(t *testing.T) {
 	}
 	b := newBroken(t)
 	if err := Check(b, b.size); err != nil {
-		t.Errorf("what is not broken: %v", err)
+		t.Errorf("an undamaged image: %v", err)
 	}
 	if err := Check(b, b.size-1); err == nil {
-		t.Error("Check takes a device that is too short")
+		t.Error("Check accepts a device that is too short")
 	}
 	if err := Check(b, 0); err == nil {
-		t.Error("Check takes a device of nothing")
+		t.Error("Check accepts an empty device")
 	}
 }
 
@@ -438,7 +438,7 @@ func TestCheckFlippedBits(t *testing.T) {
 			}
 			data[at] ^= 1 << (at % 8)
 			if err := Check(b, b.size); err == nil {
-				t.Errorf("byte %d of block %d may be anything", at, block)
+				t.Errorf("Check ignores byte %d of block %d", at, block)
 			}
 			data[at] ^= 1 << (at % 8)
 		}
@@ -467,7 +467,7 @@ func TestCheckReadErrors(t *testing.T) {
 		err := Check(f, b.size)
 		if err == nil {
 			if f.n < 0 {
-				t.Fatalf("the failure of read %d is not told", n)
+				t.Fatalf("the failure of read %d is not reported", n)
 			}
 			break
 		}

@@ -92,7 +92,7 @@ func TestLayoutErrors(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			_, err := Layout(test.root, testOptions)
 			if err == nil {
-				t.Fatal("it was laid out")
+				t.Fatal("Layout succeeded")
 			}
 			for _, want := range test.want {
 				if !strings.Contains(err.Error(), want) {

@@ -204,7 +204,7 @@ func TestFill(t *testing.T) {
 	mounted, unmount = blocktest.Mount(t, path, "ext4", true)
 	for i := 0; int64(i) < written/int64(len(b)); i++ {
 		if got, err := os.ReadFile(fmt.Sprint(mounted, "/fill ", i)); err != nil || !bytes.Equal(got, b) {
-			t.Fatalf("file %d has not what was written: %v", i, err)
+			t.Fatalf("file %d does not have the written bytes: %v", i, err)
 		}
 	}
 	unmount()

@@ -57,7 +57,7 @@ func checkRuns(t testing.TB, fs *Filesystem) {
 	runs := fs.Runs()
 	for i, r := range runs {
 		if r.Count == 0 || uint64(r.Device) < device {
-			t.Fatalf("run %d, %v, is empty or not behind block %d", i, r, device)
+			t.Fatalf("run %d, %v, is empty or does not start after block %d", i, r, device)
 		}
 		device = uint64(r.Device) + uint64(r.Count)
 		if r.Stream == 0 {
@@ -69,7 +69,7 @@ func checkRuns(t testing.TB, fs *Filesystem) {
 		if i > 0 {
 			p := runs[i-1]
 			if p.Stream == r.Stream && p.Device+p.Count == r.Device && p.Block+p.Count == r.Block {
-				t.Fatalf("runs %d and %d, %v and %v, are one", i-1, i, p, r)
+				t.Fatalf("runs %d and %d, %v and %v, should be one run", i-1, i, p, r)
 			}
 			if p.Stream > r.Stream || p.Stream == r.Stream && p.Block+p.Count > r.Block {
 				t.Fatalf("runs %d and %d, %v and %v, are not in stream order", i-1, i, p, r)

@@ -166,7 +166,7 @@ func TestConcurrentWriteMeta(t *testing.T) {
 	wg.Wait()
 	for i := range out {
 		if !bytes.Equal(out[0].Bytes(), out[i].Bytes()) {
-			t.Errorf("writer %d wrote something else", i)
+			t.Errorf("writer %d wrote other bytes", i)
 		}
 	}
 }

@@ -293,7 +293,7 @@ func (g *guesser) elf(ctx context.Context, file string) (*ext4.Inode, *elfFile, 
 }
 
 // want predicts reads of an existing file: the whole file, or its two ends, where
-// archives and tables have their headers.
+// archives and tables begin.
 func (g *guesser) want(file string) {
 	in := g.regular(file)
 	if in == nil || g.wanted[in] {

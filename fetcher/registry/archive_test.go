@@ -61,8 +61,8 @@ func savedConfig(t *testing.T, layers ...[]byte) []byte {
 	return b
 }
 
-// What docker save wrote before and after version 25: a directory a layer,
-// with links where a layer comes twice, and blobs by digest.
+// The formats of docker save before and after version 25: a directory for each layer,
+// with links for repeated layers, and blobs by digest.
 func TestArchive(t *testing.T) {
 	ctx := context.Background()
 	one, two := noise(100_000, 1), noise(5000, 2)
@@ -148,7 +148,7 @@ func TestArchive(t *testing.T) {
 	}
 }
 
-// The reader of a layer finds out that its diff ID is wrong.
+// The reader of a layer reports that its diff ID is wrong.
 func TestArchiveAltered(t *testing.T) {
 	ctx := context.Background()
 	layer := noise(1000, 1)

@@ -38,7 +38,7 @@ func tool(t testing.TB, b []byte, args ...string) []byte {
 	return out
 }
 
-// layoutTar is a tar of a layout with an image tagged v1.
+// layoutTar returns a tar of a layout with an image tagged v1.
 func layoutTar(t testing.TB) (raw []byte, img, layer v1.Descriptor) {
 	t.Helper()
 	dir := t.TempDir()
@@ -47,8 +47,8 @@ func layoutTar(t testing.TB) (raw []byte, img, layer v1.Descriptor) {
 	return tool(t, nil, "tar", "-C", dir, "-cf", "-", "."), img, layer
 }
 
-// An OCI archive is read like the layout that it is of, compressed or not; so
-// is a layout in what is called a docker archive.
+// An OCI archive, compressed or not, is read like the layout in it. A layout in a
+// docker archive is too.
 func TestOCIArchive(t *testing.T) {
 	ctx := t.Context()
 	plain, img, layer := layoutTar(t)
@@ -98,7 +98,7 @@ func TestOCIArchive(t *testing.T) {
 	}
 }
 
-// A block image in an archive is beside its subject there too.
+// A block image in an archive is found beside its subject too.
 func TestOCIArchiveReferrers(t *testing.T) {
 	dir := t.TempDir()
 	c := newClient(t, Options{})
@@ -117,7 +117,7 @@ func TestOCIArchiveReferrers(t *testing.T) {
 	}
 }
 
-// What the tools of today write, and compress.
+// The archives that today's tools write and compress.
 func TestArchiveTools(t *testing.T) {
 	ctx := t.Context()
 	dir := t.TempDir()
@@ -227,7 +227,7 @@ func TestArchiveOfBoth(t *testing.T) {
 	}
 }
 
-// Archives that want to do harm, or are merely odd.
+// Archives that are hostile or merely odd.
 func TestArchiveHostile(t *testing.T) {
 	c := newClient(t, Options{})
 	layer := []byte("the layer")
@@ -292,7 +292,7 @@ func TestArchiveHostile(t *testing.T) {
 		}
 	}
 
-	// The last of a name counts, as when it is unpacked.
+	// The last entry of a name counts, as in unpacking.
 	twice := writeTar(t, entry{name: "c", body: []byte("?")}, entry{name: "./x/../c", body: config}, entry{name: "l", body: layer}, entry{name: "manifest.json", body: saved("c", "l")})
 	if _, err := openRepo(t, c, "docker-archive:"+twice).Resolve(t.Context(), nil); err != nil {
 		t.Error(err)
@@ -322,7 +322,7 @@ func TestArchiveHostile(t *testing.T) {
 	}
 }
 
-// tar --sparse makes members whose bytes are not the content.
+// tar --sparse writes members whose bytes are not the content.
 func TestArchiveSparse(t *testing.T) {
 	for _, format := range []string{"--format=gnu", "--format=pax"} {
 		dir := t.TempDir()
@@ -345,8 +345,8 @@ func writeFile(t testing.TB, path string, b []byte) string {
 	return path
 }
 
-// A compressed archive that is damaged, asks for too much memory or for too
-// much disk is an error with a sentence.
+// A compressed archive that is damaged, or needs too much memory or too much disk,
+// fails with a clear error.
 func TestDecompressBounds(t *testing.T) {
 	plain, _, _ := layoutTar(t)
 	resolve := func(b []byte, o Options) error {
@@ -376,7 +376,7 @@ func TestDecompressBounds(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 
-	// Four bytes of header ask for 1.5 GiB.
+	// A header of four bytes asks for 1.5 GiB.
 	big := tool(t, plain, "xz", "-c", "--lzma2=preset=0,dict=1536MiB")
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
@@ -385,7 +385,7 @@ func TestDecompressBounds(t *testing.T) {
 	}
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > 64<<20 {
-		t.Errorf("%d MiB were allocated to refuse it", n>>20)
+		t.Errorf("refusing it allocated %d MiB", n>>20)
 	}
 }
 
@@ -424,7 +424,7 @@ func TestSparseWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	if st.Size != int64(len(data))+90<<20 || st.Blocks*512 > 1<<20 {
-		t.Errorf("%d bytes that take %d", st.Size, st.Blocks*512)
+		t.Errorf("%d bytes take %d bytes of disk", st.Size, st.Blocks*512)
 	}
 	got := make([]byte, len(data))
 	if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, data) {
@@ -441,7 +441,7 @@ func TestSparseWriter(t *testing.T) {
 	}
 }
 
-// The error of a full disk names the directory and what to do.
+// The error of a full disk names the directory and the remedy.
 func TestDecompressFullDisk(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("mounting takes root")
@@ -465,7 +465,7 @@ func TestDecompressFullDisk(t *testing.T) {
 	}
 }
 
-// Where a file is expected something else lies: an error, at once.
+// If another kind of file is in the place of an expected file, reading fails at once.
 func TestNotRegular(t *testing.T) {
 	c := newClient(t, Options{})
 	dir := t.TempDir()
@@ -536,7 +536,7 @@ func TestNotRegular(t *testing.T) {
 		}
 		soon(name, func() error { _, err := r.Resolve(context.Background(), nil); return err })
 	}
-	// A manifest that is none does not hide what the others refer to.
+	// An invalid manifest does not hide what the others refer to.
 	l := t.TempDir()
 	r := openRepo(t, c, "oci:"+l+":v1")
 	img, _ := pushImage(t, t.Context(), r, "v1", []byte("one"), amd64)
@@ -551,7 +551,7 @@ func TestNotRegular(t *testing.T) {
 	}
 }
 
-// Whoever interrupts need not wait until all is decompressed, and the next one
+// A user who interrupts need not wait for the decompression to end, and the next caller
 // can still read the archive.
 func TestDecompressCancelled(t *testing.T) {
 	plain, img, _ := layoutTar(t)
@@ -566,7 +566,7 @@ func TestDecompressCancelled(t *testing.T) {
 	}
 }
 
-// Anything is an archive or an error.
+// Any input is an archive or an error.
 func FuzzArchive(f *testing.F) {
 	plain, _, _ := layoutTar(f)
 	small := func(b []byte) []byte { return b[:min(len(b), 8<<10)] }
@@ -606,7 +606,7 @@ func FuzzArchive(f *testing.F) {
 	})
 }
 
-// The guard passes on all that xz writes, byte by byte.
+// The guard passes all output of xz, byte by byte.
 func FuzzXZGuard(f *testing.F) {
 	plain, _, _ := layoutTar(f)
 	f.Add(tool(f, plain[:4096], "xz", "-c", "--block-size=1024"))

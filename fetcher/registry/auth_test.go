@@ -66,14 +66,14 @@ func setPassword(t *testing.T, path, password string) {
 	if err := os.WriteFile(path, []byte(line+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// docker-registry looks at the time of the file.
+	// docker-registry checks the modification time of the file.
 	later := time.Now().Add(time.Duration(len(password)) * time.Second)
 	if err := os.Chtimes(path, later, later); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// Basic authentication at a real registry, whose password changes under way.
+// Basic authentication at a real registry whose password changes meanwhile.
 func TestBasic(t *testing.T) {
 	ctx := context.Background()
 	file := htpasswd(t, "one")
@@ -133,8 +133,8 @@ func TestBasic(t *testing.T) {
 	}
 }
 
-// A tokenServer gives tokens that live for a while, to who has the password,
-// and a registry wants them.
+// A tokenServer gives short-lived tokens to clients with the password, for a registry
+// that requires tokens.
 type tokenServer struct {
 	t        *testing.T
 	registry *httptest.Server
@@ -276,7 +276,8 @@ func TestToken(t *testing.T) {
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
-		// Renewed before it expired: nothing was refused but once.
+		// The client renews the token before it expires: the registry has refused only
+		// once.
 		if st := c.Stats(); st[0].Errors[401] > 40 {
 			t.Errorf("%+v", st)
 		}
@@ -345,7 +346,7 @@ func TestToken(t *testing.T) {
 	})
 }
 
-// The password is not sent in the clear because a registry says so.
+// The client does not send the password in the clear because a registry asks for it.
 func TestTokenRealm(t *testing.T) {
 	a := &authorizer{client: newClient(t, Options{}), root: &url.URL{Scheme: "https", Host: "registry.example"}, repository: "app"}
 	for _, realm := range []string{"http://token.example/", "ftp://token.example/", "/token", "https://u:p@token.example/", "%", "http://10.0.0.1/"} {

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// An upload that is given up is cancelled at the registry, whichever of its requests
-// hangs: FinishUploads waits for that, and Close does not.
+// The client cancels an abandoned upload at the registry, whichever of its requests
+// hangs. FinishUploads waits for the cancellation, and Close does not.
 func TestUploadsAreCancelled(t *testing.T) {
 	for _, hangs := range []string{http.MethodPost, http.MethodPatch, http.MethodPut, http.MethodDelete} {
 		t.Run(hangs, func(t *testing.T) {
@@ -24,7 +24,7 @@ func TestUploadsAreCancelled(t *testing.T) {
 				if step == http.MethodDelete {
 					deleted <- r.URL.Path
 				}
-				// Another step has to fail for there to be a DELETE.
+				// There is a DELETE only if another step fails.
 				if step == hangs || hangs == http.MethodDelete && step == http.MethodPatch {
 					giveUp()
 					if step != http.MethodPost { // which is answered late
@@ -54,13 +54,13 @@ func TestUploadsAreCancelled(t *testing.T) {
 			}
 			began := time.Now()
 			if _, err := repo.PushBytes(ctx, make([]byte, 2*monolithic), "application/octet-stream"); ctx.Err() == nil || err == nil {
-				t.Fatalf("the push was not given up: %v", err)
+				t.Fatalf("the push was not cancelled: %v", err)
 			}
 			if hangs == http.MethodDelete {
 				<-deleted
 				c.Close()
 				if took := time.Since(began); took >= cancelTime {
-					t.Errorf("Close waits for a registry that does not answer, for %v", took)
+					t.Errorf("Close waited %v for a registry that does not answer", took)
 				}
 				return
 			}

@@ -43,11 +43,11 @@ func eventually(t *testing.T, what string, ok func() bool) {
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	t.Fatal("it never came to that: ", what)
+	t.Fatal("this never happened: ", what)
 }
 
-// The first connection brings spare ones, which the next are; later ones are made
-// as they are needed. Unused ones are closed with the client.
+// The first connection makes the client open spare ones, which it uses next. It makes
+// later ones as needed. It closes unused ones when it is closed.
 func TestSpareConnections(t *testing.T) {
 	addr, conns, open := counting(t)
 	d := newDialer(net.Dialer{Timeout: time.Second})
@@ -64,7 +64,7 @@ func TestSpareConnections(t *testing.T) {
 	second := dial()
 	defer second.Close()
 	if n := conns.Load(); n != 1+spareConns {
-		t.Errorf("%d connections: the second one is not a spare one", n)
+		t.Errorf("%d connections: the second connection was not a spare one", n)
 	}
 	for range spareConns {
 		defer dial().Close()
@@ -81,11 +81,11 @@ func TestSpareConnections(t *testing.T) {
 	eventually(t, "spare connections closed", func() bool { return otherOpen() == 1 })
 	c.Close()
 	if n := open(); n != 2+spareConns {
-		t.Errorf("%d connections are open: closing takes those that are in use", n)
+		t.Errorf("%d connections are open: Close has closed connections in use", n)
 	}
 }
 
-// A host that does not answer fails as it would without spare connections.
+// A host that does not answer fails in the same way as without spare connections.
 func TestSpareConnectionsToNobody(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

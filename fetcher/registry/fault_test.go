@@ -20,8 +20,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// A faulty proxy stands between a client and a registry. fault, if not nil,
-// handles a request itself, or says that it has not.
+// A faulty proxy is between a client and a registry. If fault is not nil, it handles a
+// request itself, or reports that it has not.
 type faulty struct {
 	*httptest.Server
 	fault    atomic.Pointer[func(http.ResponseWriter, *http.Request) bool]
@@ -70,8 +70,8 @@ func isBlob(r *http.Request) bool {
 	return r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/sha256:")
 }
 
-// cut sends the answer's headers and n bytes of its body, and then resets
-// the connection or closes it.
+// cut sends the headers of the answer and n bytes of its body, and then resets or
+// closes the connection.
 func cut(w http.ResponseWriter, h http.Header, status int, body []byte, reset bool) {
 	for k, v := range h {
 		w.Header()[k] = v
@@ -90,7 +90,7 @@ func cut(w http.ResponseWriter, h http.Header, status int, body []byte, reset bo
 	c.Close()
 }
 
-// partly answers a range request of content like a server that stops short.
+// partly answers a range request of content like a server that stops early.
 func partly(w http.ResponseWriter, r *http.Request, content []byte, part float64, reset bool) {
 	var from, to int
 	if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); err != nil {
@@ -222,14 +222,14 @@ func TestRangeFaults(t *testing.T) {
 			if took := time.Since(start); took > 3*time.Second {
 				t.Errorf("took %v", took)
 			}
-			// net/http itself repeats one that a kept connection had no answer to.
-			// Where a range is wrong, the whole blob is asked for.
+			// net/http itself repeats a request that a kept connection did not answer.
+			// After a wrong range, the client requests the whole blob.
 			most := int64(1)
 			if strings.Contains(x.name, "ange") && !strings.Contains(x.name, "before") {
 				most = 2
 			}
 			if got := f.requests.Load(); got > most && !strings.HasPrefix(x.name, "redirects") && x.name != "reset before the headers" {
-				t.Errorf("%d requests: it is for the caller to try again", got)
+				t.Errorf("%d requests: only the caller may retry", got)
 			}
 			if !bytes.Equal(b, layer[off:off+len(b)]) {
 				t.Error("wrong bytes before the error")
@@ -275,7 +275,7 @@ func TestRangeCancel(t *testing.T) {
 	}
 }
 
-// Many ranges at once: each connection serves many of them.
+// Many ranges at once: each connection serves several of them.
 func TestRangeConnections(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{IdleConns: 32, StallTimeout: 5 * time.Second, HeaderTimeout: 5 * time.Second})
 	f.conns.Store(0)
@@ -300,8 +300,8 @@ func TestRangeConnections(t *testing.T) {
 	}
 }
 
-// A whole blob is read to its end through any number of breaks, and never
-// ends well when it is not the right one.
+// A whole blob is read to its end in spite of any number of breaks. It never ends
+// without an error if it is not the right blob.
 func TestOpenBlobFaults(t *testing.T) {
 	ctx := context.Background()
 	t.Run("breaks", func(t *testing.T) {
@@ -328,7 +328,7 @@ func TestOpenBlobFaults(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer rc.Close()
-		// The rest gets smaller each time; let the end come at last.
+		// The rest gets smaller with each break; stop breaking at the end.
 		head := make([]byte, len(layer)*3/4)
 		if _, err := io.ReadFull(rc, head); err != nil {
 			t.Fatal(err)
@@ -568,8 +568,8 @@ func TestPushFaults(t *testing.T) {
 	})
 }
 
-// Object storage: followed without credentials, remembered, and left when it
-// no longer answers.
+// The client follows a redirect to object storage without credentials, remembers it,
+// and drops it when the storage no longer answers.
 func TestRedirect(t *testing.T) {
 	ctx := context.Background()
 	var leaked, stored, signature atomic.Int64
@@ -615,7 +615,7 @@ func TestRedirect(t *testing.T) {
 	if n := f.requests.Load(); n != 2 {
 		t.Errorf("the registry was asked %d times after the signature had expired, want 2", n)
 	}
-	// It goes away altogether: one error, then the registry is asked again.
+	// The storage goes away: one read fails, then the client asks the registry again.
 	storage.Close()
 	f.set(nil)
 	if _, err := readRange(ctx, r, l.Digest, 0, 1000); !Temporary(err) || strings.Contains(err.Error(), "sig=") {
@@ -627,8 +627,8 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// Over TLS: HTTP/2, a certificate that is not trusted, plain HTTP where it
-// should not be, and a redirect down to it.
+// Over TLS: HTTP/2, an untrusted certificate, plain HTTP where it is not allowed, and a
+// redirect from HTTPS to HTTP.
 func TestTLS(t *testing.T) {
 	ctx := context.Background()
 	layer := noise(100_000, 5)
@@ -646,7 +646,7 @@ func TestTLS(t *testing.T) {
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	_, port, _ := net.SplitHostPort(strings.TrimPrefix(s.URL, "https://"))
-	// "example.com" is in the certificate; the dialer is told where it is.
+	// "example.com" is in the certificate; the dialer knows its address.
 	dial := func(c *Client) *Client {
 		c.transport.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, "127.0.0.1:"+port)
@@ -708,7 +708,7 @@ func TestLastFailure(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	if err := r.LastFailure(time.Now().Add(time.Second)); err != nil {
-		t.Errorf("what came before that: %v", err)
+		t.Errorf("a failure before that time: %v", err)
 	}
 	cancel()
 	if err := <-resolved; err == nil {

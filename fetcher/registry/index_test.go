@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// One entry that cannot be used must not hide the others.
+// An unusable entry must not hide the others.
 func TestParseIndex(t *testing.T) {
 	good := describe([]byte("good"), types.OCIManifestSchema1)
 	entry, err := json.Marshal(good)

@@ -33,8 +33,8 @@ type resource struct{ registry, repository string }
 func (r resource) String() string      { return r.registry + "/" + r.repository }
 func (r resource) RegistryStr() string { return r.registry }
 
-// The docker config, and a credential helper that it names, at a registry whose
-// password changes while it is being read from.
+// The docker config, with a credential helper that it names, at a registry whose
+// password changes during reads.
 func TestDockerConfig(t *testing.T) {
 	ctx := context.Background()
 	home := t.TempDir()

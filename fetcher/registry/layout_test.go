@@ -73,7 +73,7 @@ func TestSkopeo(t *testing.T) {
 	if got := digest(skopeo(t, "inspect", "--tls-verify=false", "docker://"+addr+"/app:mine")); got != pushed.Digest.String() {
 		t.Errorf("skopeo sees %s in the registry, want %s", got, pushed.Digest)
 	}
-	// Into the same layout, and out of one that skopeo has made.
+	// Push into the same layout, and read a layout that skopeo has made.
 	skopeo(t, "copy", "--preserve-digests", "--src-tls-verify=false", "docker://"+addr+"/app:mine", "oci:"+dir+":mine")
 	for tag, want := range map[string]v1.Hash{"mine": pushed.Digest, "v1": img.Digest} {
 		if d, err := r.Lookup(ctx, r.Ref().WithTag(tag)); err != nil || d.Digest != want {
@@ -161,8 +161,7 @@ func TestLayoutErrors(t *testing.T) {
 	sentence(err, "unsupported version")
 }
 
-// Pushes from everywhere at once lose nothing, and a reader never sees less
-// than a whole index.
+// Concurrent pushes lose nothing, and a reader always sees a whole index.
 func TestLayoutConcurrent(t *testing.T) {
 	ctx := context.Background()
 	dir := t.TempDir() + "/l"
@@ -210,8 +209,8 @@ func TestLayoutConcurrent(t *testing.T) {
 	checkLayout(t, dir)
 }
 
-// checkLayout looks at every file of a layout: blobs that are what their names
-// say, and nothing that was left behind.
+// checkLayout checks every file of a layout: blobs match their names, and no temporary
+// file is left.
 func checkLayout(t *testing.T, dir string) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
@@ -284,7 +283,7 @@ func TestLayoutPush(t *testing.T) {
 	if _, err := r.PushBlob(ctx, describe(other, "x/y"), link, nil); err != nil {
 		t.Error(err)
 	}
-	// A blob that something else has half written is replaced.
+	// A blob that another program has half written is replaced.
 	half := noise(1000, 4)
 	if err := os.WriteFile(filepath.Join(dir, "l/blobs/sha256", hashOf(half).Hex), half[:500], 0o600); err != nil {
 		t.Fatal(err)
@@ -315,7 +314,7 @@ func TestLayoutLock(t *testing.T) {
 	unlock()
 }
 
-// Entries of index.json that others wrote are kept, with all they say.
+// thaw keeps entries of index.json that other programs wrote, with all their fields.
 func TestEnter(t *testing.T) {
 	h := func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 	entry := func(c, tag, kind string) json.RawMessage {
@@ -362,8 +361,8 @@ func TestEnter(t *testing.T) {
 	}
 }
 
-// A layout may hold much beside the one image: block images, converted layers,
-// what cannot be read, other names of the same image.
+// A layout may hold much more than the one image: block images, converted layers,
+// unreadable entries, and other names of the same image.
 func TestLayoutOnlyImage(t *testing.T) {
 	ctx := t.Context()
 	dir := t.TempDir()
@@ -391,7 +390,7 @@ func TestLayoutOnlyImage(t *testing.T) {
 	if err := os.Truncate(filepath.Join(dir, blobName(d.Digest)), 10); err != nil {
 		t.Fatal(err)
 	}
-	// Entries that nobody can use.
+	// Entries that no program can use.
 	path := filepath.Join(dir, "index.json")
 	edit := func(change func(index map[string]any, entries []any) []any) {
 		t.Helper()
@@ -430,7 +429,7 @@ func TestLayoutOnlyImage(t *testing.T) {
 	if _, err := openRepo(t, r.client, "oci:"+dir+":long").Resolve(ctx, &amd64); err == nil || !strings.Contains(err.Error(), "tagged long cannot be used") {
 		t.Errorf("%v", err)
 	}
-	// What is pushed leaves them as they are.
+	// A push leaves them unchanged.
 	pushImage(t, ctx, r, "v2", []byte("another"), amd64)
 	b, err := os.ReadFile(path)
 	if err != nil || !strings.Contains(string(b), "sha512:") {
@@ -441,7 +440,7 @@ func TestLayoutOnlyImage(t *testing.T) {
 	}
 }
 
-// index.json is an index: a name in it may stand for an image a platform.
+// index.json is an index: a name in it may stand for one image per platform.
 func TestLayoutPlatforms(t *testing.T) {
 	ctx := t.Context()
 	dir := t.TempDir()
@@ -481,7 +480,8 @@ func TestLayoutPlatforms(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	}
-	// A tag that two images of one platform have is the first's, as others take it.
+	// If two images of one platform have the same tag, it means the first one, as in
+	// other tools.
 	index.Manifests[1].Platform = index.Manifests[0].Platform
 	write()
 	if got, err := openRepo(t, r.client, "oci:"+dir+":multi").Resolve(ctx, platform(t, "linux/arm64")); err != nil || got.Digest != index.Manifests[0].Digest {
@@ -489,8 +489,7 @@ func TestLayoutPlatforms(t *testing.T) {
 	}
 }
 
-// A blob that is there and is not what it should be is written again, and said not
-// to be there.
+// A blob with wrong content is reported as absent, and is written again.
 func TestLayoutDamagedBlob(t *testing.T) {
 	ctx := t.Context()
 	dir := t.TempDir()

@@ -18,8 +18,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// slowly puts a line before a registry: each request and each answer takes as
-// long as delay says.
+// slowly puts a slow line before a registry: delay says how long each request and each
+// answer takes.
 func slowly(t *testing.T, to string, delay func() time.Duration) *faulty {
 	f := newFaulty(t, to)
 	f.set(func(w http.ResponseWriter, r *http.Request) bool {
@@ -31,9 +31,9 @@ func slowly(t *testing.T, to string, delay func() time.Duration) *faulty {
 	return f
 }
 
-// Several that know nothing of each other, at other distances from the registry,
-// add to a list at once. All that they report as pushed is there when they are
-// done. Times are a tenth of the real ones: lines of up to 1.5 s each way.
+// Several independent programs, at different distances from the registry, add to a list
+// at once. When they are done, the list has everything that they report as pushed.
+// Times are a tenth of the real ones: lines of up to 1.5 s each way.
 func TestReferrersOfSlowLines(t *testing.T) {
 	const scale = 10
 	upTo := func(d time.Duration) func() time.Duration {
@@ -85,8 +85,8 @@ func TestReferrersOfSlowLines(t *testing.T) {
 	all.Wait()
 }
 
-// A push with nobody else about takes the settle time longer, and several of one
-// process not several times as long.
+// A push without competition takes longer by the settle time. Several pushes of one
+// process do not take several times that.
 func TestReferrersTogether(t *testing.T) {
 	ctx := t.Context()
 	const settle = 500 * time.Millisecond
@@ -136,7 +136,8 @@ func TestReferrersTogether(t *testing.T) {
 	}
 }
 
-// One of several who push goes away: the others' entries are listed nevertheless.
+// One of several pushing programs goes away: the entries of the others are listed
+// nevertheless.
 func TestReferrersLeaderGoes(t *testing.T) {
 	addr := memoryRegistry(t, false)
 	r := openRepo(t, newClient(t, Options{Settle: 300 * time.Millisecond}), addr+"/app:v1")
@@ -166,7 +167,7 @@ func TestReferrersLeaderGoes(t *testing.T) {
 	}
 }
 
-// A list is written with all that was in it, also what thaw does not understand.
+// A list is written with all its content, including fields that thaw does not know.
 func TestReferrersKept(t *testing.T) {
 	ctx := t.Context()
 	r := openRepo(t, newClient(t, Options{}), memoryRegistry(t, false)+"/app:v1")
@@ -192,8 +193,8 @@ func TestReferrersKept(t *testing.T) {
 	}
 }
 
-// Whatever a registry has of the referrers API and of the fallback tag, what was
-// pushed is found, or the push says that it is not.
+// Whatever support a registry has for the referrers API and the fallback tag, a pushed
+// artifact is found, or the push reports that it is not.
 func TestReferrersOdd(t *testing.T) {
 	type fault = func(w http.ResponseWriter, r *http.Request) bool
 	status := func(code int, h ...string) fault {
@@ -302,7 +303,7 @@ func TestReferrersOdd(t *testing.T) {
 					return false
 				})
 				if found, err := r.Referrers(ctx, img, "application/vnd.test"); err != nil || len(found) != 0 {
-					t.Errorf("before there are any: %v, %v", found, err)
+					t.Errorf("before any was pushed: %v, %v", found, err)
 				}
 				for i := range 2 {
 					a := push(t, ctx, r, "", artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
@@ -316,7 +317,7 @@ func TestReferrersOdd(t *testing.T) {
 	}
 }
 
-// Where no list can be kept, the push says so, and gives what was pushed.
+// If no list can be kept, the push reports that, and returns the pushed descriptor.
 func TestReferrersUnlisted(t *testing.T) {
 	ctx := t.Context()
 	f := newFaulty(t, memoryRegistry(t, false))

@@ -64,7 +64,7 @@ func FuzzParseMirrors(f *testing.F) {
 		c := New(Options{Mirrors: m})
 		defer c.Close()
 		for host := range m {
-			// A registry whose host is no name of an image's is never asked.
+			// A registry whose host is in no image's name is never asked.
 			ref, err := ParseRef(host + "/app:v1")
 			if err != nil {
 				continue
@@ -134,7 +134,7 @@ func TestMirrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		asked(t, 1, 1)
-		// It is not asked for the same again, but for all else.
+		// The client does not ask it for the same blob again, but for all others.
 		if _, err := r.Manifest(ctx, d); err != nil {
 			t.Error(err)
 		}
@@ -185,7 +185,7 @@ func TestMirrors(t *testing.T) {
 		asked(t, 1, 0)
 		check(t, r, 3)
 		asked(t, 0, 3)
-		// Not even when there is nobody else.
+		// Not even if there is no other source.
 		origin.set(fail)
 		if _, err := readRange(ctx, r, l.Digest, 0, 10); !errors.Is(err, ErrUnavailable) {
 			t.Errorf("%v", err)
@@ -219,7 +219,8 @@ func TestMirrors(t *testing.T) {
 		if n := mirror.requests.Load(); n != 0 {
 			t.Errorf("the mirror was asked %d times for a push", n)
 		}
-		// The mirror has the API and knows of none; it is not believed.
+		// The mirror has the API and knows no referrers; the client does not believe
+		// it.
 		found, err := r.Referrers(ctx, img, "application/vnd.test")
 		if err != nil || len(found) != 1 || found[0].Digest != a.Digest {
 			t.Errorf("%v, %v", found, err)
@@ -238,7 +239,7 @@ func TestMirrors(t *testing.T) {
 				hosts.Add(1)
 				return Login{}, nil
 			}})
-		// The mirror refuses; the origin does not care who asks.
+		// The mirror refuses; the origin allows anonymous reads.
 		r := openRepo(t, c, origin.host()+"/app:v1")
 		check(t, r, 3)
 		if hosts.Load() != 1 {
@@ -247,7 +248,7 @@ func TestMirrors(t *testing.T) {
 	})
 }
 
-// A mirror is left alone for longer each time, and not for ever.
+// The client avoids a mirror for longer each time, but not forever.
 func TestMirrorRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &source{name: "m", mirrorOf: "r", log: new(lockedBuffer).logger()}

@@ -9,7 +9,7 @@ import (
 	"thaw/fetcher"
 )
 
-// A Repo is an origin of chunks, with all that a fetcher can make use of.
+// A Repo is an origin of chunks, with all optional interfaces that a fetcher uses.
 var (
 	_ fetcher.Origin    = (*Repo)(nil)
 	_ fetcher.Ranger    = (*Repo)(nil)

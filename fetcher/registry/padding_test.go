@@ -23,8 +23,8 @@ func decompressAll(b []byte) ([]byte, string, error) {
 	return got, kind, err
 }
 
-// Zeros behind a compressed file are padding, whatever their number; anything else
-// is not passed over in silence.
+// Any number of zeros behind a compressed file is padding; any other bytes there are
+// reported.
 func TestPadding(t *testing.T) {
 	content := noise(300_000, 11)
 	half := len(content) / 2
@@ -47,7 +47,7 @@ func TestPadding(t *testing.T) {
 					t.Errorf("%.20q: %v", junk, err)
 				}
 			}
-			// A stream that is cut short is not mended by zeros.
+			// Zeros do not complete a truncated stream.
 			for _, cut := range []int{1, 2, 3, 4, 5, 8, 20, 1000} {
 				for _, n := range []int{0, 1, 4, 512} {
 					if got, _, err := decompressAll(append(bytes.Clone(one[:len(one)-cut]), make([]byte, n)...)); err == nil && !bytes.Equal(got, content) {
@@ -62,7 +62,7 @@ func TestPadding(t *testing.T) {
 	}
 }
 
-// An archive that is padded is read; one that something was appended to says so.
+// An archive with padding is read; an archive with other bytes appended fails.
 func TestPaddedArchive(t *testing.T) {
 	plain, img, _ := layoutTar(t)
 	for _, args := range [][]string{{"gzip", "-c"}, {"zstd", "-c"}, {"bzip2", "-c"}, {"xz", "-c"}} {
@@ -80,7 +80,7 @@ func TestPaddedArchive(t *testing.T) {
 	}
 }
 
-// FuzzPadding checks that no decompressor accepts other content, or junk behind its end.
+// FuzzPadding checks that no decompressor accepts other content, or junk after the end.
 func FuzzPadding(f *testing.F) {
 	content := bytes.Repeat([]byte("thaw "), 1000)
 	var files [][]byte

@@ -22,7 +22,7 @@ func platform(t testing.TB, s string) *v1.Platform {
 	return p
 }
 
-// Which images of an index are for a platform, the best first.
+// The images of an index that fit a platform, the best one first.
 func TestPreferences(t *testing.T) {
 	for want, have := range map[string]string{
 		"linux/amd64":        "amd64 386",
@@ -55,7 +55,7 @@ func TestPreferences(t *testing.T) {
 	}
 }
 
-// Every entry of an index of the test is called by the first digit of its digest.
+// The test names every entry of an index by the first digit of its digest.
 func entryOf(digit, platform string, more ...string) string {
 	s := `{"mediaType":"` + string(types.OCIManifestSchema1) + `","size":10,"digest":"sha256:` + strings.Repeat(digit, 64) + `"`
 	if platform != "" {
@@ -68,7 +68,7 @@ func entryOf(digit, platform string, more ...string) string {
 
 func TestPick(t *testing.T) {
 	looked := 0
-	// What is found behind a digest.
+	// The content of each digest.
 	behind := map[string]string{"a": "linux/amd64", "b": "linux/arm64", "c": "linux/arm/v6", "d": "not found", "e": "an artifact", "f": "an index"}
 	look := func(_ context.Context, d v1.Descriptor) (*v1.Platform, []byte, error) {
 		looked++
@@ -107,14 +107,14 @@ func TestPick(t *testing.T) {
 		{"linux/amd64", []string{entryOf("1", "windows/amd64"), entryOf("2", "freebsd/amd64")}, "no image for linux/amd64, there are: freebsd/amd64, windows/amd64"},
 		{"windows/amd64", []string{entryOf("1", "windows/amd64", `,"x":1`), entryOf("2", "windows/amd64")}, "1"},
 		{"linux/amd64", []string{entryOf("1", "linux/amd64"), entryOf("2", "linux/amd64")}, "1"},
-		// The only one.
+		// The only entry.
 		{"linux/amd64", []string{entryOf("1", "linux/arm64")}, "no image for linux/amd64, there are: linux/arm64"},
 		{"linux/amd64", []string{entryOf("1", "")}, "1"},
 		{"", []string{entryOf("1", "linux/arm64")}, "1"},
 		{"", []string{entryOf("1", "linux/arm64"), entryOf("2", "unknown/unknown")}, "1"},
 		{"", []string{entryOf("1", "linux/arm64"), entryOf("2", "linux/amd64")}, "choose a platform: linux/amd64, linux/arm64"},
 		{"linux/amd64", nil, "the index has no image"},
-		// Without a platform: the config's.
+		// An entry without a platform: the platform of its config counts.
 		{"linux/amd64", []string{entryOf("b", ""), entryOf("a", "")}, "a"},
 		{"linux/arm/v7", []string{entryOf("b", ""), entryOf("c", "")}, "c"},
 		{"linux/arm64", []string{entryOf("d", ""), entryOf("e", ""), entryOf("b", "")}, "b"},
@@ -123,11 +123,11 @@ func TestPick(t *testing.T) {
 		{"linux/s390x", []string{entryOf("a", ""), entryOf("f", "")}, "9"},
 		{"linux/arm64", []string{entryOf("a", ""), entryOf("f", "")}, "b"},
 		{"linux/ppc64le", []string{entryOf("a", ""), entryOf("f", "")}, "no image for linux/ppc64le, there are: linux/amd64, linux/arm64, linux/s390x"},
-		// Artifacts, by what they say.
+		// Artifacts, recognized by their fields.
 		{"linux/amd64", []string{entryOf("1", "", `,"artifactType":"application/vnd.test"`), entryOf("2", "")}, "2"},
 		{"linux/amd64", []string{entryOf("1", "linux/amd64", `,"artifactType":"`+string(types.OCIConfigJSON)+`"`), entryOf("2", "linux/arm64")}, "1"},
 		{"linux/amd64", []string{entryOf("1", "linux/amd64", `,"artifactType":"`+string(types.DockerConfigJSON)+`"`), entryOf("2", "unknown/unknown")}, "1"},
-		// What cannot be used does not spoil the rest.
+		// An unusable entry does not affect the others.
 		{"linux/amd64", []string{`null`, `7`, `"x"`, `{}`, `{"digest":"sha512:` + strings.Repeat("0", 128) + `"}`, `{"digest":"md5:1"}`,
 			`{"digest":7}`, strings.Replace(entryOf("3", "linux/amd64"), `"size":10`, `"size":-1`, 1), strings.Replace(entryOf("3", "linux/amd64"), `"size":10`, `"size":1e30`, 1),
 			entryOf("3", "", `,"platform":"linux/amd64"`), entryOf("1", "linux/amd64")}, "1"},
@@ -146,7 +146,7 @@ func TestPick(t *testing.T) {
 		}
 	}
 
-	// No more than so many are looked at, and none where there is nothing better.
+	// A bounded number of entries is examined, and none if it cannot be better.
 	var many []string
 	for range 1000 {
 		many = append(many, entryOf("e", ""))
@@ -159,7 +159,7 @@ func TestPick(t *testing.T) {
 			t.Errorf("%v, %v; looked at %d, want %d", d.Digest, err, looked, want)
 		}
 	}
-	// An error says what was looked at, and that not all was.
+	// An error says what was examined, and that the rest was not.
 	for raw, want := range map[string]string{
 		`{"manifests":[` + strings.Join(many, ",") + `]}`:                                      "none of the 1000 entries of the index is known to be one",
 		`{"manifests":[` + strings.Join(append(many, entryOf("1", "linux/arm64")), ",") + `]}`: "there are: linux/arm64, and 984 without a platform, whose manifests were not read",
@@ -168,7 +168,7 @@ func TestPick(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	}
-	// A registry that does not answer is no reason to take the second best.
+	// If a registry does not answer, the second best image is not taken.
 	behind["e"] = "broken"
 	if _, err := pick(t.Context(), []byte(`{"manifests":[`+entryOf("e", "")+`,`+entryOf("1", "linux/386")+`]}`), &amd64, look); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("%v", err)

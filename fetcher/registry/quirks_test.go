@@ -23,8 +23,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// A quirky registry takes uploads, and answers in one of the ways that the spec
-// does not foresee and registries have.
+// A quirky registry takes uploads, and answers in one of the ways of real registries
+// that the spec does not cover.
 type quirky struct {
 	*httptest.Server
 	other *httptest.Server // where it redirects to
@@ -125,7 +125,7 @@ func (q *quirky) answer(w http.ResponseWriter, r *http.Request, there bool) {
 	}
 	id := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
 	where := func(id string) {
-		// With what may not be encoded anew.
+		// With characters that must not be encoded again.
 		query := "?_state=a%2Bb%3D%3D&odd=a;b&x=%zz"
 		switch q.location {
 		case "":
@@ -215,9 +215,8 @@ func (q *quirky) answer(w http.ResponseWriter, r *http.Request, there bool) {
 	}
 }
 
-// Uploads to registries as they are, alone and with two quirks at once: small
-// blobs, large ones, and manifests arrive, and credentials only go where they
-// belong.
+// Uploads to registries as they are, with each quirk and with two at once. Small blobs,
+// large blobs and manifests arrive, and credentials go only where they belong.
 func TestUploadQuirks(t *testing.T) {
 	quirks := map[string]func(*quirky){
 		"none":             func(*quirky) {},
@@ -298,7 +297,7 @@ func TestUploadQuirks(t *testing.T) {
 	}
 }
 
-// A registry that takes no body at all is not asked for ever.
+// The client does not retry forever at a registry that accepts no body.
 func TestUploadRefused(t *testing.T) {
 	q := newQuirky(t, &quirky{max: 100, tooLarge: 413})
 	r := openRepo(t, newClient(t, Options{Credentials: fixed(Login{Username: "alice", Password: "secret"})}), hostOf(q.Server)+"/app:v1")
@@ -311,7 +310,7 @@ func TestUploadRefused(t *testing.T) {
 	}
 }
 
-// Whatever a registry answers to HEAD, what GET gives decides.
+// Whatever a registry answers to HEAD, the answer to GET decides.
 func TestHeadQuirks(t *testing.T) {
 	data := noise(5000, 1)
 	d := describe(data, types.OCILayer)
@@ -394,7 +393,7 @@ func TestHeadQuirks(t *testing.T) {
 					}
 				}
 				has, err := r.HasBlob(t.Context(), absent)
-				// Only a HEAD is asked of one that gives a length.
+				// The client sends only a HEAD if the answer has a length.
 				if has && head != "a wrong length" || err != nil && head != "a wrong length" {
 					t.Errorf("absent: %v, %v", has, err)
 				}
@@ -403,7 +402,7 @@ func TestHeadQuirks(t *testing.T) {
 	}
 }
 
-// A push goes on whatever the registry says of a blob that may be there.
+// A push continues, whatever the registry says about a blob that may exist.
 func TestPushHeadRefused(t *testing.T) {
 	for _, code := range []int{400, 401, 403, 405, 500, 501, 503} {
 		f, r, _, _ := faultyRepo(t, Options{Attempts: 2, HeaderTimeout: 5 * time.Second})
@@ -425,7 +424,7 @@ func TestPushHeadRefused(t *testing.T) {
 	}
 }
 
-// Token services as they are.
+// Token services of real registries.
 func TestTokenQuirks(t *testing.T) {
 	layer := noise(1000, 1)
 	token := func(s string) http.HandlerFunc {
@@ -512,8 +511,8 @@ func TestTokenQuirks(t *testing.T) {
 	}
 }
 
-// A token service that redirects to another host gets no password of that one's
-// choosing there.
+// A token service that redirects to another host cannot choose that a password goes
+// there.
 func TestTokenRedirectLeaks(t *testing.T) {
 	var leaked atomic.Int64
 	elsewhere := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -542,12 +541,12 @@ func TestTokenRedirectLeaks(t *testing.T) {
 		}
 	}
 	if leaked.Load() > 0 {
-		t.Error("credentials went to another host")
+		t.Error("the client sent credentials to another host")
 	}
 }
 
-// A host that a registry redirects to gets its own credentials and no others, and
-// none at all unless it asks by a challenge.
+// A host that a registry redirects to gets only its own credentials, and only if it
+// asks for them by a challenge.
 func TestForeignHost(t *testing.T) {
 	layer := noise(100_000, 3)
 	var seen sync.Map
@@ -615,8 +614,8 @@ func TestForeignHost(t *testing.T) {
 	})
 }
 
-// Credentials that cannot be read are a warning, once for a host, where none are
-// wanted of anybody; and the reason that is given where some are.
+// If no host requires credentials, unreadable credentials cause one warning per host.
+// If a host requires them, they are the reason in the error.
 func TestBrokenCredentials(t *testing.T) {
 	broken := errors.New("exec: docker-credential-nowhere: not found")
 	var log lockedBuffer
@@ -637,7 +636,7 @@ func TestBrokenCredentials(t *testing.T) {
 	if n := strings.Count(log.String(), "cannot read the credentials"); n != 1 {
 		t.Errorf("warned %d times: %s", n, log.String())
 	}
-	// The service refuses nobody, the registry does.
+	// The service refuses no client; the registry does.
 	var granted atomic.Bool
 	tokens := serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, `{"token":"nobody"}`) }))
 	private := serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -658,7 +657,8 @@ func TestBrokenCredentials(t *testing.T) {
 		}
 		granted.Store(false)
 	}
-	// One that hangs holds up nobody for long, nor does each that asks start another.
+	// A credential helper that hangs delays callers only for a bounded time, and not
+	// every caller starts another one.
 	var calls atomic.Int64
 	end := make(chan struct{})
 	t.Cleanup(func() { close(end) })
@@ -681,9 +681,9 @@ func TestBrokenCredentials(t *testing.T) {
 	}
 }
 
-// A manifest that the registry refuses: that its tag leads there already is no
-// failure, that it leads elsewhere says what to do, and so does a refusal of what
-// it is.
+// The registry refuses a manifest. If its tag already leads to that manifest, the push
+// succeeds. If the tag leads elsewhere, or the registry refuses the type of the
+// manifest, the error gives the remedy.
 func TestManifestRefused(t *testing.T) {
 	ctx := t.Context()
 	for _, code := range []int{400, 403, 405, 409, 412} {
@@ -741,7 +741,7 @@ func TestManifestRefused(t *testing.T) {
 	}
 }
 
-// Ranges as servers give them: whatever comes, the bytes are right.
+// Ranges as real servers give them: the bytes are right for every answer.
 func TestRangeQuirks(t *testing.T) {
 	for name, x := range map[string]struct {
 		whole   bool // ranges are given up
@@ -831,7 +831,7 @@ func TestRangeQuirks(t *testing.T) {
 	}
 }
 
-// A range without a Content-Range is taken on trust until a digest says no.
+// A range without a Content-Range is trusted until a digest proves it wrong.
 func TestRangeGuessed(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{})
 	f.set(asBlob(func(w http.ResponseWriter, r *http.Request) {
@@ -854,8 +854,8 @@ func TestRangeGuessed(t *testing.T) {
 	}
 }
 
-// A layer that the registry does not have comes from its URLs: verified, without
-// credentials, through a few redirects.
+// A layer that the registry does not have comes from the layer's URLs: verified,
+// without credentials, through a few redirects.
 func TestForeignLayer(t *testing.T) {
 	ctx := t.Context()
 	layer := noise(300_000, 5)
@@ -916,7 +916,7 @@ func TestForeignLayer(t *testing.T) {
 			}
 		}
 	}
-	// It breaks off, and goes on from there.
+	// The download breaks and resumes at the same place.
 	var n atomic.Int64
 	breaks := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if n.Add(1) == 1 {

@@ -24,7 +24,7 @@ import (
 
 var someRanges = []blockmap.Extent{blockmap.Range(70_001, 300_000), blockmap.Range(3, 10), blockmap.Range(1<<20, 1), blockmap.Range(1<<20+1, 9), blockmap.Range(2<<20, 3)}
 
-// bytesOf are the bytes of ranges.
+// bytesOf returns the bytes of ranges.
 func bytesOf(content []byte, ranges []blockmap.Extent) (all []byte) {
 	for _, x := range ranges {
 		all = append(all, content[x.Start:x.End]...)
@@ -32,8 +32,8 @@ func bytesOf(content []byte, ranges []blockmap.Extent) (all []byte) {
 	return all
 }
 
-// readRanges gives nil without an error where the ranges have to be asked for
-// one by one.
+// readRanges returns nil without an error if the client must request the ranges one by
+// one.
 func readRanges(r *Repo, h v1.Hash, ranges []blockmap.Extent) ([]byte, error) {
 	rc, err := r.OpenRanges(context.Background(), digestOf(h), ranges)
 	if err != nil || rc == nil {
@@ -43,7 +43,7 @@ func readRanges(r *Repo, h v1.Hash, ranges []blockmap.Extent) ([]byte, error) {
 	return io.ReadAll(rc)
 }
 
-// asBlob has a handler answer the requests for blobs.
+// asBlob makes a handler answer the requests for blobs.
 func asBlob(h http.HandlerFunc) func(http.ResponseWriter, *http.Request) bool {
 	return func(w http.ResponseWriter, r *http.Request) bool {
 		if isBlob(r) {
@@ -59,8 +59,8 @@ func serveContent(content []byte) http.HandlerFunc {
 	}
 }
 
-// What real servers answer: docker-registry gives several ranges, that of
-// go-containerregistry does not, and of files nobody asks.
+// The answers of real servers: docker-registry gives several ranges,
+// go-containerregistry does not, and for files no server is asked.
 func TestRanges(t *testing.T) {
 	media(t, func(t *testing.T, place string) {
 		r := openRepo(t, newClient(t, Options{}), place+":v1")
@@ -111,7 +111,7 @@ func TestRangesMisused(t *testing.T) {
 	}
 }
 
-// multipartBody is an answer with parts as they are given: each a header and its bytes.
+// multipartBody is an answer with the given parts: each is a header and its bytes.
 func multipartBody(boundary string, parts ...[2]string) string {
 	var b strings.Builder
 	for _, p := range parts {
@@ -125,9 +125,9 @@ func contentRange(off, n int) string {
 	return fmt.Sprintf("Content-Range: bytes %d-%d/2097155", off, off+n-1)
 }
 
-// However a server answers, either the bytes are right, or there is an error that
-// another try may mend, or it is said that the ranges have to be asked for one by
-// one; and they can be then.
+// For every answer of a server, the bytes are right, or there is an error that another
+// try may fix, or the client must request the ranges one by one. In the last case these
+// requests succeed.
 func TestRangesFaults(t *testing.T) {
 	ranges := []blockmap.Extent{blockmap.Range(100, 5000), blockmap.Range(90_000, 8000)}
 	layer := noise(2<<20+3, 7)
@@ -229,7 +229,7 @@ func TestRangesFaults(t *testing.T) {
 			if took := time.Since(start); took > 3*time.Second {
 				t.Errorf("took %v", took)
 			}
-			// Whatever it was, one try more brings them.
+			// After every fault, one more try brings the ranges.
 			f.set(asBlob(serveContent(layer)))
 			got, err = readRanges(r, l.Digest, ranges)
 			if err != nil || got != nil && !bytes.Equal(got, all) {
@@ -244,8 +244,8 @@ func TestRangesFaults(t *testing.T) {
 	}
 }
 
-// Where nobody knows yet whether a server gives several ranges, one request
-// finds out, and the others do not wait for it. One that fails leaves it open.
+// While it is unknown whether a server gives several ranges, one request finds out, and
+// the other requests do not wait for it. If it fails, the answer stays unknown.
 func TestRangesAskedOnce(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{HeaderTimeout: 10 * time.Second, StallTimeout: 10 * time.Second})
 	var arrived sync.WaitGroup
@@ -281,8 +281,8 @@ func TestRangesAskedOnce(t *testing.T) {
 	}
 }
 
-// A mirror that gives one range at a time is asked for one at a time, and is not
-// taken for a bad one; one whose bytes are wrong is.
+// A mirror that gives one range at a time gets requests for one range, and is not
+// avoided. A mirror whose bytes are wrong is avoided.
 func TestRangesOfMirrors(t *testing.T) {
 	layer := noise(2<<20+3, 7)
 	origin := newFaulty(t, memoryRegistry(t, true))
@@ -336,7 +336,7 @@ func TestRangesConnections(t *testing.T) {
 	}
 }
 
-// A reader that has all bytes does not wait for a delimiter that does not come.
+// A reader that has all bytes does not wait for a missing delimiter.
 func TestRangesWithoutEnd(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{StallTimeout: time.Minute, HeaderTimeout: time.Minute})
 	f.set(asBlob(func(w http.ResponseWriter, r *http.Request) {
@@ -357,8 +357,8 @@ func TestRangesWithoutEnd(t *testing.T) {
 	}
 }
 
-// What a request costs docker-registry: the same 150 ranges of 420 KiB, five
-// requests at a time, with so many ranges in each.
+// The cost of requests at docker-registry: the same 150 ranges of 420 KiB, five
+// requests at a time, with different numbers of ranges per request.
 func BenchmarkRanges(b *testing.B) {
 	const n, size, stride = 150, 420 << 10, 600 << 10
 	r := openRepo(b, newClient(b, Options{}), dockerRegistry(b, "")+"/app:v1")
@@ -418,8 +418,8 @@ func readAny(r *Repo, h v1.Hash, ranges []blockmap.Extent) (int64, error) {
 	return io.Copy(io.Discard, rc)
 }
 
-// Where a registry redirects to is remembered, and a signature that has expired
-// is asked for again.
+// The client remembers the target of a redirect, and asks the registry again when its
+// signature has expired.
 func TestRangesRedirected(t *testing.T) {
 	layer := noise(2<<20+3, 7)
 	var valid atomic.Int64
@@ -448,7 +448,7 @@ func TestRangesRedirected(t *testing.T) {
 	}
 }
 
-// Whatever comes as a body, what is read is as long as it should be, or an error.
+// For any body, the read bytes have the expected length, or there is an error.
 func FuzzParts(f *testing.F) {
 	f.Add([]byte(multipartBody("b", [2]string{"Content-Range: bytes 2-4/*", "abc"}, [2]string{"Content-Range: bytes 9-9/10", "d"})), uint8(0))
 	f.Add([]byte("--b\nContent-Range: bytes 2-4/*\n\nabc"), uint8(1))

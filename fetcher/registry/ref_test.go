@@ -105,7 +105,7 @@ func FuzzParseRef(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q: %v", s, err)
 		}
-		// Nothing in a name leads to another host or another operation.
+		// No part of a name leads to another host or another operation.
 		if m, ok := repo.reader.(*remote); ok {
 			u := m.origin.url("manifests", r.key())
 			if u.Host != r.Registry || u.Path != "/v2/"+r.Repository+"/manifests/"+r.key() || u.String() != u.Scheme+"://"+u.Host+u.Path {

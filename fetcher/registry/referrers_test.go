@@ -14,8 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// Several that know nothing of each other add referrers at once, on a registry
-// without the API.
+// Several independent programs add referrers at once, on a registry without the API.
 func TestReferrersRace(t *testing.T) {
 	ctx := context.Background()
 	addr := dockerRegistry(t, "")
@@ -51,8 +50,8 @@ func TestReferrersRace(t *testing.T) {
 	}
 }
 
-// A registry refuses an index of what it no longer has; others' referrers that
-// are gone must not keep ours from being listed.
+// A registry refuses an index with entries that it no longer has. Missing referrers of
+// other programs must not prevent thaw from listing its own.
 func TestReferrersGone(t *testing.T) {
 	ctx := context.Background()
 	addr := dockerRegistry(t, "") // which lets manifests be deleted only if told
@@ -84,8 +83,8 @@ func TestReferrersGone(t *testing.T) {
 	}
 }
 
-// The referrers API as the spec has it: pages, filters that are not applied,
-// and OCI-Subject, which saves the fallback tag.
+// The referrers API of the spec: pages, filters that the registry does not apply, and
+// OCI-Subject, which makes the fallback tag unnecessary.
 func TestReferrersAPI(t *testing.T) {
 	ctx := context.Background()
 	subject := describe([]byte("subject"), types.OCIManifestSchema1)
@@ -129,7 +128,7 @@ func TestReferrersAPI(t *testing.T) {
 		t.Errorf("put %v", puts)
 	}
 	loop = true
-	// Pages without end are read up to a bound, and what they list counts.
+	// The client reads endless pages up to a bound, and uses what they list.
 	if found, err := r.Referrers(ctx, subject); err != nil || len(found) != 25 {
 		t.Errorf("pages without end: %d, %v", len(found), err)
 	}
@@ -150,7 +149,7 @@ func TestNextPage(t *testing.T) {
 	}
 }
 
-// An index of platforms, as the tools of the world make it.
+// An index of platforms, as common tools make it.
 func TestResolvePlatform(t *testing.T) {
 	media(t, func(t *testing.T, place string) {
 		ctx := context.Background()
@@ -191,7 +190,7 @@ func TestResolvePlatform(t *testing.T) {
 		if _, err := r.Resolve(ctx, nil); err == nil || !strings.Contains(err.Error(), "choose a platform: linux/amd64") {
 			t.Errorf("%v", err)
 		}
-		// An index in an index, which says no platform.
+		// An index in an index, without a platform.
 		nested, err := json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{top}})
 		if err != nil {
 			t.Fatal(err)

@@ -14,7 +14,7 @@ import (
 
 var amd64 = v1.Platform{OS: "linux", Architecture: "amd64"}
 
-// A Repo does the same for every medium.
+// A Repo behaves in the same way for every medium.
 func TestMedia(t *testing.T) {
 	media(t, func(t *testing.T, place string) {
 		ctx := context.Background()
@@ -51,7 +51,7 @@ func TestMedia(t *testing.T) {
 				}
 			}
 			if sent, err := r.PushBlob(ctx, l, "/nonexistent", nil); err != nil || sent {
-				t.Errorf("a blob that is there was sent again: %v, %v", sent, err)
+				t.Errorf("an existing blob was sent again: %v, %v", sent, err)
 			}
 			absent := describe([]byte("absent"), types.OCILayer)
 			if has, err := r.HasBlob(ctx, absent); err != nil || has {
@@ -130,7 +130,7 @@ func TestMedia(t *testing.T) {
 				t.Fatal(err)
 			}
 			if found, err := r.Referrers(ctx, img); err != nil || len(found) != 0 {
-				t.Fatalf("before there are any: %v, %v", found, err)
+				t.Fatalf("before any was pushed: %v, %v", found, err)
 			}
 			a := push(t, ctx, r, "", artifact(img, "application/vnd.test.a", map[string]string{"k": "v"}))
 			b := push(t, ctx, r, "", artifact(img, "application/vnd.test.b", nil))

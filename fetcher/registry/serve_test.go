@@ -26,8 +26,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// dockerRegistry runs docker-registry on a free port of loopback, until the
-// test ends, and gives its address.
+// dockerRegistry runs docker-registry on a free port of loopback until the test ends,
+// and returns its address.
 func dockerRegistry(t testing.TB, extra string) string {
 	t.Helper()
 	bin, err := exec.LookPath("docker-registry")
@@ -75,8 +75,8 @@ func freeAddr(t testing.TB) string {
 	return l.Addr().String()
 }
 
-// memoryRegistry runs go-containerregistry's, with or without the referrers
-// API.
+// memoryRegistry runs the registry of go-containerregistry, with or without the
+// referrers API.
 func memoryRegistry(t testing.TB, referrers bool) string {
 	t.Helper()
 	return hostOf(serve(t, ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)), ggcr.WithReferrersSupport(referrers))))
@@ -117,7 +117,7 @@ func openRepo(t testing.TB, c *Client, ref string) *Repo {
 	return repo
 }
 
-// media are all that can be written to: a reference without tag for each.
+// media are all media that can be written to: a reference without a tag for each.
 func media(t *testing.T, run func(t *testing.T, place string)) {
 	t.Run("docker-registry", func(t *testing.T) { run(t, dockerRegistry(t, "")+"/team/app") })
 	t.Run("memory", func(t *testing.T) { run(t, memoryRegistry(t, false)+"/team/app") })
@@ -125,7 +125,7 @@ func media(t *testing.T, run func(t *testing.T, place string)) {
 	t.Run("layout", func(t *testing.T) { run(t, "oci:"+t.TempDir()+"/new/layout") })
 }
 
-// noise is n bytes that do not compress and are the same each time.
+// noise returns n bytes that do not compress and are the same each time.
 func noise(n int, seed uint64) []byte {
 	b := make([]byte, n)
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
@@ -150,7 +150,7 @@ func tempFile(t testing.TB, b []byte) string {
 	return f.Name()
 }
 
-// pushImage pushes an image of one layer, and gives its descriptor and layer.
+// pushImage pushes an image of one layer, and returns its descriptor and layer.
 func pushImage(t testing.TB, ctx context.Context, r *Repo, tag string, layer []byte, p v1.Platform) (v1.Descriptor, v1.Descriptor) {
 	t.Helper()
 	l := describe(layer, types.OCIUncompressedLayer)
@@ -182,8 +182,8 @@ func push(t testing.TB, ctx context.Context, r *Repo, tag string, m v1.Manifest)
 	return d
 }
 
-// artifact is the manifest of an artifact about subject. Its config must be
-// there.
+// artifact returns the manifest of an artifact about subject. The repository must have
+// its config.
 func artifact(subject v1.Descriptor, kind string, annotations map[string]string) v1.Manifest {
 	empty := describe([]byte("{}"), types.OCIEmptyJSON)
 	return v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: kind, Config: empty,

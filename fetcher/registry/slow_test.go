@@ -20,8 +20,8 @@ import (
 	"thaw/blockmap"
 )
 
-// trickle sends an answer that never ends, a byte now and then, until the client
-// goes. It is faster than any stall timer that a byte resets.
+// trickle sends an endless answer with long pauses between bytes, until the client
+// disconnects. It is faster than any stall timer that a byte resets.
 func trickle(w http.ResponseWriter, r *http.Request, header http.Header, status int, begin []byte) {
 	for k, v := range header {
 		w.Header()[k] = v
@@ -42,8 +42,8 @@ func trickle(w http.ResponseWriter, r *http.Request, header http.Header, status 
 	}
 }
 
-// All that is read from a server, and also what is only discarded, has a least speed or a time
-// limit: a byte now and then holds no reader.
+// Every read from a server, even of bytes that are discarded, has a least speed or a
+// time limit, so a server that trickles does not block a reader.
 func TestTrickle(t *testing.T) {
 	const off, n = 70_000, 100_000
 	big := http.Header{"Content-Length": {"2097155"}}
@@ -121,7 +121,7 @@ func TestTrickle(t *testing.T) {
 	}
 }
 
-// A slow reader is not taken for a slow server.
+// The client does not take a slow reader for a slow server.
 func TestSlowReader(t *testing.T) {
 	f, r, l, layer := faultyRepo(t, Options{StallTimeout: 100 * time.Millisecond})
 	_ = f
@@ -175,8 +175,8 @@ func restingMirrors(r *Repo) (n int) {
 	return n
 }
 
-// A mirror that hangs is overtaken, holds no more than its share of requests,
-// and rests.
+// Requests overtake a mirror that hangs. It holds no more than its share of requests,
+// and is then avoided for some time.
 func TestMirrorHangs(t *testing.T) {
 	origin, mirror, r, l, layer := mirrored(t, Options{HeaderTimeout: time.Minute, StallTimeout: time.Minute})
 	var waiting, most atomic.Int64
@@ -220,7 +220,7 @@ func TestMirrorHangs(t *testing.T) {
 	if restingMirrors(r) != 1 {
 		t.Errorf("%+v", r.client.Stats())
 	}
-	// From now on it costs next to nothing.
+	// From now on the mirror costs almost no time.
 	before := mirror.requests.Load()
 	for i := range 20 {
 		if b, err := readRange(t.Context(), r, l.Digest, int64(i), 10); err != nil || !bytes.Equal(b, layer[i:i+10]) {
@@ -237,14 +237,14 @@ func TestMirrorHangs(t *testing.T) {
 	eventually(t, "no request hangs", func() bool { return waiting.Load() == 0 })
 }
 
-// After a failure one request finds out whether the mirror works again, while the
-// others go elsewhere.
+// After a failure one request tests whether the mirror works again, while the others go
+// to other servers.
 func TestMirrorProbed(t *testing.T) {
 	s := &source{name: "m", mirrorOf: "r", log: new(lockedBuffer).logger()}
 	now := time.Now()
 	s.failed(0, ErrUnavailable)
 	if s.enter(now) {
-		t.Error("a mirror that rests is asked")
+		t.Error("the client asks a mirror that it should avoid")
 	}
 	later := now.Add(time.Minute)
 	if one, two := s.enter(later), s.enter(later); !one || two {
@@ -257,7 +257,7 @@ func TestMirrorProbed(t *testing.T) {
 	}
 }
 
-// A mirror that is merely slow once is asked again.
+// The client asks a mirror again that was slow only once.
 func TestMirrorLateOnce(t *testing.T) {
 	_, mirror, r, l, layer := mirrored(t, Options{})
 	var n atomic.Int64
@@ -284,8 +284,8 @@ func TestMirrorLateOnce(t *testing.T) {
 	}
 }
 
-// A demand that trickles from a mirror is taken from elsewhere, and the mirror
-// rests. Where there is nowhere else, that is said.
+// If a demand trickles from a mirror, the client reads it from another server and
+// avoids the mirror. If there is no other server, the client says so.
 func TestOpenRangeElsewhere(t *testing.T) {
 	ctx := t.Context()
 	origin, mirror, r, l, layer := mirrored(t, Options{StallTimeout: time.Minute, HeaderTimeout: time.Minute})
@@ -315,9 +315,9 @@ func TestOpenRangeElsewhere(t *testing.T) {
 	rc.Close()
 	late.Close()
 	if restingMirrors(r) != 1 {
-		t.Error("a mirror that trickled does not rest")
+		t.Error("the client does not avoid a mirror that trickled")
 	}
-	// The only other source rests; of the origin alone there is no other.
+	// The client avoids the only other source; the origin alone has no alternative.
 	if rc, err := r.OpenRangeElsewhere(ctx, digestOf(l.Digest), 0, 10, origin.URL); rc != nil || err != nil {
 		t.Errorf("%v, %v", rc, err)
 	}
@@ -334,7 +334,7 @@ func TestOpenRangeElsewhere(t *testing.T) {
 			t.Errorf("%v: no error", x)
 		}
 	}
-	// The origin hangs, and the mirror is asked instead.
+	// The origin hangs, and the client asks the mirror instead.
 	origin2, mirror2, r2, l2, layer2 := mirrored(t, Options{HeaderTimeout: time.Minute})
 	origin2.set(hang)
 	rc, err = r2.OpenRangeElsewhere(ctx, digestOf(l2.Digest), 7, 100, origin2.URL)
@@ -347,7 +347,7 @@ func TestOpenRangeElsewhere(t *testing.T) {
 	}
 }
 
-// A trusted mirror that hangs does not hold up what the origin resolves.
+// A trusted mirror that hangs does not delay what the origin resolves.
 func TestResolverHangs(t *testing.T) {
 	origin := newFaulty(t, memoryRegistry(t, true))
 	img, _ := pushImage(t, t.Context(), openRepo(t, newClient(t, Options{}), origin.host()+"/app:v1"), "v1", []byte("x"), amd64)
@@ -367,8 +367,8 @@ func TestResolverHangs(t *testing.T) {
 	}
 }
 
-// However a mirror is broken, the origin's bytes come, whole and in ranges, and
-// manifests.
+// However a mirror is broken, the client gets the origin's bytes, whole and in ranges,
+// and its manifests.
 func TestMirrorsBroken(t *testing.T) {
 	page := func(status int) func(http.ResponseWriter, *http.Request) bool {
 		return func(w http.ResponseWriter, _ *http.Request) bool {
@@ -439,7 +439,7 @@ func TestMirrorsBroken(t *testing.T) {
 	}
 }
 
-// The order in which sources are asked.
+// The order in which the client asks sources.
 func TestOrder(t *testing.T) {
 	c := newClient(t, Options{Mirrors: Mirrors{"r.example": {{"https://a", false}, {"https://b", true}, {"https://c", false}}}})
 	r := openRepo(t, c, "r.example/app")

@@ -15,9 +15,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
-// A poisoned mirror has other answers to everything that no digest vouches for:
-// another image under the tag, another referrer of an image that is pinned, by
-// the API and by both tags, and blobs that the registry has not got.
+// A poisoned mirror gives wrong answers to every request that no digest verifies:
+// another image under the tag; another referrer of a pinned image, by the API and by
+// both tags; and blobs that the registry does not have.
 func poisoned(t *testing.T, origin string) (m *faulty, bad v1.Descriptor, lookups *atomic.Int64) {
 	t.Helper()
 	m = newFaulty(t, memoryRegistry(t, false))
@@ -60,8 +60,8 @@ func poisoned(t *testing.T, origin string) (m *faulty, bad v1.Descriptor, lookup
 	return m, bad, lookups
 }
 
-// What no digest vouches for comes from the origin, and from no mirror that is
-// not trusted with it: not when the origin has nothing, and not when it is down.
+// Answers that no digest verifies come from the origin, and never from an untrusted
+// mirror, even if the origin has nothing or is down.
 func TestTrust(t *testing.T) {
 	ctx := t.Context()
 	const kind = "application/vnd.test"
@@ -127,7 +127,7 @@ func TestTrust(t *testing.T) {
 	})
 }
 
-// Mirrors change under way, for repositories that are open too.
+// Mirrors change at run time, also for open repositories.
 func TestSetMirrors(t *testing.T) {
 	ctx := t.Context()
 	origin := newFaulty(t, memoryRegistry(t, true))
@@ -158,9 +158,9 @@ func TestSetMirrors(t *testing.T) {
 	read(origin)
 }
 
-// A list of referrers is a claim: what it does not say is looked up in the
-// manifest, whatever type of a config it gives instead, and one whose subject is
-// another does not count. One entry that cannot be read hides no other.
+// A list of referrers is only a claim. The client looks up missing fields in the
+// manifest. A manifest with another subject does not count, whatever config type the
+// list gives. One unreadable entry hides no other entry.
 func TestReferrersUntyped(t *testing.T) {
 	ctx := t.Context()
 	f := newFaulty(t, memoryRegistry(t, true))
@@ -191,7 +191,7 @@ func TestReferrersUntyped(t *testing.T) {
 			t.Errorf("%q: %v, %v", kind, found, err)
 		}
 	}
-	// One manifest that cannot be had now is not the same as none.
+	// A manifest that is unavailable now is not the same as no manifest.
 	f.set(func(w http.ResponseWriter, req *http.Request) bool {
 		if strings.Contains(req.URL.Path, "/referrers/") {
 			b, _ := json.Marshal(v1.IndexManifest{Manifests: []v1.Descriptor{{MediaType: ours.MediaType, Digest: ours.Digest, Size: ours.Size}}})
@@ -206,7 +206,7 @@ func TestReferrersUntyped(t *testing.T) {
 	}
 }
 
-// A server that asks to be left alone is named in the log, once for a wait.
+// The log names a server that asks for a pause, once per pause.
 func TestRetryAfterLogged(t *testing.T) {
 	var log lockedBuffer
 	f, r, l, _ := faultyRepo(t, Options{Log: log.logger()})

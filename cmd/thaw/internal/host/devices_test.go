@@ -55,9 +55,10 @@ func TestSharedOpens(t *testing.T) {
 		}
 		synctest.Wait()
 		if ctx.Err() == nil || len(x.list()) != 0 {
-			t.Error("it is being opened for nobody")
+			t.Error("the opening continues although no caller waits")
 		}
-		// The next client has it opened anew; one that comes late is served as well.
+		// For the next client the host opens it anew; a client that comes late is
+		// served as well.
 		hang = false
 		a, b = open(t.Context()), open(t.Context())
 		for _, c := range []<-chan error{a, b} {
@@ -69,7 +70,7 @@ func TestSharedOpens(t *testing.T) {
 		if opens.Load() != 2 || closes.Load() != 1 {
 			t.Errorf("opened %d times, closed %d times", opens.Load(), closes.Load())
 		}
-		// A device that is ready after all have left is closed.
+		// A device that becomes ready after all users have left is closed.
 		third, leave := context.WithCancel(t.Context())
 		a = open(third)
 		leave()
@@ -86,10 +87,10 @@ func TestSharedOpens(t *testing.T) {
 			t.Error("it was opened")
 		}
 		if err := <-open(t.Context()); !errors.Is(err, ErrClosed) {
-			t.Errorf("a host that stops opens more: %v", err)
+			t.Errorf("a stopping host opens a device: %v", err)
 		}
 		if _, err := x.add(t.Context(), []Spec{{Name: name}}); !errors.Is(err, ErrClosed) {
-			t.Errorf("a host that stops adds more: %v", err)
+			t.Errorf("a stopping host adds a device: %v", err)
 		}
 	})
 }
@@ -113,7 +114,7 @@ func TestAddedDevices(t *testing.T) {
 		}, func(*Device) { closes.Add(1) })
 		any := func(string) bool { return true }
 
-		// One that fails ends the others, also those that hang.
+		// A device that fails ends the others, also those that hang.
 		if _, err := x.add(t.Context(), []Spec{{Name: "a"}, {Name: "hangs"}, {Name: "fails"}}); !errors.Is(err, fail) {
 			t.Errorf("add: %v", err)
 		}
@@ -156,14 +157,14 @@ func TestAddedDevices(t *testing.T) {
 			t.Errorf("the default of two: %v", err)
 		}
 		if !x.remove(added[0]) || x.remove(added[0]) {
-			t.Error("it can be removed once")
+			t.Error("remove does not succeed exactly once")
 		}
 		<-added[0].closed
 		d, release, err := x.acquire(t.Context(), "", nil)
 		if err != nil || d != added[1] {
 			t.Fatalf("the default is %v, %v", d, err)
 		}
-		// One that is removed is closed when its last user has left. Its name is free.
+		// A removed device is closed when its last user has left. Its name is free.
 		if !x.remove(d) {
 			t.Error("it is not removed")
 		}
@@ -174,7 +175,7 @@ func TestAddedDevices(t *testing.T) {
 		synctest.Wait()
 		select {
 		case <-d.closed:
-			t.Error("it is closed under its user")
+			t.Error("it is closed although it has a user")
 		default:
 		}
 		release()

@@ -170,7 +170,8 @@ func TestDevicesAtRunTime(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 
-	// Removed under a user: nobody else gets it, and it is closed with that user.
+	// Removed while it has a user: no other client gets it, and it is closed when that
+	// user leaves.
 	d, release, err := h.Acquire(t.Context(), "root", nil)
 	if err != nil || d != added[1] {
 		t.Fatalf("%v, %v", d, err)
@@ -190,9 +191,9 @@ func TestDevicesAtRunTime(t *testing.T) {
 	release()
 	await(t, "the device is closed", func() bool { return h.Device(d.ID()) == nil })
 	if err := h.Remove(t.Context(), d.ID()); !errors.Is(err, ErrNoDevice) {
-		t.Errorf("remove a device that is gone: %v", err)
+		t.Errorf("remove a removed device: %v", err)
 	}
-	// And back under another ID.
+	// It is added again with another ID.
 	again, err := h.Add(t.Context(), Spec{Name: "root", Image: b})
 	if err != nil || again[0].ID() == d.ID() {
 		t.Fatalf("%v, %v", again, err)
@@ -203,11 +204,11 @@ func TestDevicesAtRunTime(t *testing.T) {
 	}
 
 	if _, err := h.Add(t.Context(), Spec{Name: r.host + "/team/none:v1"}); !errors.Is(err, registry.ErrNotFound) {
-		t.Errorf("add an image that is not there: %v", err)
+		t.Errorf("add a missing image: %v", err)
 	}
 	var invalid InvalidError
 	if _, err := h.Add(t.Context(), Spec{Name: "not a name"}); !errors.As(err, &invalid) {
-		t.Errorf("add what is no name: %v", err)
+		t.Errorf("add an invalid name: %v", err)
 	}
 }
 
@@ -219,7 +220,7 @@ func TestLeastCacheSize(t *testing.T) {
 	m := &blocktest.Image{Index: new(blockmap.Index), Blobs: make(map[blockmap.Digest][]byte)}
 	const chunk, chunks = blockmap.MaxChunkBlocks * blockmap.BlockSize, 12
 	rng := rand.NewChaCha8([32]byte{1})
-	for range 2 { // the first stream is the metadata's
+	for range 2 { // the first stream is that of the metadata
 		var parts [][]byte
 		for range chunks / 2 {
 			p := make([]byte, chunk)
@@ -256,7 +257,7 @@ func TestLeastCacheSize(t *testing.T) {
 		}
 		v.Release()
 		if n, most := h.Stats().Chunks-before, (e.End-1)/chunk-e.Start/chunk+1; n > most && e.Len() <= 4<<20 {
-			t.Errorf("%d chunks were fetched for the %d of one request", n, most)
+			t.Errorf("%d chunks were fetched for one request of %d", n, most)
 		}
 	}
 	if used := h.Stats().Cached; used > MinQuota {
@@ -356,7 +357,7 @@ func TestRecordingAndPrefetch(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The next host prefetches what was read.
+	// The next host prefetches the recorded reads.
 	next := r.open(Options{Trace: TraceOptions{Use: []string{Auto}}})
 	if added, err = next.Add(t.Context(), Spec{Name: name}); err != nil {
 		t.Fatal(err)
@@ -367,7 +368,7 @@ func TestRecordingAndPrefetch(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	if v, ok := added[0].Block().View(blockmap.Extent{Start: 0, End: 1 << 20}); !ok {
-		t.Error("what the trace touches is not here")
+		t.Error("the chunks of the trace are not resident")
 	} else {
 		v.Release()
 	}

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Rates are what has moved within ten seconds, whoever asks and when.
+// Rates are averages over ten seconds, whichever caller asks for them and when.
 func TestRates(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var n atomic.Int64

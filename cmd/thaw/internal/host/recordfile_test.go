@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// The recordings that nobody has named a file for do not become many: the oldest go.
+// The number of recordings without a file named by the user is bounded: the oldest are
+// removed.
 func TestKeptRecordings(t *testing.T) {
 	kept := recordDir{t.TempDir()}
 	if err := os.MkdirAll(kept.path(), 0o700); err != nil {

@@ -106,9 +106,9 @@ func TestRemoveUnused(t *testing.T) {
 		t.Error(err)
 	}
 	if err := h.RemoveUnused(t.Context(), added[0].ID()); !errors.Is(err, ErrNoDevice) {
-		t.Errorf("remove a device that is gone: %v", err)
+		t.Errorf("remove a removed device: %v", err)
 	}
-	// A device that a client has opened is the client's.
+	// A device that a client has opened belongs to the client.
 	d, release, err = h.Acquire(t.Context(), image, func(string) bool { return true })
 	if err != nil {
 		t.Fatal(err)
