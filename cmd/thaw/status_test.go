@@ -231,12 +231,16 @@ func TestWatch(t *testing.T) {
 	}
 
 	// It ends with the server.
-	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	file, err := os.Create(filepath.Join(t.TempDir(), "statuses"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer null.Close()
-	_, stderr, ended = watching(t, null, "--json", "--cache", dir)
+	defer file.Close()
+	_, stderr, ended = watching(t, file, "--json", "--cache", dir)
+	waitFor("a status", func() bool {
+		fi, err := file.Stat()
+		return err == nil && fi.Size() > 0
+	})
 	s.term()
 	select {
 	case err := <-ended:
