@@ -521,13 +521,11 @@ func (s *session) send(b *batch) error {
 	}
 	s.sending = b
 	for {
-		var patience func() time.Duration
-		if len(b.reads) > 0 {
-			patience = s.patient
-		}
-		n, err := s.w.writev(b.bufs, patience)
+		// Also a batch without views is waited for with patience: replies with views
+		// may wait behind it.
+		n, err := s.w.writev(b.bufs, s.patient)
 		s.c.counts.sent.Add(int64(n))
-		if patience == nil || !errors.Is(err, errFault) && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if !errors.Is(err, errFault) && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {

@@ -93,6 +93,49 @@ func TestMissesOfStalledClient(t *testing.T) {
 	}
 }
 
+// Replies behind errors that a client does not take pin nothing either.
+func TestStalledByErrors(t *testing.T) {
+	for _, transport := range transports {
+		dev := newFullDevice(testSize)
+		dev.Evict(blockmap.Range(0, 64<<10))
+		g := newGate(dev)
+		l, log := newLogged()
+		c := reach(t, transport, &Server{Exports: Static{{Name: "disk", Device: dev}}, Log: log})(true)
+		c.send(cmdRead, 0, 1000, 0, 64<<10)
+		<-g.waiting
+		const errors = 200_000 // more bytes than a socket takes
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			var p []byte
+			for range errors {
+				p = appendRequest(p, cmdRead, 0, 1, testSize, 4096)
+			}
+			c.write(p)
+		}()
+		l.wait(t, "does not take its replies")
+		close(g.open)
+		for end := time.Now().Add(10 * time.Second); dev.Pins() > 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: a reply behind errors pins %d views", transport, dev.Pins())
+			}
+		}
+		reads := 0
+		for range errors + 1 {
+			k := c.reply(0)[0]
+			if k.cookie == 1000 {
+				reads++
+			} else if k.errno != eInval {
+				t.Fatalf("%s: errno %d", transport, k.errno)
+			}
+		}
+		<-sent
+		if reads != 1 {
+			t.Errorf("%s: %d replies to the read", transport, reads)
+		}
+	}
+}
+
 // If a quota is smaller than what one client has requested and does not read, the quota
 // is still available to other clients.
 func TestStalledClientLeavesTheCache(t *testing.T) {
