@@ -520,16 +520,18 @@ func (s *session) send(b *batch) error {
 		return err
 	}
 	s.sending = b
+	// A batch without views can stall, too: replies with views may wait behind it.
+	// After a stall only WriteTimeout ends the wait.
+	patience := s.patient
 	for {
-		// Also a batch without views is waited for with patience: replies with views
-		// may wait behind it.
-		n, err := s.w.writev(b.bufs, s.patient)
+		n, err := s.w.writev(b.bufs, patience)
 		s.c.counts.sent.Add(int64(n))
-		if !errors.Is(err, errFault) && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if patience == nil || !errors.Is(err, errFault) && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			s.stall()
+			patience = nil
 		}
 		if err := s.detach(b, n); err != nil {
 			return err
