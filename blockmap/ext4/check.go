@@ -16,8 +16,14 @@ import (
 //
 // It trusts nothing that it reads: the metadata that the device really holds bounds
 // memory and time, whatever the superblock claims.
-func Check(r io.ReaderAt, size int64) error {
-	c := &checker{r: r, size: size, xattrs: make(map[uint32]*sharedXattrs)}
+func Check(r io.ReaderAt, size int64) error { return CheckMapped(r, size, nil) }
+
+// CheckMapped is Check for a device that does not have all of its blocks. mapped reports
+// whether the device has count blocks from start. It must be true of all blocks of files,
+// of directories and of what belongs to them; the blocks of the filesystem itself that the
+// device does not have read as zeros.
+func CheckMapped(r io.ReaderAt, size int64, mapped func(start, count uint32) bool) error {
+	c := &checker{r: r, size: size, mapped: mapped, xattrs: make(map[uint32]*sharedXattrs)}
 	return c.check()
 }
 
@@ -25,9 +31,10 @@ func Check(r io.ReaderAt, size int64) error {
 // of a block claims it; at the end, the claims must cover exactly the blocks that
 // the bitmaps mark as used.
 type checker struct {
-	r    io.ReaderAt
-	size int64
-	lax  bool // fuzzing: wrong checksums are right, to get at what is behind them
+	r      io.ReaderAt
+	size   int64
+	mapped func(start, count uint32) bool // nil: all blocks are
+	lax    bool                           // fuzzing: wrong checksums are right, to get at what is behind them
 
 	super      [superblockSize]byte
 	blocks     uint32
@@ -98,6 +105,9 @@ func (c *checker) claim(start uint32, count uint64, inode uint32) error {
 	if c.claimed += count; c.claimed > uint64(c.blocks) {
 		return fmt.Errorf("%s %d blocks from block %d: more blocks are in use than the device has", uses(inode), count, start)
 	}
+	if c.mapped != nil && inode != 0 && inode != journalInode && count > 0 && !c.mapped(start, uint32(count)) {
+		return fmt.Errorf("uses %d blocks from block %d, and the device has not all of them", count, start)
+	}
 	if n := len(c.claims); n > 0 {
 		if last := &c.claims[n-1]; last.inode == inode && last.start+last.count == start {
 			last.count += uint32(count)
@@ -127,7 +137,7 @@ const (
 	knownCompat   = compatHasJournal | compatExtAttr | compatDirIndex | compatSparseSuper2
 	needCompat    = compatSparseSuper2
 	needIncompat  = incompatFiletype | incompatExtents | incompat64bit | incompatFlexBG
-	knownIncompat = needIncompat | incompatLargeDir
+	knownIncompat = needIncompat | incompatLargeDir | incompatCsumSeed
 	needROCompat  = roCompatMetadataCsum | roCompatExtraIsize
 	knownROCompat = needROCompat | roCompatSparseSuper | roCompatLargeFile | roCompatHugeFile | roCompatDirNlink
 
@@ -227,6 +237,9 @@ func (c *checker) checkSuperblock() error {
 		return fmt.Errorf("the superblock reserves %d of %d blocks", word(sbReservedBlocks), c.blocks)
 	}
 	c.seed = crc32c(^uint32(0), b[sbUUID:sbUUID+16])
+	if c.incompat&incompatCsumSeed != 0 {
+		c.seed = le.Uint32(b[sbChecksumSeed:])
+	}
 	c.hasher = newNameHasher([16]byte(b[sbHashSeed:]), flags == flagSignedHash)
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"io"
 	"maps"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -109,7 +110,9 @@ func newBroken(t testing.TB) *broken {
 }
 
 // inode is where an inode is on the device.
-func (b *broken) inode(name string) []byte { return b.inodeNumber(inodeNumber(b.set[name].index)) }
+func (b *broken) inode(name string) []byte {
+	return b.inodeNumber(b.fs.nodes[b.set[name].index].number)
+}
 
 func (b *broken) inodeNumber(n uint32) []byte {
 	at := (n - 1) * inodeSize
@@ -118,15 +121,15 @@ func (b *broken) inodeNumber(n uint32) []byte {
 
 // content is a block of a directory or symlink.
 func (b *broken) content(name string, block uint32) []byte {
-	return b.blocks[b.fs.geo.body+b.fs.nodes[b.set[name].index].block+block]
+	return b.blocks[b.fs.geo.content+b.fs.nodes[b.set[name].index].block+block]
 }
 
 func (b *broken) extentTree(block uint32) []byte {
-	return b.blocks[b.fs.geo.body+b.fs.nodes[b.set["fragments"].index].tree+block]
+	return b.blocks[b.fs.geo.content+b.fs.nodes[b.set["fragments"].index].tree+block]
 }
 
 func (b *broken) xattrs() []byte {
-	return b.blocks[b.fs.geo.body+b.fs.nodes[b.set["xattrs"].index].xattr]
+	return b.blocks[b.fs.geo.content+b.fs.nodes[b.set["xattrs"].index].xattr]
 }
 
 func (b *broken) super() []byte { return b.blocks[0][superblockOffset:][:superblockSize] }
@@ -176,7 +179,7 @@ func TestCheckFaults(t *testing.T) {
 
 		{"bitmap beyond", "group 0", func(b *broken) { put32(b.desc(), gdBlockBitmap, 1<<30) }},
 		{"bitmap far beyond", "beyond the device", func(b *broken) { put32(b.desc(), gdInodeBitmapHigh, 1) }},
-		{"table over itself", "belongs to both", func(b *broken) { put32(b.desc(), gdBlockBitmap, b.fs.geo.body) }},
+		{"table over itself", "belongs to both", func(b *broken) { put32(b.desc(), gdBlockBitmap, b.fs.geo.content) }},
 		{"group flags", "unknown flags", func(b *broken) { b.desc()[gdFlags+1] = 1 }},
 		{"group inodes", "inodes, of which", func(b *broken) { put16(b.desc(), gdFreeInodes, 60000) }},
 		{"group without inodes", "that were used", func(b *broken) { b.desc()[gdFlags] |= groupInodeUninit }},
@@ -237,7 +240,7 @@ func TestCheckFaults(t *testing.T) {
 		{"extent of another", "belongs to both", func(b *broken) { add32(b.inode("file"), inBlock+ehSize+eeStart, 1) }},
 		{"unwritten directory", "hole at block 0", func(b *broken) { put16(b.inode("sub"), inBlock+ehSize+eeCount, maxExtent+1) }},
 		{"extent tree loop", "malformed header", func(b *broken) {
-			put32(b.inode("fragments"), inBlock+ehSize+eiLeaf, b.fs.geo.body)
+			put32(b.inode("fragments"), inBlock+ehSize+eiLeaf, b.fs.geo.content)
 		}},
 		{"extent tree twice", "out of order", func(b *broken) {
 			in := b.inode("fragments")
@@ -272,7 +275,7 @@ func TestCheckFaults(t *testing.T) {
 		{"journal as a child", "not in use", func(b *broken) { put32(entryAt(b.content("sub", 0), 2), deInode, journalInode) }},
 		{"entry type", "of type 1", func(b *broken) { entryAt(b.content("sub", 0), 2)[deType] = 1 }},
 		{"linked directory", "in directory inode 2 already", func(b *broken) {
-			put32(entryAt(b.content("sub", 0), 2), deInode, inodeNumber(b.set["sub"].index))
+			put32(entryAt(b.content("sub", 0), 2), deInode, b.fs.nodes[b.set["sub"].index].number)
 		}},
 		{"lost file", "no directory has it", func(b *broken) { put32(entryAt(b.content("sub", 0), 3), deInode, 0) }},
 		{"lost directory", "no directory has it", func(b *broken) { put32(entryAt(b.content("sub", 0), 2), deInode, 0) }},
@@ -349,7 +352,7 @@ func TestCheckBoundedMemory(t *testing.T) {
 		le.PutUint32(fragments[inBlocks:], 0)
 		clear(in[inBlock : inBlock+blockMapSize])
 		putExtentHeader(in[inBlock:], 1, rootExtents, 1)
-		le.PutUint32(in[inBlock+ehSize+eiLeaf:], fs.geo.body+fs.nodes[set["fragments"].index].tree)
+		le.PutUint32(in[inBlock+ehSize+eiLeaf:], fs.geo.content+fs.nodes[set["fragments"].index].tree)
 		putExtentHeader(tree, blockExtents, blockExtents, 0)
 		for i := range uint32(blockExtents) {
 			e := tree[ehSize+i*extentSize:]
@@ -360,7 +363,7 @@ func TestCheckBoundedMemory(t *testing.T) {
 		// The directory itself stays where its first block says.
 		le.PutUint32(tree[ehSize+eeStart:], fs.geo.end)
 		for i := range uint32(3) {
-			if from := b.blocks[fs.geo.body+fs.nodes[set[name].index].block+i]; i < fs.nodes[set[name].index].blocks {
+			if from := b.blocks[fs.geo.content+fs.nodes[set[name].index].block+i]; i < fs.nodes[set[name].index].blocks {
 				b.blocks[fs.geo.end+i] = from
 			}
 		}
@@ -375,7 +378,7 @@ func TestCheckBoundedMemory(t *testing.T) {
 			le.PutUint16(d[gdFlags:], groupTableZeroed|groupBlockUninit)
 			le.PutUint16(d[gdUnusedInodes:], 0)
 			b.blocks[fs.geo.inodeBitmaps+i+1] = make([]byte, blockSize)
-			prefixBitmap(b.blocks[fs.geo.inodeBitmaps+i+1], 0, fs.geo.inodesPerGroup)
+			setBits(b.blocks[fs.geo.inodeBitmaps+i+1], fs.geo.inodesPerGroup, 8*blockSize)
 		}
 
 		var before, after runtime.MemStats
@@ -396,6 +399,13 @@ func TestCheckBoundedMemory(t *testing.T) {
 	}
 }
 
+// inBody reports whether a block is metadata that belongs to one inode.
+func (b *broken) inBody(block uint32) bool {
+	return slices.ContainsFunc(b.fs.body, func(p bodyPart) bool {
+		return block-b.fs.geo.content >= p.block && block-b.fs.geo.content < p.block+p.count
+	})
+}
+
 // A flipped bit is found wherever a checksum covers it, which is everywhere but
 // in what nothing uses, in symlinks and in the journal.
 func TestCheckFlippedBits(t *testing.T) {
@@ -407,18 +417,18 @@ func TestCheckFlippedBits(t *testing.T) {
 			return at >= superblockOffset && at < superblockOffset+superblockSize
 		case block < g.blockBitmaps:
 			return at < descSize
-		case block >= g.inodeTables && block < g.journal:
+		case block >= g.inodeTables && block < g.content:
 			number := (block-g.inodeTables)*inodesPerBlock + uint32(at/inodeSize) + 1
 			return number == rootInode || number == journalInode || number >= firstInode && number <= b.fs.usedInodes()
 		case block == g.journal:
 			return false
-		case block >= g.body && block < g.data:
+		case block >= g.content && b.inBody(block):
 			for _, n := range b.fs.nodes {
-				if n.is(modeSymlink) && n.blocks == 1 && block == g.body+n.block {
+				if n.is(modeSymlink) && n.blocks == 1 && block == g.content+n.block {
 					return false
 				}
 			}
-			switch block - g.body - b.fs.nodes[b.set["tree"].index].block {
+			switch block - g.content - b.fs.nodes[b.set["tree"].index].block {
 			case 0:
 				return at < dxRoot+dxEntrySize*int(le.Uint16(b.content("tree", 0)[dxRoot+dxCount:]))
 			case 1, 2, 3:

@@ -4,9 +4,14 @@ import "hash/crc32"
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
+// checksumSeed starts the checksums of the filesystem (metadata_csum_seed). By default the
+// checksum of the UUID would do so. But that differs between versions of an image, and so
+// would every block of metadata.
+const checksumSeed = 0x77616874 // "thaw"
+
 // crc32c carries on a checksum as ext4 does: without the inversion before and
-// after that crc32.Update makes. The first call takes ^0, and most checksums of
-// the filesystem start from that of its UUID.
+// after that crc32.Update makes. Most checksums of a filesystem start from its seed,
+// and those of the superblock and the journal from ^0.
 func crc32c(crc uint32, p []byte) uint32 {
 	return ^crc32.Update(^crc, castagnoli, p)
 }

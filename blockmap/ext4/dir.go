@@ -131,7 +131,7 @@ func (w *dirWriter) end(last int) []byte {
 }
 
 func (w *dirWriter) putEntry(at int, e *Dirent) (next int) {
-	return w.put(at, e.Name, inodeNumber(e.Inode.index), e.Inode.Mode)
+	return w.put(at, e.Name, w.fs.nodes[e.Inode.index].number, e.Inode.Mode)
 }
 
 func (w *dirWriter) put(at int, name string, number, mode uint32) (next int) {

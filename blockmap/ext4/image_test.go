@@ -71,7 +71,7 @@ func checkRuns(t testing.TB, fs *Filesystem) {
 			if p.Stream == r.Stream && p.Device+p.Count == r.Device && p.Block+p.Count == r.Block {
 				t.Fatalf("runs %d and %d, %v and %v, should be one run", i-1, i, p, r)
 			}
-			if p.Stream > r.Stream || p.Stream == r.Stream && p.Block+p.Count > r.Block {
+			if p.Stream == r.Stream && p.Block+p.Count > r.Block {
 				t.Fatalf("runs %d and %d, %v and %v, are not in stream order", i-1, i, p, r)
 			}
 		}
@@ -133,7 +133,10 @@ type metaPlacer struct {
 func (m *metaPlacer) Write(p []byte) (int, error) {
 	written := len(p)
 	for len(p) > 0 {
-		if len(m.runs) == 0 || m.runs[0].Stream != 0 {
+		for len(m.runs) > 0 && m.runs[0].Stream != 0 {
+			m.runs = m.runs[1:]
+		}
+		if len(m.runs) == 0 {
 			return 0, errors.New("more metadata than runs of it")
 		}
 		r := m.runs[0]

@@ -68,7 +68,8 @@ func (fs *Filesystem) putInode(b []byte, n *node, ext []extent) error {
 	putTime(b, inAtime, inAtimeExtra, in.Atime)
 	putTime(b, inCtime, inCtimeExtra, in.Ctime)
 	putTime(b, inMtime, inMtimeExtra, in.Mtime)
-	putTime(b, inCrtime, inCrtimeExtra, fs.opts.Time)
+	// The time of the filesystem differs from one version of an image to the next.
+	putTime(b, inCrtime, inCrtimeExtra, in.Ctime)
 	le.PutUint16(b[inExtraIsize:], extraIsize)
 
 	var size int64
@@ -102,7 +103,7 @@ func (fs *Filesystem) putInode(b []byte, n *node, ext []extent) error {
 		}
 	}
 	if flags&inodeFlagExtents != 0 {
-		putExtentRoot(b[inBlock:], ext, fs.geo.body+n.tree)
+		putExtentRoot(b[inBlock:], ext, fs.geo.content+n.tree)
 	}
 
 	inXattrs, blockXattrs, err := splitXattrs(in)
@@ -114,17 +115,18 @@ func (fs *Filesystem) putInode(b []byte, n *node, ext []extent) error {
 		putXattrs(b[inodeSize-inodeXattrSpace:inodeSize], 0, inXattrs, false)
 	}
 	if len(blockXattrs) > 0 {
-		le.PutUint32(b[inXattr:], fs.geo.body+n.xattr)
+		le.PutUint32(b[inXattr:], fs.geo.content+n.xattr)
 		blocks++
 	}
 
 	putSizes(b, size, blocks)
 	le.PutUint32(b[inFlags:], flags)
-	fs.sealInode(b, inodeNumber(in.index))
+	fs.sealInode(b, n.number)
 	return nil
 }
 
-// putJournalInode writes inode 8 to b, which is zeroed.
+// putJournalInode writes inode 8 to b, which is zeroed. Its times stay zero, because the
+// first block of the inode table should not differ between versions of an image.
 func (fs *Filesystem) putJournalInode(b []byte) {
 	g := &fs.geo
 	ext := g.journalExtents()
@@ -132,11 +134,6 @@ func (fs *Filesystem) putJournalInode(b []byte) {
 	le.PutUint16(b[inLinks:], 1)
 	le.PutUint32(b[inFlags:], inodeFlagExtents)
 	le.PutUint16(b[inExtraIsize:], extraIsize)
-	for _, f := range [][2]int{
-		{inAtime, inAtimeExtra}, {inCtime, inCtimeExtra}, {inMtime, inMtimeExtra}, {inCrtime, inCrtimeExtra},
-	} {
-		putTime(b, f[0], f[1], fs.opts.Time)
-	}
 	putSizes(b, int64(g.journalBlocks)*blockSize, uint64(g.journalBlocks)+uint64(treeBlocks(len(ext))))
 	putExtentRoot(b[inBlock:], ext, g.journalTree)
 	fs.sealInode(b, journalInode)
@@ -144,7 +141,7 @@ func (fs *Filesystem) putJournalInode(b []byte) {
 
 // sealInode sets the checksum of an inode that is otherwise complete.
 func (fs *Filesystem) sealInode(b []byte, number uint32) {
-	putHalves(b, inChecksum, inChecksumHi, inodeChecksum(fs.seed, number, b))
+	putHalves(b, inChecksum, inChecksumHi, inodeChecksum(checksumSeed, number, b))
 }
 
 // inodeChecksum returns the checksum of inode b. It ignores the content of the checksum

@@ -106,6 +106,12 @@ func TestRandomTrees(t *testing.T) {
 // Check is not only about what Layout writes: it takes what mke2fs and the
 // kernel write with the same features, and what the kernel makes of it.
 func TestCheckOthers(t *testing.T) {
+	for _, seed := range []string{"metadata_csum_seed", "^metadata_csum_seed"} {
+		t.Run(seed, func(t *testing.T) { checkOthers(t, seed) })
+	}
+}
+
+func checkOthers(t *testing.T, feature string) {
 	if _, err := exec.LookPath("mke2fs"); err != nil {
 		t.Skip("mke2fs is not installed")
 	}
@@ -125,7 +131,7 @@ func TestCheckOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-d", tree,
-		"-O", "^resize_inode,sparse_super2,^metadata_csum_seed,^orphan_file,large_dir", "-E", "num_backup_sb=0", path).CombinedOutput()
+		"-O", "^resize_inode,sparse_super2,^orphan_file,large_dir,"+feature, "-E", "num_backup_sb=0", path).CombinedOutput()
 	if err != nil {
 		t.Fatalf("mke2fs: %v: %s", err, out)
 	}
@@ -179,7 +185,7 @@ func TestFeatures(t *testing.T) {
 		t.Skip("dumpe2fs is not installed")
 	}
 	for _, want := range []string{
-		"features:      has_journal ext_attr dir_index sparse_super2 filetype extent 64bit flex_bg sparse_super large_file huge_file dir_nlink extra_isize metadata_csum\n",
+		"features:      has_journal ext_attr dir_index sparse_super2 filetype extent 64bit flex_bg metadata_csum_seed sparse_super large_file huge_file dir_nlink extra_isize metadata_csum\n",
 		"volume name:   thaw-test\n",
 		"UUID:          74686177-0102-4304-8506-0708090a0b0c\n",
 		"Hash Seed:      01020304-0506-0708-090a-0b0c0d0e0f10\n",

@@ -65,6 +65,7 @@ const (
 	sbChecksumType      = 0x175 // 1: 1 is crc32c
 	sbOverhead          = 0x248 // 4: blocks that never hold data
 	sbBackupGroups      = 0x24C // 8: two groups that hold backups; 0 means none
+	sbChecksumSeed      = 0x270 // 4: of metadata_csum_seed
 	sbWriteTimeHigh     = 0x274 // 1
 	sbMkfsTimeHigh      = 0x276 // 1
 	sbCheckTimeHigh     = 0x277 // 1
@@ -93,6 +94,7 @@ const (
 	incompatExtents  = 0x40
 	incompat64bit    = 0x80
 	incompatFlexBG   = 0x200
+	incompatCsumSeed = 0x2000
 	incompatLargeDir = 0x4000
 
 	roCompatSparseSuper  = 0x1
@@ -109,7 +111,7 @@ var le = binary.LittleEndian
 func (fs *Filesystem) superblock(b []byte) {
 	g := &fs.geo
 	compat := uint32(compatExtAttr | compatDirIndex | compatSparseSuper2)
-	incompat := uint32(incompatFiletype | incompatExtents | incompat64bit | incompatFlexBG)
+	incompat := uint32(incompatFiletype | incompatExtents | incompat64bit | incompatFlexBG | incompatCsumSeed)
 	if fs.largeDir {
 		incompat |= incompatLargeDir
 	}
@@ -126,7 +128,7 @@ func (fs *Filesystem) superblock(b []byte) {
 
 	le.PutUint32(b[sbInodesCount:], g.groups*g.inodesPerGroup)
 	le.PutUint32(b[sbBlocksCount:], g.blocks)
-	le.PutUint32(b[sbFreeBlocks:], g.blocks-g.end)
+	le.PutUint32(b[sbFreeBlocks:], g.blocks-fs.usedBlocks())
 	le.PutUint32(b[sbFreeInodes:], g.groups*g.inodesPerGroup-fs.usedInodes())
 	le.PutUint32(b[sbLogBlockSize:], 2)
 	le.PutUint32(b[sbLogClusterSize:], 2)
@@ -156,7 +158,8 @@ func (fs *Filesystem) superblock(b []byte) {
 	le.PutUint32(b[sbFlags:], flagUnsignedHash)
 	b[sbLogGroupsPerFlex] = g.logFlex
 	b[sbChecksumType] = checksumCRC32C
-	le.PutUint32(b[sbOverhead:], g.journal+g.journalBlocks)
+	le.PutUint32(b[sbChecksumSeed:], checksumSeed)
+	le.PutUint32(b[sbOverhead:], g.content-(g.inodeTables-g.journalTree))
 
 	t := uint64(min(max(fs.opts.Time.Sec, 0), 1<<40-1))
 	for _, f := range []struct{ low, high int }{

@@ -11,6 +11,7 @@ type Inode struct {
 	Minor uint32 // below 1<<20
 
 	index uint32 // in Filesystem.nodes; meaningless unless nodes[index] is this inode
+	place place  // in a Plan
 
 	Atime, Mtime, Ctime Time
 

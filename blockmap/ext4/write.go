@@ -30,26 +30,45 @@ func (fs *Filesystem) mapMeta() {
 			add(g.blockBitmaps+i, 1)
 		}
 	}
-	add(g.inodeBitmaps, uint32(len(fs.dirs)))
-	add(g.inodeTables, fs.usedTableBlocks())
+	for i := range fs.groups {
+		if fs.groups[i].usedInodes > 0 {
+			add(g.inodeBitmaps+uint32(i), 1)
+		}
+	}
 	if g.journalBlocks > 0 {
 		add(g.journal, 1)
 	}
-	add(g.journalTree, g.body-g.journalTree)
-	add(g.body, g.data-g.body)
+	add(g.journalTree, g.inodeTables-g.journalTree)
+	for block := range fs.tableBlocks {
+		add(g.inodeTables+block, 1)
+	}
+	for _, p := range fs.body {
+		add(g.content+p.block, p.count)
+	}
 }
 
-// usedTableBlocks returns how many blocks of the inode tables hold inodes in use. The
-// tables are consecutive.
-func (fs *Filesystem) usedTableBlocks() uint32 {
-	return (fs.usedInodes() + inodesPerBlock - 1) / inodesPerBlock
+// tableBlocks yields the blocks of the inode tables that hold inodes in use. The tables
+// are consecutive. The first block always does.
+func (fs *Filesystem) tableBlocks(yield func(block uint32) bool) {
+	if !yield(0) {
+		return
+	}
+	last := uint32(0)
+	for _, i := range fs.byNumber {
+		if block := (fs.nodes[i].number - 1) / inodesPerBlock; block != last {
+			if !yield(block) {
+				return
+			}
+			last = block
+		}
+	}
 }
 
 // WriteMeta writes stream 0.
 func (fs *Filesystem) WriteMeta(w io.Writer) error {
 	m := &metaWriter{fs: fs, w: bufio.NewWriterSize(w, 1<<18)}
 	for _, part := range []func() error{
-		m.descriptors, m.blockBitmaps, m.inodeBitmaps, m.inodeTables, m.journal, m.body, m.w.Flush,
+		m.descriptors, m.blockBitmaps, m.inodeBitmaps, m.journal, m.inodeTables, m.body, m.w.Flush,
 	} {
 		if err := part(); err != nil {
 			return fmt.Errorf("write the metadata of an ext4 filesystem: %w", err)
@@ -92,8 +111,7 @@ func (m *metaWriter) blockBitmaps() error {
 		if !m.fs.hasBlockBitmap(i) {
 			continue
 		}
-		gr := m.fs.group(i)
-		prefixBitmap(m.buf[:], gr.usedBlocks, gr.size)
+		m.fs.blockBitmap(m.buf[:], i)
 		if err := m.put(m.buf[:]); err != nil {
 			return err
 		}
@@ -102,8 +120,11 @@ func (m *metaWriter) blockBitmaps() error {
 }
 
 func (m *metaWriter) inodeBitmaps() error {
-	for i := range m.fs.dirs {
-		prefixBitmap(m.buf[:], m.fs.group(uint32(i)).usedInodes, m.fs.geo.inodesPerGroup)
+	for i := range m.fs.groups {
+		if m.fs.groups[i].usedInodes == 0 {
+			continue
+		}
+		m.fs.inodeBitmap(m.buf[:], uint32(i))
 		if err := m.put(m.buf[:]); err != nil {
 			return err
 		}
@@ -113,14 +134,20 @@ func (m *metaWriter) inodeBitmaps() error {
 
 func (m *metaWriter) inodeTables() error {
 	fs := m.fs
-	for block := range fs.usedTableBlocks() {
+	at := 0 // in fs.byNumber
+	for block := range fs.tableBlocks {
 		clear(m.buf[:])
-		for i := range uint32(inodesPerBlock) {
-			number := block*inodesPerBlock + i + 1
-			if number > fs.usedInodes() {
+		first := block*inodesPerBlock + 1
+		// The other reserved inodes are zero and need no checksum.
+		if block == 0 && fs.geo.journalBlocks > 0 {
+			fs.putJournalInode(m.buf[(journalInode-1)*inodeSize:][:inodeSize])
+		}
+		for ; at < len(fs.byNumber); at++ {
+			n := &fs.nodes[fs.byNumber[at]]
+			if n.number-first >= inodesPerBlock {
 				break
 			}
-			if err := m.inode(m.buf[i*inodeSize:(i+1)*inodeSize], number); err != nil {
+			if err := m.node(m.buf[(n.number-first)*inodeSize:][:inodeSize], n); err != nil {
 				return err
 			}
 		}
@@ -128,20 +155,6 @@ func (m *metaWriter) inodeTables() error {
 			return err
 		}
 	}
-	return nil
-}
-
-func (m *metaWriter) inode(b []byte, number uint32) error {
-	fs := m.fs
-	switch {
-	case number == rootInode:
-		return m.node(b, &fs.nodes[0])
-	case number >= firstInode:
-		return m.node(b, &fs.nodes[number-firstInode+1])
-	case number == journalInode && fs.geo.journalBlocks > 0:
-		fs.putJournalInode(b)
-	}
-	// The other reserved inodes are zero and need no checksum.
 	return nil
 }
 
@@ -160,54 +173,45 @@ func (m *metaWriter) journal() error {
 	if err := m.put(m.buf[:]); err != nil {
 		return err
 	}
-	return extentBlocks(fs.geo.journalExtents(), fs.geo.journalTree, inodeSeed(fs.seed, journalInode, 0), m.put)
+	return extentBlocks(fs.geo.journalExtents(), fs.geo.journalTree, inodeSeed(checksumSeed, journalInode, 0), m.put)
 }
 
 // body writes everything that placeBody placed, in the same order.
 func (m *metaWriter) body() error {
-	fs := m.fs
-	var next uint32
-	count := func(b []byte) error {
-		next++
-		return m.put(b)
-	}
-	dir := dirWriter{fs: fs}
-	for i := range fs.nodes {
-		n := &fs.nodes[i]
-		number := inodeNumber(uint32(i))
-		seed := inodeSeed(fs.seed, number, 0)
+	dir := dirWriter{fs: m.fs}
+	for _, p := range m.fs.body {
+		n := &m.fs.nodes[p.node]
+		seed := inodeSeed(checksumSeed, n.number, 0)
+		var err error
 		switch {
+		case p.kind == bodyTree:
+			m.ext = m.fs.extents(n, m.ext[:0])
+			err = extentBlocks(m.ext, m.fs.geo.content+p.block, seed, m.put)
+		case p.kind == bodyXattr:
+			err = m.xattrs(n)
 		case n.is(modeDir):
-			dir.seed, dir.number, dir.parent = seed, number, inodeNumber(n.parent)
-			if err := dir.blocks(n.Inode, n.blocks, count); err != nil {
-				return err
-			}
-		case n.blocks > 0: // a long symlink
+			dir.seed, dir.number, dir.parent = seed, n.number, m.fs.nodes[n.parent].number
+			err = dir.blocks(n.Inode, n.blocks, m.put)
+		default: // a long symlink
 			clear(m.buf[:])
 			copy(m.buf[:], n.Target)
-			if err := count(m.buf[:]); err != nil {
-				return err
-			}
+			err = m.put(m.buf[:])
 		}
-		if n.treeBlocks > 0 {
-			m.ext = fs.extents(n, m.ext[:0])
-			if err := extentBlocks(m.ext, fs.geo.body+n.tree, seed, count); err != nil {
-				return err
-			}
-		}
-		if len(n.Xattrs) == 0 || n.xattr != next {
-			continue // no attributes, or in the inode, or in the block of an earlier inode
-		}
-		if _, block, err := splitXattrs(n.Inode); err != nil {
+		if err != nil {
 			return err
-		} else if len(block) > 0 {
-			xattrBlock(m.buf[:], block)
-			le.PutUint32(m.buf[xhRefs:], fs.xattrRefs[next])
-			le.PutUint32(m.buf[xhChecksum:], xattrChecksum(fs.seed, uint64(fs.geo.body+next), m.buf[:]))
-			if err := count(m.buf[:]); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
+}
+
+// xattrs writes a node's block of extended attributes.
+func (m *metaWriter) xattrs(n *node) error {
+	_, block, err := splitXattrs(n.Inode)
+	if err != nil {
+		return err
+	}
+	xattrBlock(m.buf[:], block)
+	le.PutUint32(m.buf[xhRefs:], m.fs.xattrRefs[n.xattr])
+	le.PutUint32(m.buf[xhChecksum:], xattrChecksum(checksumSeed, uint64(m.fs.geo.content+n.xattr), m.buf[:]))
+	return m.put(m.buf[:])
 }

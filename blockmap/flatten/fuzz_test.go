@@ -39,7 +39,9 @@ func layOut(t testing.TB, tr *tree, streams ...blockmap.Table) error {
 	t.Helper()
 	b := &builder{}
 	b.src = &Source{}
-	fs, err := ext4.Layout(tr.inodes(), b.ext4Options())
+	o := b.ext4Options()
+	o.Plan = tr.plan
+	fs, err := ext4.Layout(tr.inodes(), o)
 	if err != nil {
 		return err
 	}

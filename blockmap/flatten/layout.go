@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"hash/crc32"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -41,11 +42,19 @@ func (b *builder) layOut(ctx context.Context, layers []*converted) (*layout, err
 			return nil, err
 		}
 	}
-	if l.fs, err = ext4.Layout(t.inodes(), b.ext4Options()); err != nil {
+	o := b.ext4Options()
+	o.Plan = t.plan
+	if l.fs, err = ext4.Layout(t.inodes(), o); err != nil {
 		return nil, fmt.Errorf("lay out the filesystem of all layers: %w", err)
 	}
 	return l, nil
 }
+
+// hashSeed decides the order of the names in large directories. It is the same for all
+// images, so that versions of an image share their directories. Whoever writes to a
+// device can know it, and make names that collide; that slows down only directories of
+// such names.
+var hashSeed = [16]byte{'t', 'h', 'a', 'w', ' ', 'd', 0x89, 'r', 0xa5, 'h', 'a', 's', 'h', 'e', 's', '1'}
 
 // ext4Options are a function of the image, so that every build of it gives the
 // same bytes.
@@ -56,13 +65,10 @@ func (b *builder) ext4Options() ext4.Options {
 	for _, id := range b.diffIDs {
 		fmt.Fprintln(h, id)
 	}
-	sum := h.Sum(nil)
-	copy(o.UUID[:], sum)
-	copy(o.HashSeed[:], sum[16:])
-	for _, id := range []*[16]byte{&o.UUID, &o.HashSeed} {
-		id[6] = id[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of its own
-		id[8] = id[8]&0x3f | 0x80
-	}
+	copy(o.UUID[:], h.Sum(nil))
+	o.UUID[6] = o.UUID[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of its own
+	o.UUID[8] = o.UUID[8]&0x3f | 0x80
+	o.HashSeed = hashSeed
 	var c v1.ConfigFile
 	if json.Unmarshal(b.src.Config, &c) == nil && !c.Created.IsZero() {
 		o.Time = timeOf(c.Created.Time)
@@ -105,10 +111,39 @@ func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.
 	if err != nil {
 		return nil, err
 	}
-	f, err := s.end(fs.WriteMeta(s))
+	f, err := s.end(fs.WriteMeta(&metadataCutter{s: s}))
 	if err != nil {
 		return nil, fmt.Errorf("write the filesystem's metadata: %w", err)
 	}
 	defer f.Discard()
 	return f.Table, f.Push(ctx, b.dst, func(int64) {})
+}
+
+// metadataCutter cuts a stream of metadata into chunks at boundaries that depend on a
+// block alone. Where two versions of a filesystem differ, only the chunks with the
+// differences differ.
+type metadataCutter struct{ s *StreamWriter }
+
+const (
+	// The metadata of two versions differ in a block here and there: an inode of a
+	// directory, for example. So chunks of metadata are small, and larger than this.
+	leastMetadataChunk = 64 << 10
+	// One block of this many ends a chunk that is large enough.
+	metadataMark = 16
+)
+
+// Write takes whole blocks.
+func (m *metadataCutter) Write(b []byte) (n int, err error) {
+	for ; n < len(b); n += blockSize {
+		block := b[n : n+blockSize]
+		if _, err := m.s.Write(block); err != nil {
+			return n, err
+		}
+		if len(*m.s.chunk) >= leastMetadataChunk && crc32.Checksum(block, castagnoli)%metadataMark == 0 {
+			if err := m.s.Cut(); err != nil {
+				return n, err
+			}
+		}
+	}
+	return n, nil
 }

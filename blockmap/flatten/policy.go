@@ -15,9 +15,9 @@ type Policy uint8
 const (
 	// FromLayers is the policy of an image that Build has made: stream 0 holds the
 	// metadata of an ext4 filesystem, each other stream the files of one layer. On
-	// the device, all of the metadata lies in order; behind it lie the contents of
-	// the files without a gap, in the order of the streams. The filesystem is
-	// sound.
+	// the device, all of the metadata lies in order. The blocks of a layer are as far
+	// apart as they are in their stream, with gaps for those that no file has, and the
+	// layers lie in order. The filesystem is sound.
 	FromLayers Policy = iota
 	// WithOverlays is the policy of an image that was built from layers and then
 	// written to: behind the streams of FromLayers come overlays. The blocks of an
@@ -81,39 +81,34 @@ func (p Policy) check(m *Image, ix *blockmap.Index) error {
 }
 
 // checkRuns holds the map of the device to its order. Streams from number overlays
-// on are overlays; without any, there are no gaps.
+// on are overlays; without any, all of the metadata is there.
 func checkRuns(ix *blockmap.Index, overlays int) error {
-	gaps := overlays < len(ix.Streams)
-	next := make([]uint32, len(ix.Streams)) // behind the last run of each overlay
-	var meta uint32                         // blocks of metadata so far
+	whole := overlays == len(ix.Streams)
+	next := make([]uint32, len(ix.Streams)) // behind the last run of the metadata and of each overlay
 	var last *blockmap.Run                  // of contents of files
 	for i := range ix.Runs {
 		r := &ix.Runs[i]
 		switch {
-		case int(r.Stream) >= overlays:
+		case r.Stream == 0 && r.Block > next[0] && whole:
+			return fmt.Errorf("block %d of the metadata is at block %d of the device, where block %d belongs", r.Block, r.Device, next[0])
+		case r.Stream == 0 || int(r.Stream) >= overlays:
 			if r.Block < next[r.Stream] {
 				return fmt.Errorf("block %d of stream %d is at block %d of the device, behind block %d of it", r.Block, r.Stream, r.Device, next[r.Stream]-1)
 			}
 			next[r.Stream] = r.Block + r.Count
 			continue
-		case r.Stream == 0 && last != nil:
-			return fmt.Errorf("metadata at block %d of the device, behind contents of files", r.Device)
-		case r.Stream == 0 && (r.Block < meta || r.Block > meta && !gaps):
-			return fmt.Errorf("block %d of the metadata is at block %d of the device, where block %d belongs", r.Block, r.Device, meta)
-		case r.Stream == 0:
-			meta = r.Block + r.Count
-			continue
 		case last == nil:
-		case r.Device != last.Device+last.Count && !gaps:
-			return fmt.Errorf("a gap in the contents of files at block %d of the device", last.Device+last.Count)
 		case r.Stream < last.Stream || r.Stream == last.Stream && r.Block < last.Block+last.Count:
 			return fmt.Errorf("block %d of stream %d is at block %d of the device, behind block %d of stream %d",
 				r.Block, r.Stream, r.Device, last.Block+last.Count-1, last.Stream)
+		case r.Stream == last.Stream && r.Device-last.Device != r.Block-last.Block:
+			return fmt.Errorf("blocks %d and %d of stream %d are at blocks %d and %d of the device, which are not as far apart",
+				last.Block, r.Block, r.Stream, last.Device, r.Device)
 		}
 		last = r
 	}
-	if n := ix.Streams[0].Blocks(); meta != n && !gaps {
-		return fmt.Errorf("%d of %d blocks of metadata are on the device", meta, n)
+	if n := ix.Streams[0].Blocks(); next[0] != n && whole {
+		return fmt.Errorf("%d of %d blocks of metadata are on the device", next[0], n)
 	}
 	return nil
 }

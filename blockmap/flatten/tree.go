@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -30,6 +31,7 @@ type tree struct {
 	root  *node
 	layer int                    // the layer that is being applied, from 1
 	plink map[string]*ext4.Inode // pseudo-links of the layer, by name
+	plan  *ext4.Plan
 
 	names   int // number of names in the tree
 	implied int // directories without an entry of their own that may still be made
@@ -58,13 +60,17 @@ type node struct {
 	inode *ext4.Inode
 	names map[string]*node // of a directory
 	layer int              // the layer that last put the name there
+	seen  int              // of a directory: the last layer with an entry for it or for something below it
+	bytes int64            // of a directory: what its names take in it
 	own   int              // of a directory: the layer that all names below it belong to; if less than the current one, they may belong to several
 }
 
 func (n *node) isDir() bool     { return n.inode.Mode&modeType == modeDir }
 func (n *node) isSymlink() bool { return n.inode.Mode&modeType == modeSymlink }
 
-func newTree() *tree { return &tree{root: newDir(0), implied: impliedBase, follow: followBase} }
+func newTree() *tree {
+	return &tree{root: newDir(0), implied: impliedBase, follow: followBase, plan: new(ext4.Plan)}
+}
 
 func newDir(layer int) *node {
 	return &node{inode: &ext4.Inode{Mode: modeDir | 0o755}, layer: layer, own: layer}
@@ -88,6 +94,7 @@ func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, store
 	}
 	defer toc.close()
 	t.begin()
+	defer t.end(stream, toc.table.Blocks())
 	for n := 0; ; n++ {
 		if n%4096 == 0 && ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -107,6 +114,38 @@ func (t *tree) applyLayer(ctx context.Context, blob []byte, stream uint32, store
 
 // begin begins the next layer.
 func (t *tree) begin() { t.layer, t.plink = t.layer+1, nil }
+
+// end plans the places of what the layer has added to the tree.
+func (t *tree) end(stream, blocks uint32) {
+	t.plan.Layer(stream, blocks)
+	t.plan.Add(t.root.inode, t.root.bytes)
+	t.place(t.root)
+}
+
+// place plans the places of what the layer has added below a directory: first those of
+// the names in the directory, then those below each subdirectory. The tree is no deeper
+// than maxDepth, so recursion is safe.
+func (t *tree) place(dir *node) {
+	type child struct {
+		name string
+		*node
+	}
+	var children []child
+	for name, n := range dir.names {
+		if n.layer == t.layer || n.seen == t.layer {
+			children = append(children, child{name, n})
+		}
+	}
+	slices.SortFunc(children, func(a, b child) int { return strings.Compare(a.name, b.name) })
+	for _, c := range children {
+		t.plan.Add(c.inode, c.bytes)
+	}
+	for _, c := range children {
+		if c.isDir() && c.seen == t.layer {
+			t.place(c.node)
+		}
+	}
+}
 
 // quoted quotes a name for an error. It shows only the end of a long name.
 func quoted(name string) string {
@@ -165,7 +204,8 @@ func (t *tree) setDir(n *node, in *ext4.Inode) error {
 	if in.Mode&modeType != modeDir {
 		return errors.New("the root is not a directory")
 	}
-	n.inode, n.layer = in, t.layer
+	in.TakePlace(n.inode)
+	n.inode, n.layer, n.seen = in, t.layer, t.layer
 	return nil
 }
 
@@ -176,6 +216,8 @@ func (t *tree) put(parent *node, base string, n *node) error {
 	}
 	if old := parent.names[base]; old != nil {
 		t.names -= old.count()
+	} else {
+		parent.bytes += ext4.EntrySize(base)
 	}
 	if t.names++; t.names > maxNames {
 		return fmt.Errorf("the image has more than %d files", maxNames)
@@ -272,6 +314,7 @@ func (t *tree) hideLower(dir *node, name string) {
 	case n.layer == t.layer:
 	case len(n.names) == 0:
 		delete(dir.names, name)
+		dir.bytes -= ext4.EntrySize(name)
 		t.names--
 	default:
 		n.inode, n.layer = newDir(t.layer).inode, t.layer
@@ -296,6 +339,9 @@ func (t *tree) hideBelow(dir *node) {
 func (t *tree) walk(path string, make bool) (*node, error) {
 	rest, followed := path, 0
 	stack := []*node{t.root}
+	if make {
+		t.root.seen = t.layer
+	}
 	for rest != "" {
 		var part string
 		part, rest, _ = strings.Cut(rest, "/")
@@ -339,6 +385,9 @@ func (t *tree) walk(path string, make bool) (*node, error) {
 			return nil, fmt.Errorf("directories more than %d deep", maxDepth)
 		}
 		stack = append(stack, n)
+		if make {
+			n.seen = t.layer
+		}
 	}
 	return stack[len(stack)-1], nil
 }

@@ -71,7 +71,11 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Po
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	if err := ext4.Check(meta, int64(ix.Blocks)*blockSize); err != nil {
+	var mapped func(start, count uint32) bool
+	if p == FromLayers { // an overlay omits blocks of zeros
+		mapped = meta.mapped
+	}
+	if err := ext4.CheckMapped(meta, int64(ix.Blocks)*blockSize, mapped); err != nil {
 		return fmt.Errorf("the file system: %w", err)
 	}
 	return nil
@@ -167,6 +171,18 @@ type metadata struct {
 	ix   *blockmap.Index
 	file io.ReaderAt
 	at   map[uint32]int64 // in file: the streams that can hold such blocks
+}
+
+// mapped reports whether count blocks of the device from start are in streams.
+func (m *metadata) mapped(start, count uint32) bool {
+	for at, end := uint64(start), uint64(start)+uint64(count); at < end; {
+		r, ok := m.ix.Lookup(uint32(at))
+		if !ok {
+			return false
+		}
+		at = uint64(r.Device) + uint64(r.Count)
+	}
+	return true
 }
 
 func (m *metadata) ReadAt(p []byte, off int64) (int, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -158,6 +159,17 @@ func TestVerifyFinds(t *testing.T) {
 			r := &f.ix.Runs[f.dataRun()-1]
 			r.Count--
 			f.seal()
+		}, blockmap.ErrCorrupt, "of the metadata is at block"},
+		{"the end of the metadata is missing", func(f *fakeImage) {
+			for i := range slices.Backward(f.ix.Runs) {
+				if r := &f.ix.Runs[i]; r.Stream == 0 {
+					if r.Count--; r.Count == 0 {
+						f.ix.Runs = slices.Delete(f.ix.Runs, i, i+1)
+					}
+					break
+				}
+			}
+			f.seal()
 		}, blockmap.ErrCorrupt, "blocks of metadata"},
 		{"two runs of contents that have changed places", func(f *fakeImage) {
 			i := f.dataRun()
@@ -174,7 +186,14 @@ func TestVerifyFinds(t *testing.T) {
 			i := f.dataRun()
 			f.ix.Runs = append(f.ix.Runs[:i+1], f.ix.Runs[i+2:]...)
 			f.seal()
-		}, blockmap.ErrCorrupt, "a gap"},
+		}, nil, "the device has not all of them"},
+		{"a run of contents that has moved", func(f *fakeImage) {
+			i := f.dataRun()
+			r := f.ix.Runs[i]
+			f.ix.Runs[i].Count--
+			f.ix.Runs = slices.Insert(f.ix.Runs, i+1, blockmap.Run{Device: r.Device + r.Count, Stream: r.Stream, Block: r.Block + r.Count - 1, Count: 1})
+			f.seal()
+		}, blockmap.ErrCorrupt, "not as far apart"},
 		{"two blocks of metadata that have changed places", func(f *fakeImage) {
 			r := f.ix.Runs[0]
 			f.ix.Runs = append([]blockmap.Run{{Device: r.Device, Block: r.Block + 1, Count: 1}, {Device: r.Device + 1, Block: r.Block, Count: 1},
@@ -184,7 +203,7 @@ func TestVerifyFinds(t *testing.T) {
 		{"contents in the place of metadata", func(f *fakeImage) {
 			f.ix.Runs[0].Stream = 1
 			f.seal()
-		}, blockmap.ErrCorrupt, "metadata at block"},
+		}, blockmap.ErrCorrupt, "of the metadata is at block"},
 		{"a smaller device", func(f *fakeImage) {
 			last := f.ix.Runs[len(f.ix.Runs)-1]
 			f.ix.Blocks = last.Device + last.Count
