@@ -8,23 +8,26 @@
 // the device reads file data from the other streams, at the blocks that the map
 // names; this package never reads file data.
 //
-// The one idea is placement. All metadata lies packed at the front, in one flex
-// group; behind it lies file data in the order of (stream, stream block), so
-// neighbours in a stream are neighbours on the device and a whole layer of a
-// container image becomes a few runs; behind that is free space, which is in no
-// run, reads as zeros and costs nothing. Everything in use is one prefix of the
-// device:
+// The one idea is placement. What is added to a tree later does not move what is there,
+// so versions of an image share their metadata and their map. A [Plan] gives each layer
+// of a container image an area of inode numbers, and an area of the device: first its
+// directories, then the contents of its files in the order of its stream, with gaps for
+// files that an upper layer hides. So a whole layer becomes a few runs. Free space, which
+// is in no run, reads as zeros and costs nothing:
 //
-//	superblock | descriptors | block bitmaps | inode bitmaps | inode tables | journal | body | file data | free
-//	1 block      64 bytes a    1 block a       1 block a       256 bytes an            |
-//	             group         group           group           inode                   |
-//	                                      directories, long symlinks, extent trees, extended attributes
+//	superblock | descriptors | block bitmaps | inode bitmaps | journal | inode tables | layer 1     | layer 2     | ... | free
+//	1 block      64 bytes a    1 block a       1 block a                 256 bytes an   body | data   body | data
+//	             group         group           group                     inode          |
+//	                                                                directories, long symlinks, extent trees, extended attributes
+//
+// Layers of inode numbers, layers of the content and all parts before them end in spare
+// room. All parts before the content are in one flex group.
 //
 // Metadata that is zero (bitmaps of unused groups, unused parts of inode tables, all
 // of the journal but its superblock) is in no run and not in stream 0.
 //
 // The format is that of mke2fs 1.47 with 4 KiB blocks: extents, 64bit,
-// metadata_csum, flex_bg, dir_index, dir_nlink, huge_file, large_file,
+// metadata_csum with a seed of its own (metadata_csum_seed), flex_bg, dir_index, dir_nlink, huge_file, large_file,
 // extra_isize, has_journal, and sparse_super2 with no backups, since a backup
 // superblock in the middle of the device would cut file data in two. Layouts
 // stand byte by byte beside the constants that name their fields; the reference

@@ -33,7 +33,11 @@ func (g *geometry) tableBlocks() uint32 { return g.inodesPerGroup / inodesPerBlo
 func (g *geometry) fit(size int64, highest uint32, content uint64) error {
 	blocks := uint64(max(blocksOf(size), 1))
 	for {
-		inodes := max(spare(uint64(highest)+uint64(highest)/4+256), blocks/4)
+		// In steps of a half: where the content begins depends on it, and inodes that are
+		// not in use are not stored.
+		inodes := uint64(highest) + uint64(highest)/4 + 256
+		step := uint64(1) << (bits.Len64(inodes) - 2)
+		inodes = max((inodes/step+1)*step, blocks/4)
 		blocks = max(blocks, (inodes-1)/(8*blockSize)*blocksPerGroup+1)
 		if blocks > maxBlocks {
 			return errTooLarge(blocks)
