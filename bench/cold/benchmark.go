@@ -26,10 +26,11 @@ type benchmark struct {
 	warm    []string // files of the programs that a host has in memory
 }
 
-// site is a prepared image behind a link.
+// site is a prepared image behind a link, and what is done with it.
 type site struct {
 	*prepared
 	*wires
+	load load
 }
 
 // image measures all rows of an image over all links.
@@ -44,15 +45,27 @@ func (b *benchmark) image(ctx context.Context, w bench.Workload) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, l := range b.links {
-		if err := b.overLink(ctx, p, l); err != nil {
+	for _, do := range b.loads {
+		if err := b.expect(ctx, p, do); err != nil {
 			return err
+		}
+		planned := p.planned
+		if do.name == everything.name {
+			planned = p.stored
+		}
+		if err := b.results.addPlan(do.imageName(p.Name), planned, p.size, p.stored); err != nil {
+			return err
+		}
+		for _, l := range b.links {
+			if err := b.overLink(ctx, p, l, do); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-func (b *benchmark) overLink(ctx context.Context, p *prepared, l link) (err error) {
+func (b *benchmark) overLink(ctx context.Context, p *prepared, l link, do load) (err error) {
 	w, err := openWires(l, p.registry.Addr, p.files.Addr())
 	if err != nil {
 		return err
@@ -61,16 +74,19 @@ func (b *benchmark) overLink(ctx context.Context, p *prepared, l link) (err erro
 	if err := b.results.addLink(l); err != nil {
 		return err
 	}
-	s := &site{p, w}
+	s := &site{p, w, do}
 	var sides []func(context.Context, int) error
 	for _, r := range b.chosen {
+		if !do.has(r) {
+			continue
+		}
 		if why := p.lacks[r.name]; why != "" {
 			progress("%s: no row %s: %s", p.Name, r.name, why)
 			continue
 		}
 		sides = append(sides, func(ctx context.Context, round int) error {
 			if err := b.round(ctx, s, r, round); err != nil {
-				return fmt.Errorf("%s over %v: %w", r.name, l, err)
+				return fmt.Errorf("%s, %s over %v: %w", r.name, do.name, l, err)
 			}
 			return nil
 		})
@@ -97,13 +113,14 @@ func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err e
 	if err != nil {
 		return err
 	}
-	progress("%s %s %d: %s %.2f s, %d requests, %s", s.Name, s.link.name, round+1, r.name, c.end.Seconds(), c.used.Requests, bench.Bytes(c.used.Down))
-	name := startName(s.Name, s.link.name, r.name)
+	image := s.load.imageName(s.Name)
+	progress("%s %s %d: %s %.2f s, %d requests, %s", image, s.link.name, round+1, r.name, c.end.Seconds(), c.used.Requests, bench.Bytes(c.used.Down))
+	name := startName(image, s.link.name, r.name)
 	if err := b.results.rec.Add(name, append(c.measures(), more...)...); err != nil {
 		return err
 	}
 	if r.timeline && round == b.rounds-1 {
-		return b.results.addTimeline(c.timeline(s.Name, s.link.name, r.name))
+		return b.results.addTimeline(c.timeline(image, s.link.name, r.name))
 	}
 	return nil
 }

@@ -30,6 +30,9 @@ func testBenchmark(t *testing.T, out *bytes.Buffer, o options) *benchmark {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	o.links = []link{{"quick", time.Millisecond, 1e9}}
+	if o.loads == nil {
+		o.loads = []load{start}
+	}
 	o.rounds, o.size, o.readAhead, o.nbdkit = 1, "64M", 128, nbdkitArgs
 	b := &benchmark{options: o, dir: dir, chosen: chosen, out: out, results: newResults(out)}
 	if b.thaw, err = bench.BuildThaw(t.Context(), dir); err != nil {
@@ -80,6 +83,48 @@ func TestRowsStart(t *testing.T) {
 		t.Errorf("the limit is %v, and %v when read from the file", want, got)
 	}
 	leftNothing(t, b)
+}
+
+// The rows that have the load read every file of a small image.
+func TestEverything(t *testing.T) {
+	var out bytes.Buffer
+	loads, err := parseLoads("everything")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := parseVariant("ahead=thaw --prefetch-rate 100M")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := testBenchmark(t, &out, options{loads: loads, rows: "local-warm,local-cold,full-pull,nbdkit-curl,thaw,thaw-trace", variants: []variant{v}})
+	w := benchtest.Image(t)
+	if err := b.image(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+	for row, has := range map[string]bool{localWarm: false, localCold: true, fullPull: true, nbdkitCurl: true, thawPlain: true, thawTrace: false, "ahead": true} {
+		if n := b.results.rec.Rounds(startName("small-everything", "quick", row), bench.Wall); (n == 1) != has {
+			t.Errorf("%d rounds of %s", n, row)
+		}
+	}
+	pulled, came := b.results.rec.Median(startName("small-everything", "quick", fullPull), wireBytes), b.results.rec.Median(startName("small-everything", "quick", thawPlain), wireBytes)
+	if came < pulled/4 {
+		t.Errorf("thaw fetched %v bytes of an image of %v", came, pulled)
+	}
+	leftNothing(t, b)
+	if _, err := parseLoads("start,nothing"); err == nil {
+		t.Error("an unknown load is accepted")
+	}
+}
+
+// A load that reads too little fails the benchmark.
+func TestReadsTooLittle(t *testing.T) {
+	p := &prepared{read: "100"}
+	if err := p.check(everything, "99"); err == nil {
+		t.Error("99 of 100 bytes are enough")
+	}
+	if err := p.check(everything, "100"); err != nil {
+		t.Error(err)
+	}
 }
 
 // A program with a wrong answer fails the benchmark, which still cleans up.

@@ -16,7 +16,7 @@ func startCold(ctx context.Context, b *benchmark, s *site, dir string, c *clock)
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
 	c.mark(mounted)
-	return s.answer(ctx, root, c)
+	return s.answer(ctx, root, s.load, c)
 }
 
 // startWarm runs the image a second time from the same mount.
@@ -26,21 +26,21 @@ func startWarm(ctx context.Context, b *benchmark, s *site, dir string, c *clock)
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	if _, _, err := root.Run(ctx, bench.Start); err != nil {
+	if _, _, err := s.load.run(ctx, root); err != nil {
 		return nil, err
 	}
 	c.start()
-	return s.answer(ctx, root, c)
+	return s.answer(ctx, root, s.load, c)
 }
 
-// answer runs the program, and stops the clock.
-func (p *prepared) answer(ctx context.Context, root *bench.Root, c *clock) ([]bench.Measure, error) {
+// answer runs the load, and stops the clock.
+func (p *prepared) answer(ctx context.Context, root *bench.Root, l load, c *clock) ([]bench.Measure, error) {
 	before := c.sofar()
-	out, u, err := root.Run(ctx, bench.Start)
+	out, u, err := l.run(ctx, root)
 	// Not the time until Run returns: it also looks for processes that are left.
 	c.stop(before + u.Wall)
 	if err == nil {
-		err = p.Check(out)
+		err = p.check(l, out)
 	}
 	if err != nil {
 		return nil, err

@@ -25,6 +25,9 @@
 //	thaw-trace         the same, with a trace of an earlier start beside the image
 //	thaw-bundle        the same, with a bundle beside it
 //
+// There are two loads. start runs the program of the image. everything reads every file
+// of the image once; it has the rows local-cold, full-pull, nbdkit-curl and thaw.
+//
 // The limit is the time that no start by this transport over this link can beat:
 // the longer of the time of resident, and the time that the line needs for the
 // compressed bytes of the trace's plan, plus two round trips.
@@ -54,6 +57,7 @@ type options struct {
 	images    string
 	only      string
 	links     []link
+	loads     []load
 	rows      string
 	rounds    int
 	dir       string
@@ -72,11 +76,15 @@ type options struct {
 }
 
 func main() {
-	o := options{links: []link{slow, fast}}
+	o := options{links: []link{slow, fast}, loads: []load{start}}
 	flag.StringVar(&o.images, "images", "", "directory of OCI layouts, made by scripts/workloads")
 	flag.StringVar(&o.only, "only", "", "only these images, separated by commas")
 	flag.Func("links", "links, separated by commas: slow (20 ms, 200 Mbit/s), fast (2 ms, 2 Gbit/s) or NAME=RTT:MBITS (default slow,fast)", func(s string) (err error) {
 		o.links, err = parseLinks(s)
+		return err
+	})
+	flag.Func("loads", "loads, separated by commas: start (the image's program), everything (every file is read once) (default start)", func(s string) (err error) {
+		o.loads, err = parseLoads(s)
 		return err
 	})
 	flag.StringVar(&o.rows, "rows", "", "only these rows, separated by commas")

@@ -35,7 +35,7 @@ func startNBDKit(ctx context.Context, b *benchmark, s *site, dir string, c *cloc
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
 	c.mark(mounted)
-	return s.answer(ctx, root, c)
+	return s.answer(ctx, root, s.load, c)
 }
 
 // serveNBDKit starts nbdkit's curl plugin on a unix socket, and returns once it

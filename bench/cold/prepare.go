@@ -28,6 +28,10 @@ type prepared struct {
 	flat     string            // file with the flat image, on the disk
 	resident string            // directory of a cache that has served a start
 	trace    string            // file with the trace of a start
+	planned  int64             // compressed bytes that a start reads
+	size     int64             // of a full pull
+	stored   int64             // of the block image
+	read     string            // how many bytes the files have, once expect has found out
 	lacks    map[string]string // rows that cannot run, and why
 	dir      string
 	memory   string // tmpfs in dir
@@ -69,20 +73,17 @@ func (b *benchmark) prepare(ctx context.Context, w bench.Workload) (p *prepared,
 	if p.digest, err = img.Digest(); err != nil {
 		return p, err
 	}
-	size, err := pullSize(img)
-	if err != nil {
+	if p.size, err = pullSize(img); err != nil {
 		return p, err
 	}
-	progress("%s: pushed, %s", w.Name, bench.Bytes(size))
-	stored, err := b.build(ctx, p)
-	if err != nil {
+	progress("%s: pushed, %s", w.Name, bench.Bytes(p.size))
+	if p.stored, err = b.build(ctx, p); err != nil {
 		return p, err
 	}
 	if err := b.recordStart(ctx, p); err != nil {
 		return p, err
 	}
-	planned, err := b.planned(ctx, p)
-	if err != nil {
+	if p.planned, err = b.planned(ctx, p); err != nil {
 		return p, err
 	}
 	if err := b.bundle(ctx, p); err != nil {
@@ -97,8 +98,8 @@ func (b *benchmark) prepare(ctx context.Context, w bench.Workload) (p *prepared,
 	if err := b.prepareStargz(ctx, p); err != nil {
 		return p, err
 	}
-	progress("%s: a start reads %s", w.Name, bench.Bytes(planned))
-	return p, b.results.addPlan(w.Name, planned, size, stored)
+	progress("%s: a start reads %s", w.Name, bench.Bytes(p.planned))
+	return p, nil
 }
 
 func (p *prepared) close() (err error) {
@@ -164,7 +165,7 @@ func (b *benchmark) recordStart(ctx context.Context, p *prepared) error {
 	// Twice: the reads of two starts differ a little, and the cache is to have all.
 	for _, args := range [][]string{{"--record", p.trace}, nil} {
 		c := &clock{}
-		if _, err := b.serveAndRun(ctx, p, p.direct(traceName), p.resident, c, args...); err != nil {
+		if _, err := b.serveAndRun(ctx, p, p.direct(traceName), p.resident, start, c, args...); err != nil {
 			return fmt.Errorf("record a start: %w", err)
 		}
 	}

@@ -28,5 +28,5 @@ func startPull(ctx context.Context, _ *benchmark, s *site, dir string, c *clock)
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	return s.answer(ctx, root, c)
+	return s.answer(ctx, root, s.load, c)
 }

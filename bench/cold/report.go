@@ -5,6 +5,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"strings"
 
 	"thaw/bench"
 )
@@ -140,14 +141,19 @@ func (r *results) aims() []aim {
 	}
 	for _, l := range r.links() {
 		for _, image := range r.images() {
+			if strings.HasSuffix(image, "-"+everything.name) {
+				add(aim{"thaw to full-pull over " + l.String(), image, r.ratio(image, l, thawPlain, fullPull), 0.9, false})
+				continue
+			}
 			switch l {
 			case slow:
-				add(aim{"thaw-bundle to the limit over " + l.String(), image, r.toLimit(image, l, thawBundle), 1.25, false})
+				add(aim{"thaw-bundle to the limit over " + l.String(), image, r.toLimit(image, l, thawBundle), 1.15, false})
 				add(aim{"thaw-trace to the limit over " + l.String(), image, r.toLimit(image, l, thawTrace), 1.5, false})
 				if slices.Contains([]string{"flask", "sklearn"}, image) { // those with the smaller working sets
 					add(aim{"full-pull to thaw over " + l.String(), image, r.ratio(image, l, fullPull, thawPlain), 2, true})
 				}
 			case fast:
+				add(aim{"thaw-bundle to local-cold over " + l.String(), image, r.ratio(image, l, thawBundle, localCold), 1.1, false})
 				add(aim{"thaw-trace to local-cold over " + l.String(), image, r.ratio(image, l, thawTrace, localCold), 1.15, false})
 			}
 		}

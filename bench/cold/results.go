@@ -142,7 +142,13 @@ func place(order []string, s string) int {
 }
 
 func (r *results) images() []string {
-	return r.known("image", []string{"flask", "sklearn", "torch", "chromium"})
+	var order []string
+	for _, l := range loads {
+		for _, image := range []string{"flask", "sklearn", "torch", "chromium"} {
+			order = append(order, l.imageName(image))
+		}
+	}
+	return r.known("image", order)
 }
 
 func (r *results) rows() []string {

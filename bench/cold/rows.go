@@ -12,6 +12,7 @@ import (
 // row is a way to start an image.
 type row struct {
 	name     string
+	base     string // of a variant: the row that it varies
 	needs    []bench.Program
 	timeline bool // whether to record what the link carries
 	// start prepares the host, starts the clock, and stops it at the answer.
@@ -94,7 +95,7 @@ func chooseRows(o options) ([]row, error) {
 		if v.base != thawPlain {
 			args = append([]string{"--trace", "auto"}, args...)
 		}
-		chosen = append(chosen, row{name: v.name, start: startThaw(bases[v.base], args...), timeline: true})
+		chosen = append(chosen, row{name: v.name, base: v.base, start: startThaw(bases[v.base], args...), timeline: true})
 	}
 	return chosen, nil
 }

@@ -19,7 +19,7 @@ import (
 func startThaw(name string, args ...string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error) {
 		args := append(strings.Fields(b.thawArgs), args...)
-		return b.serveAndRun(ctx, s.prepared, s.at(s.wires.registry.Addr().String(), name), dir, c, args...)
+		return b.serveAndRun(ctx, s.prepared, s.at(s.wires.registry.Addr().String(), name), dir, s.load, c, args...)
 	}
 }
 
@@ -29,11 +29,11 @@ func startResident(ctx context.Context, b *benchmark, s *site, _ string, c *cloc
 	if err := readData(s.resident); err != nil {
 		return nil, err
 	}
-	return b.serveAndRun(ctx, s.prepared, s.direct(traceName), s.resident, c, strings.Fields(b.thawArgs)...)
+	return b.serveAndRun(ctx, s.prepared, s.direct(traceName), s.resident, s.load, c, strings.Fields(b.thawArgs)...)
 }
 
-// serveAndRun serves an image with its cache in dir, mounts it, and runs it.
-func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir string, c *clock, args ...string) (ms []bench.Measure, err error) {
+// serveAndRun serves an image with its cache in dir, mounts it, and runs a load.
+func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir string, l load, c *clock, args ...string) (ms []bench.Measure, err error) {
 	c.start()
 	server, err := bench.Serve(ctx, b.thaw, ref, dir, args...)
 	if err != nil {
@@ -51,8 +51,8 @@ func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir strin
 		return nil, err
 	}
 	c.mark(mounted)
-	ms, err = p.answer(ctx, root, c)
-	err = errors.Join(err, root.Close(), os.Remove(filepath.Join(dir, "root")), os.Remove(filepath.Join(dir, "nbd")))
+	ms, err = p.answer(ctx, root, l, c)
+	err = errors.Join(err, root.Close(), removeRoot(dir), os.Remove(filepath.Join(dir, "nbd")))
 	if err != nil {
 		return nil, err
 	}
@@ -65,6 +65,9 @@ func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir strin
 	}
 	return append(ms, bench.Measure{Value: float64(served.Usage.User + served.Usage.Sys), Unit: "serve-cpu-ns"}), nil
 }
+
+// removeRoot removes the directory at which a root below dir was mounted.
+func removeRoot(dir string) error { return os.Remove(filepath.Join(dir, "root")) }
 
 // readData reads the data of the files of a directory into the page cache, and
 // skips their holes.
