@@ -71,7 +71,7 @@ func LeafRange(first, count int) LeafSet {
 func (c *Chunk) All() LeafSet { return LeafRange(0, c.Leaves()) }
 
 // Has says whether leaf i is in the set.
-func (s LeafSet) Has(i int) bool { return s>>i&1 != 0 }
+func (s LeafSet) Has(i int) bool { return i < MaxLeaves && s>>i&1 != 0 }
 
 // Contains says whether all leaves of o are in the set.
 func (s LeafSet) Contains(o LeafSet) bool { return o&^s == 0 }
