@@ -38,6 +38,9 @@ func NewLeafList(c *Chunk, list []Digest) (*LeafList, error) {
 // Of says whether the list is that of chunk c, or of a chunk of the same content.
 func (l *LeafList) Of(c *Chunk) bool { return l.chunk == c.Digest && l.blocks == c.Count }
 
+// Digests are the digests of the leaves, in order. The caller must not change them.
+func (l *LeafList) Digests() []Digest { return l.list }
+
 // VerifyLeaf says whether content is that of leaf i of the chunk. It fails with
 // ErrDigest if it is not, or if the list is that of another chunk.
 func (c *Chunk) VerifyLeaf(l *LeafList, i int, content []byte) error {
@@ -69,7 +72,12 @@ func (d *ChunkDecoder) Close() { d.zstd.Close() }
 // Decompress returns the content of chunk c from its frame, in buf if c.Size()
 // bytes fit there. The content is not verified: Stream.Fill and Stream.Hold do so.
 func (d *ChunkDecoder) Decompress(c *Chunk, frame, buf []byte) ([]byte, error) {
-	size := c.Size()
+	return d.DecompressSize(c.Size(), frame, buf)
+}
+
+// DecompressSize is Decompress for a frame with a content of size bytes or less: that of
+// leaves in a bundle.
+func (d *ChunkDecoder) DecompressSize(size int, frame, buf []byte) ([]byte, error) {
 	if cap(buf) < size {
 		buf = make([]byte, size)
 	}
