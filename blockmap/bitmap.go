@@ -79,6 +79,12 @@ func (m bitmap) run(b, n uint32) (length uint32, set bool) {
 	return min(length, n), set
 }
 
+// countRange is how many of the n bits from b are set.
+func (m bitmap) countRange(b, n uint32) (set uint32) {
+	eachWord(b, n, func(i uint32, mask uint64) { set += uint32(bits.OnesCount64(m.word(i) & mask)) })
+	return set
+}
+
 // count is the number of bits that are set.
 func (m bitmap) count() (n int64) {
 	for i := range m {

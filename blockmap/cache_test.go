@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,12 +27,20 @@ func quiet(o blockmap.CacheOptions) blockmap.CacheOptions {
 
 func openImage(t *testing.T, dir string, m *blocktest.Image, o blockmap.CacheOptions) (*blockmap.Cache, *blockmap.Image, *blocktest.Origin) {
 	t.Helper()
+	return openImageBy(t, dir, m, o, false)
+}
+
+// openImageBy is openImage with a fetcher that brings leaves, or else chunks.
+func openImageBy(t *testing.T, dir string, m *blocktest.Image, o blockmap.CacheOptions, leaves bool) (*blockmap.Cache, *blockmap.Image, *blocktest.Origin) {
+	t.Helper()
 	c, err := blockmap.OpenCache(dir, quiet(o))
 	if err != nil {
 		t.Fatal(err)
 	}
 	origin := blocktest.NewOrigin(m)
-	image, err := blockmap.NewImage(m.Index, c, newDirect(t, origin))
+	fetch := newDirect(t, origin)
+	fetch.leaves = leaves
+	image, err := blockmap.NewImage(m.Index, c, fetch)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,14 +55,43 @@ func readAll(t *testing.T, image *blockmap.Image, m *blocktest.Image) {
 	}
 }
 
+// residentBlocks says of each block whether it is resident.
+func residentBlocks(image *blockmap.Image) (resident []bool) {
+	for at := int64(0); at < image.Size(); {
+		s := image.Status(blockmap.Extent{Start: at, End: image.Size()})
+		for range s.Len() / blockmap.BlockSize {
+			resident = append(resident, s.Resident)
+		}
+		at = s.End
+	}
+	return resident
+}
+
 func TestKilledProcessLosesNothing(t *testing.T) {
 	m := blocktest.NewImage(t, 20, 1500)
 	dir, fsys := t.TempDir(), blocktest.NewFS()
 	boot := blockmap.BootID{1}
-	_, image, _ := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	_, image, _ := openImageBy(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot}, true)
+	part := blockmap.Range(image.Size()/3+4096, image.Size()/3)
+	if _, err := blocktest.Read(t.Context(), image, part); err != nil {
+		t.Fatal(err)
+	}
+	leaves := residentBlocks(image)
+	fsys.Kill()
+	// The leaves are there, also where others of their chunks are not.
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	if got := residentBlocks(image); !slices.Equal(got, leaves) {
+		t.Error("other blocks are resident than before the process was killed")
+	}
+	if got, err := blocktest.Read(t.Context(), image, part); err != nil || !bytes.Equal(got, m.Content[part.Start:part.End]) {
+		t.Errorf("wrong bytes, or %v", err)
+	}
+	if n := origin.Requests(); n != 0 {
+		t.Errorf("%d chunks were fetched again", n)
+	}
 	readAll(t, image, m)
 	fsys.Kill()
-	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	c, image, origin = openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
 	readAll(t, image, m)
 	if n := origin.Requests(); n != 0 {
 		t.Errorf("%d chunks were fetched again", n)
@@ -73,9 +111,9 @@ func TestPowerCut(t *testing.T) {
 		dir, fsys := t.TempDir(), blocktest.NewFS()
 		boot := byte(1)
 		for range 5 {
-			c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{
+			c, image, origin := openImageBy(t, dir, m, blockmap.CacheOptions{
 				FS: fsys, Boot: blockmap.BootID{boot}, Quota: int64(len(m.Content)) / 2,
-			})
+			}, rng.IntN(2) == 0)
 			for at := int64(0); at < image.Size(); {
 				s := image.Status(blockmap.Extent{Start: at, End: image.Size()})
 				if s.Resident && !s.Zero {
@@ -423,12 +461,18 @@ func spaceOf(t *testing.T, dir string) (n int64) {
 // Data that cannot be punched still counts, so that the disk never holds more than the
 // quota.
 func TestQuotaCountsWhatCannotBePunched(t *testing.T) {
+	for name, leaves := range map[string]bool{"chunks": false, "leaves": true} {
+		t.Run(name, func(t *testing.T) { testUnpunched(t, leaves) })
+	}
+}
+
+func testUnpunched(t *testing.T, leaves bool) {
 	m := blocktest.NewImage(t, 28, 3000)
 	fsys, dir := blocktest.NewFS(), t.TempDir()
 	quota := int64(len(m.Content)) / 2
 	c := newCache(t, dir, quiet(blockmap.CacheOptions{FS: fsys, Quota: quota}))
 	fetch := newDirect(t, blocktest.NewOrigin(m))
-	fetch.hold = true
+	fetch.hold, fetch.leaves = true, leaves
 	image, err := blockmap.NewImage(m.Index, c, fetch)
 	must(t, err)
 	read := func() {

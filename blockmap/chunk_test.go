@@ -2,7 +2,6 @@ package blockmap_test
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"sync"
 	"testing"
@@ -21,7 +20,7 @@ func frameOf(t testing.TB, content []byte) (blockmap.Chunk, []byte) {
 	}
 	defer enc.Close()
 	frame := enc.EncodeAll(content, nil)
-	return blockmap.Chunk{Digest: sha256.Sum256(content), Stored: uint32(len(frame)), Count: uint32(len(content) / blockmap.BlockSize)}, frame
+	return blockmap.Chunk{Digest: blockmap.ChunkDigest(content), Stored: uint32(len(frame)), Count: uint32(len(content) / blockmap.BlockSize)}, frame
 }
 
 func TestChunkDecoder(t *testing.T) {

@@ -40,8 +40,8 @@ type evictor struct {
 	fullUntil atomic.Int64 // ns since 1970: the disk is full, and left alone
 	evicted   atomic.Int64
 
-	// torn are absent chunks that may take room on disk all the same: they could
-	// not be written to their end, or not be punched, or not be read.
+	// torn are chunks whose absent blocks may take room on disk all the same: they
+	// could not be written, or not be punched, or not be read.
 	torn struct {
 		sync.Mutex
 		chunks map[chunkRef]struct{}
@@ -248,7 +248,7 @@ func (e *evictor) coldest() []chunkRef {
 // eviction is one call of evictChunks.
 type eviction struct {
 	e      *evictor
-	going  []chunkRef        // absent, and to be punched
+	going  []chunkRef        // taken; their absent blocks are to be punched
 	failed map[*Stream]error // of the streams touched
 	bytes  int64             // that were resident
 }
@@ -264,7 +264,7 @@ func (e *evictor) evictChunks(want int64) (freed int64, err error) {
 		case x.stream.has(x.chunk):
 			x.stream.pins.endEvict(x.chunk)
 		default:
-			v.clear(x)
+			v.going = append(v.going, x) // what is resident of it stays
 		}
 	}
 	if v.bytes < want {
@@ -329,8 +329,9 @@ func (v *eviction) punch() (freed int64, first error) {
 		c := &x.stream.table.Chunks[x.chunk]
 		err := v.failed[x.stream]
 		// A file that was given up meanwhile is gone from the disk.
+		n := int64(c.Size())
 		if f := x.stream.files.current.Load(); err == nil && f != nil {
-			if err = f.punch(int64(c.Block)*BlockSize, int64(c.Size())); err != nil {
+			if n, err = x.stream.punchAbsent(f, c.Block, c.Count); err != nil {
 				v.e.disk.log.Error("cannot evict: the data could not be punched, so it stays", "stream", x.stream.id.String(), "err", err)
 			}
 		}
@@ -338,9 +339,8 @@ func (v *eviction) punch() (freed int64, first error) {
 		if err != nil {
 			v.e.tear(x)
 			first = cmp.Or(first, err)
-		} else {
-			freed += int64(c.Size())
 		}
+		freed += n
 		x.stream.pins.endEvict(x.chunk)
 	}
 	return freed, first

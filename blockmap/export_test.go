@@ -14,3 +14,6 @@ func (c *Cache) LimitOpen(n int64) { c.streams.openLimit = n }
 // StoreHeld writes the chunks held in memory to the disk, as the cache does from time
 // to time.
 func (c *Cache) StoreHeld() { c.streams.held.store() }
+
+// Evict frees at least n bytes, and the space of what is torn.
+func (c *Cache) Evict(n int64) { _, _ = c.evictor.evict(n) }

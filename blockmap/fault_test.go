@@ -248,11 +248,17 @@ func TestUnknownBoot(t *testing.T) {
 
 // On a disk that other files fill, reads are served from memory.
 func TestHeldInMemory(t *testing.T) {
+	for name, leaves := range map[string]bool{"chunks": false, "leaves": true} {
+		t.Run(name, func(t *testing.T) { testHeldInMemory(t, leaves) })
+	}
+}
+
+func testHeldInMemory(t *testing.T, leaves bool) {
 	m := blocktest.NewImage(t, 66, 2000)
 	fsys := blocktest.NewFS()
 	c := newCache(t, t.TempDir(), quiet(blockmap.CacheOptions{FS: fsys, Memory: 2 << 20}))
 	fetch := newDirect(t, blocktest.NewOrigin(m))
-	fetch.hold = true
+	fetch.hold, fetch.leaves = true, leaves
 	image, err := blockmap.NewImage(m.Index, c, fetch)
 	must(t, err)
 	check := func() {

@@ -21,19 +21,37 @@ type Image struct {
 	fetch   fetcher
 }
 
-// Want names a chunk to fetch: the stream that lacks it, and the table that says where
-// in which blob it lies. (Streams of equal content are one stream, but their blobs may
-// be compressed differently.)
+// Want names a chunk to fetch: the stream that lacks it or a part of it, and the table
+// that says where in which blob it lies. (Streams of equal content are one stream, but
+// their blobs may be compressed differently.)
 type Want struct {
 	Stream *Stream
 	Table  *Table
 	Chunk  int
+	// Leaves are the leaves of the chunk that are needed; 0 means all of them.
+	Leaves LeafSet
+}
+
+// Needs is the set of leaves that are needed.
+func (w Want) Needs() LeafSet {
+	if w.Leaves == 0 {
+		return w.Table.Chunks[w.Chunk].All()
+	}
+	return w.Leaves
+}
+
+// Here says whether all that is needed can be viewed.
+func (w Want) Here() bool {
+	if w.Leaves == 0 {
+		return w.Stream.Has(w.Chunk)
+	}
+	return w.Stream.HasLeaves(w.Chunk, w.Leaves)
 }
 
 // fetcher fetches chunks into their streams.
 type fetcher interface {
-	// Fetch returns when all of wants are resident, or fails with the first
-	// cause. Prefetch returns at once, and its chunks are fetched behind those
+	// Fetch returns when the leaves that wants need are resident, or fails with the
+	// first cause. It may make the rest of their chunks resident as well. Prefetch returns at once, and its chunks are fetched behind those
 	// of every Fetch.
 	Fetch(ctx context.Context, wants []Want) error
 	Prefetch(wants []Want)
@@ -130,14 +148,14 @@ func (m *Image) MissingStream(stream int, limit int64) (wants []Want) {
 	}
 	for i := range t.Chunks {
 		if !s.Has(i) {
-			wants = append(wants, Want{s, t, i})
+			wants = append(wants, Want{Stream: s, Table: t, Chunk: i})
 		}
 	}
 	return wants
 }
 
-// Missing lists the chunks of e that are not resident. It lists none for an extent that
-// is not within the device.
+// Missing lists the chunks with blocks of e that are not resident, and which of their
+// leaves have these blocks. It lists none for an extent that is not within the device.
 func (m *Image) Missing(e Extent) (wants []Want) {
 	if e.Check(m.Size()) != nil {
 		return nil
@@ -147,10 +165,10 @@ func (m *Image) Missing(e Extent) (wants []Want) {
 			continue
 		}
 		s, t := m.streams[p.stream], &m.ix.Streams[p.stream]
-		last := uint32((p.off + p.n - 1) / BlockSize)
-		for i := t.Find(uint32(p.off / BlockSize)); i < len(t.Chunks) && t.Chunks[i].Block <= last; i++ {
-			if !s.Has(i) {
-				wants = append(wants, Want{s, t, i})
+		first, last := uint32(p.off/BlockSize), uint32((p.off+p.n-1)/BlockSize)
+		for i := t.Find(first); i < len(t.Chunks) && t.Chunks[i].Block <= last; i++ {
+			if leaves := s.lacks(i, first, last); leaves != 0 {
+				wants = append(wants, Want{s, t, i, leaves})
 			}
 		}
 	}

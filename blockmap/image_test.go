@@ -24,13 +24,14 @@ type direct struct {
 	mu     sync.Mutex
 	filled map[blockmap.Digest]int
 	hold   bool // hold in memory what the disk does not accept
+	leaves bool // bring the leaves that are needed and no others, as a bundle does
 }
 
 func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, w := range wants {
-		if w.Stream.Has(w.Chunk) || w.Stream.FillLocal(w.Chunk) {
+		if w.Here() || !d.leaves && w.Stream.FillLocal(w.Chunk) {
 			continue
 		}
 		c := w.Table.Chunks[w.Chunk]
@@ -44,7 +45,9 @@ func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		if err == nil {
 			b, err = d.dec.DecodeAll(b, nil)
 		}
-		if err == nil {
+		if err == nil && d.leaves {
+			err = d.fillLeaves(w, b)
+		} else if err == nil {
 			err = w.Stream.Fill(w.Chunk, b)
 			if d.hold && err != nil && !errors.Is(err, blockmap.ErrDigest) {
 				err = w.Stream.Hold(w.Chunk, b)
@@ -56,6 +59,29 @@ func (d *direct) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		d.filled[c.Digest]++
 	}
 	return ctx.Err()
+}
+
+// fillLeaves stores the leaves that w needs, one by one, from the last to the first.
+func (d *direct) fillLeaves(w blockmap.Want, content []byte) error {
+	c := &w.Table.Chunks[w.Chunk]
+	list, err := blockmap.NewLeafList(c, blockmap.LeafDigests(nil, content))
+	if err != nil {
+		return err
+	}
+	for i := c.Leaves() - 1; i >= 0; i-- {
+		if !w.Needs().Has(i) || w.Stream.FillLeavesLocal(w.Chunk, list, blockmap.LeafRange(i, 1)) != 0 {
+			continue
+		}
+		leaf := content[i*blockmap.LeafSize:][:c.LeafSize(i)]
+		err := w.Stream.FillLeaves(w.Chunk, list, i, 1, leaf)
+		if d.hold && err != nil && !errors.Is(err, blockmap.ErrDigest) {
+			err = w.Stream.HoldLeaves(w.Chunk, list, i, 1, leaf)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (d *direct) Prefetch(wants []blockmap.Want) { _ = d.Fetch(context.Background(), wants) }
@@ -91,20 +117,36 @@ func newImage(t testing.TB, m *blocktest.Image, o *blocktest.Origin) *blockmap.I
 
 func TestImageConforms(t *testing.T) {
 	m := blocktest.NewImage(t, 7, 3000)
-	blocktest.TestDevice(t, m.Content, func(t *testing.T) blockmap.Device {
-		return newImage(t, m, blocktest.NewOrigin(m))
-	})
+	for name, leaves := range map[string]bool{"chunks": false, "leaves": true} {
+		t.Run(name, func(t *testing.T) {
+			blocktest.TestDevice(t, m.Content, func(t *testing.T) blockmap.Device {
+				fetch := newDirect(t, blocktest.NewOrigin(m))
+				fetch.leaves = leaves
+				image, err := blockmap.NewImage(m.Index, newCache(t, t.TempDir(), blockmap.CacheOptions{}), fetch)
+				must(t, err)
+				return image
+			})
+		})
+	}
 }
 
 // The same suite with room for a third of the image: chunks are fetched, evicted and
 // fetched again during reads.
 func TestImageConformsUnderEviction(t *testing.T) {
+	for name, leaves := range map[string]bool{"chunks": false, "leaves": true} {
+		t.Run(name, func(t *testing.T) { testUnderEviction(t, leaves) })
+	}
+}
+
+func testUnderEviction(t *testing.T, leaves bool) {
 	m := blocktest.NewImage(t, 8, 3000)
 	var c *blockmap.Cache
 	t.Run("", func(t *testing.T) {
 		blocktest.TestDevice(t, m.Content, func(t *testing.T) blockmap.Device {
 			c = newCache(t, t.TempDir(), blockmap.CacheOptions{Quota: 1 << 30})
-			image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
+			fetch := newDirect(t, blocktest.NewOrigin(m))
+			fetch.leaves = leaves
+			image, err := blockmap.NewImage(m.Index, c, fetch)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -112,7 +154,9 @@ func TestImageConformsUnderEviction(t *testing.T) {
 		})
 	})
 	c = newCache(t, t.TempDir(), blockmap.CacheOptions{Quota: int64(len(m.Content)) / 3})
-	image, err := blockmap.NewImage(m.Index, c, newDirect(t, blocktest.NewOrigin(m)))
+	fetch := newDirect(t, blocktest.NewOrigin(m))
+	fetch.leaves = leaves
+	image, err := blockmap.NewImage(m.Index, c, fetch)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -33,7 +33,7 @@ func ParseDigest(s string) (d Digest, err error) {
 // numbers in the body are unsigned varints unless they are marked as signed:
 //
 //	 0  8  magic "thawindx"
-//	 8  4  version, 1
+//	 8  4  version, 2
 //	12  4  length of the body in bytes
 //	16  4  CRC-32C of bytes 0 to 15 and of the body
 //	20     the body:
@@ -42,7 +42,7 @@ func ParseDigest(s string) (d Digest, err error) {
 //	           32 bytes: SHA-256 of its blob; length of the blob
 //	           number of chunks; for each
 //	               blocks; bytes skipped in the blob before it; bytes in the blob
-//	           for each chunk 32 bytes: SHA-256 of its content
+//	           for each chunk 32 bytes: its digest, see ListDigest
 //	       number of runs; for each
 //	           blocks skipped on the device since the end of the run before
 //	           stream
@@ -80,7 +80,7 @@ type Table struct {
 
 // Chunk is one line of a Table: the unit of fetching.
 type Chunk struct {
-	Digest Digest // of the content
+	Digest Digest // of the content, by way of its leaves: see ListDigest
 	Offset int64  // of the compressed bytes in the blob
 	Stored uint32 // length of the compressed bytes
 	Block  uint32 // first block in the stream
@@ -89,9 +89,6 @@ type Chunk struct {
 
 // Size is the length of the chunk's content in bytes.
 func (c *Chunk) Size() int { return int(c.Count) * BlockSize }
-
-// ChunkDigest is the digest that a Chunk of this content has.
-func ChunkDigest(content []byte) Digest { return sha256.Sum256(content) }
 
 // Limits of the format. With them a hostile index takes no more memory than an
 // honest index of the same length.
@@ -102,7 +99,7 @@ const (
 	MaxStreams = 1024
 
 	indexMagic   = "thawindx"
-	indexVersion = 1
+	indexVersion = 2
 	indexHeader  = 20
 
 	// With one slot for 256 blocks (1 MiB) a search looks at a few records.
@@ -122,7 +119,7 @@ func storedLimit(n int) uint64 { return uint64(n) + uint64(n)>>6 + 512 }
 // their blobs were compressed.
 func (t *Table) ID() Digest {
 	h := sha256.New()
-	h.Write([]byte("thaw stream 1\n"))
+	h.Write([]byte("thaw stream 2\n"))
 	var n [4]byte
 	for i := range t.Chunks {
 		binary.LittleEndian.PutUint32(n[:], t.Chunks[i].Count)
@@ -295,8 +292,11 @@ func DecodeIndex(b []byte) (*Index, error) {
 	if len(b) < indexHeader || string(b[:8]) != indexMagic {
 		return nil, fmt.Errorf("%w: not a thaw index", ErrCorrupt)
 	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != indexVersion {
-		return nil, fmt.Errorf("%w: index version %d, this program reads %d", ErrCorrupt, v, indexVersion)
+	switch v := binary.LittleEndian.Uint32(b[8:]); {
+	case v > 0 && v < indexVersion:
+		return nil, fmt.Errorf("%w: the index has version %d, and this thaw reads version %d: build the block image again with thaw build", ErrCorrupt, v, indexVersion)
+	case v != indexVersion:
+		return nil, fmt.Errorf("%w: the index has version %d, and this thaw reads version %d: a later thaw may read it", ErrCorrupt, v, indexVersion)
 	}
 	if n := binary.LittleEndian.Uint32(b[12:]); int64(n) != int64(len(b)-indexHeader) {
 		return nil, fmt.Errorf("%w: the body of the index has %d bytes, and its header says %d", ErrCorrupt, len(b)-indexHeader, n)

@@ -53,6 +53,9 @@ func (r *residency) any(b, n uint32) bool { return r.file.live.any(b, n) }
 // resident or all absent.
 func (r *residency) run(b, n uint32) (length uint32, resident bool) { return r.file.live.run(b, n) }
 
+// absent is how many of the n blocks from b are not resident.
+func (r *residency) absent(b, n uint32) uint32 { return n - r.file.live.countRange(b, n) }
+
 // count is the number of resident blocks.
 func (r *residency) count() int64 { return r.file.live.count() }
 

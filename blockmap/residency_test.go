@@ -179,8 +179,7 @@ func FuzzMap(f *testing.F) {
 	})
 }
 
-// A sync that runs while blocks are set makes all of them durable or none: the cache
-// fetches a partly resident chunk again as a whole.
+// A sync that runs while blocks are set makes all of them durable or none.
 func TestSyncTakesAllOrNone(t *testing.T) {
 	const words, each = 400, 64
 	for range 30 {
@@ -208,32 +207,61 @@ func TestSyncTakesAllOrNone(t *testing.T) {
 // The order of held chunks lists each chunk once, and their bytes stay within the
 // limit.
 func TestHeldIsBounded(t *testing.T) {
-	h := held{limit: 10 << 10}
-	s := new(Stream)
-	stays := chunkRef{s, -1}
-	h.put(stays, make([]byte, 10))
+	h := held{limit: 10 * BlockSize}
+	// Chunks 0 to 6 have a block, and so has chunk 7; the last two have nine.
+	s := &Stream{table: &Table{Chunks: make([]Chunk, 10)}, res: newResidency(Digest{1}, 26)}
+	for i := range s.table.Chunks {
+		s.table.Chunks[i].Block, s.table.Chunks[i].Count = uint32(i), 1
+	}
+	s.table.Chunks[8].Count, s.table.Chunks[9].Block, s.table.Chunks[9].Count = 9, 17, 9
+	stays := chunkRef{s, 7}
+	h.put(stays, 0, make([]byte, BlockSize))
 	for i := range 1000 {
 		x := chunkRef{s, i % 7}
-		h.put(x, make([]byte, 1<<10))
+		h.put(x, 0, make([]byte, BlockSize))
 		if i%3 == 0 {
-			h.drop(x)
+			s.res.file.live.set(uint32(x.chunk), 1)
+			h.dropStored(x)
+			s.res.file.live.clear(uint32(x.chunk), 1)
+			if h.has(x, 1) {
+				t.Fatalf("chunk %d is on disk, and still held", x.chunk)
+			}
+		} else if h.dropStored(x); !h.has(x, 1) {
+			t.Fatalf("chunk %d is not on disk, and was dropped", x.chunk)
 		}
 		if len(h.mu.order) != len(h.mu.chunks) || h.size() > h.limit || h.n.Load() != int64(len(h.mu.chunks)) {
 			t.Fatalf("%d entries in order, %d chunks counted, for %d chunks of %d bytes", len(h.mu.order), h.n.Load(), len(h.mu.chunks), h.size())
 		}
 	}
-	if !h.has(stays) {
+	if !h.has(stays, 1) {
 		t.Error("a chunk was dropped although there was room")
 	}
-	big := make([]byte, 9<<10)
-	h.put(chunkRef{s, 100}, big)
-	h.put(chunkRef{s, 101}, big)
-	if h.has(chunkRef{s, 100}) || h.has(stays) || !h.has(chunkRef{s, 101}) {
+	big := make([]byte, 9*BlockSize)
+	h.put(chunkRef{s, 8}, 0, big)
+	h.put(chunkRef{s, 9}, 0, big)
+	if h.has(chunkRef{s, 8}, 1) || h.has(stays, 1) || !h.has(chunkRef{s, 9}, 1) {
 		t.Error("the oldest chunks were not dropped first")
 	}
 	h.dropAll(s)
 	if h.any() || h.size() != 0 || len(h.mu.order) != 0 {
 		t.Errorf("%d bytes of a removed stream are held", h.size())
+	}
+}
+
+// Leaves of a chunk can come one by one. What is shown of the chunk meanwhile stays.
+func TestHeldLeaves(t *testing.T) {
+	h := held{limit: 1 << 20}
+	s := &Stream{table: &Table{Chunks: []Chunk{{Count: 2*LeafBlocks + 1}}}, res: newResidency(Digest{1}, 2*LeafBlocks+1)}
+	x := chunkRef{s, 0}
+	h.put(x, 1, bytes.Repeat([]byte{1}, LeafSize))
+	shown := h.get(x, LeafRange(1, 1))
+	if h.has(x, LeafRange(0, 2)) || h.get(x, LeafRange(2, 1)) != nil || h.leaves(x) != LeafRange(1, 1) {
+		t.Errorf("leaves %b are held", h.leaves(x))
+	}
+	h.put(x, 0, bytes.Repeat([]byte{2}, 2*LeafSize+BlockSize))
+	all := h.get(x, LeafRange(0, 3))
+	if all == nil || &all[0] != &shown[0] || all[0] != 2 || all[LeafSize] != 1 || all[2*LeafSize] != 2 || h.size() != int64(len(all)) {
+		t.Error("the leaves are not those that came first")
 	}
 }
 

@@ -45,9 +45,9 @@ func (s *Stream) ID() Digest { return s.id }
 // Resident is the number of bytes that are on disk.
 func (s *Stream) Resident() int64 { return s.res.count() * BlockSize }
 
-// Has says whether chunk i can be viewed: it is on disk, or held in memory.
+// Has says whether chunk i can be viewed as a whole: it is on disk, or held in memory.
 func (s *Stream) Has(i int) bool {
-	return s.has(i) && s.usable() || s.store.held.has(chunkRef{s, i})
+	return s.has(i) && s.usable() || s.store.held.any() && s.HasLeaves(i, s.table.Chunks[i].All())
 }
 
 // has says whether chunk i is on disk.
@@ -137,7 +137,7 @@ func (s *Stream) view(v *View, off, n int64) bool {
 	return s.store.held.any() && s.viewHeld(v, off, n)
 }
 
-// viewHeld is view where some of the chunks are in memory only.
+// viewHeld is view where some of the leaves are in memory only.
 func (s *Stream) viewHeld(v *View, off, n int64) bool {
 	var found View
 	for n > 0 {
@@ -145,9 +145,14 @@ func (s *Stream) viewHeld(v *View, off, n int64) bool {
 		c := &s.table.Chunks[i]
 		skip := off - int64(c.Block)*BlockSize
 		m := min(int64(c.Size())-skip, n)
-		if p := s.store.held.get(chunkRef{s, i}); p != nil {
+		if !s.store.held.has(chunkRef{s, i}, c.All()) {
+			// The chunk may be on disk in part, and in memory in part.
+			m = min(LeafSize-skip%LeafSize, m)
+		}
+		first, last := uint32(off/BlockSize), uint32((off+m-1)/BlockSize)
+		if p := s.store.held.get(chunkRef{s, i}, c.leavesOf(first, last)); p != nil {
 			found.Append(p[skip:skip+m:skip+m], nil, 0)
-		} else if f := s.pinned(i); f != nil {
+		} else if f := s.pinned(i, first, last); f != nil {
 			found.Append(f.bytes(off, m), s, uint64(i)<<32|uint64(i))
 		} else {
 			found.Release()
@@ -161,13 +166,13 @@ func (s *Stream) viewHeld(v *View, off, n int64) bool {
 	return true
 }
 
-// pinned pins chunk i and returns the file that it is in, or nil if it is not on
-// disk or the file is not open.
-func (s *Stream) pinned(i int) *dataFile {
+// pinned pins chunk i and returns the file that it is in, or nil if its blocks first to
+// last are not on disk or the file is not open.
+func (s *Stream) pinned(i int, first, last uint32) *dataFile {
 	if !s.pins.pin(i) {
 		return nil
 	}
-	if f := s.files.current.Load(); f != nil && s.has(i) && f.intact() {
+	if f := s.files.current.Load(); f != nil && s.res.has(first, last-first+1) && f.intact() {
 		return f
 	}
 	s.pins.unpin(i)
@@ -182,23 +187,29 @@ func (s *Stream) check(i int, p []byte) error {
 	return nil
 }
 
-// Fill verifies that p is the content of chunk i, and stores it. Nothing gets
-// into the cache another way. Fill fails with ErrDigest where p is something
-// else, and with ErrNoSpace where neither the disk nor the quota has room; the
-// chunk stays absent then.
+// Fill verifies that p is the content of chunk i, and stores what is absent of it.
+// Nothing gets into the cache but by Fill and FillLeaves. Fill fails with ErrDigest
+// where p is something else, and with ErrNoSpace where neither the disk nor the quota
+// has room; what was absent may be so in part then.
 func (s *Stream) Fill(i int, p []byte) error {
 	if err := s.check(i, p); err != nil {
 		return err
 	}
+	return s.fill(i, s.table.Chunks[i].Block, p)
+}
+
+// fill stores what is absent of p, which is verified: blocks of chunk i from block b of
+// the stream on.
+func (s *Stream) fill(i int, b uint32, p []byte) error {
 	err := ErrDamaged
 	// The bound is for a file that another program cuts short again and again.
 	for try := 0; errors.Is(err, ErrDamaged) && try < 8; try++ {
-		err = s.store.evictor.squeeze(int64(len(p)), func() error { return s.put(i, p) })
+		err = s.store.evictor.squeeze(int64(len(p)), func() error { return s.put(i, b, p) })
 	}
 	if err != nil {
 		return fmt.Errorf("store chunk %d of stream %.12s: %w", i, s.id, err)
 	}
-	s.store.held.drop(chunkRef{s, i})
+	s.store.held.dropStored(chunkRef{s, i})
 	return nil
 }
 
@@ -210,13 +221,12 @@ func (s *Stream) Hold(i int, p []byte) error {
 	if err := s.check(i, p); err != nil {
 		return err
 	}
-	s.store.held.put(chunkRef{s, i}, p)
+	s.store.held.put(chunkRef{s, i}, 0, p)
 	return nil
 }
 
-// put writes chunk i, and marks it resident then.
-func (s *Stream) put(i int, p []byte) error {
-	n := int64(len(p))
+// put writes what is absent of p, and marks it resident then.
+func (s *Stream) put(i int, b uint32, p []byte) error {
 	for !s.pins.pin(i) {
 		s.store.evictor.await()
 	}
@@ -224,8 +234,12 @@ func (s *Stream) put(i int, p []byte) error {
 	if err := s.prepare(); err != nil {
 		return err
 	}
-	if err := s.open(); err != nil || s.has(i) {
+	if err := s.open(); err != nil {
 		return err
+	}
+	n := int64(s.res.absent(b, uint32(len(p)/BlockSize))) * BlockSize
+	if n == 0 {
+		return nil
 	}
 	f := s.files.current.Load()
 	if f == nil {
@@ -234,7 +248,7 @@ func (s *Stream) put(i int, p []byte) error {
 	if err := s.store.evictor.reserve(n); err != nil {
 		return err
 	}
-	added, err := s.writeTo(f, i, p)
+	added, err := s.writeTo(f, i, b, p)
 	s.store.disk.used.Add(added - n)
 	if err != nil {
 		return err
@@ -245,24 +259,31 @@ func (s *Stream) put(i int, p []byte) error {
 	return nil
 }
 
-// writeTo writes chunk i to f and marks it resident, unless another file has come
-// in f's place. It returns how many bytes became resident.
-func (s *Stream) writeTo(f *dataFile, i int, p []byte) (added int64, err error) {
-	c := &s.table.Chunks[i]
+// writeTo writes what is absent of p to f and marks it resident, unless another file
+// has come in f's place. Views may show what is resident, so it is not written again. It
+// returns how many bytes became resident.
+func (s *Stream) writeTo(f *dataFile, i int, b uint32, p []byte) (added int64, err error) {
 	s.files.marking.RLock()
 	defer s.files.marking.RUnlock()
 	if s.files.current.Load() != f {
 		return 0, s.fail(ErrDamaged)
 	}
-	if err := f.write(p, int64(c.Block)*BlockSize); err != nil {
-		s.store.evictor.tear(chunkRef{s, i})
-		return 0, err
+	for len(p) > 0 {
+		n, resident := s.res.run(b, uint32(len(p)/BlockSize))
+		if !resident {
+			if err := f.write(p[:int(n)*BlockSize], int64(b)*BlockSize); err != nil {
+				s.store.evictor.tear(chunkRef{s, i})
+				return added, err
+			}
+			s.files.unmeasured.Store(true)
+			added += int64(s.res.set(b, n)) * BlockSize
+		}
+		b, p = b+n, p[int(n)*BlockSize:]
 	}
-	s.files.unmeasured.Store(true)
-	return int64(s.res.set(c.Block, c.Count)) * BlockSize, nil
+	return added, nil
 }
 
-// FillLocal fills chunk i with a copy from another place of the cache that has
+// FillLocal fills chunk i with a copy from another place of the cache that has all of
 // the same content, and says whether it could.
 func (s *Stream) FillLocal(i int) bool {
 	c := &s.table.Chunks[i]

@@ -73,12 +73,11 @@ func (s *Stream) load() error {
 	if err := s.res.file.load(d.fs, s.path(mapName), d.boot, id); err != nil {
 		return err
 	}
-	s.dropTorn()
 	resident := s.Resident()
 	if space > resident+resident/8+1<<20 {
 		// A process was killed between writing and marking, or between clearing
 		// and punching; or the machine rebooted.
-		if err := s.punchAbsent(); err != nil {
+		if err := s.punchAllAbsent(); err != nil {
 			return err
 		}
 		if space, err = s.files.current.Load().space(); err != nil {
@@ -89,37 +88,34 @@ func (s *Stream) load() error {
 	return nil
 }
 
-// dropTorn makes chunks absent that are resident in part. The bits of a chunk can lie
-// in two words of the map, and a power cut can lose one of two words that were written
-// together. A reader of such a part would wait for the whole chunk all the same.
-func (s *Stream) dropTorn() {
-	for i := range s.table.Chunks {
-		if c := &s.table.Chunks[i]; !s.res.has(c.Block, c.Count) && s.res.any(c.Block, c.Count) {
-			s.res.clear(c.Block, c.Count)
-		}
-	}
-}
-
-// punchAbsent gives back the space of all blocks that are not resident. As with
+// punchAllAbsent gives back the space of all blocks that are not resident. As with
 // any eviction, the map that says so is made durable first.
-func (s *Stream) punchAbsent() error {
+func (s *Stream) punchAllAbsent() error {
 	if err := s.open(); err != nil {
 		return err
 	}
 	if err := s.res.flush(); err != nil {
 		return err
 	}
-	f, blocks := s.files.current.Load(), s.table.Blocks()
-	for b := uint32(0); b < blocks; {
-		n, resident := s.res.run(b, blocks-b)
+	_, err := s.punchAbsent(s.files.current.Load(), 0, s.table.Blocks())
+	return err
+}
+
+// punchAbsent gives back the space of those of the n blocks from b that are not
+// resident, and returns how many bytes they have. The map that says so is durable, and
+// nobody fills them meanwhile.
+func (s *Stream) punchAbsent(f *dataFile, b, n uint32) (bytes int64, err error) {
+	for n > 0 {
+		run, resident := s.res.run(b, n)
 		if !resident {
-			if err := f.punch(int64(b)*BlockSize, int64(n)*BlockSize); err != nil {
-				return err
+			if err := f.punch(int64(b)*BlockSize, int64(run)*BlockSize); err != nil {
+				return bytes, err
 			}
+			bytes += int64(run) * BlockSize
 		}
-		b += n
+		b, n = b+run, n-run
 	}
-	return nil
+	return bytes, nil
 }
 
 // measure compares the space that the data takes on disk with the resident

@@ -25,7 +25,7 @@ func (f *Fetcher) From(o Origin) *Bound {
 // the chunks that they have demanded. It is for images without a trace.
 func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
 
-// Fetch returns when all wants are resident, or with the first error: that of a chunk
+// Fetch returns when what wants need is resident, or with the first error: that of a chunk
 // that was given up, or the cause of the end of ctx. After an error it cancels the
 // fetches that no other reader or prefetch wants.
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
@@ -38,15 +38,13 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		if ft == nil {
 			continue
 		}
-		select {
-		case <-ft.done:
-			if ft.err != nil {
-				b.f.leave(fetches[i:])
-				return ft.err
-			}
-		case <-ctx.Done():
+		ended, err := b.f.await(ctx, ft, wants[i])
+		if err != nil {
 			b.f.leave(fetches[i:])
-			return context.Cause(ctx)
+			return err
+		}
+		if !ended {
+			b.f.leave(fetches[i : i+1])
 		}
 	}
 	return nil
@@ -84,7 +82,7 @@ const (
 const maxHints = 256
 
 // join finds or makes the fetches of chunks. It returns one for each of wants, nil if
-// the chunk is resident. For the chunks of hinted it makes fetches but returns none. It
+// what is needed of the chunk is resident. For the chunks of hinted it makes fetches but returns none. It
 // starts requests when all fetches are queued, so that neighbours share one.
 func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []*fetch {
 	f := b.f
@@ -101,10 +99,13 @@ func (b *Bound) join(wants []blockmap.Want, hinted []blockmap.Want, as asker) []
 	return fetches
 }
 
-// fetch finds or makes the fetch of a chunk, or returns nil if the chunk is resident.
-// f.mu is held.
+// fetch finds or makes the fetch of a chunk, or returns nil if what is needed of the chunk
+// is resident. f.mu is held.
 func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	f := b.f
+	if w.Here() {
+		return nil
+	}
 	k := key{w.Stream, w.Chunk}
 	here := place{b.src, w.Table}
 	if ft := f.mu.fetches[k]; ft != nil {
@@ -117,23 +118,24 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 				f.pushTo(ft, b.src)
 			}
 		}
+		ft.need |= w.Needs()
 		if as == prefetch {
 			ft.wanted++
 			return ft
 		}
 		ft.readers++
+		if ft.demand && ft.state == downloading {
+			f.awaitDownload(ft) // it may bring what others wait for sooner than this
+		}
 		f.promote(ft)
 		return ft
-	}
-	if w.Stream.Has(w.Chunk) {
-		return nil
 	}
 	if as == hint && len(b.hints) >= maxHints {
 		f.dropped.Add(1)
 		return nil
 	}
 	f.mu.seq++
-	ft := &fetch{key: k, place: here, seq: f.mu.seq, done: make(chan struct{})}
+	ft := &fetch{key: k, place: here, seq: f.mu.seq, need: w.Needs(), done: make(chan struct{})}
 	if f.mu.closed {
 		ft.state, ft.err = ended, blockmap.ErrClosed
 		close(ft.done)

@@ -57,27 +57,30 @@ func (w *world) bundle(t *testing.T, wants []blockmap.Want) *load {
 		c := &x.Table.Chunks[x.Chunk]
 		i, ok := parts[c.Digest]
 		if !ok {
-			i = len(l.Parts)
+			i = len(l.Frames)
 			parts[c.Digest] = i
-			l.Parts = append(l.Parts, fetcher.Part{Stored: int64(c.Stored)})
+			l.Frames = append(l.Frames, fetcher.Frame{Stored: int64(c.Stored), Parts: []fetcher.Part{{Count: c.Leaves(), Size: c.Size()}}})
 			l.frames = append(l.frames, w.Blobs[x.Table.Blob][c.Offset:][:c.Stored]...)
 			l.ends = append(l.ends, int64(len(l.frames)))
 		}
-		l.Parts[i].Wants = append(l.Parts[i].Wants, x)
+		l.part(i).Wants = append(l.part(i).Wants, x)
 	}
 	l.Open = l.open
 	l.Close = func() { l.mu.Lock(); l.closed++; l.mu.Unlock() }
 	return l
 }
 
+// part is the part of a frame that has one.
+func (l *load) part(frame int) *fetcher.Part { return &l.Frames[frame].Parts[0] }
+
 // replace gives part i another frame.
 func (l *load) replace(i int, frame []byte) {
-	begin := l.ends[i] - l.Parts[i].Stored
+	begin := l.ends[i] - l.Frames[i].Stored
 	l.frames = slices.Concat(l.frames[:begin], frame, l.frames[l.ends[i]:])
 	for j := i; j < len(l.ends); j++ {
-		l.ends[j] += int64(len(frame)) - l.Parts[i].Stored
+		l.ends[j] += int64(len(frame)) - l.Frames[i].Stored
 	}
-	l.Parts[i].Stored = int64(len(frame))
+	l.Frames[i].Stored = int64(len(frame))
 }
 
 // let allows free bytes to be sent, and sets what happens after these.
@@ -171,6 +174,14 @@ func resident(wants []blockmap.Want) (n int) {
 	return n
 }
 
+// leavesOf counts the leaves of chunks.
+func leavesOf(wants []blockmap.Want) (n int64) {
+	for _, x := range wants {
+		n += int64(x.Table.Chunks[x.Chunk].Leaves())
+	}
+	return n
+}
+
 // fetch demands one chunk, and returns how long that took.
 func (w *world) fetch(t *testing.T, x blockmap.Want) time.Duration {
 	t.Helper()
@@ -223,13 +234,14 @@ func TestBundle(t *testing.T) {
 	wants := w.wants(t)
 	rand.New(rand.NewPCG(1, 1)).Shuffle(len(wants), func(i, j int) { wants[i], wants[j] = wants[j], wants[i] })
 	l := w.bundle(t, wants)
-	if len(l.Parts) == len(wants) {
+	if len(l.Frames) == len(wants) {
 		t.Fatal("no content is in two places")
 	}
 	l.let(l.ends[9], nil)
 	r := w.replay(t, l, wants)
 	var first int
-	for _, p := range l.Parts[:10] {
+	for _, p := range l.Frames[:10] {
+		p := p.Parts[0]
 		first += len(p.Wants)
 	}
 	settled(t, "ten parts are here", func() bool { return resident(wants) == first })
@@ -241,7 +253,8 @@ func TestBundle(t *testing.T) {
 	if n := resident(wants); n != first {
 		t.Errorf("%d chunks are resident, %d were sent", n, first)
 	}
-	for _, p := range l.Parts[:10] {
+	for _, p := range l.Frames[:10] {
+		p := p.Parts[0]
 		if resident(p.Wants) != len(p.Wants) {
 			t.Error("a part is missing and a later one is resident")
 		}
@@ -258,7 +271,7 @@ func TestBundle(t *testing.T) {
 	if n := w.origin.Requests(); n != 0 || len(l.opens()) != 1 || l.closed != 1 || l.alive != 0 {
 		t.Errorf("%d requests beside the bundle, which was opened at %v, closed %d times, %d bodies left", n, l.opens(), l.closed, l.alive)
 	}
-	if st := w.fetcher.Stats(); st.Requests != 1 || st.Chunks != int64(len(wants)) || st.Bytes != int64(len(l.frames)) || st.InFlight != 0 {
+	if st := w.fetcher.Stats(); st.Requests != 1 || st.Leaves != leavesOf(wants) || st.Chunks != 0 || st.Bytes != int64(len(l.frames)) || st.InFlight != 0 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -269,10 +282,10 @@ func TestBundleOfMore(t *testing.T) {
 	wants := w.wants(t)
 	l := w.bundle(t, wants)
 	left := 0
-	for i := range l.Parts {
+	for i := range l.Frames {
 		if i%4 == 1 {
-			left += len(l.Parts[i].Wants)
-			l.Parts[i].Wants = nil
+			left += len(l.part(i).Wants)
+			l.part(i).Wants = nil
 		}
 	}
 	r := w.replay(t, l, nil)
@@ -296,13 +309,13 @@ func TestReadersOfABundle(t *testing.T) {
 		r := w.replay(t, l, nil)
 		time.Sleep(105 * time.Millisecond)
 		// Ten parts have arrived, the next one arrives in 5 ms.
-		if d := w.fetch(t, l.Parts[10].Wants[0]); d > 20*time.Millisecond || w.origin.Requests() != 0 {
+		if d := w.fetch(t, l.part(10).Wants[0]); d > 20*time.Millisecond || w.origin.Requests() != 0 {
 			t.Errorf("the next part took %v and %d requests", d, w.origin.Requests())
 		}
-		if d := w.fetch(t, l.Parts[12].Wants[0]); d > 40*time.Millisecond || w.origin.Requests() != 0 {
+		if d := w.fetch(t, l.part(12).Wants[0]); d > 40*time.Millisecond || w.origin.Requests() != 0 {
 			t.Errorf("the part after the next took %v and %d requests", d, w.origin.Requests())
 		}
-		last := l.Parts[len(l.Parts)-2].Wants[0]
+		last := l.part(len(l.Frames) - 2).Wants[0]
 		if d := w.fetch(t, last); d > 50*time.Millisecond || w.origin.Requests() != 1 {
 			t.Errorf("the last part took %v and %d requests", d, w.origin.Requests())
 		}
@@ -310,8 +323,9 @@ func TestReadersOfABundle(t *testing.T) {
 		if n := w.origin.Requests(); n != 1 {
 			t.Errorf("%d requests", n)
 		}
-		if st := w.fetcher.Stats(); st.Chunks != int64(len(wants)) {
-			t.Errorf("%d chunks were fetched of %d: resident chunks were fetched again", st.Chunks, len(wants))
+		late := int64(last.Table.Chunks[last.Chunk].Leaves())
+		if st := w.fetcher.Stats(); st.Chunks != 1 || st.Leaves != leavesOf(wants)-late {
+			t.Errorf("%d leaves and %d chunks were fetched of %d leaves: resident chunks were fetched again", st.Leaves, st.Chunks, leavesOf(wants))
 		}
 		w.checkAll(t)
 	})
@@ -337,10 +351,10 @@ func TestBundleHangs(t *testing.T) {
 						}
 						r := w.replay(t, l, nil)
 						time.Sleep(20*time.Millisecond + late)
-						if d := w.fetch(t, l.Parts[parts].Wants[0]); d > 2200*time.Millisecond {
+						if d := w.fetch(t, l.part(parts).Wants[0]); d > 2200*time.Millisecond {
 							t.Errorf("the first reader of a bundle that hangs waited for %v", d)
 						}
-						if d := w.fetch(t, l.Parts[parts+1].Wants[0]); d > 50*time.Millisecond {
+						if d := w.fetch(t, l.part(parts + 1).Wants[0]); d > 50*time.Millisecond {
 							t.Errorf("the second reader waited for %v", d)
 						}
 						// It continues after all.
@@ -375,7 +389,7 @@ func (s *warnings) lines() []string {
 	return slices.DeleteFunc(strings.Split(s.String(), "\n"), func(l string) bool { return l == "" })
 }
 
-func frameOf(t *testing.T, content []byte) []byte {
+func frameOf(t testing.TB, content []byte) []byte {
 	t.Helper()
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
@@ -404,7 +418,7 @@ func TestBundleLies(t *testing.T) {
 			wants := w.wants(t)
 			l := w.bundle(t, wants)
 			const bad = 7
-			frame := l.frames[l.ends[bad]-l.Parts[bad].Stored : l.ends[bad]]
+			frame := l.frames[l.ends[bad]-l.Frames[bad].Stored : l.ends[bad]]
 			l.replace(bad, alter(frame))
 			// The maker of the bundle is at fault. The server that sends it is not
 			// distrusted.
@@ -430,8 +444,8 @@ func TestBundleLies(t *testing.T) {
 					t.Errorf("%v was asked for %d times", a, n)
 				}
 			}
-			if n := w.origin.Requests(); n > len(l.Parts)-1 {
-				t.Errorf("%d requests for at most %d contents that were left", n, len(l.Parts)-1)
+			if n := w.origin.Requests(); n > len(l.Frames)-1 {
+				t.Errorf("%d requests for at most %d contents that were left", n, len(l.Frames)-1)
 			}
 		})
 	}
@@ -514,8 +528,8 @@ func TestBundleIsGivenUp(t *testing.T) {
 						t.Errorf("%v was asked for %d times", a, n)
 					}
 				}
-				if n := w.origin.Requests(); n > len(l.Parts) {
-					t.Errorf("%d requests for %d contents: content in two places was fetched twice", n, len(l.Parts))
+				if n := w.origin.Requests(); n > len(l.Frames) {
+					t.Errorf("%d requests for %d contents: content in two places was fetched twice", n, len(l.Frames))
 				}
 			})
 		})
@@ -535,7 +549,7 @@ func TestBundleDoesNotUseUpTheRetries(t *testing.T) {
 		w.origin.Set(blocktest.Faults{Err: blocktest.ErrInjected})
 		l.let(l.ends[2], blocktest.ErrInjected)
 		read := make(chan time.Duration)
-		go func() { read <- w.fetch(t, l.Parts[9].Wants[0]) }()
+		go func() { read <- w.fetch(t, l.part(9).Wants[0]) }()
 		time.Sleep(10 * time.Second)
 		w.origin.Set(blocktest.Faults{})
 		<-read
@@ -555,7 +569,7 @@ func TestBundleOnABadDisk(t *testing.T) {
 	w := &world{Image: m, origin: blocktest.NewOrigin(m), cache: cache, fetcher: fetcher.New(fetcher.Options{MaxRequest: 1, Backoff: time.Millisecond})}
 	defer w.fetcher.Close()
 	l := w.bundle(t, w.wants(t))
-	last := l.Parts[len(l.Parts)-1].Wants
+	last := l.part(len(l.Frames) - 1).Wants
 	l.let(l.ends[len(l.ends)-2], nil)
 	r := w.replay(t, l, nil)
 	settled(t, "all but the last part are here", func() bool { return r.Progress().DoneChunks == r.Progress().Chunks-int64(len(last)) })
@@ -581,7 +595,8 @@ func TestBundleOfWhatIsHere(t *testing.T) {
 	wants := w.wants(t)
 	l := w.bundle(t, wants)
 	var here []blockmap.Want
-	for i, p := range l.Parts {
+	for i, p := range l.Frames {
+		p := p.Parts[0]
 		if i%4 != 0 {
 			here = append(here, p.Wants[0]) // the other places are filled from this one
 		}
@@ -593,8 +608,8 @@ func TestBundleOfWhatIsHere(t *testing.T) {
 	r := w.replay(t, l, wants)
 	checkDone(t, r)
 	r.Stop()
-	if n := w.origin.Requests() - before; len(l.opens()) > 0 || l.closed != 1 || n != len(l.Parts)-len(here) {
-		t.Errorf("opened %v, closed %d times, %d requests for %d parts", l.opens(), l.closed, n, len(l.Parts)-len(here))
+	if n := w.origin.Requests() - before; len(l.opens()) > 0 || l.closed != 1 || n != len(l.Frames)-len(here) {
+		t.Errorf("opened %v, closed %d times, %d requests for %d parts", l.opens(), l.closed, n, len(l.Frames)-len(here))
 	}
 	w.checkAll(t)
 	l = w.bundle(t, wants)
@@ -618,7 +633,7 @@ func TestBundleIsStopped(t *testing.T) {
 		r := w.replay(t, l, wants)
 		time.Sleep(750 * time.Millisecond)
 		read := make(chan time.Duration)
-		go func() { read <- w.fetch(t, l.Parts[6].Wants[0]) }()
+		go func() { read <- w.fetch(t, l.part(6).Wants[0]) }()
 		synctest.Wait()
 		if w.origin.Requests() > 0 {
 			t.Fatal("the reader does not wait for the bundle")
@@ -798,6 +813,10 @@ func TestSoak(t *testing.T) {
 					list := slices.Clone(wants)
 					rng.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 					l := w.bundle(t, list)
+					if rng.IntN(2) == 0 {
+						all := w.leaves(t, 1, rng.Uint64())
+						l = w.bundleLeaves(t, all[rng.IntN(len(all)/2):], 1+rng.IntN(8))
+					}
 					free := rng.Int64N(2 * int64(len(l.frames)))
 					switch rng.IntN(4) {
 					case 0:
@@ -805,7 +824,7 @@ func TestSoak(t *testing.T) {
 					case 1:
 						l.let(free, blocktest.ErrInjected)
 					case 2:
-						l.replace(rng.IntN(len(l.Parts)), random(100))
+						l.replace(rng.IntN(len(l.Frames)), random(100))
 					}
 					r := w.fetcher.From(w.origin).Replay(t.Context(), list, fetcher.ReplayOptions{Bundle: &l.Bundle})
 					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(rng.IntN(60))*time.Millisecond)

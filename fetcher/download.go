@@ -16,40 +16,46 @@ import (
 )
 
 const (
-	// downloadTries bounds how often a download is resumed without a part in between.
+	// downloadTries bounds how often a download is resumed without a frame in between.
 	downloadTries = 3
 	// downloadBytes is the part of Options.MaxBytes that a download takes, for the
-	// parts that are being read and decompressed.
+	// frames that are being read and decompressed.
 	downloadBytes = 8 << 20
 	// maxWait is the longest time that a reader waits for a download. After that, a
 	// request fetches the chunk.
 	maxWait = 2 * time.Second
-	// maxLater is how much later a chunk may come by a download than by a request. The
+	// maxLater is how much later leaves may come by a download than by a request. The
 	// download saves a request, and bytes that would come twice.
 	maxLater = 50 * time.Millisecond
 )
 
-// download is a bundle that is being downloaded. A chunk in it is a fetch like any
-// other. A reader that needs it waits for the download if that brings it soon;
-// otherwise a request fetches it.
+// download is a bundle that is being downloaded. A chunk of which it brings leaves is a
+// fetch like any other. A reader that needs some of these leaves waits for the download if
+// that brings them soon; otherwise a request fetches the chunk.
 type download struct {
 	f       *Fetcher
 	src     *source
 	bundle  *Bundle
 	limit   *rate.Limiter
-	done    func(Part) // called for each part that is resident, by several goroutines
-	missing []bool     // the parts that are not resident
-	fetches []*fetch   // the fetches of the chunks in these parts
-	next    int        // the part to be read next
-	off     int64      // offset of that part
+	done    func(*Frame, *Part) // called for each part that is resident, by several goroutines
+	missing []bool              // the frames with leaves that are not resident
+	fetches []*fetch            // the fetches of the chunks that have these leaves
+	next    int                 // the frame to be read next
+	off     int64               // offset of that frame
 
 	// Fetcher.mu guards the fields below.
 	asked   time.Time           // when the bundle was requested
-	first   time.Time           // when its first part had arrived; zero until then
+	first   time.Time           // when its first frame had arrived; zero until then
 	base    int64               // bytes that had arrived by then
 	got     int64               // bytes that have arrived so far
 	hangs   bool                // a reader has waited too long, and no bytes have arrived since
 	awaited map[*fetch]struct{} // the fetches that readers wait for
+}
+
+// arriving is leaves that a download brings, and where their frame ends in the bundle.
+type arriving struct {
+	leaves blockmap.LeafSet
+	until  int64
 }
 
 // soon reports whether the download brings the frame of this size that ends at byte at
@@ -64,7 +70,7 @@ func (d *download) soon(now time.Time, at, stored int64) (wait time.Duration, ok
 	}
 	latency := d.first.Sub(d.asked)
 	perByte := float64(max(now.Sub(d.first), time.Millisecond)) / float64(max(d.got-d.base, 64<<10))
-	eta := time.Duration(float64(at-d.got) * perByte)
+	eta := time.Duration(float64(max(at-d.got, 0)) * perByte)
 	// A request would make the download pause.
 	alone := latency + time.Duration(float64(stored)*perByte)
 	return min(2*eta+latency+20*time.Millisecond, maxWait), eta <= alone+alone/4+maxLater
@@ -79,22 +85,27 @@ func (d *download) leave(ft *fetch) {
 	delete(d.awaited, ft)
 }
 
-// awaitDownload makes a reader of a chunk in a download wait for the download, or for a
-// request. f.mu is held; the caller calls dispatch.
+// awaitDownload makes the readers of a chunk of which a download brings leaves wait for
+// the download, or for a request. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) awaitDownload(ft *fetch) {
 	d := ft.download
-	wait, ok := d.soon(time.Now(), ft.until, int64(ft.chunk().Stored))
-	if !ok {
+	absent := ft.need &^ ft.stream.Leaves(ft.key.chunk)
+	if absent == 0 {
+		return // the readers are being woken
+	}
+	wait, ok := d.soon(time.Now(), ft.until(absent), int64(ft.chunk().Stored))
+	if !ok || !ft.coming.Contains(absent) {
 		f.enqueue(ft)
 		return
 	}
 	got := d.got
+	d.leave(ft)
 	d.awaited[ft] = struct{}{}
 	f.wakePaused()
 	ft.late = time.AfterFunc(wait, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if _, ok := d.awaited[ft]; ok && !f.mu.closed {
+		if _, ok := d.awaited[ft]; ok && !f.mu.closed && !ft.here() {
 			d.hangs = d.got == got
 			f.enqueue(ft)
 			f.dispatch()
@@ -102,11 +113,21 @@ func (f *Fetcher) awaitDownload(ft *fetch) {
 	})
 }
 
-// downloadBundle downloads a bundle and makes its chunks resident. It calls done for
-// each part that is resident, from several goroutines. When it returns, no chunk is
-// downloading any more: chunks that the bundle did not bring are queued. It does
+// until returns where the last frame with any of leaves ends in the bundle.
+func (ft *fetch) until(leaves blockmap.LeafSet) (at int64) {
+	for _, a := range ft.arriving {
+		if a.leaves&leaves != 0 {
+			at = max(at, a.until)
+		}
+	}
+	return at
+}
+
+// downloadBundle downloads a bundle and makes its leaves resident. It calls done for
+// each part that is resident, from several goroutines and perhaps twice. When it returns,
+// no chunk is downloading any more: chunks that readers still wait for are queued. It does
 // nothing if most of the bundle is resident or in flight already.
-func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(Part)) error {
+func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.Limiter, done func(*Frame, *Part)) error {
 	f := b.f
 	if bundle.Close != nil {
 		defer bundle.Close()
@@ -119,19 +140,12 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	f.wg.Add(1) // Close waits for the parts that are being decompressed
 	f.mu.Unlock()
 	defer f.wg.Done()
-	for _, p := range bundle.Parts {
-		resident := true
-		for _, w := range p.Wants {
-			switch {
-			case w.Stream.Has(w.Chunk):
-			case w.Stream.FillLocal(w.Chunk):
-				f.local.Add(1)
-			default:
-				resident = false
+	for i := range bundle.Frames {
+		fr := &bundle.Frames[i]
+		for j := range fr.Parts {
+			if p := &fr.Parts[j]; f.partHere(p) {
+				done(fr, p)
 			}
-		}
-		if resident {
-			done(p)
 		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -148,9 +162,26 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	return d.run(ctx)
 }
 
-// begin makes fetches of the chunks that a bundle brings. It returns false and does
-// nothing if these are less than half of the bundle, or if other downloads have taken
-// the room.
+// partHere reports whether a part is resident in all its places, and copies it there if
+// the cache has it elsewhere.
+func (f *Fetcher) partHere(p *Part) bool {
+	for _, w := range p.Wants {
+		switch {
+		case w.Stream.HasLeaves(w.Chunk, p.leaves()):
+		case p.List == nil && w.Stream.FillLocal(w.Chunk):
+			f.local.Add(1)
+		case p.List != nil && w.Stream.FillLeavesLocal(w.Chunk, p.List, p.leaves()) == p.leaves():
+			f.local.Add(1)
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+// begin makes fetches of the chunks that have leaves of a bundle. It returns false and
+// does nothing if the leaves to bring are less than half of the bundle, or if other
+// downloads have taken the room.
 func (d *download) begin() bool {
 	f, s := d.f, d.src
 	f.mu.Lock()
@@ -158,19 +189,29 @@ func (d *download) begin() bool {
 	if f.mu.closed {
 		return false
 	}
-	lacks := func(w blockmap.Want) bool {
+	// lacks returns the leaves of a part that are to be brought to a place. A chunk that
+	// a request brings soon needs nothing.
+	lacks := func(p *Part, w blockmap.Want) blockmap.LeafSet {
 		ft := f.mu.fetches[key{w.Stream, w.Chunk}]
-		return (ft == nil || ft.state == queued && !ft.demand) && !w.Stream.Has(w.Chunk)
+		if ft != nil && ft.download != d && (ft.state != queued || ft.demand || ft.download != nil || len(ft.duplicates) > 0) {
+			return 0
+		}
+		return p.leaves() &^ w.Stream.Leaves(w.Chunk)
 	}
-	d.missing = make([]bool, len(d.bundle.Parts))
-	var at, lacking int64
-	for i, p := range d.bundle.Parts {
-		at += p.Stored
-		if d.missing[i] = slices.ContainsFunc(p.Wants, lacks); d.missing[i] {
-			lacking += p.Stored
+	d.missing = make([]bool, len(d.bundle.Frames))
+	var all, lacking int64
+	for i := range d.bundle.Frames {
+		fr := &d.bundle.Frames[i]
+		for j := range fr.Parts {
+			p := &fr.Parts[j]
+			all += int64(p.Size)
+			if slices.ContainsFunc(p.Wants, func(w blockmap.Want) bool { return lacks(p, w) != 0 }) {
+				d.missing[i] = true
+				lacking += int64(p.Size)
+			}
 		}
 	}
-	if lacking <= at/2 {
+	if lacking <= all/2 {
 		return false
 	}
 	if f.mu.bundles > 0 && !(int64(f.mu.bundles+1)*downloadBytes <= f.o.MaxBytes && f.mu.pool.admits(s.active, downloadBytes) && f.admitsPrefetch(s, downloadBytes)) {
@@ -180,28 +221,39 @@ func (d *download) begin() bool {
 	f.mu.bundles++
 	s.bundles++
 	f.charge(s, false, 1, downloadBytes)
-	at = 0
-	for i, p := range d.bundle.Parts {
-		at += p.Stored
-		for _, w := range p.Wants {
-			if !d.missing[i] || !lacks(w) {
-				continue
-			}
-			k := key{w.Stream, w.Chunk}
-			ft := f.mu.fetches[k]
-			if ft == nil {
-				f.mu.seq++
-				ft = &fetch{key: k, place: place{s, w.Table}, seq: f.mu.seq, done: make(chan struct{})}
-				f.mu.fetches[k] = ft
-				if digest := ft.chunk().Digest; f.mu.contents[digest] == nil {
-					f.mu.contents[digest] = ft
+	var at int64
+	for i := range d.bundle.Frames {
+		fr := &d.bundle.Frames[i]
+		at += fr.Stored
+		for j := range fr.Parts {
+			for _, w := range fr.Parts[j].Wants {
+				if leaves := lacks(&fr.Parts[j], w); leaves != 0 {
+					d.expect(w, arriving{leaves, at})
 				}
 			}
-			ft.state, ft.download, ft.until = downloading, d, at
-			d.fetches = append(d.fetches, ft)
 		}
 	}
 	return true
+}
+
+// expect notes that the download brings leaves of a chunk. f.mu is held.
+func (d *download) expect(w blockmap.Want, a arriving) {
+	f, k := d.f, key{w.Stream, w.Chunk}
+	ft := f.mu.fetches[k]
+	if ft == nil {
+		f.mu.seq++
+		ft = &fetch{key: k, place: place{d.src, w.Table}, seq: f.mu.seq, done: make(chan struct{})}
+		f.mu.fetches[k] = ft
+	}
+	if ft.download == nil {
+		if f.mu.contents[ft.chunk().Digest] == ft {
+			delete(f.mu.contents, ft.chunk().Digest) // it may bring only a part of the content
+		}
+		ft.state, ft.download = downloading, d
+		d.fetches = append(d.fetches, ft)
+	}
+	ft.coming |= a.leaves
+	ft.arriving = append(ft.arriving, a)
 }
 
 // end queues the fetches that the bundle did not bring and that are still wanted.
@@ -213,15 +265,27 @@ func (d *download) end() {
 	d.src.bundles--
 	f.charge(d.src, false, -1, -downloadBytes)
 	for _, ft := range d.fetches {
-		switch {
-		case ft.state != downloading:
-		case ft.isWanted():
-			f.enqueue(ft)
-		default:
-			f.end(ft, context.Canceled)
+		if ft.coming != 0 {
+			f.settle(ft, context.Canceled)
 		}
+		ft.download, ft.coming, ft.arriving = nil, 0, nil
 	}
 	f.dispatch()
+}
+
+// settle ends a fetch to which its download brings nothing more, unless it is wanted and
+// its request, made now or before, is to bring the rest. f.mu is held; the caller calls
+// dispatch.
+func (f *Fetcher) settle(ft *fetch, unwanted error) {
+	switch {
+	case ft.state != downloading:
+	case !ft.isWanted():
+		f.end(ft, unwanted)
+	case ft.here():
+		f.end(ft, nil)
+	default:
+		f.enqueue(ft)
+	}
 }
 
 // run reads the bundle from its beginning to its end. If a connection breaks, run
@@ -233,7 +297,7 @@ func (d *download) run(ctx context.Context) error {
 		began := d.next
 		err := d.read(ctx)
 		var unstored *storeError
-		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || d.next == len(d.bundle.Parts) {
+		if err == nil || errors.Is(err, blockmap.ErrDigest) || errors.As(err, &unstored) || ctx.Err() != nil || d.next == len(d.bundle.Frames) {
 			return err
 		}
 		if d.next > began {
@@ -243,7 +307,7 @@ func (d *download) run(ctx context.Context) error {
 			return err
 		}
 		f.retries.Add(1)
-		f.log.Debug("resuming a bundle download that broke off", "err", err, "part", d.next, "of", len(d.bundle.Parts))
+		f.log.Debug("resuming a bundle download that broke off", "err", err, "frame", d.next, "of", len(d.bundle.Frames))
 		select {
 		case <-time.After(f.heed(err, f.o.Backoff<<try)):
 		case <-ctx.Done():
@@ -252,7 +316,7 @@ func (d *download) run(ctx context.Context) error {
 	}
 }
 
-// read reads the parts from d.next on, in one request.
+// read reads the frames from d.next on, in one request.
 func (d *download) read(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -270,27 +334,24 @@ func (d *download) read(ctx context.Context) error {
 	var refusals refusals
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
-	for ; d.next < len(d.bundle.Parts); d.next++ {
-		i, p := d.next, d.bundle.Parts[d.next]
-		stored, err := d.readPart(ctx, body)
+	for ; d.next < len(d.bundle.Frames); d.next++ {
+		i, fr := d.next, &d.bundle.Frames[d.next]
+		stored, err := d.readFrame(ctx, body)
 		if err != nil {
 			return err
 		}
-		d.received(p)
+		d.received(fr)
 		if stored == nil {
 			continue
 		}
-		// A wrong part is not the fault of the server that sends it, so no server is
+		// A wrong frame is not the fault of the server that sends it, so no server is
 		// distrusted for it. Chunks that requests fetch show whether a server is at
 		// fault.
 		f.decodeLater(d.src, &decoding, nil, func() {
 			defer f.buffers.Put(stored)
-			err := f.keepPart(p, *stored)
-			if err == nil {
-				d.done(p)
-			}
+			err := d.keepFrame(fr, *stored)
 			if full := refusals.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
-				cancel(fmt.Errorf("part %d: %w", i, err))
+				cancel(fmt.Errorf("frame %d: %w", i, err))
 			}
 		})
 	}
@@ -298,24 +359,28 @@ func (d *download) read(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// readPart reads the next part, or skips it and returns nil if it is not missing.
-func (d *download) readPart(ctx context.Context, body io.Reader) (stored *[]byte, err error) {
-	p := d.bundle.Parts[d.next]
-	if err := d.limit.WaitN(ctx, int(p.Stored)); err != nil {
+// readFrame reads the next frame, or skips it and returns nil if no leaf of it is
+// missing.
+func (d *download) readFrame(ctx context.Context, body io.Reader) (stored *[]byte, err error) {
+	fr := &d.bundle.Frames[d.next]
+	if err := d.limit.WaitN(ctx, int(fr.Stored)); err != nil {
 		return nil, cmp.Or(context.Cause(ctx), err)
 	}
 	var n int64
 	if d.missing[d.next] {
-		stored = d.f.buffer(int(p.Stored))
+		stored = d.f.buffer(int(fr.Stored))
 		var m int
 		m, err = io.ReadFull(body, *stored)
 		n = int64(m)
 	} else {
-		n, err = io.CopyN(io.Discard, body, p.Stored)
+		n, err = io.CopyN(io.Discard, body, fr.Stored)
 	}
 	d.f.bytes.Add(n)
 	if err == nil {
 		return stored, nil
+	}
+	if stored != nil {
+		d.f.buffers.Put(stored)
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -323,12 +388,12 @@ func (d *download) readPart(ctx context.Context, body io.Reader) (stored *[]byte
 	case err == io.EOF:
 		err = io.ErrUnexpectedEOF
 	}
-	return nil, fmt.Errorf("part %d: %w", d.next, err)
+	return nil, fmt.Errorf("frame %d: %w", d.next, err)
 }
 
-// received records that a part has arrived.
-func (d *download) received(p Part) {
-	d.off += p.Stored
+// received records that a frame has arrived.
+func (d *download) received(fr *Frame) {
+	d.off += fr.Stored
 	d.f.mu.Lock()
 	defer d.f.mu.Unlock()
 	now := time.Now()
@@ -339,39 +404,94 @@ func (d *download) received(p Part) {
 	d.src.good = now
 }
 
-// keepPart makes a part resident in all its places, and ends their fetches.
-func (f *Fetcher) keepPart(p Part, stored []byte) error {
-	fr := frame{f: f, stored: stored}
-	defer fr.release()
+// keepFrame makes the leaves of a frame resident. It returns the first error, after which
+// other leaves may have come.
+func (d *download) keepFrame(fr *Frame, stored []byte) (err error) {
+	f := d.f
+	buf := f.buffer(fr.size())
+	defer f.buffers.Put(buf)
+	content, err := f.chunkDecoder.DecompressSize(fr.size(), stored, *buf)
+	if err == nil && len(content) != fr.size() {
+		err = fmt.Errorf("%w: it has %d bytes instead of %d", blockmap.ErrDigest, len(content), fr.size())
+	}
+	at := 0
+	for i := range fr.Parts {
+		p := &fr.Parts[i]
+		partErr := err
+		if err == nil || errors.Is(err, blockmap.ErrNoSpace) {
+			partErr = f.keepPart(p, content[at:at+p.Size])
+		}
+		if partErr == nil {
+			d.done(fr, p)
+		} else {
+			err = cmp.Or(err, partErr)
+			f.leavesLost(p)
+		}
+		at += p.Size
+	}
+	if errors.Is(err, blockmap.ErrDigest) {
+		f.wrong.Add(1)
+	}
+	return err
+}
+
+// keepPart makes a part resident in all its places, and wakes the readers that wait for
+// it.
+func (f *Fetcher) keepPart(p *Part, content []byte) error {
 	for _, w := range p.Wants {
-		k := key{w.Stream, w.Chunk}
-		if !w.Stream.Has(w.Chunk) { // a request may have been faster
-			if err := f.keep(w, &fr, func() {}); err != nil {
-				if errors.Is(err, blockmap.ErrDigest) {
-					f.wrong.Add(1)
-				}
-				f.fetchAlone(k)
+		if !w.Stream.HasLeaves(w.Chunk, p.leaves()) { // a request may have been faster
+			if err := f.keepLeaves(w, p, content); err != nil {
 				return err
 			}
-			f.chunks.Add(1)
+			f.leaves.Add(int64(p.Count))
 		}
-		f.mu.Lock()
-		if ft := f.mu.fetches[k]; ft != nil {
-			f.end(ft, nil)
-			f.dispatch()
-		}
-		f.mu.Unlock()
+		f.leavesCame(key{w.Stream, w.Chunk}, p.leaves())
 	}
 	return nil
 }
 
-// fetchAlone queues the fetch of a chunk whose content in a bundle was of no use, if
-// the fetch is still wanted.
-func (f *Fetcher) fetchAlone(k key) {
+// leavesCame records that leaves of a chunk are resident. It ends the fetch of the chunk
+// if nothing more of it is to come, and otherwise wakes those who wait for the chunk: they
+// see whether they have what they need.
+func (f *Fetcher) leavesCame(k key, leaves blockmap.LeafSet) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if ft := f.mu.fetches[k]; ft != nil && ft.state == downloading && ft.isWanted() && !f.mu.closed {
-		f.enqueue(ft)
-		f.dispatch()
+	ft := f.mu.fetches[k]
+	if ft == nil {
+		return
 	}
+	ft.coming &^= leaves
+	switch {
+	case ft.stream.Has(k.chunk):
+		f.end(ft, nil)
+	case ft.coming == 0 && ft.state == downloading:
+		f.settle(ft, nil)
+	default:
+		if ft.late != nil && ft.here() {
+			ft.download.leave(ft)
+		}
+		if ft.moved != nil {
+			close(ft.moved)
+			ft.moved = nil
+		}
+	}
+	f.dispatch()
+}
+
+// leavesLost records that a download does not bring a part: requests bring its chunks to
+// those who want them.
+func (f *Fetcher) leavesLost(p *Part) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, w := range p.Wants {
+		ft := f.mu.fetches[key{w.Stream, w.Chunk}]
+		if ft == nil {
+			continue
+		}
+		ft.coming &^= p.leaves()
+		if ft.state == downloading && !f.mu.closed && (ft.coming == 0 || ft.isWanted()) {
+			f.settle(ft, context.Canceled)
+		}
+	}
+	f.dispatch()
 }

@@ -1,9 +1,9 @@
 package fetcher
 
 // enqueue queues a fetch at its sources. If another fetch already brings the same
-// content, enqueue makes the new fetch a duplicate of that one. A fetch that leaves a
-// bundle download does not wait for another one. f.mu is held; the caller calls
-// dispatch.
+// content, enqueue makes the new fetch a duplicate of that one. (Fetches of which a bundle
+// download brings leaves do not count: they may bring only a part of the content.) f.mu
+// is held; the caller calls dispatch.
 func (f *Fetcher) enqueue(ft *fetch) {
 	if ft.state == downloading {
 		ft.download.leave(ft)
@@ -12,9 +12,6 @@ func (f *Fetcher) enqueue(ft *fetch) {
 	original := f.mu.contents[digest]
 	switch {
 	case original == ft || original == nil:
-	case original.state == downloading && ft.state == downloading:
-		f.addDuplicates(ft, original.duplicates...)
-		original.duplicates = nil
 	default:
 		ft.state = duplicate
 		f.addDuplicates(original, ft)

@@ -27,15 +27,21 @@ type fetch struct {
 	passed          int // smaller fetches that were started before it
 	wrong           int // tries that brought wrong bytes
 
+	// need is the leaves that those who have joined it need. moved is closed when leaves of
+	// the chunk have come before the rest; nil if nobody looks.
+	need  blockmap.LeafSet
+	moved chan struct{}
+
 	requests      []*request // requests that bring it, while it is running
 	noExtraBefore time.Time  // no extra request may be made before this time
 
 	original   *fetch   // the fetch in flight that it is a duplicate of
 	duplicates []*fetch // fetches of the same content for other chunks of the cache
 
-	download *download   // the bundle download that brings it, while it is downloading
-	until    int64       // where its frame ends in the bundle
-	late     *time.Timer // runs while a reader waits for the download
+	download *download        // the bundle download that brings leaves of it; nil if there is none
+	coming   blockmap.LeafSet // the leaves that the download is still to bring
+	arriving []arriving       // and where they are in the bundle
+	late     *time.Timer      // runs while a reader waits for the download
 
 	done chan struct{} // closed when err is final
 	err  error
@@ -47,7 +53,7 @@ const (
 	queued      state = iota // it waits for a request
 	running                  // one or several requests bring it
 	waiting                  // it waits for its next try
-	downloading              // a bundle download brings it
+	downloading              // a bundle download brings leaves of it, and no request does
 	duplicate                // another fetch brings its content; then it copies the content
 	ended
 )
@@ -77,6 +83,14 @@ func (ft *fetch) take(p place) {
 	if i := slices.Index(ft.others, p); i >= 0 && ft.place != p {
 		ft.place, ft.others[i] = p, ft.place
 	}
+}
+
+// here reports whether all that is needed of it is resident.
+func (ft *fetch) here() bool {
+	if len(ft.duplicates) > 0 {
+		return ft.stream.Has(ft.key.chunk)
+	}
+	return blockmap.Want{Stream: ft.stream, Table: ft.place.table, Chunk: ft.key.chunk, Leaves: ft.need}.Here()
 }
 
 // isWanted reports whether a reader or a prefetch still wants it, or a duplicate of it.
@@ -135,6 +149,35 @@ func (f *Fetcher) leave(fetches []*fetch) {
 	f.dispatch()
 }
 
+// await waits until what w needs of the chunk of a fetch is resident, until the fetch
+// ends, or until ctx does. ended says whether the fetch has ended. If it has not, the caller
+// is still counted among those who want it.
+func (f *Fetcher) await(ctx context.Context, ft *fetch, w blockmap.Want) (ended bool, err error) {
+	for {
+		f.mu.Lock()
+		if ft.moved == nil && ft.download != nil {
+			ft.moved = make(chan struct{})
+		}
+		moved := ft.moved
+		f.mu.Unlock()
+		select {
+		case <-ft.done:
+			return true, ft.err
+		default:
+		}
+		if moved != nil && w.Here() {
+			return false, nil
+		}
+		select {
+		case <-ft.done:
+			return true, ft.err
+		case <-moved:
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+}
+
 // update adapts a fetch to the readers and prefetches that are left: it may become a
 // prefetch again, or end. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) update(ft *fetch) {
@@ -144,6 +187,9 @@ func (f *Fetcher) update(ft *fetch) {
 	calmed := ft.demand && !ft.hasReader()
 	if calmed {
 		ft.demand = false
+		if ft.wanted == 0 {
+			ft.need = 0
+		}
 		delete(f.mu.urgent, ft)
 		if ft.state == downloading {
 			ft.download.leave(ft)
@@ -228,7 +274,7 @@ func (f *Fetcher) end(ft *fetch, err error) {
 		return
 	}
 	delete(f.mu.fetches, ft.key)
-	if ft.state == downloading {
+	if ft.download != nil {
 		ft.download.leave(ft)
 	}
 	if ft.original != nil {

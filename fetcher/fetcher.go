@@ -28,7 +28,7 @@ type Fetcher struct {
 	warnings rate.Sometimes
 
 	requests, bytes, chunks, local, retries, wrong, failed, maxInFlight atomic.Int64
-	held, dropped, extra, overtaken, cancelled                          atomic.Int64
+	held, dropped, extra, overtaken, cancelled, leaves                  atomic.Int64
 	unstored                                                            atomic.Int64 // failed attempts to store a chunk since the last success
 	claimed                                                             atomic.Int64 // len(mu.claims)
 

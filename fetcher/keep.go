@@ -41,18 +41,38 @@ func (fr *frame) release() {
 	}
 }
 
-// keep makes the chunk w resident from a frame. It stores the chunk in the cache. If
-// the cache has no room or its disk fails, and a reader waits for the chunk, keep holds
-// it in memory. It calls decompressed when only the disk is left to wait for. It fails
-// with ErrDigest if the frame holds other content, and otherwise with a storeError.
+// keep makes the chunk w resident from a frame. It stores what is absent of the chunk in
+// the cache. If the cache has no room or its disk fails, and a reader waits for the chunk,
+// keep holds it in memory. It calls decompressed when only the disk is left to wait for. It
+// fails with ErrDigest if the frame holds other content, and otherwise with a storeError.
 func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
 	err := fr.decompress(&w.Table.Chunks[w.Chunk])
 	decompressed()
 	if err != nil {
 		return err
 	}
+	return f.store(key{w.Stream, w.Chunk},
+		func() error { return w.Stream.Fill(w.Chunk, fr.content) },
+		func() error { return w.Stream.Hold(w.Chunk, fr.content) })
+}
+
+// keepLeaves is keep for a part of a bundle.
+func (f *Fetcher) keepLeaves(w blockmap.Want, p *Part, content []byte) error {
+	if p.List == nil {
+		return f.store(key{w.Stream, w.Chunk},
+			func() error { return w.Stream.Fill(w.Chunk, content) },
+			func() error { return w.Stream.Hold(w.Chunk, content) })
+	}
+	return f.store(key{w.Stream, w.Chunk},
+		func() error { return w.Stream.FillLeaves(w.Chunk, p.List, p.Leaf, p.Count, content) },
+		func() error { return w.Stream.HoldLeaves(w.Chunk, p.List, p.Leaf, p.Count, content) })
+}
+
+// store calls fill, which stores a chunk or leaves of it. If that fails and a reader waits
+// for the chunk, it calls hold.
+func (f *Fetcher) store(k key, fill, hold func() error) error {
 	for try := 0; ; try++ {
-		err := w.Stream.Fill(w.Chunk, fr.content)
+		err := fill()
 		if err == nil {
 			f.unstored.Store(0)
 			return nil
@@ -60,12 +80,12 @@ func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
 		if errors.Is(err, blockmap.ErrDigest) {
 			return err
 		}
-		if f.isDemanded(key{w.Stream, w.Chunk}) {
-			held := w.Stream.Hold(w.Chunk, fr.content)
+		if f.isDemanded(k) {
+			held := hold()
 			if held == nil {
 				f.held.Add(1)
 				f.warnings.Do(func() {
-					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", w.Stream.ID().String(), "err", err)
+					f.log.Warn("the cache cannot store chunks; thaw answers reads from memory", "stream", k.stream.ID().String(), "err", err)
 				})
 				return nil
 			}

@@ -17,8 +17,7 @@ func (f *Fetcher) run(r *request) {
 	var missing []*fetch
 	for _, ft := range r.fetches {
 		switch {
-		case ft.stream.Has(ft.key.chunk):
-			f.finish(r, ft, nil)
+		case f.finishHere(r, ft):
 		case ft.stream.FillLocal(ft.key.chunk):
 			f.local.Add(1)
 			f.finish(r, ft, nil)

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -26,7 +25,7 @@ type ReplayOptions struct {
 	// The replay ends at this limit. The bundle's chunks count first, and then the
 	// list's.
 	MaxBytes int64
-	// Bundle, if not nil, is downloaded first. Its chunks need not be in the list.
+	// Bundle, if not nil, is downloaded first. Its leaves need not be in the list.
 	Bundle *Bundle
 }
 
@@ -61,45 +60,47 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	r := &Replay{cancel: cancel, done: make(chan struct{})}
 	r.mu.changed = make(chan struct{})
 	r.mu.p.Began = time.Now()
-	if o.Bundle != nil {
-		wants = o.Bundle.before(wants)
+	bundle := o.Bundle
+	if bundle == nil {
+		bundle = new(Bundle)
 	}
-	if kept := within(wants, o.MaxBytes); len(kept) < len(wants) {
+	items := bundle.before(wants)
+	if kept := within(items, o.MaxBytes); len(kept) < len(items) {
 		b.f.log.Info("the prefetch is larger than the cache, so thaw leaves out the end of it",
-			"chunks", len(kept), "of", len(wants), "max_bytes", o.MaxBytes)
-		wants = kept
+			"chunks", len(kept), "of", len(items), "max_bytes", o.MaxBytes)
+		items = kept
 		if o.Bundle != nil {
 			o.Bundle = o.Bundle.only(kept)
 		}
 	}
-	r.mu.p.Chunks = int64(len(wants))
-	for _, w := range wants {
-		r.mu.p.Bytes += stored(w)
+	r.mu.p.Chunks = int64(len(items))
+	for i := range items {
+		r.mu.p.Bytes += items[i].bytes
 	}
 	go func() {
 		defer close(r.done)
 		defer cancel()
-		r.run(ctx, b, wants, o)
+		r.run(ctx, b, items, o)
 	}()
 	return r
 }
 
-// within returns the first of wants that together take at most this many bytes. A chunk
+// within returns the first items that together take at most this many bytes. A chunk
 // that is listed twice counts once.
-func within(wants []blockmap.Want, most int64) []blockmap.Want {
+func within(items []item, most int64) []item {
 	if most <= 0 {
-		return wants
+		return items
 	}
-	seen := make(map[key]bool, len(wants))
-	for i, w := range wants {
+	seen := make(map[key]bool, len(items))
+	for i, w := range items {
 		if k := (key{w.Stream, w.Chunk}); !seen[k] {
-			seen[k] = true
-			if most -= int64(w.Table.Chunks[w.Chunk].Size()); most < 0 {
-				return wants[:i:i]
+			seen[k] = !w.bundled // the rest of a chunk of the bundle comes on top
+			if most -= w.size; most < 0 {
+				return items[:i:i]
 			}
 		}
 	}
-	return wants
+	return items
 }
 
 // largestFrame is the length of the longest frame of a chunk: raw blocks and their
@@ -109,7 +110,7 @@ const largestFrame = blockmap.MaxChunkBlocks*blockmap.BlockSize + 1<<17
 func stored(w blockmap.Want) int64 { return int64(w.Table.Chunks[w.Chunk].Stored) }
 
 // run downloads the bundle, and then keeps a window of the list queued or in flight.
-func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o ReplayOptions) {
+func (r *Replay) run(ctx context.Context, b *Bound, wants []item, o ReplayOptions) {
 	defer r.update(func(p *ReplayProgress) { p.Ended = time.Now() })
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if o.Rate > 0 {
@@ -140,18 +141,20 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	var ahead int64
 	ask := func(n int) error {
 		var bytes int64
-		for _, w := range wants[:n] {
-			if err := limit.WaitN(ctx, int(stored(w))); err != nil {
+		list := make([]blockmap.Want, n)
+		for i, w := range wants[:n] {
+			list[i] = w.Want
+			if err := limit.WaitN(ctx, int(stored(w.Want))); err != nil {
 				return err
 			}
 		}
-		for i, ft := range b.join(wants[:n], nil, prefetch) {
-			l := arrival{wants[i], ft}
-			bytes += stored(l.want)
+		for i, ft := range b.join(list, nil, prefetch) {
+			l := arrival{want: wants[i], fetch: ft}
+			bytes += stored(l.want.Want)
 			if ft != nil {
 				pending[ft]++
 			}
-			wg.Go(func() { l.await(ctx, arrived) })
+			wg.Go(func() { l.await(ctx, b.f, arrived) })
 		}
 		wants = wants[n:]
 		ahead += bytes
@@ -160,8 +163,8 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	for len(wants) > 0 || ahead > 0 {
 		if room := window - ahead; len(wants) > 0 && (room >= window/4 || ahead == 0) {
 			n := 0
-			for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n]) <= room); n++ {
-				bytes += stored(wants[n])
+			for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n].Want) <= room); n++ {
+				bytes += stored(wants[n].Want)
 			}
 			if ask(n) == nil {
 				continue
@@ -169,9 +172,13 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 		}
 		select {
 		case l := <-arrived:
-			n := stored(l.want)
-			ahead -= n
-			delete(pending, l.fetch)
+			ahead -= stored(l.want.Want)
+			if pending[l.fetch]--; l.ended || pending[l.fetch] <= 0 {
+				delete(pending, l.fetch)
+			}
+			if l.fetch != nil && !l.ended {
+				b.f.leavePrefetch(l.fetch)
+			}
 			r.update(l.count)
 			if err := l.notStored(); refusals.full(err) {
 				b.f.cancelPrefetches(pending, err)
@@ -186,18 +193,19 @@ func (r *Replay) run(ctx context.Context, b *Bound, wants []blockmap.Want, o Rep
 	}
 }
 
-// arrival is the end of one chunk's fetch, which is nil if the chunk was resident.
+// arrival says that one chunk's fetch has ended, or has brought what was needed. The fetch
+// is nil if that was resident.
 type arrival struct {
-	want  blockmap.Want
+	want  item
 	fetch *fetch
+	ended bool
 }
 
-// await sends the arrival when the fetch ends.
-func (l arrival) await(ctx context.Context, arrived chan<- arrival) {
+// await sends the arrival when it has come.
+func (l arrival) await(ctx context.Context, f *Fetcher, arrived chan<- arrival) {
 	if l.fetch != nil {
-		select {
-		case <-l.fetch.done:
-		case <-ctx.Done():
+		var err error
+		if l.ended, err = f.await(ctx, l.fetch, l.want.Want); err != nil && !l.ended {
 			return
 		}
 	}
@@ -210,7 +218,7 @@ func (l arrival) await(ctx context.Context, arrived chan<- arrival) {
 // notStored is the reason why the cache did not store a chunk that arrived.
 func (l arrival) notStored() error {
 	var notStored *storeError
-	if l.fetch == nil || !errors.As(l.fetch.err, &notStored) {
+	if l.fetch == nil || !l.ended || !errors.As(l.fetch.err, &notStored) {
 		return nil
 	}
 	return l.fetch.err
@@ -218,38 +226,70 @@ func (l arrival) notStored() error {
 
 // count adds the arrival to the progress.
 func (l arrival) count(p *ReplayProgress) {
-	if l.fetch != nil && l.fetch.err != nil && !l.want.Stream.Has(l.want.Chunk) {
+	if l.fetch != nil && l.ended && l.fetch.err != nil && !l.want.Here() {
 		p.Failed++
 		p.Err = cmp.Or(p.Err, l.fetch.err)
 		return
 	}
 	// A small cache may have evicted it since; it counts all the same.
 	p.DoneChunks++
-	p.DoneBytes += stored(l.want)
+	p.DoneBytes += l.want.bytes
 }
 
-// downloadBundle downloads the bundle. It returns the wants that the bundle did not
+// leavePrefetch removes a prefetch from a fetch that has brought what it needs.
+func (f *Fetcher) leavePrefetch(ft *fetch) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	ft.wanted--
+	f.update(ft)
+	f.dispatch()
+}
+
+// downloadBundle downloads the bundle. It returns the items that the bundle did not
 // bring, and the error that ended the download early.
-func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, wants []blockmap.Want) ([]blockmap.Want, error) {
+func (r *Replay) downloadBundle(ctx context.Context, b *Bound, bundle *Bundle, limit *rate.Limiter, items []item) ([]item, error) {
 	var mu sync.Mutex
-	came := make(map[key]bool)
-	err := b.downloadBundle(ctx, bundle, limit, func(p Part) {
-		var bytes int64
-		mu.Lock()
-		for _, w := range p.Wants {
-			came[key{w.Stream, w.Chunk}] = true
-			bytes += stored(w)
+	at := make(map[key]*item) // those of the bundle
+	for i := range items {
+		if w := &items[i]; w.bundled {
+			at[key{w.Stream, w.Chunk}] = w
 		}
+	}
+	came := make(map[*item]blockmap.LeafSet)
+	chunks := 0
+	err := b.downloadBundle(ctx, bundle, limit, func(fr *Frame, p *Part) {
+		var n, bytes int64
+		mu.Lock()
+		for i, w := range p.Wants {
+			x := at[key{w.Stream, w.Chunk}]
+			if came[x].Contains(p.leaves()) {
+				continue // it was resident before
+			}
+			came[x] |= p.leaves()
+			if i == 0 {
+				x.bytes -= fr.share(p)
+				bytes += fr.share(p)
+			}
+			if came[x] == x.Leaves {
+				n++
+			}
+		}
+		chunks += int(n)
 		mu.Unlock()
 		r.update(func(g *ReplayProgress) {
-			g.DoneChunks += int64(len(p.Wants))
+			g.DoneChunks += n
 			g.DoneBytes += bytes
 		})
 	})
-	left := slices.DeleteFunc(slices.Clone(wants), func(w blockmap.Want) bool { return came[key{w.Stream, w.Chunk}] })
+	var left []item
+	for i := range items {
+		if x := &items[i]; !x.bundled || came[x] != x.Leaves {
+			left = append(left, *x)
+		}
+	}
 	if err != nil && ctx.Err() == nil && !errors.Is(err, blockmap.ErrNoSpace) {
 		b.f.log.Warn("the bundle download failed, so thaw fetches the chunks that it did not bring one by one",
-			"err", err, "came", len(came), "left", len(left))
+			"err", err, "came", chunks, "left", len(left))
 	}
 	return left, err
 }

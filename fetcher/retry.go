@@ -29,9 +29,7 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 	}
 	others := len(ft.requests) > 1
 	if err == nil {
-		f.chunkCame(r, ft, others)
-		f.end(ft, nil)
-		f.cancelUnwanted(r) // perhaps no reader or prefetch wants the rest of it any more
+		f.finished(r, ft, others)
 		return
 	}
 	ft.leave(r)
@@ -67,6 +65,29 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 		ft.state = waiting
 		f.wg.Go(func() { f.retryAfter(ft, pause) })
 	}
+}
+
+// finished ends a fetch that a request has brought, or whose bytes the cache has.
+func (f *Fetcher) finished(r *request, ft *fetch, others bool) {
+	f.chunkCame(r, ft, others)
+	f.end(ft, nil)
+	f.cancelUnwanted(r) // perhaps no reader or prefetch wants the rest of it any more
+}
+
+// finishHere ends a fetch if all that is needed of it is resident by now, and reports
+// whether it was.
+func (f *Fetcher) finishHere(r *request, ft *fetch) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ft.state == ended {
+		return true
+	}
+	if !ft.here() {
+		return false
+	}
+	f.finished(r, ft, false)
+	f.dispatch()
+	return true
 }
 
 // chunkCame counts a chunk that a request has brought.

@@ -4,8 +4,9 @@ package fetcher
 type Stats struct {
 	Requests     int64 `json:"requests"`           // to origins
 	Bytes        int64 `json:"fetched_bytes"`      // received from origins, compressed
-	Chunks       int64 `json:"fetched_chunks"`     // received from origins and stored
-	Local        int64 `json:"local_chunks"`       // chunks copied from another stream of the cache
+	Chunks       int64 `json:"fetched_chunks"`     // received from origins by requests and stored
+	Leaves       int64 `json:"fetched_leaves"`     // received from origins by bundle downloads and stored
+	Local        int64 `json:"local_chunks"`       // chunks, and parts of bundles, copied from another stream of the cache
 	Retries      int64 `json:"retries"`            // tries after the first one of a chunk or bundle
 	Wrong        int64 `json:"wrong_chunks"`       // chunks received that did not match their digest
 	Failed       int64 `json:"failed_chunks"`      // chunks given up
@@ -24,7 +25,7 @@ func (f *Fetcher) Stats() Stats {
 	n := f.mu.pool.taken.requests + f.mu.extraPool.taken.requests
 	f.mu.Unlock()
 	return Stats{
-		Requests: f.requests.Load(), Bytes: f.bytes.Load(), Chunks: f.chunks.Load(), Local: f.local.Load(),
+		Requests: f.requests.Load(), Bytes: f.bytes.Load(), Chunks: f.chunks.Load(), Leaves: f.leaves.Load(), Local: f.local.Load(),
 		Retries: f.retries.Load(), Wrong: f.wrong.Load(), Failed: f.failed.Load(),
 		Held: f.held.Load(), Dropped: f.dropped.Load(),
 		Extra: f.extra.Load(), Overtaken: f.overtaken.Load(), Cancelled: f.cancelled.Load(),

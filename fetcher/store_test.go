@@ -129,7 +129,7 @@ func TestBundleOnAFullDisk(t *testing.T) {
 		l.let(0, nil)
 		r := w.replay(t, l, nil)
 		synctest.Wait()
-		x := l.Parts[1].Wants[0]
+		x := l.part(1).Wants[0]
 		read := make(chan error)
 		go func() { read <- bound.Fetch(t.Context(), []blockmap.Want{x}) }()
 		synctest.Wait()
@@ -204,7 +204,8 @@ func TestReplayWithinBounds(t *testing.T) {
 					o.Bundle = &half.Bundle
 					seen := make(map[blockmap.Want]bool)
 					order = nil
-					for _, p := range half.Parts {
+					for _, p := range half.Frames {
+						p := p.Parts[0]
 						for _, x := range p.Wants {
 							seen[x] = true
 							order = append(order, x)

@@ -18,10 +18,10 @@ import (
 // list needs no request for the manifest.
 const (
 	ArtifactTypeTrace  = "application/vnd.thaw.trace.v1"
-	ArtifactTypeBundle = "application/vnd.thaw.bundle.v1"
+	ArtifactTypeBundle = "application/vnd.thaw.bundle.v2"
 
 	MediaTypeTrace  types.MediaType = "application/vnd.thaw.trace.v1"
-	MediaTypeBundle types.MediaType = "application/vnd.thaw.bundle.v1+zstd"
+	MediaTypeBundle types.MediaType = "application/vnd.thaw.bundle.v2+zstd"
 
 	AnnotationLayer = "vnd.thaw.layer"
 )

@@ -25,7 +25,7 @@ func TestArtifactManifests(t *testing.T) {
 		layer        v1.Descriptor
 	}{
 		"trace.v1.json":  {tracefile.ArtifactTypeTrace, v1.Descriptor{MediaType: tracefile.MediaTypeTrace, Digest: hash("1"), Size: 567}},
-		"bundle.v1.json": {tracefile.ArtifactTypeBundle, v1.Descriptor{MediaType: tracefile.MediaTypeBundle, Digest: hash("1"), Size: 8 << 30}},
+		"bundle.v2.json": {tracefile.ArtifactTypeBundle, v1.Descriptor{MediaType: tracefile.MediaTypeBundle, Digest: hash("1"), Size: 8 << 30}},
 	} {
 		got, err := tracefile.ArtifactManifest(a.artifactType, a.layer, subject)
 		if err != nil {
@@ -83,7 +83,7 @@ func TestBadArtifacts(t *testing.T) {
 // FuzzArtifact reads manifests and annotations that anybody may have pushed: what is
 // accepted has a SHA-256 digest and a size.
 func FuzzArtifact(f *testing.F) {
-	for _, file := range []string{"trace.v1.json", "bundle.v1.json"} {
+	for _, file := range []string{"trace.v1.json", "bundle.v2.json"} {
 		b, err := os.ReadFile(filepath.Join("testdata", file))
 		if err != nil {
 			f.Fatal(err)

@@ -7,25 +7,27 @@ import (
 	"thaw/blockmap"
 )
 
-// Plan lists what to prefetch for a start: the chunks that a trace needs, in the order
-// in which it needs them. The same trace and index give the same plan.
+// Plan lists what to prefetch for a start: the leaves that a trace needs, in the order in
+// which it needs them. The same trace and index give the same plan.
 type Plan struct {
 	Index *blockmap.Index
 	Steps []Step
 
 	Wanted int64 // bytes that the trace touches, except holes
-	Size   int64 // uncompressed bytes of the chunks; equal content counts once
-	Stored int64 // compressed bytes of the chunks; equal content counts once
+	Size   int64 // bytes of the leaves; equal content counts once
+	Stored int64 // compressed bytes of the chunks that have them; equal content counts once
 }
 
-// Step is one chunk of a Plan.
+// Step is a run of leaves of one chunk in a Plan.
 type Step struct {
 	Stream, Chunk int           // positions in Index.Streams and its Chunks
-	At            time.Duration // when the trace first touches one of its blocks
+	Leaf, Leaves  int           // the first leaf, and how many there are
+	At            time.Duration // when the trace first touches one of their blocks
 	Starts        uint32        // number of starts that touched that block
-	Stored        int64         // compressed bytes
-	// Again says that an earlier step has the same content in another place. Then the
-	// chunk need not be fetched, and a bundle does not contain it.
+	// New says that no earlier step has leaves of this chunk.
+	New bool
+	// Again says that earlier steps have the same content in another place. Then the
+	// leaves need not be fetched, and a bundle does not contain them.
 	Again bool
 }
 
@@ -38,12 +40,7 @@ func NewPlan(t *Trace, ix *blockmap.Index) (*Plan, error) {
 	if err := t.check(); err != nil {
 		return nil, fmt.Errorf("plan: %w", err)
 	}
-	p := &Plan{Index: ix}
-	planned := make([][]uint64, len(ix.Streams)) // one bit per chunk
-	for i := range planned {
-		planned[i] = make([]uint64, (len(ix.Streams[i].Chunks)+63)/64)
-	}
-	contents := make(map[blockmap.Digest]bool)
+	p := &planner{Plan: Plan{Index: ix}, planned: make(map[place]blockmap.LeafSet), contents: make(map[blockmap.Digest]blockmap.LeafSet)}
 	for x, run := range pieces(ix, t.Touches) {
 		if run.Count == 0 {
 			continue
@@ -52,25 +49,53 @@ func NewPlan(t *Trace, ix *blockmap.Index) (*Plan, error) {
 		table := &ix.Streams[run.Stream]
 		last := run.Block + x.Count - 1
 		for i := table.Find(run.Block); i < len(table.Chunks) && table.Chunks[i].Block <= last; i++ {
-			if word, bit := &planned[run.Stream][i/64], uint64(1)<<(i%64); *word&bit == 0 {
-				*word |= bit
-			} else {
-				continue
-			}
-			c := &table.Chunks[i]
-			again := contents[c.Digest]
-			contents[c.Digest] = true
-			p.Steps = append(p.Steps, Step{
-				Stream: int(run.Stream), Chunk: i, At: x.At, Starts: max(x.Starts, 1), Stored: int64(c.Stored), Again: again,
-			})
-			if !again {
-				p.Size += int64(c.Size())
-				p.Stored += int64(c.Stored)
-			}
+			p.add(x, place{run.Stream, uint32(i)}, run.Block, last)
 		}
 	}
-	return p, nil
+	return &p.Plan, nil
 }
+
+// planner is a Plan in the making.
+type planner struct {
+	Plan
+	planned  map[place]blockmap.LeafSet
+	contents map[blockmap.Digest]blockmap.LeafSet
+}
+
+// add plans the leaves of a chunk that have blocks first to last of its stream.
+func (p *planner) add(x Touch, at place, first, last uint32) {
+	c := &p.Index.Streams[at.stream].Chunks[at.chunk]
+	before, known := p.planned[at]
+	if !known {
+		if _, ok := p.contents[c.Digest]; !ok {
+			p.Stored += int64(c.Stored)
+		}
+	}
+	leaf := func(block uint32) int { return int(block-c.Block) / blockmap.LeafBlocks }
+	for i := leaf(max(first, c.Block)); i <= leaf(min(last, c.Block+c.Count-1)); i++ {
+		if before.Has(i) {
+			continue
+		}
+		again := p.contents[c.Digest].Has(i)
+		if !again {
+			p.Size += int64(c.LeafSize(i))
+		}
+		p.contents[c.Digest] |= blockmap.LeafRange(i, 1)
+		p.planned[at] |= blockmap.LeafRange(i, 1)
+		if n := len(p.Steps); n > 0 {
+			if s := &p.Steps[n-1]; s.is(at) && s.Leaf+s.Leaves == i && s.At == x.At && s.Starts == max(x.Starts, 1) && s.Again == again {
+				s.Leaves++
+				continue
+			}
+		}
+		p.Steps = append(p.Steps, Step{
+			Stream: int(at.stream), Chunk: int(at.chunk), Leaf: i, Leaves: 1, At: x.At, Starts: max(x.Starts, 1), New: !known, Again: again,
+		})
+		known = true
+	}
+}
+
+func (s *Step) is(at place) bool { return s.Stream == int(at.stream) && s.Chunk == int(at.chunk) }
 
 // pieces cuts touches where the runs of the index end. Each piece comes with the run
 // that begins with it; for a hole, that run has no blocks.
@@ -101,13 +126,15 @@ func pieces(ix *blockmap.Index, touches []Touch) func(yield func(Touch, blockmap
 // bytes, and its content.
 func (p *Plan) Chunk(s Step) *blockmap.Chunk { return &p.Index.Streams[s.Stream].Chunks[s.Chunk] }
 
-// Wants returns the chunks of the plan in order, as a fetcher takes them. open returns
-// the stream of each table that Wants needs: pass the Stream method of the
-// blockmap.Cache. The index must be the one that the device was made with, because its
-// tables say which chunks are neighbours.
+// Wants returns the chunks of the plan, each where the plan first needs a leaf of it and
+// with all leaves that the plan needs, as a fetcher takes them. open returns the stream of
+// each table that Wants needs: pass the Stream method of the blockmap.Cache. The index must
+// be the one that the device was made with, because its tables say which chunks are
+// neighbours.
 func (p *Plan) Wants(open func(*blockmap.Table) (*blockmap.Stream, error)) ([]blockmap.Want, error) {
 	streams := make([]*blockmap.Stream, len(p.Index.Streams))
-	wants := make([]blockmap.Want, 0, len(p.Steps))
+	var wants []blockmap.Want
+	at := make(map[place]int)
 	for _, s := range p.Steps {
 		table := &p.Index.Streams[s.Stream]
 		if streams[s.Stream] == nil {
@@ -117,7 +144,12 @@ func (p *Plan) Wants(open func(*blockmap.Table) (*blockmap.Stream, error)) ([]bl
 			}
 			streams[s.Stream] = stream
 		}
-		wants = append(wants, blockmap.Want{Stream: streams[s.Stream], Table: table, Chunk: s.Chunk})
+		where := place{uint32(s.Stream), uint32(s.Chunk)}
+		if s.New {
+			at[where] = len(wants)
+			wants = append(wants, blockmap.Want{Stream: streams[s.Stream], Table: table, Chunk: s.Chunk})
+		}
+		wants[at[where]].Leaves |= blockmap.LeafRange(s.Leaf, s.Leaves)
 	}
 	return wants, nil
 }

@@ -16,7 +16,7 @@ import (
 	"thaw/tracefile"
 )
 
-// A plan has each chunk that the trace touches once, where it is touched first,
+// A plan has each leaf that the trace touches once, where it is touched first,
 // and nothing else.
 func TestPlan(t *testing.T) {
 	m := blocktest.NewImage(t, 5, 2000)
@@ -28,10 +28,25 @@ func TestPlan(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		type place struct{ stream, chunk int }
-		var want []place
+		type place struct{ stream, chunk, leaf int }
+		type content struct {
+			digest blockmap.Digest
+			leaf   int
+		}
+		var want, got []place
+		var steps []tracefile.Step // of each leaf
+		for _, s := range p.Steps {
+			for i := range s.Leaves {
+				one := s
+				one.Leaf, one.Leaves, one.New = s.Leaf+i, 1, s.New && i == 0
+				steps = append(steps, one)
+				got = append(got, place{s.Stream, s.Chunk, one.Leaf})
+			}
+		}
 		var wanted, size, stored int64
-		contents := make(map[blockmap.Digest]bool)
+		contents := make(map[content]bool)
+		known := make(map[blockmap.Digest]bool)
+		chunks := make(map[[2]int]bool)
 		for _, x := range tr.Touches {
 			for b := x.Block; b < x.Block+x.Count; b++ {
 				run, ok := m.Index.Lookup(b)
@@ -40,31 +55,53 @@ func TestPlan(t *testing.T) {
 				}
 				wanted += blockmap.BlockSize
 				table := &m.Index.Streams[run.Stream]
-				at := place{int(run.Stream), table.Find(run.Block + b - run.Device)}
+				block := run.Block + b - run.Device
+				i := table.Find(block)
+				c := &table.Chunks[i]
+				at := place{int(run.Stream), i, int(block-c.Block) / 16}
 				if slices.Contains(want, at) {
 					continue
 				}
-				c := &table.Chunks[at.chunk]
-				s := p.Steps[len(want)]
-				if s.At != x.At || s.Starts != 1 || s.Stored != int64(c.Stored) || s.Again != contents[c.Digest] || p.Chunk(s) != c {
+				s := steps[len(want)]
+				this := content{c.Digest, at.leaf}
+				chunk := [2]int{at.stream, at.chunk}
+				if s.At != x.At || s.Starts != 1 || s.Again != contents[this] || s.New == chunks[chunk] || p.Chunk(s) != c {
 					t.Fatalf("step %+v is for %+v", s, x)
 				}
-				if !contents[c.Digest] {
-					size, stored = size+int64(c.Size()), stored+int64(c.Stored)
+				if !contents[this] {
+					size += int64(c.LeafSize(at.leaf))
 				}
-				contents[c.Digest] = true
+				if !known[c.Digest] {
+					stored += int64(c.Stored)
+				}
+				contents[this], known[c.Digest], chunks[chunk] = true, true, true
 				want = append(want, at)
 			}
-		}
-		var got []place
-		for _, s := range p.Steps {
-			got = append(got, place{s.Stream, s.Chunk})
 		}
 		if !slices.Equal(got, want) {
 			t.Fatalf("planned %v, want %v", got, want)
 		}
 		if p.Wanted != wanted || p.Size != size || p.Stored != stored {
 			t.Fatalf("the plan is said to be of %d, %d, %d bytes, and is of %d, %d, %d", p.Wanted, p.Size, p.Stored, wanted, size, stored)
+		}
+		// The wants are the chunks in the order of the plan, each with all of its leaves.
+		var order []place
+		leaves := make(map[place]blockmap.LeafSet)
+		for _, x := range want {
+			chunk := place{x.stream, x.chunk, 0}
+			if leaves[chunk] == 0 {
+				order = append(order, chunk)
+			}
+			leaves[chunk] |= blockmap.LeafRange(x.leaf, 1)
+		}
+		wants, err := p.Wants(func(*blockmap.Table) (*blockmap.Stream, error) { return new(blockmap.Stream), nil })
+		if err != nil || len(wants) != len(order) {
+			t.Fatalf("%d wants for %d chunks, %v", len(wants), len(order), err)
+		}
+		for i, w := range wants {
+			if w.Table != &m.Index.Streams[order[i].stream] || w.Chunk != order[i].chunk || w.Leaves != leaves[order[i]] {
+				t.Fatalf("want %d is %+v, of %+v", i, w, order[i])
+			}
 		}
 		if again, err := tracefile.NewPlan(tr, m.Index); err != nil || !reflect.DeepEqual(again, p) {
 			t.Fatal("the second plan is another")

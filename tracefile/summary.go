@@ -107,8 +107,10 @@ func (t *Trace) Summarize(ix *blockmap.Index) (*Summary, error) {
 		}
 	}
 	for _, step := range p.Steps {
-		streams[step.Stream].Chunks++
-		streams[step.Stream].Stored += step.Stored
+		if step.New {
+			streams[step.Stream].Chunks++
+			streams[step.Stream].Stored += int64(p.Chunk(step).Stored)
+		}
 	}
 	for i := range streams {
 		if streams[i].Bytes == 0 {

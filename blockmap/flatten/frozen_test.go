@@ -3,6 +3,8 @@ package flatten
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"flag"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,9 +18,16 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// frozen compares b with the bytes of a file that is never written again.
+var update = flag.Bool("update", false, "write the frozen bytes in testdata anew")
+
+// frozen compares b with the bytes of a file that only a new version of its format changes.
 func frozen(t *testing.T, file string, b []byte) []byte {
 	t.Helper()
+	if *update {
+		if err := os.WriteFile(filepath.Join("testdata", file), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 	want, err := os.ReadFile(filepath.Join("testdata", file))
 	if err != nil {
 		t.Fatal(err)
@@ -53,9 +62,9 @@ func TestFrozenManifests(t *testing.T) {
 		runs    []blockmap.Run
 		guess   []blockmap.Extent
 	}{
-		{"image.v1.json", layered, []blockmap.Run{{Device: 0, Count: 3}, {Device: 3, Stream: 1, Count: 2}, {Device: 5, Stream: 2, Block: 1, Count: 1}},
+		{"image.v2.json", layered, []blockmap.Run{{Device: 0, Count: 3}, {Device: 3, Stream: 1, Count: 2}, {Device: 5, Stream: 2, Block: 1, Count: 1}},
 			[]blockmap.Extent{blockmap.Range(4*blockSize, blockSize), blockmap.Range(0, 2*blockSize)}},
-		{"overlay.v1.json", append(layered[:3:3], Stream{Role: RoleOverlay, Table: frozenTable(4, 1)}),
+		{"overlay.v2.json", append(layered[:3:3], Stream{Role: RoleOverlay, Table: frozenTable(4, 1)}),
 			[]blockmap.Run{{Device: 0, Count: 3}, {Device: 3, Stream: 1, Count: 1}, {Device: 4, Stream: 3, Count: 1}, {Device: 5, Stream: 2, Block: 1, Count: 1}}, nil},
 	} {
 		ix, err := NewIndex(100, c.runs, c.streams)
@@ -109,12 +118,28 @@ func TestFrozenManifests(t *testing.T) {
 	if _, err := Assemble(t.Context(), newTarget(t), []Stream{{Table: frozenTable(1, 1)}}, ix, subject, AssembleOptions{}); err == nil || !strings.Contains(err.Error(), "no role") {
 		t.Errorf("a stream without a role: %v", err)
 	}
-	raw, err := os.ReadFile(filepath.Join("testdata", "image.v1.json"))
+	raw, err := os.ReadFile(filepath.Join("testdata", "image.v2.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := ParseImage(bytes.Replace(raw, []byte("sha256:07"), []byte("\x1b[2Jsha256:07"), 1)); err == nil {
 		t.Error("a diff ID that is no digest is taken")
+	}
+	// The manifest of a block image of format 1 says what to do.
+	for _, c := range []struct {
+		artifactType string
+		image        bool
+		want         error
+	}{
+		{"application/vnd.thaw.image.v1", true, ErrFormat1}, {ArtifactTypeImage, true, nil}, {"", false, ErrNotBlockImage}, {ArtifactTypeLayer, false, ErrNotBlockImage},
+	} {
+		_, err := ParseImage(bytes.ReplaceAll(raw, []byte(ArtifactTypeImage), []byte(c.artifactType)))
+		if !errors.Is(err, c.want) || IsImage(c.artifactType) != c.image {
+			t.Errorf("an image of the type %q: %v, %v", c.artifactType, err, IsImage(c.artifactType))
+		}
+	}
+	if s := ErrFormat1.Error(); !errors.Is(ErrFormat1, ErrNotBlockImage) || !strings.Contains(s, "thaw build") {
+		t.Errorf("the error does not say what to do: %s", s)
 	}
 }
 
@@ -147,7 +172,12 @@ func TestFrozenTOC(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept, err := os.ReadFile(filepath.Join("testdata", "toc.v1.zst"))
+	if *update {
+		if err := os.WriteFile(filepath.Join("testdata", "toc.v2.zst"), blob, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept, err := os.ReadFile(filepath.Join("testdata", "toc.v2.zst"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -93,7 +93,7 @@ func FuzzBlockImage(f *testing.F) {
 
 // FuzzManifest asks a hostile manifest all that a reader asks one.
 func FuzzManifest(f *testing.F) {
-	for _, file := range []string{"image.v1.json", "overlay.v1.json"} {
+	for _, file := range []string{"image.v2.json", "overlay.v2.json"} {
 		b, err := os.ReadFile(filepath.Join("testdata", file))
 		if err != nil {
 			f.Fatal(err)

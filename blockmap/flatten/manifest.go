@@ -27,12 +27,12 @@ import (
 // keeps registries from collecting the blobs, and lets the next build find
 // them.
 const (
-	ArtifactTypeImage = "application/vnd.thaw.image.v1"
-	ArtifactTypeLayer = "application/vnd.thaw.layer.v1"
+	ArtifactTypeImage = "application/vnd.thaw.image.v2"
+	ArtifactTypeLayer = "application/vnd.thaw.layer.v2"
 
-	MediaTypeIndex  types.MediaType = "application/vnd.thaw.index.v1"
+	MediaTypeIndex  types.MediaType = "application/vnd.thaw.index.v2"
 	MediaTypeStream types.MediaType = "application/vnd.thaw.stream.v1+zstd"
-	MediaTypeTOC    types.MediaType = "application/vnd.thaw.toc.v1+zstd"
+	MediaTypeTOC    types.MediaType = "application/vnd.thaw.toc.v2+zstd"
 
 	AnnotationRole   = "vnd.thaw.role"
 	AnnotationDiffID = "vnd.thaw.diff-id"
@@ -42,11 +42,23 @@ const (
 	mediaTypeEmpty    = types.MediaType("application/vnd.oci.empty.v1+json")
 
 	// layerVersion changes whenever the conversion of a layer gives other bytes.
-	layerVersion = 1
+	layerVersion = 2
 
 	// maxIndex bounds the size of the index that a manifest may claim.
 	maxIndex = 256 << 20
 )
+
+// ErrFormat1 means that a block image is of the first format, whose chunks have other
+// digests.
+var ErrFormat1 = fmt.Errorf("%w of format 2: it has format 1, which this thaw does not read: build the block image again with thaw build", ErrNotBlockImage)
+
+// IsImage says whether a manifest of that artifact type is a block image, of this format
+// or of an earlier one, which ParseImage refuses.
+func IsImage(artifactType string) bool {
+	return artifactType == ArtifactTypeImage || artifactType == artifactTypeFormat1
+}
+
+const artifactTypeFormat1 = "application/vnd.thaw.image.v1"
 
 // ErrNotBlockImage means that a manifest is not that of a block image.
 var ErrNotBlockImage = errors.New("not a thaw block image")
@@ -69,7 +81,11 @@ func ParseImage(raw []byte) (*Image, error) {
 	if err := json.Unmarshal(raw, &m.Manifest); err != nil {
 		return nil, fmt.Errorf("%w: its manifest cannot be read: %w", ErrNotBlockImage, err)
 	}
-	if m.ArtifactType != ArtifactTypeImage {
+	switch m.ArtifactType {
+	case ArtifactTypeImage:
+	case artifactTypeFormat1:
+		return nil, ErrFormat1
+	default:
 		return nil, ErrNotBlockImage
 	}
 	if len(m.Layers) < 2 || m.Layers[0].MediaType != MediaTypeIndex {

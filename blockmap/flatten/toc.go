@@ -20,7 +20,7 @@ import (
 // stream: the chunk table and all entries in tar order. With it an image is
 // built from the layer without reading it. The blob is one zstd frame of
 //
-//	 0  8  magic "thawtoc1"
+//	 0  8  magic "thawtoc2"
 //	 8  4  CRC-32C of what follows, little-endian
 //	12     the chunk table, as in a blockmap.Index
 //	       for each entry (numbers are varints, signed where said):
@@ -43,7 +43,7 @@ type tocWriter struct {
 }
 
 const (
-	tocMagic = "thawtoc1"
+	tocMagic = "thawtoc2"
 	tocEnd   = 0xff
 
 	// Bounds on a layer, and so on its TOC. maxPath is Linux's PATH_MAX;

@@ -194,7 +194,7 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 	if err != nil {
 		return nil, err
 	}
-	if img.ArtifactType == flatten.ArtifactTypeImage {
+	if flatten.IsImage(img.ArtifactType) {
 		return nil, fmt.Errorf("%s is a block image already: name the container image that it was built from", repo.Ref())
 	}
 	config, err := repo.Blob(ctx, img.Manifest.Config)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -175,12 +176,12 @@ func TestBundleStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		layer := bundleOf(t, ref)
-		if out.Type != "packed" || out.Bytes != layer.Size || out.Chunks < 20 || out.Starts != 1 {
+		if out.Type != "packed" || out.Bytes != layer.Size || out.Chunks < 20 || out.Leaves < out.Chunks || out.Head <= 0 || out.Starts != 1 {
 			t.Errorf("%+v", out)
 		}
 		p.take()
 		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100")
-		if !s.said("bundle_parts") {
+		if !s.said("bundle_leaves") {
 			t.Errorf("it does not say that it has a bundle:\n%s", s.stderr.String())
 		}
 		qemuRead(t, s.uri(), readWide)
@@ -230,7 +231,7 @@ func TestBundleInALayout(t *testing.T) {
 	must(t, "trace", "pack", image)
 	s = serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c2", "--trace", "auto", "--prefetch-wait", "100")
 	qemuRead(t, s.uri(), readWide)
-	if sum, code := s.term(); code != exitOK || !s.said("bundle_parts") || sum["requests"].(float64) != 1 {
+	if sum, code := s.term(); code != exitOK || !s.said("bundle_leaves") || sum["requests"].(float64) != 1 {
 		t.Errorf("exit %d, %v\n%s", code, sum, s.stderr.String())
 	}
 }
@@ -284,14 +285,18 @@ func TestBadBundles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// The parts' names in another order than the parts: a lie that only the
+	// The names of chunks in another order than their content: a lie that only the
 	// digests show.
-	lie := &tracefile.Bundle{}
-	for i, x := range head.Parts {
-		x.Digest = head.Parts[(i+1)%len(head.Parts)].Digest
-		lie.Parts = append(lie.Parts, x)
+	lie := &tracefile.Bundle{Chunks: slices.Clone(head.Chunks), Frames: head.Frames}
+	for i := 1; i < len(lie.Chunks); i++ {
+		if a, b := &lie.Chunks[i-1], &lie.Chunks[i]; a.Blocks == b.Blocks && (a.List == nil) == (b.List == nil) {
+			*a, *b = *b, *a
+		}
 	}
-	foreign := &tracefile.Bundle{Parts: []tracefile.Part{{Digest: [32]byte{1}, Stored: 10}}}
+	foreign := &tracefile.Bundle{
+		Chunks: []tracefile.BundleChunk{{Digest: [32]byte{1}, Blocks: 1}},
+		Frames: []tracefile.Frame{{Stored: 10, Parts: []tracefile.Part{{Count: 1}}}},
+	}
 	put(append(lie.Head(), blob[len(head.Head()):]...), nil, "")
 	bad := []func(){
 		func() { put(append(foreign.Head(), make([]byte, 10)...), nil, "") },

@@ -223,7 +223,7 @@ func (s *service) summary(st host.Stats, devices []*host.Device) {
 		stored += in.Stored
 		content += in.Content
 	}
-	s.find.Log.Info("stopped", "fetched_bytes", st.Bytes, "fetched_chunks", st.Chunks, "requests", st.Requests,
+	s.find.Log.Info("stopped", "fetched_bytes", st.Bytes, "fetched_chunks", st.Chunks, "fetched_leaves", st.Leaves, "requests", st.Requests,
 		"images_stored_bytes", stored, "images_content_bytes", content,
 		"local_chunks", st.Local, "retries", st.Retries, "wrong_chunks", st.Wrong, "failed_chunks", st.Failed,
 		"held_chunks", st.Stats.Held, "overtaken_requests", st.Overtaken, "cancelled_fetches", st.Cancelled,

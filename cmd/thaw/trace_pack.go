@@ -16,9 +16,9 @@ func tracePackCommand(a *app) *cobra.Command {
 	var pin []string
 	c := &cobra.Command{
 		Use:   "pack IMAGE [TRACE...]",
-		Short: "Store all chunks that a start reads as one blob beside the image",
-		Long: `pack makes a bundle: one blob beside the image with the chunks that the traces
-touch, in the order in which a start reads them. With "thaw serve --trace auto" a
+		Short: "Store what a start reads as one blob beside the image",
+		Long: `pack makes a bundle: one blob beside the image with what the traces touch, in leaves
+of 64 KiB and in the order in which a start reads them. With "thaw serve --trace auto" a
 start is then one download from beginning to end.
 
 The traces are the files given, or else those that are stored beside the image. Run
@@ -41,9 +41,11 @@ type packed struct {
 	Type    string  `json:"type"`
 	Target  string  `json:"target"`
 	Starts  uint32  `json:"starts"` // that the traces are of
-	Chunks  int     `json:"chunks"`
+	Chunks  int     `json:"chunks"` // of which the bundle has leaves
+	Leaves  int     `json:"leaves"`
 	Wanted  int64   `json:"wanted_bytes"`  // that the traces touch
-	Content int64   `json:"content_bytes"` // of the chunks
+	Content int64   `json:"content_bytes"` // of the leaves
+	Head    int64   `json:"head_bytes"`    // of the bundle's head
 	Bytes   int64   `json:"bytes"`         // of the bundle
 	Seconds float64 `json:"seconds"`
 }
@@ -90,8 +92,15 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, pin p
 }
 
 func (p *packed) print(w io.Writer) {
-	fmt.Fprintf(w, "bundle   %s for %s: %s for the %s that was touched, stored as %s\n",
-		count(p.Chunks, "chunk"), count(int(p.Starts), "start"), bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+	fmt.Fprintf(w, "bundle   %s of %s for %s: %s for the %s that was touched, stored as %s\n",
+		leafCount(p.Leaves), count(p.Chunks, "chunk"), count(int(p.Starts), "start"), bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+}
+
+func leafCount(n int) string {
+	if n == 1 {
+		return "1 leaf"
+	}
+	return fmt.Sprintf("%d leaves", n)
 }
 
 // packTraces makes a bundle of traces of an image, and stores it beside the image.
@@ -101,6 +110,7 @@ func packTraces(ctx context.Context, b *host.BlockImage, traces []*tracefile.Tra
 		return nil, err
 	}
 	return &packed{
-		Type: "packed", Target: p.Reference, Starts: p.Starts, Chunks: p.Chunks, Wanted: p.Wanted, Content: p.Content, Bytes: p.Bytes,
+		Type: "packed", Target: p.Reference, Starts: p.Starts, Chunks: p.Chunks, Leaves: p.Leaves,
+		Wanted: p.Wanted, Content: p.Content, Head: p.Head, Bytes: p.Bytes,
 	}, nil
 }

@@ -255,7 +255,7 @@ func TestBuildWithTrace(t *testing.T) {
 	must(t, "build", "--size", "128M", two, "--trace", one)
 	for i, ref := range []string{one, two} {
 		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", fmt.Sprintf("%s/d%d", dir, i), "--trace", "auto", "--prefetch-wait", "100")
-		if !s.said("bundle_parts") {
+		if !s.said("bundle_leaves") {
 			t.Errorf("%s has no bundle:\n%s", ref, s.stderr.String())
 		}
 		s.term()

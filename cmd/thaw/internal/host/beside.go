@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -203,21 +202,46 @@ func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedB
 	return s, nil
 }
 
-// of maps the parts of the bundle to chunks of an image. The caller then downloads the
+// BundleInfo says how much of a bundle an image has. The bundle may have been packed for
+// another version of the image.
+type BundleInfo struct {
+	Leaves      int   `json:"leaves"`
+	Shared      int   `json:"shared_leaves"` // those of chunks that the image has
+	Bytes       int64 `json:"content_bytes"` // of the leaves
+	SharedBytes int64 `json:"shared_content_bytes"`
+	Stored      int64 `json:"bundle_bytes"`
+}
+
+// of maps the leaves of the bundle to chunks of an image. The caller then downloads the
 // bundle, or closes it.
-func (s *storedBundle) of(image *blockmap.Image) (*fetcher.Bundle, error) {
+func (s *storedBundle) of(image *blockmap.Image) (*fetcher.Bundle, *BundleInfo, error) {
 	wants, err := s.head.Wants(image.Index(), image.Stream)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if !slices.ContainsFunc(wants, func(places []blockmap.Want) bool { return len(places) > 0 }) {
-		return nil, fmt.Errorf("none of its %d parts is in the image", len(wants))
-	}
+	in := &BundleInfo{Stored: s.layer.Size}
 	f := &fetcher.Bundle{Open: s.open, Asked: s.asked, Close: s.close}
-	for i, p := range s.head.Parts {
-		f.Parts = append(f.Parts, fetcher.Part{Stored: int64(p.Stored), Wants: wants[i]})
+	for i := range s.head.Frames {
+		x := &s.head.Frames[i]
+		frame := fetcher.Frame{Stored: int64(x.Stored)}
+		for _, p := range x.Parts {
+			size := s.head.PartSize(p)
+			frame.Parts = append(frame.Parts, fetcher.Part{
+				Leaf: p.Leaf, Count: p.Count, Size: size, List: s.head.Chunks[p.Chunk].List, Wants: wants[p.Chunk],
+			})
+			in.Leaves += p.Count
+			in.Bytes += int64(size)
+			if len(wants[p.Chunk]) > 0 {
+				in.Shared += p.Count
+				in.SharedBytes += int64(size)
+			}
+		}
+		f.Frames = append(f.Frames, frame)
 	}
-	return f, nil
+	if in.Shared == 0 {
+		return nil, nil, fmt.Errorf("none of its %d leaves is in the image", in.Leaves)
+	}
+	return f, in, nil
 }
 
 // open continues the download that openBundle has begun, or begins another one at off.
@@ -251,19 +275,21 @@ func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor,
 }
 
 // ErrEmptyPlan is the error of Pack if there is nothing to pack.
-var ErrEmptyPlan = errors.New("the traces touch no chunk of the image")
+var ErrEmptyPlan = errors.New("the traces touch nothing that the image stores")
 
 // Packed describes a bundle that was stored beside its image.
 type Packed struct {
 	Reference string // to the bundle's manifest
 	Starts    uint32 // number of starts in the traces
-	Chunks    int
+	Chunks    int    // of which the bundle has leaves
+	Leaves    int
 	Wanted    int64 // bytes that the traces touch
-	Content   int64 // bytes of the chunks
+	Content   int64 // bytes of the leaves
+	Head      int64 // bytes of the head of the bundle
 	Bytes     int64 // of the bundle
 }
 
-// Pack makes a bundle of the chunks that traces of the image touch, and stores it
+// Pack makes a bundle of the leaves that traces of the image touch, and stores it
 // beside the image. Its temporary files are in a directory below temp.
 func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp string) (*Packed, error) {
 	merged, err := tracefile.Merge(traces...)
@@ -277,49 +303,50 @@ func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp s
 	if len(plan.Steps) == 0 {
 		return nil, ErrEmptyPlan
 	}
-	d, size, err := pushBundle(ctx, b, plan, temp)
+	d, head, size, err := pushBundle(ctx, b, plan, temp, tracefile.Contents{Open: b.Repo.OpenRange})
 	if err != nil {
 		return nil, err
 	}
+	leaves, content := head.Leaves()
 	return &Packed{
-		Reference: b.Repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(plan.Bundle().Parts),
-		Wanted: plan.Wanted, Content: plan.Size, Bytes: size,
+		Reference: b.Repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(head.Chunks), Leaves: leaves,
+		Wanted: plan.Wanted, Content: content, Head: size - head.Stored(), Bytes: size,
 	}, nil
 }
 
 // pushBundle packs a plan's bundle in a directory below temp, and stores it beside the
 // image.
-func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp string) (d v1.Descriptor, size int64, err error) {
+func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp string, from tracefile.Contents) (d v1.Descriptor, head *tracefile.Bundle, size int64, err error) {
 	dir, err := flatten.NewTempDir(temp, "thaw-bundle-")
 	if err != nil {
-		return d, 0, fmt.Errorf("pack the bundle: %w", err)
+		return d, nil, 0, fmt.Errorf("pack the bundle: %w", err)
 	}
 	defer func() { _ = dir.Remove() }()
 	scratch, err := os.Create(filepath.Join(dir.Path(), "frames"))
 	if err != nil {
-		return d, 0, err
+		return d, nil, 0, err
 	}
 	defer scratch.Close()
 	f, err := os.Create(filepath.Join(dir.Path(), "bundle"))
 	if err != nil {
-		return d, 0, err
+		return d, nil, 0, err
 	}
 	defer f.Close()
-	if _, err := plan.Pack(ctx, f, scratch, b.Repo.OpenRange); err != nil {
-		return d, 0, err
+	if head, err = plan.Pack(ctx, f, scratch, from); err != nil {
+		return d, nil, 0, err
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return d, 0, err
+		return d, nil, 0, err
 	}
 	layer := v1.Descriptor{MediaType: tracefile.MediaTypeBundle}
 	if layer.Digest, layer.Size, err = v1.SHA256(f); err != nil {
-		return d, 0, err
+		return d, nil, 0, err
 	}
 	if _, err = b.Repo.PushBlob(ctx, layer, f.Name(), nil); err != nil {
-		return d, 0, err
+		return d, nil, 0, err
 	}
 	d, err = pushBeside(ctx, b, tracefile.ArtifactTypeBundle, layer)
-	return d, layer.Size, err
+	return d, head, layer.Size, err
 }
 
 func pushBeside(ctx context.Context, b *BlockImage, artifactType string, layer v1.Descriptor) (v1.Descriptor, error) {

@@ -115,7 +115,7 @@ func (f *Finder) manifest(ctx context.Context, repo *registry.Repo, name string)
 	if img.Index != nil {
 		b.top = img.Index.Digest
 	}
-	if img.ArtifactType == flatten.ArtifactTypeImage {
+	if flatten.IsImage(img.ArtifactType) {
 		if err := b.parse(); err != nil {
 			return nil, badImage{fmt.Errorf("%s: %w", name, err)}
 		}

@@ -103,6 +103,7 @@ type start struct {
 	rec     *recording
 	replay  *fetcher.Replay // of a bundle or traces; nil if there are none
 	source  string          // of replay: "bundle" or "trace"
+	bundled *BundleInfo     // of replay, if a bundle is its source
 	guessed *fetcher.Replay // of a guess, until replay is set
 	loaded  chan struct{}   // closed when replay is set, or will not be set
 }
@@ -213,9 +214,11 @@ func (s *start) load(image *openImage) {
 		log.Warn("cannot list the traces beside the image", "err", s.listErr)
 	}
 	what := []any{}
-	if bundle := s.bundle(image); bundle != nil {
+	bundle, bundled := s.bundle(image)
+	if bundle != nil {
 		o.Bundle = bundle
-		what = append(what, "bundle_parts", len(bundle.Parts))
+		what = append(what, "bundle_bytes", bundled.Stored, "bundle_leaves", bundled.Leaves, "shared_leaves", bundled.Shared,
+			"content_bytes", bundled.Bytes, "shared_content_bytes", bundled.SharedBytes)
 	}
 	if o.Bundle == nil && s.guessed == nil {
 		s.guess(image) // until a trace replaces it
@@ -244,28 +247,29 @@ func (s *start) load(image *openImage) {
 	}
 	replay := image.fetcher.Replay(s.ctx, wants, o)
 	s.t.mu.Lock()
-	s.replay, s.source = replay, source
+	s.replay, s.source, s.bundled = replay, source, bundled
 	s.t.mu.Unlock()
 	log.Info("replaying a trace", what...)
 }
 
 // bundle opens the newest bundle beside the image that can be used.
-func (s *start) bundle(image *openImage) *fetcher.Bundle {
+func (s *start) bundle(image *openImage) (*fetcher.Bundle, *BundleInfo) {
 	for _, d := range slices.Backward(s.beside.Bundles) {
 		stored, err := openBundle(s.ctx, s.image, d)
 		if err == nil {
 			var b *fetcher.Bundle
-			if b, err = stored.of(image.Image); err == nil {
-				return b
+			var in *BundleInfo
+			if b, in, err = stored.of(image.Image); err == nil {
+				return b, in
 			}
 			stored.close()
 		}
 		if s.ctx.Err() != nil {
-			return nil
+			return nil, nil
 		}
 		s.t.log.Warn("a bundle cannot be used", "image", s.image.Name, "manifest", d.Digest.String(), "err", err)
 	}
-	return nil
+	return nil, nil
 }
 
 // guess prefetches what every start is likely to read: the filesystem's metadata, and
@@ -382,12 +386,14 @@ func (s *start) await(ctx context.Context, share float64) {
 type PrefetchInfo struct {
 	State      string  `json:"state"`            // looking (for traces), running, ended, or none
 	Source     string  `json:"source,omitempty"` // bundle, trace, or guess
-	Chunks     int64   `json:"chunks"`
+	Chunks     int64   `json:"chunks"`           // of which the prefetch brings all or some leaves
 	DoneChunks int64   `json:"done_chunks"`
 	Failed     int64   `json:"failed_chunks"`
-	Bytes      int64   `json:"stored_bytes"` // of the chunks, as they are stored in the registry
+	Bytes      int64   `json:"stored_bytes"` // as they are stored in the registry
 	DoneBytes  int64   `json:"done_stored_bytes"`
 	Seconds    float64 `json:"seconds"` // since the prefetch began, or until it ended
+
+	Bundle *BundleInfo `json:"bundle,omitempty"` // if the source is a bundle
 }
 
 func (s *start) prefetchInfo() *PrefetchInfo {
@@ -398,7 +404,7 @@ func (s *start) prefetchInfo() *PrefetchInfo {
 	default:
 	}
 	s.t.mu.Lock()
-	r, source := s.replay, s.source
+	r, source, bundled := s.replay, s.source, s.bundled
 	if r == nil && s.guessed != nil {
 		r, source = s.guessed, "guess"
 	}
@@ -412,7 +418,7 @@ func (s *start) prefetchInfo() *PrefetchInfo {
 	p := r.Progress()
 	in := &PrefetchInfo{
 		State: "running", Source: source, Chunks: p.Chunks, DoneChunks: p.DoneChunks, Failed: p.Failed, Bytes: p.Bytes, DoneBytes: p.DoneBytes,
-		Seconds: time.Since(p.Began).Seconds(),
+		Seconds: time.Since(p.Began).Seconds(), Bundle: bundled,
 	}
 	if !p.Ended.IsZero() {
 		in.State, in.Seconds = "ended", p.Ended.Sub(p.Began).Seconds()
