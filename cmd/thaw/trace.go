@@ -35,7 +35,7 @@ beside an image, and records a trace if there are none.`,
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), tracePackCommand(a), traceStopCommand(a))
+	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), traceMergeCommand(a), tracePackCommand(a), traceStopCommand(a))
 	return c
 }
 

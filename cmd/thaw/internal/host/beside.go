@@ -277,40 +277,51 @@ func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor,
 // ErrEmptyPlan is the error of Pack if there is nothing to pack.
 var ErrEmptyPlan = errors.New("the traces touch nothing that the image stores")
 
+// PackOptions are the settings of Pack.
+type PackOptions struct {
+	Temp  string // its temporary files are in a directory below this one
+	Least int    // percent of the starts that have to touch what is packed, see tracefile.Trace.Common
+
+	local func(ctx context.Context, stream, chunk int, p []byte) bool // as in tracefile.Contents
+	do    func(job func())
+}
+
 // Packed describes a bundle that was stored beside its image.
 type Packed struct {
 	Reference string // to the bundle's manifest
 	Starts    uint32 // number of starts in the traces
 	Chunks    int    // of which the bundle has leaves
 	Leaves    int
-	Wanted    int64 // bytes that the traces touch
+	Wanted    int64 // bytes that the traces touch, without the rare ones
+	Rare      int64 // bytes that too few of the starts touched
 	Content   int64 // bytes of the leaves
 	Head      int64 // bytes of the head of the bundle
 	Bytes     int64 // of the bundle
 }
 
 // Pack makes a bundle of the leaves that traces of the image touch, and stores it
-// beside the image. Its temporary files are in a directory below temp.
-func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp string) (*Packed, error) {
+// beside the image.
+func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, o PackOptions) (*Packed, error) {
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
 		return nil, err
 	}
-	plan, err := tracefile.NewPlan(merged, b.Index)
+	common, rare := merged.Common(o.Least)
+	plan, err := tracefile.NewPlan(common, b.Index)
 	if err != nil {
 		return nil, err
 	}
 	if len(plan.Steps) == 0 {
 		return nil, ErrEmptyPlan
 	}
-	d, head, size, err := pushBundle(ctx, b, plan, temp, tracefile.Contents{Open: b.Repo.OpenRange})
+	d, head, size, err := pushBundle(ctx, b, plan, o.Temp, tracefile.Contents{Open: b.Repo.OpenRange, Local: o.local, Do: o.do})
 	if err != nil {
 		return nil, err
 	}
 	leaves, content := head.Leaves()
 	return &Packed{
 		Reference: b.Repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(head.Chunks), Leaves: leaves,
-		Wanted: plan.Wanted, Content: content, Head: size - head.Stored(), Bytes: size,
+		Wanted: plan.Wanted, Rare: rare, Content: content, Head: size - head.Stored(), Bytes: size,
 	}, nil
 }
 
