@@ -3,8 +3,8 @@
 //
 // A [Device] is what every transport serves and every source fills. An [Index]
 // describes a thaw image: the blocks of the device are runs of a few streams, and a
-// stream is cut into chunks. Chunks are the unit that thaw fetches, verifies and
-// shares. A [Cache] keeps the streams on local disk, with a bitmap that says which
+// stream is cut into chunks. Chunks are the unit that thaw fetches and shares; a
+// chunk consists of leaves, the least that thaw verifies and stores. A [Cache] keeps the streams on local disk, with a bitmap that says which
 // blocks are resident. An [Image] puts Index and Cache together and is the Device that
 // is served. The file image.go shows the path of a read from top to bottom.
 //

@@ -121,6 +121,18 @@ func (s *Stream) checkLeaves(i int, list *LeafList, first, count int, p []byte) 
 	return absent, nil
 }
 
+// ReadChunk reads chunk i into p, which has its size, and says whether all of it was
+// resident.
+func (s *Stream) ReadChunk(i int, p []byte) bool {
+	c := &s.table.Chunks[i]
+	var v View
+	if !s.Has(i) || s.prepare() != nil || !s.view(&v, int64(c.Block)*BlockSize, int64(c.Size())) {
+		return false
+	}
+	defer v.Release()
+	return v.CopyTo(p) == nil
+}
+
 // leavesSize is the length of count leaves from leaf first on, in bytes.
 func (c *Chunk) leavesSize(first, count int) int {
 	return min((first+count)*LeafSize, c.Size()) - first*LeafSize

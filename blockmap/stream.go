@@ -292,14 +292,7 @@ func (s *Stream) FillLocal(i int) bool {
 		if x.stream == s && x.chunk == i || o.Count != c.Count || !x.stream.Has(x.chunk) {
 			continue
 		}
-		var v View
-		if x.stream.prepare() != nil || !x.stream.view(&v, int64(o.Block)*BlockSize, int64(o.Size())) {
-			continue
-		}
-		p := make([]byte, o.Size())
-		err := v.CopyTo(p)
-		v.Release()
-		if err == nil && s.Fill(i, p) == nil {
+		if p := make([]byte, o.Size()); x.stream.ReadChunk(x.chunk, p) && s.Fill(i, p) == nil {
 			return true
 		}
 	}

@@ -98,6 +98,28 @@ func (d *decoders) do(urgent <-chan struct{}, f func()) bool {
 	}
 }
 
+// Background runs a job on one of the threads of low priority, and returns when it is done.
+// The job takes as much time as decompressing a few chunks; otherwise prefetches wait.
+func (f *Fetcher) Background(job func()) {
+	f.mu.Lock()
+	closed := f.mu.closed
+	if !closed {
+		f.wg.Add(1)
+	}
+	f.mu.Unlock()
+	if closed {
+		job()
+		return
+	}
+	defer f.wg.Done()
+	done := make(chan struct{})
+	f.decoders.do(nil, func() {
+		defer close(done)
+		job()
+	})
+	<-done
+}
+
 // close returns when all threads have ended. Nobody may call do afterwards.
 func (d *decoders) close() {
 	d.once.Do(func() { close(d.work) })

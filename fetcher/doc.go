@@ -46,9 +46,10 @@
 // # Ahead of readers
 //
 // [Bound.Replay] fetches a list of chunks (replay.go). Before the list it fetches a
-// [Bundle]: many chunks in one download (bundle.go, download.go). A chunk in a bundle
-// is a fetch like any other. A reader that needs the chunk waits for the download if
-// that brings it soon; otherwise a request fetches it. If the cache has no room for
+// [Bundle]: leaves of many chunks in one download (bundle.go, download.go). A chunk of
+// which a bundle brings leaves is a fetch like any other. A reader that needs such leaves
+// waits for the download if that brings them soon, and is woken when they are resident,
+// whatever else of the chunk is to come; otherwise a request fetches the chunk. If the cache has no room for
 // prefetched chunks, the prefetch ends (refusals.go).
 //
 // # Rules
@@ -64,8 +65,8 @@
 // host and the origin, such as the peers of a zone, is one more place before the
 // origin's.
 //
-// Every chunk, from any source, is verified in one place: [blockmap.Chunk.Verify],
-// which the cache calls before it stores or holds anything.
+// Every chunk and every leaf, from any source, is verified in one place: the methods of
+// [blockmap.Chunk], which the cache calls before it stores or holds anything.
 //
 // Fetcher.mu guards the state of all fetches, requests and sources. It is held for
 // bookkeeping only, never during I/O. Decisions that need no I/O are in types of their

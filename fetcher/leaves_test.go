@@ -71,6 +71,7 @@ func (w *world) bundleLeaves(t *testing.T, leaves []leaf, each int) *load {
 		places[d] = append(places[d], x)
 	}
 	lists := make(map[blockmap.Digest]*blockmap.LeafList)
+	chunks := make(map[blockmap.Digest][]byte)
 	var content []byte
 	for n, x := range leaves {
 		if n%each == 0 {
@@ -78,15 +79,16 @@ func (w *world) bundleLeaves(t *testing.T, leaves []leaf, each int) *load {
 			content = nil
 		}
 		c := &x.Table.Chunks[x.Chunk]
-		chunk := w.content(t, x.Want)
 		if lists[c.Digest] == nil {
+			chunk := w.content(t, x.Want)
+			chunks[c.Digest] = chunk
 			list, err := blockmap.NewLeafList(c, blockmap.LeafDigests(nil, chunk))
 			if err != nil {
 				t.Fatal(err)
 			}
 			lists[c.Digest] = list
 		}
-		content = append(content, chunk[x.i*blockmap.LeafSize:][:c.LeafSize(x.i)]...)
+		content = append(content, chunks[c.Digest][x.i*blockmap.LeafSize:][:c.LeafSize(x.i)]...)
 		f := &l.Frames[len(l.Frames)-1]
 		f.Parts = append(f.Parts, fetcher.Part{Leaf: x.i, Count: 1, Size: c.LeafSize(x.i), List: lists[c.Digest], Wants: places[c.Digest]})
 		if n%each == each-1 || n == len(leaves)-1 {

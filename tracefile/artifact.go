@@ -24,6 +24,13 @@ const (
 	MediaTypeBundle types.MediaType = "application/vnd.thaw.bundle.v2+zstd"
 
 	AnnotationLayer = "vnd.thaw.layer"
+	// AnnotationAnew is "true" on a trace that replaces those that were stored before it:
+	// the image's starts no longer read what these say.
+	AnnotationAnew = "vnd.thaw.anew"
+
+	// BundleTag is the tag of the last bundle that was stored in a repository. The first
+	// start of a new image finds by it what the image before has read.
+	BundleTag = "thaw-bundle"
 )
 
 // EmptyConfig is the config of an artifact, and EmptyConfigType its media type: the
@@ -34,18 +41,22 @@ const (
 )
 
 // ArtifactManifest is the manifest that stores layer, a trace or a bundle, beside
-// the block image whose manifest is subject.
-func ArtifactManifest(artifactType string, layer, subject v1.Descriptor) ([]byte, error) {
+// the block image whose manifest is subject. anew sets AnnotationAnew.
+func ArtifactManifest(artifactType string, layer, subject v1.Descriptor, anew bool) ([]byte, error) {
 	digest, size, err := v1.SHA256(bytes.NewReader([]byte(EmptyConfig)))
 	if err != nil {
 		return nil, err
+	}
+	annotations := map[string]string{AnnotationLayer: fmt.Sprintf("%s %d", layer.Digest, layer.Size)}
+	if anew {
+		annotations[AnnotationAnew] = "true"
 	}
 	return json.Marshal(v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType,
 		Config:      v1.Descriptor{MediaType: EmptyConfigType, Size: size, Digest: digest},
 		Layers:      []v1.Descriptor{layer},
 		Subject:     &v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: subject.Digest, Size: subject.Size},
-		Annotations: map[string]string{AnnotationLayer: fmt.Sprintf("%s %d", layer.Digest, layer.Size)},
+		Annotations: annotations,
 	})
 }
 

@@ -27,7 +27,7 @@ func TestArtifactManifests(t *testing.T) {
 		"trace.v1.json":  {tracefile.ArtifactTypeTrace, v1.Descriptor{MediaType: tracefile.MediaTypeTrace, Digest: hash("1"), Size: 567}},
 		"bundle.v2.json": {tracefile.ArtifactTypeBundle, v1.Descriptor{MediaType: tracefile.MediaTypeBundle, Digest: hash("1"), Size: 8 << 30}},
 	} {
-		got, err := tracefile.ArtifactManifest(a.artifactType, a.layer, subject)
+		got, err := tracefile.ArtifactManifest(a.artifactType, a.layer, subject, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -42,6 +42,11 @@ func TestArtifactManifests(t *testing.T) {
 		if err != nil || layer.Digest != a.layer.Digest || layer.Size != a.layer.Size || layer.MediaType != a.layer.MediaType {
 			t.Errorf("%s: read %+v, %v", file, layer, err)
 		}
+	}
+	// A trace that replaces the others says so, in the list of referrers as well.
+	raw, err := tracefile.ArtifactManifest(tracefile.ArtifactTypeTrace, v1.Descriptor{MediaType: tracefile.MediaTypeTrace, Digest: hash("1"), Size: 567}, subject, true)
+	if err != nil || !bytes.Contains(raw, []byte(`"annotations":{"vnd.thaw.anew":"true",`)) {
+		t.Errorf("a trace that replaces others: %s, %v", raw, err)
 	}
 	listed := v1.Descriptor{Annotations: map[string]string{tracefile.AnnotationLayer: hash("1").String() + " 567"}}
 	if layer, ok := tracefile.AnnotatedLayer(listed, tracefile.MediaTypeTrace); !ok || layer.Digest != hash("1") || layer.Size != 567 || layer.MediaType != tracefile.MediaTypeTrace {

@@ -22,7 +22,7 @@
 // Several traces of one image become one by [Merge], which puts first what most
 // starts touch. A trace of another version of the image becomes one of this
 // version by [Translate], which finds the content that they share. A [Plan] is
-// the chunks that a trace needs, each once, in order; a [Bundle] has them in one
+// the leaves that a trace needs, each once, in order; a [Bundle] has them in one
 // blob.
 //
 // [Summary] describes a trace in numbers. [Trace.Points] and [Trace.Curve] are for

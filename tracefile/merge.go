@@ -56,6 +56,33 @@ func Merge(traces ...*Trace) (*Trace, error) {
 	return m, nil
 }
 
+// DefaultLeast is the percentage of starts that have to touch a block for it to be packed
+// into a bundle.
+const DefaultLeast = 25
+
+// leastStarts is how many starts it takes to tell which blocks few of them touch.
+const leastStarts = 4
+
+// Common returns the trace without what fewer than least percent of its starts touched, and
+// how many bytes that was. A bundle is downloaded from its beginning to its end, so each
+// start waits for what other starts have read. Of fewer than four starts the trace stays as
+// it is: what one of them touched may well be touched by half of the next.
+func (t *Trace) Common(least int) (common *Trace, rare int64) {
+	if t.Starts < leastStarts {
+		return t, 0
+	}
+	c := *t
+	c.Touches = nil
+	for _, x := range t.Touches {
+		if int64(max(x.Starts, 1))*100 < int64(t.Starts)*int64(least) {
+			rare += x.Bytes()
+		} else {
+			c.Touches = append(c.Touches, x)
+		}
+	}
+	return &c, rare
+}
+
 // overlay cuts the device where a touch of any trace begins or ends, and returns
 // the pieces that some touch covers, sorted by block, each with the median of
 // its times. Pieces that are alike are merged again.

@@ -175,3 +175,41 @@ func TestMergeRefuses(t *testing.T) {
 		t.Errorf("too many starts: %v", err)
 	}
 }
+
+// What fewer than a quarter of four starts or more touch is not common. Of three starts
+// all is.
+func TestCommon(t *testing.T) {
+	for _, c := range []struct {
+		starts, least int
+		want          []int // how many starts touched what stays
+	}{
+		{1, 25, []int{1}}, {3, 25, []int{1, 2, 3}}, {3, 100, []int{1, 2, 3}},
+		{4, 25, []int{1, 2, 3, 4}}, {4, 26, []int{2, 3, 4}}, {5, 25, []int{2, 3, 4, 5}}, {8, 25, []int{2, 3, 4, 5, 6, 7, 8}},
+		{8, 0, []int{1, 2, 3, 4, 5, 6, 7, 8}}, {8, 100, []int{8}},
+	} {
+		var traces []*tracefile.Trace
+		for i := range c.starts {
+			x := traceOf(1000)
+			for n := 1; n <= c.starts; n++ {
+				if i < n { // block n*10 is touched by n starts
+					x.Touches = append(x.Touches, tracefile.Touch{At: time.Duration(n) * ms, Block: uint32(n * 10), Count: 2, Starts: 1})
+				}
+			}
+			traces = append(traces, x)
+		}
+		m, err := tracefile.Merge(traces...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := m.Bytes()
+		common, rare := m.Common(c.least)
+		var got []int
+		for _, x := range common.Touches {
+			got = append(got, int(x.Starts))
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, c.want) || common.Bytes()+rare != all || m.Bytes() != all || common.Starts != m.Starts {
+			t.Errorf("of %d starts, at least %d %%: %v and %d bytes less, want %v", c.starts, c.least, got, rare, c.want)
+		}
+	}
+}

@@ -39,7 +39,7 @@ type Contents struct {
 	// Local, if not nil, reads a chunk of the index into p, if it is on this host, and
 	// says whether it was.
 	Local func(ctx context.Context, stream, chunk int, p []byte) bool
-	// Do, if not nil, runs the jobs that take most of the time.
+	// Do, if not nil, runs the jobs that take most of the time, one after the other.
 	Do func(job func())
 }
 
@@ -82,6 +82,7 @@ type packer struct {
 	from    Contents
 	bundle  *Bundle
 	leaves  int
+	workers int          // frames that are compressed at once
 	sources []packSource // of each chunk of the bundle
 	content []int64      // of each frame: where its content begins in scratch
 	frames  []int64      // of each frame: where it begins in scratch
@@ -104,22 +105,22 @@ type packPart struct {
 }
 
 func newPacker(p *Plan, scratch Scratch, from Contents) (*packer, error) {
-	k := &packer{plan: p, from: from, bundle: new(Bundle), scratch: scratch}
-	if k.from.Do == nil {
+	k := &packer{plan: p, from: from, bundle: new(Bundle), scratch: scratch, workers: min(runtime.GOMAXPROCS(0), packRequests)}
+	if k.from.Do != nil {
+		k.workers = 1
+	} else {
 		k.from.Do = func(job func()) { job() }
 	}
 	k.layOut()
 	var err error
-	k.enc, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(k.workers()),
+	k.enc, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(k.workers),
 		zstd.WithWindowSize(frameContent), zstd.WithEncoderCRC(false))
 	if err != nil {
 		return nil, err
 	}
-	k.dec = blockmap.NewChunkDecoder(k.workers())
+	k.dec = blockmap.NewChunkDecoder(k.workers)
 	return k, nil
 }
-
-func (k *packer) workers() int { return min(runtime.GOMAXPROCS(0), packRequests) }
 
 func (k *packer) close() {
 	k.dec.Close()
@@ -302,7 +303,7 @@ func (k *packer) keep(source int, content []byte) error {
 // compress makes the frames.
 func (k *packer) compress(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(k.workers())
+	g.SetLimit(k.workers)
 	for i := range k.bundle.Frames {
 		g.Go(func() error {
 			if ctx.Err() != nil {

@@ -185,7 +185,7 @@ func packBuilt(ctx context.Context, dst *registry.Repo, res *flatten.Result, rec
 		}
 		fitting = append(fitting, trace)
 	}
-	return packTraces(ctx, b, fitting, temp)
+	return packTraces(ctx, b, fitting, host.PackOptions{Temp: temp, Least: tracefile.DefaultLeast})
 }
 
 // readSource finds the image to build from.

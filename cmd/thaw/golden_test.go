@@ -162,6 +162,7 @@ func TestGoldenJSON(t *testing.T) {
 	recording := serving(t, image, "--listen", "unix:"+dir+"/r", "--cache", dir+"/recording", "--record", dir+"/r.trace")
 	goldenJSON(t, "trace-stop", must(t, "trace", "stop", "--json", "--cache", dir+"/recording"), dir)
 	recording.kill()
+	goldenJSON(t, "trace-merge", must(t, "trace", "merge", "--json", dir+"/start.trace", "-o", dir+"/merged.trace"), dir)
 	goldenJSON(t, "trace-pack", must(t, "trace", "pack", "--json", image, dir+"/start.trace"), dir)
 	goldenJSON(t, "build-trace", must(t, "build", "--json", "--size", "64M", "--trace", dir+"/start.trace", "oci:"+dir+"/src", image), dir)
 }

@@ -71,6 +71,11 @@ reads the files of --tls-cert, --tls-key, --tls-client-ca and --hosts again when
 they change, and on SIGHUP. If it cannot use a file, it logs a warning and keeps
 the earlier content.
 
+With --trace auto --trace-push, serve packs a bundle in the background once the
+first start has been recorded. It then compares each start with what is stored. If
+three starts in a row on this host read less than half of that, or mostly something
+else, serve replaces the traces and packs a new bundle.
+
 --record FILE writes to a temporary file beside FILE and renames it to FILE when
 the recording ends. A server that is killed leaves the temporary file; the next
 recording to FILE renames it to FILE.interrupted. Recordings of --trace auto that
@@ -119,7 +124,7 @@ keeps the newest 32.`,
 	f.Var(&o.recordBytes, "record-bytes", "end a recording when this `SIZE` of the device has been read (default: no limit)")
 	f.DurationVar(&o.trace.RecordQuiet, "record-quiet", 10*time.Second, "end a recording when no new block is read for this `TIME`")
 	f.StringArrayVar(&o.trace.Use, "trace", nil, "prefetch by `TRACE`: a trace file, an image for the traces beside it, or auto for those beside the image itself, which is recorded if it has none (repeatable)")
-	f.BoolVar(&o.trace.Push, "trace-push", false, "store recordings beside the image")
+	f.BoolVar(&o.trace.Push, "trace-push", false, "store recordings beside the image, and with --trace auto pack their bundle and renew both when starts change")
 	f.Var(&o.rate, "prefetch-rate", "prefetch at most this `SIZE` per second (default: no limit)")
 	o.ahead = aheadFlag{Metadata: true, Readahead: true, Program: true}
 	f.Var(&o.ahead, "fetch-ahead", "`LIST` of what to prefetch without a trace: metadata, readahead, program (the files of the image's program), or none")

@@ -35,7 +35,7 @@ beside an image, and records a trace if there are none.`,
 		},
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), tracePackCommand(a), traceStopCommand(a))
+	c.AddCommand(traceShowCommand(a), tracePlotCommand(a), traceExportCommand(a), tracePushCommand(a), traceMergeCommand(a), tracePackCommand(a), traceStopCommand(a))
 	return c
 }
 
@@ -198,7 +198,7 @@ func (a *app) tracePush(ctx context.Context, image, path string, pin pinFlags) e
 	if t.Index != b.IndexDigest() {
 		return fmt.Errorf("push %s: %w: it was recorded of the index sha256:%v, but %s has the index %s", path, tracefile.ErrOtherImage, t.Index, image, b.Manifest.Index.Digest)
 	}
-	d, err := b.PushTrace(ctx, file)
+	d, err := b.PushTrace(ctx, file, false)
 	if err != nil {
 		return err
 	}

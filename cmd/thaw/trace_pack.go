@@ -14,6 +14,7 @@ import (
 
 func tracePackCommand(a *app) *cobra.Command {
 	var pin []string
+	var least int
 	c := &cobra.Command{
 		Use:   "pack IMAGE [TRACE...]",
 		Short: "Store what a start reads as one blob beside the image",
@@ -21,15 +22,21 @@ func tracePackCommand(a *app) *cobra.Command {
 of 64 KiB and in the order in which a start reads them. With "thaw serve --trace auto" a
 start is then one download from beginning to end.
 
-The traces are the files given, or else those that are stored beside the image. Run
-pack again when there are better traces: serve uses the newest bundle.`,
+The traces are the files given, or else those that are stored beside the image. If
+they are of four starts or more, pack leaves out what fewer than --least percent of
+the starts touched. Run pack again when there are better traces: serve uses the
+newest bundle.`,
 		Example: `  thaw trace pack registry.example/team/app:v1
   thaw trace pack registry.example/team/app:v1 start.trace`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.tracePack(c.Context(), args[0], args[1:], pin)
+			if least < 0 || least > 100 {
+				return usageError{fmt.Errorf("--least %d: it must be a percentage, 0 to 100", least)}
+			}
+			return a.tracePack(c.Context(), args[0], args[1:], least, pin)
 		},
 	}
+	c.Flags().IntVar(&least, "least", tracefile.DefaultLeast, "leave out what fewer than this `PERCENT` of at least four starts touched")
 	c.Flags().StringVar(&a.temp, "temp", "", "keep the bundle in `DIR` until it is pushed (default: $TMPDIR, or /tmp)")
 	c.Flags().StringArrayVar(&pin, "pin", nil, pinUsage)
 	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON")
@@ -43,14 +50,15 @@ type packed struct {
 	Starts  uint32  `json:"starts"` // that the traces are of
 	Chunks  int     `json:"chunks"` // of which the bundle has leaves
 	Leaves  int     `json:"leaves"`
-	Wanted  int64   `json:"wanted_bytes"`  // that the traces touch
+	Wanted  int64   `json:"wanted_bytes"`  // that the traces touch, without the rare ones
+	Rare    int64   `json:"rare_bytes"`    // that fewer starts than --least touched
 	Content int64   `json:"content_bytes"` // of the leaves
 	Head    int64   `json:"head_bytes"`    // of the bundle's head
 	Bytes   int64   `json:"bytes"`         // of the bundle
 	Seconds float64 `json:"seconds"`
 }
 
-func (a *app) tracePack(ctx context.Context, image string, paths []string, pin pinFlags) error {
+func (a *app) tracePack(ctx context.Context, image string, paths []string, least int, pin pinFlags) error {
 	began := time.Now()
 	find, err := a.access(ctx, pin, image)
 	if err != nil {
@@ -78,7 +86,7 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, pin p
 			return fmt.Errorf("no traces are stored beside %s: record a start with `thaw serve %s --trace auto --trace-push`, or name a trace file", image, image)
 		}
 	}
-	p, err := packTraces(ctx, b, traces, a.temp)
+	p, err := packTraces(ctx, b, traces, host.PackOptions{Temp: a.temp, Least: least})
 	if err != nil {
 		return fmt.Errorf("pack %s: %w", image, err)
 	}
@@ -94,6 +102,9 @@ func (a *app) tracePack(ctx context.Context, image string, paths []string, pin p
 func (p *packed) print(w io.Writer) {
 	fmt.Fprintf(w, "bundle   %s of %s for %s: %s for the %s that was touched, stored as %s\n",
 		leafCount(p.Leaves), count(p.Chunks, "chunk"), count(int(p.Starts), "start"), bytesString(p.Content), bytesString(p.Wanted), bytesString(p.Bytes))
+	if p.Rare > 0 {
+		fmt.Fprintf(w, "left out %s, which few of the starts touched\n", bytesString(p.Rare))
+	}
 }
 
 func leafCount(n int) string {
@@ -104,13 +115,13 @@ func leafCount(n int) string {
 }
 
 // packTraces makes a bundle of traces of an image, and stores it beside the image.
-func packTraces(ctx context.Context, b *host.BlockImage, traces []*tracefile.Trace, temp string) (*packed, error) {
-	p, err := b.Pack(ctx, traces, temp)
+func packTraces(ctx context.Context, b *host.BlockImage, traces []*tracefile.Trace, o host.PackOptions) (*packed, error) {
+	p, err := b.Pack(ctx, traces, o)
 	if err != nil {
 		return nil, err
 	}
 	return &packed{
 		Type: "packed", Target: p.Reference, Starts: p.Starts, Chunks: p.Chunks, Leaves: p.Leaves,
-		Wanted: p.Wanted, Content: p.Content, Head: p.Head, Bytes: p.Bytes,
+		Wanted: p.Wanted, Rare: p.Rare, Content: p.Content, Head: p.Head, Bytes: p.Bytes,
 	}, nil
 }

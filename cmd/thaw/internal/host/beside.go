@@ -39,6 +39,9 @@ func (b *BlockImage) Beside(ctx context.Context) (Beside, error) {
 	all, err := b.Repo.Referrers(ctx, v1.Descriptor{Digest: b.Digest}, tracefile.ArtifactTypeTrace, tracefile.ArtifactTypeBundle)
 	for _, d := range all {
 		if d.ArtifactType == tracefile.ArtifactTypeTrace {
+			if d.Annotations[tracefile.AnnotationAnew] == "true" {
+				found.Traces = nil // it replaces them
+			}
 			found.Traces = append(found.Traces, d)
 		} else {
 			found.Bundles = append(found.Bundles, d)
@@ -210,6 +213,7 @@ type BundleInfo struct {
 	Bytes       int64 `json:"content_bytes"` // of the leaves
 	SharedBytes int64 `json:"shared_content_bytes"`
 	Stored      int64 `json:"bundle_bytes"`
+	Other       bool  `json:"of_another_version"` // it was packed for another image of the repository
 }
 
 // of maps the leaves of the bundle to chunks of an image. The caller then downloads the
@@ -265,17 +269,36 @@ func (s *storedBundle) close() {
 	s.end()
 }
 
-// PushTrace stores a trace file beside its image.
-func (b *BlockImage) PushTrace(ctx context.Context, file []byte) (v1.Descriptor, error) {
+// predecessor finds the last bundle that was stored in the image's repository: as a rule
+// that of the version before.
+func (b *BlockImage) predecessor(ctx context.Context) (v1.Descriptor, error) {
+	ctx, cancel := context.WithTimeout(ctx, findTimeout)
+	defer cancel()
+	return b.Repo.Lookup(ctx, b.Repo.Ref().WithTag(tracefile.BundleTag))
+}
+
+// PushTrace stores a trace file beside its image. If anew is set, it replaces the traces
+// that are there.
+func (b *BlockImage) PushTrace(ctx context.Context, file []byte, anew bool) (v1.Descriptor, error) {
 	layer, err := b.Repo.PushBytes(ctx, file, tracefile.MediaTypeTrace)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
-	return pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer)
+	d, _, err := pushBeside(ctx, b, tracefile.ArtifactTypeTrace, layer, anew)
+	return d, err
 }
 
 // ErrEmptyPlan is the error of Pack if there is nothing to pack.
 var ErrEmptyPlan = errors.New("the traces touch nothing that the image stores")
+
+// PackOptions are the settings of Pack.
+type PackOptions struct {
+	Temp  string // its temporary files are in a directory below this one
+	Least int    // percent of the starts that have to touch what is packed, see tracefile.Trace.Common
+
+	local func(ctx context.Context, stream, chunk int, p []byte) bool // as in tracefile.Contents
+	do    func(job func())
+}
 
 // Packed describes a bundle that was stored beside its image.
 type Packed struct {
@@ -283,34 +306,36 @@ type Packed struct {
 	Starts    uint32 // number of starts in the traces
 	Chunks    int    // of which the bundle has leaves
 	Leaves    int
-	Wanted    int64 // bytes that the traces touch
+	Wanted    int64 // bytes that the traces touch, without the rare ones
+	Rare      int64 // bytes that too few of the starts touched
 	Content   int64 // bytes of the leaves
 	Head      int64 // bytes of the head of the bundle
 	Bytes     int64 // of the bundle
 }
 
 // Pack makes a bundle of the leaves that traces of the image touch, and stores it
-// beside the image. Its temporary files are in a directory below temp.
-func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, temp string) (*Packed, error) {
+// beside the image.
+func (b *BlockImage) Pack(ctx context.Context, traces []*tracefile.Trace, o PackOptions) (*Packed, error) {
 	merged, err := tracefile.Merge(traces...)
 	if err != nil {
 		return nil, err
 	}
-	plan, err := tracefile.NewPlan(merged, b.Index)
+	common, rare := merged.Common(o.Least)
+	plan, err := tracefile.NewPlan(common, b.Index)
 	if err != nil {
 		return nil, err
 	}
 	if len(plan.Steps) == 0 {
 		return nil, ErrEmptyPlan
 	}
-	d, head, size, err := pushBundle(ctx, b, plan, temp, tracefile.Contents{Open: b.Repo.OpenRange})
+	d, head, size, err := pushBundle(ctx, b, plan, o.Temp, tracefile.Contents{Open: b.Repo.OpenRange, Local: o.local, Do: o.do})
 	if err != nil {
 		return nil, err
 	}
 	leaves, content := head.Leaves()
 	return &Packed{
 		Reference: b.Repo.Ref().WithDigest(d.Digest).String(), Starts: merged.Starts, Chunks: len(head.Chunks), Leaves: leaves,
-		Wanted: plan.Wanted, Content: content, Head: size - head.Stored(), Bytes: size,
+		Wanted: plan.Wanted, Rare: rare, Content: content, Head: size - head.Stored(), Bytes: size,
 	}, nil
 }
 
@@ -345,17 +370,22 @@ func pushBundle(ctx context.Context, b *BlockImage, plan *tracefile.Plan, temp s
 	if _, err = b.Repo.PushBlob(ctx, layer, f.Name(), nil); err != nil {
 		return d, nil, 0, err
 	}
-	d, err = pushBeside(ctx, b, tracefile.ArtifactTypeBundle, layer)
+	d, raw, err := pushBeside(ctx, b, tracefile.ArtifactTypeBundle, layer, false)
+	if err == nil {
+		// It only saves work, and some registries let no tag be moved.
+		_, _ = b.Repo.PushManifest(ctx, raw, types.OCIManifestSchema1, tracefile.BundleTag)
+	}
 	return d, head, layer.Size, err
 }
 
-func pushBeside(ctx context.Context, b *BlockImage, artifactType string, layer v1.Descriptor) (v1.Descriptor, error) {
+func pushBeside(ctx context.Context, b *BlockImage, artifactType string, layer v1.Descriptor, anew bool) (d v1.Descriptor, raw []byte, err error) {
 	if _, err := b.Repo.PushBytes(ctx, []byte(tracefile.EmptyConfig), tracefile.EmptyConfigType); err != nil {
-		return v1.Descriptor{}, err
+		return d, nil, err
 	}
-	raw, err := tracefile.ArtifactManifest(artifactType, layer, v1.Descriptor{Digest: b.Digest, Size: int64(len(b.Raw))})
+	raw, err = tracefile.ArtifactManifest(artifactType, layer, v1.Descriptor{Digest: b.Digest, Size: int64(len(b.Raw))}, anew)
 	if err != nil {
-		return v1.Descriptor{}, err
+		return d, nil, err
 	}
-	return b.Repo.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
+	d, err = b.Repo.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
+	return d, raw, err
 }

@@ -43,5 +43,7 @@
 //	start.go       which traces, bundles and guesses to prefetch
 //	recording.go   the recording of a start; recordfile.go: its file
 //	beside.go      traces and bundles beside an image: find, read, push, pack
+//	packing.go     bundles that are packed in the background
+//	use.go         how much of what is stored a start has read
 //	reload.go      files that are read again when they change
 package host

@@ -443,7 +443,7 @@ func TestFrozenJSON(t *testing.T) {
 		"device.json": DeviceInfo{
 			ID: "1", Name: "root", Image: "registry.example/team/app@sha256:12", Digest: "sha256:12", State: Ready, Permanent: true, Users: 1,
 			Size: 2, Stored: 3, Content: 5, Resident: 4,
-			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5, &BundleInfo{10, 9, 8, 7, 6}},
+			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5, &BundleInfo{10, 9, 8, 7, 6, true}, &UseInfo{4, 3, 2, 1}},
 			Recording: &RecordingInfo{recordingNow, "/var/cache/thaw/traces/x.trace", 1, 2, 3},
 		},
 		"opening.json": DeviceInfo{ID: "2", Name: "app", Image: "registry.example/team/app:v1", State: Opening},

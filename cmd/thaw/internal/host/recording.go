@@ -25,7 +25,7 @@ type recording struct {
 
 // RecordingInfo describes the recording of a device's start.
 type RecordingInfo struct {
-	State   string `json:"state"` // recording, saved, stored (beside the image), discarded (nothing was read), or lost
+	State   string `json:"state"` // recording, saved, stored (beside the image), discarded (nothing was read, or nothing new), or lost
 	File    string `json:"file"`  // its present or future path; a stored recording keeps its file only if the user named it
 	Ranges  int64  `json:"ranges"`
 	Bytes   int64  `json:"bytes"`         // bytes that clients touched
@@ -90,7 +90,7 @@ func (s *start) startRecording(image *openImage) (blockmap.Device, error) {
 		defer close(rec.ended)
 		<-rec.Done()
 		if t.save(rec) && t.Push {
-			t.store(rec)
+			t.conclude(rec)
 		}
 	}()
 	return rec.Recorder, nil
@@ -125,35 +125,56 @@ func (t *tracer) save(rec *recording) bool {
 	return st.Bytes > 0
 }
 
-// store stores the recording beside its image, and removes its file unless the user has
-// named it.
-func (t *tracer) store(rec *recording) {
-	image := rec.start.image
-	log := t.log.With("image", image.Name)
+// conclude decides what becomes of a recording: it is stored beside its image if nothing is
+// there yet, if the user has named its file, or if the image's starts no longer read what is
+// stored. Afterwards a bundle is packed if there is none, or none of these traces.
+func (t *tracer) conclude(rec *recording) {
+	s := rec.start
+	listed, anew := false, false
 	select {
-	case <-rec.start.listed:
-		if !rec.asked && rec.start.found() {
-			log.Info("the image has traces by now; the recording stays in its file", "file", rec.file.target)
-			return
-		}
+	case <-s.listed:
+		listed = true
 	default:
 	}
-	ctx, cancel := context.WithTimeout(t.limit, pushTimeout)
-	defer cancel()
+	if listed && t.auto() && s.found() {
+		<-s.loaded
+		if anew = t.compare(rec); !anew && !rec.asked {
+			rec.set(recordingDiscarded)
+			os.Remove(rec.file.target)
+			if len(s.beside.Bundles) == 0 {
+				t.pack(s, nil, false)
+			}
+			return
+		}
+	}
 	file, err := os.ReadFile(rec.file.target)
 	if err == nil {
-		_, err = image.PushTrace(ctx, file)
+		err = t.store(rec, file, anew)
 	}
 	if err != nil {
-		log.Error("the recording could not be stored beside its image", "err", err, "file", rec.file.target,
-			"remedy", fmt.Sprintf("thaw trace push %s %s", image.Reference(), rec.file.target))
+		t.log.Error("the recording could not be stored beside its image", "image", s.image.Name, "err", err, "file", rec.file.target,
+			"remedy", fmt.Sprintf("thaw trace push %s %s", s.image.Reference(), rec.file.target))
 		return
 	}
+	if t.auto() {
+		t.pack(s, file, anew)
+	}
+}
+
+// store stores the recording beside its image, and removes its file unless the user has
+// named it.
+func (t *tracer) store(rec *recording, file []byte, anew bool) error {
+	ctx, cancel := context.WithTimeout(t.limit, pushTimeout)
+	defer cancel()
+	if _, err := rec.start.image.PushTrace(ctx, file, anew); err != nil {
+		return err
+	}
 	rec.set(recordingStored)
-	log.Info("stored the recording beside its image")
+	t.log.Info("stored the recording beside its image", "image", rec.start.image.Name, "instead_of_earlier_ones", anew)
 	if !rec.asked {
 		os.Remove(rec.file.target)
 	}
+	return nil
 }
 
 // stopRecording ends the recording of the start, if there is one. It returns when the

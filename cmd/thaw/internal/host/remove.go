@@ -76,6 +76,7 @@ func (d *Device) StopRecording(ctx context.Context) bool {
 // SetStopping says that the host will be stopped. It opens no device from now on.
 // Devices that are open or being opened stay until Stop.
 func (h *Host) SetStopping() {
+	h.traces.packing.stop()
 	h.devices.mu.Lock()
 	defer h.devices.mu.Unlock()
 	h.devices.mu.stopping = true

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
 	"thaw/blockmap"
 	"thaw/fetcher"
 	"thaw/tracefile"
@@ -28,7 +30,8 @@ type TraceOptions struct {
 }
 
 // Auto, in TraceOptions.Use, stands for the traces and the bundle beside the image. If
-// there are none, the host records the start.
+// there are none, the host records the start. With Push it then stores the trace, and packs
+// and stores a bundle; it also compares later starts with what is stored.
 const Auto = "auto"
 
 // Ahead says what is prefetched without a trace.
@@ -50,6 +53,8 @@ type tracer struct {
 
 	serving atomic.Bool // clients can read; recordings that end before are not kept
 
+	packing packing
+
 	mu     sync.Mutex // guards starts, and of each start rec, replay, source and guessed
 	starts map[*start]struct{}
 }
@@ -58,7 +63,9 @@ func newTracer(limit context.Context, o TraceOptions, opener *opener, dir record
 	if o.auto() {
 		dir.recover(opener.Log)
 	}
-	return &tracer{TraceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.Log, starts: make(map[*start]struct{})}
+	t := &tracer{TraceOptions: o, opener: opener, dir: dir, limit: limit, log: opener.Log, starts: make(map[*start]struct{})}
+	t.packing.init(limit)
+	return t
 }
 
 // await waits for c until ctx or t.limit ends, and then for half a second more, because
@@ -104,6 +111,8 @@ type start struct {
 	replay  *fetcher.Replay // of a bundle or traces; nil if there are none
 	source  string          // of replay: "bundle" or "trace"
 	bundled *BundleInfo     // of replay, if a bundle is its source
+	known   leafNames       // what the image's own bundle or traces list; nil if there are none
+	use     *UseInfo        // how much of that the start has read; nil until it is known
 	guessed *fetcher.Replay // of a guess, until replay is set
 	loaded  chan struct{}   // closed when replay is set, or will not be set
 }
@@ -174,11 +183,12 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 	go func() { // in the background, because it may ask the registry; the device is usable meanwhile
 		defer close(s.loaded)
 		s.load(image)
-		if s.replay == nil && t.Ahead.Readahead {
+		// The bundle of another version says only a part of what will be read.
+		if t.Ahead.Readahead && (s.replay == nil || s.bundled != nil && s.bundled.Other) {
 			image.fetcher.ReadAhead()
 		}
 	}()
-	if t.Record == "" && (!t.auto() || s.known(ctx)) {
+	if t.Record == "" && (!t.auto() || !t.Push && s.tracesFound(ctx)) {
 		return image.Image, nil
 	}
 	device, err := s.startRecording(image)
@@ -189,8 +199,8 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 	return device, err
 }
 
-// known reports whether traces were found in time.
-func (s *start) known(ctx context.Context) bool {
+// tracesFound reports whether traces were found in time.
+func (s *start) tracesFound(ctx context.Context) bool {
 	if s.within(ctx, s.listed) && s.found() {
 		return true
 	}
@@ -214,7 +224,7 @@ func (s *start) load(image *openImage) {
 		log.Warn("cannot list the traces beside the image", "err", s.listErr)
 	}
 	what := []any{}
-	bundle, bundled := s.bundle(image)
+	bundle, bundled, known := s.bundle(image)
 	if bundle != nil {
 		o.Bundle = bundle
 		what = append(what, "bundle_bytes", bundled.Stored, "bundle_leaves", bundled.Leaves, "shared_leaves", bundled.Shared,
@@ -224,14 +234,23 @@ func (s *start) load(image *openImage) {
 		s.guess(image) // until a trace replaces it
 	}
 	var wants []blockmap.Want
+	if bundled != nil && bundled.Other {
+		what = append(what, "of_another_version", true)
+		wants = s.guessWants(image) // behind what the bundle brings
+	}
 	if trace := s.trace(o.Bundle == nil); trace != nil {
 		plan, err := tracefile.NewPlan(trace, image.Index())
+		var listed []blockmap.Want
 		if err == nil {
-			wants, err = plan.Wants(image.Stream)
+			listed, err = plan.Wants(image.Stream)
 		}
 		if err != nil {
 			log.Warn("the trace cannot be used", "err", err)
 		} else {
+			wants = listed
+			if known == nil {
+				known = namesOf(plan)
+			}
 			what = append(what, "starts", trace.Starts, "chunks", len(wants), "stored_bytes", plan.Stored)
 		}
 	}
@@ -247,35 +266,67 @@ func (s *start) load(image *openImage) {
 	}
 	replay := image.fetcher.Replay(s.ctx, wants, o)
 	s.t.mu.Lock()
-	s.replay, s.source, s.bundled = replay, source, bundled
+	s.replay, s.source, s.bundled, s.known = replay, source, bundled, known
 	s.t.mu.Unlock()
 	log.Info("replaying a trace", what...)
 }
 
-// bundle opens the newest bundle beside the image that can be used.
-func (s *start) bundle(image *openImage) (*fetcher.Bundle, *BundleInfo) {
-	for _, d := range slices.Backward(s.beside.Bundles) {
+// bundle opens the newest bundle beside the image that can be used, and returns what it
+// lists. If nothing is stored beside the image, it opens the last bundle of the repository,
+// which is that of another version.
+func (s *start) bundle(image *openImage) (*fetcher.Bundle, *BundleInfo, leafNames) {
+	open := func(d v1.Descriptor) (*fetcher.Bundle, *BundleInfo, leafNames, error) {
 		stored, err := openBundle(s.ctx, s.image, d)
-		if err == nil {
-			var b *fetcher.Bundle
-			var in *BundleInfo
-			if b, in, err = stored.of(image.Image); err == nil {
-				return b, in
-			}
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		b, in, err := stored.of(image.Image)
+		if err != nil {
 			stored.close()
+			return nil, nil, nil, err
+		}
+		return b, in, namesIn(stored.head), nil
+	}
+	for _, d := range slices.Backward(s.beside.Bundles) {
+		b, in, known, err := open(d)
+		if err == nil {
+			return b, in, known
 		}
 		if s.ctx.Err() != nil {
-			return nil, nil
+			return nil, nil, nil
 		}
 		s.t.log.Warn("a bundle cannot be used", "image", s.image.Name, "manifest", d.Digest.String(), "err", err)
 	}
-	return nil, nil
+	if !s.t.auto() || s.found() || s.listErr != nil {
+		return nil, nil, nil
+	}
+	// Most repositories have none, and it only saves work.
+	d, err := s.image.predecessor(s.ctx)
+	if err == nil {
+		var b *fetcher.Bundle
+		var in *BundleInfo
+		if b, in, _, err = open(d); err == nil {
+			in.Other = true
+			return b, in, nil
+		}
+	}
+	s.t.log.Debug("no bundle of another version can be used", "image", s.image.Name, "err", err)
+	return nil, nil, nil
 }
 
 // guess prefetches what every start is likely to read: the filesystem's metadata, and
 // the files of the image's program.
 func (s *start) guess(image *openImage) {
-	var wants []blockmap.Want
+	wants := s.guessWants(image)
+	if len(wants) > 0 && s.ctx.Err() == nil {
+		guessed := image.fetcher.Replay(s.ctx, wants, s.replayOptions())
+		s.t.mu.Lock()
+		s.guessed = guessed
+		s.t.mu.Unlock()
+	}
+}
+
+func (s *start) guessWants(image *openImage) (wants []blockmap.Want) {
 	if s.t.Ahead.Metadata {
 		if i, ok := s.image.Manifest.Metadata(); ok {
 			wants = image.MissingStream(i, smallMetadata)
@@ -290,12 +341,7 @@ func (s *start) guess(image *openImage) {
 			wants = append(wants, image.Missing(e)...)
 		}
 	}
-	if len(wants) > 0 && s.ctx.Err() == nil {
-		guessed := image.fetcher.Replay(s.ctx, wants, s.replayOptions())
-		s.t.mu.Lock()
-		s.guessed = guessed
-		s.t.mu.Unlock()
-	}
+	return wants
 }
 
 // replayOptions limits a prefetch to the capacity of the cache: a larger prefetch would
@@ -394,6 +440,7 @@ type PrefetchInfo struct {
 	Seconds    float64 `json:"seconds"` // since the prefetch began, or until it ended
 
 	Bundle *BundleInfo `json:"bundle,omitempty"` // if the source is a bundle
+	Use    *UseInfo    `json:"use,omitempty"`    // once the start is over, if it was compared
 }
 
 func (s *start) prefetchInfo() *PrefetchInfo {
@@ -404,7 +451,7 @@ func (s *start) prefetchInfo() *PrefetchInfo {
 	default:
 	}
 	s.t.mu.Lock()
-	r, source, bundled := s.replay, s.source, s.bundled
+	r, source, bundled, use := s.replay, s.source, s.bundled, s.use
 	if r == nil && s.guessed != nil {
 		r, source = s.guessed, "guess"
 	}
@@ -418,7 +465,7 @@ func (s *start) prefetchInfo() *PrefetchInfo {
 	p := r.Progress()
 	in := &PrefetchInfo{
 		State: "running", Source: source, Chunks: p.Chunks, DoneChunks: p.DoneChunks, Failed: p.Failed, Bytes: p.Bytes, DoneBytes: p.DoneBytes,
-		Seconds: time.Since(p.Began).Seconds(), Bundle: bundled,
+		Seconds: time.Since(p.Began).Seconds(), Bundle: bundled, Use: use,
 	}
 	if !p.Ended.IsZero() {
 		in.State, in.Seconds = "ended", p.Ended.Sub(p.Began).Seconds()
@@ -467,6 +514,8 @@ func (s *start) stop() {
 
 // stop ends all starts.
 func (t *tracer) stop() {
+	t.packing.stop()
+	defer t.await(t.limit, t.packing.ended())
 	var wg sync.WaitGroup
 	for _, s := range t.all() {
 		wg.Go(s.stop)
