@@ -20,6 +20,7 @@ type Options struct {
 	NoGuess   bool  // omit AnnotationGuess
 
 	Jobs     int    // layers converted at once; 0: one for each processor, at most 8
+	Requests int    // operations of the target and its look-ups in flight; 0: DefaultRequests
 	TempDir  string // for streams, until they are pushed and the guess is made; "": the system's
 	Tag      string // of the block image; "": ImageTag of the source's digest
 	Pin      string // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
@@ -35,6 +36,9 @@ const (
 	// this size, and fetches 13 to 30 % more bytes.
 	DefaultChunkSize = 1 << 20
 	DefaultLevel     = 3
+	// DefaultRequests lets an image of any usual number of layers (overlayfs takes 128)
+	// be looked up in one round trip.
+	DefaultRequests = 128
 )
 
 // The contents of 8 layers keep the compressors of many processors busy.
@@ -63,8 +67,10 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	streams   *Streams
+	bounds    bounds
+	pieces    *sync.Pool // of downloads
 	anew      bool       // do not reuse conversions that the target has
-	empty     sync.Mutex // of pushEmpty
+	empty     once       // of pushEmpty
 	unfinished
 }
 
@@ -77,16 +83,7 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 	if err := CheckChunkSize(o.ChunkSize); err != nil {
 		return nil, err
 	}
-	if o.Jobs <= 0 {
-		o.Jobs = min(runtime.GOMAXPROCS(0), maxJobs)
-	}
-	if o.Progress == nil {
-		o.Progress = silent{}
-	}
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
-	b := &builder{Options: o, src: src, dst: dst, converter: newConverter(o.Log)}
+	b := newBuilder(src, dst, o)
 	var err error
 	if b.diffIDs, err = diffIDs(src); err != nil {
 		return nil, err
@@ -95,11 +92,31 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 		return nil, err
 	}
 	defer b.streams.Close()
+	b.bounds.room = newBudget(b.roomFor(b.streams.temp.path))
 	res, err := b.build(ctx)
 	if err != nil {
 		return nil, b.unfinished.error(distinct(b.diffIDs), err)
 	}
 	return res, nil
+}
+
+func newBuilder(src *Source, dst Target, o Options) *builder {
+	if o.Jobs <= 0 {
+		o.Jobs = min(runtime.GOMAXPROCS(0), maxJobs)
+	}
+	if o.Requests <= 0 {
+		o.Requests = DefaultRequests
+	}
+	if o.Progress == nil {
+		o.Progress = silent{}
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return &builder{
+		Options: o, src: src, dst: newLimited(dst, newBudget(int64(o.Requests))), converter: newConverter(o.Log),
+		bounds: newBounds(o.Jobs), pieces: newPieces(), empty: newOnce(),
+	}
 }
 
 func (b *builder) build(ctx context.Context) (*Result, error) {
