@@ -19,11 +19,12 @@ type Options struct {
 	Level     int   // zstd, 1 to 22
 	NoGuess   bool  // omit AnnotationGuess
 
-	Jobs     int    // layers converted at once; 0: one for each processor, at most 8
-	Requests int    // operations of the target and its look-ups in flight; 0: DefaultRequests
-	TempDir  string // for streams, until they are pushed and the guess is made; "": the system's
-	Tag      string // of the block image; "": ImageTag of the source's digest
-	Pin      string // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
+	Jobs     int     // layers converted at once; 0: one for each processor, at most 8
+	Requests int     // operations of the target and its look-ups in flight; 0: DefaultRequests
+	Reuse    []Place // where to look for conversions that the target lacks, in order
+	TempDir  string  // for streams, until they are pushed and the guess is made; "": the system's
+	Tag      string  // of the block image; "": ImageTag of the source's digest
+	Pin      string  // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
 	Progress Progress
 	Log      *slog.Logger
 }
@@ -36,9 +37,9 @@ const (
 	// this size, and fetches 13 to 30 % more bytes.
 	DefaultChunkSize = 1 << 20
 	DefaultLevel     = 3
-	// DefaultRequests lets an image of any usual number of layers (overlayfs takes 128)
-	// be looked up in one round trip.
-	DefaultRequests = 128
+	// DefaultRequests lets all layers of an image be looked up, and their two blobs be
+	// pushed, side by side: Docker's images have at most 127.
+	DefaultRequests = 256
 )
 
 // The contents of 8 layers keep the compressors of many processors busy.
@@ -67,6 +68,7 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	streams   *Streams
+	places    []*place // of Reuse
 	bounds    bounds
 	pieces    *sync.Pool // of downloads
 	anew      bool       // do not reuse conversions that the target has
@@ -113,10 +115,15 @@ func newBuilder(src *Source, dst Target, o Options) *builder {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	return &builder{
-		Options: o, src: src, dst: newLimited(dst, newBudget(int64(o.Requests))), converter: newConverter(o.Log),
+	l := newLimited(dst, newBudget(int64(o.Requests)))
+	b := &builder{
+		Options: o, src: src, dst: l, converter: newConverter(o.Log),
 		bounds: newBounds(o.Jobs), pieces: newPieces(), empty: newOnce(),
 	}
+	for _, p := range o.Reuse {
+		b.places = append(b.places, &place{p, l})
+	}
+	return b
 }
 
 func (b *builder) build(ctx context.Context) (*Result, error) {

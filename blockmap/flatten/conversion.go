@@ -65,6 +65,12 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	if c == nil && !b.anew {
+		c = b.adopt(ctx, i, tag)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
 	if c != nil {
 		b.keep(b.diffIDs[i], c.stored())
 		return c, nil
@@ -206,7 +212,7 @@ func (b *builder) reuse(ctx context.Context, i int, tag string) (c *converted, d
 	}
 	damaged = err == nil
 	if err == nil {
-		c, err = b.readLayer(ctx, i, raw)
+		c, err = b.readLayer(ctx, i, raw, b.dst)
 	}
 	if err == nil {
 		return c, false
@@ -218,8 +224,9 @@ func (b *builder) reuse(ctx context.Context, i int, tag string) (c *converted, d
 }
 
 // readLayer reads the parts of a conversion at the same time: the registry answers
-// whether it has the stream, sends the TOC, and has the config that the manifest names.
-func (b *builder) readLayer(ctx context.Context, i int, raw []byte) (*converted, error) {
+// whether it has the stream and sends the TOC, and the target gets the config that the
+// manifest names.
+func (b *builder) readLayer(ctx context.Context, i int, raw []byte, from source) (*converted, error) {
 	c, toc, err := parseConversion(raw, b.diffIDs[i])
 	if err != nil {
 		return nil, err
@@ -234,7 +241,7 @@ func (b *builder) readLayer(ctx context.Context, i int, raw []byte) (*converted,
 		// The length of a stream that exists bounds what the table of contents can
 		// claim.
 		g.Go(guarded(func() error {
-			ok, err := b.dst.HasBlob(gctx, *c.stream)
+			ok, err := from.HasBlob(gctx, *c.stream)
 			if err == nil && !ok {
 				err = errors.New("its stream is missing or damaged")
 			}
@@ -242,7 +249,7 @@ func (b *builder) readLayer(ctx context.Context, i int, raw []byte) (*converted,
 		}))
 	}
 	g.Go(guarded(func() (err error) {
-		c.toc, err = b.dst.Blob(gctx, toc)
+		c.toc, err = from.Blob(gctx, toc)
 		return err
 	}))
 	g.Go(guarded(func() error {
@@ -260,6 +267,12 @@ func (b *builder) readLayer(ctx context.Context, i int, raw []byte) (*converted,
 	}
 	defer b.bounds.work.give(turn)
 	return c, c.check(ctx)
+}
+
+// source is what Target and Place have in common.
+type source interface {
+	HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
+	Blob(ctx context.Context, d v1.Descriptor) ([]byte, error)
 }
 
 // parseConversion reads the manifest of a conversion. It returns the conversion without

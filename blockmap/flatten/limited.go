@@ -58,6 +58,27 @@ func (l *limited) push(ctx context.Context, d v1.Descriptor, f func() error) err
 	return l.do(ctx, f)
 }
 
+// place is a Place whose requests share the bound of the target.
+type place struct {
+	Place
+	l *limited
+}
+
+func (p *place) Tagged(ctx context.Context, tag string) (raw []byte, err error) {
+	err = p.l.do(ctx, func() (err error) { raw, err = p.Place.Tagged(ctx, tag); return err })
+	return raw, err
+}
+
+func (p *place) HasBlob(ctx context.Context, d v1.Descriptor) (has bool, err error) {
+	err = p.l.do(ctx, func() (err error) { has, err = p.Place.HasBlob(ctx, d); return err })
+	return has, err
+}
+
+func (p *place) Blob(ctx context.Context, d v1.Descriptor) (b []byte, err error) {
+	err = p.l.do(ctx, func() (err error) { b, err = p.Place.Blob(ctx, d); return err })
+	return b, err
+}
+
 func (l *limited) HasBlob(ctx context.Context, d v1.Descriptor) (has bool, err error) {
 	err = l.do(ctx, func() (err error) { has, err = l.Target.HasBlob(ctx, d); return err })
 	return has, err
@@ -71,6 +92,11 @@ func (l *limited) Blob(ctx context.Context, d v1.Descriptor) (b []byte, err erro
 func (l *limited) Tagged(ctx context.Context, tag string) (raw []byte, err error) {
 	err = l.do(ctx, func() (err error) { raw, err = l.Target.Tagged(ctx, tag); return err })
 	return raw, err
+}
+
+func (l *limited) Mount(ctx context.Context, d v1.Descriptor, from Place) (mounted bool, err error) {
+	err = l.push(ctx, d, func() (err error) { mounted, err = l.Target.Mount(ctx, d, from); return err })
+	return mounted, err
 }
 
 func (l *limited) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
