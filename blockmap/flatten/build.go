@@ -80,7 +80,7 @@ type builder struct {
 // that fails pushes none. The layers that it has converted and pushed by then stay
 // in dst, and the next build reuses them: the error is an *Unfinished, which says
 // how many. When Build returns, its uploads have ended and its temporary files are
-// gone.
+// gone, except for what an unfinished build has done for large layers (resume.go).
 func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, error) {
 	if err := CheckChunkSize(o.ChunkSize); err != nil {
 		return nil, err
@@ -97,7 +97,9 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 	b.bounds.room = newBudget(b.roomFor(b.streams.temp.path))
 	res, err := b.build(ctx)
 	if err != nil {
-		return nil, b.unfinished.error(distinct(b.diffIDs), err)
+		u := b.unfinished.error(distinct(b.diffIDs), err)
+		u.Left = b.streams.temp.left()
+		return nil, u
 	}
 	return res, nil
 }

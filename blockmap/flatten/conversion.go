@@ -100,7 +100,7 @@ func (b *builder) convert(ctx context.Context, i int) (*converted, error) {
 		return nil, err
 	}
 	defer b.bounds.room.give(room)
-	f, toc, err := b.read(ctx, i)
+	f, toc, err := b.obtain(ctx, i)
 	if err != nil {
 		return nil, err
 	}
@@ -115,10 +115,14 @@ func (b *builder) convert(ctx context.Context, i int) (*converted, error) {
 	}
 	g.Go(guarded(func() error { return b.dst.PushBytes(ctx, describe(MediaTypeTOC, c.toc), c.toc) }))
 	g.Go(guarded(func() error { return b.pushEmpty(ctx) }))
-	err = g.Wait()
-	if err != nil || c.stream == nil || b.NoGuess {
+	if err := g.Wait(); err != nil {
+		f.release()
+		return nil, err
+	}
+	b.streams.temp.forget(b.layerTag(i))
+	if c.stream == nil || b.NoGuess {
 		f.Discard()
-		return c, err
+		return c, nil
 	}
 	b.streams.temp.keep(c.table.Blob, f.file)
 	return c, nil

@@ -121,7 +121,7 @@ func (b *builder) open(parent context.Context, i int) (r io.Reader, close func()
 		return nil, nil, err
 	}
 	ctx, cancel := context.WithCancel(parent)
-	in, err := b.src.Layers[i].Open(ctx)
+	in, err := b.openLayer(ctx, i)
 	if err != nil {
 		cancel()
 		b.bounds.ahead.give(n)

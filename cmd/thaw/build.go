@@ -228,9 +228,15 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 	}
 	s := &flatten.Source{Manifest: img.Descriptor, Config: config}
 	for _, d := range img.Manifest.Layers {
-		s.Layers = append(s.Layers, flatten.Layer{Descriptor: d, Open: func(ctx context.Context) (io.ReadCloser, error) {
+		l := flatten.Layer{Descriptor: d, Open: func(ctx context.Context) (io.ReadCloser, error) {
 			return repo.OpenBlob(ctx, d)
-		}})
+		}}
+		if repo.Ref().Registry != "" {
+			l.OpenFrom = func(ctx context.Context, off int64, before io.Reader) (io.ReadCloser, error) {
+				return repo.OpenBlobFrom(ctx, d, off, before)
+			}
+		}
+		s.Layers = append(s.Layers, l)
 	}
 	return s, nil
 }
