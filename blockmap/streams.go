@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -75,28 +76,34 @@ func (st *streamStore) load() error {
 	if err != nil {
 		return err
 	}
+	// On a cold disk each of its small files is a wait, so many are read at once.
+	var g errgroup.Group
+	g.SetLimit(loadsAtOnce)
 	for _, d := range dirs {
-		s, err := st.loadStream(d.Name())
-		if err == nil && s.Resident() > 0 {
-			st.add(s)
-			if _, err := s.tryClose(); err != nil {
-				return err
-			}
-			continue
-		}
-		if err != nil {
-			st.disk.drop("stream", d.Name(), err)
-		}
-		if s != nil {
-			if _, err := s.remove(); err != nil {
-				return err
-			}
-		}
-		if err := st.disk.fs.RemoveAll(st.disk.path(streamsDir, d.Name())); err != nil {
+		g.Go(func() error { return st.loadDir(d.Name()) })
+	}
+	return g.Wait()
+}
+
+const loadsAtOnce = 32
+
+// loadDir takes over one stream, or removes it.
+func (st *streamStore) loadDir(name string) error {
+	s, err := st.loadStream(name)
+	if err == nil && s.Resident() > 0 {
+		st.add(s)
+		_, err := s.tryClose()
+		return err
+	}
+	if err != nil {
+		st.disk.drop("stream", name, err)
+	}
+	if s != nil {
+		if _, err := s.remove(); err != nil {
 			return err
 		}
 	}
-	return nil
+	return st.disk.fs.RemoveAll(st.disk.path(streamsDir, name))
 }
 
 // The largest table: 16 TiB in chunks of the largest size make 4 million lines,

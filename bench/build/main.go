@@ -1,8 +1,9 @@
 // Command build measures `thaw build`: against umoci and mke2fs, which also make an
-// ext4 filesystem of an image, and with several chunk sizes.
+// ext4 filesystem of an image, with several chunk sizes, and by the number of layers.
 //
 //	go run ./bench/build -images DIR            thaw build against umoci unpack + mke2fs -d
 //	go run ./bench/build -images DIR -chunks    chunk sizes: what is stored, and what a first run fetches
+//	go run ./bench/build -layers                images of few and of many small layers, over a slow link
 //
 // DIR has OCI layouts by scripts/workloads, each with an image tagged latest whose
 // program is /app/run. Each round is a line on stdout, in the format that benchstat
@@ -32,6 +33,10 @@ type options struct {
 	size      string
 	chunks    bool
 	sizes     string
+	layers    bool
+	counts    string
+	jobs      int
+	reuse     bool
 	rtt       time.Duration
 	mbits     int64
 	readAhead int
@@ -47,8 +52,12 @@ func main() {
 	flag.StringVar(&o.size, "size", "8G", "size of the filesystems")
 	flag.BoolVar(&o.chunks, "chunks", false, "compare chunk sizes")
 	flag.StringVar(&o.sizes, "sizes", "64K,128K,256K,512K,1M", "with -chunks: chunk sizes, separated by commas")
-	flag.DurationVar(&o.rtt, "rtt", 20*time.Millisecond, "with -chunks: round trip of the link to the registry")
-	flag.Int64Var(&o.mbits, "mbits", 200, "with -chunks: rate of the link in Mbit/s")
+	flag.BoolVar(&o.layers, "layers", false, "compare numbers of layers, on images that it makes")
+	flag.StringVar(&o.counts, "counts", "3,120", "with -layers: numbers of layers, separated by commas")
+	flag.IntVar(&o.jobs, "jobs", 0, "with -layers: --jobs of thaw build; 0 for its default")
+	flag.BoolVar(&o.reuse, "reuse", true, "with -layers: build in the other repository with --reuse of the first")
+	flag.DurationVar(&o.rtt, "rtt", 20*time.Millisecond, "with -chunks and -layers: round trip of the link to the registry")
+	flag.Int64Var(&o.mbits, "mbits", 200, "with -chunks and -layers: rate of the link in Mbit/s")
 	flag.IntVar(&o.readAhead, "readahead", 128, "with -chunks: readahead of the kernel in KiB")
 	flag.DurationVar(&o.quiet, "quiet", 0, "wait for an idle machine before each round, at most this long, and repeat builds that other processes disturb")
 	flag.Parse()
@@ -72,12 +81,15 @@ var (
 )
 
 func run(ctx context.Context, o options) (code int, err error) {
-	if o.images == "" || flag.NArg() > 0 || o.rounds < 1 {
+	if (o.images == "") != o.layers || o.chunks && o.layers || flag.NArg() > 0 || o.rounds < 1 {
 		return 2, errors.New("usage: go run ./bench/build [flags] -images DIR; -help lists the flags")
 	}
 	needs := []bench.Program{umoci, mke2fs}
-	if o.chunks {
+	switch {
+	case o.chunks:
 		needs = []bench.Program{nbdfuse, fuse3, losetup, registry}
+	case o.layers:
+		needs = []bench.Program{registry}
 	}
 	if err := bench.Need(needs...); err != nil {
 		return 1, err
@@ -87,9 +99,11 @@ func run(ctx context.Context, o options) (code int, err error) {
 			return code, err
 		}
 	}
-	images, err := bench.FindWorkloads(o.images, o.only)
-	if err != nil {
-		return 1, err
+	var images []bench.Workload
+	if !o.layers {
+		if images, err = bench.FindWorkloads(o.images, o.only); err != nil {
+			return 1, err
+		}
 	}
 	machine, err := bench.ThisMachine()
 	if err != nil {
@@ -117,8 +131,11 @@ func run(ctx context.Context, o options) (code int, err error) {
 	if err := b.rec.Header("thaw/bench/build", machine, facts...); err != nil {
 		return 1, err
 	}
-	if o.chunks {
+	switch {
+	case o.chunks:
 		return 0, b.chunkSizes(ctx, images)
+	case o.layers:
+		return 0, b.layerCounts(ctx)
 	}
 	return 0, b.against(ctx, images)
 }
@@ -128,7 +145,7 @@ func commandLine() string {
 	return "go run ./bench/" + bench.Command(&exec.Cmd{Args: append([]string{"build"}, os.Args[1:]...)})
 }
 
-// benchmark is the state that both comparisons share.
+// benchmark is the state that the comparisons share.
 type benchmark struct {
 	options
 	dir  string // working directory of this run

@@ -2,12 +2,14 @@ package flatten
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
 
 	"thaw/blockmap"
 )
@@ -19,6 +21,10 @@ type AssembleOptions struct {
 	Tag    string            // "": ImageTag of the subject's digest
 	Pin    string            // the digest that the image must have, or its manifest is not pushed; "": any
 	Log    *slog.Logger      // nil: none
+
+	// Pending, if not nil, waits for pushes of streams that have begun: it is called
+	// before the manifest is pushed.
+	Pending func() error
 }
 
 // Assembled is a block image that was pushed.
@@ -43,8 +49,8 @@ func NewIndex(blocks uint32, runs []blockmap.Run, streams []Stream) (*blockmap.I
 
 // Assemble makes a block image of streams, and pushes it to dst: the index, the
 // config and the manifest, whose subject dst lists it under. The blobs of the
-// streams are in dst: they were pushed, or are those of an image that is there.
-// ix is made of the same streams by NewIndex. The manifest is pushed last.
+// streams are in dst, or under way (AssembleOptions.Pending): they were pushed, or
+// are those of an image that is there. ix is made of the same streams by NewIndex. The manifest is pushed last.
 func Assemble(ctx context.Context, dst Target, streams []Stream, ix *blockmap.Index, subject v1.Descriptor, o AssembleOptions) (*Assembled, error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: mediaTypeManifest, ArtifactType: ArtifactTypeImage,
@@ -69,10 +75,14 @@ func Assemble(ctx context.Context, dst Target, streams []Stream, ix *blockmap.In
 	}
 	encoded := ix.Encode()
 	m.Layers[0] = describe(MediaTypeIndex, encoded)
-	if err := dst.PushBytes(ctx, m.Layers[0], encoded); err != nil {
-		return nil, err
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(guarded(func() error { return dst.PushBytes(gctx, m.Layers[0], encoded) }))
+	g.Go(guarded(func() error { return dst.PushBytes(gctx, m.Config, o.Config) }))
+	err := g.Wait()
+	if o.Pending != nil {
+		err = cmp.Or(o.Pending(), err)
 	}
-	if err := dst.PushBytes(ctx, m.Config, o.Config); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	raw, err := json.Marshal(&m)

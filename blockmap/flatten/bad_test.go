@@ -133,6 +133,7 @@ func TestBadLayers(t *testing.T) {
 				return c.store(t, b)
 			}, lower, c.layer)
 			dst := newTarget(t)
+			src.inTurn(dst)
 			o := testOptions
 			o.TempDir, o.Jobs, o.Tag = t.TempDir(), 1, "tag"
 			_, err := Build(t.Context(), &src.Source, dst, o)

@@ -20,6 +20,7 @@ type discard struct{}
 func (discard) HasBlob(context.Context, v1.Descriptor) (bool, error)               { return false, nil }
 func (discard) Blob(context.Context, v1.Descriptor) ([]byte, error)                { return nil, os.ErrNotExist }
 func (discard) PushBytes(context.Context, v1.Descriptor, []byte) error             { return nil }
+func (discard) Mount(context.Context, v1.Descriptor, Place) (bool, error)          { return false, nil }
 func (discard) Tagged(context.Context, string) ([]byte, error)                     { return nil, nil }
 func (discard) PushManifest(context.Context, v1.Descriptor, []byte, string) error  { return nil }
 func (discard) PushFile(context.Context, v1.Descriptor, string, func(int64)) error { return nil }

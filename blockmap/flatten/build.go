@@ -19,10 +19,12 @@ type Options struct {
 	Level     int   // zstd, 1 to 22
 	NoGuess   bool  // omit AnnotationGuess
 
-	Jobs     int    // layers converted at once; 0: one for each processor, at most 8
-	TempDir  string // for streams, until they are pushed and the guess is made; "": the system's
-	Tag      string // of the block image; "": ImageTag of the source's digest
-	Pin      string // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
+	Jobs     int     // layers converted at once; 0: one for each processor, at most 8
+	Requests int     // operations of the target and its look-ups in flight; 0: DefaultRequests
+	Reuse    []Place // where to look for conversions that the target lacks, in order
+	TempDir  string  // for streams, until they are pushed and the guess is made; "": the system's
+	Tag      string  // of the block image; "": ImageTag of the source's digest
+	Pin      string  // the digest that the block image must have: if it has another, its manifest is not pushed; "": any
 	Progress Progress
 	Log      *slog.Logger
 }
@@ -35,6 +37,9 @@ const (
 	// this size, and fetches 13 to 30 % more bytes.
 	DefaultChunkSize = 1 << 20
 	DefaultLevel     = 3
+	// DefaultRequests lets all layers of an image be looked up, and their two blobs be
+	// pushed, side by side: Docker's images have at most 127.
+	DefaultRequests = 256
 )
 
 // The contents of 8 layers keep the compressors of many processors busy.
@@ -63,8 +68,11 @@ type builder struct {
 	diffIDs   []v1.Hash
 	converter *converter
 	streams   *Streams
+	places    []*place // of Reuse
+	bounds    bounds
+	pieces    *sync.Pool // of downloads
 	anew      bool       // do not reuse conversions that the target has
-	empty     sync.Mutex // of pushEmpty
+	empty     once       // of pushEmpty
 	unfinished
 }
 
@@ -72,21 +80,12 @@ type builder struct {
 // that fails pushes none. The layers that it has converted and pushed by then stay
 // in dst, and the next build reuses them: the error is an *Unfinished, which says
 // how many. When Build returns, its uploads have ended and its temporary files are
-// gone.
+// gone, except for what an unfinished build has done for large layers (resume.go).
 func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, error) {
 	if err := CheckChunkSize(o.ChunkSize); err != nil {
 		return nil, err
 	}
-	if o.Jobs <= 0 {
-		o.Jobs = min(runtime.GOMAXPROCS(0), maxJobs)
-	}
-	if o.Progress == nil {
-		o.Progress = silent{}
-	}
-	if o.Log == nil {
-		o.Log = slog.New(slog.DiscardHandler)
-	}
-	b := &builder{Options: o, src: src, dst: dst, converter: newConverter(o.Log)}
+	b := newBuilder(src, dst, o)
 	var err error
 	if b.diffIDs, err = diffIDs(src); err != nil {
 		return nil, err
@@ -95,11 +94,38 @@ func Build(ctx context.Context, src *Source, dst Target, o Options) (*Result, er
 		return nil, err
 	}
 	defer b.streams.Close()
+	b.bounds.room = newBudget(b.roomFor(b.streams.temp.path))
 	res, err := b.build(ctx)
 	if err != nil {
-		return nil, b.unfinished.error(distinct(b.diffIDs), err)
+		u := b.unfinished.error(distinct(b.diffIDs), err)
+		u.Left = b.streams.temp.left()
+		return nil, u
 	}
 	return res, nil
+}
+
+func newBuilder(src *Source, dst Target, o Options) *builder {
+	if o.Jobs <= 0 {
+		o.Jobs = min(runtime.GOMAXPROCS(0), maxJobs)
+	}
+	if o.Requests <= 0 {
+		o.Requests = DefaultRequests
+	}
+	if o.Progress == nil {
+		o.Progress = silent{}
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	l := newLimited(dst, newBudget(int64(o.Requests)))
+	b := &builder{
+		Options: o, src: src, dst: l, converter: newConverter(o.Log),
+		bounds: newBounds(o.Jobs), pieces: newPieces(), empty: newOnce(),
+	}
+	for _, p := range o.Reuse {
+		b.places = append(b.places, &place{p, l})
+	}
+	return b
 }
 
 func (b *builder) build(ctx context.Context) (*Result, error) {

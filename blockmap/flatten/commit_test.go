@@ -123,6 +123,8 @@ func (r *repo) PushFile(ctx context.Context, d v1.Descriptor, path string, _ fun
 	return r.PushBytes(ctx, d, b)
 }
 
+func (r *repo) Mount(context.Context, v1.Descriptor, flatten.Place) (bool, error) { return false, nil }
+
 func (r *repo) Tagged(ctx context.Context, tag string) ([]byte, error) {
 	resp, err := r.do(ctx, http.MethodGet, r.url+"/manifests/"+tag, "", nil, 200, 404)
 	if err != nil {

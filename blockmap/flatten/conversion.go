@@ -21,42 +21,34 @@ type converted struct {
 	reused bool
 }
 
-// layers converts the layers whose conversions the target does not have, several at
-// once. A layer that the image has twice is converted once.
+// layers converts the layers whose conversions the target does not have, and brings
+// what it makes of them to the target. Waiting is not work: all layers are looked up,
+// read and pushed side by side, within the bounds of the build, and Jobs of them are
+// converted at a time. A layer that the image has twice is converted once.
 func (b *builder) layers(parent context.Context) ([]*converted, error) {
 	done := make([]*converted, len(b.src.Layers))
 	first := make(map[v1.Hash]int)
 	g, ctx := errgroup.WithContext(parent)
-	g.SetLimit(b.Jobs)
 	for i, id := range b.diffIDs {
 		if _, ok := first[id]; ok {
 			b.Progress.Done(i, true)
 			continue
 		}
 		first[id] = i
-		g.Go(func() (err error) {
-			defer recovered(&err)
+		g.Go(guarded(func() (err error) {
 			done[i], err = b.layer(ctx, i)
 			if err != nil {
 				return fmt.Errorf("layer %d of %d (%s): %w", i+1, len(done), b.src.Layers[i].Digest, err)
 			}
 			b.Progress.Done(i, done[i].reused)
 			return nil
-		})
+		}))
 	}
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	reused := false
 	for i, id := range b.diffIDs {
 		done[i] = done[first[id]]
-		reused = reused || done[i].reused
-	}
-	if reused {
-		// All conversions have the same config, so one look-up is enough.
-		if err := b.dst.PushBytes(parent, describe(mediaTypeEmpty, []byte("{}")), []byte("{}")); err != nil && parent.Err() == nil {
-			b.Log.Warn("cannot push the config of the converted layers", "err", err)
-		}
 	}
 	return done, nil
 }
@@ -69,9 +61,15 @@ func (b *builder) layerTag(i int) string {
 
 func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 	tag := b.layerTag(i)
-	c, damaged := b.reuse(ctx, tag)
+	c, damaged := b.reuse(ctx, i, tag)
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
+	}
+	if c == nil && !b.anew {
+		c = b.adopt(ctx, i, tag)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 	}
 	if c != nil {
 		b.keep(b.diffIDs[i], c.stored())
@@ -97,45 +95,60 @@ func (b *builder) layer(ctx context.Context, i int) (*converted, error) {
 
 // convert makes the conversion of a layer, and pushes its blobs.
 func (b *builder) convert(ctx context.Context, i int) (*converted, error) {
-	diffID, err := digestOf(b.diffIDs[i])
+	room, err := b.bounds.room.take(ctx, i, b.sizeOf(i))
 	if err != nil {
 		return nil, err
 	}
-	in, err := b.src.Layers[i].Open(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer in.Close()
-	s, err := b.streams.Create(ctx)
-	if err != nil {
-		return nil, err
-	}
-	f, toc, err := b.converter.convert(ctx, &counter{in, b.Progress, i}, diffID, s)
+	defer b.bounds.room.give(room)
+	f, toc, err := b.obtain(ctx, i)
 	if err != nil {
 		return nil, err
 	}
 	c := &converted{toc: toc, table: f.Table}
-	if len(c.table.Chunks) == 0 {
-		f.Discard()
-	} else {
+	g, ctx := errgroup.WithContext(ctx)
+	if len(c.table.Chunks) > 0 {
 		stream := describeBlob(c.table)
 		stream.Annotations = map[string]string{AnnotationDiffID: b.diffIDs[i].String()}
 		c.stream = &stream
 		b.Progress.Push(i, stream.Size)
-		if err := f.Push(ctx, b.dst, func(n int64) { b.Progress.Pushed(i, n) }); err != nil {
-			f.Discard()
-			return nil, err
-		}
-		if b.NoGuess {
-			f.Discard()
-		} else {
-			b.streams.temp.keep(c.table.Blob, f.file)
-		}
+		g.Go(guarded(func() error { return f.Push(ctx, b.dst, func(n int64) { b.Progress.Pushed(i, n) }) }))
 	}
-	if err := b.dst.PushBytes(ctx, describe(MediaTypeTOC, c.toc), c.toc); err != nil {
+	g.Go(guarded(func() error { return b.dst.PushBytes(ctx, describe(MediaTypeTOC, c.toc), c.toc) }))
+	g.Go(guarded(func() error { return b.pushEmpty(ctx) }))
+	if err := g.Wait(); err != nil {
+		f.release()
 		return nil, err
 	}
-	return c, b.pushEmpty(ctx, describe(mediaTypeEmpty, []byte("{}")))
+	b.streams.temp.forget(b.layerTag(i))
+	if c.stream == nil || b.NoGuess {
+		f.Discard()
+		return c, nil
+	}
+	b.streams.temp.keep(c.table.Blob, f.file)
+	return c, nil
+}
+
+// read reads a layer, and makes its stream and its TOC.
+func (b *builder) read(ctx context.Context, i int) (*StreamFile, []byte, error) {
+	diffID, err := digestOf(b.diffIDs[i])
+	if err != nil {
+		return nil, nil, err
+	}
+	in, end, err := b.open(ctx, i)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer end()
+	turn, err := b.bounds.work.take(ctx, i, 1)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer b.bounds.work.give(turn)
+	s, err := b.streams.Create(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	return b.converter.convert(ctx, in, diffID, s)
 }
 
 // pushConversion pushes the manifest of a conversion under its tag.
@@ -150,12 +163,33 @@ func (b *builder) pushConversion(ctx context.Context, c *converted, tag string) 
 	return err
 }
 
-// pushEmpty pushes the config that all conversions have. It allows one push at a
-// time: docker-registry can lose a blob of which it gets two uploads at once.
-func (b *builder) pushEmpty(ctx context.Context, d v1.Descriptor) error {
-	b.empty.Lock()
-	defer b.empty.Unlock()
-	return b.dst.PushBytes(ctx, d, []byte("{}"))
+// pushEmpty pushes the config that all conversions have, once in a build.
+func (b *builder) pushEmpty(ctx context.Context) error {
+	return b.empty.do(ctx, func() error {
+		return b.dst.PushBytes(ctx, describe(mediaTypeEmpty, []byte("{}")), []byte("{}"))
+	})
+}
+
+// once is a sync.Once for what can fail, and is then done again.
+type once struct{ turn chan bool } // holds whether it was done
+
+func newOnce() once {
+	o := once{make(chan bool, 1)}
+	o.turn <- false
+	return o
+}
+
+func (o once) do(ctx context.Context, f func() error) (err error) {
+	select {
+	case done := <-o.turn:
+		defer func() { o.turn <- done || err == nil }()
+		if done {
+			return nil
+		}
+		return f()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // push marshals and pushes a manifest.
@@ -172,7 +206,7 @@ func (b *builder) push(ctx context.Context, m *v1.Manifest, tag string) error {
 // reuse finds an earlier conversion in the target. It only saves work, so an error
 // of the target and a damaged conversion both count as none. damaged reports that
 // the tag exists.
-func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged bool) {
+func (b *builder) reuse(ctx context.Context, i int, tag string) (c *converted, damaged bool) {
 	if b.anew {
 		return nil, true
 	}
@@ -182,7 +216,7 @@ func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged 
 	}
 	damaged = err == nil
 	if err == nil {
-		c, err = b.readLayer(ctx, raw)
+		c, err = b.readLayer(ctx, i, raw, b.dst)
 	}
 	if err == nil {
 		return c, false
@@ -193,37 +227,87 @@ func (b *builder) reuse(ctx context.Context, tag string) (c *converted, damaged 
 	return nil, damaged
 }
 
-func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error) {
-	var m v1.Manifest
-	if err := json.Unmarshal(raw, &m); err != nil {
+// readLayer reads the parts of a conversion at the same time: the registry answers
+// whether it has the stream and sends the TOC, and the target gets the config that the
+// manifest names.
+func (b *builder) readLayer(ctx context.Context, i int, raw []byte, from source) (*converted, error) {
+	c, toc, err := parseConversion(raw, b.diffIDs[i])
+	if err != nil {
 		return nil, err
 	}
-	if m.ArtifactType != ArtifactTypeLayer || len(m.Layers) < 1 || len(m.Layers) > 2 || m.Layers[0].MediaType != MediaTypeTOC {
-		return nil, errors.New("the manifest is not that of a converted layer")
+	n, err := b.bounds.tocs.take(ctx, i, toc.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer b.bounds.tocs.give(n)
+	g, gctx := errgroup.WithContext(ctx)
+	if c.stream != nil {
+		// The length of a stream that exists bounds what the table of contents can
+		// claim.
+		g.Go(guarded(func() error {
+			ok, err := from.HasBlob(gctx, *c.stream)
+			if err == nil && !ok {
+				err = errors.New("its stream is missing or damaged")
+			}
+			return err
+		}))
+	}
+	g.Go(guarded(func() (err error) {
+		c.toc, err = from.Blob(gctx, toc)
+		return err
+	}))
+	g.Go(guarded(func() error {
+		if err := b.pushEmpty(gctx); err != nil && gctx.Err() == nil {
+			b.Log.Warn("cannot push the config of the converted layers", "err", err)
+		}
+		return nil
+	}))
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	turn, err := b.bounds.work.take(ctx, i, 1)
+	if err != nil {
+		return nil, err
+	}
+	defer b.bounds.work.give(turn)
+	return c, c.check(ctx)
+}
+
+// source is what Target and Place have in common.
+type source interface {
+	HasBlob(ctx context.Context, d v1.Descriptor) (bool, error)
+	Blob(ctx context.Context, d v1.Descriptor) ([]byte, error)
+}
+
+// parseConversion reads the manifest of a conversion. It returns the conversion without
+// its TOC, and the descriptor of the TOC.
+func parseConversion(raw []byte, diffID v1.Hash) (*converted, v1.Descriptor, error) {
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, v1.Descriptor{}, err
+	}
+	if m.ArtifactType != ArtifactTypeLayer || len(m.Layers) < 1 || len(m.Layers) > 2 || m.Layers[0].MediaType != MediaTypeTOC || m.Layers[0].Size < 0 {
+		return nil, v1.Descriptor{}, errors.New("the manifest is not that of a converted layer")
 	}
 	c := &converted{reused: true}
 	if len(m.Layers) == 2 {
 		c.stream = &m.Layers[1]
 		if c.stream.Digest.Algorithm != "sha256" || c.stream.MediaType != MediaTypeStream || c.stream.Size < 0 {
-			return nil, errors.New("the manifest is not that of a converted layer: its second part is not a stream")
+			return nil, v1.Descriptor{}, errors.New("the manifest is not that of a converted layer: its second part is not a stream")
 		}
-		// The length of a stream that exists bounds what the table of contents can
-		// claim.
-		ok, err := b.dst.HasBlob(ctx, *c.stream)
-		if err != nil {
-			return nil, err
-		}
-		if !ok {
-			return nil, errors.New("its stream is missing or damaged")
+		if id := c.stream.Annotations[AnnotationDiffID]; id != diffID.String() {
+			return nil, v1.Descriptor{}, fmt.Errorf("the manifest is that of another layer: its diff ID is %q", id)
 		}
 	}
-	var err error
-	if c.toc, err = b.dst.Blob(ctx, m.Layers[0]); err != nil {
-		return nil, err
-	}
+	return c, m.Layers[0], nil
+}
+
+// check reads the TOC, sets the table of c, and fails if they do not belong together.
+func (c *converted) check(ctx context.Context) (err error) {
+	defer recovered(&err)
 	t, err := openTOC(c.toc, c.stored())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer t.close()
 	c.table = &t.table
@@ -231,22 +315,22 @@ func (b *builder) readLayer(ctx context.Context, raw []byte) (*converted, error)
 	// would fail this build and every build after it.
 	for n := 0; err == nil; n++ {
 		if n%4096 == 0 && ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 		_, err = t.read()
 	}
 	if err != io.EOF {
-		return nil, err
+		return err
 	}
 	if (c.stream != nil) != (len(t.table.Chunks) > 0) {
-		return nil, errors.New("the manifest does not match its table of contents")
+		return errors.New("the manifest does not match its table of contents")
 	}
 	if c.stream != nil {
 		if c.stream.Digest != hashOf(t.table.Blob) || c.stream.Size != t.table.BlobSize {
-			return nil, errors.New("the table of contents is that of another stream")
+			return errors.New("the table of contents is that of another stream")
 		}
 	}
-	return c, nil
+	return nil
 }
 
 // stored is the length of the stream's blob.

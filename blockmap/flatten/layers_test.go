@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -247,6 +248,22 @@ func newSource(t testing.TB, store func(testing.TB, []byte) []byte, tars ...[]by
 	}
 	s.Manifest = describe(types.OCIManifestSchema1, b)
 	return s
+}
+
+// inTurn has the look-up of each layer wait until all layers below it are in dst, or for
+// some seconds. Without it a build works on them at the same time.
+func (s *testSource) inTurn(dst *dirTarget) {
+	var c v1.ConfigFile
+	if err := json.Unmarshal(s.Config, &c); err != nil {
+		panic(err)
+	}
+	dst.tagged = func(tag string) error {
+		i := slices.IndexFunc(c.RootFS.DiffIDs, func(id v1.Hash) bool { return strings.HasSuffix(tag, id.Hex) })
+		for end := time.Now().Add(5 * time.Second); dst.manifests(ArtifactTypeLayer) < i && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+		return nil
+	}
 }
 
 // layout writes an OCI layout of the image, its layers gzipped, under the tag

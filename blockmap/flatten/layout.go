@@ -6,10 +6,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"thaw/blockmap"
 	"thaw/blockmap/ext4"
 )
 
@@ -87,17 +87,26 @@ func (b *builder) image(ctx context.Context, layers []*converted, l *layout) (*R
 		})
 		twice[c] = true
 	}
-	var err error
-	if l.streams[0].Table, err = b.metadata(ctx, l.fs); err != nil {
+	meta, err := b.metadata(ctx, l.fs)
+	if err != nil {
 		return nil, err
 	}
+	defer meta.Discard()
+	l.streams[0].Table = meta.Table
+	// The metadata is pushed while the index is made and pushed.
+	pctx, cancel := context.WithCancel(ctx)
+	pushed := make(chan error, 1)
+	go func() { pushed <- guarded(func() error { return meta.Push(pctx, b.dst, func(int64) {}) })() }()
+	wait := sync.OnceValue(func() error { return <-pushed })
+	defer wait()
+	defer cancel()
 	if res.Index, err = NewIndex(l.fs.Blocks(), l.fs.Runs(), l.streams); err != nil {
 		return nil, err
 	}
 	g, report := locate(res.Index, l.wants)
 	res.Guess = report
 	res.Assembled, err = Assemble(ctx, b.dst, l.streams, res.Index, b.src.Manifest, AssembleOptions{
-		Config: b.src.Config, Guess: g.extents(), Tag: b.Tag, Pin: b.Pin, Log: b.Log,
+		Config: b.src.Config, Guess: g.extents(), Tag: b.Tag, Pin: b.Pin, Log: b.Log, Pending: wait,
 	})
 	if err != nil {
 		return nil, err
@@ -105,8 +114,8 @@ func (b *builder) image(ctx context.Context, layers []*converted, l *layout) (*R
 	return res, nil
 }
 
-// metadata makes and pushes the stream of the filesystem's metadata.
-func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.Table, error) {
+// metadata makes the stream of the filesystem's metadata.
+func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*StreamFile, error) {
 	s, err := b.streams.Create(ctx)
 	if err != nil {
 		return nil, err
@@ -115,8 +124,7 @@ func (b *builder) metadata(ctx context.Context, fs *ext4.Filesystem) (*blockmap.
 	if err != nil {
 		return nil, fmt.Errorf("write the filesystem's metadata: %w", err)
 	}
-	defer f.Discard()
-	return f.Table, f.Push(ctx, b.dst, func(int64) {})
+	return f, nil
 }
 
 // metadataCutter cuts a stream of metadata into chunks at boundaries that depend on a

@@ -14,3 +14,11 @@ func recovered(err *error) {
 		*err = fmt.Errorf("a worker of the build panicked, which is a bug in thaw: %v\n%s", v, debug.Stack())
 	}
 }
+
+// guarded is f, with an error in the place of a panic: for a goroutine.
+func guarded(f func() error) func() error {
+	return func() (err error) {
+		defer recovered(&err)
+		return f()
+	}
+}

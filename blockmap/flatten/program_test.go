@@ -5,7 +5,6 @@ import (
 	"debug/elf"
 	"encoding/binary"
 	"fmt"
-	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -139,12 +138,12 @@ func guessedParts(t testing.TB, dst *dirTarget, c v1.Config, lines ...line) (nam
 		t.Fatal(err)
 	}
 	tr := newTree()
-	b := &builder{Options: o, src: &src.Source, dst: dst, streams: &Streams{}}
-	b.Log = slog.New(slog.DiscardHandler)
+	b := newBuilder(&src.Source, dst, o)
+	b.streams = &Streams{}
 	if b.diffIDs, err = diffIDs(&src.Source); err != nil {
 		t.Fatal(err)
 	}
-	layer, _ := b.reuse(t.Context(), b.layerTag(0))
+	layer, _ := b.reuse(t.Context(), 0, b.layerTag(0))
 	if layer == nil {
 		t.Fatal("there is no conversion")
 	}

@@ -10,8 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -40,26 +42,28 @@ func TestPushFails(t *testing.T) {
 	src := threeLayers(t)
 	whole := newTarget(t)
 	want := build(t, src, whole, o).Manifest.Digest
-	pushes := 0
+	var pushes atomic.Int32
 	count := newTarget(t)
-	count.before = func(string, v1.Descriptor) error { pushes++; return nil }
+	count.before = func(string, v1.Descriptor) error { pushes.Add(1); return nil }
 	build(t, src, count, o)
-	if pushes < 3*4+4 {
-		t.Fatalf("%d pushes", pushes)
+	if pushes.Load() < 3*3+1+4 {
+		t.Fatalf("%d pushes", pushes.Load())
 	}
-	for fail := range pushes {
+	for fail := range pushes.Load() {
 		dst := newTarget(t)
-		n := 0
+		var n atomic.Int32
 		dst.before = func(string, v1.Descriptor) error {
-			if n++; n == fail+1 {
+			if n.Add(1) == fail+1 {
 				return errPush
 			}
 			return nil
 		}
 		if _, err := Build(t.Context(), &src.Source, dst, o); !errors.Is(err, errPush) {
 			t.Fatalf("push %d: %v", fail, err)
-		} else if done := dst.manifests(ArtifactTypeLayer); done < 3 && !strings.Contains(err.Error(), fmt.Sprintf("layer %d of 3 (%v)", done+1, src.Layers[done].Digest)) {
-			t.Errorf("push %d: the error does not name layer %d: %v", fail, done+1, err)
+		} else if done := dst.manifests(ArtifactTypeLayer); done < 3 && !slices.ContainsFunc([]int{0, 1, 2}, func(i int) bool {
+			return strings.Contains(err.Error(), fmt.Sprintf("layer %d of 3 (%v)", i+1, src.Layers[i].Digest))
+		}) {
+			t.Errorf("push %d: the error names no layer: %v", fail, err)
 		}
 		if n := dst.manifests(ArtifactTypeImage); n != 0 {
 			t.Errorf("push %d: a manifest is there", fail)
@@ -285,6 +289,7 @@ func TestFullDisk(t *testing.T) {
 	t.Cleanup(func() { run(t, "umount", temp) })
 	src := newSource(t, plain, tarball(t, reg("small", "x")), tarball(t, reg("large", noise(1, 3<<20))))
 	dst := newTarget(t)
+	src.inTurn(dst)
 	o := testOptions
 	o.TempDir, o.Jobs = temp, 1
 	_, err := Build(t.Context(), &src.Source, dst, o)
@@ -443,7 +448,7 @@ func TestConversionThatLies(t *testing.T) {
 	} {
 		dst := newTarget(t)
 		want := build(t, src, dst, o)
-		b := &builder{Options: o, src: &src.Source, dst: dst}
+		b := newBuilder(&src.Source, dst, o)
 		var err error
 		if b.diffIDs, err = diffIDs(&src.Source); err != nil {
 			t.Fatal(err)

@@ -22,6 +22,10 @@ type Layer struct {
 	// Open reads the layer as it is stored. Its reader fails, and does not end,
 	// if the bytes are not those of the descriptor.
 	Open func(ctx context.Context) (io.ReadCloser, error)
+	// OpenFrom, if not nil, reads the layer from off. Its reader fails if these bytes and
+	// those of before, of which there are off, are not those of the descriptor. A layer
+	// without it is near: it is not kept in the temporary directory.
+	OpenFrom func(ctx context.Context, off int64, before io.Reader) (io.ReadCloser, error)
 }
 
 // diffIDs are the digests of the layers' tars, which the config lists.

@@ -259,6 +259,15 @@ func (f *StreamFile) Push(ctx context.Context, dst Target, progress func(sent in
 	return dst.PushFile(ctx, describeBlob(f.Table), f.file.Name(), progress)
 }
 
+// release removes the file, unless it has a name by which a later build finds it.
+func (f *StreamFile) release() {
+	if f.file != nil && f.file.path != "" {
+		f.file.Close()
+		return
+	}
+	f.Discard()
+}
+
 // Discard removes the file.
 func (f *StreamFile) Discard() { f.file.discard() }
 

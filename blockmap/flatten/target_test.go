@@ -31,8 +31,12 @@ type dirTarget struct {
 	// ranged is asked before a part of a blob is read.
 	ranged func(digest v1.Hash) error
 
-	mu     sync.Mutex
-	pushed []v1.Descriptor // not those that were there
+	// mounts has blobs of other dirTargets mounted.
+	mounts bool
+
+	mu      sync.Mutex
+	pushed  []v1.Descriptor // not those that were there
+	mounted int
 }
 
 func newTarget(t testing.TB) *dirTarget {
@@ -80,6 +84,26 @@ func (t *dirTarget) PushFile(ctx context.Context, d v1.Descriptor, path string, 
 func (t *dirTarget) PushBytes(_ context.Context, d v1.Descriptor, b []byte) error {
 	return t.push("bytes", "blobs", d, b)
 }
+
+func (t *dirTarget) Mount(_ context.Context, d v1.Descriptor, from Place) (bool, error) {
+	if !t.mounts {
+		return false, nil
+	}
+	b, err := os.ReadFile(from.(*dirTarget).path("blobs", d.Digest.Hex))
+	if err != nil {
+		return false, nil
+	}
+	t.mu.Lock()
+	t.mounted++
+	t.mu.Unlock()
+	return true, os.WriteFile(t.path("blobs", d.Digest.Hex), b, 0o644)
+}
+
+func (t *dirTarget) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	return t.open(ctx, d)
+}
+
+func (t *dirTarget) String() string { return t.dir }
 
 func (t *dirTarget) Tagged(_ context.Context, tag string) ([]byte, error) {
 	if t.tagged != nil {

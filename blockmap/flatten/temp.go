@@ -4,8 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -27,8 +29,9 @@ type TempDir struct {
 type tempDir struct {
 	*TempDir
 
-	mu   sync.Mutex
-	kept map[blockmap.Digest]*tempFile // streams that were pushed, by blob; see keep
+	mu    sync.Mutex
+	kept  map[blockmap.Digest]*tempFile // streams that were pushed, by blob; see keep
+	parts map[*part]bool                // layers that are being read and kept
 }
 
 const tempPrefix = "thaw-streams-"
@@ -38,18 +41,24 @@ const tempPrefix = "thaw-streams-"
 const maxKept = 2 << 30
 
 func newTempDir(parent string) (*tempDir, error) {
-	dir, err := NewTempDir(parent, tempPrefix)
+	dir, err := makeTempDir(parent, tempPrefix)
 	if err != nil {
 		return nil, err
 	}
-	return &tempDir{TempDir: dir, kept: make(map[blockmap.Digest]*tempFile)}, nil
+	t := &tempDir{TempDir: dir, kept: make(map[blockmap.Digest]*tempFile), parts: make(map[*part]bool)}
+	removeLeftovers(cmp.Or(parent, os.TempDir()), tempPrefix, t.salvage)
+	return t, nil
 }
 
 // NewTempDir makes a directory below parent, "" for the system's directory. Its name
 // begins with prefix, which no other kind of file or directory has.
 func NewTempDir(parent, prefix string) (*TempDir, error) {
+	removeLeftovers(cmp.Or(parent, os.TempDir()), prefix, nil)
+	return makeTempDir(parent, prefix)
+}
+
+func makeTempDir(parent, prefix string) (*TempDir, error) {
 	parent = cmp.Or(parent, os.TempDir())
-	removeLeftovers(parent, prefix)
 	for {
 		path, err := os.MkdirTemp(parent, prefix)
 		if err != nil {
@@ -90,21 +99,22 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// removeLeftovers removes the directories of killed processes of this user. Failures
-// to do so are no fault of the process that begins.
-func removeLeftovers(parent, prefix string) {
+// removeLeftovers removes the directories of killed processes of this user. salvage, if
+// not nil, takes out of each what is of use. Failures to do so are no fault of the
+// process that begins.
+func removeLeftovers(parent, prefix string, salvage func(dir string)) {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return
 	}
 	for _, e := range entries {
 		if e.IsDir() && strings.HasPrefix(e.Name(), prefix) {
-			removeLeftover(filepath.Join(parent, e.Name()))
+			removeLeftover(filepath.Join(parent, e.Name()), salvage)
 		}
 	}
 }
 
-func removeLeftover(path string) {
+func removeLeftover(path string, salvage func(dir string)) {
 	// Others may write to the parent: only a directory of this user is opened.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -117,13 +127,27 @@ func removeLeftover(path string) {
 		return
 	}
 	if sameFile(dir, path) {
+		if salvage != nil {
+			salvage(path)
+		}
 		os.RemoveAll(path)
 	}
 }
 
+// remove removes the directory, except for what helps a later build.
 func (t *tempDir) remove() error {
 	t.release()
-	return t.Remove()
+	names, _ := useful(t.path)
+	if len(names) == 0 {
+		return t.Remove()
+	}
+	entries, err := os.ReadDir(t.path)
+	for _, e := range entries {
+		if !slices.Contains(names, e.Name()) {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(t.path, e.Name())))
+		}
+	}
+	return errors.Join(err, t.lock.Close())
 }
 
 func (t *tempDir) create() (*tempFile, error) {
@@ -194,6 +218,18 @@ func (t *tempDir) drop(blob blockmap.Digest) {
 	}
 }
 
+// makeRoom gives up what saves work at most, and reports whether there was anything.
+func (t *tempDir) makeRoom() bool {
+	t.mu.Lock()
+	parts := slices.Collect(maps.Keys(t.parts))
+	clear(t.parts)
+	t.mu.Unlock()
+	for _, p := range parts {
+		p.drop()
+	}
+	return t.release() || len(parts) > 0
+}
+
 // release gives up all kept streams, and reports whether there were any.
 func (t *tempDir) release() bool {
 	t.mu.Lock()
@@ -211,12 +247,16 @@ type tempFile struct {
 	*os.File
 	dir  *tempDir
 	size int64
+	path string // "": File.Name
 }
+
+// Name is where the file is.
+func (f *tempFile) Name() string { return cmp.Or(f.path, f.File.Name()) }
 
 // Write makes room for p, where the disk is full, by giving up kept streams.
 func (f *tempFile) Write(p []byte) (int, error) {
 	n, err := f.File.Write(p)
-	if errors.Is(err, unix.ENOSPC) && f.dir.release() {
+	if errors.Is(err, unix.ENOSPC) && f.dir.makeRoom() {
 		var m int
 		m, err = f.File.Write(p[n:])
 		n += m

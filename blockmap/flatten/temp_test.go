@@ -118,7 +118,7 @@ func TestTempDirOfOthers(t *testing.T) {
 	if err := os.Chown(path, 12345, 12345); err != nil {
 		t.Fatal(err)
 	}
-	removeLeftovers(temp, tempPrefix)
+	removeLeftovers(temp, tempPrefix, nil)
 	if names(t, temp) == "" {
 		t.Error("it is gone")
 	}

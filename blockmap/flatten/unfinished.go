@@ -10,10 +10,11 @@ import (
 // Unfinished is the error of a build that has begun to convert layers and did not
 // end in an image, for whatever reason: it failed, or its context ended.
 type Unfinished struct {
-	Err    error // the reason
-	Layers int   // of the source image, each layer once
-	Kept   int   // of these, layers whose conversion is in the target
-	Stored int64 // bytes of the streams of these
+	Err    error  // the reason
+	Layers int    // of the source image, each layer once
+	Kept   int    // of these, layers whose conversion is in the target
+	Stored int64  // bytes of the streams of these
+	Left   string // a sentence about what is left in the temporary directory, or nothing
 }
 
 func (u *Unfinished) Error() string { return u.Err.Error() }
@@ -24,7 +25,17 @@ func (u *Unfinished) Unwrap() error { return u.Err }
 // Reuse is a sentence for the user that says what the next build of the image
 // will reuse, without a full stop.
 func (u *Unfinished) Reuse() string {
+	s := u.layers()
+	if u.Left != "" {
+		s += "; " + u.Left
+	}
+	return s
+}
+
+func (u *Unfinished) layers() string {
 	switch {
+	case u.Kept == 0 && u.Left != "":
+		return "no layer was finished"
 	case u.Kept == 0:
 		return "no layer was finished: the next build starts from the beginning"
 	case u.Kept == u.Layers:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,7 +22,7 @@ import (
 func buildCommand(a *app) *cobra.Command {
 	deviceSize, chunkSize := size(flatten.DefaultSize), size(flatten.DefaultChunkSize)
 	var o flatten.Options
-	var traces, pin []string
+	var traces, pin, reuse []string
 	c := &cobra.Command{
 		Use:   "build SRC [DST]",
 		Short: "Build a block image from a container image",
@@ -37,6 +38,13 @@ build converts several layers at once. It keeps each converted layer in the
 target under the tag "thaw-layer-…". Later builds neither download nor push a
 layer that is there. An interrupted build leaves no image, only the layers that
 were complete.
+
+--reuse REPO names another repository or layout in which earlier builds have
+left converted layers. build takes from there what the target lacks: a registry
+mounts it from one of its repositories in another, and build copies it from
+elsewhere. If SRC has no digest, build looks in the repository of SRC as well.
+Whoever may push to such a repository decides what the files of these layers
+contain.
 
 build predicts which files startup will read: the program that the image runs,
 the libraries that it is linked with, and the interpreter of a script. The
@@ -56,6 +64,9 @@ the content that both versions have.`,
 			if err := flatten.CheckChunkSize(o.ChunkSize); err != nil {
 				return usageError{err}
 			}
+			if o.Requests < 0 {
+				return usageError{fmt.Errorf("--requests %d: it must be at least 1, or 0 for the default", o.Requests)}
+			}
 			if o.Jobs < 0 {
 				return usageError{fmt.Errorf("--jobs %d: it must be at least 1, or 0 for as many as there are processors, 8 at most", o.Jobs)}
 			}
@@ -66,14 +77,16 @@ the content that both versions have.`,
 				return usageError{fmt.Errorf("--level %d: it must be from 1 to 22", o.Level)}
 			}
 			o.TempDir = a.temp
-			return a.build(c.Context(), args, o, traces, pin)
+			return a.build(c.Context(), args, o, traces, pin, reuse)
 		},
 	}
 	f := c.Flags()
 	f.Var(&deviceSize, "size", "`SIZE` of the device in bytes, or with K, M, G or T; the free space in it costs nothing")
 	f.Var(&chunkSize, "chunk-size", "`SIZE` of a chunk, which is what one fetch brings: a power of two from 16K to 4M")
 	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "compress chunks at the zstd level `N`, 1 to 22")
-	f.IntVar(&o.Jobs, "jobs", 0, "convert `N` layers at once (default: the number of processors, at most 8)")
+	f.IntVar(&o.Jobs, "jobs", 0, "convert `N` layers at once; this bounds the work of processors, not waiting (default: the number of processors, at most 8)")
+	f.IntVar(&o.Requests, "requests", flatten.DefaultRequests, "have at most `N` requests for layers in flight, whatever --jobs is")
+	f.StringArrayVar(&reuse, "reuse", nil, "take converted layers from `REPO` that the target lacks: REGISTRY/REPOSITORY or oci:DIR (repeatable)")
 	f.BoolVar(&o.NoGuess, "no-guess", false, "do not predict what startup will read")
 	f.StringArrayVar(&traces, "trace", nil, "pack a bundle of `TRACE`: a trace file, or an image for the traces beside it (repeatable)")
 	f.StringVar(&a.temp, "temp", "", "keep temporary files in `DIR`: streams until they are pushed, decompressed archives (default: $TMPDIR, or /tmp)")
@@ -90,7 +103,7 @@ const tooLargeDevice = 16 << 40
 // harder: builds run beside other programs.
 const buildMemory = 384 << 20
 
-func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string, pin pinFlags) error {
+func (a *app) build(ctx context.Context, args []string, o flatten.Options, traces []string, pin pinFlags, reuse []string) error {
 	debug.SetMemoryLimit(buildMemory)
 	began := time.Now()
 	srcRef, err := registry.ParseRef(args[0])
@@ -134,21 +147,33 @@ func (a *app) build(ctx context.Context, args []string, o flatten.Options, trace
 	if err != nil {
 		return err
 	}
+	if o.Reuse, err = reusePlaces(find, srcRef, dstRef, reuse); err != nil {
+		return err
+	}
+	// Missing rights are to be known before the work. A registry is asked while the
+	// source is read; a layout would be created.
+	pushes := make(chan error, 1)
+	if dstRef.Registry != "" {
+		go func() { pushes <- dst.CheckPush(ctx) }()
+	}
 	source, err := readSource(ctx, src, find.Platform)
-	if err != nil {
-		return err
+	var recorded []host.RecordedTrace
+	if err == nil {
+		recorded, err = find.ReadTraces(ctx, traces)
 	}
-	recorded, err := find.ReadTraces(ctx, traces)
-	if err != nil {
-		return err
+	var pushErr error
+	if dstRef.Registry != "" {
+		pushErr = <-pushes
+	} else if err == nil {
+		pushErr = dst.CheckPush(ctx)
 	}
-	// Missing rights are to be known before the work.
-	if err := dst.CheckPush(ctx); err != nil {
+	if err = cmp.Or(err, pushErr); err != nil {
+		find.Client.FinishUploads()
 		return err
 	}
 	p := newProgress(a, find.Log, source, srcRef, dstRef)
 	o.Log, o.Progress = find.Log, p
-	res, err := flatten.Build(ctx, source, target{dst}, o)
+	res, err := flatten.Build(ctx, source, target{place{dst}}, o)
 	p.end()
 	find.Client.FinishUploads()
 	if err != nil {
@@ -203,18 +228,78 @@ func readSource(ctx context.Context, repo *registry.Repo, platform *v1.Platform)
 	}
 	s := &flatten.Source{Manifest: img.Descriptor, Config: config}
 	for _, d := range img.Manifest.Layers {
-		s.Layers = append(s.Layers, flatten.Layer{Descriptor: d, Open: func(ctx context.Context) (io.ReadCloser, error) {
+		l := flatten.Layer{Descriptor: d, Open: func(ctx context.Context) (io.ReadCloser, error) {
 			return repo.OpenBlob(ctx, d)
-		}})
+		}}
+		if repo.Ref().Registry != "" {
+			l.OpenFrom = func(ctx context.Context, off int64, before io.Reader) (io.ReadCloser, error) {
+				return repo.OpenBlobFrom(ctx, d, off, before)
+			}
+		}
+		s.Layers = append(s.Layers, l)
 	}
 	return s, nil
 }
 
-// target is a repository as a build sees it.
-type target struct{ *registry.Repo }
+// reusePlaces are the places where a build looks for converted layers beside the target:
+// those that the user names, and the source's own repository. A source with a digest is
+// not to depend on who may push to its repository, so that one has to be named.
+func reusePlaces(find *host.Finder, src, dst registry.Ref, names []string) (places []flatten.Place, err error) {
+	seen := map[string]bool{dst.Place(): true}
+	add := func(ref registry.Ref) error {
+		if seen[ref.Place()] {
+			return nil
+		}
+		seen[ref.Place()] = true
+		r, err := find.Client.Open(ref)
+		if err != nil {
+			return err
+		}
+		places = append(places, place{r})
+		return nil
+	}
+	for _, name := range names {
+		ref, err := registry.ParseRef(name)
+		if err == nil && ref.Archive != "" {
+			err = fmt.Errorf("%s: an archive has no converted layers: give a repository or oci:DIR", name)
+		}
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--reuse: %w", err)}
+		}
+		if err := add(ref); err != nil {
+			return nil, err
+		}
+	}
+	if src.Archive == "" && src.Digest == (v1.Hash{}) {
+		return places, add(src)
+	}
+	return places, nil
+}
+
+// place is a repository with converted layers, as a build sees it.
+type place struct{ *registry.Repo }
 
 // HasBlob reads the blob of a layout as well, since no registry has checked it.
-func (t target) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) { return t.Holds(ctx, d) }
+func (p place) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) { return p.Holds(ctx, d) }
+
+// lookupTime bounds the look-up of a converted layer.
+const lookupTime = 30 * time.Second
+
+// Tagged looks up a converted layer, which only saves work: if the look-up fails,
+// the layer is converted again. Some registries answer 401, 403 or 500 for a tag that
+// they do not have.
+func (p place) Tagged(ctx context.Context, tag string) ([]byte, error) {
+	lctx, cancel := context.WithTimeout(ctx, lookupTime)
+	defer cancel()
+	raw, _, err := p.ReadManifest(lctx, p.Ref().WithTag(tag))
+	if err != nil {
+		return nil, ctx.Err()
+	}
+	return raw, nil
+}
+
+// target is a repository as a build sees it.
+type target struct{ place }
 
 func (t target) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
 	_, err := t.PushBlob(ctx, d, path, progress)
@@ -226,24 +311,12 @@ func (t target) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error 
 	return err
 }
 
-// lookupTime bounds the look-up of a converted layer.
-const lookupTime = 30 * time.Second
-
-// Tagged looks up a converted layer, which only saves work: if the look-up fails,
-// the layer is converted again. Some registries answer 401, 403 or 500 for a tag that
-// they do not have.
-func (t target) Tagged(ctx context.Context, tag string) ([]byte, error) {
-	lctx, cancel := context.WithTimeout(ctx, lookupTime)
-	defer cancel()
-	d, err := t.Lookup(lctx, t.Ref().WithTag(tag))
-	if err != nil {
-		return nil, ctx.Err()
+func (t target) Mount(ctx context.Context, d v1.Descriptor, from flatten.Place) (bool, error) {
+	p, ok := from.(place)
+	if !ok {
+		return false, nil
 	}
-	raw, err := t.Manifest(lctx, d)
-	if err != nil {
-		return nil, ctx.Err()
-	}
-	return raw, nil
+	return t.MountBlob(ctx, d, p.Repo)
 }
 
 func (t target) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {

@@ -70,6 +70,11 @@ func newProgress(a *app, log *slog.Logger, src *flatten.Source, from, to registr
 		l := &layerProgress{number: i + 1, of: len(src.Layers), digest: d.Digest.Hex, size: max(d.Size, 0)}
 		p.layers = append(p.layers, l)
 		src.Layers[i].Open = func(ctx context.Context) (io.ReadCloser, error) { return l.open(ctx, d.Open) }
+		if from := d.OpenFrom; from != nil {
+			src.Layers[i].OpenFrom = func(ctx context.Context, off int64, before io.Reader) (io.ReadCloser, error) {
+				return l.open(ctx, func(ctx context.Context) (io.ReadCloser, error) { return from(ctx, off, before) })
+			}
+		}
 	}
 	if s, ok := a.stderr.(*screen); ok {
 		p.screen = s

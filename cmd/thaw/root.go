@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"thaw/blockmap/flatten"
 	"thaw/cmd/thaw/internal/host"
 	"thaw/fetcher/registry"
 )
@@ -172,9 +173,11 @@ func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, e
 		// A reader waits for 30 s. A connection that hangs leaves it time for two
 		// more tries.
 		HeaderTimeout: 8 * time.Second,
-		StallTimeout:  8 * time.Second,
-		Settle:        settle,
-		UserAgent:     thisVersion().userAgent(),
+		// A build has this many requests in flight.
+		IdleConns:    flatten.DefaultRequests,
+		StallTimeout: 8 * time.Second,
+		Settle:       settle,
+		UserAgent:    thisVersion().userAgent(),
 	}
 	if a.hosts != "" {
 		var err error

@@ -35,7 +35,8 @@ type authorizer struct {
 	client     *Client
 	root       *url.URL
 	repository string
-	foreign    bool // it is for a host that the registry redirected to
+	also       string // another repository, to pull from
+	foreign    bool   // it is for a host that the registry redirected to
 
 	mu struct {
 		sync.Mutex

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 	"unicode"
+
+	"thaw/blockmap"
 )
 
 // Errors that callers branch on. The errors of this package wrap them.
@@ -27,7 +29,7 @@ var (
 	// ErrTruncated: the bytes end too early. It wraps io.ErrUnexpectedEOF.
 	ErrTruncated = fmt.Errorf("cut short: %w", io.ErrUnexpectedEOF)
 	// ErrDigest: the bytes do not match the digest.
-	ErrDigest = errors.New("digest mismatch")
+	ErrDigest error = digestMismatch{}
 	// ErrTagTaken: the tag leads to another manifest, and the registry does not allow it
 	// to be moved.
 	ErrTagTaken = errors.New("the tag leads to another manifest and cannot be moved")
@@ -228,3 +230,11 @@ func statusOf(err error) int {
 	}
 	return 0
 }
+
+// digestMismatch is ErrDigest. It is a blockmap.ErrDigest too, which those know who get
+// bytes of a Repo by an interface.
+type digestMismatch struct{}
+
+func (digestMismatch) Error() string { return "digest mismatch" }
+
+func (digestMismatch) Is(target error) bool { return target == blockmap.ErrDigest }

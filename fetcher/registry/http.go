@@ -26,6 +26,7 @@ type endpoint struct {
 		sync.Mutex
 		blobs     map[v1.Hash]blobState
 		foreign   map[string]*authorizer // of other hosts that want a token
+		mounting  map[string]*authorizer // for mounts from other repositories
 		referrers map[v1.Hash]*listing   // lists of referrers that are being changed
 	}
 }
@@ -75,8 +76,9 @@ type request struct {
 	header map[string]string
 	body   func() (io.ReadCloser, error) // nil for none
 	size   int64
-	push   bool // needs the right to push
-	slow   bool // the answer may take minutes
+	push   bool   // needs the right to push
+	slow   bool   // the answer may take minutes
+	from   string // a repository that the request needs the right to pull from, besides
 }
 
 // authorizer returns the authorizer for a host: the registry's own, that of a host that the
@@ -120,6 +122,9 @@ func (e *endpoint) foreign(u *url.URL) *authorizer {
 // not be read.
 func (e *endpoint) do(ctx context.Context, r request) (*http.Response, error) {
 	a, auth := e.authorizer(r.url), ""
+	if r.from != "" && a != nil && a == e.auth {
+		a = e.mounting(r.from)
+	}
 	if a != nil {
 		var err error
 		if auth, err = a.header(ctx, r.push); err != nil {

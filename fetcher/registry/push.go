@@ -145,7 +145,7 @@ func (e *endpoint) checkPush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	u.delete(ctx)
+	u.cancel() // in the background
 	return nil
 }
 

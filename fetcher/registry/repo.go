@@ -124,6 +124,15 @@ func (r *Repo) Lookup(ctx context.Context, ref Ref) (v1.Descriptor, error) {
 	return d, nil
 }
 
+// ReadManifest returns the manifest or index that ref leads to, with its descriptor.
+func (r *Repo) ReadManifest(ctx context.Context, ref Ref) ([]byte, v1.Descriptor, error) {
+	raw, d, err := r.lookup(ctx, ref)
+	if err != nil {
+		return nil, v1.Descriptor{}, fmt.Errorf("fetch manifest %s: %w", ref, err)
+	}
+	return raw, d, nil
+}
+
 // Manifest returns the bytes of the manifest that d describes.
 func (r *Repo) Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	raw, got, err := r.lookup(ctx, r.ref.WithDigest(d.Digest))

@@ -21,6 +21,13 @@ import (
 //
 // The reader ends with ctx.
 func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	return r.OpenBlobFrom(ctx, d, 0, nil)
+}
+
+// OpenBlobFrom is OpenBlob for a blob of which the caller has the first off bytes, from an
+// earlier read that was interrupted. It reads these from before, since the digest is that of
+// all bytes: the reader returns io.EOF only if both parts are right.
+func (r *Repo) OpenBlobFrom(ctx context.Context, d v1.Descriptor, off int64, before io.Reader) (io.ReadCloser, error) {
 	fail := func(err error) error { return fmt.Errorf("fetch blob %s of %s: %w", d.Digest, r, err) }
 	if d.Digest.Algorithm != "sha256" {
 		return nil, fail(fmt.Errorf("digests by %q are not supported", d.Digest.Algorithm))
@@ -40,6 +47,15 @@ func (r *Repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, er
 		return b, err
 	}
 	s.pause = func(n int, err error) error { return r.client.pause(ctx, n, err) }
+	if off < 0 || off > d.Size {
+		return nil, fail(fmt.Errorf("there is no byte %d in its %d", off, d.Size))
+	}
+	if off > 0 {
+		if n, err := io.CopyN(&s.sum, before, off); err != nil {
+			return nil, fail(fmt.Errorf("read its first %d bytes again: %d were there: %w", off, n, err))
+		}
+		s.off, s.mark = off, off
+	}
 	// A missing blob is an error now, and not at the first Read.
 	if err := s.open(nil); err != nil {
 		return nil, fail(err)

@@ -37,6 +37,9 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 	if !a.foreign { // there the repository may have another name
 		scopes = []string{"repository:" + a.repository + ":" + actions}
 	}
+	if a.also != "" {
+		scopes = append(scopes, "repository:"+a.also+":pull")
+	}
 	if s := ch.params["scope"]; s != "" && !slices.Contains(scopes, s) && len(s) < 1024 {
 		scopes = append(scopes, s)
 	}
