@@ -26,7 +26,7 @@ const isolated = "bench-isolated"
 // no other process sees them.
 func Isolate(ctx context.Context) (code int, done bool, err error) {
 	if os.Args[0] == isolated {
-		return 0, false, nil
+		return 0, false, forgetMounts()
 	}
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = isolated
@@ -41,6 +41,27 @@ func Isolate(ctx context.Context) (code int, done bool, err error) {
 		return code, true, nil
 	}
 	return 1, true, err
+}
+
+// forgetMounts detaches the copies of mounts of loop devices and of FUSE that a new mount
+// namespace has. They belong to other programs, whose devices they would keep in use
+// after these programs have unmounted them.
+func forgetMounts() error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if len(f) < 3 || !strings.HasPrefix(f[0], "/dev/loop") && !strings.HasPrefix(f[2], "fuse") {
+			continue
+		}
+		// Blanks and so on in a path are written as \040; such a mount stays.
+		if err := unix.Unmount(f[1], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("detach the copy of the mount at %s: %w", f[1], err)
+		}
+	}
+	return nil
 }
 
 // Root is a root filesystem with the mounts that programs expect: /proc, /dev,

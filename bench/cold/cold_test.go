@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -150,5 +151,47 @@ func leftNothing(t *testing.T, b *benchmark) {
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil || strings.Contains(string(mounts), b.dir) {
 		t.Errorf("left mounted: %s, %v", mounts, err)
+	}
+}
+
+// A new mount namespace has no copies of the loop devices' mounts, which would keep the
+// devices in use.
+func TestIsolateForgetsMounts(t *testing.T) {
+	const variable = "THAW_TEST_MOUNT"
+	if at := os.Getenv(variable); at != "" {
+		mounts, err := os.ReadFile("/proc/self/mounts")
+		if err != nil || strings.Contains(string(mounts), at) {
+			t.Errorf("still mounted: %v\n%s", err, mounts)
+		}
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can mount")
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(file, 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bench.Output(exec.Command("mke2fs", "-q", file)); err != nil {
+		t.Fatal(err)
+	}
+	root, err := bench.MountFile(t.Context(), file, dir, 128)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := root.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	cmd := exec.Command("/proc/self/exe", "-test.run", "^TestIsolateForgetsMounts$")
+	cmd.Args[0] = "cold.test" // and not that of a process that is isolated already
+	cmd.Env = append(os.Environ(), variable+"="+root.Dir)
+	if out, err := bench.Output(cmd); err != nil || !strings.Contains(out, "PASS") {
+		t.Errorf("%v: %s", err, out)
 	}
 }
