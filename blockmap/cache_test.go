@@ -79,7 +79,7 @@ func TestKilledProcessLosesNothing(t *testing.T) {
 	leaves := residentBlocks(image)
 	fsys.Kill()
 	// The leaves are there, also where others of their chunks are not.
-	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	_, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
 	if got := residentBlocks(image); !slices.Equal(got, leaves) {
 		t.Error("other blocks are resident than before the process was killed")
 	}
@@ -91,7 +91,7 @@ func TestKilledProcessLosesNothing(t *testing.T) {
 	}
 	readAll(t, image, m)
 	fsys.Kill()
-	c, image, origin = openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
+	c, image, origin := openImage(t, dir, m, blockmap.CacheOptions{FS: fsys, Boot: boot})
 	readAll(t, image, m)
 	if n := origin.Requests(); n != 0 {
 		t.Errorf("%d chunks were fetched again", n)

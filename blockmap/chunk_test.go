@@ -94,6 +94,12 @@ func FuzzChunkDecoder(f *testing.F) {
 		if err == nil && !bytes.Equal(got, content) {
 			t.Fatalf("%d bytes differ from the chunk", len(got))
 		}
+		// A frame of a bundle has at most the content that its head says.
+		if part, err := d.DecompressSize(100, frame, nil); err == nil && len(part) > 100 {
+			t.Fatalf("a frame of 100 bytes has %d", len(part))
+		} else if err != nil && !errors.Is(err, blockmap.ErrDigest) {
+			t.Fatal(err)
+		}
 		if err != nil && !errors.Is(err, blockmap.ErrDigest) {
 			t.Fatal(err)
 		}

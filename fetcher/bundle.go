@@ -42,11 +42,6 @@ type Part struct {
 
 func (p *Part) leaves() blockmap.LeafSet { return blockmap.LeafRange(p.Leaf, p.Count) }
 
-// here reports whether the leaves are resident in all their places.
-func (p *Part) here() bool {
-	return !slices.ContainsFunc(p.Wants, func(w blockmap.Want) bool { return !w.Stream.HasLeaves(w.Chunk, p.leaves()) })
-}
-
 // size is the length of the content of the frame.
 func (f *Frame) size() (n int) {
 	for i := range f.Parts {

@@ -273,9 +273,9 @@ func (d *download) end() {
 	f.dispatch()
 }
 
-// settle ends a fetch to which its download brings nothing more, unless it is wanted and
-// its request, made now or before, is to bring the rest. f.mu is held; the caller calls
-// dispatch.
+// settle is called when a download brings nothing more of a fetch, or not all that it was
+// to bring. The fetch ends, with the error unwanted if nobody wants it, or is queued for a
+// request if more is needed of it. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) settle(ft *fetch, unwanted error) {
 	switch {
 	case ft.state != downloading:
@@ -424,7 +424,9 @@ func (d *download) keepFrame(fr *Frame, stored []byte) (err error) {
 		if partErr == nil {
 			d.done(fr, p)
 		} else {
-			err = cmp.Or(err, partErr)
+			if err == nil || errors.Is(partErr, blockmap.ErrDigest) {
+				err = partErr
+			}
 			f.leavesLost(p)
 		}
 		at += p.Size

@@ -39,7 +39,8 @@ type Contents struct {
 	// Local, if not nil, reads a chunk of the index into p, if it is on this host, and
 	// says whether it was.
 	Local func(ctx context.Context, stream, chunk int, p []byte) bool
-	// Do, if not nil, runs the jobs that take most of the time, one after the other.
+	// Do, if not nil, runs the jobs that take the time of a processor. Several goroutines
+	// may call it; Pack then compresses one frame at a time.
 	Do func(job func())
 }
 
@@ -220,12 +221,18 @@ func (k *packer) local(ctx context.Context, source int) (here bool, err error) {
 	if err := ctx.Err(); err != nil {
 		return false, context.Cause(ctx)
 	}
-	c := k.chunk(source)
-	content := make([]byte, c.Size())
-	if k.from.Local == nil || !k.from.Local(ctx, k.sources[source].stream, k.sources[source].chunk, content) || c.Verify(content) != nil {
+	if k.from.Local == nil {
 		return false, nil
 	}
-	return true, k.keep(source, content)
+	c := k.chunk(source)
+	content := make([]byte, c.Size())
+	k.from.Do(func() {
+		here = k.from.Local(ctx, k.sources[source].stream, k.sources[source].chunk, content) && c.Verify(content) == nil
+		if here {
+			err = k.keep(source, content)
+		}
+	})
+	return here, err
 }
 
 // packRun is chunks that lie side by side in a blob.
@@ -269,12 +276,15 @@ func (k *packer) read(ctx context.Context, r *packRun) error {
 		if _, err := io.ReadFull(body, frame); err != nil {
 			return err
 		}
-		content, err := k.dec.Decode(c, frame, nil)
+		var err error
+		k.from.Do(func() {
+			var content []byte
+			if content, err = k.dec.Decode(c, frame, nil); err == nil {
+				err = k.keep(x, content)
+			}
+		})
 		if err != nil {
 			return fmt.Errorf("%d bytes at %d: %w", c.Stored, c.Offset, err)
-		}
-		if err := k.keep(x, content); err != nil {
-			return err
 		}
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"thaw/blockmap"
+	"thaw/tracefile"
 )
 
 // line is the last line of a log with that message.
@@ -114,6 +115,23 @@ func TestAutoBundle(t *testing.T) {
 		t.Errorf("the second start of the next version replays %v", l)
 	}
 	s.term()
+}
+
+// The last bundle of a repository only saves work: what is under its tag can be anything.
+func TestForgedBundleTag(t *testing.T) {
+	need(t, "qemu-io")
+	reg := startRegistry(t, "", t.TempDir(), "")
+	ref := reg.addr + "/team/app:v1"
+	img := imageOf(t, layerOf(t, file{name: "big", data: random(3, 2<<20)}))
+	push(t, ref, img)
+	must(t, "build", "--size", "32M", ref)
+	run := largestRun(t, ref)
+	push(t, reg.addr+"/team/app:"+tracefile.BundleTag, img)
+	s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", t.TempDir(), "--trace", "auto", "--prefetch-wait", "100")
+	qemuRead(t, s.uri(), reads(run, 0, 10)...)
+	if _, code := s.term(); code != exitOK || s.lines("WARN")+s.lines("ERROR")+s.lines(saidReplay) > 0 {
+		t.Errorf("exit %d, it says\n%s", code, s.stderr.String())
+	}
 }
 
 // A server that is stopped before the bundle is packed leaves it to a later one.
