@@ -17,11 +17,11 @@ type bounds struct {
 
 const (
 	// aheadMemory bounds all that is read ahead, and aheadWindow what is read ahead of
-	// one layer. aheadLeast is what the smallest layer counts as, which bounds how many
-	// layers are read at once.
+	// one layer. aheadLeast is what the smallest layer counts as: 64 layers are read at
+	// once at most, so that each gets enough of a slow line not to be taken for stuck.
 	aheadMemory = 32 << 20
 	aheadWindow = 4 << 20
-	aheadLeast  = aheadMemory / DefaultRequests
+	aheadLeast  = aheadMemory / 64
 
 	tocMemory = 64 << 20
 

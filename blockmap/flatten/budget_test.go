@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"sync"
 	"testing"
 	"testing/synctest"
 )
@@ -85,5 +86,26 @@ func TestDownload(t *testing.T) {
 		full := newDownload(io.NopCloser(bytes.NewReader(make([]byte, 1<<20))), 64<<10, newPieces())
 		synctest.Wait()
 		full.Close() // while it waits for room
+	})
+}
+
+// Large files are pushed a few at a time.
+func TestLargePushes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &far{dirTarget: newTarget(t)}
+		l := newLimited(f, newBudget(DefaultRequests))
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for i := range uint64(40) {
+			wg.Go(func() {
+				d := describe(MediaTypeStream, []byte(noise(i, 10)))
+				d.Size = 100 << 20 // which the target finds out
+				_ = l.PushFile(t.Context(), d, "/nowhere", func(int64) {})
+			})
+		}
+		synctest.Wait()
+		if n := f.now.Load(); n != sendBytes/sendMost {
+			t.Errorf("%d large files are pushed at once", n)
+		}
 	})
 }

@@ -12,14 +12,24 @@ import (
 type limited struct {
 	Target
 	requests *budget
+	sends    *budget // bytes of files that are being pushed
 
 	mu      sync.Mutex
 	pushing map[v1.Hash]chan struct{} // closed when the push has ended
 }
 
 func newLimited(t Target, requests *budget) *limited {
-	return &limited{Target: t, requests: requests, pushing: make(map[v1.Hash]chan struct{})}
+	return &limited{Target: t, requests: requests, sends: newBudget(sendBytes), pushing: make(map[v1.Hash]chan struct{})}
 }
+
+// A file that is pushed counts as its size, within sendLeast and sendMost. So many small
+// ones go side by side, since they take round trips, and few large ones, since these share
+// the line: one that gets too little of it would be taken for stuck.
+const (
+	sendBytes = 32 << 20
+	sendLeast = sendBytes / DefaultRequests
+	sendMost  = 4 << 20
+)
 
 // do runs one operation.
 func (l *limited) do(ctx context.Context, f func() error) error {
@@ -100,6 +110,11 @@ func (l *limited) Mount(ctx context.Context, d v1.Descriptor, from Place) (mount
 }
 
 func (l *limited) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
+	n, err := l.sends.take(ctx, 0, min(max(d.Size, sendLeast), sendMost))
+	if err != nil {
+		return err
+	}
+	defer l.sends.give(n)
 	return l.push(ctx, d, func() error { return l.Target.PushFile(ctx, d, path, progress) })
 }
 

@@ -27,13 +27,14 @@ const holeWindow = 64 << 10
 //
 // A large file starts a chunk and is cut at fixed steps from its own start, and
 // its end ends a chunk: so its chunks are the same in any stream. Smaller files
-// are packed together. A pack ends before a file that would overflow it, and,
-// once half full, behind a file whose checksum says so: a boundary that depends
-// on a file alone, so that two layers with some of their files in common fall
+// are packed together. A pack ends before a file that would overflow it, in bytes or
+// in files, and, once half full, behind a file whose checksum says so: a boundary that
+// depends on a file alone, so that two layers with some of their files in common fall
 // into step again.
 type packer struct {
 	*StreamWriter
-	size int // of a full chunk
+	size  int // of a full chunk
+	files int // in the pack
 
 	// The file being packed.
 	large bool
@@ -41,6 +42,12 @@ type packer struct {
 	at    int64 // in the file
 	runs  []ext4.Run
 }
+
+// packFiles is how many files a pack has at most. Who reads one tiny file fetches its
+// whole pack: with a chunk full of files of 2 KB, a hundred times and more of what is
+// read. Programs read files of ten KB and more in a row; their packs are full before they
+// have as many files, so a start makes no more requests.
+const packFiles = 64
 
 func newPacker(s *StreamWriter) *packer { return &packer{StreamWriter: s, size: s.c.size} }
 
@@ -52,8 +59,8 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 	}
 	padded := (size + blockSize - 1) &^ (blockSize - 1)
 	p.large = padded >= int64(p.size)
-	if p.large || int64(len(*p.chunk))+padded > int64(p.size) {
-		if err := p.Cut(); err != nil {
+	if p.large || int64(len(*p.chunk))+padded > int64(p.size) || p.files == packFiles {
+		if err := p.end(); err != nil {
 			return nil, err
 		}
 	}
@@ -65,20 +72,31 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 			return nil, err
 		}
 	}
-	if p.large || len(p.runs) > 0 && len(*p.chunk) >= p.size/2 && p.marks(padded) {
-		if err := p.Cut(); err != nil {
+	if len(p.runs) > 0 {
+		p.files++
+	}
+	if p.large || len(p.runs) > 0 && p.marks(padded) {
+		if err := p.end(); err != nil {
 			return nil, err
 		}
 	}
 	return p.runs, nil
 }
 
+// end ends the pack.
+func (p *packer) end() error {
+	p.files = 0
+	return p.Cut()
+}
+
 // marks reports whether the file just packed ends a pack that is half full. On average
-// one file does in each quarter of a chunk's size, for files of any size. That is often
-// enough that most packs end at such a file and do not overflow, and seldom enough that
-// packs which began at different files end at the same one.
+// one file does in each quarter of a chunk's size, for files of any size, and one of a
+// quarter of packFiles. That is often enough that most packs end at such a file and do
+// not overflow, and seldom enough that packs which began at different files end at the
+// same one.
 func (p *packer) marks(padded int64) bool {
-	return uint64(p.sum)*uint64(p.size/4) < uint64(padded)<<32
+	return len(*p.chunk) >= p.size/2 && uint64(p.sum)*uint64(p.size/4) < uint64(padded)<<32 ||
+		p.files >= packFiles/2 && uint64(p.sum)*(packFiles/4) < 1<<32
 }
 
 var zeroWindow [holeWindow]byte

@@ -282,3 +282,39 @@ func TestPackFails(t *testing.T) {
 		t.Errorf("%d slots are still taken", n)
 	}
 }
+
+// TestTinyFiles packs files of 2 KB: a chunk has few of them, most chunks are the same
+// after a change at the front, and files of some KB still fill chunks.
+func TestTinyFiles(t *testing.T) {
+	var tiny, usual []named
+	for i := range 4000 {
+		tiny = append(tiny, named{fmt.Sprint(i), noise(uint64(i), 2000)})
+	}
+	for i := range 400 {
+		usual = append(usual, named{fmt.Sprint(i), noise(uint64(i), 20_000)})
+	}
+	base := pack(t, DefaultChunkSize, tiny)
+	old := make(map[blockmap.Digest]bool)
+	for _, c := range base.table.Chunks {
+		old[c.Digest] = true
+		if c.Count > packFiles {
+			t.Errorf("a chunk has %d files", c.Count)
+		}
+	}
+	if mean := len(tiny) / len(base.table.Chunks); mean < packFiles/2 {
+		t.Errorf("chunks of %d files in the mean", mean)
+	}
+	r := pack(t, DefaultChunkSize, append([]named{{"new", "new"}}, tiny...))
+	shared := 0
+	for _, c := range r.table.Chunks {
+		if old[c.Digest] {
+			shared++
+		}
+	}
+	if shared < len(r.table.Chunks)*9/10 {
+		t.Errorf("%d of %d chunks are the same", shared, len(r.table.Chunks))
+	}
+	if r := pack(t, DefaultChunkSize, usual); len(r.content)/len(r.table.Chunks) < DefaultChunkSize/2 {
+		t.Errorf("files of 20 KB: %d chunks for %d bytes", len(r.table.Chunks), len(r.content))
+	}
+}
