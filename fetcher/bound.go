@@ -22,8 +22,9 @@ func (f *Fetcher) From(o Origin) *Bound {
 }
 
 // ReadAhead prefetches chunks that readers are likely to demand next, as predicted from
-// the chunks that they have demanded. It is for images without a trace.
-func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
+// the chunks that they have demanded. Ahead of a reader in sequence it prefetches at most
+// this many bytes of content; 0 means no limit except that of the link.
+func (b *Bound) ReadAhead(most int64) { b.ahead.Store(newReadahead(most)) }
 
 // Fetch returns when all wants are resident, or with the first error: that of a chunk
 // that was given up, or the cause of the end of ctx. After an error it cancels the
@@ -31,7 +32,15 @@ func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockm
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	var ahead []blockmap.Want
 	if r := b.ahead.Load(); r != nil {
-		ahead = r.after(wants)
+		b.f.mu.Lock()
+		window := 4 * b.src.pace.window()
+		flying := make(map[key]bool)
+		for _, w := range wants {
+			k := key{w.Stream, w.Chunk}
+			flying[k] = b.f.mu.fetches[k] != nil
+		}
+		b.f.mu.Unlock()
+		ahead = r.after(wants, window, func(k key) bool { return flying[k] })
 	}
 	fetches := b.join(wants, ahead, reader)
 	for i, ft := range fetches {
@@ -78,7 +87,19 @@ const (
 	reader   asker = iota // waits, and leaves if it gives up
 	prefetch              // waits, and calls cancelPrefetches if it is stopped
 	hint                  // does not wait, and is dropped if there are many
+	idler                 // like prefetch, but behind everything else
 )
+
+// rank is the rank of what a caller that is no reader asks for.
+func (a asker) rank() rank {
+	switch a {
+	case hint:
+		return predicted
+	case idler:
+		return idle
+	}
+	return listed
+}
 
 // maxHints bounds the fetches of a Bound that come from hints and predictions.
 const maxHints = 256
@@ -108,6 +129,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	k := key{w.Stream, w.Chunk}
 	here := place{b.src, w.Table}
 	if ft := f.mu.fetches[k]; ft != nil {
+		f.raise(ft, as)
 		if as == hint {
 			return ft
 		}
@@ -117,7 +139,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 				f.pushTo(ft, b.src)
 			}
 		}
-		if as == prefetch {
+		if as != reader {
 			ft.wanted++
 			return ft
 		}
@@ -148,8 +170,8 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 		ft.hint = b
 		b.hints[ft] = struct{}{}
 		fallthrough
-	case prefetch:
-		ft.wanted = 1
+	default:
+		ft.wanted, ft.rank = 1, as.rank()
 	}
 	f.enqueue(ft)
 	return ft

@@ -33,7 +33,7 @@ const Auto = "auto"
 
 // Ahead says what is prefetched without a trace.
 type Ahead struct {
-	Metadata  bool // the filesystem's metadata, if it is small
+	Metadata  bool // the filesystem's metadata
 	Readahead bool // the chunks that follow chunks that are read in order
 	Program   bool // the files that the image's program needs, by the guess in the image
 }
@@ -174,7 +174,7 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 		defer close(s.loaded)
 		s.load(image)
 		if s.replay == nil && t.Ahead.Readahead {
-			image.fetcher.ReadAhead()
+			image.fetcher.ReadAhead(t.opener.cache.Quota() / 8)
 		}
 	}()
 	if t.Record == "" && (!t.auto() || s.known(ctx)) {
@@ -271,10 +271,10 @@ func (s *start) bundle(image *openImage) *fetcher.Bundle {
 // guess prefetches what every start is likely to read: the filesystem's metadata, and
 // the files of the image's program.
 func (s *start) guess(image *openImage) {
-	var wants []blockmap.Want
+	var metadata, files []blockmap.Want
 	if s.t.Ahead.Metadata {
 		if i, ok := s.image.Manifest.Metadata(); ok {
-			wants = image.MissingStream(i, smallMetadata)
+			metadata = within(image.MissingStream(i), s.t.opener.cache.Quota()/4)
 		}
 	}
 	if s.t.Ahead.Program {
@@ -283,9 +283,10 @@ func (s *start) guess(image *openImage) {
 			s.t.log.Warn("the guess in the image cannot be used", "image", s.image.Name, "err", err)
 		}
 		for _, e := range extents {
-			wants = append(wants, image.Missing(e)...)
+			files = append(files, image.Missing(e)...)
 		}
 	}
+	wants := share(metadata, files)
 	if len(wants) > 0 && s.ctx.Err() == nil {
 		guessed := image.fetcher.Replay(s.ctx, wants, s.replayOptions())
 		s.t.mu.Lock()
@@ -300,9 +301,44 @@ func (s *start) replayOptions() fetcher.ReplayOptions {
 	return fetcher.ReplayOptions{Rate: s.t.Rate, MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
-// smallMetadata is the largest stored size of metadata that is prefetched whole: that
-// of a few hundred thousand files.
-const smallMetadata = 4 << 20
+const (
+	// firstMetadata is how many stored bytes of metadata are prefetched before the
+	// program's files: the metadata of a few hundred thousand files.
+	firstMetadata = 4 << 20
+	// shareMetadata is how many stored bytes of metadata, and of files, take turns behind
+	// these.
+	shareMetadata = 512 << 10
+)
+
+// share returns the order in which to prefetch metadata and files: the first part of the
+// metadata, then both in turn, so that metadata of any size takes half of the link.
+func share(metadata, files []blockmap.Want) (all []blockmap.Want) {
+	take := func(from *[]blockmap.Want, bytes int64) {
+		for len(*from) > 0 && bytes > 0 {
+			w := (*from)[0]
+			bytes -= int64(w.Table.Chunks[w.Chunk].Stored)
+			all, *from = append(all, w), (*from)[1:]
+		}
+	}
+	for take(&metadata, firstMetadata); len(metadata)+len(files) > 0; take(&metadata, shareMetadata) {
+		take(&files, shareMetadata)
+	}
+	return all
+}
+
+// within returns the first of wants that take at most this many bytes in the cache; 0
+// means all.
+func within(wants []blockmap.Want, most int64) []blockmap.Want {
+	if most == 0 {
+		return wants
+	}
+	for i, w := range wants {
+		if most -= int64(w.Table.Chunks[w.Chunk].Size()); most < 0 {
+			return wants[:i]
+		}
+	}
+	return wants
+}
 
 // trace reads and merges the traces to use. It includes the traces beside the image if
 // stored is set; a bundle already has their chunks.
