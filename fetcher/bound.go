@@ -3,6 +3,7 @@ package fetcher
 import (
 	"context"
 	"sync/atomic"
+	"time"
 
 	"thaw/blockmap"
 )
@@ -14,6 +15,7 @@ type Bound struct {
 	src   *source
 	ahead atomic.Pointer[readahead]
 	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
+	last  atomic.Int64        // when a reader last waited, in ns since 1970; 0: never
 }
 
 // From binds f to an origin.
@@ -42,6 +44,8 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		b.f.mu.Unlock()
 		ahead = r.after(wants, window, func(k key) bool { return flying[k] })
 	}
+	b.last.Store(time.Now().UnixNano())
+	defer func() { b.last.Store(time.Now().UnixNano()) }()
 	fetches := b.join(wants, ahead, reader)
 	for i, ft := range fetches {
 		if ft == nil {
@@ -59,6 +63,14 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		}
 	}
 	return nil
+}
+
+// LastDemand returns when a reader last waited for chunks, or the zero time.
+func (b *Bound) LastDemand() time.Time {
+	if ns := b.last.Load(); ns > 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
 }
 
 // Prefetch fetches wants when no demand is waiting. It is a hint: it is dropped if

@@ -43,10 +43,11 @@ func (o *TraceOptions) auto() bool { return slices.Contains(o.Use, Auto) }
 // tracer records the starts of devices, and prefetches what they will read.
 type tracer struct {
 	TraceOptions
-	opener *opener
-	dir    recordDir
-	limit  context.Context // ends all waits and pushes when the host stops
-	log    *slog.Logger
+	opener    *opener
+	completer *completer
+	dir       recordDir
+	limit     context.Context // ends all waits and pushes when the host stops
+	log       *slog.Logger
 
 	serving atomic.Bool // clients can read; recordings that end before are not kept
 
