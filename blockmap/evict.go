@@ -225,7 +225,7 @@ func (e *evictor) coldest() []chunkRef {
 		rooted := e.roots.holdsStream(s.id)
 		for i := range s.table.Chunks {
 			if c := &s.table.Chunks[i]; s.res.any(c.Block, c.Count) {
-				all = append(all, candidate{chunkRef{s, i}, rooted, now - s.used[i].Load()})
+				all = append(all, candidate{chunkRef{s, i}, rooted, now - timeOf(s.used[i].Load())})
 			}
 		}
 	}

@@ -139,13 +139,9 @@ func (m *Image) Prefetch(e Extent) {
 	m.fetch.Prefetch(m.Missing(e))
 }
 
-// MissingStream lists the chunks of a stream of the index that are not resident,
-// or none if the stream is stored as more than limit bytes.
-func (m *Image) MissingStream(stream int, limit int64) (wants []Want) {
+// MissingStream lists the chunks of a stream of the index that are not resident.
+func (m *Image) MissingStream(stream int) (wants []Want) {
 	s, t := m.streams[stream], &m.ix.Streams[stream]
-	if t.BlobSize > limit {
-		return nil
-	}
 	for i := range t.Chunks {
 		if !s.Has(i) {
 			wants = append(wants, Want{Stream: s, Table: t, Chunk: i})

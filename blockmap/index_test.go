@@ -146,7 +146,7 @@ func use(t *testing.T, c *blockmap.Cache, ix *blockmap.Index) {
 		}
 		image.Prefetch(e)
 	}
-	image.MissingStream(0, 1<<20)
+	image.MissingStream(0)
 	for at, n := int64(0), 0; at < size && n < 1000; n++ {
 		at = image.Status(blockmap.Extent{Start: at, End: size}).End
 	}

@@ -50,6 +50,9 @@ func (s *Stream) Has(i int) bool {
 	return s.has(i) && s.usable() || s.store.held.any() && s.HasLeaves(i, s.table.Chunks[i].All())
 }
 
+// Viewed says whether chunk i has been viewed since this process filled it.
+func (s *Stream) Viewed(i int) bool { return isView(s.used[i].Load()) }
+
 // has says whether chunk i is on disk.
 func (s *Stream) has(i int) bool {
 	c := &s.table.Chunks[i]
@@ -99,10 +102,10 @@ func (s *Stream) lose(i int) int64 {
 	return n
 }
 
-func (s *Stream) touch(i int, now uint32) {
-	if s.used[i].Load() != now {
-		s.used[i].Store(now)
-		s.lastUse.Store(now)
+func (s *Stream) touch(i int, use uint32) {
+	if s.used[i].Load() != use {
+		s.used[i].Store(use)
+		s.lastUse.Store(timeOf(use))
 	}
 }
 
@@ -248,12 +251,14 @@ func (s *Stream) put(i int, b uint32, p []byte) error {
 	if err := s.store.evictor.reserve(n); err != nil {
 		return err
 	}
+	if c := &s.table.Chunks[i]; !s.res.any(c.Block, c.Count) {
+		s.touch(i, s.store.clock.fill()) // before any view of it
+	}
 	added, err := s.writeTo(f, i, b, p)
 	s.store.disk.used.Add(added - n)
 	if err != nil {
 		return err
 	}
-	s.touch(i, s.store.clock.now())
 	s.files.dirty.Store(true)
 	s.store.clock.filled()
 	return nil

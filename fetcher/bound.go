@@ -3,6 +3,7 @@ package fetcher
 import (
 	"context"
 	"sync/atomic"
+	"time"
 
 	"thaw/blockmap"
 )
@@ -14,6 +15,7 @@ type Bound struct {
 	src   *source
 	ahead atomic.Pointer[readahead]
 	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
+	last  atomic.Int64        // when a reader last waited, in ns since 1970; 0: never
 }
 
 // From binds f to an origin.
@@ -22,8 +24,9 @@ func (f *Fetcher) From(o Origin) *Bound {
 }
 
 // ReadAhead prefetches chunks that readers are likely to demand next, as predicted from
-// the chunks that they have demanded. It is for images without a trace.
-func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockmap.Stream]*reading)}) }
+// the chunks that they have demanded. Ahead of a reader in sequence it prefetches at most
+// this many bytes of content; 0 means no limit except that of the link.
+func (b *Bound) ReadAhead(most int64) { b.ahead.Store(newReadahead(most)) }
 
 // Fetch returns when what wants need is resident, or with the first error: that of a chunk
 // that was given up, or the cause of the end of ctx. After an error it cancels the
@@ -31,8 +34,18 @@ func (b *Bound) ReadAhead() { b.ahead.Store(&readahead{streams: make(map[*blockm
 func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	var ahead []blockmap.Want
 	if r := b.ahead.Load(); r != nil {
-		ahead = r.after(wants)
+		b.f.mu.Lock()
+		window := 4 * b.src.pace.window()
+		flying := make(map[key]bool)
+		for _, w := range wants {
+			k := key{w.Stream, w.Chunk}
+			flying[k] = b.f.mu.fetches[k] != nil
+		}
+		b.f.mu.Unlock()
+		ahead = r.after(wants, window, func(k key) bool { return flying[k] })
 	}
+	b.last.Store(time.Now().UnixNano())
+	defer func() { b.last.Store(time.Now().UnixNano()) }()
 	fetches := b.join(wants, ahead, reader)
 	for i, ft := range fetches {
 		if ft == nil {
@@ -48,6 +61,14 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 		}
 	}
 	return nil
+}
+
+// LastDemand returns when a reader last waited for chunks, or the zero time.
+func (b *Bound) LastDemand() time.Time {
+	if ns := b.last.Load(); ns > 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
 }
 
 // Prefetch fetches wants when no demand is waiting. It is a hint: it is dropped if
@@ -76,7 +97,19 @@ const (
 	reader   asker = iota // waits, and leaves if it gives up
 	prefetch              // waits, and calls cancelPrefetches if it is stopped
 	hint                  // does not wait, and is dropped if there are many
+	idler                 // like prefetch, but behind everything else
 )
+
+// rank is the rank of what a caller that is no reader asks for.
+func (a asker) rank() rank {
+	switch a {
+	case hint:
+		return predicted
+	case idler:
+		return idle
+	}
+	return listed
+}
 
 // maxHints bounds the fetches of a Bound that come from hints and predictions.
 const maxHints = 256
@@ -109,6 +142,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	k := key{w.Stream, w.Chunk}
 	here := place{b.src, w.Table}
 	if ft := f.mu.fetches[k]; ft != nil {
+		f.raise(ft, as)
 		if as == hint {
 			return ft
 		}
@@ -119,7 +153,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 			}
 		}
 		ft.need |= w.Needs()
-		if as == prefetch {
+		if as != reader {
 			ft.wanted++
 			return ft
 		}
@@ -150,8 +184,8 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 		ft.hint = b
 		b.hints[ft] = struct{}{}
 		fallthrough
-	case prefetch:
-		ft.wanted = 1
+	default:
+		ft.wanted, ft.rank = 1, as.rank()
 	}
 	f.enqueue(ft)
 	return ft

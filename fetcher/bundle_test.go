@@ -784,7 +784,7 @@ func TestSoak(t *testing.T) {
 			fetcher: fetcher.New(fetcher.Options{Backoff: time.Millisecond, MaxRequests: 1 + rng.IntN(16)})}
 		bound := w.fetcher.From(w.origin)
 		if round%3 == 0 {
-			bound.ReadAhead()
+			bound.ReadAhead(0)
 		}
 		if w.device, err = blockmap.NewImage(m.Index, cache, bound); err != nil {
 			t.Fatal(err)

@@ -47,6 +47,7 @@ func (f *Fetcher) dispatch() {
 			}
 		}
 	}
+	f.dispatchIdle()
 	f.mu.sources = slices.DeleteFunc(f.mu.sources, func(s *source) bool {
 		s.listed = s.queue.len() > 0
 		return !s.listed
@@ -75,18 +76,24 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 			return false
 		}
 	}
+	f.startBatch(s, first, demand, f.limits(s, demand))
+	return true
+}
+
+// startBatch starts a request for a fetch for which there is room, and for its
+// neighbours.
+func (f *Fetcher) startBatch(s *source, first *fetch, demand bool, l limits) {
 	from := first.at(s)
-	batch := s.queue.gather(from, first, f.limits(s, demand))
+	batch := s.queue.gather(from, first, l)
 	for _, ft := range batch {
 		ft.take(from)
 	}
-	bytes := costs(batch)
+	bytes := f.costs(batch)
 	if !f.admits(s, demand, bytes) {
-		batch = []*fetch{first} // for which there is room
-		bytes = costs(batch)
+		batch = []*fetch{first}
+		bytes = f.costs(batch)
 	}
 	f.start(s, batch, demand, bytes)
-	return true
 }
 
 // limits returns the limits of the next request to a source.
@@ -109,12 +116,15 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 	return l
 }
 
-// costs returns the sum of the costs of fetches.
-func costs(batch []*fetch) (bytes int64) {
+// costs returns the cost of a request. A request has only as many chunks in memory at
+// once as can be decompressed at once, one that is being read, and one that waits.
+func (f *Fetcher) costs(batch []*fetch) (bytes int64) {
+	var largest int64
 	for _, ft := range batch {
 		bytes += cost(ft.chunk())
+		largest = max(largest, cost(ft.chunk()))
 	}
-	return bytes
+	return min(bytes, int64(max(cap(f.decode), f.o.Decoders)+2)*largest)
 }
 
 // start makes a request for chunks of one blob.
@@ -126,6 +136,11 @@ func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
 	f.maxInFlight.Store(max(f.maxInFlight.Load(), int64(f.mu.pool.taken.requests)))
 	r := newRequest(f.ctx, batch[0].place)
 	r.demand, r.bytes = demand, bytes
+	if first := batch[0]; !first.demand && first.rank == idle {
+		r.idle = true
+		f.mu.idle++
+		s.idle++
+	}
 	for _, ft := range batch {
 		ft.state = running
 		ft.requests = append(ft.requests, r)
@@ -156,7 +171,7 @@ func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 	var left int64
 	var requests int
 	for r := range s.running {
-		if r.download != nil || !r.flows(now) {
+		if r.download != nil || r.idle || !r.flows(now) {
 			continue
 		}
 		left += r.total - r.got

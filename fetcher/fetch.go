@@ -15,6 +15,7 @@ type fetch struct {
 	place  place   // where the next try reads the chunk, or the last one did
 	others []place // other places that have the chunk, the next one first
 	demand bool    // a reader waits for it, or for a duplicate of it
+	rank   rank    // its turn among prefetches while no reader waits
 	// The readers that wait and the prefetches that want it, except those that left.
 	readers, wanted int
 	hint            *Bound // one of wanted is a hint or prediction of this Bound
@@ -124,6 +125,9 @@ func (f *Fetcher) promote(ft *fetch) {
 	case queued:
 		f.push(ft)
 	case running:
+		if f.leaveIdle(ft) {
+			break
+		}
 		for _, r := range ft.requests {
 			r.markDemand()
 		}
@@ -190,7 +194,7 @@ func (f *Fetcher) update(ft *fetch) {
 		if ft.wanted == 0 {
 			ft.need = 0
 		}
-		delete(f.mu.urgent, ft)
+		f.calmed(ft)
 		if ft.state == downloading {
 			ft.download.leave(ft)
 		}
@@ -282,7 +286,7 @@ func (f *Fetcher) end(ft *fetch, err error) {
 		ft.original = nil
 	}
 	ft.state = ended
-	delete(f.mu.urgent, ft)
+	f.calmed(ft)
 	if ft.hint != nil {
 		delete(ft.hint.hints, ft)
 	}

@@ -134,7 +134,7 @@ func TestReadAheadCostsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, m, fetcher.Options{Temporary: func(err error) bool { return !errors.Is(err, gone) }})
 		bound := w.fetcher.From(w.origin)
-		bound.ReadAhead()
+		bound.ReadAhead(0)
 		chunks := w.wants(t)[1:]
 		get := func(i int) error { return bound.Fetch(t.Context(), chunks[i:i+1]) }
 		if err := get(20); err != nil {

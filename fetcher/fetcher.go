@@ -48,6 +48,9 @@ type Fetcher struct {
 		refused   bool                  // a source had no room for a request since reclaim was last called
 		claims    map[*request]struct{} // requests that others pause for, see link.go
 		resumed   chan struct{}         // closed and replaced when paused requests may go on
+		idle      int                   // requests for idle fetches
+		calm      time.Time             // when the last demand or request that is not idle ended
+		calming   bool                  // a timer calls dispatchIdle
 	}
 }
 

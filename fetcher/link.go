@@ -45,7 +45,7 @@ func (f *Fetcher) arrived(r *request, n int64) {
 		r.place.src.pace.arrived(n, now)
 	}
 	f.claimLink(r, now)
-	if s := r.place.src; len(s.queue.prefetch.fetches) > 0 && !f.mu.closed {
+	if s := r.place.src; !f.mu.closed && s.queue.next(false) != nil {
 		for f.startNext(s, false) {
 		}
 	}
@@ -101,7 +101,7 @@ func (f *Fetcher) wakePaused() {
 
 // awaitLink pauses a request until it may be read.
 func (f *Fetcher) awaitLink(r *request) {
-	if f.claimed.Load() == 0 {
+	if f.claimed.Load() == 0 && !r.idle {
 		return
 	}
 	f.mu.Lock()
@@ -136,6 +136,13 @@ func (f *Fetcher) awaitLink(r *request) {
 
 // mustPause reports whether a request must wait for others.
 func (f *Fetcher) mustPause(r *request, now time.Time) bool {
+	if r.idle && r.ctx.Err() == nil && !r.awaited() && f.busy() {
+		if !r.paused.IsZero() && now.Sub(r.paused) >= maxPause {
+			f.requeue(r)
+			return false
+		}
+		return true
+	}
 	if r.awaited() || r.ctx.Err() != nil || now.Before(r.free) || !r.paused.IsZero() && now.Sub(r.paused) >= maxPause {
 		return false
 	}

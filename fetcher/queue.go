@@ -6,9 +6,9 @@ import (
 )
 
 // queue decides what a source's next request brings. It holds the fetches that wait for
-// a request to the source, in two lists: fetches that readers demand and fetches that
-// are prefetched, each in order of arrival. It starts no goroutine and uses no clock
-// and no I/O. Its callers hold Fetcher.mu.
+// a request to the source, in lists: fetches that readers demand, and fetches that are
+// prefetched, by their rank. Each list is in order of arrival. The queue starts no
+// goroutine and uses no clock and no I/O. Its callers hold Fetcher.mu.
 //
 // A fetch may be in the queues of several sources, and its state says whether it still
 // waits. So if another source has taken a fetch, or the fetch has ended, it is not
@@ -16,11 +16,23 @@ import (
 // front or when a list has doubled. A fetch that becomes a demand is pushed again, into
 // the other list.
 type queue struct {
-	demand, prefetch list
-	at               map[key]*fetch // what the lists hold, to find the neighbours of a fetch
+	demand   list
+	prefetch [ranks]list
+	at       map[key]*fetch // what the lists hold, to find the neighbours of a fetch
 }
 
-// list is one of the two orders.
+// rank is the turn of a fetch that no reader waits for. Each rank goes before the next
+// one.
+type rank uint8
+
+const (
+	predicted rank = iota // hints, and predictions from what readers have demanded
+	listed                // what a Replay lists
+	idle                  // what Complete fetches, see complete.go
+	ranks
+)
+
+// list is one of the orders.
 type list struct {
 	fetches []*fetch
 	sweep   int // the length at which fetches that no longer wait here are removed
@@ -36,11 +48,11 @@ type limits struct {
 
 // push adds a fetch at the end of the list of its kind.
 func (q *queue) push(ft *fetch) {
-	l := q.list(ft.demand)
+	l := q.list(ft)
 	// A source that hangs must not let its queue grow without bound as readers come and
 	// go.
 	if len(l.fetches) >= max(l.sweep, 64) {
-		l.fetches = slices.DeleteFunc(l.fetches, func(x *fetch) bool { return q.skip(x, ft.demand) })
+		l.fetches = slices.DeleteFunc(l.fetches, func(x *fetch) bool { return q.skip(x, l) })
 		l.sweep = 2 * len(l.fetches)
 	}
 	l.fetches = append(l.fetches, ft)
@@ -49,16 +61,17 @@ func (q *queue) push(ft *fetch) {
 
 // pushFront adds a fetch at the front, because its turn has passed.
 func (q *queue) pushFront(ft *fetch) {
-	l := q.list(ft.demand)
+	l := q.list(ft)
 	l.fetches = append([]*fetch{ft}, l.fetches...)
 	q.index(ft)
 }
 
-func (q *queue) list(demand bool) *list {
-	if demand {
+// list returns the list in which a fetch waits.
+func (q *queue) list(ft *fetch) *list {
+	if ft.demand {
 		return &q.demand
 	}
-	return &q.prefetch
+	return &q.prefetch[ft.rank]
 }
 
 func (q *queue) index(ft *fetch) {
@@ -68,25 +81,47 @@ func (q *queue) index(ft *fetch) {
 	q.at[ft.key] = ft
 }
 
-// skip reports whether a fetch no longer waits in the list of that kind. A fetch that
-// no longer waits at all is not a neighbour of any fetch either.
-func (q *queue) skip(ft *fetch, demand bool) bool {
+// skip reports whether a fetch no longer waits in a list. A fetch that no longer waits at
+// all is not a neighbour of any fetch either.
+func (q *queue) skip(ft *fetch, l *list) bool {
 	if ft.state != queued && q.at[ft.key] == ft {
 		delete(q.at, ft.key)
 	}
-	return !ft.waits(demand)
+	return !q.waits(ft, l)
 }
 
-// waits reports whether a fetch is to be started from a list of that kind.
-func (ft *fetch) waits(demand bool) bool { return ft.state == queued && ft.demand == demand }
+// waits reports whether a fetch is to be started from a list.
+func (q *queue) waits(ft *fetch, l *list) bool { return ft.state == queued && q.list(ft) == l }
 
 // len returns how many fetches the lists hold, including skipped ones.
-func (q *queue) len() int { return len(q.demand.fetches) + len(q.prefetch.fetches) }
+func (q *queue) len() int {
+	n := len(q.demand.fetches)
+	for i := range q.prefetch {
+		n += len(q.prefetch[i].fetches)
+	}
+	return n
+}
 
-// next returns the fetch whose turn it is, or nil.
+// next returns the fetch whose turn it is, or nil. Idle fetches have no turn here: see
+// nextIdle.
 func (q *queue) next(demand bool) *fetch {
-	l := q.list(demand)
-	for len(l.fetches) > 0 && q.skip(l.fetches[0], demand) {
+	if demand {
+		return q.first(&q.demand)
+	}
+	for r := range idle {
+		if ft := q.first(&q.prefetch[r]); ft != nil {
+			return ft
+		}
+	}
+	return nil
+}
+
+// nextIdle is next for idle fetches.
+func (q *queue) nextIdle() *fetch { return q.first(&q.prefetch[idle]) }
+
+// first returns the first fetch of a list that waits there, or nil.
+func (q *queue) first(l *list) *fetch {
+	for len(l.fetches) > 0 && q.skip(l.fetches[0], l) {
 		l.fetches[0] = nil
 		l.fetches = l.fetches[1:]
 	}
@@ -106,7 +141,7 @@ func (q *queue) smaller(fits func(*fetch) bool) *fetch {
 	}
 	l := &q.demand
 	for _, ft := range l.fetches[1:min(scanLimit, len(l.fetches))] {
-		if ft.waits(true) && fits(ft) {
+		if q.waits(ft, l) && fits(ft) {
 			first.passed++
 			return ft
 		}
@@ -131,8 +166,9 @@ func (q *queue) gather(from place, first *fetch, l limits) []*fetch {
 		return q.neighbours(from, first, nil, l)
 	}
 	var batch []*fetch
-	for _, ft := range q.prefetch.fetches[:min(scanLimit, len(q.prefetch.fetches))] {
-		if !ft.waits(false) || !ft.isAt(from) || slices.Contains(batch, ft) {
+	list := q.list(first)
+	for _, ft := range list.fetches[:min(scanLimit, len(list.fetches))] {
+		if !q.waits(ft, list) || !ft.isAt(from) || slices.Contains(batch, ft) {
 			continue
 		}
 		run := q.neighbours(from, ft, batch, l)
@@ -150,14 +186,16 @@ func (q *queue) gather(from place, first *fetch, l limits) []*fetch {
 // neighbours collects first and the fetches beside it in the blob that wait here and
 // are not in batch. It adds demanded ones up to l.request. It adds prefetched ones up
 // to l.bytes: only behind a demanded one, so that they delay nothing, and only if their
-// turn is near, so that chunks arrive roughly in their order.
+// turn is near, so that chunks arrive roughly in their order. It adds idle ones only
+// behind idle ones.
 func (q *queue) neighbours(from place, first *fetch, batch []*fetch, l limits) []*fetch {
 	run := []*fetch{first}
 	bytes := from.stored(first)
 	neighbour := func(of *fetch, step int) *fetch {
 		ft := q.at[key{of.stream, of.key.chunk + step}]
 		if ft == nil || ft.state != queued || !ft.isAt(from) || slices.Contains(batch, ft) ||
-			!ft.demand && (ft.seq < first.seq-l.near || ft.seq > first.seq+l.near) {
+			!ft.demand && (ft.seq < first.seq-l.near || ft.seq > first.seq+l.near) ||
+			q.list(ft) == &q.prefetch[idle] && q.list(first) != &q.prefetch[idle] {
 			return nil
 		}
 		n := from.stored(ft)

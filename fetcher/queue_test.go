@@ -34,7 +34,8 @@ func newQueue(holes ...int) *queuedChunks {
 	return &queuedChunks{here: place{&source{}, t}, stream: &blockmap.Stream{}, fetches: make(map[int]*fetch)}
 }
 
-// do runs steps, each a letter and the number of a chunk: a prefetch (p), a demand
+// do runs steps, each a letter and the number of a chunk: a prefetch (p), one of a list
+// (l), an idle one (i), a demand
 // (d), a demand that no reader waits for any more (c), a fetch that another source
 // starts (s), a fetch that ends (e).
 func (q *queuedChunks) do(t *testing.T, steps string) {
@@ -51,7 +52,8 @@ func (q *queuedChunks) do(t *testing.T, steps string) {
 			q.fetches[i] = ft
 		}
 		switch step[0] {
-		case 'p':
+		case 'p', 'l', 'i':
+			ft.rank = map[byte]rank{'p': predicted, 'l': listed, 'i': idle}[step[0]]
 			q.push(ft)
 		case 'd':
 			ft.demand = true
@@ -89,6 +91,10 @@ func TestQueueOrder(t *testing.T) {
 		{"demands before prefetches", "p5 p1 d3 p2 d4", "d3 d4 p5 p1 p2"},
 		{"a prefetch that is demanded", "p5 p1 p3 d3", "d3 p5 p1"},
 		{"and demanded no more: its turn has been", "p5 p1 p3 d3 c3", "p3 p5 p1"},
+		{"predictions before lists", "l5 l1 p3 l2 p4", "p3 p4 p5 p1 p2"},
+		{"a listed one that is predicted", "l5 l1 l3 p3", "p3 p5 p1"},
+		{"and demanded no more", "l5 l1 d1 c1 p2", "p2 p1 p5"},
+		{"idle ones have no turn among the others", "i5 l1 i2 d3", "d3 p1"},
 		{"twice", "p5 p1 d1 c1 d1", "d1 p5"},
 		{"started elsewhere", "p5 p1 d3 d4 s3 s5", "d4 p1"},
 		{"ended", "d3 d4 e3 p5 e5", "d4"},
@@ -99,6 +105,9 @@ func TestQueueOrder(t *testing.T) {
 			q.do(t, c.steps)
 			if got := q.start(); got != c.want {
 				t.Errorf("after %q: %q, want %q", c.steps, got, c.want)
+			}
+			for q.nextIdle() != nil {
+				q.nextIdle().state = running
 			}
 			if q.len() != 0 || len(q.at) != 0 {
 				t.Errorf("the empty queue holds %d fetches, and %d to find neighbours", q.len(), len(q.at))
@@ -138,6 +147,9 @@ func TestQueueGathers(t *testing.T) {
 		{"in order of their turn", nil, "p50 p5 p51", limits{1000, 1000, 3, 100}, []int{50, 51, 5}},
 		{"as many as a request may have", nil, "p5 p50 p100 p150", limits{1000, 1000, 2, 100}, []int{5, 50}},
 		{"and as many bytes", nil, "p5 p50 p100 p150", limits{1000, 25, 16, 100}, []int{5, 50}},
+		{"no idle ones behind others", nil, "d5 i6 p7", wide, []int{5}},
+		{"idle ones behind idle ones", nil, "i5 i6 i7 i4", wide, []int{4, 5, 6, 7}},
+		{"ranges of one rank", nil, "l5 p50 l100 p150", limits{1000, 1000, 16, 100}, []int{50, 150}},
 		{"demands share no ranges", nil, "d5 d50 p100", limits{1000, 1000, 16, 100}, []int{5}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -146,6 +158,9 @@ func TestQueueGathers(t *testing.T) {
 			first := q.next(true)
 			if first == nil {
 				first = q.next(false)
+			}
+			if first == nil {
+				first = q.nextIdle()
 			}
 			var got []int
 			for _, ft := range q.gather(q.here, first, c.limits) {

@@ -16,6 +16,7 @@ type request struct {
 	demand bool  // a reader was waiting when it was made
 	bytes  int64 // the part of Options.MaxBytes that it takes
 	extra  bool  // it was made because another request is late, see hedge.go
+	idle   bool  // it brings what Complete fetches, see complete.go
 
 	elsewhere bool      // it is an extra request to another server of the same origin
 	download  *download // it is a bundle download, which has no fetches of its own
@@ -93,6 +94,12 @@ func (f *Fetcher) ended(r *request) {
 	r.cancel()
 	delete(r.place.src.running, r)
 	delete(f.mu.running, r)
+	if r.idle {
+		f.mu.idle--
+		r.place.src.idle--
+	} else {
+		f.mu.calm = time.Now()
+	}
 	f.unclaim(r)
 }
 

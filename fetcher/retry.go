@@ -109,10 +109,16 @@ func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 
 // giveUp ends a fetch with an error.
 func (f *Fetcher) giveUp(ft *fetch, err error) {
-	f.failed.Add(1)
 	level := slog.LevelError
-	if !ft.demand {
+	switch {
+	case ft.demand:
+	case ft.rank == idle:
+		level = slog.LevelDebug // the caller of Complete reports it once
+	default:
 		level = slog.LevelWarn
+	}
+	if level > slog.LevelDebug {
+		f.failed.Add(1)
 	}
 	f.log.Log(f.ctx, level, "gave up a chunk", "err", err, "tries", ft.tries)
 	f.end(ft, err)
@@ -141,8 +147,8 @@ func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	default:
 		permanent = permanent || f.o.Temporary != nil && !f.o.Temporary(err)
 	}
-	if permanent && ft.tries > len(ft.others) {
-		return -1
+	if (permanent || !ft.demand && ft.rank == idle) && ft.tries > len(ft.others) {
+		return -1 // Complete has pauses of its own
 	}
 	limit := min(f.o.Backoff<<min(ft.tries-1, 10), 2*time.Second)
 	pause := f.heed(err, limit/2+rand.N(limit/2+1))

@@ -28,6 +28,7 @@ type source struct {
 	useless     int // extra requests in a row that were not quicker; counts until uselessTill
 	uselessTill time.Time
 
+	idle     int           // requests for idle fetches
 	decoding chan struct{} // a token for each of its jobs that the decoders work on
 	listed   bool          // it is in Fetcher.mu.sources
 }

@@ -36,6 +36,9 @@ type serveOptions struct {
 	wait        int // percent
 	waitFor     time.Duration
 
+	complete     completeFlag
+	completeRate size
+
 	maxConns               int
 	maxInFlight            size
 	handshake, write, idle time.Duration
@@ -75,6 +78,12 @@ With --trace auto --trace-push, serve packs a bundle in the background once the
 first start has been recorded. It then compares each start with what is stored. If
 three starts in a row on this host read less than half of that, or mostly something
 else, serve replaces the traces and packs a new bundle.
+
+When clients no longer wait for the registry, serve fetches the rest of the image,
+behind everything that clients read, so that the device works without its registry
+from then on. thaw status shows what is left. --complete sets when that begins, and
+--complete-rate how fast it may be. It does not begin if the cache has no room for
+all of the rest.
 
 --record FILE writes to a temporary file beside FILE and renames it to FILE when
 the recording ends. A server that is killed leaves the temporary file; the next
@@ -130,6 +139,9 @@ keeps the newest 32.`,
 	f.Var(&o.ahead, "fetch-ahead", "`LIST` of what to prefetch without a trace: metadata, readahead, program (the files of the image's program), or none")
 	f.IntVar(&o.wait, "prefetch-wait", 0, "delay readiness until this `PERCENT` of the trace is prefetched (default: do not wait)")
 	f.DurationVar(&o.waitFor, "prefetch-wait-for", time.Minute, "delay readiness by at most this `TIME` for --prefetch-wait")
+	o.complete = completeFlag(10 * time.Second)
+	f.Var(&o.complete, "complete", "fetch the rest of an image once no client has waited for the registry for this `TIME`, if the cache has room for it; or off")
+	f.Var(&o.completeRate, "complete-rate", "fetch at most this `SIZE` per second for --complete (default: no limit)")
 	f.BoolVar(&a.json, "json", false, "print the ready line as JSON")
 	return c
 }
@@ -200,6 +212,31 @@ func (o *serveOptions) traceOptions() host.TraceOptions {
 	t := o.trace
 	t.RecordBytes, t.Rate, t.Ahead = int64(o.recordBytes), int64(o.rate), host.Ahead(o.ahead)
 	return t
+}
+
+// completeFlag is a flag with a time, or off, which is 0.
+type completeFlag time.Duration
+
+func (f *completeFlag) Type() string { return "time" }
+
+func (f *completeFlag) String() string {
+	if *f == 0 {
+		return "off"
+	}
+	return time.Duration(*f).String()
+}
+
+func (f *completeFlag) Set(s string) error {
+	if s == "off" {
+		*f = 0
+		return nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 {
+		return fmt.Errorf("%q: it must be off, or a time such as 10s", s)
+	}
+	*f = completeFlag(d)
+	return nil
 }
 
 // aheadFlag is a flag that lists what to prefetch without a trace.

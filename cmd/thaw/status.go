@@ -214,6 +214,11 @@ func (s *shownStatus) lines(width int) []string {
 		devices = []string{"none"}
 	}
 	lines = append(lines, "devices   "+strings.Join(devices, ", "))
+	if n := s.Devices.Ready - s.Devices.Complete; n > 0 {
+		lines = append(lines, fmt.Sprintf("          %d complete; the others lack %s of their registries", s.Devices.Complete, bytesString(s.Devices.Missing)))
+	} else if s.Devices.Ready > 0 {
+		lines = append(lines, "          all complete: they do not need their registries any more")
+	}
 	if len(s.devices) > 0 {
 		lines = append(append(lines, ""), deviceTable(s.devices, width)...)
 	}

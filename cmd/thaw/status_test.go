@@ -107,7 +107,7 @@ func TestListAndStatus(t *testing.T) {
 	}
 	out = must(t, "status", "--cache", dir)
 	for _, want := range []string{"server    serving for ", fmt.Sprint(", pid ", s.cmd.Process.Pid), "cache     " + dir + "\n", " of 1.0 GiB used, ", "registry  ",
-		"clients   ", " reads, ", "devices   1 ready\n", digest[7:19]} {
+		"clients   ", " reads, ", "devices   1 ready\n", "          0 complete; the others lack ", digest[7:19]} {
 		if !strings.Contains(out, want) {
 			t.Errorf("it does not say %q:\n%s", want, out)
 		}

@@ -38,6 +38,8 @@ type Device struct {
 	start *start
 	block blockmap.Device
 
+	completion *completion
+
 	// Guarded by of.mu.
 	users     int // number of users, and one more while it is permanent
 	permanent bool
@@ -88,8 +90,9 @@ type DeviceInfo struct {
 	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
 	Resident  int64  `json:"resident_bytes"`  // the part of the content that is in the cache
 
-	Prefetch  *PrefetchInfo  `json:"prefetch,omitempty"`
-	Recording *RecordingInfo `json:"recording,omitempty"`
+	Prefetch   *PrefetchInfo   `json:"prefetch,omitempty"`
+	Recording  *RecordingInfo  `json:"recording,omitempty"`
+	Completion *CompletionInfo `json:"completion,omitempty"`
 }
 
 // Info describes the current state of the device.
@@ -122,7 +125,7 @@ func (d *Device) Info() DeviceInfo {
 		in.Content += int64(t.Blocks()) * blockmap.BlockSize
 	}
 	in.Resident = d.image.Resident()
-	in.Prefetch, in.Recording = d.start.prefetchInfo(), d.start.recordingInfo()
+	in.Prefetch, in.Recording, in.Completion = d.start.prefetchInfo(), d.start.recordingInfo(), d.completion.info()
 	return in
 }
 

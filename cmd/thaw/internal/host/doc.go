@@ -41,6 +41,7 @@
 //	find.go        from a name to a block image; pin.go: which one it has to be
 //	open.go        from a block image to a device, with or without the registry
 //	start.go       which traces, bundles and guesses to prefetch
+//	complete.go    the rest of an image, once the start is over
 //	recording.go   the recording of a start; recordfile.go: its file
 //	beside.go      traces and bundles beside an image: find, read, push, pack
 //	packing.go     bundles that are packed in the background

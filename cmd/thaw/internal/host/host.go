@@ -28,6 +28,8 @@ type Options struct {
 	Quota int64
 	// Trace says what to record and what to prefetch when a device starts.
 	Trace TraceOptions
+	// Complete says when to fetch the rest of the images.
+	Complete CompleteOptions
 	// Decoders is the number of threads that decompress prefetched chunks. It defaults
 	// to GOMAXPROCS.
 	Decoders int
@@ -102,6 +104,7 @@ func Open(o Options) (*Host, error) {
 	limit, limited := context.WithCancelCause(context.Background())
 	h.limited = limited
 	h.traces = newTracer(limit, o.Trace, &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}, recordDir{o.Dir})
+	h.traces.completer = newCompleter(o.Complete, h.cache, o.Dir)
 	h.devices = newDevices(h.log, h.traces.openDevice, closeDevice)
 	h.meter = startMeter(h.moved)
 	return h, nil
@@ -205,11 +208,12 @@ func (t *tracer) openDevice(ctx context.Context, d *Device) error {
 		image.close()
 		return err
 	}
-	d.start, d.image, d.block = s, image, block
+	d.start, d.image, d.block, d.completion = s, image, block, t.completer.begin(s, image)
 	return nil
 }
 
 func closeDevice(d *Device) {
+	d.completion.stop()
 	d.start.stop()
 	d.image.close()
 }

@@ -433,7 +433,7 @@ func TestFrozenJSON(t *testing.T) {
 	for file, v := range map[string]any{
 		"status.json": Status{
 			State: Serving, Version: "v1", PID: 1, Time: began.Add(time.Minute), Started: began, Uptime: 60,
-			Cache: "/var/cache/thaw", Quota: 2, Devices: DeviceCounts{1, 2, 3, 4}, Rates: Rates{10, 1.5, 2, 3, 4},
+			Cache: "/var/cache/thaw", Quota: 2, Devices: DeviceCounts{1, 2, 3, 4, 5, 6}, Rates: Rates{10, 1.5, 2, 3, 4},
 			Counts: Stats{
 				Stats:  fetcher.Stats{Requests: 1, Bytes: 2, Chunks: 3},
 				Cached: 4, Held: 5, Evicted: 6, Damaged: 7, OpenStreams: 8, Devices: 9, Goroutines: 10, Memory: 11,
@@ -442,7 +442,7 @@ func TestFrozenJSON(t *testing.T) {
 		},
 		"device.json": DeviceInfo{
 			ID: "1", Name: "root", Image: "registry.example/team/app@sha256:12", Digest: "sha256:12", State: Ready, Permanent: true, Users: 1,
-			Size: 2, Stored: 3, Content: 5, Resident: 4,
+			Size: 2, Stored: 3, Content: 5, Resident: 4, Completion: &CompletionInfo{State: completeRetrying, Missing: 1, Stored: 2, Error: "no"},
 			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5, &BundleInfo{10, 9, 8, 7, 6, true}, &UseInfo{4, 3, 2, 1}},
 			Recording: &RecordingInfo{recordingNow, "/var/cache/thaw/traces/x.trace", 1, 2, 3},
 		},

@@ -175,7 +175,7 @@ func TestStatus(t *testing.T) {
 		t.Errorf("all was read: %+v", in)
 	}
 	h.SetServing()
-	if st := h.Status(); st.State != Serving || st.Devices != (DeviceCounts{Ready: 1}) || st.Counts.Bytes == 0 || st.Rates.Fetched == 0 || st.Uptime <= 0 {
+	if st := h.Status(); st.State != Serving || st.Devices != (DeviceCounts{Ready: 1, Complete: 1}) || st.Counts.Bytes == 0 || st.Rates.Fetched == 0 || st.Uptime <= 0 {
 		t.Errorf("%+v", st)
 	}
 	d, release, err := h.Acquire(t.Context(), "", nil)

@@ -36,7 +36,7 @@ const Auto = "auto"
 
 // Ahead says what is prefetched without a trace.
 type Ahead struct {
-	Metadata  bool // the filesystem's metadata, if it is small
+	Metadata  bool // the filesystem's metadata
 	Readahead bool // the chunks that follow chunks that are read in order
 	Program   bool // the files that the image's program needs, by the guess in the image
 }
@@ -46,10 +46,11 @@ func (o *TraceOptions) auto() bool { return slices.Contains(o.Use, Auto) }
 // tracer records the starts of devices, and prefetches what they will read.
 type tracer struct {
 	TraceOptions
-	opener *opener
-	dir    recordDir
-	limit  context.Context // ends all waits and pushes when the host stops
-	log    *slog.Logger
+	opener    *opener
+	completer *completer
+	dir       recordDir
+	limit     context.Context // ends all waits and pushes when the host stops
+	log       *slog.Logger
 
 	serving atomic.Bool // clients can read; recordings that end before are not kept
 
@@ -185,7 +186,7 @@ func (s *start) attach(ctx context.Context, image *openImage) (blockmap.Device, 
 		s.load(image)
 		// The bundle of another version says only a part of what will be read.
 		if t.Ahead.Readahead && (s.replay == nil || s.bundled != nil && s.bundled.Other) {
-			image.fetcher.ReadAhead()
+			image.fetcher.ReadAhead(t.opener.cache.Quota() / 8)
 		}
 	}()
 	if t.Record == "" && (!t.auto() || !t.Push && s.tracesFound(ctx)) {
@@ -326,10 +327,11 @@ func (s *start) guess(image *openImage) {
 	}
 }
 
-func (s *start) guessWants(image *openImage) (wants []blockmap.Want) {
+func (s *start) guessWants(image *openImage) []blockmap.Want {
+	var metadata, files []blockmap.Want
 	if s.t.Ahead.Metadata {
 		if i, ok := s.image.Manifest.Metadata(); ok {
-			wants = image.MissingStream(i, smallMetadata)
+			metadata = within(image.MissingStream(i), s.t.opener.cache.Quota()/4)
 		}
 	}
 	if s.t.Ahead.Program {
@@ -338,10 +340,10 @@ func (s *start) guessWants(image *openImage) (wants []blockmap.Want) {
 			s.t.log.Warn("the guess in the image cannot be used", "image", s.image.Name, "err", err)
 		}
 		for _, e := range extents {
-			wants = append(wants, image.Missing(e)...)
+			files = append(files, image.Missing(e)...)
 		}
 	}
-	return wants
+	return share(metadata, files)
 }
 
 // replayOptions limits a prefetch to the capacity of the cache: a larger prefetch would
@@ -350,9 +352,44 @@ func (s *start) replayOptions() fetcher.ReplayOptions {
 	return fetcher.ReplayOptions{Rate: s.t.Rate, MaxBytes: s.t.opener.cache.Quota() / 4 * 3}
 }
 
-// smallMetadata is the largest stored size of metadata that is prefetched whole: that
-// of a few hundred thousand files.
-const smallMetadata = 4 << 20
+const (
+	// firstMetadata is how many stored bytes of metadata are prefetched before the
+	// program's files: the metadata of a few hundred thousand files.
+	firstMetadata = 4 << 20
+	// shareMetadata is how many stored bytes of metadata, and of files, take turns behind
+	// these.
+	shareMetadata = 512 << 10
+)
+
+// share returns the order in which to prefetch metadata and files: the first part of the
+// metadata, then both in turn, so that metadata of any size takes half of the link.
+func share(metadata, files []blockmap.Want) (all []blockmap.Want) {
+	take := func(from *[]blockmap.Want, bytes int64) {
+		for len(*from) > 0 && bytes > 0 {
+			w := (*from)[0]
+			bytes -= int64(w.Table.Chunks[w.Chunk].Stored)
+			all, *from = append(all, w), (*from)[1:]
+		}
+	}
+	for take(&metadata, firstMetadata); len(metadata)+len(files) > 0; take(&metadata, shareMetadata) {
+		take(&files, shareMetadata)
+	}
+	return all
+}
+
+// within returns the first of wants that take at most this many bytes in the cache; 0
+// means all.
+func within(wants []blockmap.Want, most int64) []blockmap.Want {
+	if most == 0 {
+		return wants
+	}
+	for i, w := range wants {
+		if most -= int64(w.Table.Chunks[w.Chunk].Size()); most < 0 {
+			return wants[:i]
+		}
+	}
+	return wants
+}
 
 // trace reads and merges the traces to use. It includes the traces beside the image if
 // stored is set; a bundle already has their chunks.

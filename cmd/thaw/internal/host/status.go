@@ -38,6 +38,9 @@ type DeviceCounts struct {
 	Ready   int `json:"ready"`
 	Failed  int `json:"failed"`
 	Closing int `json:"closing"`
+
+	Complete int   `json:"complete"`             // of those that are ready: they need their registries no longer
+	Missing  int64 `json:"missing_stored_bytes"` // of those that are not, as it is stored in the registries
 }
 
 // Status returns the current state of the host.
@@ -59,6 +62,11 @@ func (h *Host) Status() Status {
 			s.Devices.Opening++
 		case Ready:
 			s.Devices.Ready++
+			if in := d.completion.info(); in.Missing == 0 {
+				s.Devices.Complete++
+			} else {
+				s.Devices.Missing += in.Stored
+			}
 		case Failed:
 			s.Devices.Failed++
 		case Closing:

@@ -1,0 +1,272 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+	"thaw/fetcher"
+)
+
+// CompleteOptions say when a Host fetches the rest of the images of its devices, so that
+// they need their registries no longer.
+type CompleteOptions struct {
+	// After is how long no reader of a device has waited for its registry before the rest
+	// of the image is fetched; 0 means never. It is fetched only if the cache has room for
+	// all of it: completion evicts nothing.
+	After time.Duration
+	// Rate bounds the bytes per second that are requested for this; 0 means no limit.
+	Rate int64
+}
+
+const (
+	// completeAtOnce is how many images are completed at once. The others wait.
+	completeAtOnce = 2
+	// recheckAfter is how often a complete image, and one without room, are looked at.
+	recheckAfter = time.Minute
+	// A failed completion is tried again after a pause, which doubles.
+	firstRetry, lastRetry = 10 * time.Second, 10 * time.Minute
+)
+
+// completer completes images.
+type completer struct {
+	CompleteOptions
+	cache *blockmap.Cache
+	dir   string
+	slots chan struct{} // a token for each image that is being completed
+
+	recheck           time.Duration
+	firstTry, lastTry time.Duration // pauses after failures
+}
+
+func newCompleter(o CompleteOptions, cache *blockmap.Cache, dir string) *completer {
+	return &completer{o, cache, dir, make(chan struct{}, completeAtOnce), recheckAfter, firstRetry, lastRetry}
+}
+
+// room returns how many bytes the cache can take without evicting anything. It leaves a
+// part of the quota, or of the disk, to what readers demand and to other programs.
+func (c *completer) room() int64 {
+	if quota := c.cache.Quota(); quota > 0 {
+		return quota - quota/16 - c.cache.Used()
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(c.dir, &disk); err != nil {
+		return 0
+	}
+	return int64(min((float64(disk.Bavail)-float64(disk.Blocks)/10)*float64(disk.Bsize), math.MaxInt64/2))
+}
+
+// CompletionInfo says how much of a device's image is not in the cache, and what is done
+// about it.
+type CompletionInfo struct {
+	State   string `json:"state"`                // complete, waiting (for the start to become quiet, or for other images), running, retrying, no_room, or off
+	Missing int64  `json:"missing_bytes"`        // content that is not in the cache; 0: the device does not need its registry
+	Stored  int64  `json:"missing_stored_bytes"` // as it is stored in the registry
+	Error   string `json:"error,omitempty"`      // retrying: why the last try failed
+}
+
+const (
+	completeDone     = "complete"
+	completeWaiting  = "waiting"
+	completeRunning  = "running"
+	completeRetrying = "retrying"
+	completeNoRoom   = "no_room"
+	completeOff      = "off"
+)
+
+// completion is the completion of one device's image.
+type completion struct {
+	*completer
+	start  *start
+	image  *openImage
+	log    *slog.Logger
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu    sync.Mutex
+	state string
+	err   error
+}
+
+// begin completes the image of a start in the background, if that is enabled.
+func (c *completer) begin(s *start, image *openImage) *completion {
+	x := &completion{
+		completer: c, start: s, image: image, log: s.t.log.With("image", image.of.Name), state: completeOff, done: make(chan struct{}),
+	}
+	ctx, cancel := context.WithCancel(s.ctx)
+	x.cancel = cancel
+	if c.After == 0 {
+		close(x.done)
+		return x
+	}
+	x.state = completeWaiting
+	go func() {
+		defer close(x.done)
+		x.run(ctx)
+	}()
+	return x
+}
+
+// stop ends the completion, and returns when it has ended.
+func (x *completion) stop() {
+	x.cancel()
+	<-x.done
+}
+
+func (x *completion) set(state string, err error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.state, x.err = state, err
+}
+
+func (x *completion) info() *CompletionInfo {
+	x.mu.Lock()
+	in := &CompletionInfo{State: x.state}
+	if x.err != nil {
+		in.Error = x.err.Error()
+	}
+	x.mu.Unlock()
+	_, in.Missing, in.Stored = x.missing()
+	switch {
+	case in.Missing == 0:
+		in.State, in.Error = completeDone, ""
+	case in.State == completeDone:
+		in.State = completeWaiting // something was evicted since
+	}
+	return in
+}
+
+// missing lists the chunks that the device needs and the cache lacks, in the order of
+// their streams, so that neighbours share requests. It returns the bytes of their content,
+// and those that they are stored as.
+func (x *completion) missing() (wants []blockmap.Want, content, stored int64) {
+	ix := x.image.Index()
+	at := make(map[*blockmap.Table]int)
+	for i := range ix.Streams {
+		at[&ix.Streams[i]] = i
+	}
+	order := func(a, b blockmap.Want) int { return cmp.Or(at[a.Table]-at[b.Table], a.Chunk-b.Chunk) }
+	wants = x.image.Missing(blockmap.Extent{End: x.image.Size()})
+	slices.SortFunc(wants, order)
+	wants = slices.CompactFunc(wants, func(a, b blockmap.Want) bool { return order(a, b) == 0 })
+	for _, w := range wants {
+		c := &w.Table.Chunks[w.Chunk]
+		content += int64(c.Size())
+		stored += int64(c.Stored)
+	}
+	return wants, content, stored
+}
+
+// run completes the image, again if a part of it is evicted later, until ctx ends.
+func (x *completion) run(ctx context.Context) {
+	pause, told := x.firstTry, false
+	for ctx.Err() == nil {
+		_, content, stored := x.missing()
+		switch {
+		case content == 0:
+			x.set(completeDone, nil)
+			if !told {
+				told = true
+				x.log.Info("all of the image is in the cache: it does not need its registry any more")
+			}
+			sleep(ctx, x.recheck)
+			continue
+		case content > x.room():
+			x.set(completeNoRoom, nil)
+			sleep(ctx, x.recheck)
+			continue
+		}
+		if !x.awaitQuiet(ctx) {
+			return
+		}
+		select {
+		case x.slots <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		wants, _, _ := x.missing()
+		x.set(completeRunning, nil)
+		err := x.image.fetcher.Complete(ctx, wants, fetcher.CompleteOptions{Rate: x.Rate, Room: x.room})
+		<-x.slots
+		switch {
+		case err == nil:
+			pause = x.firstTry
+			x.set(completeWaiting, nil)
+		case errors.Is(err, blockmap.ErrNoSpace):
+			x.set(completeNoRoom, nil)
+			sleep(ctx, x.recheck)
+		case ctx.Err() == nil:
+			log := x.log.Debug
+			if pause == x.firstTry {
+				log = x.log.Warn
+			}
+			log("the rest of the image cannot be fetched now; thaw tries again", "missing_stored_bytes", stored, "in", pause, "err", err)
+			x.set(completeRetrying, err)
+			sleep(ctx, pause/2+rand.N(pause/2+1))
+			pause = min(2*pause, x.lastTry)
+		}
+	}
+}
+
+// awaitQuiet returns when the prefetch of the start has ended, and no reader has waited
+// for the registry since After. It reports false when ctx has ended.
+func (x *completion) awaitQuiet(ctx context.Context) bool {
+	select {
+	case <-x.start.loaded:
+	case <-ctx.Done():
+		return false
+	}
+	for ctx.Err() == nil {
+		last := slices.MaxFunc([]time.Time{x.start.begun, x.image.fetcher.LastDemand()}, time.Time.Compare)
+		wait := x.After - time.Since(last)
+		if prefetched, running := x.start.prefetchEnded(); running {
+			wait = max(wait, min(x.After, time.Second))
+		} else {
+			wait = max(wait, x.After-time.Since(prefetched))
+		}
+		if wait <= 0 {
+			return true
+		}
+		sleep(ctx, wait)
+	}
+	return false
+}
+
+// prefetchEnded returns when the prefetch of the start ended, or that it is running.
+func (s *start) prefetchEnded() (at time.Time, running bool) {
+	s.t.mu.Lock()
+	replays := []*fetcher.Replay{s.replay, s.guessed}
+	s.t.mu.Unlock()
+	for _, r := range replays {
+		if r == nil {
+			continue
+		}
+		p := r.Progress()
+		if p.Ended.IsZero() {
+			return at, true
+		}
+		if p.Ended.After(at) {
+			at = p.Ended
+		}
+	}
+	return at, false
+}
+
+// sleep returns after d, or when ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
