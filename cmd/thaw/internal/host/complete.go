@@ -157,10 +157,21 @@ func (x *completion) missing() (wants []blockmap.Want, content, stored int64) {
 	order := func(a, b blockmap.Want) int { return cmp.Or(at[a.Table]-at[b.Table], a.Chunk-b.Chunk) }
 	wants = x.image.Missing(blockmap.Extent{End: x.image.Size()})
 	slices.SortFunc(wants, order)
-	wants = slices.CompactFunc(wants, func(a, b blockmap.Want) bool { return order(a, b) == 0 })
+	// Files that are apart on the device may have leaves of the same chunk.
+	all := wants
+	wants = wants[:0]
+	for _, w := range all {
+		if n := len(wants); n > 0 && order(wants[n-1], w) == 0 {
+			wants[n-1].Leaves = wants[n-1].Needs() | w.Needs()
+			continue
+		}
+		wants = append(wants, w)
+	}
 	for _, w := range wants {
 		c := &w.Table.Chunks[w.Chunk]
-		content += int64(c.Size())
+		for leaf := range w.Needs().Each {
+			content += int64(c.LeafSize(leaf))
+		}
 		stored += int64(c.Stored)
 	}
 	return wants, content, stored
