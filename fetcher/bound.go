@@ -158,6 +158,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 			return ft
 		}
 		ft.readers++
+		ft.reads |= w.Needs()
 		if ft.demand && ft.state == downloading {
 			f.awaitDownload(ft) // it may bring what others wait for sooner than this
 		}
@@ -178,7 +179,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	f.mu.fetches[k] = ft
 	switch as {
 	case reader:
-		ft.readers = 1
+		ft.readers, ft.reads = 1, w.Needs()
 		f.markDemand(ft)
 	case hint:
 		ft.hint = b

@@ -89,7 +89,7 @@ func (d *download) leave(ft *fetch) {
 // the download, or for a request. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) awaitDownload(ft *fetch) {
 	d := ft.download
-	absent := ft.need &^ ft.stream.Leaves(ft.key.chunk)
+	absent := ft.reads &^ ft.stream.Leaves(ft.key.chunk)
 	if absent == 0 {
 		return // the readers are being woken
 	}
@@ -105,7 +105,7 @@ func (f *Fetcher) awaitDownload(ft *fetch) {
 	ft.late = time.AfterFunc(wait, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if _, ok := d.awaited[ft]; ok && !f.mu.closed && !ft.here() {
+		if _, ok := d.awaited[ft]; ok && !f.mu.closed && !ft.stream.HasLeaves(ft.key.chunk, ft.reads) {
 			d.hangs = d.got == got
 			f.enqueue(ft)
 			f.dispatch()
@@ -468,14 +468,12 @@ func (f *Fetcher) leavesCame(k key, leaves blockmap.LeafSet) {
 		f.end(ft, nil)
 	case ft.coming == 0 && ft.state == downloading:
 		f.settle(ft, nil)
-	default:
-		if ft.late != nil && ft.here() {
-			ft.download.leave(ft)
-		}
-		if ft.moved != nil {
-			close(ft.moved)
-			ft.moved = nil
-		}
+	case ft.late != nil && ft.stream.HasLeaves(ft.key.chunk, ft.reads):
+		ft.download.leave(ft)
+	}
+	if ft.moved != nil {
+		close(ft.moved)
+		ft.moved = nil
 	}
 	f.dispatch()
 }

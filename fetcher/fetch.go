@@ -28,10 +28,11 @@ type fetch struct {
 	passed          int // smaller fetches that were started before it
 	wrong           int // tries that brought wrong bytes
 
-	// need is the leaves that those who have joined it need. moved is closed when leaves of
-	// the chunk have come before the rest; nil if nobody looks.
-	need  blockmap.LeafSet
-	moved chan struct{}
+	// need is the leaves that those who have joined it need, and reads those that readers
+	// need. moved is closed when leaves of the chunk have come before the rest; nil if
+	// nobody looks.
+	need, reads blockmap.LeafSet
+	moved       chan struct{}
 
 	requests      []*request // requests that bring it, while it is running
 	noExtraBefore time.Time  // no extra request may be made before this time
@@ -88,10 +89,10 @@ func (ft *fetch) take(p place) {
 
 // here reports whether all that is needed of it is resident.
 func (ft *fetch) here() bool {
-	if len(ft.duplicates) > 0 {
+	if len(ft.duplicates) > 0 || ft.need == 0 {
 		return ft.stream.Has(ft.key.chunk)
 	}
-	return blockmap.Want{Stream: ft.stream, Table: ft.place.table, Chunk: ft.key.chunk, Leaves: ft.need}.Here()
+	return ft.stream.HasLeaves(ft.key.chunk, ft.need)
 }
 
 // isWanted reports whether a reader or a prefetch still wants it, or a duplicate of it.
@@ -191,6 +192,7 @@ func (f *Fetcher) update(ft *fetch) {
 	calmed := ft.demand && !ft.hasReader()
 	if calmed {
 		ft.demand = false
+		ft.reads = 0
 		if ft.wanted == 0 {
 			ft.need = 0
 		}

@@ -303,6 +303,39 @@ func TestReadersOfOneChunk(t *testing.T) {
 	})
 }
 
+// The last leaf that a bundle brings of a chunk wakes its reader, also if a prefetch wants
+// the rest of the chunk, which a request then brings.
+func TestLastLeafWakesItsReader(t *testing.T) {
+	m := blocktest.NewImage(t, 189, 3000)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{})
+		w.origin.Set(blocktest.Faults{Delay: time.Second})
+		x := w.leaves(t, 3, 4)[0].Want
+		l := w.bundleLeaves(t, []leaf{{x, 1}}, 1)
+		l.let(0, nil)
+		r := w.replay(t, l, nil)
+		synctest.Wait()
+		list := w.fetcher.From(w.origin).Replay(t.Context(), []blockmap.Want{x}, fetcher.ReplayOptions{})
+		synctest.Wait()
+		read := make(chan time.Duration, 1)
+		go func() { read <- w.readLeaf(t, leaf{x, 1}) }()
+		synctest.Wait()
+		if len(read) > 0 || w.origin.Requests() > 0 {
+			t.Fatal("the reader does not wait for the bundle")
+		}
+		l.let(1<<40, nil)
+		synctest.Wait()
+		if len(read) != 1 || <-read != 0 || x.Here() {
+			t.Error("the reader waits for more than its leaf")
+		}
+		checkDone(t, list)
+		checkDone(t, r)
+		if n := w.origin.Requests(); n != 1 || !x.Here() {
+			t.Errorf("%d requests for the rest of the chunk", n)
+		}
+	})
+}
+
 // A list behind a bundle is fetched only where it needs more than the bundle has brought.
 func TestListBehindLeaves(t *testing.T) {
 	m := blocktest.NewImage(t, 184, 3000)
