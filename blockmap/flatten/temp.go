@@ -227,7 +227,12 @@ func (t *tempDir) makeRoom() bool {
 	for _, p := range parts {
 		p.drop()
 	}
-	return t.release() || len(parts) > 0
+	// Those of layers that were read to their ends are closed.
+	closed, _ := filepath.Glob(filepath.Join(t.path, partPrefix+"*"))
+	for _, path := range closed {
+		os.Remove(path)
+	}
+	return t.release() || len(parts)+len(closed) > 0
 }
 
 // release gives up all kept streams, and reports whether there were any.

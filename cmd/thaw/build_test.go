@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -193,16 +194,29 @@ func TestInterruptedBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	interrupt := func(layer int) string {
-		t.Helper()
-		digest, err := layers[layer].Digest()
+	var digests []string
+	for _, l := range layers {
+		d, err := l.Digest()
 		if err != nil {
 			t.Fatal(err)
 		}
+		digests = append(digests, d.Hex)
+	}
+	interrupt := func(layer int) string {
+		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
+		var stderr syncBuffer
 		p.set(func(w http.ResponseWriter, r *http.Request) bool {
-			if r.Method == http.MethodGet && strings.Contains(r.URL.Path, digest.Hex) {
+			if layer == 0 && r.Method == http.MethodGet && strings.Contains(r.URL.Path, digests[1]) {
+				<-r.Context().Done() // so that no layer is finished
+				return false
+			}
+			if r.Method == http.MethodGet && strings.Contains(r.URL.Path, digests[layer]) {
+				// The layers are read at the same time: the others are to be done.
+				for end := time.Now().Add(20 * time.Second); strings.Count(stderr.String(), "stored as") < layer && time.Now().Before(end); {
+					time.Sleep(time.Millisecond)
+				}
 				cancel()
 				<-r.Context().Done()
 				return false
@@ -210,7 +224,6 @@ func TestInterruptedBuild(t *testing.T) {
 			return true
 		})
 		defer p.set(nil)
-		var stderr syncBuffer
 		if code := run(ctx, []string{"build", ref, "--jobs", "1", "--temp", t.TempDir()}, io.Discard, &stderr); code != exitError {
 			t.Errorf("exit %d", code)
 		}
