@@ -14,3 +14,10 @@ func (c *Cache) LimitOpen(n int64) { c.streams.openLimit = n }
 // StoreHeld writes the chunks held in memory to the disk, as the cache does from time
 // to time.
 func (c *Cache) StoreHeld() { c.streams.held.store() }
+
+// ReadWithThreads has the cache read its disk as where there is no io_uring. It is called
+// before the first read.
+func (c *Cache) ReadWithThreads() { c.streams.reads.threads = true }
+
+// Reading is how many reads of the disk have not ended.
+func (c *Cache) Reading() int64 { return c.streams.reads.n.Load() }
