@@ -71,6 +71,8 @@ const (
 
 // CacheOptions are the settings of a Cache.
 type CacheOptions struct {
+	// Mode is how the content of streams is read and written. Defaults to Buffered.
+	Mode Mode
 	// Quota bounds the bytes that the directory takes on disk; 0 means that only
 	// the disk does. Beyond it the least recently used chunks are evicted.
 	Quota int64
@@ -99,6 +101,11 @@ func OpenCache(dir string, o CacheOptions) (*Cache, error) {
 	if c.lock, err = c.disk.fs.Lock(c.disk.path("lock")); err != nil {
 		return nil, fmt.Errorf("open cache %s: %w", dir, err)
 	}
+	if c.disk.direct {
+		if err := c.disk.checkDirect(); err != nil {
+			return nil, errors.Join(fmt.Errorf("open cache %s: %w", dir, err), c.lock.Close())
+		}
+	}
 	if err := c.load(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open cache: %w", err), c.Close())
 	}
@@ -109,12 +116,15 @@ func OpenCache(dir string, o CacheOptions) (*Cache, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	c.stop = cancel
 	c.wg.Go(func() { c.tend(ctx, every) })
+	if !c.disk.direct {
+		c.wg.Go(func() { c.streams.memory.watch(ctx) })
+	}
 	return c, nil
 }
 
 // newCache wires the parts of a cache.
 func newCache(dir string, o CacheOptions) *Cache {
-	d := &disk{dir: dir, fs: o.FS, boot: o.Boot, quota: o.Quota, log: o.Log}
+	d := &disk{dir: dir, fs: o.FS, boot: o.Boot, quota: o.Quota, direct: o.Mode == Direct, log: o.Log}
 	if d.fs == nil {
 		d.fs = OS
 	}
@@ -177,6 +187,7 @@ func (c *Cache) Close() error {
 		c.stop()
 	}
 	c.wg.Wait()
+	c.streams.reads.close() // those that nobody waits for still pin chunks
 	return errors.Join(c.Sync(), c.streams.close(), c.lock.Close())
 }
 

@@ -3,16 +3,26 @@ package blockmap
 import (
 	"encoding/binary"
 	"errors"
+	"io"
 	"io/fs"
 	"runtime/debug"
+	"unsafe"
 
 	"github.com/edsrzf/mmap-go"
+	"github.com/ncw/directio"
 	"golang.org/x/sys/unix"
 )
 
 // dataFile is an open sparse file of blocks, mapped for reading. It knows nothing
-// of what the blocks are. Only its methods touch the file and the mapping, so
-// that another way to read and write (without the page cache) has one place.
+// of what the blocks are. Only its methods touch the file and the mapping.
+//
+// There are two ways to read. What is in memory is read where it is mapped. The rest is
+// read by descriptor. So the kernel reads ahead for reads by descriptor, which are in
+// order if the client's are, and not for the mapping: on a disk with a readahead of
+// megabytes, a page fault would read as much for 4 KiB, and evict what others need.
+//
+// With direct set, blocks are read and written by that descriptor only, and the mapping
+// serves the guard alone: the page cache keeps nothing else of the file.
 //
 // Behind its content the file has one more block, the guard, filled with
 // guardWord. While the end of the guard is there nobody has cut the file short,
@@ -23,6 +33,9 @@ type dataFile struct {
 	id   FileID
 	size int64     // of the content, without the guard
 	m    mmap.MMap // the content and the guard
+
+	direct  File // the same file without the page cache; nil: blocks are read and written by f
+	buffers *buffers
 }
 
 const (
@@ -78,8 +91,9 @@ func statData(fsys FS, path string, size int64) (id FileID, space int64, err err
 
 // openData opens the data file at path for size bytes of content. Where known is
 // set it must be the file was, or errReplaced is returned; where not, a file that
-// is missing or not whole is made anew.
-func openData(fsys FS, path string, size int64, was FileID, known bool) (d *dataFile, err error) {
+// is missing or not whole is made anew. With direct set, which has memory for that, blocks
+// do not go through the page cache.
+func openData(fsys FS, path string, size int64, was FileID, known bool, direct *buffers) (d *dataFile, err error) {
 	d = &dataFile{size: size}
 	if d.f, err = fsys.Open(path, !known); err != nil {
 		return nil, err
@@ -96,6 +110,15 @@ func openData(fsys FS, path string, size int64, was FileID, known bool) (d *data
 	}
 	if d.id, err = d.f.Identity(); err != nil {
 		return d, err
+	}
+	if direct != nil {
+		d.buffers = direct
+		if d.direct, err = fsys.OpenDirect(path); err != nil {
+			return d, err
+		}
+		if id, err := d.direct.Identity(); err != nil || id != d.id {
+			return d, errors.Join(errReplaced, err) // between the two opens
+		}
 	}
 	whole := length == size+guardSize
 	if known && (!was.sameFile(d.id) || !whole) {
@@ -122,7 +145,14 @@ func (d *dataFile) makeAnew() (err error) {
 		err = d.m.Unmap()
 		d.m = nil
 	}
-	if err = errors.Join(err, d.f.Truncate(0), d.f.Truncate(d.size+guardSize)); err != nil {
+	if err = errors.Join(err, d.f.Truncate(0)); err != nil {
+		return err
+	}
+	if d.direct != nil {
+		// Btrfs writes what it keeps checksums of through the page cache.
+		d.f.InPlace()
+	}
+	if err = d.f.Truncate(d.size + guardSize); err != nil {
 		return err
 	}
 	if _, err := d.f.WriteAt(guard(), d.size); err != nil {
@@ -148,9 +178,64 @@ func (d *dataFile) intact() (ok bool) {
 // CopyMapped.
 func (d *dataFile) bytes(off, n int64) []byte { return d.m[off : off+n : off+n] }
 
+// inMemory reports whether n bytes at off are in the page cache.
+func (d *dataFile) inMemory(off, n int64) bool {
+	e := Range(off, n).Aligned()
+	var pages [256]byte
+	for e.Len() > 0 {
+		m := min(e.Len(), int64(len(pages))*BlockSize)
+		// It may have to wait for a lock of the address space: the scheduler must know.
+		_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&d.m[e.Start])), uintptr(m), uintptr(unsafe.Pointer(&pages)))
+		if errno != 0 {
+			return true // as without a check
+		}
+		for _, p := range pages[:m/BlockSize] {
+			if p&1 == 0 {
+				return false
+			}
+		}
+		e.Start += m
+	}
+	return true
+}
+
+// blocks is the file that blocks are read and written by.
+func (d *dataFile) blocks() File {
+	if d.direct != nil {
+		return d.direct
+	}
+	return d.f
+}
+
+// descriptor is that of blocks, or -1 if only readAt may be used.
+func (d *dataFile) descriptor() int { return d.blocks().Descriptor() }
+
+// readAt fills p, which is aligned and of whole blocks. At the end of the file it reads
+// less, without an error.
+func (d *dataFile) readAt(p []byte, off int64) (n int, err error) {
+	n, err = d.blocks().ReadAt(p, off)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+// write writes whole blocks.
 func (d *dataFile) write(p []byte, off int64) error {
-	_, err := d.f.WriteAt(p, off)
-	return err
+	if d.direct == nil || uintptr(unsafe.Pointer(&p[0]))%directio.AlignSize == 0 {
+		_, err := d.blocks().WriteAt(p, off)
+		return err
+	}
+	b := d.buffers.get(min(int64(len(p)), pieceSize))
+	defer b.put()
+	for len(p) > 0 {
+		n := copy(b.b, p)
+		if _, err := d.direct.WriteAt(b.b[:n], off); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
 }
 
 // punch gives the space of n bytes at off back.
@@ -167,6 +252,9 @@ func (d *dataFile) sync() error { return d.f.Sync() }
 func (d *dataFile) close() (err error) {
 	if d.m != nil {
 		err = d.m.Unmap()
+	}
+	if d.direct != nil {
+		err = errors.Join(err, d.direct.Close())
 	}
 	return errors.Join(err, d.f.Close())
 }

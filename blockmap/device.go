@@ -14,22 +14,30 @@ const BlockSize = 4096
 // Device is the content of a block device: of fixed size, safe for concurrent
 // use. An [Image] is one; so is whatever stands before one, as a recorder does.
 //
-// Every transport serves a read in the same way. View hands out resident bytes
-// at the cost of a few loads. Where View refuses, [Read] loops Fault and View,
-// on a goroutine that may wait.
+// Every transport serves a read in the same way. View hands out bytes that are in
+// memory at the cost of a few loads. Where View refuses, [Read] loops Load and
+// Fault, on a goroutine that may wait. So a byte has one of three distances: in
+// memory, resident (on the local disk, say), or absent. A transport need not know
+// which: one slow read never holds up the others, wherever its bytes are.
 //
-// No method panics for an extent that does not lie within the device: View
-// refuses it, Fault fails with ErrOutOfRange, Status returns an empty run, and
+// No method panics for an extent that does not lie within the device: View and Load
+// refuse it, Fault fails with ErrOutOfRange, Status returns an empty run, and
 // Prefetch does nothing.
 type Device interface {
 	// Size is the length of the device in bytes, a multiple of BlockSize.
 	Size() int64
 
-	// View returns the bytes of e without copying them and without waiting;
-	// ok is false unless all of e is resident. The caller releases the view.
-	// Until then its bytes stay what they are, except those that are written
-	// to meanwhile: see WritableDevice.
+	// View returns the bytes of e without copying them and without waiting,
+	// neither for a source nor for the disk; ok is false unless all of e is
+	// resident and, as far as the device knows, in memory. The caller releases
+	// the view. Until then its bytes stay what they are, except those that are
+	// written to meanwhile: see WritableDevice.
 	View(e Extent) (v View, ok bool)
+
+	// Load is View for a caller that may wait for the disk: ok is false unless
+	// all of e is resident. The view may show copies. ok is false as well where
+	// ctx ends first, and where bytes cannot be read: they are absent then.
+	Load(ctx context.Context, e Extent) (v View, ok bool)
 
 	// Fault makes e resident, or fails with the cause. It waits for what must
 	// be fetched, for as long as ctx allows. It does not promise that e is
@@ -45,6 +53,26 @@ type Device interface {
 	// Prefetch asks for e without waiting, behind every Fault. It is a hint:
 	// the device may drop it, and reports no end and no failure.
 	Prefetch(e Extent)
+}
+
+// AsyncDevice is a Device whose Load needs no goroutine that waits. Transports call
+// [LoadAsync], which takes any Device.
+type AsyncDevice interface {
+	Device
+	// LoadAsync begins a Load of e and returns. It calls done once, with what Load
+	// would have returned: on any thread, perhaps before LoadAsync returns. done
+	// must not block, and must not call the device.
+	LoadAsync(e Extent, done func(v View, ok bool))
+}
+
+// LoadAsync is Load without waiting: see AsyncDevice. A device that is not one gets a
+// goroutine.
+func LoadAsync(d Device, e Extent, done func(v View, ok bool)) {
+	if a, ok := d.(AsyncDevice); ok {
+		a.LoadAsync(e, done)
+		return
+	}
+	go func() { done(d.Load(context.Background(), e)) }()
 }
 
 // WritableDevice is a Device that takes writes. WriteAt, Zero and Discard are
@@ -82,7 +110,7 @@ type WritableDevice interface {
 type Status struct {
 	Extent
 	Zero     bool // a hole: reads as zeros and takes no space
-	Resident bool // can be read without fetching anything; true of a hole
+	Resident bool // can be read without fetching anything, perhaps from the disk; true of a hole
 }
 
 // Errors that a transport tells apart, to map them to an errno.

@@ -19,7 +19,10 @@ type disk struct {
 	fs    FS
 	boot  BootID
 	quota int64 // 0: only the disk itself bounds the cache
-	log   *slog.Logger
+	// direct says that the content of streams is read and written without the page
+	// cache.
+	direct bool
+	log    *slog.Logger
 
 	// used counts the space that the directory takes, in bytes: of a stream its
 	// data as allocated, its table, its map and its directory; small files,

@@ -25,6 +25,12 @@ type disk struct {
 
 func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
 	t.Helper()
+	return newSectorDisk(t, size, 0, mkfs...)
+}
+
+// newSectorDisk makes a disk with sectors of that many bytes, 0 for the usual ones.
+func newSectorDisk(t *testing.T, size int64, sector int, mkfs ...string) *disk {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("mounting takes root")
 	}
@@ -37,6 +43,9 @@ func newDisk(t *testing.T, size int64, mkfs ...string) *disk {
 	f, err := os.Open(d.device)
 	must(t, err)
 	defer f.Close()
+	if sector > 0 {
+		must(t, unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_BLOCK_SIZE, sector))
+	}
 	// The page cache of the file would hide failures of the disk.
 	must(t, unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_DIRECT_IO, 1))
 	d.mount()
@@ -219,56 +228,61 @@ func TestRealBadSectors(t *testing.T) {
 	for _, mkfs := range [][]string{
 		{"mkfs.ext4", "-q", "-b", "1024"}, {"mkfs.ext4", "-q", "-b", "4096", "-O", "^has_journal"}, {"mkfs.btrfs", "-q", "-M"},
 	} {
-		t.Run(strings.Join(mkfs, " "), func(t *testing.T) {
-			d := newDisk(t, 320<<20, mkfs...)
-			dir, boot := filepath.Join(d.at, "cache"), blockmap.BootID{1}
-			var image *blockmap.Image
-			open := func() *blockmap.Cache {
-				c, err := blockmap.OpenCache(dir, quiet(blockmap.CacheOptions{Boot: boot}))
-				must(t, err)
-				fetch := newDirect(t, blocktest.NewOrigin(m))
-				fetch.hold = true
-				image, err = blockmap.NewImage(m.Index, c, fetch)
-				must(t, err)
-				return c
-			}
-			check := func(when string) {
-				t.Helper()
-				for at := int64(0); at < image.Size(); at += 256 << 10 {
-					e := blockmap.Range(at, min(256<<10, image.Size()-at))
-					got, err := blocktest.Read(t.Context(), image, e)
-					if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
-						t.Fatalf("%s: read %v: wrong bytes, or %v", when, e, err)
+		for _, w := range ways {
+			t.Run(strings.Join(mkfs, " ")+" "+w.name, func(t *testing.T) {
+				d := newDisk(t, 320<<20, mkfs...)
+				dir, boot := filepath.Join(d.at, "cache"), blockmap.BootID{1}
+				var image *blockmap.Image
+				open := func() *blockmap.Cache {
+					c, err := blockmap.OpenCache(dir, quiet(blockmap.CacheOptions{Boot: boot, Mode: w.mode}))
+					must(t, err)
+					if w.threads {
+						c.ReadWithThreads()
+					}
+					fetch := newDirect(t, blocktest.NewOrigin(m))
+					fetch.hold = true
+					image, err = blockmap.NewImage(m.Index, c, fetch)
+					must(t, err)
+					return c
+				}
+				check := func(when string) {
+					t.Helper()
+					for at := int64(0); at < image.Size(); at += 256 << 10 {
+						e := blockmap.Range(at, min(256<<10, image.Size()-at))
+						got, err := blocktest.Read(t.Context(), image, e)
+						if err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+							t.Fatalf("%s: read %v: wrong bytes, or %v", when, e, err)
+						}
 					}
 				}
-			}
-			c := open()
-			readAll(t, image, m)
-			must(t, c.Close())
-			d.run("sync", "-f", d.at)
-			for _, path := range dataFiles(t, dir) {
-				forget(t, path)
-			}
-			c = open()
-			d.goodUpTo(14 << 20)
-			for range 3 {
-				check("bad sectors")
-				if err := c.Sync(); err != nil {
-					t.Logf("sync to a broken disk: %v", err)
+				c := open()
+				readAll(t, image, m)
+				must(t, c.Close())
+				d.run("sync", "-f", d.at)
+				for _, path := range dataFiles(t, dir) {
+					forget(t, path)
 				}
-			}
-			if c.Damaged() == 0 {
-				t.Error("no chunk was damaged: this tests nothing")
-			}
-			d.goodUpTo(0)
-			check("good again")
-			_ = c.Close() // it reports syncs that failed
-			for _, path := range dataFiles(t, dir) {
-				forget(t, path)
-			}
-			c = open()
-			readAll(t, image, m)
-			must(t, c.Close())
-		})
+				c = open()
+				d.goodUpTo(14 << 20)
+				for range 3 {
+					check("bad sectors")
+					if err := c.Sync(); err != nil {
+						t.Logf("sync to a broken disk: %v", err)
+					}
+				}
+				if c.Damaged() == 0 {
+					t.Error("no chunk was damaged: this tests nothing")
+				}
+				d.goodUpTo(0)
+				check("good again")
+				_ = c.Close() // it reports syncs that failed
+				for _, path := range dataFiles(t, dir) {
+					forget(t, path)
+				}
+				c = open()
+				readAll(t, image, m)
+				must(t, c.Close())
+			})
+		}
 	}
 }

@@ -8,10 +8,15 @@
 // blocks are resident. An [Image] puts Index and Cache together and is the Device that
 // is served. The file image.go shows the path of a read from top to bottom.
 //
-//	device bytes ──Index──▶ (stream, block) ──Cache──▶ resident? ─yes─▶ View: mapped bytes, pinned
-//	                                                       │no
+//	device bytes ──Index──▶ (stream, block) ──Cache──▶ resident? ─yes─▶ in memory? ─yes─▶ View: mapped bytes, pinned
+//	                                                       │no              │no
+//	                                                       │                ▼
+//	                                                       │   Load: bytes read from the disk, copied
 //	                                                       ▼
 //	                                            Fault: Fetcher brings the chunks, Stream.Fill stores them
+//
+// Resident means on the local disk. View never waits for it, so that one thread can answer
+// all that is in memory; Load and Fault wait.
 //
 // Terms: a block is 4 KiB. A chunk is the unit of fetching, a whole number of blocks, and
 // a leaf is 64 KiB of it. A stream is a sequence of chunks; there is one for each layer of the source image and

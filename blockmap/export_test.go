@@ -17,3 +17,10 @@ func (c *Cache) StoreHeld() { c.streams.held.store() }
 
 // Evict frees at least n bytes, and the space of what is torn.
 func (c *Cache) Evict(n int64) { _, _ = c.evictor.evict(n) }
+
+// ReadWithThreads has the cache read its disk as where there is no io_uring. It is called
+// before the first read.
+func (c *Cache) ReadWithThreads() { c.streams.reads.threads = true }
+
+// Reading is how many reads of the disk have not ended.
+func (c *Cache) Reading() int64 { return c.streams.reads.n.Load() }

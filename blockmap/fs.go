@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/edsrzf/mmap-go"
+	"github.com/ncw/directio"
 	"golang.org/x/sys/unix"
 )
 
@@ -19,6 +20,10 @@ type FS interface {
 	// Open opens a file for reading and writing. If it does not exist it is
 	// created, or Open fails with fs.ErrNotExist where create is false.
 	Open(path string, create bool) (File, error)
+	// OpenDirect opens an existing file for reading and writing without the page
+	// cache, of whole blocks and aligned memory only. It fails with unix.EINVAL
+	// where the file system cannot do so.
+	OpenDirect(path string) (File, error)
 	Rename(from, to string) error
 	RemoveAll(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
@@ -46,8 +51,12 @@ type File interface {
 	// PunchHole gives the space of a range back to the disk. The range reads as
 	// zeros afterwards.
 	PunchHole(off, n int64) error
-	// Map maps the first n bytes for reading, shared with the file.
+	// Map maps the first n bytes for reading, shared with the file. A page that is
+	// not in memory is read alone when it is touched: see dataFile.
 	Map(n int64) (mmap.MMap, error)
+	// Descriptor is the file's descriptor, for reads at Close's latest, or -1 where
+	// reads must be by ReadAt.
+	Descriptor() int
 	// Identity distinguishes the file from a copy of it, and this mount of its
 	// file system from another mount.
 	Identity() (FileID, error)
@@ -91,6 +100,14 @@ func (osFS) Open(path string, create bool) (File, error) {
 		flag |= os.O_CREATE
 	}
 	f, err := os.OpenFile(path, flag, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return osFile{f}, nil
+}
+
+func (osFS) OpenDirect(path string) (File, error) {
+	f, err := directio.OpenFile(path, os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -155,8 +172,12 @@ func (f osFile) Map(n int64) (mmap.MMap, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "map", Path: f.Name(), Err: err}
 	}
+	// A kernel that does not take the advice reads ahead, and nothing breaks.
+	_ = unix.Madvise(m, unix.MADV_RANDOM)
 	return m, nil
 }
+
+func (f osFile) Descriptor() int { return int(f.Fd()) }
 
 func (f osFile) Identity() (id FileID, err error) {
 	var st unix.Statx_t

@@ -10,11 +10,14 @@ import (
 //
 // This is the way of a read. A transport calls View for an extent. The index says which
 // runs of streams make up the extent. Each stream returns a slice of its mapping if all
-// blocks of the run are resident: that takes a search, a pin and a few bits, no lock and
-// no copy. If a block is absent, View refuses, and the transport calls Read on a
-// goroutine that may wait, which calls Fault. Fault collects the missing chunks and
-// passes them to the fetcher together, so that neighbours become one request. It returns
-// when all of them have been verified and stored.
+// blocks of the run are resident and in memory: that takes a search, a pin and a few bits,
+// no lock and no copy. See pageCache for how it is known what is in memory.
+//
+// If View refuses, the transport calls LoadAsync, or Read on a goroutine that may wait.
+// For what is resident, a load pins the chunks and reads them to buffers, many loads at
+// once: see diskReads. A load of what is absent refuses, and Read calls Fault. Fault
+// collects the missing chunks and passes them to the fetcher together, so that neighbours
+// become one request. It returns when all of them have been verified and stored.
 type Image struct {
 	ix      *Index
 	streams []*Stream
@@ -110,6 +113,40 @@ func (m *Image) View(e Extent) (v View, ok bool) {
 		}
 	}
 	return v, true
+}
+
+// Load implements Device.
+func (m *Image) Load(ctx context.Context, e Extent) (v View, ok bool) {
+	if l := m.load(e); l != nil {
+		return l.wait(ctx)
+	}
+	return View{}, false
+}
+
+// LoadAsync implements AsyncDevice.
+func (m *Image) LoadAsync(e Extent, done func(v View, ok bool)) {
+	if l := m.load(e); l != nil {
+		l.begin(done)
+		return
+	}
+	done(View{}, false)
+}
+
+// load prepares the load of e. It returns nil unless all of e is resident.
+func (m *Image) load(e Extent) *load {
+	if e.Check(m.Size()) != nil {
+		return nil
+	}
+	l := new(load)
+	for p := range m.pieces(e) {
+		if p.stream < 0 {
+			l.view.AppendZeros(p.n)
+		} else if !m.streams[p.stream].addTo(l, p.off, p.n) {
+			l.drop()
+			return nil
+		}
+	}
+	return l
 }
 
 // Fault implements Device.

@@ -1,6 +1,9 @@
 package blockmap
 
-import "fmt"
+import (
+	"context"
+	"fmt"
+)
 
 // This file is the part of a Stream that knows chunks of which only some leaves are
 // resident: a bundle brings the leaves that a start reads, and no others. All that is
@@ -124,9 +127,22 @@ func (s *Stream) checkLeaves(i int, list *LeafList, first, count int, p []byte) 
 // ReadChunk reads chunk i into p, which has its size, and says whether all of it was
 // resident.
 func (s *Stream) ReadChunk(i int, p []byte) bool {
-	c := &s.table.Chunks[i]
-	var v View
-	if !s.Has(i) || s.prepare() != nil || !s.view(&v, int64(c.Block)*BlockSize, int64(c.Size())) {
+	return s.Has(i) && s.copyTo(p, int64(s.table.Chunks[i].Block)*BlockSize)
+}
+
+// copyTo fills p with the bytes from off, and says whether all of them were resident. It
+// may wait for the disk.
+func (s *Stream) copyTo(p []byte, off int64) bool {
+	if s.prepare() != nil {
+		return false
+	}
+	var l load
+	if !s.addTo(&l, off, int64(len(p))) {
+		l.drop()
+		return false
+	}
+	v, ok := l.wait(context.Background())
+	if !ok {
 		return false
 	}
 	defer v.Release()
@@ -154,17 +170,11 @@ func (s *Stream) FillLeavesLocal(i int, list *LeafList, leaves LeafSet) LeafSet 
 			continue
 		}
 		for l := range (absent & x.stream.Leaves(x.chunk)).Each {
-			var v View
 			size := c.LeafSize(l)
-			if x.stream.prepare() != nil || !x.stream.view(&v, int64(o.Block)*BlockSize+int64(l)*LeafSize, int64(size)) {
-				continue
-			}
 			if p == nil {
 				p = make([]byte, LeafSize)
 			}
-			err := v.CopyTo(p[:size])
-			v.Release()
-			if err == nil {
+			if x.stream.copyTo(p[:size], int64(o.Block)*BlockSize+int64(l)*LeafSize) {
 				_ = s.FillLeaves(i, list, l, 1, p[:size]) // where it fails, the leaf is fetched
 			}
 		}

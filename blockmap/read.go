@@ -7,6 +7,18 @@ import (
 	"time"
 )
 
+// Resident reports whether all of e can be read without fetching anything.
+func Resident(d Device, e Extent) bool {
+	for e.Len() > 0 {
+		st := d.Status(e)
+		if !st.Resident || st.End <= e.Start {
+			return false
+		}
+		e.Start = st.End
+	}
+	return true
+}
+
 // readWindow is how much of a large read is fetched and copied at a time. The
 // read as a whole may be larger than the cache. The cache then evicts the
 // beginning before the end has arrived, and fetches it again and again. A miss of
@@ -18,9 +30,10 @@ const readWindow = 4 << 20
 const pieceSize = 1 << 20
 
 // Read returns a view of e, and fetches what is missing. Every transport serves a
-// read that is not a hit by it: there is no other loop of View and Fault. The view
-// shows e's bytes where they lie. Where e is larger than 4 MiB, or the cache is too
-// small to hold e, the view shows copies, which pin nothing.
+// read that View refuses by it: there is no other loop of Load and Fault. The view
+// shows e's bytes where they lie if they are in memory, and copies if they come from
+// the disk. Where e is larger than 4 MiB, or the cache is too small to hold e, the view
+// shows copies only, which pin nothing.
 func Read(ctx context.Context, d Device, e Extent) (View, error) {
 	var all View
 	for at := e.Start; ; {
@@ -61,11 +74,16 @@ func ReadInto(ctx context.Context, d Device, e Extent, p []byte) error {
 // chunks may be evicted as fast as they arrive.
 const readTries = 2
 
-// look is the loop of View and Fault. Where the bytes were evicted again after each
+// look is the loop of Load and Fault. Where the bytes were evicted again after each
 // of so many Faults, ok is false and there is no error.
 func look(ctx context.Context, d Device, e Extent, tries int) (v View, ok bool, err error) {
 	for n := 0; ; n++ {
-		if v, ok := d.View(e); ok {
+		if n > 0 { // what was just fetched is in memory
+			if v, ok := d.View(e); ok {
+				return v, true, nil
+			}
+		}
+		if v, ok := d.Load(ctx, e); ok {
 			return v, true, nil
 		}
 		if n == tries {
@@ -83,9 +101,13 @@ func appendCopy(ctx context.Context, d Device, e Extent, v, all *View) error {
 	for i := range v.Segments() {
 		s := &v.Segments()[i]
 		n := int64(len(s.Bytes))
-		if s.Zero {
+		switch {
+		case s.Zero:
 			all.AppendZeros(n)
-		} else {
+		case s.Pinned() == 0: // a copy already
+			all.add(*s)
+			*s = Segment{}
+		default:
 			p := make([]byte, n)
 			if err := CopyMapped(p, s.Bytes); err != nil {
 				s.Damaged()

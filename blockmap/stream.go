@@ -109,16 +109,58 @@ func (s *Stream) touch(i int, use uint32) {
 	}
 }
 
-// view appends n bytes from off to v, or does nothing and returns false if some
-// of them are not resident.
+// view appends n bytes from off to v, or returns false if some of them are not resident
+// or not in memory. v may have got a part of them then.
 func (s *Stream) view(v *View, off, n int64) bool {
+	return s.viewDisk(v, off, n) || s.store.held.any() &&
+		s.mixed(v, off, n, func(off, n int64) bool { return s.viewDisk(v, off, n) })
+}
+
+// viewDisk is view for what is in the data file.
+func (s *Stream) viewDisk(v *View, off, n int64) bool {
+	f, token := s.pin(off, n)
+	if f == nil {
+		return false
+	}
+	if !s.store.memory.has(f, off, n) {
+		s.Unpin(token)
+		return false
+	}
+	v.Append(f.bytes(off, n), s, token)
+	return true
+}
+
+// addTo adds n bytes from off to l, or returns false if some of them are not resident. l
+// may have got a part of them then. It is view for a caller that may wait for the disk:
+// what is not in memory is read to a buffer. To read the mapping would make the caller's
+// thread wait, page after page.
+func (s *Stream) addTo(l *load, off, n int64) bool {
+	disk := func(off, n int64) bool {
+		f, token := s.pin(off, n)
+		switch {
+		case f == nil:
+			return false
+		case s.store.memory.trusted(f):
+			l.view.Append(f.bytes(off, n), s, token)
+		default:
+			l.read(s, f, token, off, n)
+		}
+		return true
+	}
+	return disk(off, n) || s.store.held.any() && s.mixed(&l.view, off, n, disk)
+}
+
+// pin pins the chunks of n bytes from off, and returns the file that they are in and the
+// token that unpins them. f is nil, and nothing is pinned, if not all of the bytes are on
+// disk, or the file is not open.
+func (s *Stream) pin(off, n int64) (f *dataFile, token uint64) {
 	b := uint32(off / BlockSize)
 	last := uint32((off + n - 1) / BlockSize)
 	first := s.table.Find(b)
 	i := first
-	now := s.store.clock.now()
 	// The pin comes first: once it holds, a bit that is set stays set, and
 	// files that are open stay open.
+	now := s.store.clock.now()
 	for ; ; i++ {
 		if !s.pins.pin(i) {
 			i--
@@ -130,19 +172,18 @@ func (s *Stream) view(v *View, off, n int64) bool {
 			if f == nil || !s.res.has(b, last-b+1) || !f.intact() {
 				break
 			}
-			v.Append(f.bytes(off, n), s, uint64(first)<<32|uint64(i))
-			return true
+			return f, uint64(first)<<32 | uint64(i)
 		}
 	}
 	for ; i >= first; i-- {
 		s.pins.unpin(i)
 	}
-	return s.store.held.any() && s.viewHeld(v, off, n)
+	return nil, 0
 }
 
-// viewHeld is view where some of the leaves are in memory only.
-func (s *Stream) viewHeld(v *View, off, n int64) bool {
-	var found View
+// mixed is view or read where some of the leaves are in memory only. disk is the part of
+// it that serves the others.
+func (s *Stream) mixed(v *View, off, n int64, disk func(off, n int64) bool) bool {
 	for n > 0 {
 		i := s.table.Find(uint32(off / BlockSize))
 		c := &s.table.Chunks[i]
@@ -154,32 +195,13 @@ func (s *Stream) viewHeld(v *View, off, n int64) bool {
 		}
 		first, last := uint32(off/BlockSize), uint32((off+m-1)/BlockSize)
 		if p := s.store.held.get(chunkRef{s, i}, c.leavesOf(first, last)); p != nil {
-			found.Append(p[skip:skip+m:skip+m], nil, 0)
-		} else if f := s.pinned(i, first, last); f != nil {
-			found.Append(f.bytes(off, m), s, uint64(i)<<32|uint64(i))
-		} else {
-			found.Release()
+			v.Append(p[skip:skip+m:skip+m], nil, 0)
+		} else if !disk(off, m) {
 			return false
 		}
 		off, n = off+m, n-m
 	}
-	for _, seg := range found.Segments() {
-		v.add(seg)
-	}
 	return true
-}
-
-// pinned pins chunk i and returns the file that it is in, or nil if its blocks first to
-// last are not on disk or the file is not open.
-func (s *Stream) pinned(i int, first, last uint32) *dataFile {
-	if !s.pins.pin(i) {
-		return nil
-	}
-	if f := s.files.current.Load(); f != nil && s.res.has(first, last-first+1) && f.intact() {
-		return f
-	}
-	s.pins.unpin(i)
-	return nil
 }
 
 // check says whether p is the content of chunk i.

@@ -239,7 +239,11 @@ func (s *Stream) makeDir() error {
 func (s *Stream) openFiles() error {
 	d := s.store.disk
 	was, known := s.res.file.identity()
-	f, err := openData(d.fs, s.path(dataName), s.size(), was, known)
+	var direct *buffers
+	if d.direct {
+		direct = &s.store.reads.buffers
+	}
+	f, err := openData(d.fs, s.path(dataName), s.size(), was, known, direct)
 	if err != nil {
 		return err
 	}

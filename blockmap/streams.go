@@ -23,6 +23,8 @@ type streamStore struct {
 	evictor *evictor
 	held    held
 	clock   clock
+	memory  *pageCache
+	reads   diskReads
 
 	open      atomic.Int64 // streams whose files are open
 	openLimit int64
@@ -48,6 +50,8 @@ type chunkRef struct {
 func newStreamStore(d *disk, w *fileWriter, e *evictor, memory int64) *streamStore {
 	st := &streamStore{disk: d, writer: w, evictor: e, openLimit: openLimit()}
 	st.held.limit = memory
+	st.memory = newPageCache(majorFaults)
+	st.reads.log = d.log
 	st.mu.streams = make(map[Digest]*Stream)
 	st.mu.byDigest = make(map[Digest][]chunkRef)
 	return st

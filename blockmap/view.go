@@ -26,8 +26,9 @@ type Segment struct {
 // to a view; Unpin ends that.
 type Pinner interface {
 	Unpin(token uint64)
-	// Pinned is how many bytes the token keeps in place: as a rule more than
-	// the segment shows, since chunks are pinned whole.
+	// Pinned is how many bytes of a cache the token keeps in place: as a rule
+	// more than the segment shows, since chunks are pinned whole. It is 0 for
+	// copies in memory of this process.
 	Pinned(token uint64) int64
 	// Damaged reports that the bytes could not be read: the file was truncated,
 	// or has a bad sector. Their chunk is absent from then on, and is fetched
@@ -83,14 +84,20 @@ func (v *View) Len() int64 {
 	return n
 }
 
-// Pinned is how many bytes the view keeps in place.
+// Pinned is how many bytes of a cache the view keeps in place.
 func (v *View) Pinned() (n int64) {
-	for _, s := range v.Segments() {
-		if s.pin != nil {
-			n += s.pin.Pinned(s.token)
-		}
+	for i := range v.Segments() {
+		n += v.Segments()[i].Pinned()
 	}
 	return n
+}
+
+// Pinned is how many bytes of a cache the segment keeps in place.
+func (s *Segment) Pinned() int64 {
+	if s.pin == nil {
+		return 0
+	}
+	return s.pin.Pinned(s.token)
 }
 
 // Damaged reports that the bytes of the segment could not be read: see Pinner.

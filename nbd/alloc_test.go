@@ -20,8 +20,9 @@ func (d *flat) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	v.Append(d.p[e.Start:e.End], d, 0)
 	return v, true
 }
-func (d *flat) Fault(context.Context, blockmap.Extent) error { return nil }
-func (d *flat) Prefetch(blockmap.Extent)                     {}
+func (d *flat) Load(_ context.Context, e blockmap.Extent) (blockmap.View, bool) { return d.View(e) }
+func (d *flat) Fault(context.Context, blockmap.Extent) error                    { return nil }
+func (d *flat) Prefetch(blockmap.Extent)                                        {}
 func (d *flat) Status(e blockmap.Extent) blockmap.Status {
 	return blockmap.Status{Extent: e, Resident: true}
 }

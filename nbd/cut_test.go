@@ -164,6 +164,10 @@ func (d *cutDevice) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	return v, true
 }
 
+func (d *cutDevice) Load(_ context.Context, e blockmap.Extent) (blockmap.View, bool) {
+	return d.View(e)
+}
+
 func (d *cutDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -18,13 +18,17 @@
 //
 // # The one idea
 //
-// The server answers a read of resident bytes at once, from where they lie. One read
-// takes all requests that have arrived on a connection. View of [blockmap.Device]
+// The server answers a read of bytes that are in memory at once, from where they lie. One
+// read takes all requests that have arrived on a connection. View of [blockmap.Device]
 // returns the mapped bytes of each, pinned. One writev sends all replies. So a hit
 // costs no copy in this process, no allocation, no goroutine, and no lock that
-// connections share. Each read that misses, and each write, gets a goroutine, up to a
-// bound for each connection. Its reply is sent when it is ready; hits overtake it. The
-// file session.go has that path from top to bottom.
+// connections share. The file session.go has that path from top to bottom.
+//
+// Everything else becomes a task, up to a bound for each connection, and its reply is sent
+// when it is ready; hits overtake it. A read of what is on the disk takes no goroutine
+// ([blockmap.LoadAsync]): the device reads as many as the client has requested at once, and
+// one writev sends the replies to all that it has finished. A read that must be fetched,
+// and each write, gets a goroutine.
 //
 // Views pin chunks of a cache, and the bytes of a view can turn out to be unreadable.
 // So the server copies a reply to its own memory if the client does not take it, and

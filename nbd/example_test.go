@@ -22,6 +22,10 @@ func (z zeros) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	return v, true
 }
 
+func (z zeros) Load(_ context.Context, e blockmap.Extent) (blockmap.View, bool) {
+	return z.View(e)
+}
+
 func (z zeros) Fault(context.Context, blockmap.Extent) error { return nil }
 func (z zeros) Prefetch(blockmap.Extent)                     {}
 func (z zeros) Status(e blockmap.Extent) blockmap.Status {

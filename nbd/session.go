@@ -39,14 +39,15 @@ const (
 // Its reader (the connection's goroutine) takes all requests that have arrived with
 // one read. It puts the replies to those that it can answer at once (hits) in a batch,
 // and sends the batch in one write when the input is used up. Every other request
-// becomes a task with a goroutine; their number is bounded. A finished task is put on
-// the ready list, and the goroutine that holds the write side sends its reply.
+// becomes a task; their number is bounded. A task waits for the disk without a goroutine,
+// and for anything else with one. A finished task is put on the ready list, and the
+// goroutine that holds the write side sends its reply.
 //
 //	reader ──hit──▶ batch ─────────────┐
 //	   └────miss──▶ task ──done──▶ ready ──▶ holder ──writev──▶ client
 //
 // One goroutine at a time holds the write side, without a lock: the reader with its
-// batch, or the first task that finds the write side free. The holder goes on until
+// batch, or that of the first task that finds the write side free. The holder goes on until
 // nothing is ready. A reader that finds the write side taken hands over its batch and
 // waits until that was sent.
 type session struct {
@@ -71,6 +72,7 @@ type session struct {
 	hits       batch // replies to leave at the end of the input
 	nhits      int64
 	refuse     bool // the server shuts down: no more requests
+	lone       int  // reads in a row that brought one request, with none in flight
 	idle       idle
 
 	// For the holder of the write side.
@@ -78,6 +80,7 @@ type session struct {
 	sending *batch // what is being written
 	patient func() time.Duration
 
+	working    atomic.Int32 // tasks that are not done
 	background atomic.Int32
 	tasks      sync.WaitGroup
 	prefetches sync.WaitGroup
@@ -174,6 +177,11 @@ func (s *session) serve(ctx context.Context) error {
 			return err
 		}
 		s.end += n
+		if s.end == requestLen && s.working.Load() == 0 && !s.copied {
+			s.lone++
+		} else {
+			s.lone = 0
+		}
 		if err := s.parse(ctx); err != nil {
 			return err
 		}
@@ -211,7 +219,9 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		e := blockmap.Range(int64(r.offset), int64(r.length))
 		d, ok := s.hits.slot(), r.length == 0
 		if !ok {
-			d.view, ok = s.dev.View(e)
+			if d.view, ok = s.dev.View(e); !ok && s.alone() {
+				d.view, ok = s.loadAlone(ctx, e)
+			}
 		}
 		if ok {
 			s.hits.data(r, d, s.structured)
@@ -275,6 +285,23 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		t.cost = min(int64(r.length)/blockmap.BlockSize+2, maxExtents) * 8 * int64(len(s.contexts))
 	}
 	return s.launch(ctx, t)
+}
+
+// alone reports whether a client of depth 1 waits for the request at hand.
+func (s *session) alone() bool {
+	return s.lone >= loneReads && s.begin == s.end && s.working.Load() == 0
+}
+
+// loadAlone loads e for a client that waits for nothing else, on the reader's thread. Any
+// other thread would have to be woken, and to wake this one, which takes as long as a fast
+// disk. If something else arrives meanwhile, the client is not of depth 1.
+func (s *session) loadAlone(ctx context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	v, ok = s.dev.Load(ctx, e)
+	if n, err := s.w.tryRead(s.in[s.end:]); err == nil && n > 0 {
+		s.end += n
+		s.lone = 0
+	}
+	return v, ok
 }
 
 // check finds what is wrong with r before anything is done.

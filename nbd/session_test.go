@@ -382,7 +382,7 @@ func TestCache(t *testing.T) {
 				brought = max(brought, e.End)
 			}
 		}
-		if brought != size || !resident(p, blockmap.Range(0, size)) {
+		if brought != size || !blockmap.Resident(p, blockmap.Range(0, size)) {
 			t.Errorf("%d bytes were prefetched", brought)
 		}
 		time.Sleep(time.Second)
@@ -643,9 +643,12 @@ type never struct{}
 
 func (never) Size() int64                                    { return testSize }
 func (never) View(blockmap.Extent) (v blockmap.View, b bool) { return }
-func (never) Fault(context.Context, blockmap.Extent) error   { return nil }
-func (never) Prefetch(blockmap.Extent)                       {}
-func (never) Status(e blockmap.Extent) blockmap.Status       { return blockmap.Status{Extent: e} }
+func (never) Load(context.Context, blockmap.Extent) (v blockmap.View, b bool) {
+	return
+}
+func (never) Fault(context.Context, blockmap.Extent) error { return nil }
+func (never) Prefetch(blockmap.Extent)                     {}
+func (never) Status(e blockmap.Extent) blockmap.Status     { return blockmap.Status{Extent: e} }
 
 // The server drops a client that reads no replies after WriteTimeout, and releases its
 // pins.

@@ -107,10 +107,48 @@ func (s *session) launch(ctx context.Context, t *task) error {
 	return nil
 }
 
-// start does t, which is admitted, on a goroutine.
+// asyncBytes bounds what is loaded without a goroutine: a larger READ goes through the
+// device piece by piece, as blockmap.Read does it.
+const asyncBytes = 4 << 20
+
+// start does t, which is admitted. A READ of what is on the disk takes no goroutine: the
+// replies to all that the disk has finished meanwhile are sent by one.
 func (s *session) start(ctx context.Context, t *task) {
+	s.working.Add(1)
+	if t.req.cmd != cmdRead || t.req.length > asyncBytes {
+		s.work(ctx, t)
+		return
+	}
+	s.tasks.Add(1)
+	e := blockmap.Range(int64(t.req.offset), int64(t.req.length))
+	blockmap.LoadAsync(s.dev, e, func(v blockmap.View, ok bool) {
+		defer s.tasks.Done()
+		if !ok || v.Pinned() > 0 {
+			v.Release()
+			s.work(ctx, t)
+			return
+		}
+		t.view = v
+		s.working.Add(-1)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.mu.ready.push(t)
+		if !s.mu.writing {
+			s.mu.writing = true
+			s.tasks.Go(func() {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				s.write(nil)
+			})
+		}
+	})
+}
+
+// work does t on a goroutine.
+func (s *session) work(ctx context.Context, t *task) {
 	s.tasks.Go(func() {
 		s.do(ctx, t)
+		s.working.Add(-1)
 		pins := t.view.Pinned()
 		extra := max(pins-t.cost, 0) // chunks are pinned whole
 		if pins > 0 && !s.client.TryGrow(extra) {
@@ -203,7 +241,9 @@ func (s *session) prefix(e blockmap.Extent) (blockmap.View, int64) {
 	if at == e.Start {
 		return blockmap.View{}, at
 	}
-	v, ok := s.dev.View(blockmap.Extent{Start: e.Start, End: at})
+	ctx, cancel := context.WithTimeout(s.ctx, s.timeout) // the request's own may have ended
+	defer cancel()
+	v, ok := s.dev.Load(ctx, blockmap.Extent{Start: e.Start, End: at})
 	if !ok {
 		return blockmap.View{}, e.Start
 	}
@@ -240,24 +280,12 @@ func (s *session) prefetchStep(ctx context.Context, e blockmap.Extent) bool {
 	// A prefetch does not report when it is done.
 	tick := time.NewTicker(cachePoll)
 	defer tick.Stop()
-	for !resident(s.dev, e) {
+	for !blockmap.Resident(s.dev, e) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return false
 		}
-	}
-	return true
-}
-
-// resident reports whether all of e can be read without fetching.
-func resident(d blockmap.Device, e blockmap.Extent) bool {
-	for e.Len() > 0 {
-		st := d.Status(e)
-		if !st.Resident && !st.Zero || st.End <= e.Start {
-			return false
-		}
-		e.Start = st.End
 	}
 	return true
 }

@@ -37,7 +37,7 @@ const defaultBuffer = 8192
 // lock that is held for no longer than that. A goroutine merges the events and writes
 // them. No read waits for the writer.
 //
-// A read that misses calls View, Fault and View again. The first View touches the
+// A read that misses calls View, Fault and Load. The View touches the
 // blocks. All blocks that this read is the first to touch are recorded as a miss.
 //
 // A Recorder takes no writes: the blocks of a trace are those of the image, so the
@@ -119,8 +119,20 @@ func (r *Recorder) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 		}
 	}
 	v, ok = r.dev.View(e)
-	r.touch(e, !ok)
+	r.touch(e, !ok && !blockmap.Resident(r.dev, e)) // it may be resident, and not in memory
 	return v, ok
+}
+
+// Load implements blockmap.Device.
+func (r *Recorder) Load(ctx context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	r.touch(e, !blockmap.Resident(r.dev, e))
+	return r.dev.Load(ctx, e)
+}
+
+// LoadAsync implements blockmap.AsyncDevice.
+func (r *Recorder) LoadAsync(e blockmap.Extent, done func(v blockmap.View, ok bool)) {
+	r.touch(e, !blockmap.Resident(r.dev, e))
+	blockmap.LoadAsync(r.dev, e, done)
 }
 
 // Fault implements blockmap.Device.

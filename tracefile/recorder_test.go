@@ -105,6 +105,10 @@ func (m *memory) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	return v, true
 }
 
+func (m *memory) Load(_ context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	return m.View(e)
+}
+
 func (m *memory) Fault(ctx context.Context, e blockmap.Extent) error {
 	if m.fault != nil {
 		return m.fault(ctx)

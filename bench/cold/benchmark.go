@@ -10,8 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"thaw/bench"
 	"thaw/bench/cold/stargz"
 )
@@ -128,8 +126,7 @@ func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err e
 // forget makes the page cache that of a host that has never had the image: it
 // holds the programs that start images, and nothing else.
 func (b *benchmark) forget() error {
-	unix.Sync()
-	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+	if err := bench.DropCaches(); err != nil {
 		return err
 	}
 	for _, f := range b.warm {

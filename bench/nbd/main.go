@@ -5,7 +5,8 @@
 //
 // For each row of the table, each round measures one server after the other, on a
 // unix socket and on TCP loopback. A server's processor time is its own, from
-// /proc, while fio runs. Each round is a line on stdout, in the format that
+// /proc, while fio runs. The rows "disk" measure servers in a memory-limited cgroup,
+// whose data are four times that. Each round is a line on stdout, in the format that
 // benchstat reads; a Markdown table follows.
 package main
 
@@ -102,6 +103,9 @@ func run(ctx context.Context) error {
 		}
 	}
 	if err := b.measureMixed(ctx); err != nil {
+		return err
+	}
+	if err := b.measureDisk(ctx); err != nil {
 		return err
 	}
 	return b.report(os.Stdout)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -60,11 +61,11 @@ func (b *benchmark) report(w io.Writer) error {
 	}
 	alone, mixed := "NBD/mixed/hits-alone/server=thaw", "NBD/mixed/hits-mixed/server=thaw"
 	if b.rec.Rounds(alone, p99) == 0 {
-		return nil
+		return b.reportDisk(w)
 	}
 	_, err := fmt.Fprintf(w, "\nHits on one connection at QD32, p99: alone %.0f us, mixed with 5 ms misses %.0f us, ratio %.2f.\n",
 		b.rec.Median(alone, p99)/1e3, b.rec.Median(mixed, p99)/1e3, b.rec.Ratio(mixed, alone, p99))
-	return err
+	return errors.Join(err, b.reportDisk(w))
 }
 
 func (b *benchmark) cell(name string, r row) string {

@@ -128,6 +128,10 @@ func (d *slowDevice) take(e blockmap.Extent) bool {
 	return false
 }
 
+func (d *slowDevice) Load(_ context.Context, e blockmap.Extent) (blockmap.View, bool) {
+	return d.View(e)
+}
+
 func (d *slowDevice) Fault(ctx context.Context, e blockmap.Extent) error {
 	// Not a timer: those of the Go runtime are late by up to a millisecond,
 	// which would be a fifth of what is measured.

@@ -33,6 +33,8 @@ type benchmark struct {
 	image  string // the block image
 	device string // file with the same bytes, for the peers
 	offset int64  // of the content on the device
+
+	group *bench.Cgroup // of the thaw that is being started; nil for none
 }
 
 // prepare builds an image with one large file of random bytes, copies its device
@@ -140,6 +142,8 @@ type server struct {
 	uri  string
 	cmd  *exec.Cmd
 	dir  string
+
+	group *bench.Cgroup
 }
 
 func (s *server) stop() error {
@@ -149,7 +153,7 @@ func (s *server) stop() error {
 	if errors.As(err, &exit) {
 		err = nil // some of them do not exit with 0 after SIGTERM
 	}
-	return errors.Join(err, os.RemoveAll(s.dir))
+	return errors.Join(err, os.RemoveAll(s.dir), s.group.Close())
 }
 
 func stopAll(servers []*server) error {
@@ -230,6 +234,10 @@ func (b *benchmark) start(ctx context.Context, transport string, delayed bool) (
 		return nil, err
 	}
 	servers = append(servers, s)
+	// Its cache may not be in memory any more.
+	if _, err := bench.Run(exec.CommandContext(ctx, "nbdcopy", s.uri, "null:")); err != nil {
+		return nil, errors.Join(err, stopAll(servers))
+	}
 	if b.record {
 		if s, err = b.startRecording(ctx, transport); err != nil {
 			return nil, errors.Join(err, stopAll(servers))
@@ -314,7 +322,8 @@ func (b *benchmark) startThaw(name, transport, cache string, args ...string) (*s
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(b.thaw, append([]string{"serve", b.image, "--cache", cache, "--listen", p.listen(transport), "--log-format", "json"}, args...)...)
+	command := b.group.Args(append([]string{b.thaw, "serve", b.image, "--cache", cache, "--listen", p.listen(transport), "--log-format", "json"}, args...)...)
+	cmd := exec.Command(command[0], command[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	if err != nil {

@@ -32,7 +32,7 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 			r.check(t, d, e, want)
 		}
 		r.check(t, d, blockmap.Range(0, d.Size()), want)
-		if v, ok := d.View(blockmap.Range(0, d.Size())); !ok {
+		if v, ok := d.Load(t.Context(), blockmap.Range(0, d.Size())); !ok {
 			t.Error("the device was read as a whole and is not resident")
 		} else {
 			v.Release()
@@ -46,6 +46,10 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		} {
 			if v, ok := d.View(e); ok {
 				t.Errorf("View of %v does not refuse", e)
+				v.Release()
+			}
+			if v, ok := d.Load(t.Context(), e); ok {
+				t.Errorf("Load of %v does not refuse", e)
 				v.Release()
 			}
 			if err := d.Fault(context.Background(), e); !errors.Is(err, blockmap.ErrOutOfRange) {
@@ -89,8 +93,10 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		end := time.AfterFunc(20*time.Second, func() { panic("Fault does not return although its context has ended") })
 		defer end.Stop()
 		if err := d.Fault(ctx, blockmap.Range(0, d.Size())); err == nil {
-			if _, ok := d.View(blockmap.Range(0, d.Size())); !ok {
+			if v, ok := d.Load(t.Context(), blockmap.Range(0, d.Size())); !ok {
 				t.Error("Fault returned no error, and its extent is not resident")
+			} else {
+				v.Release()
 			}
 		}
 		r.check(t, d, blockmap.Range(0, d.Size()), want) // the next reader is served
@@ -111,8 +117,8 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		zero := make([]byte, blockmap.BlockSize)
 		walk(func(st blockmap.Status) {
 			if st.Resident {
-				if v, ok := d.View(st.Extent); !ok {
-					t.Errorf("%v is said to be resident, and there is no view of it", st.Extent)
+				if v, ok := d.Load(t.Context(), st.Extent); !ok {
+					t.Errorf("%v is said to be resident, and cannot be loaded", st.Extent)
 				} else {
 					v.Release()
 				}
@@ -155,6 +161,113 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		wg.Wait()
 		r.check(t, d, blockmap.Range(0, d.Size()), want)
 	})
+}
+
+// TestCold puts a device through what it must do about data that is resident but not in
+// memory. open makes a device of content want all of which is so, but for the holes.
+func TestCold(t *testing.T, want []byte, open func(t *testing.T) blockmap.Device) {
+	data := func(d blockmap.Device, f func(e blockmap.Extent)) {
+		for at := int64(0); at < d.Size(); {
+			st := d.Status(blockmap.Extent{Start: at, End: d.Size()})
+			if !st.Resident {
+				t.Fatalf("%v is not resident: this tests nothing", st.Extent)
+			}
+			if !st.Zero {
+				f(st.Extent)
+			}
+			at = st.End
+		}
+	}
+	t.Run("View", func(t *testing.T) {
+		d := open(t)
+		n := 0
+		data(d, func(e blockmap.Extent) {
+			for _, e := range []blockmap.Extent{e, blockmap.Range(e.Start, 1), blockmap.Range(e.End-1, 1), blockmap.Range(e.Start, min(e.Len(), 4096))} {
+				n++
+				if v, ok := d.View(e); ok {
+					v.Release()
+					t.Errorf("the view of %v waits for the disk", e)
+				}
+			}
+		})
+		if n == 0 {
+			t.Error("there are no data: this tests nothing")
+		}
+	})
+	t.Run("Load", func(t *testing.T) {
+		d, r := open(t), new(reader)
+		rng := rand.New(rand.NewPCG(1, 3))
+		for _, e := range extents(rng, d.Size(), 200) {
+			v, ok := d.Load(t.Context(), e)
+			r.compare(t, v, ok, e, want)
+		}
+	})
+	t.Run("LoadAsync", func(t *testing.T) {
+		d := open(t)
+		rng := rand.New(rand.NewPCG(1, 4))
+		type loaded struct {
+			e  blockmap.Extent
+			v  blockmap.View
+			ok bool
+		}
+		all := extents(rng, d.Size(), 200)
+		done := make(chan loaded, len(all))
+		for _, e := range all {
+			blockmap.LoadAsync(d, e, func(v blockmap.View, ok bool) { done <- loaded{e, v, ok} })
+		}
+		r := new(reader)
+		for range all {
+			select {
+			case l := <-done:
+				r.compare(t, l.v, l.ok, l.e, want)
+			case <-time.After(60 * time.Second):
+				t.Fatal("a load has not ended")
+			}
+		}
+		blockmap.LoadAsync(d, blockmap.Range(d.Size(), 1), func(_ blockmap.View, ok bool) { done <- loaded{ok: ok} })
+		if l := <-done; l.ok {
+			t.Error("LoadAsync beyond the end does not refuse")
+		}
+	})
+	t.Run("Concurrent", func(t *testing.T) {
+		d := open(t)
+		var wg sync.WaitGroup
+		for i := range 16 {
+			wg.Go(func() {
+				r := new(reader)
+				rng := rand.New(rand.NewPCG(uint64(i), 8))
+				for _, e := range extents(rng, d.Size(), 60) {
+					r.check(t, d, e, want)
+				}
+			})
+		}
+		wg.Wait()
+	})
+	t.Run("Cancelled", func(t *testing.T) {
+		d, r := open(t), new(reader)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 100 {
+			if v, ok := d.Load(ctx, blockmap.Range(0, d.Size())); ok { // it may be quicker
+				r.compare(t, v, ok, blockmap.Range(0, d.Size()), want)
+			}
+		}
+		r.check(t, d, blockmap.Range(0, d.Size()), want)
+	})
+}
+
+// compare checks a load of e, and releases it.
+func (r *reader) compare(t *testing.T, v blockmap.View, ok bool, e blockmap.Extent, want []byte) {
+	t.Helper()
+	defer v.Release()
+	if !ok || v.Len() != e.Len() {
+		t.Errorf("%v is resident and was not loaded", e)
+		return
+	}
+	p := make([]byte, e.Len())
+	if err := v.CopyTo(p); err != nil || !bytes.Equal(p, want[e.Start:e.End]) {
+		t.Errorf("load %v: wrong bytes, or %v", e, err)
+	}
 }
 
 // extents are n parts of a device: small and large, aligned and not, at the

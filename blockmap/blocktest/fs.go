@@ -42,8 +42,8 @@ func NewFS() *FS {
 	return &FS{synced: make(map[string][]byte), lost: make(map[string]map[int64]bool)}
 }
 
-// Fail makes the FS call fault before each operation: "open", "write", "sync", "punch",
-// "map", "rename". The operation fails with the error that fault returns.
+// Fail makes the FS call fault before each operation: "open", "read", "write", "sync",
+// "punch", "map", "rename". The operation fails with the error that fault returns.
 func (f *FS) Fail(fault func(op, path string) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -169,6 +169,18 @@ func (f *FS) Open(path string, create bool) (blockmap.File, error) {
 		return nil, err
 	}
 	file, err := blockmap.OS.Open(path, create)
+	return f.handle(path, file, err)
+}
+
+func (f *FS) OpenDirect(path string) (blockmap.File, error) {
+	if err := f.check("open", path); err != nil {
+		return nil, err
+	}
+	file, err := blockmap.OS.OpenDirect(path)
+	return f.handle(path, file, err)
+}
+
+func (f *FS) handle(path string, file blockmap.File, err error) (blockmap.File, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -215,6 +227,16 @@ type handle struct {
 	blockmap.File
 	fs   *FS
 	path string
+}
+
+// Descriptor has every read come by ReadAt, where it can fail.
+func (h *handle) Descriptor() int { return -1 }
+
+func (h *handle) ReadAt(p []byte, off int64) (int, error) {
+	if err := h.fs.check("read", h.path); err != nil {
+		return 0, err
+	}
+	return h.File.ReadAt(p, off)
 }
 
 func (h *handle) WriteAt(p []byte, off int64) (int, error) {

@@ -14,7 +14,7 @@ import (
 )
 
 // Memory is a blockmap.WritableDevice in memory. It has holes, data that is absent until
-// it is faulted in, a bound on space, a loss of power, and hooks that wait or fail. A
+// it is faulted in, data that only Load shows as if it were on a disk, a bound on space, a loss of power, and hooks that wait or fail. A
 // write replaces a grain and never changes it in place, so a view stays what it is
 // without a pin. The device still counts pins, for tests that look for views that were
 // not released.
@@ -26,6 +26,7 @@ type Memory struct {
 	ReadOnly bool
 
 	OnFault    func(ctx context.Context, e blockmap.Extent) error // before a Fault
+	OnLoad     func(ctx context.Context, e blockmap.Extent) bool  // before a Load shows something that View does not; false: it refuses, too
 	OnWrite    func(ctx context.Context, e blockmap.Extent) error // before a WriteAt
 	OnPrefetch func(e blockmap.Extent)                            // instead of a Prefetch, which makes e resident
 
@@ -38,6 +39,7 @@ type Memory struct {
 		grains  [][]byte // nil: a hole
 		durable [][]byte // grains as they were at the last Flush
 		absent  []bool
+		cold    []bool
 		used    int64    // bytes that grains take
 		dirty   int      // writes that no Flush has covered
 		calls   []string // the first maxCalls of what is not a read
@@ -56,6 +58,7 @@ func NewGrainy(size, grain int64) *Memory {
 	d.mu.grains = make([][]byte, size/grain)
 	d.mu.durable = make([][]byte, size/grain)
 	d.mu.absent = make([]bool, size/grain)
+	d.mu.cold = make([]bool, size/grain)
 	return d
 }
 
@@ -80,6 +83,22 @@ func (d *Memory) Punch(e blockmap.Extent) {
 
 // Evict makes the data of e absent until it is faulted in, by whole grains.
 func (d *Memory) Evict(e blockmap.Extent) { d.setAbsent(e, true) }
+
+// Chill makes the data of e, by whole grains, such that View refuses it and Load shows
+// it: resident, but not in memory. It stays so until it is written to, or Warm.
+func (d *Memory) Chill(e blockmap.Extent) { d.setCold(e, true) }
+
+// Warm undoes Chill.
+func (d *Memory) Warm(e blockmap.Extent) { d.setCold(e, false) }
+
+func (d *Memory) setCold(e blockmap.Extent, cold bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	first, end := d.span(e)
+	for i := first; i < end; i++ {
+		d.mu.cold[i] = cold
+	}
+}
 
 func (d *Memory) setAbsent(e blockmap.Extent, absent bool) {
 	d.mu.Lock()
@@ -162,16 +181,36 @@ func (d *Memory) Size() int64 { return d.size }
 
 // View implements blockmap.Device.
 func (d *Memory) View(e blockmap.Extent) (v blockmap.View, ok bool) {
+	v, ok, _ = d.view(e, false)
+	return v, ok
+}
+
+// Load implements blockmap.Device.
+func (d *Memory) Load(ctx context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	v, ok, cold := d.view(e, false)
+	if ok || !cold || d.OnLoad != nil && !d.OnLoad(ctx, e) {
+		return v, ok
+	}
+	v, ok, _ = d.view(e, true)
+	return v, ok
+}
+
+// view shows e unless some of it is absent, or cold without load.
+func (d *Memory) view(e blockmap.Extent, load bool) (v blockmap.View, ok, cold bool) {
 	if e.Check(d.size) != nil {
-		return v, false
+		return v, false, false
 	}
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	first, end := d.span(e)
 	for i := first; i < end; i++ {
 		if d.absent(i) {
-			return v, false
+			return v, false, false
 		}
+		cold = cold || d.mu.cold[i] && d.mu.grains[i] != nil
+	}
+	if cold && !load {
+		return v, false, true
 	}
 	d.parts(e, func(i, at, n, _ int64) {
 		if b := d.mu.grains[i]; b != nil {
@@ -181,7 +220,7 @@ func (d *Memory) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 			v.AppendZeros(n)
 		}
 	})
-	return v, true
+	return v, true, false
 }
 
 // Unpin implements blockmap.Pinner.
@@ -370,7 +409,7 @@ func (d *Memory) replace(i int64, b []byte) {
 	if b != nil {
 		d.mu.used += d.grain
 	}
-	d.mu.grains[i], d.mu.absent[i] = b, false
+	d.mu.grains[i], d.mu.absent[i], d.mu.cold[i] = b, false, false
 }
 
 // absent reports whether grain i has to be faulted in. A hole never has; d.mu is held.

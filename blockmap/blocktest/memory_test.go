@@ -32,6 +32,16 @@ func newMemory(p []byte) *blocktest.Memory {
 	return d
 }
 
+func TestColdMemory(t *testing.T) {
+	p := content()
+	blocktest.TestCold(t, p, func(t *testing.T) blockmap.Device {
+		d := newMemory(p)
+		d.Prefetch(blockmap.Range(0, d.Size()))
+		d.Chill(blockmap.Range(0, d.Size()))
+		return d
+	})
+}
+
 func TestMemoryConforms(t *testing.T) {
 	p := content()
 	rng := rand.New(rand.NewPCG(2, 1))

@@ -94,7 +94,7 @@ func (w Writable) write(t *testing.T) {
 		m.check(t, d, e)
 		m.check(t, d, around(e, d.Size()))
 		// Written bytes are resident.
-		if v, ok := d.View(e); !ok {
+		if v, ok := d.Load(ctx, e); !ok {
 			t.Errorf("%v was written and is not resident", e)
 		} else {
 			v.Release()

@@ -100,7 +100,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	runtime.GOMAXPROCS(procs + (procs+1)/2)
 	defer runtime.GOMAXPROCS(procs)
 	h, err := host.Open(host.Options{
-		Finder: s.find, Dir: s.cache, Quota: int64(s.quota), Trace: s.traceOptions(),
+		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"thaw/blockmap"
 	"thaw/cmd/thaw/internal/host"
 	"thaw/nbd"
 )
@@ -18,6 +19,7 @@ import (
 type serveOptions struct {
 	listen   []string
 	cache    string
+	mode     modeFlag
 	quota    size
 	grace    time.Duration
 	readOnly bool
@@ -45,7 +47,7 @@ type serveOptions struct {
 }
 
 func serveCommand(a *app) *cobra.Command {
-	o := serveOptions{maxInFlight: nbd.DefaultMaxInFlightBytes}
+	o := serveOptions{mode: modeFlag(blockmap.Buffered), maxInFlight: nbd.DefaultMaxInFlightBytes}
 	c := &cobra.Command{
 		Use:   "serve [IMAGE...]",
 		Short: "Serve images as network block devices",
@@ -113,6 +115,7 @@ keeps the newest 32.`,
 	f.StringArrayVar(&o.listen, "listen", nil, "`ADDRESS` to listen on: unix:PATH or tcp:HOST:PORT (repeatable; default: "+socketUsage+")")
 	f.StringVar(&o.cache, "cache", "", "keep the cache in `DIR` (default: "+cacheUsage+")")
 	f.Var(&o.quota, "cache-size", "largest `SIZE` of the cache in bytes, or with K, M, G or T, at least 16M; thaw evicts the least recently used chunks (default: no limit but the disk)")
+	f.Var(&o.mode, "cache-mode", "`MODE` of reading and writing the cache's disk: buffered keeps what is read often in the kernel's page cache; direct uses direct I/O, so that the cache takes no memory")
 	f.DurationVar(&o.grace, "grace", 30*time.Second, "finish requests in flight for at most this `TIME` after a signal; the server exits about a second later at the latest")
 	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode so far")
 	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references that match `PATTERN`, such as registry.example/team/* (repeatable)")
@@ -237,6 +240,20 @@ func (f *completeFlag) Set(s string) error {
 	}
 	*f = completeFlag(d)
 	return nil
+}
+
+// modeFlag is the flag --cache-mode.
+type modeFlag blockmap.Mode
+
+func (f *modeFlag) Type() string   { return "mode" }
+func (f *modeFlag) String() string { return string(*f) }
+
+func (f *modeFlag) Set(s string) error {
+	m, err := blockmap.ParseMode(s)
+	if err == nil {
+		*f = modeFlag(m)
+	}
+	return err
 }
 
 // aheadFlag is a flag that lists what to prefetch without a trace.

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"thaw/blockmap"
 	"thaw/cmd/thaw/internal/host"
 	"thaw/cmd/thaw/internal/host/api"
 )
@@ -185,9 +186,13 @@ func (s *shownStatus) lines(width int) []string {
 	if s.Quota > 0 {
 		used = fmt.Sprintf("%s of %s used", bytesString(c.Cached), bytesString(s.Quota))
 	}
+	cache := printable(s.Cache)
+	if s.Mode == blockmap.Direct {
+		cache += ", by direct I/O"
+	}
 	lines := []string{
 		"server    " + server,
-		"cache     " + printable(s.Cache),
+		"cache     " + cache,
 		fmt.Sprintf("          %s, %s evicted, %s held in memory, %d damaged", used, bytesString(c.Evicted), bytesString(c.Held), c.Damaged),
 		fmt.Sprintf("registry  %s/s, %d requests in flight", bytesString(int64(s.Rates.Fetched)), c.InFlight),
 		fmt.Sprintf("          %s in %d requests; %d retries; %d wrong and %d failed chunks", bytesString(c.Bytes), c.Requests, c.Retries, c.Wrong, c.Failed),

@@ -69,6 +69,10 @@ func (s *slow) View(e blockmap.Extent) (v blockmap.View, ok bool) {
 	return s.Memory.View(e)
 }
 
+func (s *slow) Load(_ context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	return s.View(e)
+}
+
 func (s *slow) Fault(ctx context.Context, e blockmap.Extent) error {
 	if err := e.Check(s.Size()); err != nil {
 		return err

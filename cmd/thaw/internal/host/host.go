@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -23,6 +24,8 @@ type Options struct {
 	Finder *Finder
 	// Dir is the cache directory. Only one process can use it at a time.
 	Dir string
+	// Mode says whether the cache uses the page cache. It defaults to blockmap.Buffered.
+	Mode blockmap.Mode
 	// Quota bounds the bytes in the cache: at least MinQuota, or 0 for no bound except
 	// the size of the disk.
 	Quota int64
@@ -67,6 +70,7 @@ type Host struct {
 	devices *devices
 	nbd     *nbd.Server
 	meter   *meter
+	mode    blockmap.Mode
 	quota   int64
 	began   time.Time
 	once    atomic.Bool // a device was added to a host that records to one file
@@ -89,10 +93,10 @@ func absolute(dir string) string {
 // Open opens the cache and makes a host without devices. If another process uses the
 // cache directory, it fails with blockmap.ErrLocked. The caller closes the host.
 func Open(o Options) (*Host, error) {
-	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
+	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), mode: cmp.Or(o.Mode, blockmap.Buffered), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
 	err := CheckQuota(o.Quota)
 	if err == nil {
-		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Quota: o.Quota, Boot: bootID(h.log), Log: h.log})
+		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Mode: o.Mode, Quota: o.Quota, Boot: bootID(h.log), Log: h.log})
 	}
 	if err != nil {
 		o.Finder.Close()

@@ -433,7 +433,7 @@ func TestFrozenJSON(t *testing.T) {
 	for file, v := range map[string]any{
 		"status.json": Status{
 			State: Serving, Version: "v1", PID: 1, Time: began.Add(time.Minute), Started: began, Uptime: 60,
-			Cache: "/var/cache/thaw", Quota: 2, Devices: DeviceCounts{1, 2, 3, 4, 5, 6}, Rates: Rates{10, 1.5, 2, 3, 4},
+			Cache: "/var/cache/thaw", Mode: blockmap.Direct, Quota: 2, Devices: DeviceCounts{1, 2, 3, 4, 5, 6}, Rates: Rates{10, 1.5, 2, 3, 4},
 			Counts: Stats{
 				Stats:  fetcher.Stats{Requests: 1, Bytes: 2, Chunks: 3},
 				Cached: 4, Held: 5, Evicted: 6, Damaged: 7, OpenStreams: 8, Devices: 9, Goroutines: 10, Memory: 11,

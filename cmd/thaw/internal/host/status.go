@@ -3,6 +3,8 @@ package host
 import (
 	"os"
 	"time"
+
+	"thaw/blockmap"
 )
 
 // Phase is the phase of a host.
@@ -24,8 +26,9 @@ type Status struct {
 	Started time.Time `json:"started"`
 	Uptime  float64   `json:"uptime_seconds"`
 
-	Cache string `json:"cache_directory"`
-	Quota int64  `json:"cache_quota_bytes"` // 0: no bound except the size of the disk
+	Cache string        `json:"cache_directory"`
+	Mode  blockmap.Mode `json:"cache_mode"`
+	Quota int64         `json:"cache_quota_bytes"` // 0: no bound except the size of the disk
 
 	Devices DeviceCounts `json:"devices"`
 	Rates   Rates        `json:"rates"`
@@ -48,7 +51,7 @@ func (h *Host) Status() Status {
 	now := time.Now()
 	s := Status{
 		State: Starting, PID: os.Getpid(), Time: now.Round(0), Started: h.began.Round(0), Uptime: now.Sub(h.began).Seconds(),
-		Cache: h.dir, Quota: h.quota, Rates: h.meter.rates(), Counts: h.Stats(),
+		Cache: h.dir, Mode: h.mode, Quota: h.quota, Rates: h.meter.rates(), Counts: h.Stats(),
 	}
 	switch {
 	case h.Stopping():

@@ -1,0 +1,321 @@
+package uring
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Read is one read of a file. It belongs to the ring from Submit until Done.
+type Read struct {
+	FD  int
+	Buf []byte // must not be empty, nor lie on a stack
+	Off int64
+
+	// Done is called once, on the ring's thread, and must not block. N is the number
+	// of bytes read: all of Buf unless the file ends before, or Err is set.
+	Done func(*Read)
+	N    int
+	Err  error
+
+	next *Read
+}
+
+// Ring is an io_uring with its thread.
+type Ring struct {
+	fd   int
+	wake int // an eventfd
+
+	// sleeping says that the thread waits in the kernel, or is about to, and that
+	// whoever submits must wake it.
+	sleeping atomic.Bool
+	mu       struct {
+		sync.Mutex
+		first, last *Read
+		closed      bool
+	}
+	ended chan struct{}
+
+	// The thread's own.
+	sqMap, sqeMap  []byte
+	sqHead, sqTail *uint32
+	sqMask         uint32
+	sqArray        []uint32
+	sqes           []sqe
+	cqHead, cqTail *uint32
+	cqMask         uint32
+	cqes           []cqe
+	reads          []*Read  // in flight, by slot: the kernel writes to their buffers
+	free           []uint32 // slots
+	waiting        *Read    // taken from the queue, for want of a slot
+	toSubmit       uint32
+	armed          bool // a read of wake is in flight
+	woken          *[8]byte
+}
+
+// wakeSlot is the userData of the read of the eventfd.
+const wakeSlot = ^uint64(0)
+
+// New makes a ring for that many reads in flight. It fails with errors.ErrUnsupported
+// where the kernel does not have io_uring, or does not let this process use it.
+func New(depth int) (*Ring, error) {
+	r := &Ring{fd: -1, wake: -1, ended: make(chan struct{}), woken: new([8]byte)}
+	made := make(chan error)
+	go func() {
+		// The ring belongs to the thread that makes it. The thread ends with this
+		// goroutine, which does not unlock it.
+		runtime.LockOSThread()
+		defer close(r.ended)
+		err := r.open(depth)
+		if err != nil {
+			r.free = nil
+			r.release()
+		}
+		made <- err
+		if err == nil {
+			r.run()
+			r.release()
+		}
+	}()
+	if err := <-made; err != nil {
+		<-r.ended
+		return nil, err
+	}
+	return r, nil
+}
+
+// Submit begins read. After Close it fails with os.ErrClosed.
+func (r *Ring) Submit(read *Read) {
+	read.next, read.N, read.Err = nil, 0, nil
+	r.mu.Lock()
+	if r.mu.closed {
+		r.mu.Unlock()
+		read.Err = os.ErrClosed
+		read.Done(read)
+		return
+	}
+	if r.mu.last == nil {
+		r.mu.first = read
+	} else {
+		r.mu.last.next = read
+	}
+	r.mu.last = read
+	r.mu.Unlock()
+	r.rouse()
+}
+
+// Close waits until all reads are done, and frees the ring. Nobody submits any more.
+func (r *Ring) Close() {
+	r.mu.Lock()
+	r.mu.closed = true
+	r.mu.Unlock()
+	r.rouse()
+	<-r.ended
+}
+
+// rouse wakes the thread if it sleeps.
+func (r *Ring) rouse() {
+	if r.sleeping.Load() && r.sleeping.CompareAndSwap(true, false) {
+		one := [8]byte{0: 1}
+		for {
+			// The counter of the eventfd is far from full, so this does not block.
+			_, _, e := unix.RawSyscall(unix.SYS_WRITE, uintptr(r.wake), uintptr(unsafe.Pointer(&one)), 8)
+			if e != unix.EINTR {
+				return
+			}
+		}
+	}
+}
+
+// take empties the queue.
+func (r *Ring) take() (first *Read, closed bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	first = r.mu.first
+	r.mu.first, r.mu.last = nil, nil
+	return first, r.mu.closed
+}
+
+// run is the thread.
+func (r *Ring) run() {
+	for {
+		if !r.armed {
+			r.put(opRead, r.wake, r.woken[:], 0, wakeSlot)
+			r.armed = true
+		}
+		r.pass()
+		r.sleeping.Store(true)
+		closed := r.pass() // what comes after this look at the queue wakes the thread
+		idle := len(r.free) == len(r.reads)
+		if closed && idle {
+			return
+		}
+		r.enter()
+		r.sleeping.Store(false)
+		r.reap()
+	}
+}
+
+// pass gives the kernel what is queued, as far as there are slots.
+func (r *Ring) pass() (closed bool) {
+	list, closed := r.take()
+	if r.waiting == nil {
+		r.waiting = list
+	} else if list != nil {
+		last := r.waiting
+		for last.next != nil {
+			last = last.next
+		}
+		last.next = list
+	}
+	for r.waiting != nil && len(r.free) > 0 {
+		read := r.waiting
+		r.waiting, read.next = read.next, nil
+		r.start(read)
+	}
+	return closed
+}
+
+// start puts what is left of read in a slot.
+func (r *Ring) start(read *Read) {
+	slot := r.free[len(r.free)-1]
+	r.free = r.free[:len(r.free)-1]
+	r.reads[slot] = read
+	r.put(opRead, read.FD, read.Buf[read.N:], read.Off+int64(read.N), uint64(slot))
+}
+
+// put adds an entry to the submission queue. There is room: it has an entry for every
+// slot, and one for the eventfd.
+func (r *Ring) put(op uint8, fd int, buf []byte, off int64, data uint64) {
+	tail := atomic.LoadUint32(r.sqTail)
+	i := tail & r.sqMask
+	r.sqes[i] = sqe{opcode: op, fd: int32(fd), off: uint64(off), userData: data,
+		addr: uint64(uintptr(unsafe.Pointer(&buf[0]))), len: uint32(min(len(buf), 1<<30))}
+	r.sqArray[i] = i
+	atomic.StoreUint32(r.sqTail, tail+1)
+	r.toSubmit++
+}
+
+// enter submits, and waits for something that is finished.
+func (r *Ring) enter() {
+	for {
+		n, _, e := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(r.toSubmit), 1, enterGetEvents, 0, 0)
+		if e == 0 {
+			r.toSubmit -= uint32(n)
+			return
+		}
+		switch e {
+		case unix.EINTR:
+			return
+		case unix.EAGAIN, unix.EBUSY:
+			// The kernel lacks memory for requests, or the completion queue is to be
+			// emptied first.
+			if atomic.LoadUint32(r.cqTail) != *r.cqHead {
+				return
+			}
+			runtime.Gosched()
+		default:
+			panic(fmt.Sprintf("io_uring_enter: %v", e)) // only misuse
+		}
+	}
+}
+
+// reap handles what is finished.
+func (r *Ring) reap() {
+	head := *r.cqHead
+	for head != atomic.LoadUint32(r.cqTail) {
+		c := r.cqes[head&r.cqMask]
+		head++
+		atomic.StoreUint32(r.cqHead, head)
+		if c.userData == wakeSlot {
+			r.armed = false
+			continue
+		}
+		slot := uint32(c.userData)
+		read := r.reads[slot]
+		r.reads[slot] = nil
+		r.free = append(r.free, slot)
+		switch {
+		case c.res > 0:
+			read.N += int(c.res)
+			if read.N < len(read.Buf) {
+				r.start(read) // the rest, or the end of the file
+				continue
+			}
+		case c.res == -int32(unix.EINTR) || c.res == -int32(unix.EAGAIN):
+			r.start(read)
+			continue
+		case c.res < 0:
+			read.Err = unix.Errno(-c.res)
+		}
+		read.Done(read)
+	}
+}
+
+// open makes the ring on this thread.
+func (r *Ring) open(depth int) error {
+	var p params
+	for _, flags := range setups {
+		p = params{flags: flags}
+		fd, _, e := unix.Syscall(unix.SYS_IO_URING_SETUP, uintptr(depth+1), uintptr(unsafe.Pointer(&p)), 0)
+		if e == 0 {
+			r.fd = int(fd)
+			break
+		}
+		if e == unix.EINVAL && flags != setupClamp {
+			continue // an older kernel
+		}
+		if unsupported(e) {
+			return fmt.Errorf("io_uring_setup: %w: %w", e, errors.ErrUnsupported)
+		}
+		return fmt.Errorf("io_uring_setup: %w", e)
+	}
+	if want := uint32(featSingleMmap | featNoDrop | featFastPoll); p.features&want != want {
+		return fmt.Errorf("the io_uring of this kernel lacks features (it has %#x): %w", p.features, errors.ErrUnsupported)
+	}
+	var err error
+	if r.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	size := max(p.sq.array+p.sqEntries*4, p.cq.cqes+p.cqEntries*uint32(unsafe.Sizeof(cqe{})))
+	const prot, flags = unix.PROT_READ | unix.PROT_WRITE, unix.MAP_SHARED | unix.MAP_POPULATE
+	if r.sqMap, err = unix.Mmap(r.fd, offSQRing, int(size), prot, flags); err != nil {
+		return fmt.Errorf("map io_uring: %w", err)
+	}
+	if r.sqeMap, err = unix.Mmap(r.fd, offSQEs, int(p.sqEntries)*int(unsafe.Sizeof(sqe{})), prot, flags); err != nil {
+		return fmt.Errorf("map io_uring: %w", err)
+	}
+	word := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&r.sqMap[off])) }
+	r.sqHead, r.sqTail, r.sqMask = word(p.sq.head), word(p.sq.tail), *word(p.sq.mask)
+	r.cqHead, r.cqTail, r.cqMask = word(p.cq.head), word(p.cq.tail), *word(p.cq.mask)
+	r.sqArray = unsafe.Slice(word(p.sq.array), p.sqEntries)
+	r.sqes = unsafe.Slice((*sqe)(unsafe.Pointer(&r.sqeMap[0])), p.sqEntries)
+	r.cqes = unsafe.Slice((*cqe)(unsafe.Pointer(&r.sqMap[p.cq.cqes])), p.cqEntries)
+	n := min(uint32(depth), p.sqEntries-1)
+	r.reads = make([]*Read, n)
+	for i := range n {
+		r.free = append(r.free, i)
+	}
+	return nil
+}
+
+// release frees what open has made.
+func (r *Ring) release() {
+	if r.sqMap != nil {
+		_ = unix.Munmap(r.sqMap)
+	}
+	if r.sqeMap != nil {
+		_ = unix.Munmap(r.sqeMap)
+	}
+	for _, fd := range []int{r.fd, r.wake} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+}
