@@ -33,8 +33,8 @@ const holeWindow = 64 << 10
 // into step again.
 type packer struct {
 	*StreamWriter
-	size  int // of a full chunk
-	files int // in the pack
+	size int // of a full chunk
+	tiny int // files of one block in the pack
 
 	// The file being packed.
 	large bool
@@ -43,11 +43,11 @@ type packer struct {
 	runs  []ext4.Run
 }
 
-// packFiles is how many files a pack has at most. Who reads one tiny file fetches its
-// whole pack: with a chunk full of files of 2 KB, a hundred times and more of what is
-// read. Programs read files of ten KB and more in a row; their packs are full before they
-// have as many files, so a start makes no more requests.
-const packFiles = 64
+// packTiny is how many files of one block a pack has at most. Who reads one tiny file
+// fetches its whole pack: with a chunk full of files of 2 KB, a hundred times and more of
+// what is read. What programs read in a row has larger files between; such packs are full
+// before they have as many tiny ones, so a start makes no more requests.
+const packTiny = 128
 
 func newPacker(s *StreamWriter) *packer { return &packer{StreamWriter: s, size: s.c.size} }
 
@@ -59,7 +59,7 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 	}
 	padded := (size + blockSize - 1) &^ (blockSize - 1)
 	p.large = padded >= int64(p.size)
-	if p.large || int64(len(*p.chunk))+padded > int64(p.size) || p.files == packFiles {
+	if p.large || int64(len(*p.chunk))+padded > int64(p.size) || p.tiny == packTiny {
 		if err := p.end(); err != nil {
 			return nil, err
 		}
@@ -72,8 +72,8 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 			return nil, err
 		}
 	}
-	if len(p.runs) > 0 {
-		p.files++
+	if len(p.runs) > 0 && padded == blockSize {
+		p.tiny++
 	}
 	if p.large || len(p.runs) > 0 && p.marks(padded) {
 		if err := p.end(); err != nil {
@@ -85,18 +85,18 @@ func (p *packer) file(r io.Reader, size int64) ([]ext4.Run, error) {
 
 // end ends the pack.
 func (p *packer) end() error {
-	p.files = 0
+	p.tiny = 0
 	return p.Cut()
 }
 
 // marks reports whether the file just packed ends a pack that is half full. On average
 // one file does in each quarter of a chunk's size, for files of any size, and one of a
-// quarter of packFiles. That is often enough that most packs end at such a file and do
+// quarter of packTiny. That is often enough that most packs end at such a file and do
 // not overflow, and seldom enough that packs which began at different files end at the
 // same one.
 func (p *packer) marks(padded int64) bool {
 	return len(*p.chunk) >= p.size/2 && uint64(p.sum)*uint64(p.size/4) < uint64(padded)<<32 ||
-		p.files >= packFiles/2 && uint64(p.sum)*(packFiles/4) < 1<<32
+		p.tiny >= packTiny/2 && uint64(p.sum)*(packTiny/4) < 1<<32
 }
 
 var zeroWindow [holeWindow]byte

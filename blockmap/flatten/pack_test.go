@@ -297,11 +297,11 @@ func TestTinyFiles(t *testing.T) {
 	old := make(map[blockmap.Digest]bool)
 	for _, c := range base.table.Chunks {
 		old[c.Digest] = true
-		if c.Count > packFiles {
+		if c.Count > packTiny {
 			t.Errorf("a chunk has %d files", c.Count)
 		}
 	}
-	if mean := len(tiny) / len(base.table.Chunks); mean < packFiles/2 {
+	if mean := len(tiny) / len(base.table.Chunks); mean < packTiny/2 {
 		t.Errorf("chunks of %d files in the mean", mean)
 	}
 	r := pack(t, DefaultChunkSize, append([]named{{"new", "new"}}, tiny...))
