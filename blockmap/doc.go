@@ -19,6 +19,6 @@
 // all that is in memory; Load and Fault wait.
 //
 // Terms: a block is 4 KiB. A chunk is the unit of fetching, a whole number of blocks, and
-// a leaf is 64 KiB of it. A stream is a sequence of chunks; there is one for each layer of the source image and
-// one for the filesystem's metadata.
+// a leaf is 64 KiB of it. A stream is a sequence of chunks; there is one for each layer of
+// the source image and one for the filesystem's metadata.
 package blockmap
