@@ -193,7 +193,8 @@ func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return 
 func launch(t testing.TB, env []string, args ...string) *server {
 	t.Helper()
 	s := &server{t: t, done: make(chan struct{})}
-	s.cmd = asProgram(append([]string{"serve", "--json", "--log-format", "json"}, args...)...)
+	// Without completion, which would fetch what a test does not read if it is slow.
+	s.cmd = asProgram(append([]string{"serve", "--json", "--log-format", "json", "--complete", "off"}, args...)...)
 	s.cmd.Env = append(s.cmd.Env, env...)
 	s.cmd.Stderr = &s.stderr
 	out, err := s.cmd.StdoutPipe()

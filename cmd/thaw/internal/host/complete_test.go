@@ -82,9 +82,11 @@ func TestCompleteWithoutRegistry(t *testing.T) {
 	dir := t.TempDir()
 	h := fast(r.open(Options{Dir: dir, Complete: CompleteOptions{After: time.Millisecond}}))
 	d := add(t, h, name)
+	r.push("team/app:v1-other", m)
 	digest := d.Info().Image
-	add(t, h, digest)
+	other := add(t, h, name+"-other")
 	await(t, "the image is complete", func() bool { return d.Info().Completion.State == completeDone })
+	await(t, "the other one is complete", func() bool { return other.Info().Completion.State == completeDone })
 	in := d.Info()
 	if c := in.Completion; c.Missing != 0 || c.Stored != 0 || c.Error != "" {
 		t.Errorf("%+v", c)
@@ -105,6 +107,10 @@ func TestCompleteWithoutRegistry(t *testing.T) {
 		t.Errorf("the image was named by its digest, and opened after %v", took)
 	}
 	read(t, byDigest.Block(), m, whole(m))
+	// In another repository the digest says nothing about who may read it.
+	if _, err := h.Add(t.Context(), Spec{Name: strings.Replace(digest, "team/app", "team/other", 1)}); err == nil {
+		t.Error("the image was opened as one of another repository")
+	}
 	byTag := add(t, h, name)
 	read(t, byTag.Block(), m, whole(m))
 	if c := byTag.Info().Completion; c.State != completeDone || c.Missing != 0 {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"sync"
 	"time"
 
@@ -309,11 +310,40 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 // recall finds what load has stored, and checks it by the rules for a registry's
 // answer. It fails with fs.ErrNotExist if load has stored nothing.
 func (o *opener) recall(repo *registry.Repo, name string) (*BlockImage, error) {
-	kept, err := o.cache.Ref(o.key(name))
+	b, err := o.recallAs(repo, name, name)
+	if !errors.Is(err, fs.ErrNotExist) || repo.Ref().Digest == (v1.Hash{}) {
+		return b, err
+	}
+	// The image may have been served by another name of the same repository, such as a
+	// tag. A name of another repository does not count: it says nothing about who may
+	// read this one.
+	for _, root := range o.cache.Roots() {
+		for _, key := range root.Refs {
+			other, ok := strings.CutPrefix(key, o.key(""))
+			if !ok || !sameRepository(repo.Ref(), other) {
+				continue
+			}
+			if b, err := o.recallAs(repo, name, other); err == nil {
+				return b, nil
+			}
+		}
+	}
+	return nil, err
+}
+
+// sameRepository reports whether a name is one of the repository of ref.
+func sameRepository(ref registry.Ref, name string) bool {
+	other, err := registry.ParseRef(name)
+	return err == nil && other.WithDigest(ref.Digest).String() == ref.WithDigest(ref.Digest).String()
+}
+
+// recallAs is recall of what load has stored under another name.
+func (o *opener) recallAs(repo *registry.Repo, name, stored string) (*BlockImage, error) {
+	kept, err := o.cache.Ref(o.key(stored))
 	if err != nil {
 		return nil, err
 	}
-	r, err := flatten.ParseResolution(kept, name)
+	r, err := flatten.ParseResolution(kept, stored)
 	if err != nil {
 		return nil, err
 	}
