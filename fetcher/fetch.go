@@ -158,7 +158,7 @@ func (f *Fetcher) leave(fetches []*fetch) {
 // ends, or until ctx does. ended says whether the fetch has ended. If it has not, the caller
 // is still counted among those who want it.
 func (f *Fetcher) await(ctx context.Context, ft *fetch, w blockmap.Want) (ended bool, err error) {
-	for {
+	for woken := false; ; woken = true {
 		f.mu.Lock()
 		if ft.moved == nil && ft.download != nil {
 			ft.moved = make(chan struct{})
@@ -170,7 +170,8 @@ func (f *Fetcher) await(ctx context.Context, ft *fetch, w blockmap.Want) (ended 
 			return true, ft.err
 		default:
 		}
-		if moved != nil && w.Here() {
+		// The download may have ended by now.
+		if (moved != nil || woken) && w.Here() {
 			return false, nil
 		}
 		select {
