@@ -52,9 +52,9 @@ const (
 
 	streamCredit = 1 << 20 // stored bytes at the beginning
 	deviceCredit = 4 << 20
-	maxCredit    = 8  // multiple of that
-	wonFor       = 3  // multiple of its bytes that a prediction brings back: one of three must be used
-	probes       = 32 // of so many demanded bytes, one is for a prediction
+	maxCredit    = 8   // multiple of that
+	wonFor       = 3   // multiple of its bytes that a prediction brings back: one of three must be used
+	probes       = 128 // of so many demanded bytes, one is for a prediction
 )
 
 // credit is how many stored bytes may be predicted.
