@@ -50,11 +50,11 @@ const (
 	leastAheadOf = 4 << 20  // stored bytes of the largest window of a sequence, on a slow link
 	mostAheadOf  = 32 << 20 // on a fast one
 
-	streamCredit = 1 << 20 // stored bytes at the beginning
-	deviceCredit = 4 << 20
-	maxCredit    = 8  // multiple of that
-	wonFor       = 3  // multiple of its bytes that a prediction brings back: one of three must be used
-	probes       = 32 // of so many demanded bytes, one is for a prediction
+	streamCredit = 2 << 20 // stored bytes at the beginning
+	deviceCredit = 8 << 20
+	maxCredit    = 8   // multiple of that
+	wonFor       = 3   // multiple of its bytes that a prediction brings back: one of three must be used
+	probes       = 128 // of so many demanded bytes, one is for a prediction
 )
 
 // credit is how many stored bytes may be predicted.
