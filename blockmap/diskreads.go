@@ -141,17 +141,13 @@ func (l *load) wait(ctx context.Context) (v View, ok bool) {
 	if len(l.reads) == 0 {
 		return l.view, true
 	}
-	l.told = make(chan struct{}, 1)
 	if x := l.reads[0]; len(l.reads) == 1 && x.of.n.Load() == 0 {
 		// Alone, it is fastest on the thread that is here already. A disk that hangs
 		// holds up this caller beyond ctx, but no other.
-		l.left.Store(1)
-		x.of.n.Add(1)
-		x.N, x.Err = x.file.readAt(x.Buf, x.Off)
-		x.finished()
-	} else {
-		l.submit()
+		return l.readHere()
 	}
+	l.told = make(chan struct{}, 1)
+	l.submit()
 	select {
 	case <-l.told:
 	case <-ctx.Done():
@@ -160,6 +156,23 @@ func (l *load) wait(ctx context.Context) (v View, ok bool) {
 		}
 		<-l.told
 	}
+	return l.outcome()
+}
+
+// readHere does the reads one after the other on the caller's thread.
+func (l *load) readHere() (v View, ok bool) {
+	if len(l.reads) == 0 {
+		return l.view, true
+	}
+	l.told = make(chan struct{}, 1)
+	reads := l.reads // what is finished may be gone
+	l.left.Store(int32(len(reads)))
+	for _, x := range reads {
+		x.of.n.Add(1)
+		x.N, x.Err = x.file.readAt(x.Buf, x.Off)
+		x.finished()
+	}
+	<-l.told
 	return l.outcome()
 }
 

@@ -1,9 +1,6 @@
 package blockmap
 
-import (
-	"context"
-	"fmt"
-)
+import "fmt"
 
 // This file is the part of a Stream that knows chunks of which only some leaves are
 // resident: a bundle brings the leaves that a start reads, and no others. All that is
@@ -141,7 +138,7 @@ func (s *Stream) copyTo(p []byte, off int64) bool {
 		l.drop()
 		return false
 	}
-	v, ok := l.wait(context.Background())
+	v, ok := l.readHere() // no client waits for a copy within the cache
 	if !ok {
 		return false
 	}
