@@ -98,7 +98,7 @@ func (b *builder) image(ctx context.Context, layers []*converted, l *layout) (*R
 	pushed := make(chan error, 1)
 	go func() { pushed <- guarded(func() error { return meta.Push(pctx, b.dst, func(int64) {}) })() }()
 	wait := sync.OnceValue(func() error { return <-pushed })
-	defer wait()
+	defer func() { _ = wait() }() // Assemble returns its error
 	defer cancel()
 	if res.Index, err = NewIndex(l.fs.Blocks(), l.fs.Runs(), l.streams); err != nil {
 		return nil, err
