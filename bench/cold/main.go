@@ -30,7 +30,7 @@
 //
 // The limit is the time that no start by this transport over this link can beat:
 // the longer of the time of resident, and the time that the line needs for the
-// compressed bytes of the trace's plan, plus two round trips.
+// compressed bytes of the leaves that a start touches, plus two round trips.
 //
 // Each round is printed as a line at once, in the format that benchstat reads, and
 // tables follow at the end. A run can be divided by image, link or row: -table
@@ -94,7 +94,7 @@ func main() {
 	flag.StringVar(&o.plots, "plots", "", "directory for plots, as SVG and PNG (default none)")
 	flag.BoolVar(&o.table, "table", false, "measure nothing; print tables and draw plots of files that earlier runs wrote")
 	flag.StringVar(&o.thaw, "thaw", "", "thaw to measure (default: that of this checkout)")
-	flag.StringVar(&o.thawArgs, "thaw-args", "", "further arguments for thaw serve, in all rows of thaw")
+	flag.StringVar(&o.thawArgs, "thaw-args", "--complete off", "further arguments for thaw serve, in all rows of thaw")
 	flag.StringVar(&o.buildArgs, "build-args", "", "further arguments for thaw build")
 	flag.Func("variant", "further row, `NAME=ROW ARGS`: a row of thaw with further arguments for thaw serve (repeatable)", func(s string) error {
 		v, err := parseVariant(s)

@@ -83,10 +83,7 @@ func (b *benchmark) prepare(ctx context.Context, w bench.Workload) (p *prepared,
 	if err := b.recordStart(ctx, p); err != nil {
 		return p, err
 	}
-	if p.planned, err = b.planned(ctx, p); err != nil {
-		return p, err
-	}
-	if err := b.bundle(ctx, p); err != nil {
+	if p.planned, err = b.bundle(ctx, p); err != nil {
 		return p, err
 	}
 	if err := b.flatten(ctx, p); err != nil {
@@ -177,42 +174,30 @@ func (b *benchmark) recordStart(ctx context.Context, p *prepared) error {
 	return nil
 }
 
-// planned returns how many compressed bytes a start reads.
-func (b *benchmark) planned(ctx context.Context, p *prepared) (int64, error) {
-	out, err := bench.Output(exec.CommandContext(ctx, b.thaw, "trace", "show", p.trace, "--image", p.direct(traceName), "--json"))
+// bundle packs the bundle of the trace, and returns how many compressed bytes the leaves
+// have that a start touches: those of the bundle without its head.
+func (b *benchmark) bundle(ctx context.Context, p *prepared) (int64, error) {
+	out, err := bench.Output(exec.CommandContext(ctx, b.thaw, "trace", "pack", p.direct(bundleName), "--json"))
 	if err != nil {
 		return 0, err
 	}
-	return planBytes([]byte(out))
+	return leafBytes([]byte(out))
 }
 
-// planBytes sums the streams in the output of `thaw trace show`. The plan fetches
-// each chunk once, even if a start reads several ranges of it.
-func planBytes(show []byte) (int64, error) {
+// leafBytes reads the output of `thaw trace pack`.
+func leafBytes(packed []byte) (int64, error) {
 	var s struct {
-		Streams []struct {
-			Stored int64 `json:"stored_bytes"`
-		} `json:"streams"`
+		Bytes int64 `json:"bytes"`
+		Head  int64 `json:"head_bytes"` // 0 from versions whose bundles have whole chunks
 	}
-	if err := json.Unmarshal(show, &s); err != nil {
-		return 0, fmt.Errorf("output of thaw trace show: %w", err)
+	if err := json.Unmarshal(packed, &s); err != nil {
+		return 0, fmt.Errorf("output of thaw trace pack: %w", err)
 	}
-	var n int64
-	for _, x := range s.Streams {
-		n += x.Stored
-	}
+	n := s.Bytes - s.Head
 	if n <= 0 {
-		return 0, errors.New("thaw trace show lists no bytes that a start reads")
+		return 0, errors.New("thaw trace pack lists no bytes that a start reads")
 	}
 	return n, nil
-}
-
-func (b *benchmark) bundle(ctx context.Context, p *prepared) error {
-	if !b.wants(thawBundle) {
-		return nil
-	}
-	_, err := bench.Output(exec.CommandContext(ctx, b.thaw, "trace", "pack", p.direct(bundleName)))
-	return err
 }
 
 // flatten copies the device to a file on the disk and to one in memory, both

@@ -178,7 +178,7 @@ func (r *results) seconds(image string, l link, row string) float64 {
 
 // limits returns, round by round, the time that no start by this transport over
 // this link can beat: the longer of the time of resident, and the time that the
-// line needs for the plan. It is empty if one of the two is unknown.
+// line needs for what a start touches. It is empty if one of the two is unknown.
 func (r *results) limits(image string, l link) []float64 {
 	planned := r.rec.Median(planName(image), planUnit)
 	if math.IsNaN(planned) {

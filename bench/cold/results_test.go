@@ -205,13 +205,13 @@ func TestRows(t *testing.T) {
 	}
 }
 
-func TestPlanBytes(t *testing.T) {
-	n, err := planBytes([]byte(`{"streams":[{"stream":0,"stored_bytes":1000},{"stream":2,"stored_bytes":15000000},{"stream":-1,"stored_bytes":0}]}`))
-	if err != nil || n != 15001000 {
+func TestLeafBytes(t *testing.T) {
+	n, err := leafBytes([]byte(`{"type":"packed","chunks":62,"leaves":460,"head_bytes":27516,"bytes":9856846}`))
+	if err != nil || n != 9856846-27516 {
 		t.Errorf("%d, %v", n, err)
 	}
 	for _, bad := range []string{`{}`, `not JSON`} {
-		if _, err := planBytes([]byte(bad)); err == nil {
+		if _, err := leafBytes([]byte(bad)); err == nil {
 			t.Errorf("%s is accepted", bad)
 		}
 	}
