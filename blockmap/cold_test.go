@@ -427,3 +427,39 @@ func BenchmarkColdReads(b *testing.B) {
 		})
 	}
 }
+
+// Close waits until those who began reads have been told of their ends: they may hold
+// views until then.
+func TestCloseWaitsForThoseWhoAreTold(t *testing.T) {
+	m := blocktest.NewImage(t, 97, 300)
+	for _, w := range ways {
+		t.Run(w.name, func(t *testing.T) {
+			c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{Mode: w.mode, Boot: blockmap.BootID{1}})
+			must(t, image.Fault(t.Context(), blockmap.Range(0, image.Size())))
+			if w.threads {
+				c.ReadWithThreads()
+			}
+			told, goOn := make(chan struct{}), make(chan struct{})
+			image.LoadAsync(blockmap.Range(0, image.Size()), func(v blockmap.View, ok bool) {
+				close(told)
+				<-goOn
+				v.Release()
+			})
+			select {
+			case <-told:
+			case <-time.After(10 * time.Second):
+				t.Fatal("the load has not ended")
+			}
+			closed := make(chan error, 1)
+			go func() { closed <- c.Close() }()
+			select {
+			case err := <-closed:
+				t.Errorf("it is closed before: %v", err)
+				close(goOn)
+			case <-time.After(100 * time.Millisecond):
+				close(goOn)
+				must(t, <-closed)
+			}
+		})
+	}
+}

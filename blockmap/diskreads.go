@@ -56,7 +56,7 @@ func (r *diskReads) start() {
 	r.slots = make(chan struct{}, maxThreads)
 }
 
-// close waits for all reads.
+// close waits for all reads, and for those who are told of their ends.
 func (r *diskReads) close() {
 	r.begin.Do(func() {})
 	r.wg.Wait()
@@ -111,7 +111,9 @@ func (l *load) read(s *Stream, f *dataFile, token uint64, off, n int64) {
 // drop takes back what was added to l.
 func (l *load) drop() {
 	for _, x := range l.reads {
+		r := x.of
 		x.release()
+		r.wg.Done()
 	}
 	l.reads = nil
 	l.view.Release()
@@ -240,11 +242,13 @@ func (x *diskRead) end(ok bool) {
 	if !ok {
 		l.failed.Store(true)
 	}
-	x.of.n.Add(-1)
+	r := x.of
+	r.n.Add(-1)
 	x.release()
 	if l.left.Add(-1) == 0 {
 		l.finished()
 	}
+	r.wg.Done() // only now: the view of l may pin chunks until it is finished
 }
 
 // again reads once more if it was not the disk that failed. Where the disk cannot be read,
@@ -275,5 +279,4 @@ func (x *diskRead) release() {
 	x.load, x.file, x.stream = nil, nil, nil
 	x.Buf, x.N, x.Err = nil, 0, nil
 	r.pool.Put(x)
-	r.wg.Done()
 }

@@ -1,6 +1,7 @@
 package fetcher
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 const (
 	calmFor     = 250 * time.Millisecond // after the last demand and the last other request
 	maxIdle     = 2                      // idle requests of a source in flight
+	maxWrong    = 16                     // chunks with wrong bytes that do not end Complete
 	leastBroken = 256 << 10              // bytes before its chunk for which a demand does not wait
 )
 
@@ -35,7 +37,9 @@ type CompleteOptions struct {
 // Complete fetches wants at idle priority, in large requests in their order. It returns
 // nil when all are resident, and otherwise the first error: blockmap.ErrNoSpace if the
 // cache has no room, the error of a chunk that could not be fetched, or the cause of the
-// end of ctx. A failed chunk is not tried again.
+// end of ctx. A failed chunk is not tried again. If its bytes are wrong, Complete goes on
+// with the others, and returns the error at the end: that says nothing about them, unless
+// there are many.
 func (b *Bound) Complete(ctx context.Context, wants []blockmap.Want, o CompleteOptions) (err error) {
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if o.Rate > 0 {
@@ -53,6 +57,7 @@ func (b *Bound) Complete(ctx context.Context, wants []blockmap.Want, o CompleteO
 	}
 	var batches []batch // asked for and not awaited, the oldest first
 	var asked int64     // bytes that these take in the cache
+	wrong, wrongErr := 0, error(nil)
 	await := func() error {
 		for _, ft := range batches[0].fetches {
 			select {
@@ -61,7 +66,10 @@ func (b *Bound) Complete(ctx context.Context, wants []blockmap.Want, o CompleteO
 				return context.Cause(ctx)
 			}
 			delete(pending, ft)
-			if ft.err != nil {
+			if errors.Is(ft.err, blockmap.ErrDigest) && wrong < maxWrong {
+				wrong++
+				wrongErr = cmp.Or(wrongErr, ft.err)
+			} else if ft.err != nil {
 				return ft.err
 			}
 		}
@@ -111,7 +119,7 @@ func (b *Bound) Complete(ctx context.Context, wants []blockmap.Want, o CompleteO
 			return err
 		}
 	}
-	return nil
+	return wrongErr
 }
 
 // nextBatch returns how many of wants to ask for next, and how many bytes they take in

@@ -258,3 +258,27 @@ func (l locked) Write(p []byte) (int, error) {
 	defer l.mu.Unlock()
 	return l.b.Write(p)
 }
+
+// A chunk whose bytes are wrong at the origin does not keep those behind it away.
+func TestCompleteAroundWrongChunks(t *testing.T) {
+	m := noise(t, 200)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{MaxRequest: 1 << 20})
+		defer w.fetcher.Close()
+		wants := w.wants(t)[1:]
+		table := wants[0].Table
+		const wrong = 3
+		blob := bytes.Clone(m.Blobs[table.Blob])
+		blob[table.Chunks[wants[wrong].Chunk].Offset+100] ^= 1
+		w.origin.Add(table.Blob, blob)
+		b := w.fetcher.From(w.origin)
+		if err := b.Complete(t.Context(), wants, fetcher.CompleteOptions{}); !errors.Is(err, blockmap.ErrDigest) {
+			t.Errorf("with wrong bytes at the origin: %v", err)
+		}
+		for i, x := range wants {
+			if here := x.Stream.Has(x.Chunk); here != (i != wrong) {
+				t.Fatalf("chunk %d of %d is here: %v", i, len(wants), here)
+			}
+		}
+	})
+}

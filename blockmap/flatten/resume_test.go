@@ -147,3 +147,29 @@ func TestPartsMakeRoom(t *testing.T) {
 	o.TempDir = temp
 	build(t, src, newTarget(t), o)
 }
+
+// Whatever writes a stream makes room for it, io.Copy too.
+func TestCopyMakesRoom(t *testing.T) {
+	need(t, "root", "mount")
+	temp := t.TempDir()
+	run(t, "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", temp)
+	t.Cleanup(func() { unix.Unmount(temp, unix.MNT_DETACH) })
+	d, err := newTempDir(temp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Remove()
+	writeFile(t, filepath.Join(d.path, partPrefix+"other"), make([]byte, 2<<20))
+	f, err := d.create()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.discard()
+	want := []byte(noise(1, 2<<20))
+	if n, err := io.Copy(f, struct{ io.Reader }{bytes.NewReader(want)}); err != nil || f.size != n {
+		t.Errorf("%d bytes were copied, %d are counted: %v", n, f.size, err)
+	}
+	if got, err := os.ReadFile(f.Name()); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("wrong bytes, or %v", err)
+	}
+}

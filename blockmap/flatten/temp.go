@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -268,6 +269,11 @@ func (f *tempFile) Write(p []byte) (int, error) {
 	}
 	f.size += int64(n)
 	return n, err
+}
+
+// ReadFrom is for io.Copy, which would otherwise use that of the File.
+func (f *tempFile) ReadFrom(r io.Reader) (int64, error) {
+	return io.Copy(struct{ io.Writer }{f}, r)
 }
 
 func (f *tempFile) discard() {

@@ -106,20 +106,22 @@ func (r *Ring) Submit(read *Read) {
 		r.mu.last.next = read
 	}
 	r.mu.last = read
-	r.mu.Unlock()
 	r.rouse()
+	r.mu.Unlock()
 }
 
 // Close waits until all reads are done, and frees the ring. Nobody submits any more.
 func (r *Ring) Close() {
 	r.mu.Lock()
 	r.mu.closed = true
-	r.mu.Unlock()
 	r.rouse()
+	r.mu.Unlock()
 	<-r.ended
 }
 
-// rouse wakes the thread if it sleeps.
+// rouse wakes the thread if it sleeps. r.mu is held: a thread that has seen that the ring is
+// closed may close the eventfd, because nobody is about to write to it any more. Its number
+// could be that of another file by then.
 func (r *Ring) rouse() {
 	if r.sleeping.Load() && r.sleeping.CompareAndSwap(true, false) {
 		one := [8]byte{0: 1}

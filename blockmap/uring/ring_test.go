@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"testing"
@@ -243,4 +244,62 @@ func BenchmarkRead(b *testing.B) {
 			<-done
 		}
 	})
+}
+
+// Whoever wakes the thread holds the ring's lock meanwhile. Otherwise the thread could do
+// the read, Close could end, and the number of the eventfd could be that of another file
+// when the wake is written.
+func TestWakeBeforeClose(t *testing.T) {
+	f, _ := content(t, 5000)
+	r := newRing(t, 4)
+	for end := time.Now().Add(10 * time.Second); !r.sleeping.Load(); {
+		if time.Now().After(end) {
+			t.Fatal("the thread does not sleep")
+		}
+		runtime.Gosched()
+	}
+	// The wake goes to a pipe that takes no more until it is read from.
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[0])
+	defer unix.Close(pipe[1])
+	unix.SetNonblock(pipe[1], true)
+	full := make([]byte, 4096)
+	for {
+		if _, err := unix.Write(pipe[1], full); err != nil {
+			break
+		}
+	}
+	unix.SetNonblock(pipe[1], false)
+	wake := r.wake
+	r.wake = pipe[1]
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it cannot stop a thread in a raw system call
+	done := make(chan struct{})
+	x := &Read{FD: int(f.Fd()), Buf: make([]byte, 100), Done: func(*Read) { close(done) }}
+	submitted := make(chan struct{})
+	go func() {
+		defer close(submitted)
+		r.Submit(x)
+	}()
+	for end := time.Now().Add(10 * time.Second); r.sleeping.Load() && time.Now().Before(end); {
+		runtime.Gosched()
+	}
+	if r.mu.TryLock() {
+		r.mu.Unlock()
+		t.Error("the ring could be closed while a read is about to wake its thread")
+	}
+	for range 16 {
+		unix.Read(pipe[0], full)
+	}
+	<-submitted
+	r.wake = wake
+	unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the read has not ended")
+	}
+	r.Close()
 }

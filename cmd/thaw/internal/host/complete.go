@@ -46,10 +46,44 @@ type completer struct {
 
 	recheck           time.Duration
 	firstTry, lastTry time.Duration // pauses after failures
+
+	mu struct {
+		sync.Mutex
+		running map[*completion]bool // their images are open
+	}
 }
 
 func newCompleter(o CompleteOptions, cache *blockmap.Cache, dir string) *completer {
-	return &completer{o, cache, dir, make(chan struct{}, completeAtOnce), recheckAfter, firstRetry, lastRetry}
+	c := &completer{
+		CompleteOptions: o, cache: cache, dir: dir, slots: make(chan struct{}, completeAtOnce),
+		recheck: recheckAfter, firstTry: firstRetry, lastTry: lastRetry,
+	}
+	c.mu.running = make(map[*completion]bool)
+	return c
+}
+
+// admit reports whether there is room for this many bytes of an image beside what the
+// completions that are running are still to bring. If so, the completion is one of them
+// until it calls leave.
+func (c *completer) admit(x *completion, content int64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	room := c.room()
+	for other := range c.mu.running {
+		_, left, _ := other.missing()
+		room -= left
+	}
+	if content > room {
+		return false
+	}
+	c.mu.running[x] = true
+	return true
+}
+
+func (c *completer) leave(x *completion) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.mu.running, x)
 }
 
 // room returns how many bytes the cache can take without evicting anything. It leaves a
@@ -204,9 +238,13 @@ func (x *completion) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		wants, _, _ := x.missing()
-		x.set(completeRunning, nil)
-		err := x.image.fetcher.Complete(ctx, wants, fetcher.CompleteOptions{Rate: x.Rate, Room: x.room})
+		wants, content, _ := x.missing()
+		var err error = blockmap.ErrNoSpace
+		if x.admit(x, content) {
+			x.set(completeRunning, nil)
+			err = x.image.fetcher.Complete(ctx, wants, fetcher.CompleteOptions{Rate: x.Rate, Room: x.room})
+			x.leave(x)
+		}
 		<-x.slots
 		switch {
 		case err == nil:

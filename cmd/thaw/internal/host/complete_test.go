@@ -217,3 +217,21 @@ func TestCompleteAfterQuiet(t *testing.T) {
 		t.Errorf("it was complete %v after the last demand", took)
 	}
 }
+
+// Images that are completed at the same time do not take the same room: one of them is
+// completed, and nothing is evicted.
+func TestCompleteSharesRoom(t *testing.T) {
+	r := newCompletingRegistry(t)
+	a, b := blocktest.NewImage(t, 6, 20000), blocktest.NewImage(t, 7, 20000)
+	first, second := r.push("team/a:v1", a), r.push("team/b:v1", b)
+	size := add(t, r.open(Options{}), first).Info().Completion.Missing
+	h := fast(r.open(Options{Quota: size + size/2, Complete: CompleteOptions{After: time.Millisecond}}))
+	devices := []*Device{add(t, h, first), add(t, h, second)}
+	await(t, "one image is complete, and there is no room for the other", func() bool {
+		x, y := devices[0].Info().Completion.State, devices[1].Info().Completion.State
+		return x == completeDone && y == completeNoRoom || x == completeNoRoom && y == completeDone || h.Stats().Evicted > 0
+	})
+	if n := h.Stats().Evicted; n > 0 {
+		t.Errorf("%d bytes were evicted", n)
+	}
+}
