@@ -33,14 +33,18 @@ type diskReads struct {
 const (
 	// ringDepth is how many reads the kernel has at a time; further ones wait.
 	ringDepth = 256
-	// maxThreads bounds the threads that wait for the disk where there is no
-	// io_uring. Disks gain little beyond it.
+	// largeRead is the size from which a read through the page cache takes a thread of
+	// its own. The ring's one thread would find the memory for all of them, and copy
+	// them, one after the other.
+	largeRead = 32 << 10
+	// maxThreads bounds the threads that wait for the disk. Disks gain little beyond it.
 	maxThreads = 64
 )
 
 // start makes the ring for the first read: most caches of a test, and those of idle
 // servers, need none.
 func (r *diskReads) start() {
+	r.slots = make(chan struct{}, maxThreads)
 	if !r.threads {
 		ring, err := uring.New(ringDepth)
 		if err == nil {
@@ -53,7 +57,6 @@ func (r *diskReads) start() {
 		}
 		r.log.Log(context.Background(), level, "cannot use io_uring; reading the disk with threads", "err", err)
 	}
-	r.slots = make(chan struct{}, maxThreads)
 }
 
 // close waits for all reads, and for those who are told of their ends.
@@ -213,15 +216,13 @@ type diskRead struct {
 func (x *diskRead) submit() {
 	x.of.begin.Do(x.of.start)
 	x.FD = x.file.descriptor()
-	if x.of.ring != nil && x.FD >= 0 {
+	if x.of.ring != nil && x.FD >= 0 && (len(x.Buf) < largeRead || x.file.direct != nil) {
 		x.of.ring.Submit(&x.Read)
 		return
 	}
 	go func() {
-		if x.of.slots != nil {
-			x.of.slots <- struct{}{}
-			defer func() { <-x.of.slots }()
-		}
+		x.of.slots <- struct{}{}
+		defer func() { <-x.of.slots }()
 		x.N, x.Err = x.file.readAt(x.Buf, x.Off)
 		x.finished()
 	}()

@@ -72,7 +72,8 @@ func need(t testing.TB, programs ...string) {
 // thaw runs a verb to its end.
 func thaw(t testing.TB, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	var out, errOut bytes.Buffer
+	var out bytes.Buffer
+	var errOut syncBuffer // as a file, it takes lines of the log and of the progress at once
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	code = run(ctx, args, &out, &errOut)
