@@ -273,8 +273,14 @@ func TestWakeBeforeClose(t *testing.T) {
 		}
 	}
 	unix.SetNonblock(pipe[1], false)
-	wake := r.wake
-	r.wake = pipe[1]
+	wake, err := unix.FcntlInt(uintptr(r.wake), unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Dup3(pipe[1], r.wake, unix.O_CLOEXEC)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(wake)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it cannot stop a thread in a raw system call
 	done := make(chan struct{})
 	x := &Read{FD: int(f.Fd()), Buf: make([]byte, 100), Done: func(*Read) { close(done) }}
@@ -294,7 +300,9 @@ func TestWakeBeforeClose(t *testing.T) {
 		unix.Read(pipe[0], full)
 	}
 	<-submitted
-	r.wake = wake
+	if err := unix.Dup3(wake, r.wake, unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
 	unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	select {
 	case <-done:
