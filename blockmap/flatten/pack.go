@@ -47,7 +47,7 @@ type packer struct {
 // fetches its whole pack: with a chunk full of files of 2 KB, a hundred times and more of
 // what is read. What programs read in a row has larger files between; such packs are full
 // before they have as many tiny ones, so a start makes no more requests.
-const packTiny = 128
+const packTiny = 64
 
 func newPacker(s *StreamWriter) *packer { return &packer{StreamWriter: s, size: s.c.size} }
 
