@@ -178,7 +178,7 @@ func mountMemory(t *testing.T, kind string) string {
 	}
 	at := t.TempDir()
 	must(t, unix.Mount(kind, at, kind, 0, "mode=0700"))
-	t.Cleanup(func() { must(t, unix.Unmount(at, 0)) })
+	t.Cleanup(func() { must(t, blocktest.Unmount(at)) })
 	return at
 }
 

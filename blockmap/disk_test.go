@@ -73,7 +73,7 @@ func (d *disk) mount() {
 
 func (d *disk) unmount() {
 	d.t.Helper()
-	must(d.t, unix.Unmount(d.at, 0))
+	must(d.t, blocktest.Unmount(d.at))
 }
 
 // fill writes a file that takes all the remaining space, and returns its path.

@@ -89,8 +89,8 @@ func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount 
 			return
 		}
 		mounted = false
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
+		if err := Unmount(dir); err != nil {
+			t.Error(err)
 			return
 		}
 		// The device goes with its last user. The file then has all that was
@@ -106,4 +106,19 @@ func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount 
 		t.Fatalf("%s is mounted read-only=%v, want %v", file, got, readOnly)
 	}
 	return dir, unmount
+}
+
+// Unmount unmounts what is mounted on a directory. A child that another test of this
+// process starts has copies of all descriptors until its exec closes them, so a file that
+// is closed here may keep the mount busy for a moment.
+func Unmount(dir string) error {
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		err := unix.Unmount(dir, 0)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+	}
 }

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"thaw/blockmap/blocktest"
 )
 
 // A server in direct mode serves what one in buffered mode has cached, and the other way
@@ -52,7 +54,7 @@ func TestCacheModeWithoutDirectIO(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(at, 0); err != nil {
+		if err := blocktest.Unmount(at); err != nil {
 			t.Error(err)
 		}
 	})
