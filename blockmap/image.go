@@ -43,6 +43,16 @@ func (w Want) Needs() LeafSet {
 	return w.Leaves
 }
 
+// Absent is how many bytes of the chunk are to be stored if it is fetched: those of all of
+// its leaves that are not resident, needed or not.
+func (w Want) Absent() (bytes int64) {
+	c := &w.Table.Chunks[w.Chunk]
+	for leaf := range (c.All() &^ w.Stream.Leaves(w.Chunk)).Each {
+		bytes += int64(c.LeafSize(leaf))
+	}
+	return bytes
+}
+
 // Here says whether all that is needed can be viewed.
 func (w Want) Here() bool {
 	if w.Leaves == 0 {
@@ -54,8 +64,8 @@ func (w Want) Here() bool {
 // fetcher fetches chunks into their streams.
 type fetcher interface {
 	// Fetch returns when the leaves that wants need are resident, or fails with the
-	// first cause. It may make the rest of their chunks resident as well. Prefetch returns at once, and its chunks are fetched behind those
-	// of every Fetch.
+	// first cause. It may make the rest of their chunks resident as well. Prefetch
+	// returns at once, and its chunks are fetched behind those of every Fetch.
 	Fetch(ctx context.Context, wants []Want) error
 	Prefetch(wants []Want)
 }

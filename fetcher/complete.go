@@ -130,7 +130,7 @@ func (b *Bound) nextBatch(wants []blockmap.Want, rate, room int64) (n int, conte
 		most = min(most, max(rate/4, 1)) // a steady rate instead of bursts
 	}
 	for bytes := int64(0); n < len(wants) && (n == 0 || bytes+stored(wants[n]) <= most); n++ {
-		size := int64(wants[n].Table.Chunks[wants[n].Chunk].Size())
+		size := wants[n].Absent()
 		if content+size > room {
 			break
 		}

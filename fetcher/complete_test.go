@@ -162,6 +162,42 @@ func TestCompleteWithinItsRoom(t *testing.T) {
 	})
 }
 
+// What is resident of a chunk takes no room again: room for the absent leaves is enough.
+func TestCompletePartlyResident(t *testing.T) {
+	m := noise(t, 100)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{MaxRequest: 1 << 20})
+		defer w.fetcher.Close()
+		wants := w.wants(t)[1:]
+		var absent int64
+		for _, x := range wants {
+			c := &x.Table.Chunks[x.Chunk]
+			if c.Leaves() > 1 {
+				content := w.content(t, x)
+				list, err := blockmap.NewLeafList(c, blockmap.LeafDigests(nil, content))
+				if err == nil {
+					err = x.Stream.FillLeaves(x.Chunk, list, 0, 1, content[:blockmap.LeafSize])
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			absent += x.Absent()
+		}
+		resident := wants[0].Stream.Resident()
+		if resident == 0 || absent == 0 {
+			t.Fatalf("%d bytes are resident, %d absent: this tests nothing", resident, absent)
+		}
+		room := func() int64 { return resident + absent - wants[0].Stream.Resident() }
+		if err := w.fetcher.From(w.origin).Complete(t.Context(), wants, fetcher.CompleteOptions{Room: room}); err != nil {
+			t.Error(err)
+		}
+		if n := wants[0].Stream.Resident(); n != resident+absent {
+			t.Errorf("%d bytes are resident, want %d", n, resident+absent)
+		}
+	})
+}
+
 // A limit of the rate is kept.
 func TestCompleteRate(t *testing.T) {
 	m := noise(t, 100)

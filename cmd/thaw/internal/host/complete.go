@@ -65,15 +65,14 @@ func newCompleter(o CompleteOptions, cache *blockmap.Cache, dir string) *complet
 // admit reports whether there is room for this many bytes of an image beside what the
 // completions that are running are still to bring. If so, the completion is one of them
 // until it calls leave.
-func (c *completer) admit(x *completion, content int64) bool {
+func (c *completer) admit(x *completion, space int64) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	room := c.room()
 	for other := range c.mu.running {
-		_, left, _ := other.missing()
-		room -= left
+		room -= other.missing().space
 	}
-	if content > room {
+	if space > room {
 		return false
 	}
 	c.mu.running[x] = true
@@ -169,7 +168,8 @@ func (x *completion) info() *CompletionInfo {
 		in.Error = x.err.Error()
 	}
 	x.mu.Unlock()
-	_, in.Missing, in.Stored = x.missing()
+	rest := x.missing()
+	in.Missing, in.Stored = rest.content, rest.stored
 	switch {
 	case in.Missing == 0:
 		in.State, in.Error = completeDone, ""
@@ -179,45 +179,49 @@ func (x *completion) info() *CompletionInfo {
 	return in
 }
 
-// missing lists the chunks that the device needs and the cache lacks, in the order of
-// their streams, so that neighbours share requests. It returns the bytes of their content,
-// and those that they are stored as.
-func (x *completion) missing() (wants []blockmap.Want, content, stored int64) {
+// rest is what a device needs and the cache lacks.
+type rest struct {
+	wants   []blockmap.Want // in the order of the streams, so that neighbours share requests
+	content int64           // bytes that the device shows
+	stored  int64           // bytes of the chunks as they are stored in the registry
+	space   int64           // bytes that the chunks will take in the cache: they may have more than the device shows
+}
+
+func (x *completion) missing() (r rest) {
 	ix := x.image.Index()
 	at := make(map[*blockmap.Table]int)
 	for i := range ix.Streams {
 		at[&ix.Streams[i]] = i
 	}
 	order := func(a, b blockmap.Want) int { return cmp.Or(at[a.Table]-at[b.Table], a.Chunk-b.Chunk) }
-	wants = x.image.Missing(blockmap.Extent{End: x.image.Size()})
-	slices.SortFunc(wants, order)
+	all := x.image.Missing(blockmap.Extent{End: x.image.Size()})
+	slices.SortFunc(all, order)
 	// Files that are apart on the device may have leaves of the same chunk.
-	all := wants
-	wants = wants[:0]
 	for _, w := range all {
-		if n := len(wants); n > 0 && order(wants[n-1], w) == 0 {
-			wants[n-1].Leaves = wants[n-1].Needs() | w.Needs()
+		if n := len(r.wants); n > 0 && order(r.wants[n-1], w) == 0 {
+			r.wants[n-1].Leaves = r.wants[n-1].Needs() | w.Needs()
 			continue
 		}
-		wants = append(wants, w)
+		r.wants = append(r.wants, w)
 	}
-	for _, w := range wants {
+	for _, w := range r.wants {
 		c := &w.Table.Chunks[w.Chunk]
 		for leaf := range w.Needs().Each {
-			content += int64(c.LeafSize(leaf))
+			r.content += int64(c.LeafSize(leaf))
 		}
-		stored += int64(c.Stored)
+		r.stored += int64(c.Stored)
+		r.space += w.Absent()
 	}
-	return wants, content, stored
+	return r
 }
 
 // run completes the image, again if a part of it is evicted later, until ctx ends.
 func (x *completion) run(ctx context.Context) {
 	pause, told := x.firstTry, false
 	for ctx.Err() == nil {
-		_, content, stored := x.missing()
+		left := x.missing()
 		switch {
-		case content == 0:
+		case left.content == 0:
 			x.set(completeDone, nil)
 			if !told {
 				told = true
@@ -225,7 +229,7 @@ func (x *completion) run(ctx context.Context) {
 			}
 			sleep(ctx, x.recheck)
 			continue
-		case content > x.room():
+		case left.space > x.room():
 			x.set(completeNoRoom, nil)
 			sleep(ctx, x.recheck)
 			continue
@@ -238,11 +242,11 @@ func (x *completion) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		wants, content, _ := x.missing()
+		left = x.missing()
 		var err error = blockmap.ErrNoSpace
-		if x.admit(x, content) {
+		if x.admit(x, left.space) {
 			x.set(completeRunning, nil)
-			err = x.image.fetcher.Complete(ctx, wants, fetcher.CompleteOptions{Rate: x.Rate, Room: x.room})
+			err = x.image.fetcher.Complete(ctx, left.wants, fetcher.CompleteOptions{Rate: x.Rate, Room: x.room})
 			x.leave(x)
 		}
 		<-x.slots
@@ -258,7 +262,7 @@ func (x *completion) run(ctx context.Context) {
 			if pause == x.firstTry {
 				log = x.log.Warn
 			}
-			log("the rest of the image cannot be fetched now; thaw tries again", "missing_stored_bytes", stored, "in", pause, "err", err)
+			log("the rest of the image cannot be fetched now; thaw tries again", "missing_stored_bytes", left.stored, "in", pause, "err", err)
 			x.set(completeRetrying, err)
 			sleep(ctx, pause/2+rand.N(pause/2+1))
 			pause = min(2*pause, x.lastTry)
