@@ -28,8 +28,8 @@ import (
 // bytes. One that is used brings back wonFor times as many, and each demand a small part
 // of its own bytes, so that readahead finds out when the reader has changed its habits.
 //
-// Over a slow link this makes a start a quarter shorter, for an eighth to a quarter more
-// bytes: bench/README.md has the figures and the commands.
+// What it gains and costs: bench/RESULTS.md, "What is fetched ahead without a trace", and
+// bench/NOTES.md.
 type readahead struct {
 	most int64 // bytes of the cache that a window may take; 0: no limit
 

@@ -106,7 +106,7 @@ func (c *checker) claim(start uint32, count uint64, inode uint32) error {
 		return fmt.Errorf("%s %d blocks from block %d: more blocks are in use than the device has", uses(inode), count, start)
 	}
 	if c.mapped != nil && inode != 0 && inode != journalInode && count > 0 && !c.mapped(start, uint32(count)) {
-		return fmt.Errorf("uses %d blocks from block %d, and the device has not all of them", count, start)
+		return fmt.Errorf("uses %d blocks from block %d, and the device lacks some of them", count, start)
 	}
 	if n := len(c.claims); n > 0 {
 		if last := &c.claims[n-1]; last.inode == inode && last.start+last.count == start {

@@ -26,10 +26,10 @@
 // Metadata that is zero (bitmaps of unused groups, unused parts of inode tables, all
 // of the journal but its superblock) is in no run and not in stream 0.
 //
-// The format is that of mke2fs 1.47 with 4 KiB blocks: extents, 64bit,
-// metadata_csum with a seed of its own (metadata_csum_seed), flex_bg, dir_index, dir_nlink, huge_file, large_file,
-// extra_isize, has_journal, and sparse_super2 with no backups, since a backup
-// superblock in the middle of the device would cut file data in two. Layouts
+// The format is that of mke2fs 1.47 with 4 KiB blocks: extents, 64bit, metadata_csum
+// with a seed of its own (metadata_csum_seed), flex_bg, dir_index, dir_nlink,
+// huge_file, large_file, extra_isize, has_journal, and sparse_super2 with no backups,
+// since a backup superblock in the middle of the device would cut file data in two. Layouts
 // stand byte by byte beside the constants that name their fields; the reference
 // is Documentation/filesystems/ext4 of the kernel. All integers are
 // little-endian but those of the journal.
@@ -41,6 +41,8 @@
 //		Mode: 0o100644, Size: 6, Data: []ext4.Run{{FileBlock: 0, Stream: 1, Block: 0, Count: 1}},
 //	}}}}
 //	fs, err := ext4.Layout(root, ext4.Options{Size: 8 << 30, UUID: uuid})
+//
+// Without a Plan, file data follows the inode tables, and directories follow file data.
 //
 // [Check] reads a filesystem without trusting it, and returns the first fault.
 package ext4

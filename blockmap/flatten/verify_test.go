@@ -186,7 +186,7 @@ func TestVerifyFinds(t *testing.T) {
 			i := f.dataRun()
 			f.ix.Runs = append(f.ix.Runs[:i+1], f.ix.Runs[i+2:]...)
 			f.seal()
-		}, nil, "the device has not all of them"},
+		}, nil, "the device lacks some of them"},
 		{"a run of contents that has moved", func(f *fakeImage) {
 			i := f.dataRun()
 			r := f.ix.Runs[i]

@@ -85,7 +85,7 @@ the content that both versions have.`,
 	f.Var(&chunkSize, "chunk-size", "`SIZE` of a chunk, which is what one fetch brings: a power of two from 16K to 4M")
 	f.IntVar(&o.Level, "level", flatten.DefaultLevel, "compress chunks at the zstd level `N`, 1 to 22")
 	f.IntVar(&o.Jobs, "jobs", 0, "convert `N` layers at once; this bounds the work of processors, not waiting (default: the number of processors, at most 8)")
-	f.IntVar(&o.Requests, "requests", flatten.DefaultRequests, "have at most `N` requests for layers in flight, whatever --jobs is; fewer help on lines below 4 Mbit/s")
+	f.IntVar(&o.Requests, "requests", flatten.DefaultRequests, "have at most `N` requests for layers in flight; lower it on lines below 4 Mbit/s")
 	f.StringArrayVar(&reuse, "reuse", nil, "take converted layers from `REPO` that the target lacks: REGISTRY/REPOSITORY or oci:DIR (repeatable)")
 	f.BoolVar(&o.NoGuess, "no-guess", false, "do not predict what startup will read")
 	f.StringArrayVar(&traces, "trace", nil, "pack a bundle of `TRACE`: a trace file, or an image for the traces beside it (repeatable)")

@@ -81,11 +81,11 @@ first start has been recorded. It then compares each start with what is stored. 
 three starts in a row on this host read less than half of that, or mostly something
 else, serve replaces the traces and packs a new bundle.
 
-When clients no longer wait for the registry, serve fetches the rest of the image,
-behind everything that clients read, so that the device works without its registry
-from then on. thaw status shows what is left. --complete sets when that begins, and
---complete-rate how fast it may be. It does not begin if the cache has no room for
-all of the rest.
+Once no client has waited for the registry for some time (--complete), serve fetches
+the rest of the image. These requests pause while a client waits. When all of the
+image is in the cache, the device works without its registry. thaw status shows how
+much is missing. --complete-rate limits the bytes per second. serve does not begin if
+the cache has no room for all of the rest.
 
 --record FILE writes to a temporary file beside FILE and renames it to FILE when
 the recording ends. A server that is killed leaves the temporary file; the next

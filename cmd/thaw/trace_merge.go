@@ -16,9 +16,10 @@ func traceMergeCommand(a *app) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "merge TRACE... -o FILE",
 		Short: "Merge traces of several starts into one",
-		Long: `merge writes one trace of several of the same image. It puts first what most starts
-read, and keeps of each block how many starts read it, so that "thaw trace pack" can
-leave out what few did. A merged trace counts for as many starts as it is of.`,
+		Long: `merge combines traces of the same image into one trace. The merged trace lists first
+what most starts read. It records for each block how many starts read it, so that
+"thaw trace pack" can leave out what few starts read. It counts as all of the starts
+that it was made of.`,
 		Example: `  thaw trace merge monday.trace tuesday.trace wednesday.trace thursday.trace -o week.trace
   thaw trace pack registry.example/team/app:v1 week.trace`,
 		Args: args(cobra.MinimumNArgs(1)),

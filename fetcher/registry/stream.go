@@ -48,11 +48,11 @@ func (r *Repo) OpenBlobFrom(ctx context.Context, d v1.Descriptor, off int64, bef
 	}
 	s.pause = func(n int, err error) error { return r.client.pause(ctx, n, err) }
 	if off < 0 || off > d.Size {
-		return nil, fail(fmt.Errorf("there is no byte %d in its %d", off, d.Size))
+		return nil, fail(fmt.Errorf("it has %d bytes, so it cannot be read from byte %d on", d.Size, off))
 	}
 	if off > 0 {
 		if n, err := io.CopyN(&s.sum, before, off); err != nil {
-			return nil, fail(fmt.Errorf("read its first %d bytes again: %d were there: %w", off, n, err))
+			return nil, fail(fmt.Errorf("read its first %d bytes from the disk: only %d are there: %w", off, n, err))
 		}
 		s.off, s.mark = off, off
 	}
