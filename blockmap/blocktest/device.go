@@ -72,18 +72,7 @@ func TestDevice(t *testing.T, want []byte, open func(t *testing.T) blockmap.Devi
 		}
 	})
 	t.Run("Concurrent", func(t *testing.T) {
-		d := open(t)
-		var wg sync.WaitGroup
-		for i := range 16 {
-			wg.Go(func() {
-				r := new(reader)
-				rng := rand.New(rand.NewPCG(uint64(i), 7))
-				for _, e := range extents(rng, d.Size(), 100) {
-					r.check(t, d, e, want)
-				}
-			})
-		}
-		wg.Wait()
+		readAtOnce(t, open(t), want, 7, 100)
 	})
 	t.Run("Cancelled", func(t *testing.T) {
 		d, r := open(t), new(reader)
@@ -230,18 +219,7 @@ func TestCold(t *testing.T, want []byte, open func(t *testing.T) blockmap.Device
 		}
 	})
 	t.Run("Concurrent", func(t *testing.T) {
-		d := open(t)
-		var wg sync.WaitGroup
-		for i := range 16 {
-			wg.Go(func() {
-				r := new(reader)
-				rng := rand.New(rand.NewPCG(uint64(i), 8))
-				for _, e := range extents(rng, d.Size(), 60) {
-					r.check(t, d, e, want)
-				}
-			})
-		}
-		wg.Wait()
+		readAtOnce(t, open(t), want, 8, 60)
 	})
 	t.Run("Cancelled", func(t *testing.T) {
 		d, r := open(t), new(reader)
@@ -268,6 +246,22 @@ func (r *reader) compare(t *testing.T, v blockmap.View, ok bool, e blockmap.Exte
 	if err := v.CopyTo(p); err != nil || !bytes.Equal(p, want[e.Start:e.End]) {
 		t.Errorf("load %v: wrong bytes, or %v", e, err)
 	}
+}
+
+// readAtOnce has 16 readers read n extents each.
+func readAtOnce(t *testing.T, d blockmap.Device, want []byte, seed uint64, n int) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for i := range 16 {
+		wg.Go(func() {
+			r := new(reader)
+			rng := rand.New(rand.NewPCG(uint64(i), seed))
+			for _, e := range extents(rng, d.Size(), n) {
+				r.check(t, d, e, want)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // extents are n parts of a device: small and large, aligned and not, at the
