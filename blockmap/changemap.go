@@ -76,40 +76,67 @@ func (m *changeMap) create(fsys FS, path string, boot BootID, data FileID) (err 
 	return cmp.Or(m.writeHead(boot), m.f.Sync())
 }
 
-// open reads the file at path, and goes on with what can be believed of it. data is the
-// data file as it is now.
-func (m *changeMap) open(fsys FS, path string, boot BootID, data FileID) error {
+// load reads the file at path, and returns its header.
+func (m *changeMap) load(fsys FS, path string) (h mapHead, err error) {
 	b, err := readFile(fsys, path, overlayMap.size(m.blocks))
 	if err != nil {
-		return err
+		return h, err
 	}
 	h, live, durable, err := overlayMap.decode(b)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s: %w", path, err)
+		return h, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
 	case h.id != m.id || h.blocks != m.blocks:
-		return fmt.Errorf("%s: %w: the map of another overlay", path, ErrCorrupt)
+		return h, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
 	}
+	m.live, m.durable = live, durable
+	return h, nil
+}
+
+// attach opens the file that load has read, and goes on with what can be believed of it.
+// data is the data file as it is now.
+func (m *changeMap) attach(fsys FS, path string, h mapHead, boot BootID, data FileID) (err error) {
 	if m.f, err = fsys.Open(path, false); err != nil {
 		return err
 	}
 	m.boot, m.data = boot, data
-	m.durable = durable
 	if h.liveHolds(boot, data) {
-		m.live = live
-		for i := range live {
-			if live[i] != durable[i] {
+		for i := range m.live {
+			if m.live[i] != m.durable[i] {
 				m.mark(uint32(i), uint32(i)+1)
 			}
 		}
 		return nil
 	}
-	m.live = slices.Clone(durable)
+	m.live = slices.Clone(m.durable)
 	// The header comes last: under the older one nobody believes live.
 	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, uint32(len(m.live))); err != nil {
 		return err
 	}
 	return m.writeHead(boot)
+}
+
+// loseData makes lost what is data, in both copies and durably, and returns how many bytes
+// that were in live. All stripes are held.
+func (m *changeMap) loseData() (bytes int64, err error) {
+	bytes = m.live.count(stateData) * BlockSize
+	for _, s := range []states{m.live, m.durable} {
+		for i := range uint32(len(s)) {
+			w := s.word(i)
+			s.put(i, w|blocksIn(w, stateData)<<1)
+		}
+	}
+	if m.f == nil {
+		return bytes, nil
+	}
+	end := uint32(len(m.live))
+	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, end); err != nil {
+		return bytes, err
+	}
+	if err := writeWords(m.f, mapHeader+overlayMap.half(m.blocks), bitmap(m.durable), 0, end); err != nil {
+		return bytes, err
+	}
+	return bytes, m.f.Sync()
 }
 
 func (m *changeMap) writeHead(boot BootID) error {

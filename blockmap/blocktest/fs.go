@@ -266,7 +266,7 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	for done < len(p) { // a page at a time, since others may write meanwhile
 		at := off + int64(done)
 		n := min(len(p)-done, int(pageSize-at%pageSize))
-		if err := h.take(at/pageSize); err != nil {
+		if err := h.take(at / pageSize); err != nil {
 			return done, err
 		}
 		n, err := h.File.WriteAt(p[done:done+n], at)
