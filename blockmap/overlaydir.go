@@ -277,7 +277,7 @@ func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 		return nil, err
 	}
 	lv.file.Store(f)
-	if err := m.attach(o.fs, path, head, o.boot, f.id); err != nil {
+	if err := m.attach(o.fs, path, head, o.boot, f); err != nil {
 		return nil, errors.Join(err, lv.close())
 	}
 	lv.wrote() // the process before may have written, and synced nothing

@@ -142,7 +142,14 @@ func (o *Overlay) syncLayers(s *layers) error {
 			continue
 		}
 		o.syncs.Add(1)
-		if err := levels[i].m.sync(changes[i]); err != nil {
+		err := levels[i].m.sync(changes[i])
+		if errors.Is(err, ErrNoSpace) { // a file system that copies even what has space
+			for ; i >= 0; i-- {
+				levels[i].m.restore(changes[i])
+			}
+			return err
+		}
+		if err != nil {
 			return o.poisonBy("the map", err)
 		}
 	}
