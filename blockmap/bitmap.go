@@ -92,10 +92,3 @@ func (m bitmap) count() (n int64) {
 	}
 	return n
 }
-
-// trim clears the bits from n on, which stand for nothing.
-func (m bitmap) trim(n uint32) {
-	if rest := n % 64; rest != 0 {
-		m[len(m)-1] &= 1<<rest - 1
-	}
-}

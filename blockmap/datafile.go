@@ -89,6 +89,34 @@ func statData(fsys FS, path string, size int64) (id FileID, space int64, err err
 	return id, space, err
 }
 
+// createData makes the data file at path, which does not exist, for size bytes of content.
+func createData(fsys FS, path string, size int64) (d *dataFile, err error) {
+	d = &dataFile{size: size}
+	if d.f, err = fsys.Open(path, true); err != nil {
+		return nil, err
+	}
+	d.f.InPlace()
+	if err = d.makeAnew(); err == nil {
+		d.id, err = d.f.Identity()
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	return d, nil
+}
+
+// tempData makes a data file without a name, in the directory dir.
+func tempData(fsys FS, dir string, size int64) (d *dataFile, err error) {
+	d = &dataFile{size: size}
+	if d.f, err = fsys.OpenTemp(dir); err != nil {
+		return nil, err
+	}
+	if err := d.makeAnew(); err != nil {
+		return nil, errors.Join(err, d.close())
+	}
+	return d, nil
+}
+
 // openData opens the data file at path for size bytes of content. Where known is
 // set it must be the file was, or errReplaced is returned; where not, a file that
 // is missing or not whole is made anew. With direct set, which has memory for that, blocks
@@ -218,6 +246,22 @@ func (d *dataFile) readAt(p []byte, off int64) (n int, err error) {
 		err = nil
 	}
 	return n, err
+}
+
+// zero makes n bytes at off read as zeros and gives them space.
+func (d *dataFile) zero(off, n int64) error {
+	err := d.f.ZeroRange(off, n)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	for n > 0 {
+		m := min(n, int64(len(zeros)))
+		if _, err := d.f.WriteAt(zeros[:m], off); err != nil {
+			return err
+		}
+		off, n = off+m, n-m
+	}
+	return nil
 }
 
 // write writes whole blocks.

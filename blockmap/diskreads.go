@@ -14,8 +14,8 @@ import (
 	"thaw/blockmap/uring"
 )
 
-// diskReads reads data files to memory, for all streams of a cache: as many reads at
-// once as callers ask for, through one io_uring; or through threads where there is none.
+// diskReads reads data files to memory, for all streams of a cache or for an overlay: as
+// many reads at once as callers ask for, through one io_uring; or through threads where there is none.
 type diskReads struct {
 	log     *slog.Logger
 	threads bool // do not try io_uring
@@ -88,9 +88,8 @@ const (
 	loadAbandoned        // nobody waits
 )
 
-// read adds n bytes at off of f to what is to be read. The token of s pins them.
-func (l *load) read(s *Stream, f *dataFile, token uint64, off, n int64) {
-	r := &s.store.reads
+// read adds n bytes at off of f to what r is to read. The token of pin pins them.
+func (l *load) read(r *diskReads, pin Pinner, f *dataFile, token uint64, off, n int64) {
 	x, _ := r.pool.Get().(*diskRead)
 	if x == nil {
 		x = &diskRead{of: r}
@@ -100,7 +99,7 @@ func (l *load) read(s *Stream, f *dataFile, token uint64, off, n int64) {
 	// too.
 	e := Range(off, n).Aligned()
 	buf := r.buffers.get(e.Len())
-	x.load, x.file, x.stream, x.token = l, f, s, token
+	x.load, x.file, x.pin, x.token = l, f, pin, token
 	x.Buf, x.Off = buf.b[:e.Len()], e.Start
 	skip := off - e.Start
 	l.view.Append(buf.b[skip:skip+n:skip+n], buf, 0)
@@ -201,15 +200,15 @@ func (l *load) outcome() (v View, ok bool) {
 	return l.view, true
 }
 
-// diskRead is one read of a data file. Until it is finished it pins the chunks, and so
+// diskRead is one read of a data file. Until it is finished it pins the bytes, and so
 // keeps the file open and the blocks in place, even if nobody waits for it any more.
 type diskRead struct {
 	uring.Read
-	of     *diskReads
-	load   *load
-	file   *dataFile
-	stream *Stream
-	token  uint64 // of the pin
+	of    *diskReads
+	load  *load
+	file  *dataFile
+	pin   Pinner
+	token uint64 // of pin
 }
 
 // submit begins the read.
@@ -253,7 +252,7 @@ func (x *diskRead) end(ok bool) {
 }
 
 // again reads once more if it was not the disk that failed. Where the disk cannot be read,
-// the chunks become absent.
+// the pinner is told.
 func (x *diskRead) again() bool {
 	for _, e := range []unix.Errno{unix.ENOMEM, unix.EAGAIN, unix.EINVAL, unix.EOPNOTSUPP} {
 		if errors.Is(x.Err, e) {
@@ -268,16 +267,16 @@ func (x *diskRead) again() bool {
 	if x.Err == nil {
 		return x.file.intact()
 	}
-	x.of.log.Debug("cannot read the disk", "stream", x.stream.id.String(), "err", fmt.Errorf("read %d bytes at %d: %w", len(x.Buf), x.Off, x.Err))
-	x.stream.Damaged(x.token)
+	x.of.log.Debug("cannot read the disk", "err", fmt.Errorf("read %d bytes at %d: %w", len(x.Buf), x.Off, x.Err))
+	x.pin.Damaged(x.token)
 	return false
 }
 
-// release unpins the chunks. The buffer belongs to the view.
+// release unpins the bytes. The buffer belongs to the view.
 func (x *diskRead) release() {
 	r := x.of
-	x.stream.Unpin(x.token)
-	x.load, x.file, x.stream = nil, nil, nil
+	x.pin.Unpin(x.token)
+	x.load, x.file, x.pin = nil, nil, nil
 	x.Buf, x.N, x.Err = nil, 0, nil
 	r.pool.Put(x)
 }

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// FS is what a Cache needs of a file system: the seam at which tests inject a
+// FS is what a Cache or an Overlay needs of a file system: the seam at which tests inject a
 // full disk, an I/O error or a power cut. OS is the real one.
 type FS interface {
 	MkdirAll(path string) error
@@ -24,6 +24,9 @@ type FS interface {
 	// cache, of whole blocks and aligned memory only. It fails with unix.EINVAL
 	// where the file system cannot do so.
 	OpenDirect(path string) (File, error)
+	// OpenTemp makes a file without a name in the directory dir. It goes with its
+	// last descriptor.
+	OpenTemp(dir string) (File, error)
 	Rename(from, to string) error
 	RemoveAll(path string) error
 	ReadDir(path string) ([]fs.DirEntry, error)
@@ -51,6 +54,10 @@ type File interface {
 	// PunchHole gives the space of a range back to the disk. The range reads as
 	// zeros afterwards.
 	PunchHole(off, n int64) error
+	// ZeroRange makes a range read as zeros and gives it space, so that a write
+	// there needs no more. The file becomes longer if the range ends behind it. It
+	// fails with unix.EOPNOTSUPP where the file system cannot do so.
+	ZeroRange(off, n int64) error
 	// Map maps the first n bytes for reading, shared with the file. A page that is
 	// not in memory is read alone when it is touched: see dataFile.
 	Map(n int64) (mmap.MMap, error)
@@ -114,6 +121,25 @@ func (osFS) OpenDirect(path string) (File, error) {
 	return osFile{f}, nil
 }
 
+func (osFS) OpenTemp(dir string) (File, error) {
+	f, err := os.OpenFile(dir, os.O_RDWR|unix.O_TMPFILE, 0o600)
+	if err == nil {
+		return osFile{f}, nil
+	}
+	// Some file systems have no such files, and some kernels take the flag for that of a
+	// directory.
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
+		return nil, err
+	}
+	if f, err = os.CreateTemp(dir, "thaw-*"); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return osFile{f}, nil
+}
+
 func (osFS) SyncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
@@ -164,6 +190,12 @@ func (f osFile) Sync() error { return f.control("fdatasync", unix.Fdatasync) }
 func (f osFile) PunchHole(off, n int64) error {
 	return f.control("punch hole", func(fd int) error {
 		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+}
+
+func (f osFile) ZeroRange(off, n int64) error {
+	return f.control("zero range", func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE, off, n)
 	})
 }
 

@@ -1,11 +1,9 @@
 package blockmap
 
 import (
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -14,24 +12,7 @@ import (
 // mapFile keeps two bitmaps about the blocks of a data file on disk: live and
 // durable. It knows neither streams nor what the bits mean; residency does. It
 // is written with pwrite and never mapped: on a full disk a write to a mapping is
-// a signal, and a pwrite is an error.
-//
-//	   0    8  magic "thawresi"
-//	   8    4  version, 2
-//	  12    4  CRC-32C of bytes 0 to 103, this field taken as zero
-//	  16   32  ID of the stream
-//	  48    4  blocks
-//	  52    4  zero
-//	  56   16  boot ID of the machine when live was last begun
-//	  72    8  mount ID then, 0 if not known (statx, STATX_MNT_ID_UNIQUE)
-//	  80    8  device of the data's file then
-//	  88    8  inode of the data's file
-//	  96    8  when that inode was made, ns since 1970, 0 if not known
-//	 104       zeros
-//	4096    L  live: L = bytes of the bitmap, rounded up to 4096
-//	4096+L  L  durable
-//
-// Numbers and words of 64 bits are little-endian.
+// a signal, and a pwrite is an error. Its layout is that of mapFormat.
 type mapFile struct {
 	id            Digest
 	blocks        uint32
@@ -67,85 +48,17 @@ func ParseBootID(s string) (id BootID, err error) {
 	return BootID(b), nil
 }
 
-const (
-	mapMagic   = "thawresi"
-	mapVersion = 2
-	mapHeader  = 4096
-	mapHeadLen = 104 // bytes of the header that are in use
-)
-
-// bitmapLen is the length of a bitmap in its file, in bytes.
-func bitmapLen(blocks uint32) int64 { return allocated((int64(blocks) + 63) / 64 * 8) }
-
-// mapSize is the length of the file, in bytes.
-func mapSize(blocks uint32) int64 { return mapHeader + 2*bitmapLen(blocks) }
-
-// mapHead is the header of a mapFile.
-type mapHead struct {
-	id     Digest
-	blocks uint32
-	boot   BootID
-	data   FileID
-}
-
-func (h *mapHead) encode() []byte {
-	b := make([]byte, mapHeadLen)
-	copy(b, mapMagic)
-	binary.LittleEndian.PutUint32(b[8:], mapVersion)
-	copy(b[16:], h.id[:])
-	binary.LittleEndian.PutUint32(b[48:], h.blocks)
-	copy(b[56:], h.boot[:])
-	binary.LittleEndian.PutUint64(b[72:], h.data.Mount)
-	binary.LittleEndian.PutUint64(b[80:], h.data.Device)
-	binary.LittleEndian.PutUint64(b[88:], h.data.Inode)
-	binary.LittleEndian.PutUint64(b[96:], uint64(h.data.Born))
-	binary.LittleEndian.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
-	return b
-}
-
-// decodeMap reads the content of a mapFile. It fails with ErrCorrupt.
-func decodeMap(b []byte) (h mapHead, live, durable bitmap, err error) {
-	if len(b) < mapHeader || string(b[:8]) != mapMagic {
-		return h, nil, nil, fmt.Errorf("%w: not a residency map", ErrCorrupt)
-	}
-	if v := binary.LittleEndian.Uint32(b[8:]); v != mapVersion {
-		return h, nil, nil, fmt.Errorf("%w: residency map version %d, this program reads %d", ErrCorrupt, v, mapVersion)
-	}
-	copy(h.id[:], b[16:])
-	h.blocks = binary.LittleEndian.Uint32(b[48:])
-	copy(h.boot[:], b[56:])
-	h.data = FileID{
-		Mount: binary.LittleEndian.Uint64(b[72:]), Device: binary.LittleEndian.Uint64(b[80:]),
-		Inode: binary.LittleEndian.Uint64(b[88:]), Born: int64(binary.LittleEndian.Uint64(b[96:])),
-	}
-	if string(b[:mapHeadLen]) != string(h.encode()) {
-		return h, nil, nil, fmt.Errorf("%w: the header of the residency map is damaged", ErrCorrupt)
-	}
-	if int64(len(b)) != mapSize(h.blocks) {
-		return h, nil, nil, fmt.Errorf("%w: the residency map has %d bytes instead of %d", ErrCorrupt, len(b), mapSize(h.blocks))
-	}
-	words := func(b []byte) bitmap {
-		m := newBitmap(h.blocks)
-		for i := range m {
-			m[i] = binary.LittleEndian.Uint64(b[8*i:])
-		}
-		m.trim(h.blocks)
-		return m
-	}
-	return h, words(b[mapHeader:]), words(b[mapHeader+bitmapLen(h.blocks):]), nil
-}
-
 // errCopied says that a map describes another file than the one beside it.
 var errCopied = errors.New("the data is not in the file that it was written to: the cache was copied")
 
 // load reads the file at path into live and durable, or fails and changes
 // nothing. data is the data file as it is now.
 func (m *mapFile) load(fsys FS, path string, boot BootID, data FileID) error {
-	b, err := readFile(fsys, path, mapSize(m.blocks))
+	b, err := readFile(fsys, path, residencyMap.size(m.blocks))
 	if err != nil {
 		return err
 	}
-	h, live, durable, err := decodeMap(b)
+	h, live, durable, err := residencyMap.decode(b)
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %w", path, err)
@@ -154,7 +67,7 @@ func (m *mapFile) load(fsys FS, path string, boot BootID, data FileID) error {
 	case !h.data.sameFile(data):
 		return fmt.Errorf("%s: %w", path, errCopied)
 	}
-	if boot == (BootID{}) || boot != h.boot || data.Mount == 0 || h.data != data {
+	if !h.liveHolds(boot, data) {
 		live = durable // the kernel may have lost the rest
 	}
 	copy(m.live, live)
@@ -200,11 +113,11 @@ func (m *mapFile) attach(fsys FS, path string, boot BootID, data FileID) error {
 	h := mapHead{id: m.id, blocks: m.blocks, boot: boot, data: data}
 	m.mu.fsys, m.mu.path, m.mu.f = fsys, path, f
 	m.mu.data, m.mu.known = data, true
-	m.mu.head = h.encode()
+	m.mu.head = residencyMap.head(&h)
 	if size == 0 {
 		f.InPlace()
 	}
-	if !m.mu.stale && !m.mu.gone && size == mapSize(m.blocks) {
+	if !m.mu.stale && !m.mu.gone && size == residencyMap.size(m.blocks) {
 		head := make([]byte, mapHeadLen)
 		if _, err := f.ReadAt(head, 0); err == nil && string(head) == string(m.mu.head) {
 			return nil
@@ -232,7 +145,7 @@ func (m *mapFile) detach() error {
 // writeAll writes the whole file. The header comes last: under an older header
 // only durable bits are believed. m.mu is held.
 func (m *mapFile) writeAll() error {
-	if err := m.mu.f.Truncate(mapSize(m.blocks)); err != nil {
+	if err := m.mu.f.Truncate(residencyMap.size(m.blocks)); err != nil {
 		return err
 	}
 	err := m.writeWords(0, uint32(len(m.live)))
@@ -247,21 +160,10 @@ func (m *mapFile) writeAll() error {
 
 // writeWords writes words first to end of both bitmaps. m.mu is held.
 func (m *mapFile) writeWords(first, end uint32) error {
-	for at, words := range []bitmap{m.live, m.durable} {
-		base := mapHeader + int64(at)*bitmapLen(m.blocks)
-		for i := first; i < end; {
-			n := min(end-i, 1<<15)
-			b := make([]byte, 0, 8*n)
-			for k := range n {
-				b = binary.LittleEndian.AppendUint64(b, words.word(i+k))
-			}
-			if _, err := m.mu.f.WriteAt(b, base+8*int64(i)); err != nil {
-				return err
-			}
-			i += n
-		}
+	if err := writeWords(m.mu.f, mapHeader, m.live, first, end); err != nil {
+		return err
 	}
-	return nil
+	return writeWords(m.mu.f, mapHeader+residencyMap.half(m.blocks), m.durable, first, end)
 }
 
 // write brings the file up to date about n bits from b. A failure is made good

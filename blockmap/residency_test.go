@@ -162,9 +162,9 @@ func FuzzMap(f *testing.F) {
 			var h mapHead
 			copy(h.id[:], b[16:])
 			h.blocks = uint32(b[48]) | uint32(b[49])<<8 | uint32(b[50])<<16
-			b = append(h.encode(), b[mapHeadLen:]...)
+			b = append(residencyMap.head(&h), b[mapHeadLen:]...)
 		}
-		h, live, durable, err := decodeMap(b)
+		h, live, durable, err := residencyMap.decode(b)
 		if err != nil {
 			if !errors.Is(err, ErrCorrupt) {
 				t.Fatal(err)

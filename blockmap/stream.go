@@ -143,7 +143,7 @@ func (s *Stream) addTo(l *load, off, n int64) bool {
 		case s.store.memory.trusted(f):
 			l.view.Append(f.bytes(off, n), s, token)
 		default:
-			l.read(s, f, token, off, n)
+			l.read(&s.store.reads, s, f, token, off, n)
 		}
 		return true
 	}

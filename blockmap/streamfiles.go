@@ -54,7 +54,7 @@ func (s *Stream) size() int64 { return int64(s.table.Blocks()) * BlockSize }
 // fixedSize is the space of everything but the data: a table of n bytes, the map
 // and the directory.
 func (s *Stream) fixedSize(n int) int64 {
-	return allocated(int64(n)) + mapSize(s.table.Blocks()) + BlockSize
+	return allocated(int64(n)) + residencyMap.size(s.table.Blocks()) + BlockSize
 }
 
 // setFixed and setExtra change what the stream takes of the quota besides its

@@ -66,6 +66,14 @@ func (v *View) add(s Segment) {
 	v.n++
 }
 
+// take moves the pieces of o to the end of v. o is empty afterwards.
+func (v *View) take(o *View) {
+	for _, s := range o.Segments() {
+		v.add(s)
+	}
+	*o = View{}
+}
+
 // Segments returns the pieces in order. The slice is valid until the view is appended
 // to, copied or released.
 func (v *View) Segments() []Segment {

@@ -24,22 +24,28 @@ import (
 // system with ordered metadata makes them durable a little later.)
 type FS struct {
 	mu     sync.Mutex
-	synced map[string][]byte
+	files  map[string]*file // by path
 	locks  []io.Closer
 	fault  func(op, path string) error
 	mounts uint64 // that there were
 
+	disk *int64 // pages that are free, if they are counted
+}
+
+// file is what an FS remembers of a file. It keeps it under a new name.
+type file struct {
+	synced []byte
 	// lost are the pages that a sync failed to write. Later syncs take them for
 	// written, as the kernel does, until they are written to again.
-	lost map[string]map[int64]bool
-
-	disk  *int64 // pages that are free, if they are counted
-	taken map[string]map[int64]bool
+	lost  map[int64]bool
+	taken map[int64]bool // pages that take room since Shrink
 }
+
+func newFile() *file { return &file{lost: make(map[int64]bool), taken: make(map[int64]bool)} }
 
 // NewFS makes an FS without faults.
 func NewFS() *FS {
-	return &FS{synced: make(map[string][]byte), lost: make(map[string]map[int64]bool)}
+	return &FS{files: make(map[string]*file)}
 }
 
 // Fail makes the FS call fault before each operation: "open", "read", "write", "sync",
@@ -68,33 +74,34 @@ func (f *FS) Shrink(pages int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.disk = &pages
-	f.taken = make(map[string]map[int64]bool)
+	for _, x := range f.files {
+		clear(x.taken)
+	}
 }
 
 // take finds room for a page of a file.
-func (f *FS) take(path string, page int64) error {
+func (h *handle) take(page int64) error {
+	f := h.fs
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.disk == nil || f.taken[path][page] {
+	if f.disk == nil || h.file.taken[page] {
 		return nil
 	}
 	if *f.disk == 0 {
-		return &os.PathError{Op: "write", Path: path, Err: ErrDiskFull}
+		return &os.PathError{Op: "write", Path: h.path, Err: ErrDiskFull}
 	}
-	if f.taken[path] == nil {
-		f.taken[path] = make(map[int64]bool)
-	}
-	f.taken[path][page] = true
+	h.file.taken[page] = true
 	*f.disk--
 	return nil
 }
 
-func (f *FS) giveBack(path string, first, behind int64) {
+func (h *handle) giveBack(first, behind int64) {
+	f := h.fs
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for page := first; page < behind; page++ {
-		if f.taken[path][page] {
-			delete(f.taken[path], page)
+		if h.file.taken[page] {
+			delete(h.file.taken, page)
 			*f.disk++
 		}
 	}
@@ -105,7 +112,7 @@ func (f *FS) giveBack(path string, first, behind int64) {
 func (f *FS) PowerCut(rng *rand.Rand) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for path, old := range f.synced {
+	for path, x := range f.files {
 		now, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -113,17 +120,17 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 		if err != nil {
 			return err
 		}
-		old = append(old, make([]byte, max(0, len(now)-len(old)))...)[:len(now)]
+		old := append(x.synced, make([]byte, max(0, len(now)-len(x.synced)))...)[:len(now)]
 		for at := 0; at < len(now); at += pageSize {
 			end := min(at+pageSize, len(now))
-			if f.lost[path][int64(at/pageSize)] || rng.IntN(2) == 0 {
+			if x.lost[int64(at/pageSize)] || rng.IntN(2) == 0 {
 				copy(now[at:end], old[at:end])
 			}
 		}
 		if err := os.WriteFile(path, now, 0o600); err != nil {
 			return err
 		}
-		f.synced[path] = now
+		x.synced = now
 	}
 	return nil
 }
@@ -180,16 +187,26 @@ func (f *FS) OpenDirect(path string) (blockmap.File, error) {
 	return f.handle(path, file, err)
 }
 
-func (f *FS) handle(path string, file blockmap.File, err error) (blockmap.File, error) {
+func (f *FS) OpenTemp(dir string) (blockmap.File, error) {
+	if err := f.check("open", dir); err != nil {
+		return nil, err
+	}
+	file, err := blockmap.OS.OpenTemp(dir)
+	return f.handle(filepath.Join(dir, "unnamed"), file, err)
+}
+
+func (f *FS) handle(path string, opened blockmap.File, err error) (blockmap.File, error) {
 	if err != nil {
 		return nil, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if _, ok := f.synced[path]; !ok {
-		f.synced[path] = nil
+	x := f.files[path]
+	if x == nil {
+		x = newFile()
+		f.files[path] = x
 	}
-	return &handle{file, f, path}, nil
+	return &handle{opened, f, x, path}, nil
 }
 
 func (f *FS) Rename(from, to string) error {
@@ -201,9 +218,11 @@ func (f *FS) Rename(from, to string) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.synced[to], f.lost[to] = f.synced[from], f.lost[from]
-	delete(f.synced, from)
-	delete(f.lost, from)
+	delete(f.files, to)
+	if x := f.files[from]; x != nil {
+		f.files[to] = x
+		delete(f.files, from)
+	}
 	return nil
 }
 
@@ -213,10 +232,9 @@ func (f *FS) RemoveAll(path string) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for p := range f.synced {
+	for p := range f.files {
 		if p == path || strings.HasPrefix(p, path+string(filepath.Separator)) {
-			delete(f.synced, p)
-			delete(f.lost, p)
+			delete(f.files, p)
 		}
 	}
 	return nil
@@ -226,6 +244,7 @@ func (f *FS) RemoveAll(path string) error {
 type handle struct {
 	blockmap.File
 	fs   *FS
+	file *file
 	path string
 }
 
@@ -247,13 +266,13 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	for done < len(p) { // a page at a time, since others may write meanwhile
 		at := off + int64(done)
 		n := min(len(p)-done, int(pageSize-at%pageSize))
-		if err := h.fs.take(h.path, at/pageSize); err != nil {
+		if err := h.take(at/pageSize); err != nil {
 			return done, err
 		}
 		n, err := h.File.WriteAt(p[done:done+n], at)
 		done += n
 		h.fs.mu.Lock()
-		delete(h.fs.lost[h.path], at/pageSize)
+		delete(h.file.lost, at/pageSize)
 		h.fs.mu.Unlock()
 		if err != nil {
 			return done, err
@@ -269,8 +288,20 @@ func (h *handle) PunchHole(off, n int64) error {
 	if err := h.File.PunchHole(off, n); err != nil {
 		return err
 	}
-	h.fs.giveBack(h.path, off/pageSize, (off+n)/pageSize)
+	h.giveBack(off/pageSize, (off+n)/pageSize)
 	return nil
+}
+
+func (h *handle) ZeroRange(off, n int64) error {
+	if err := h.fs.check("zero", h.path); err != nil {
+		return err
+	}
+	for page := off / pageSize; page < (off+n+pageSize-1)/pageSize; page++ {
+		if err := h.take(page); err != nil {
+			return err
+		}
+	}
+	return h.File.ZeroRange(off, n)
 }
 
 func (h *handle) Map(n int64) (mmap.MMap, error) {
@@ -301,23 +332,19 @@ func (h *handle) Sync() error {
 	}
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
-	old := h.fs.synced[h.path]
+	old := h.file.synced
 	old = append(old, make([]byte, max(0, len(b)-len(old)))...)[:len(b)]
-	lost := h.fs.lost[h.path]
+	lost := h.file.lost
 	for at := 0; at < len(b); at += pageSize {
 		page, end := int64(at/pageSize), min(at+pageSize, len(b))
 		if failed != nil && !bytes.Equal(b[at:end], old[at:end]) {
-			if lost == nil {
-				lost = make(map[int64]bool)
-				h.fs.lost[h.path] = lost
-			}
 			lost[page] = true
 		}
 		if lost[page] {
 			copy(b[at:end], old[at:end])
 		}
 	}
-	h.fs.synced[h.path] = b
+	h.file.synced = b
 	return failed
 }
 

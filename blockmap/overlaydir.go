@@ -1,0 +1,311 @@
+package blockmap
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+// overlayHeader is the file that says what an overlay is of. It is written once, after all
+// else of a new overlay is durable. Numbers are little-endian.
+//
+//	 0   8  magic "thawovly"
+//	 8   4  version, 1
+//	12   4  CRC-32C of the file, this field taken as zero
+//	16   8  size of the device in bytes
+//	24  32  digest of the manifest of the image
+//	56   4  length of the reference
+//	60      reference of the image
+type overlayHeader struct {
+	size   int64
+	digest Digest
+	image  string
+}
+
+const (
+	overlayMagic   = "thawovly"
+	overlayVersion = 1
+	overlayHeadLen = 60
+	maxImageName   = 4096
+)
+
+func (h *overlayHeader) encode() []byte {
+	b := make([]byte, overlayHeadLen, overlayHeadLen+len(h.image))
+	copy(b, overlayMagic)
+	binary.LittleEndian.PutUint32(b[8:], overlayVersion)
+	binary.LittleEndian.PutUint64(b[16:], uint64(h.size))
+	copy(b[24:], h.digest[:])
+	binary.LittleEndian.PutUint32(b[56:], uint32(len(h.image)))
+	b = append(b, h.image...)
+	binary.LittleEndian.PutUint32(b[12:], crc32.Checksum(b, castagnoli))
+	return b
+}
+
+// decodeOverlayHeader reads a header without trusting it. It fails with ErrCorrupt.
+func decodeOverlayHeader(b []byte) (h overlayHeader, err error) {
+	if len(b) < overlayHeadLen || string(b[:8]) != overlayMagic {
+		return h, fmt.Errorf("%w: not the header of an overlay", ErrCorrupt)
+	}
+	if v := binary.LittleEndian.Uint32(b[8:]); v != overlayVersion {
+		return h, fmt.Errorf("%w: overlay version %d, this program reads %d", ErrCorrupt, v, overlayVersion)
+	}
+	h.size = int64(binary.LittleEndian.Uint64(b[16:]))
+	copy(h.digest[:], b[24:])
+	h.image = string(b[overlayHeadLen:])
+	if string(h.encode()) != string(b) {
+		return h, fmt.Errorf("%w: the header of the overlay is damaged", ErrCorrupt)
+	}
+	if h.size < 0 || h.size%BlockSize != 0 || h.size/BlockSize > maxOverlayBlocks || len(h.image) > maxImageName {
+		return h, fmt.Errorf("%w: an overlay of a device of %d bytes", ErrCorrupt, h.size)
+	}
+	return h, nil
+}
+
+// OpenOverlay opens the overlay in dir, or makes it where dir is missing or empty. It
+// fails with ErrLocked where another process has it.
+func OpenOverlay(dir string, base Device, opt OverlayOptions) (*Overlay, error) {
+	o, err := newOverlay(dir, base, opt)
+	if err != nil {
+		return nil, fmt.Errorf("open overlay %s: %w", dir, err)
+	}
+	if err := o.open(); err != nil {
+		if s := o.layers.Load(); s != nil {
+			for _, lv := range s.levels() {
+				err = errors.Join(err, lv.close())
+			}
+		}
+		if o.lock != nil {
+			err = errors.Join(err, o.lock.Close())
+		}
+		return nil, fmt.Errorf("open overlay %s: %w", dir, err)
+	}
+	o.start()
+	o.resumeMerge()
+	return o, nil
+}
+
+func (o *Overlay) path(name string) string { return filepath.Join(o.dir, name) }
+
+func (o *Overlay) open() (err error) {
+	if len(o.header.image) > maxImageName {
+		return fmt.Errorf("the reference of the image has %d bytes; at most %d are allowed", len(o.header.image), maxImageName)
+	}
+	entries, err := o.fs.ReadDir(o.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = cmp.Or(o.fs.MkdirAll(o.dir), o.fs.SyncDir(filepath.Dir(o.dir)))
+	}
+	if err == nil {
+		err = o.fs.Private(o.dir)
+	}
+	if err != nil {
+		return err
+	}
+	names := make([]string, 0, len(entries))
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	has := func(name string) bool { return slices.Contains(names, name) }
+	if !has(headerName) && !has(headerName+newSuffix) {
+		for _, name := range names {
+			if name != lockName {
+				return fmt.Errorf("the directory has other files, such as %s, and no overlay: use an empty directory", name)
+			}
+		}
+	}
+	if o.lock, err = lockOverlay(o.fs, o.path(lockName)); err != nil {
+		return err
+	}
+	h, err := readOverlayHeader(o.fs, o.dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return o.create()
+	}
+	if err != nil {
+		return err
+	}
+	switch {
+	case h.digest != o.header.digest:
+		return fmt.Errorf("it belongs to the image %s (%.12s), not to %.12s: use another directory, or the image that it belongs to", h.image, h.digest, o.header.digest)
+	case h.size != o.size:
+		return fmt.Errorf("it belongs to a device of %d bytes, and the image has %d: use another directory", h.size, o.size)
+	}
+	return o.openLevels()
+}
+
+// lockTries is how often a lock is tried. Whoever lists overlays holds it for a moment.
+const lockTries = 5
+
+func lockOverlay(fsys FS, path string) (io.Closer, error) {
+	for try := 1; ; try++ {
+		l, err := fsys.Lock(path)
+		if !errors.Is(err, ErrLocked) || try == lockTries {
+			return l, err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func readOverlayHeader(fsys FS, dir string) (h overlayHeader, err error) {
+	path := filepath.Join(dir, headerName)
+	b, err := readFile(fsys, path, overlayHeadLen+maxImageName)
+	if err != nil {
+		return h, err
+	}
+	if h, err = decodeOverlayHeader(b); err != nil {
+		return h, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
+	}
+	return h, nil
+}
+
+// create makes a new overlay. A header of another name comes first: it tells an overlay
+// that was never finished from the files of somebody else.
+func (o *Overlay) create() error {
+	unfinished := o.path(headerName + newSuffix)
+	f, err := o.fs.Open(unfinished, true)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(o.header.encode(), 0)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = o.fs.SyncDir(o.dir)
+	}
+	if err != nil {
+		return err
+	}
+	lv, err := o.newLevel("")
+	if err != nil {
+		return err
+	}
+	o.layers.Store(&layers{base: o.base, top: lv})
+	return cmp.Or(o.fs.Rename(unfinished, o.path(headerName)), o.fs.SyncDir(o.dir))
+}
+
+// newLevel makes an empty level, durably. Its map gets its name last, so a level with a
+// map is whole.
+func (o *Overlay) newLevel(suffix string) (lv *level, err error) {
+	m := newChangeMap(o.header.digest, o.blocks())
+	lv = newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
+	var f *dataFile
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+			if f != nil {
+				err = errors.Join(err, f.close())
+			}
+		}
+	}()
+	if o.temp {
+		if f, err = tempData(o.fs, o.dir, o.size); err == nil {
+			lv.file.Store(f)
+		}
+		return lv, err
+	}
+	data, unfinished, path := lv.name, o.path(mapName+suffix+newSuffix), o.path(mapName+suffix)
+	for _, path := range []string{path, data, unfinished} {
+		if err := o.fs.RemoveAll(path); err != nil {
+			return nil, err
+		}
+	}
+	if f, err = createData(o.fs, data, o.size); err != nil {
+		return nil, err
+	}
+	if err = f.sync(); err != nil {
+		return nil, err
+	}
+	if err = m.create(o.fs, unfinished, o.boot, f.id); err != nil {
+		return nil, err
+	}
+	if err = o.fs.Rename(unfinished, path); err != nil {
+		return nil, err
+	}
+	if err = o.fs.SyncDir(o.dir); err != nil {
+		return nil, err
+	}
+	lv.file.Store(f)
+	return lv, nil
+}
+
+// openLevels opens what an earlier process left.
+func (o *Overlay) openLevels() error {
+	top, err := o.openLevel("")
+	if err != nil {
+		return err
+	}
+	s := &layers{base: o.base, top: top}
+	o.layers.Store(s)
+	upper, err := o.openLevel(upperSuffix)
+	if err == nil {
+		s = &layers{base: o.base, top: upper, low: top, merging: true}
+		o.layers.Store(s)
+	} else if !errors.Is(err, errNoLevel) {
+		return err
+	}
+	data, zero := s.count(o.blocks())
+	o.dataBlocks.Store(data / BlockSize)
+	o.zeroBlocks.Store(zero / BlockSize)
+	return nil
+}
+
+// errNoLevel says that there is no such level.
+var errNoLevel = errors.New("its map does not exist")
+
+// openLevel opens the level with the suffix.
+func (o *Overlay) openLevel(suffix string) (*level, error) {
+	m := newChangeMap(o.header.digest, o.blocks())
+	lv := newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
+	path := o.path(mapName + suffix)
+	if f, err := o.fs.Open(path, false); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, errNoLevel)
+	} else if err != nil {
+		return nil, err
+	} else if err := f.Close(); err != nil {
+		return nil, err
+	}
+	id, space, err := statData(o.fs, lv.name, o.size)
+	var f *dataFile
+	if err == nil {
+		f, err = openData(o.fs, lv.name, o.size, id, true, nil)
+	}
+	if notOurs(err) {
+		return nil, fmt.Errorf("%s is missing, or was cut short: restore it from a copy, or remove the overlay: %w", lv.name, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := m.open(o.fs, path, o.boot, f.id); err != nil {
+		return nil, errors.Join(err, m.close(), f.close())
+	}
+	lv.file.Store(f)
+	lv.wrote() // the process before may have written, and synced nothing
+	lv.punchLeftovers(space)
+	return lv, nil
+}
+
+// punchLeftovers has the next flush give back the space of all blocks that need none, if
+// the file takes much more than its blocks: a process was killed between writing and
+// marking, or between a flush and punching.
+func (lv *level) punchLeftovers(space int64) {
+	var data int64
+	for i := range lv.m.live {
+		data += countIn(lv.m.live[i], ^uint64(0), stateData) * BlockSize
+	}
+	if space <= data+data/8+1<<20 {
+		return
+	}
+	for b, n := uint32(0), lv.m.blocks; n > 0; {
+		k, st := lv.m.live.run(b, n)
+		if st != stateData {
+			for first, end := wordsOf(b, k); first < end; first++ {
+				lv.punchLater(first, wordMask(first, b, k)&everyOther)
+			}
+		}
+		b, n = b+k, n-k
+	}
+}

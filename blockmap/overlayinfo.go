@@ -1,0 +1,110 @@
+package blockmap
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+)
+
+// OverlayInfo is what an overlay directory says without its base.
+type OverlayInfo struct {
+	Image  string // the reference of the base by digest
+	Digest Digest // of the base's manifest
+	Size   int64  // of the device, in bytes
+	Data   int64  // bytes of blocks that the overlay has data for
+	Zero   int64  // bytes of blocks that it has made zeros
+	Space  int64  // bytes that it takes on disk
+	Levels int    // 2 from a Freeze until its merge, or 1
+	InUse  bool   // a process has it open
+}
+
+// ReadOverlay reads what an overlay directory says without its base and without its lock.
+// Of an overlay that is in use it counts the changes at this moment, and otherwise those
+// that a loss of power has left or would leave.
+func ReadOverlay(fsys FS, dir string) (info OverlayInfo, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("read overlay %s: %w", dir, err)
+		}
+	}()
+	h, err := readOverlayHeader(fsys, dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return info, fmt.Errorf("it is not the directory of an overlay: %w", err)
+	}
+	if err != nil {
+		return info, err
+	}
+	info = OverlayInfo{Image: h.image, Digest: h.digest, Size: h.size}
+	l, err := fsys.Lock(filepath.Join(dir, lockName))
+	if info.InUse = errors.Is(err, ErrLocked); !info.InUse {
+		if err != nil {
+			return info, err
+		}
+		if err := l.Close(); err != nil {
+			return info, err
+		}
+	}
+	s := &layers{}
+	for i, suffix := range []string{"", upperSuffix} {
+		lv, space, err := readLevel(fsys, dir, suffix, &h, info.InUse)
+		if i > 0 && errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return info, err
+		}
+		s.top, s.low = lv, s.top
+		info.Levels++
+		info.Space += space
+	}
+	info.Data, info.Zero = s.count(uint32(h.size / BlockSize))
+	return info, nil
+}
+
+// readLevel reads the map of a level, and the space that the level takes.
+func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *level, space int64, err error) {
+	blocks := uint32(h.size / BlockSize)
+	path := filepath.Join(dir, mapName+suffix)
+	b, err := readFile(fsys, path, overlayMap.size(blocks))
+	if err != nil {
+		return nil, 0, err
+	}
+	head, liveWords, durable, err := overlayMap.decode(b)
+	if err == nil && (head.blocks != blocks || head.id != h.digest) {
+		err = fmt.Errorf("%w: the map of another overlay", ErrCorrupt)
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	m := &changeMap{blocks: blocks, live: durable}
+	if live {
+		m.live = liveWords
+	}
+	for _, path := range []string{path, filepath.Join(dir, dataName+suffix)} {
+		f, err := fsys.Open(path, false)
+		if err != nil {
+			return nil, 0, err
+		}
+		_, n, err := f.Stat()
+		if err := cmp.Or(err, f.Close()); err != nil {
+			return nil, 0, err
+		}
+		space += n
+	}
+	return &level{m: m}, space, nil
+}
+
+// count counts the changed ones of so many blocks, in bytes.
+func (s *layers) count(blocks uint32) (data, zero int64) {
+	for p := range s.parts(blockRange(0, blocks)) {
+		switch p.st {
+		case stateData, stateLost:
+			data += p.Len()
+		case stateZero:
+			zero += p.Len()
+		}
+	}
+	return data, zero
+}
