@@ -85,13 +85,14 @@ func owns(c nbd.ClientInfo, name string) bool {
 // overlays opens the overlays of a host's devices.
 type overlays struct {
 	OverlayOptions
+	fs   blockmap.FS
 	temp string // where the files of ephemeral overlays lie
 	boot blockmap.BootID
 	log  *slog.Logger
 }
 
 func newOverlays(o OverlayOptions, temp string, boot blockmap.BootID, log *slog.Logger) (*overlays, error) {
-	x := &overlays{OverlayOptions: o, temp: temp, boot: boot, log: log}
+	x := &overlays{OverlayOptions: o, fs: blockmap.OS, temp: temp, boot: boot, log: log}
 	if o.Limit < 0 {
 		return nil, InvalidError{fmt.Errorf("a limit of %d bytes for overlays: it cannot be negative", o.Limit)}
 	}
@@ -99,7 +100,7 @@ func newOverlays(o OverlayOptions, temp string, boot blockmap.BootID, log *slog.
 	if x.Each = absoluteOrNone(o.Each); x.Each == "" {
 		return x, nil
 	}
-	if _, err := blockmap.ReadOverlay(blockmap.OS, x.Each); err == nil {
+	if _, err := blockmap.ReadOverlay(x.fs, x.Each); err == nil {
 		return nil, InvalidError{fmt.Errorf("%s is an overlay, and not a directory of overlays: use it as --overlay %s", o.Each, o.Each)}
 	}
 	if err := os.MkdirAll(x.Each, 0o700); err != nil {
@@ -143,7 +144,7 @@ func (o *overlays) dirOf(client string) (string, error) {
 // the base that it was made on, so that base is opened, by its digest. It is name where
 // there is no overlay yet, and where name has a digest: see open.
 func (o *overlays) base(dir, name string, pins Pins) (string, error) {
-	info, err := blockmap.ReadOverlay(blockmap.OS, dir)
+	info, err := blockmap.ReadOverlay(o.fs, dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return name, nil
 	}
@@ -180,11 +181,11 @@ func otherImage(dir, image, format string, args ...any) error {
 // ephemeral one.
 func (o *overlays) open(dir string, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
 	ref := canonical(b.Repo.Ref()).WithDigest(b.Digest).String() // valid from any working directory
-	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: o.Limit, Boot: o.boot, Log: o.log}
+	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: o.Limit, Boot: o.boot, FS: o.fs, Log: o.log}
 	if dir == "" {
 		return blockmap.OpenEphemeral(o.temp, device, opts)
 	}
-	if info, err := blockmap.ReadOverlay(blockmap.OS, dir); err == nil && info.Digest != opts.Digest {
+	if info, err := blockmap.ReadOverlay(o.fs, dir); err == nil && info.Digest != opts.Digest {
 		return nil, otherImage(dir, info.Image, "%s is the block image %s", b.Name, b.Digest)
 	}
 	return blockmap.OpenOverlay(dir, device, opts)

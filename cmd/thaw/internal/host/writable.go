@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,7 +90,8 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 // closeDevice closes d, which nobody uses.
 func (h *Host) closeDevice(d *Device) {
 	if d.overlay != nil {
-		if err := d.overlay.Close(); err != nil {
+		poison := d.overlay.Stats().Err
+		if err := cmp.Or(d.overlay.Close(), poison); err != nil {
 			err = fmt.Errorf("close the overlay of %s: %w", d.spec.Name, err)
 			h.log.Error("changes that no flush has covered may be lost", "device", d.spec.Name, "err", err)
 			h.mu.Lock()
