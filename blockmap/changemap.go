@@ -28,7 +28,6 @@ type changeMap struct {
 
 	f    File // nil: the map goes with the process
 	data FileID
-	boot BootID
 
 	// dirty are the words that may be newer in live than in durable, as bits and as a
 	// list.
@@ -52,7 +51,7 @@ const maxWritten = 64 << 20
 // create makes the file at path, and makes it durable. Its space is reserved: neither a
 // write nor a flush then fails because the map has no room.
 func (m *changeMap) create(fsys FS, path string, boot BootID, data FileID) (err error) {
-	m.boot, m.data = boot, data
+	m.data = data
 	if m.f, err = fsys.Open(path, true); err != nil {
 		return err
 	}
@@ -76,40 +75,68 @@ func (m *changeMap) create(fsys FS, path string, boot BootID, data FileID) (err 
 	return cmp.Or(m.writeHead(boot), m.f.Sync())
 }
 
-// open reads the file at path, and goes on with what can be believed of it. data is the
-// data file as it is now.
-func (m *changeMap) open(fsys FS, path string, boot BootID, data FileID) error {
+// load reads the file at path, and returns its header.
+func (m *changeMap) load(fsys FS, path string) (h mapHead, err error) {
 	b, err := readFile(fsys, path, overlayMap.size(m.blocks))
 	if err != nil {
-		return err
+		return h, err
 	}
 	h, live, durable, err := overlayMap.decode(b)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s: %w", path, err)
+		return h, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
 	case h.id != m.id || h.blocks != m.blocks:
-		return fmt.Errorf("%s: %w: the map of another overlay", path, ErrCorrupt)
+		return h, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
 	}
+	m.live, m.durable = live, durable
+	return h, nil
+}
+
+// attach opens the file that load has read, and goes on with what can be believed of it.
+func (m *changeMap) attach(fsys FS, path string, h mapHead, boot BootID, data *dataFile) (err error) {
 	if m.f, err = fsys.Open(path, false); err != nil {
 		return err
 	}
-	m.boot, m.data = boot, data
-	m.durable = durable
-	if h.liveHolds(boot, data) {
-		m.live = live
-		for i := range live {
-			if live[i] != durable[i] {
+	m.data = data.id
+	if h.liveHolds(boot, data.id) {
+		for i := range m.live {
+			if m.live[i] != m.durable[i] {
 				m.mark(uint32(i), uint32(i)+1)
 			}
 		}
 		return nil
 	}
-	m.live = slices.Clone(durable)
+	m.live = slices.Clone(m.durable)
+	// After a sync that has failed, memory shows what the disk has not.
+	data.f.Forget()
 	// The header comes last: under the older one nobody believes live.
 	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, uint32(len(m.live))); err != nil {
 		return err
 	}
 	return m.writeHead(boot)
+}
+
+// loseData makes lost what is data, in both copies and durably, and returns how many bytes
+// that were in live. All stripes are held.
+func (m *changeMap) loseData() (bytes int64, err error) {
+	bytes = m.live.count(stateData) * BlockSize
+	for _, s := range []states{m.live, m.durable} {
+		for i := range uint32(len(s)) {
+			w := s.word(i)
+			s.put(i, w|blocksIn(w, stateData)<<1)
+		}
+	}
+	if m.f == nil {
+		return bytes, nil
+	}
+	end := uint32(len(m.live))
+	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, end); err != nil {
+		return bytes, err
+	}
+	if err := writeWords(m.f, mapHeader+overlayMap.half(m.blocks), bitmap(m.durable), 0, end); err != nil {
+		return bytes, err
+	}
+	return bytes, m.f.Sync()
 }
 
 func (m *changeMap) writeHead(boot BootID) error {
@@ -184,26 +211,36 @@ func (m *changeMap) snapshot() []wordChange {
 	return changes
 }
 
-// sync makes a snapshot durable, whose data are durable already. Where it fails, durable
-// is what it was, as far as the disk can be asked.
-func (m *changeMap) sync(changes []wordChange) error {
-	if len(changes) == 0 {
-		return nil
+// restore undoes snapshot.
+func (m *changeMap) restore(changes []wordChange) {
+	for _, c := range changes {
+		m.mark(c.i, c.i+1)
 	}
+}
+
+// sync makes a snapshot durable, whose data are durable already. Where it fails, durable
+// is what it was, as far as the disk can be asked. It fails with ErrNoSpace where the disk
+// has no room for the words: that can be tried again.
+func (m *changeMap) sync(changes []wordChange) error {
 	for _, c := range changes {
 		m.durable.put(c.i, c.new)
 	}
 	err := m.writeDurable(changes)
-	if err == nil {
+	if diskFull(err) {
+		err = fmt.Errorf("%w (%w)", ErrNoSpace, err)
+	} else if err == nil {
 		err = m.f.Sync()
 	}
-	if err != nil {
-		for _, c := range changes {
-			m.durable.put(c.i, c.old)
-		}
-		return errors.Join(err, m.writeDurable(changes))
+	if err == nil {
+		return nil
 	}
-	return nil
+	for _, c := range changes {
+		m.durable.put(c.i, c.old)
+	}
+	if e := m.writeDurable(changes); e != nil && !errors.Is(err, ErrNoSpace) {
+		err = errors.Join(err, e)
+	}
+	return err
 }
 
 // writeDurable writes words of durable to the file, those of a page together.

@@ -71,6 +71,9 @@ type File interface {
 	// that an overwrite needs no space. The file is still empty. File systems that
 	// cannot do so ignore it.
 	InPlace()
+	// Forget drops what memory has of the file and the disk has too, so that later
+	// reads show what the disk has.
+	Forget()
 }
 
 // FileID identifies a file. A field that is zero is not known.
@@ -239,6 +242,10 @@ func (f osFile) InPlace() {
 		}
 		return unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, flags|fsNoCOW)
 	})
+}
+
+func (f osFile) Forget() {
+	_ = f.control("fadvise", func(fd int) error { return unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) })
 }
 
 // fsNoCOW is FS_NOCOW_FL of linux/fs.h.

@@ -72,11 +72,16 @@ type Overlay struct {
 	rounds rounds
 	// syncing is held over a round, and while levels come and go.
 	syncing        sync.Mutex
+	retired        []retired // guarded by syncing
 	flushes, syncs atomic.Int64
 	poison         atomic.Pointer[error]
 	closed         atomic.Bool // set with all stripes held
 
+	freezing sync.Mutex // held by a Freeze, and to begin a merge
+	merging  *merge     // the last one, guarded by freezing
+
 	lock io.Closer
+	life context.Context // ends when Close begins
 	stop context.CancelFunc
 	wg   sync.WaitGroup
 }
@@ -144,9 +149,8 @@ func (o *Overlay) blocks() uint32 { return uint32(o.size / BlockSize) }
 
 // start begins what goes on beside requests.
 func (o *Overlay) start() {
-	ctx, cancel := context.WithCancel(context.Background())
-	o.stop = cancel
-	o.wg.Go(func() { o.memory.watch(ctx) })
+	o.life, o.stop = context.WithCancel(context.Background())
+	o.wg.Go(func() { o.memory.watch(o.life) })
 }
 
 // OpenEphemeral makes an overlay that goes with the process, for files without a name in
@@ -164,7 +168,7 @@ func OpenEphemeral(dir string, base Device, opt OverlayOptions) (*Overlay, error
 	if err != nil {
 		return nil, fmt.Errorf("open ephemeral overlay in %s: %w", dir, err)
 	}
-	o.layers.Store(&layers{base: base, top: lv})
+	o.layers.Store(&layers{base: base, size: o.size, top: lv})
 	o.start()
 	return o, nil
 }
@@ -178,56 +182,55 @@ func (o *Overlay) Close() error {
 	if was {
 		return nil
 	}
+	o.freezing.Lock() // no merge begins any more
 	o.stop()
-	err := o.endMerge()
-	if o.poison.Load() == nil && !o.temp {
-		err = errors.Join(err, o.rounds.join(context.Background(), o.clean))
-	}
+	o.freezing.Unlock()
 	o.wg.Wait()
-	o.rounds.wg.Wait()
+	var err error
+	if o.poison.Load() == nil && !o.temp {
+		err = o.rounds.join(context.Background(), o.clean)
+	}
+	o.rounds.close()
 	o.reads.close()
+	o.syncing.Lock()
+	defer o.syncing.Unlock()
 	for _, lv := range o.layers.Load().levels() {
 		err = errors.Join(err, lv.close())
+	}
+	err = errors.Join(err, o.closeRetired())
+	if len(o.retired) > 0 {
+		err = errors.Join(err, errNotReleased)
 	}
 	if o.lock != nil {
 		err = errors.Join(err, o.lock.Close())
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("close overlay %s: %w", o.dir, err)
+	}
+	return nil
 }
+
+// errNotReleased means that somebody holds a view.
+var errNotReleased = errors.New("a view of it was not released")
 
 // Size implements Device.
 func (o *Overlay) Size() int64 { return o.size }
 
 // View implements Device.
-func (o *Overlay) View(e Extent) (v View, ok bool) {
-	if e.Check(o.size) != nil {
-		return View{}, false
-	}
-	return o.layers.Load().view(e)
-}
+func (o *Overlay) View(e Extent) (v View, ok bool) { return o.layers.Load().view(e) }
 
 // Load implements Device.
 func (o *Overlay) Load(ctx context.Context, e Extent) (v View, ok bool) {
-	if e.Check(o.size) != nil {
-		return View{}, false
-	}
 	return o.layers.Load().load(ctx, e)
 }
 
 // LoadAsync implements AsyncDevice.
 func (o *Overlay) LoadAsync(e Extent, done func(v View, ok bool)) {
-	if e.Check(o.size) != nil {
-		done(View{}, false)
-		return
-	}
 	o.layers.Load().loadAsync(e, done)
 }
 
 // Fault implements Device.
 func (o *Overlay) Fault(ctx context.Context, e Extent) error {
-	if err := e.Check(o.size); err != nil {
-		return err
-	}
 	if o.closed.Load() {
 		return fmt.Errorf("overlay %s: %w", o.dir, ErrClosed)
 	}
@@ -235,19 +238,10 @@ func (o *Overlay) Fault(ctx context.Context, e Extent) error {
 }
 
 // Status implements Device.
-func (o *Overlay) Status(e Extent) Status {
-	if e.Check(o.size) != nil {
-		return Status{Extent: Extent{e.Start, e.Start}}
-	}
-	return o.layers.Load().status(e)
-}
+func (o *Overlay) Status(e Extent) Status { return o.layers.Load().status(e) }
 
 // Prefetch implements Device.
-func (o *Overlay) Prefetch(e Extent) {
-	if e.Check(o.size) == nil {
-		o.layers.Load().prefetch(e)
-	}
-}
+func (o *Overlay) Prefetch(e Extent) { o.layers.Load().prefetch(e) }
 
 // Stats says how much the overlay has.
 func (o *Overlay) Stats() OverlayStats {

@@ -87,7 +87,13 @@ func OpenOverlay(dir string, base Device, opt OverlayOptions) (*Overlay, error) 
 		return nil, fmt.Errorf("open overlay %s: %w", dir, err)
 	}
 	o.start()
-	o.resumeMerge()
+	if o.layers.Load().merging {
+		o.freezing.Lock()
+		defer o.freezing.Unlock()
+		if _, err := o.startMerge(); err != nil {
+			return nil, err
+		}
+	}
 	return o, nil
 }
 
@@ -183,95 +189,86 @@ func (o *Overlay) create() error {
 	if err != nil {
 		return err
 	}
-	o.layers.Store(&layers{base: o.base, top: lv})
+	o.layers.Store(&layers{base: o.base, size: o.size, top: lv})
 	return cmp.Or(o.fs.Rename(unfinished, o.path(headerName)), o.fs.SyncDir(o.dir))
 }
 
 // newLevel makes an empty level, durably. Its map gets its name last, so a level with a
 // map is whole.
-func (o *Overlay) newLevel(suffix string) (lv *level, err error) {
+func (o *Overlay) newLevel(suffix string) (*level, error) {
 	m := newChangeMap(o.header.digest, o.blocks())
-	lv = newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
-	var f *dataFile
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.close())
-			if f != nil {
-				err = errors.Join(err, f.close())
-			}
-		}
-	}()
+	lv := newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
 	if o.temp {
-		if f, err = tempData(o.fs, o.dir, o.size); err == nil {
-			lv.file.Store(f)
-		}
+		f, err := tempData(o.fs, o.dir, o.size)
+		lv.file.Store(f)
 		return lv, err
 	}
-	data, unfinished, path := lv.name, o.path(mapName+suffix+newSuffix), o.path(mapName+suffix)
-	for _, path := range []string{path, data, unfinished} {
-		if err := o.fs.RemoveAll(path); err != nil {
-			return nil, err
-		}
-	}
-	if f, err = createData(o.fs, data, o.size); err != nil {
+	if err := o.removeLevel(suffix); err != nil {
 		return nil, err
 	}
-	if err = f.sync(); err != nil {
-		return nil, err
-	}
-	if err = m.create(o.fs, unfinished, o.boot, f.id); err != nil {
-		return nil, err
-	}
-	if err = o.fs.Rename(unfinished, path); err != nil {
-		return nil, err
-	}
-	if err = o.fs.SyncDir(o.dir); err != nil {
-		return nil, err
+	f, err := o.makeData(lv)
+	if err != nil {
+		return nil, errors.Join(err, o.removeLevel(suffix))
 	}
 	lv.file.Store(f)
+	unfinished, path := o.path(mapName+suffix+newSuffix), o.path(mapName+suffix)
+	if err = m.create(o.fs, unfinished, o.boot, f.id); err == nil {
+		err = cmp.Or(o.fs.Rename(unfinished, path), o.fs.SyncDir(o.dir))
+	}
+	if err != nil {
+		return nil, errors.Join(err, lv.close(), o.removeLevel(suffix))
+	}
 	return lv, nil
 }
 
 // openLevels opens what an earlier process left.
 func (o *Overlay) openLevels() error {
-	top, err := o.openLevel("")
+	low, err := o.openLevel("")
 	if err != nil {
 		return err
 	}
-	s := &layers{base: o.base, top: top}
+	s := &layers{base: o.base, size: o.size, top: low}
 	o.layers.Store(s)
-	upper, err := o.openLevel(upperSuffix)
-	if err == nil {
-		s = &layers{base: o.base, top: upper, low: top, merging: true}
+	switch upper, err := o.openLevel(upperSuffix); {
+	case err == nil:
+		s = &layers{base: o.base, size: o.size, top: upper, low: low, merging: true}
 		o.layers.Store(s)
-	} else if !errors.Is(err, errNoLevel) {
+	case !errors.Is(err, errNoLevel):
 		return err
+	default: // what was left of one is in the way
+		if err := o.removeLevel(upperSuffix); err != nil {
+			return err
+		}
 	}
-	data, zero := s.count(o.blocks())
+	data, zero := s.count()
 	o.dataBlocks.Store(data / BlockSize)
 	o.zeroBlocks.Store(zero / BlockSize)
 	return nil
 }
 
 // errNoLevel says that there is no such level.
-var errNoLevel = errors.New("its map does not exist")
+var errNoLevel = errors.New("the map is missing")
 
 // openLevel opens the level with the suffix.
-func (o *Overlay) openLevel(suffix string) (*level, error) {
+func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 	m := newChangeMap(o.header.digest, o.blocks())
 	lv := newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
 	path := o.path(mapName + suffix)
-	if f, err := o.fs.Open(path, false); errors.Is(err, fs.ErrNotExist) {
+	head, err := m.load(o.fs, path)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, errNoLevel)
-	} else if err != nil {
-		return nil, err
-	} else if err := f.Close(); err != nil {
+	}
+	if err != nil {
 		return nil, err
 	}
 	id, space, err := statData(o.fs, lv.name, o.size)
 	var f *dataFile
-	if err == nil {
+	switch {
+	case err == nil:
 		f, err = openData(o.fs, lv.name, o.size, id, true, nil)
+	case notOurs(err) && m.durable.count(stateData) == 0 && !head.liveHolds(o.boot, head.data):
+		// A crash came before a file that was cut short had got another one in its place.
+		f, err = o.makeData(lv)
 	}
 	if notOurs(err) {
 		return nil, fmt.Errorf("%s is missing, or was cut short: restore it from a copy, or remove the overlay: %w", lv.name, err)
@@ -279,10 +276,10 @@ func (o *Overlay) openLevel(suffix string) (*level, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := m.open(o.fs, path, o.boot, f.id); err != nil {
-		return nil, errors.Join(err, m.close(), f.close())
-	}
 	lv.file.Store(f)
+	if err := m.attach(o.fs, path, head, o.boot, f); err != nil {
+		return nil, errors.Join(err, lv.close())
+	}
 	lv.wrote() // the process before may have written, and synced nothing
 	lv.punchLeftovers(space)
 	return lv, nil
@@ -292,10 +289,7 @@ func (o *Overlay) openLevel(suffix string) (*level, error) {
 // the file takes much more than its blocks: a process was killed between writing and
 // marking, or between a flush and punching.
 func (lv *level) punchLeftovers(space int64) {
-	var data int64
-	for i := range lv.m.live {
-		data += countIn(lv.m.live[i], ^uint64(0), stateData) * BlockSize
-	}
+	data := lv.m.live.count(stateData) * BlockSize
 	if space <= data+data/8+1<<20 {
 		return
 	}

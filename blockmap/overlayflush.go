@@ -44,6 +44,7 @@ type rounds struct {
 	mu  struct {
 		sync.Mutex
 		running bool
+		closed  bool
 		next    *round // nil: nobody waits for one
 	}
 }
@@ -58,8 +59,11 @@ type round struct {
 // where none is under way, and idle says that none is needed.
 func (g *rounds) join(ctx context.Context, idle func() bool) error {
 	g.mu.Lock()
-	if !g.mu.running && idle() {
+	if closed := g.mu.closed; closed || !g.mu.running && idle() {
 		g.mu.Unlock()
+		if closed {
+			return ErrClosed
+		}
 		return nil
 	}
 	if g.mu.next == nil {
@@ -77,6 +81,14 @@ func (g *rounds) join(ctx context.Context, idle func() bool) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// close refuses later calls, and waits for runs.
+func (g *rounds) close() {
+	g.mu.Lock()
+	g.mu.closed = true
+	g.mu.Unlock()
+	g.wg.Wait()
 }
 
 // serve runs as long as somebody waits.
@@ -130,9 +142,19 @@ func (o *Overlay) syncLayers(s *layers) error {
 			continue
 		}
 		o.syncs.Add(1)
-		if err := levels[i].m.sync(changes[i]); err != nil {
+		err := levels[i].m.sync(changes[i])
+		if errors.Is(err, ErrNoSpace) { // a file system that copies even what has space
+			for ; i >= 0; i-- {
+				levels[i].m.restore(changes[i])
+			}
+			return err
+		}
+		if err != nil {
 			return o.poisonBy("the map", err)
 		}
+	}
+	if err := o.closeRetired(); err != nil {
+		o.log.Warn("cannot close a data file that was replaced", "err", err)
 	}
 	for _, lv := range levels {
 		if err := lv.punch(&o.stripes); err != nil {

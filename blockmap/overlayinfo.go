@@ -46,7 +46,7 @@ func ReadOverlay(fsys FS, dir string) (info OverlayInfo, err error) {
 			return info, err
 		}
 	}
-	s := &layers{}
+	s := &layers{size: h.size}
 	for i, suffix := range []string{"", upperSuffix} {
 		lv, space, err := readLevel(fsys, dir, suffix, &h, info.InUse)
 		if i > 0 && errors.Is(err, fs.ErrNotExist) {
@@ -59,7 +59,7 @@ func ReadOverlay(fsys FS, dir string) (info OverlayInfo, err error) {
 		info.Levels++
 		info.Space += space
 	}
-	info.Data, info.Zero = s.count(uint32(h.size / BlockSize))
+	info.Data, info.Zero = s.count()
 	return info, nil
 }
 
@@ -96,9 +96,9 @@ func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *le
 	return &level{m: m}, space, nil
 }
 
-// count counts the changed ones of so many blocks, in bytes.
-func (s *layers) count(blocks uint32) (data, zero int64) {
-	for p := range s.parts(blockRange(0, blocks)) {
+// count counts the changed blocks, in bytes.
+func (s *layers) count() (data, zero int64) {
+	for p := range s.parts(Range(0, s.size)) {
 		switch p.st {
 		case stateData, stateLost:
 			data += p.Len()

@@ -152,7 +152,7 @@ func (lv *level) check(ctx context.Context, b, n uint32) error {
 		return nil // merged meanwhile: whoever reads looks again
 	}
 	if !f.intact() {
-		return fmt.Errorf("%s was cut short, so what was written there is lost: write it again, or restore the overlay from a copy", lv.name)
+		return fmt.Errorf("read bytes %v of %s: %w", blockRange(b, n), lv.name, errLost)
 	}
 	if !lv.suspect(b, n) {
 		return ctx.Err()
@@ -161,7 +161,7 @@ func (lv *level) check(ctx context.Context, b, n uint32) error {
 	defer p.put()
 	for i := range n {
 		if lv.suspect(b+i, 1) {
-			if err := lv.readBlock(b+i, p.b[:BlockSize]); err != nil {
+			if err := lv.read(b+i, p.b[:BlockSize]); err != nil {
 				return err
 			}
 			lv.trust(b+i, 1)
@@ -170,20 +170,20 @@ func (lv *level) check(ctx context.Context, b, n uint32) error {
 	return ctx.Err()
 }
 
-// readBlock reads block b, which is data, to p from the disk.
-func (lv *level) readBlock(b uint32, p []byte) error {
-	off := int64(b) * BlockSize
-	f, token := lv.pin(off, BlockSize)
+// read reads whole blocks from b on, which are data, to p from the disk.
+func (lv *level) read(b uint32, p []byte) error {
+	e := Range(int64(b)*BlockSize, int64(len(p)))
+	f, token := lv.pin(e.Start, e.Len())
 	if f == nil {
-		return fmt.Errorf("read bytes %v of %s: %w", Range(off, BlockSize), lv.name, ErrDamaged)
+		return fmt.Errorf("read bytes %v of %s: %w", e, lv.name, errLost)
 	}
 	defer lv.Unpin(token)
-	n, err := f.readAt(p, off)
+	n, err := f.readAt(p, e.Start)
 	if err == nil && n < len(p) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
-		return fmt.Errorf("read bytes %v of %s: %w: write the whole block again, or restore the overlay from a copy", Range(off, BlockSize), lv.name, err)
+		return fmt.Errorf("read bytes %v of %s: %w: write whole blocks again, or restore the overlay from a copy", e, lv.name, err)
 	}
 	return nil
 }
@@ -310,7 +310,7 @@ func (lv *level) close() error {
 	case f == nil:
 		return err
 	case lv.pins.any():
-		return errors.Join(err, fmt.Errorf("close %s: a view of it was not released", filepath.Base(lv.name)))
+		return errors.Join(err, fmt.Errorf("%s: %w", filepath.Base(lv.name), errNotReleased))
 	}
 	return errors.Join(err, f.close())
 }

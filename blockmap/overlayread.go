@@ -13,6 +13,7 @@ import (
 // layers take their place.
 type layers struct {
 	base Device
+	size int64
 	top  *level
 	low  *level // nil unless there are two
 	// merging says that the low level takes writes, and that the blocks of the top
@@ -76,6 +77,9 @@ func (s *layers) parts(e Extent) func(yield func(part) bool) {
 
 // view is Device.View.
 func (s *layers) view(e Extent) (v View, ok bool) {
+	if e.Check(s.size) != nil {
+		return View{}, false
+	}
 	if e.Len() == 0 || s.unchanged(blocksOf(e)) {
 		return s.base.View(e)
 	}
@@ -104,6 +108,9 @@ func (s *layers) view(e Extent) (v View, ok bool) {
 
 // load is Device.Load.
 func (s *layers) load(ctx context.Context, e Extent) (v View, ok bool) {
+	if e.Check(s.size) != nil {
+		return View{}, false
+	}
 	if e.Len() == 0 || s.unchanged(blocksOf(e)) {
 		return s.base.Load(ctx, e)
 	}
@@ -129,6 +136,10 @@ func (s *layers) load(ctx context.Context, e Extent) (v View, ok bool) {
 
 // loadAsync is AsyncDevice.LoadAsync.
 func (s *layers) loadAsync(e Extent, done func(v View, ok bool)) {
+	if e.Check(s.size) != nil {
+		done(View{}, false)
+		return
+	}
 	if e.Len() == 0 || s.unchanged(blocksOf(e)) {
 		LoadAsync(s.base, e, done)
 		return
@@ -242,6 +253,9 @@ const faultsAtOnce = 16
 
 // fault is Device.Fault.
 func (s *layers) fault(ctx context.Context, e Extent) error {
+	if err := e.Check(s.size); err != nil {
+		return err
+	}
 	if e.Len() == 0 || s.unchanged(blocksOf(e)) {
 		return s.base.Fault(ctx, e)
 	}
@@ -263,6 +277,9 @@ func (s *layers) fault(ctx context.Context, e Extent) error {
 
 // status is Device.Status.
 func (s *layers) status(e Extent) Status {
+	if e.Check(s.size) != nil {
+		return Status{Extent: Extent{e.Start, e.Start}}
+	}
 	for p := range s.parts(e) {
 		switch p.st {
 		case stateAbsent:
@@ -278,6 +295,9 @@ func (s *layers) status(e Extent) Status {
 
 // prefetch is Device.Prefetch.
 func (s *layers) prefetch(e Extent) {
+	if e.Check(s.size) != nil {
+		return
+	}
 	for p := range s.parts(e) {
 		if p.st == stateAbsent {
 			s.base.Prefetch(p.Extent)
@@ -294,7 +314,7 @@ type Change struct {
 // changes walks the runs of changed blocks in order.
 func (s *layers) changes(yield func(Change) bool) {
 	var run Change
-	for p := range s.parts(Range(0, s.base.Size())) {
+	for p := range s.parts(Range(0, s.size)) {
 		c := Change{p.Extent, p.st == stateZero}
 		switch {
 		case p.st == stateAbsent:

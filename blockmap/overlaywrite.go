@@ -69,6 +69,7 @@ type edge struct {
 	buf  *buffer // the block, once it was needed
 	rest bool    // buf has the rest of the block
 	from *level  // where the rest lies; nil: in the base
+	s    *layers // of which from is one; in others, from may have got writes
 }
 
 // errRead says that a write cannot go on before the rest of an edge was read.
@@ -79,6 +80,9 @@ func (o *Overlay) writeStep(ctx context.Context, p []byte, off int64) error {
 	defer w.release()
 	b, n := blocksOf(Range(off, int64(len(p))))
 	first, end := wordsOf(b, n)
+	if err := o.replaceCut(o.layers.Load().target()); err != nil {
+		return err
+	}
 	for flushed := false; ; {
 		o.stripes.lock(first, end)
 		err := w.put(b, n)
@@ -221,8 +225,8 @@ func (x *edge) complete(o *Overlay, s *layers, b uint32, part []byte, at int64) 
 	case st == stateZero:
 		clear(block)
 		x.rest = false // if the block becomes something else before this is done
-	case !x.rest || x.from != lv:
-		x.b, x.from, x.rest = b, lv, false
+	case !x.rest || x.from != lv || lv != nil && x.s != s:
+		x.b, x.from, x.s, x.rest = b, lv, s, false
 		return nil, errRead
 	}
 	copy(block[at:], part)
@@ -240,7 +244,7 @@ func (w *write) read(ctx context.Context) (err error) {
 		if x.from == nil {
 			err = ReadInto(ctx, w.o.base, blockRange(x.b, 1), block)
 		} else if err = ctx.Err(); err == nil {
-			err = x.from.readBlock(x.b, block)
+			err = x.from.read(x.b, block)
 		}
 		if err != nil {
 			return fmt.Errorf("read the rest of the block: %w", err)
@@ -379,6 +383,9 @@ func (o *Overlay) zero(ctx context.Context, e Extent, mayDiscard bool) error {
 func (o *Overlay) zeroStep(ctx context.Context, e Extent, mayDiscard bool) error {
 	b, n := blocksOf(e)
 	first, end := wordsOf(b, n)
+	if err := o.replaceCut(o.layers.Load().target()); err != nil {
+		return err
+	}
 	for flushed := false; ; {
 		o.stripes.lock(first, end)
 		err := o.zeroBlocksOf(b, n, mayDiscard)

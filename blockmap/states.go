@@ -72,6 +72,14 @@ func (s states) run(b, n uint32) (length uint32, st state) {
 	return min(length, n), st
 }
 
+// count is how many blocks have the state st.
+func (s states) count(st state) (n int64) {
+	for i := range s {
+		n += countIn(s.word(uint32(i)), ^uint64(0), st)
+	}
+	return n
+}
+
 // stateMask covers n blocks from bit on, within a word.
 func stateMask(bit, n uint32) uint64 { return ^uint64(0) >> (64 - 2*n) << (2 * bit) }
 

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -19,9 +21,10 @@ import (
 
 // FS is a blockmap.FS over a real directory that can fail, be full and lose power. It
 // remembers which contents of each file were synced. After PowerCut, each page that was
-// written since its last sync is, at random, as it was synced or as it was written last:
-// the kernel may have written it or not. Names are durable at once. (A journalling file
-// system with ordered metadata makes them durable a little later.)
+// written since its last sync is, at random, as it was synced, or as it was written last, or
+// torn: some of its sectors are the ones and some the others. Names and lengths are durable
+// at once, unless LoseNames was called. (A journalling file system with ordered metadata
+// makes them durable a little later.)
 type FS struct {
 	mu     sync.Mutex
 	files  map[string]*file // by path
@@ -30,6 +33,9 @@ type FS struct {
 	mounts uint64 // that there were
 
 	disk *int64 // pages that are free, if they are counted
+
+	// named are the files by durable names, if names can be lost.
+	named map[string]*file
 }
 
 // file is what an FS remembers of a file. It keeps it under a new name.
@@ -48,8 +54,18 @@ func NewFS() *FS {
 	return &FS{files: make(map[string]*file)}
 }
 
+// LoseNames has names, and the lengths of files, be lost like contents: a name that was
+// made, changed or removed is durable once its directory was synced, and a length once the
+// file was. It is called before the first file is opened.
+func (f *FS) LoseNames() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.named = make(map[string]*file)
+}
+
 // Fail makes the FS call fault before each operation: "open", "read", "write", "sync",
-// "punch", "map", "rename". The operation fails with the error that fault returns.
+// "punch", "zero", "truncate", "map", "rename", "remove", "lock". The operation fails with
+// the error that fault returns.
 func (f *FS) Fail(fault func(op, path string) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -112,7 +128,9 @@ func (h *handle) giveBack(first, behind int64) {
 func (f *FS) PowerCut(rng *rand.Rand) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for path, x := range f.files {
+	contents := make(map[*file][]byte)
+	for _, path := range slices.Sorted(maps.Keys(f.files)) {
+		x := f.files[path]
 		now, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -120,18 +138,79 @@ func (f *FS) PowerCut(rng *rand.Rand) error {
 		if err != nil {
 			return err
 		}
-		old := append(x.synced, make([]byte, max(0, len(now)-len(x.synced)))...)[:len(now)]
-		for at := 0; at < len(now); at += pageSize {
-			end := min(at+pageSize, len(now))
-			if x.lost[int64(at/pageSize)] || rng.IntN(2) == 0 {
-				copy(now[at:end], old[at:end])
-			}
-		}
-		if err := os.WriteFile(path, now, 0o600); err != nil {
+		contents[x] = f.afterCut(x, now, rng)
+		if err := os.WriteFile(path, contents[x], 0o600); err != nil {
 			return err
 		}
-		x.synced = now
+		x.synced = contents[x]
+		clear(x.lost)
 	}
+	return f.loseNames(contents, rng)
+}
+
+// afterCut is the content that a file has after a power cut.
+func (f *FS) afterCut(x *file, now []byte, rng *rand.Rand) []byte {
+	if f.named != nil && len(now) != len(x.synced) && rng.IntN(2) == 0 {
+		now = append(now, make([]byte, max(0, len(x.synced)-len(now)))...)[:len(x.synced)]
+	}
+	old := append(slices.Clip(x.synced), make([]byte, max(0, len(now)-len(x.synced)))...)[:len(now)]
+	for at := 0; at < len(now); at += pageSize {
+		end := min(at+pageSize, len(now))
+		switch {
+		case x.lost[int64(at/pageSize)], rng.IntN(5) < 2:
+			copy(now[at:end], old[at:end])
+		case rng.IntN(3) == 0: // torn
+			for sector := at; sector < end; sector += sectorSize {
+				if rng.IntN(2) == 0 {
+					copy(now[sector:min(sector+sectorSize, end)], old[sector:])
+				}
+			}
+		}
+	}
+	return now
+}
+
+// sectorSize is what a disk writes as a whole.
+const sectorSize = 512
+
+// loseNames gives names that are not durable the files that they had before, at random. A
+// file that was renamed keeps one of its names.
+func (f *FS) loseNames(contents map[*file][]byte, rng *rand.Rand) error {
+	if f.named == nil {
+		return nil
+	}
+	keep := make(map[*file]bool) // the later name
+	all := maps.Clone(f.files)
+	maps.Copy(all, f.named)
+	for _, path := range slices.Sorted(maps.Keys(all)) {
+		old, now := f.named[path], f.files[path]
+		x := now
+		if x == nil {
+			x = old
+		}
+		if _, drawn := keep[x]; !drawn {
+			keep[x] = rng.IntN(2) == 0
+		}
+		if old == now || keep[x] {
+			continue
+		}
+		if old == nil {
+			delete(f.files, path)
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			continue
+		}
+		f.files[path] = old
+		content, ok := contents[old]
+		if !ok {
+			content = old.synced
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			return err
+		}
+	}
+	f.named = maps.Clone(f.files)
 	return nil
 }
 
@@ -147,9 +226,33 @@ func (f *FS) Remount(rng *rand.Rand) error {
 func (f *FS) Private(path string) error                  { return blockmap.OS.Private(path) }
 func (f *FS) MkdirAll(path string) error                 { return blockmap.OS.MkdirAll(path) }
 func (f *FS) ReadDir(path string) ([]fs.DirEntry, error) { return blockmap.OS.ReadDir(path) }
-func (f *FS) SyncDir(path string) error                  { return f.check("sync", path) }
+
+func (f *FS) SyncDir(path string) error {
+	if err := f.check("sync", path); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.named == nil {
+		return nil
+	}
+	for p := range f.named {
+		if filepath.Dir(p) == path && f.files[p] == nil {
+			delete(f.named, p)
+		}
+	}
+	for p, x := range f.files {
+		if filepath.Dir(p) == path {
+			f.named[p] = x
+		}
+	}
+	return nil
+}
 
 func (f *FS) Lock(path string) (io.Closer, error) {
+	if err := f.check("lock", path); err != nil {
+		return nil, err
+	}
 	l, err := blockmap.OS.Lock(path)
 	if err != nil {
 		return nil, err
@@ -227,6 +330,9 @@ func (f *FS) Rename(from, to string) error {
 }
 
 func (f *FS) RemoveAll(path string) error {
+	if err := f.check("remove", path); err != nil {
+		return err
+	}
 	if err := blockmap.OS.RemoveAll(path); err != nil {
 		return err
 	}
@@ -266,7 +372,7 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 	for done < len(p) { // a page at a time, since others may write meanwhile
 		at := off + int64(done)
 		n := min(len(p)-done, int(pageSize-at%pageSize))
-		if err := h.take(at/pageSize); err != nil {
+		if err := h.take(at / pageSize); err != nil {
 			return done, err
 		}
 		n, err := h.File.WriteAt(p[done:done+n], at)
@@ -279,6 +385,13 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		}
 	}
 	return done, nil
+}
+
+func (h *handle) Truncate(size int64) error {
+	if err := h.fs.check("truncate", h.path); err != nil {
+		return err
+	}
+	return h.File.Truncate(size)
 }
 
 func (h *handle) PunchHole(off, n int64) error {
@@ -302,6 +415,18 @@ func (h *handle) ZeroRange(off, n int64) error {
 		}
 	}
 	return h.File.ZeroRange(off, n)
+}
+
+// Forget shows again what is on the disk: pages that a sync failed to write are what they
+// were before.
+func (h *handle) Forget() {
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	for page := range h.file.lost {
+		if off := page * pageSize; off < int64(len(h.file.synced)) {
+			_, _ = h.File.WriteAt(h.file.synced[off:min(off+pageSize, int64(len(h.file.synced)))], off)
+		}
+	}
 }
 
 func (h *handle) Map(n int64) (mmap.MMap, error) {
