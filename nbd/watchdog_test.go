@@ -269,8 +269,12 @@ func TestSmallPayloadInPieces(t *testing.T) {
 // Errors of writes that the reader does itself reach the client as any other.
 func TestSmallWriteFails(t *testing.T) {
 	d := blocktest.NewMemory(testSize)
-	why := error(&errWrap{syscall.ENOSPC})
-	d.OnWrite = func(context.Context, blockmap.Extent) error { return why }
+	d.OnWrite = func(_ context.Context, e blockmap.Extent) error {
+		if e.Start == 0 {
+			return &errWrap{syscall.ENOSPC}
+		}
+		return errors.New("the disk is gone")
+	}
 	l, log := newLogged()
 	srv := &Server{Exports: Static{{Name: "disk", Device: d}}, Log: log}
 	c := dial(t, serve(t, srv))
@@ -279,8 +283,7 @@ func TestSmallWriteFails(t *testing.T) {
 		t.Errorf("no sentence: %+v", k)
 	}
 	l.wait(t, "request failed")
-	why = errors.New("the disk is gone")
-	c.mustFail(cmdWrite, 0, 0, 4096, eIO)
+	c.mustFail(cmdWrite, 0, 4096, 4096, eIO)
 	if st := srv.Stats(); st.Errors != 2 {
 		t.Errorf("%+v", st)
 	}
