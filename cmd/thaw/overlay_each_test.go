@@ -151,6 +151,26 @@ func TestNamesOfClients(t *testing.T) {
 	s.term()
 }
 
+// A client that disconnects and connects again at once finds its overlay, although making its
+// changes durable takes a while.
+func TestClientConnectsAgainAtOnce(t *testing.T) {
+	image := layoutImage(t)
+	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cacheDir(t), "--overlay-each", t.TempDir())
+	nbdsh(t, fmt.Sprintf(`
+import os
+have = None
+for i in range(30):
+    h = nbd.NBD()
+    h.connect_uri(%q)
+    if have:
+        assert h.pread(len(have), 8 << 20) == have, i
+    have = os.urandom(8 << 20)
+    h.pwrite(have, 8 << 20)
+    h.shutdown()
+`, s.as("~vm")))
+	s.term()
+}
+
 // A machine that comes and goes with --ephemeral: its changes outlive a reconnect, are its own,
 // and the image stays as it is.
 func TestEphemeralClients(t *testing.T) {

@@ -41,7 +41,6 @@ type writer struct {
 type sent struct {
 	at, n  int
 	number uint64
-	done   chan struct{}
 }
 
 func newWriter(seed uint64, first int64, sectors int) *writer {

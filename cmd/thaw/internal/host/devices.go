@@ -36,6 +36,7 @@ type Device struct {
 	// spec.Image. mayOpenBase says that the client may open that device if nobody has.
 	client      string
 	mayOpenBase bool
+	after       []*Device // that still have the client's overlay, and are closing
 
 	// Set before ready is closed: either err, or some of the others.
 	err       error
@@ -369,7 +370,13 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 		if n >= maxClients {
 			return nil, conflict("%d clients have devices of their own open, the most that a server takes", n)
 		}
-		d = t.begin(&Device{spec: Spec{name, image}, client: client, mayOpenBase: may}, openTimeout)
+		d = &Device{spec: Spec{name, image}, client: client, mayOpenBase: may}
+		for _, x := range t.mu.all {
+			if x.client == client && t.mu.named[x.spec.Name] != x {
+				d.after = append(d.after, x)
+			}
+		}
+		t.begin(d, openTimeout)
 	}
 	t.use(d)
 	return d, nil

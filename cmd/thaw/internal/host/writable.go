@@ -52,6 +52,15 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	if err != nil {
 		return err
 	}
+	// A client that connects again at once waits until its changes are on disk.
+	for _, x := range d.after {
+		select {
+		case <-x.closed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	d.after = nil
 	may := func(string) bool { return d.mayOpenBase }
 	base, release, err := h.devices.acquire(ctx, d.spec.Image, may)
 	if err != nil {
