@@ -1,7 +1,6 @@
 package blockmap
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -9,25 +8,26 @@ import (
 	"sync"
 )
 
-// changeMap says which blocks a level of an overlay has, and keeps that in a file of the
+// changeMap says which blocks a level of an overlay has, and keeps that in two files of the
 // layout of mapFormat. A block has two bits: 0 absent, 1 data, 2 zeros, 3 lost. The bits of
 // the first block are the lowest of the first word.
 //
-// There are two copies, as a cache has of its bits. A change is written to live before the
-// write that makes it returns, so it outlives the process: the client, perhaps a kernel,
-// goes on and believes in its write. It reaches durable by a flush, after the data. On
-// open, live is believed if the kernel has had the file ever since; or else durable is.
-// Durable is believed also of a copy of the file.
+// The files are two copies, as a cache has of its bits. A change is written to live before
+// the write that makes it returns, so it outlives the process: the client, perhaps a kernel,
+// goes on and believes in its write. Nobody syncs live. A change reaches durable, the file
+// map, by a flush, after the data. On open, live is believed if the kernel has had the file
+// ever since; or else durable is. Durable is believed also of a copy of the directory.
 //
 // Any mix of an older and a newer durable copy is right, block by block: a newer state is
-// written only once its data are durable. So a map needs no checksum and no journal.
+// written only once its data are durable. So the words need no checksum and no journal.
 type changeMap struct {
 	id            Digest
 	blocks        uint32
 	live, durable states
 
-	f    File // nil: the map goes with the process
-	data FileID
+	// The files of the copies. nil: the map goes with the process.
+	liveFile, durableFile File
+	data                  FileID // in the header of live
 
 	// dirty are the words that may be newer in live than in durable, as bits and as a
 	// list.
@@ -48,69 +48,86 @@ func newChangeMap(id Digest, blocks uint32) *changeMap {
 // are reserved, and the first flush to each takes longer.
 const maxWritten = 64 << 20
 
-// create makes the file at path, and makes it durable. Its space is reserved: neither a
-// write nor a flush then fails because the map has no room.
-func (m *changeMap) create(fsys FS, path string, boot BootID, data FileID) (err error) {
-	m.data = data
-	if m.f, err = fsys.Open(path, true); err != nil {
+// create makes the durable file at path, and makes it durable. Its space is reserved: no
+// flush fails because the map has no room.
+func (m *changeMap) create(fsys FS, path string) (err error) {
+	if m.durableFile, err = fsys.Open(path, true); err != nil {
 		return err
 	}
-	m.f.InPlace()
-	if err := m.f.Truncate(0); err != nil {
-		return err
-	}
+	m.durableFile.InPlace()
 	size := overlayMap.size(m.blocks)
 	if size > maxWritten {
-		d := &dataFile{f: m.f}
-		if err := d.zero(0, size); err != nil {
-			return err
-		}
+		d := &dataFile{f: m.durableFile}
+		err = d.zero(0, size)
 	} else {
-		for off := int64(0); off < size; off += int64(len(zeros)) {
-			if _, err := m.f.WriteAt(zeros[:min(int64(len(zeros)), size-off)], off); err != nil {
-				return err
-			}
+		for off := int64(0); off < size && err == nil; off += int64(len(zeros)) {
+			_, err = m.durableFile.WriteAt(zeros[:min(int64(len(zeros)), size-off)], off)
 		}
 	}
-	return cmp.Or(m.writeHead(boot), m.f.Sync())
+	if err == nil {
+		_, err = m.durableFile.WriteAt(overlayMap.head(&mapHead{id: m.id, blocks: m.blocks}), 0)
+	}
+	if err == nil {
+		err = m.durableFile.Sync()
+	}
+	return err
 }
 
-// load reads the file at path, and returns its header.
-func (m *changeMap) load(fsys FS, path string) (h mapHead, err error) {
-	b, err := readFile(fsys, path, overlayMap.size(m.blocks))
+// loadMap reads the map of an overlay at path.
+func loadMap(fsys FS, path string, id Digest, blocks uint32) (h mapHead, s states, err error) {
+	b, err := readFile(fsys, path, overlayMap.size(blocks))
 	if err != nil {
-		return h, err
+		return h, nil, err
 	}
-	h, live, durable, err := overlayMap.decode(b)
+	h, copies, err := overlayMap.decode(b)
 	switch {
 	case err != nil:
-		return h, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
-	case h.id != m.id || h.blocks != m.blocks:
-		return h, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
+		return h, nil, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
+	case h.id != id || h.blocks != blocks:
+		return h, nil, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
 	}
-	m.live, m.durable = live, durable
-	return h, nil
+	return h, copies[0], nil
 }
 
-// attach opens the file that load has read, and goes on with what can be believed of it.
-func (m *changeMap) attach(fsys FS, path string, h mapHead, boot BootID, data *dataFile) (err error) {
-	if m.f, err = fsys.Open(path, false); err != nil {
+// load reads the durable file at path.
+func (m *changeMap) load(fsys FS, path string) (err error) {
+	if _, m.durable, err = loadMap(fsys, path, m.id, m.blocks); err != nil {
 		return err
 	}
+	m.durableFile, err = fsys.Open(path, false)
+	return err
+}
+
+// attach takes over the live file at path if it can be believed, or makes it anew.
+func (m *changeMap) attach(fsys FS, path string, boot BootID, data *dataFile) (err error) {
 	m.data = data.id
-	if h.liveHolds(boot, data.id) {
+	h, live, err := loadMap(fsys, path, m.id, m.blocks)
+	if holds := err == nil && h.liveHolds(boot, data.id); holds {
+		m.live = live
 		for i := range m.live {
 			if m.live[i] != m.durable[i] {
 				m.mark(uint32(i), uint32(i)+1)
 			}
 		}
-		return nil
+		m.liveFile, err = fsys.Open(path, false)
+		return err
 	}
 	m.live = slices.Clone(m.durable)
 	// After a sync that has failed, memory shows what the disk has not.
 	data.f.Forget()
-	// The header comes last: under the older one nobody believes live.
-	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, uint32(len(m.live))); err != nil {
+	if err := fsys.RemoveAll(path); err != nil {
+		return err
+	}
+	if m.liveFile, err = fsys.Open(path, true); err != nil {
+		return err
+	}
+	m.liveFile.InPlace()
+	if err := m.liveFile.Truncate(overlayMap.size(m.blocks)); err != nil {
+		return err
+	}
+	// All words, so that all have space. The header comes last: without it nobody believes
+	// them.
+	if err := writeWords(m.liveFile, mapHeader, bitmap(m.live), 0, uint32(len(m.live))); err != nil {
 		return err
 	}
 	return m.writeHead(boot)
@@ -126,40 +143,41 @@ func (m *changeMap) loseData() (bytes int64, err error) {
 			s.put(i, w|blocksIn(w, stateData)<<1)
 		}
 	}
-	if m.f == nil {
+	if m.durableFile == nil {
 		return bytes, nil
 	}
 	end := uint32(len(m.live))
-	if err := writeWords(m.f, mapHeader, bitmap(m.live), 0, end); err != nil {
+	if err := writeWords(m.liveFile, mapHeader, bitmap(m.live), 0, end); err != nil {
 		return bytes, err
 	}
-	if err := writeWords(m.f, mapHeader+overlayMap.half(m.blocks), bitmap(m.durable), 0, end); err != nil {
+	if err := writeWords(m.durableFile, mapHeader, bitmap(m.durable), 0, end); err != nil {
 		return bytes, err
 	}
-	return bytes, m.f.Sync()
+	return bytes, m.durableFile.Sync()
 }
 
+// writeHead writes the header of live.
 func (m *changeMap) writeHead(boot BootID) error {
-	_, err := m.f.WriteAt(overlayMap.head(&mapHead{m.id, m.blocks, boot, m.data}), 0)
+	_, err := m.liveFile.WriteAt(overlayMap.head(&mapHead{m.id, m.blocks, boot, m.data}), 0)
 	return err
 }
 
 // set makes words the live ones from first on. Their stripes are held. buf has room for
 // the words.
 func (m *changeMap) set(first uint32, words []uint64, buf []byte) error {
-	if m.f != nil {
+	if m.liveFile != nil {
 		buf = buf[:0]
 		for _, w := range words {
 			buf = binary.LittleEndian.AppendUint64(buf, w)
 		}
-		if _, err := m.f.WriteAt(buf, mapHeader+8*int64(first)); err != nil {
+		if _, err := m.liveFile.WriteAt(buf, mapHeader+8*int64(first)); err != nil {
 			return err
 		}
 	}
 	for i, w := range words {
 		m.live.put(first+uint32(i), w)
 	}
-	if m.f != nil {
+	if m.liveFile != nil {
 		m.mark(first, first+uint32(len(words)))
 	}
 	return nil
@@ -229,7 +247,7 @@ func (m *changeMap) sync(changes []wordChange) error {
 	if diskFull(err) {
 		err = fmt.Errorf("%w (%w)", ErrNoSpace, err)
 	} else if err == nil {
-		err = m.f.Sync()
+		err = m.durableFile.Sync()
 	}
 	if err == nil {
 		return nil
@@ -251,7 +269,7 @@ func (m *changeMap) writeDurable(changes []wordChange) error {
 		for n < len(changes) && changes[n].i/page == changes[0].i/page {
 			n++
 		}
-		if err := writeWords(m.f, mapHeader+overlayMap.half(m.blocks), bitmap(m.durable), changes[0].i, changes[n-1].i+1); err != nil {
+		if err := writeWords(m.durableFile, mapHeader, bitmap(m.durable), changes[0].i, changes[n-1].i+1); err != nil {
 			return err
 		}
 		changes = changes[n:]
@@ -261,15 +279,33 @@ func (m *changeMap) writeDurable(changes []wordChange) error {
 
 // distrust has the next open believe durable only.
 func (m *changeMap) distrust() error {
-	if m.f == nil {
+	if m.liveFile == nil {
 		return nil
 	}
 	return m.writeHead(BootID{})
 }
 
-func (m *changeMap) close() error {
-	if m.f == nil {
-		return nil
+// space is how many bytes the files take on disk.
+func (m *changeMap) space() (n int64, err error) {
+	for _, f := range m.files() {
+		_, space, e := f.Stat()
+		n, err = n+space, errors.Join(err, e)
 	}
-	return m.f.Close()
+	return n, err
+}
+
+func (m *changeMap) files() (open []File) {
+	for _, f := range []File{m.liveFile, m.durableFile} {
+		if f != nil {
+			open = append(open, f)
+		}
+	}
+	return open
+}
+
+func (m *changeMap) close() (err error) {
+	for _, f := range m.files() {
+		err = errors.Join(err, f.Close())
+	}
+	return err
 }

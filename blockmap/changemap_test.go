@@ -11,9 +11,9 @@ import (
 
 // someChanges writes the map of an overlay of 3000 blocks: some changes are durable, some
 // are only live.
-func someChanges(t testing.TB) (path string, m *changeMap) {
+func someChanges(t testing.TB) (dir string, m *changeMap) {
 	t.Helper()
-	path = filepath.Join(t.TempDir(), "map")
+	dir = t.TempDir()
 	m = newChangeMap(Digest{1, 2, 3}, 3000)
 	check := func(err error) {
 		t.Helper()
@@ -22,31 +22,52 @@ func someChanges(t testing.TB) (path string, m *changeMap) {
 		}
 	}
 	buf := make([]byte, 64)
-	check(m.create(OS, path, BootID{7}, FileID{Inode: 11, Born: 12, Device: 13, Mount: 14}))
+	check(m.create(OS, filepath.Join(dir, mapName)))
+	check(m.attach(OS, filepath.Join(dir, liveName), BootID{7}, someData(t, FileID{Inode: 11, Born: 12, Device: 13, Mount: 14})))
 	check(m.set(2, []uint64{repeat(stateData), 0x1234_5678_9abc_def0}, buf))
 	check(m.sync(m.snapshot()))
 	check(m.set(90, []uint64{repeat(stateZero)}, buf))
 	check(m.close())
-	return path, m
+	return dir, m
+}
+
+// someData is a data file that says that it is the one of that ID.
+func someData(t testing.TB, id FileID) *dataFile {
+	t.Helper()
+	data, err := createData(OS, filepath.Join(t.TempDir(), "data"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { data.close() })
+	data.id = id
+	return data
 }
 
 // The program reads maps of earlier versions, and writes the same bytes.
 func TestFrozenChangeMap(t *testing.T) {
-	path, m := someChanges(t)
-	got, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
+	dir, m := someChanges(t)
+	for name, want := range map[string]struct {
+		h mapHead
+		s states
+	}{
+		liveName: {mapHead{m.id, m.blocks, BootID{7}, FileID{11, 12, 13, 14}}, m.live},
+		mapName:  {mapHead{m.id, m.blocks, BootID{}, FileID{}}, m.durable},
+	} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		frozen := frozenGzip(t, "testdata/overlay"+name+".gz", got)
+		if !bytes.Equal(got, frozen) {
+			t.Fatalf("the file %s that is written is not the frozen one", name)
+		}
+		h, copies, err := overlayMap.decode(frozen)
+		if err != nil || h != want.h || !reflect.DeepEqual(states(copies[0]), want.s) {
+			t.Fatalf("%s: decoded %+v, %v", name, h, err)
+		}
 	}
-	want := frozenGzip(t, "testdata/overlaymap.gz", got)
-	if !bytes.Equal(got, want) {
-		t.Fatal("the map that is written is not the frozen one")
-	}
-	h, live, durable, err := overlayMap.decode(want)
-	if err != nil || h.id != m.id || h.blocks != m.blocks || h.boot != (BootID{7}) || h.data != (FileID{11, 12, 13, 14}) {
-		t.Fatalf("decoded %+v, %v", h, err)
-	}
-	if !reflect.DeepEqual(states(live), m.live) || !reflect.DeepEqual(states(durable), m.durable) || states(durable).at(90*perWord) != stateAbsent || states(live).at(90*perWord) != stateZero {
-		t.Error("the decoded changes are others")
+	if m.durable.at(90*perWord) != stateAbsent || m.live.at(90*perWord) != stateZero {
+		t.Error("the copies are alike")
 	}
 }
 
@@ -66,18 +87,13 @@ func TestChangeMapTrust(t *testing.T) {
 		{"mount not known", BootID{7}, FileID{11, 12, 13, 0}, false},
 		{"a copy", BootID{7}, FileID{99, 98, 13, 14}, false},
 	} {
-		path, m := someChanges(t)
-		data, err := createData(OS, filepath.Join(t.TempDir(), "data"), 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer data.close()
-		data.id = c.data
+		dir, m := someChanges(t)
+		data := someData(t, c.data)
 		for range 2 { // what attach has written is read again
 			got := newChangeMap(m.id, m.blocks)
-			h, err := got.load(OS, path)
+			err := got.load(OS, filepath.Join(dir, mapName))
 			if err == nil {
-				err = got.attach(OS, path, h, c.boot, data)
+				err = got.attach(OS, filepath.Join(dir, liveName), c.boot, data)
 			}
 			if err = errors.Join(err, got.close()); err != nil {
 				t.Fatal(err)
@@ -90,19 +106,19 @@ func TestChangeMapTrust(t *testing.T) {
 			}
 		}
 	}
-	path, m := someChanges(t)
+	dir, m := someChanges(t)
 	for what, other := range map[string]*changeMap{
 		"another image's": newChangeMap(Digest{9}, m.blocks), "another length": newChangeMap(m.id, m.blocks+1),
 	} {
-		if _, err := other.load(OS, path); err == nil {
+		if err := other.load(OS, filepath.Join(dir, mapName)); err == nil {
 			t.Errorf("%s map was believed", what)
 		}
 	}
 }
 
 func FuzzChangeMap(f *testing.F) {
-	path, _ := someChanges(f)
-	b, err := os.ReadFile(path)
+	dir, _ := someChanges(f)
+	b, err := os.ReadFile(filepath.Join(dir, liveName))
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -115,14 +131,15 @@ func FuzzChangeMap(f *testing.F) {
 			h.blocks = uint32(b[48]) | uint32(b[49])<<8 | uint32(b[50])<<16
 			b = append(overlayMap.head(&h), b[mapHeadLen:]...)
 		}
-		h, live, durable, err := overlayMap.decode(b)
+		h, copies, err := overlayMap.decode(b)
 		if err != nil {
 			if !errors.Is(err, ErrCorrupt) {
 				t.Fatal(err)
 			}
 			return
 		}
-		for _, s := range []states{live, durable} {
+		for _, words := range copies {
+			s := states(words)
 			if n := s.count(stateData) + s.count(stateZero) + s.count(stateLost); n > int64(h.blocks) {
 				t.Fatalf("%d of %d blocks are changed", n, h.blocks)
 			}

@@ -58,7 +58,7 @@ func (m *mapFile) load(fsys FS, path string, boot BootID, data FileID) error {
 	if err != nil {
 		return err
 	}
-	h, live, durable, err := residencyMap.decode(b)
+	h, copies, err := residencyMap.decode(b)
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %w", path, err)
@@ -67,6 +67,7 @@ func (m *mapFile) load(fsys FS, path string, boot BootID, data FileID) error {
 	case !h.data.sameFile(data):
 		return fmt.Errorf("%s: %w", path, errCopied)
 	}
+	live, durable := copies[0], copies[1]
 	if !h.liveHolds(boot, data) {
 		live = durable // the kernel may have lost the rest
 	}

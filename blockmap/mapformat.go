@@ -7,8 +7,9 @@ import (
 )
 
 // mapFormat is the layout of a file that says something of each block of a data file:
-// the residency of a stream's blocks, or the changes of an overlay. The file has two
-// copies of that, live and durable.
+// the residency of a stream's blocks, or the changes of an overlay. There are two copies of
+// that, live and durable: both in the file of a stream, and each in a file of its own of an
+// overlay, where a sync of the durable one is not to write the other.
 //
 //	   0    8  magic
 //	   8    4  version
@@ -16,26 +17,27 @@ import (
 //	  16   32  ID of the stream, or digest of the image below the overlay
 //	  48    4  blocks
 //	  52    4  zero
-//	  56   16  boot ID of the machine when live was last begun, 0 if live must not be believed
+//	  56   16  boot ID of the machine when live was last begun, 0 if it must not be believed
 //	  72    8  mount ID then, 0 if not known (statx, STATX_MNT_ID_UNIQUE)
 //	  80    8  device of the data's file then
 //	  88    8  inode of the data's file
 //	  96    8  when that inode was made, ns since 1970, 0 if not known
 //	 104       zeros
-//	4096    L  live: L = bytes of the words, rounded up to 4096
-//	4096+L  L  durable
+//	4096    L  live, or the only copy: L = bytes of the words, rounded up to 4096
+//	4096+L  L  durable, if there are two
 //
-// Numbers and words of 64 bits are little-endian.
+// In the durable map of an overlay, bytes 56 to 103 are zero. Numbers and words of 64 bits are little-endian.
 type mapFormat struct {
 	magic   string
 	version uint32
-	perWord int64  // blocks that a word tells of
+	perWord int64 // blocks that a word tells of
+	copies  int64
 	name    string // in errors
 }
 
 var (
-	residencyMap = mapFormat{"thawresi", 2, 64, "residency map"}
-	overlayMap   = mapFormat{"thawover", 1, perWord, "overlay map"}
+	residencyMap = mapFormat{"thawresi", 2, 64, 2, "residency map"}
+	overlayMap   = mapFormat{"thawover", 1, perWord, 1, "overlay map"}
 )
 
 const (
@@ -50,7 +52,7 @@ func (m *mapFormat) words(blocks uint32) int64 { return (int64(blocks) + m.perWo
 func (m *mapFormat) half(blocks uint32) int64 { return allocated(8 * m.words(blocks)) }
 
 // size is the length of the file, in bytes.
-func (m *mapFormat) size(blocks uint32) int64 { return mapHeader + 2*m.half(blocks) }
+func (m *mapFormat) size(blocks uint32) int64 { return mapHeader + m.copies*m.half(blocks) }
 
 // mapHead is the header of such a file.
 type mapHead struct {
@@ -84,12 +86,12 @@ func (m *mapFormat) head(h *mapHead) []byte {
 }
 
 // decode reads the content of a file. It fails with ErrCorrupt.
-func (m *mapFormat) decode(b []byte) (h mapHead, live, durable []uint64, err error) {
+func (m *mapFormat) decode(b []byte) (h mapHead, copies [][]uint64, err error) {
 	if len(b) < mapHeader || string(b[:8]) != m.magic {
-		return h, nil, nil, fmt.Errorf("%w: not a %s", ErrCorrupt, m.name)
+		return h, nil, fmt.Errorf("%w: not a %s", ErrCorrupt, m.name)
 	}
 	if v := binary.LittleEndian.Uint32(b[8:]); v != m.version {
-		return h, nil, nil, fmt.Errorf("%w: %s version %d, this program reads %d", ErrCorrupt, m.name, v, m.version)
+		return h, nil, fmt.Errorf("%w: %s version %d, this program reads %d", ErrCorrupt, m.name, v, m.version)
 	}
 	copy(h.id[:], b[16:])
 	h.blocks = binary.LittleEndian.Uint32(b[48:])
@@ -99,20 +101,21 @@ func (m *mapFormat) decode(b []byte) (h mapHead, live, durable []uint64, err err
 		Inode: binary.LittleEndian.Uint64(b[88:]), Born: int64(binary.LittleEndian.Uint64(b[96:])),
 	}
 	if string(b[:mapHeadLen]) != string(m.head(&h)) {
-		return h, nil, nil, fmt.Errorf("%w: the header of the %s is damaged", ErrCorrupt, m.name)
+		return h, nil, fmt.Errorf("%w: the header of the %s is damaged", ErrCorrupt, m.name)
 	}
 	if int64(len(b)) != m.size(h.blocks) {
-		return h, nil, nil, fmt.Errorf("%w: the %s has %d bytes instead of %d", ErrCorrupt, m.name, len(b), m.size(h.blocks))
+		return h, nil, fmt.Errorf("%w: the %s has %d bytes instead of %d", ErrCorrupt, m.name, len(b), m.size(h.blocks))
 	}
-	words := func(b []byte) []uint64 {
-		w := make([]uint64, m.words(h.blocks))
-		for i := range w {
-			w[i] = binary.LittleEndian.Uint64(b[8*i:])
+	for i := range m.copies {
+		at := b[mapHeader+i*m.half(h.blocks):]
+		words := make([]uint64, m.words(h.blocks))
+		for i := range words {
+			words[i] = binary.LittleEndian.Uint64(at[8*i:])
 		}
-		m.trim(w, h.blocks)
-		return w
+		m.trim(words, h.blocks)
+		copies = append(copies, words)
 	}
-	return h, words(b[mapHeader:]), words(b[mapHeader+m.half(h.blocks):]), nil
+	return h, copies, nil
 }
 
 // trim clears what stands for no block.

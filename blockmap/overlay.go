@@ -15,11 +15,12 @@ import (
 // does not change. It lies in a directory that belongs to one process at a time, one user,
 // and one image:
 //
-//	lock           held by the process
-//	header         the image, and the size of the device: see overlayHeader
-//	data           sparse: each changed block at the offset that it has on the device, see dataFile
-//	map            which blocks are changed, see changeMap
-//	data.1, map.1  the changes since a Freeze, until they are merged
+//	lock     held by the process
+//	header   the image, and the size of the device: see overlayHeader
+//	data     sparse: each changed block at the offset that it has on the device, see dataFile
+//	live     which blocks are changed, see changeMap
+//	map      which changes a flush has made durable
+//	data.1, live.1, map.1  the same for the changes since a Freeze, until they are merged
 //
 // This is the way of a write. WriteAt divides it into steps of at most 8 MiB and takes the
 // stripes of their blocks. Whole blocks go to the data file by one pwrite, without a look

@@ -212,8 +212,14 @@ func (o *Overlay) newLevel(suffix string) (*level, error) {
 	}
 	lv.file.Store(f)
 	unfinished, path := o.path(mapName+suffix+newSuffix), o.path(mapName+suffix)
-	if err = m.create(o.fs, unfinished, o.boot, f.id); err == nil {
-		err = cmp.Or(o.fs.Rename(unfinished, path), o.fs.SyncDir(o.dir))
+	if err = m.create(o.fs, unfinished); err == nil {
+		err = m.attach(o.fs, o.path(liveName+suffix), o.boot, f)
+	}
+	if err == nil {
+		err = o.fs.Rename(unfinished, path)
+	}
+	if err == nil {
+		err = o.fs.SyncDir(o.dir)
 	}
 	if err != nil {
 		return nil, errors.Join(err, lv.close(), o.removeLevel(suffix))
@@ -254,7 +260,7 @@ func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 	m := newChangeMap(o.header.digest, o.blocks())
 	lv := newLevel(o.memory, &o.reads, o.path(dataName+suffix), m)
 	path := o.path(mapName + suffix)
-	head, err := m.load(o.fs, path)
+	err = m.load(o.fs, path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, errNoLevel)
 	}
@@ -266,23 +272,30 @@ func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 	switch {
 	case err == nil:
 		f, err = openData(o.fs, lv.name, o.size, id, true, nil)
-	case notOurs(err) && m.durable.count(stateData) == 0 && !head.liveHolds(o.boot, head.data):
+	case notOurs(err) && m.durable.count(stateData) == 0 && !o.liveNeedsData(suffix):
 		// A crash came before a file that was cut short had got another one in its place.
 		f, err = o.makeData(lv)
 	}
 	if notOurs(err) {
-		return nil, fmt.Errorf("%s is missing, or was cut short: restore it from a copy, or remove the overlay: %w", lv.name, err)
+		err = fmt.Errorf("%s is missing, or was cut short: restore it from a copy, or remove the overlay: %w", lv.name, err)
 	}
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, m.close())
 	}
 	lv.file.Store(f)
-	if err := m.attach(o.fs, path, head, o.boot, f); err != nil {
+	if err := m.attach(o.fs, o.path(liveName+suffix), o.boot, f); err != nil {
 		return nil, errors.Join(err, lv.close())
 	}
 	lv.wrote() // the process before may have written, and synced nothing
 	lv.punchLeftovers(space)
 	return lv, nil
+}
+
+// liveNeedsData says whether a level has data that no flush has covered, and that the
+// kernel should have.
+func (o *Overlay) liveNeedsData(suffix string) bool {
+	h, live, err := loadMap(o.fs, o.path(liveName+suffix), o.header.digest, o.blocks())
+	return err == nil && h.liveHolds(o.boot, h.data) && live.count(stateData) > 0
 }
 
 // punchLeftovers has the next flush give back the space of all blocks that need none, if

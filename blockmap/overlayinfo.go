@@ -66,24 +66,19 @@ func ReadOverlay(fsys FS, dir string) (info OverlayInfo, err error) {
 // readLevel reads the map of a level, and the space that the level takes.
 func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *level, space int64, err error) {
 	blocks := uint32(h.size / BlockSize)
-	path := filepath.Join(dir, mapName+suffix)
-	b, err := readFile(fsys, path, overlayMap.size(blocks))
+	name := mapName
+	if live {
+		name = liveName
+	}
+	_, changes, err := loadMap(fsys, filepath.Join(dir, name+suffix), h.digest, blocks)
 	if err != nil {
 		return nil, 0, err
 	}
-	head, liveWords, durable, err := overlayMap.decode(b)
-	if err == nil && (head.blocks != blocks || head.id != h.digest) {
-		err = fmt.Errorf("%w: the map of another overlay", ErrCorrupt)
-	}
-	if err != nil {
-		return nil, 0, fmt.Errorf("%s: %w", path, err)
-	}
-	m := &changeMap{blocks: blocks, live: durable}
-	if live {
-		m.live = liveWords
-	}
-	for _, path := range []string{path, filepath.Join(dir, dataName+suffix)} {
-		f, err := fsys.Open(path, false)
+	for _, name := range []string{mapName, liveName, dataName} {
+		f, err := fsys.Open(filepath.Join(dir, name+suffix), false)
+		if name == liveName && errors.Is(err, fs.ErrNotExist) {
+			continue // a copy need not have it
+		}
 		if err != nil {
 			return nil, 0, err
 		}
@@ -93,7 +88,7 @@ func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *le
 		}
 		space += n
 	}
-	return &level{m: m}, space, nil
+	return &level{m: &changeMap{blocks: blocks, live: changes}}, space, nil
 }
 
 // count counts the changed blocks, in bytes.

@@ -55,6 +55,7 @@ func pinOf(b uint32) int { return int(b / perWord % pinStripes * pinStride) }
 const (
 	lockName    = "lock"
 	headerName  = "header"
+	liveName    = "live"
 	upperSuffix = ".1"
 )
 
@@ -294,11 +295,8 @@ func (lv *level) space() (n int64, err error) {
 	if f := lv.file.Load(); f != nil {
 		n, err = f.space()
 	}
-	if lv.m.f != nil && err == nil {
-		_, m, e := lv.m.f.Stat()
-		n, err = n+m, e
-	}
-	return n, err
+	m, e := lv.m.space()
+	return n + m, errors.Join(err, e)
 }
 
 // close closes the files. While a view is held the mapping stays: a leak is better than a

@@ -137,16 +137,12 @@ func (o *Overlay) removeUpper(s *layers) error {
 	return cmp.Or(err, o.removeLevel(upperSuffix))
 }
 
-// removeLevel removes the files of a level. The map goes first, durably: without one there
-// is no level.
+// removeLevel removes the files of a level that has no data.
 func (o *Overlay) removeLevel(suffix string) error {
-	for _, name := range []string{mapName + suffix, mapName + suffix + newSuffix} {
+	for _, name := range []string{mapName + suffix, mapName + suffix + newSuffix, liveName + suffix, dataName + suffix} {
 		if err := o.fs.RemoveAll(o.path(name)); err != nil {
 			return err
 		}
 	}
-	if err := o.fs.SyncDir(o.dir); err != nil {
-		return err
-	}
-	return o.fs.RemoveAll(o.path(dataName + suffix))
+	return o.fs.SyncDir(o.dir)
 }

@@ -63,7 +63,8 @@ func (o *Overlay) replaceCut(lv *level) error {
 	return o.closeRetired()
 }
 
-// makeData makes a data file for a level whose map has no data.
+// makeData makes a data file for a level whose map has no data. The file becomes durable
+// with the first data: an open makes another one where the map needs none.
 func (o *Overlay) makeData(lv *level) (f *dataFile, err error) {
 	if o.temp {
 		return tempData(o.fs, o.dir, o.size)
@@ -74,10 +75,7 @@ func (o *Overlay) makeData(lv *level) (f *dataFile, err error) {
 	if f, err = createData(o.fs, lv.name, o.size); err != nil {
 		return nil, err
 	}
-	if err = f.sync(); err == nil {
-		err = o.fs.SyncDir(o.dir)
-	}
-	if err == nil && lv.m.f != nil {
+	if err = o.fs.SyncDir(o.dir); err == nil && lv.m.liveFile != nil {
 		lv.m.data = f.id
 		err = lv.m.writeHead(o.boot)
 	}

@@ -179,15 +179,15 @@ func FuzzMap(f *testing.F) {
 			h.blocks = uint32(b[48]) | uint32(b[49])<<8 | uint32(b[50])<<16
 			b = append(residencyMap.head(&h), b[mapHeadLen:]...)
 		}
-		h, live, durable, err := residencyMap.decode(b)
+		h, copies, err := residencyMap.decode(b)
 		if err != nil {
 			if !errors.Is(err, ErrCorrupt) {
 				t.Fatal(err)
 			}
 			return
 		}
-		for _, m := range []bitmap{live, durable} {
-			if m.count() > int64(h.blocks) {
+		for _, m := range copies {
+			if m := bitmap(m); m.count() > int64(h.blocks) {
 				t.Fatalf("%d of %d blocks are resident", m.count(), h.blocks)
 			}
 		}

@@ -1,0 +1,367 @@
+package blockmap_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+)
+
+// A frozen overlay conforms to what every device must do, while writes go on above it.
+func TestFrozenConforms(t *testing.T) {
+	content := overlayContent(100)
+	base := newBase(content)
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{})
+	rng := rand.New(rand.NewPCG(1, 123))
+	fill := func(p []byte) {
+		for i := range p {
+			p[i] = byte(rng.Uint32())
+		}
+	}
+	part := content[20*4096+100 : 40*4096+5]
+	fill(part)
+	must(t, d.WriteAt(t.Context(), part, 20*4096+100))
+	clear(content[50*4096 : 60*4096])
+	must(t, d.Discard(t.Context(), blockmap.Range(50*4096, 10*4096)))
+	f, err := d.Freeze(t.Context())
+	must(t, err)
+	stop := make(chan struct{})
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		p := make([]byte, 100*4096)
+		fill(p)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := errors.Join(d.WriteAt(context.Background(), p, 0), d.Discard(context.Background(), blockmap.Range(0, 50*4096)), d.Flush(context.Background())); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	t.Run("Device", func(t *testing.T) {
+		blocktest.TestDevice(t, content, func(t *testing.T) blockmap.Device {
+			base.Evict(blockmap.Range(0, base.Size()))
+			return f
+		})
+	})
+	close(stop)
+	writing.Wait()
+	if _, err := d.Freeze(t.Context()); !errors.Is(err, blockmap.ErrFrozen) {
+		t.Errorf("a second freeze: %v", err)
+	}
+	must(t, f.Merge(t.Context()))
+	must(t, f.Merge(t.Context())) // it was merged
+	if left, _ := filepath.Glob("*.1"); len(left) > 0 {
+		t.Errorf("left after a merge: %v", left)
+	}
+}
+
+// digestOf is a hash of what a device shows.
+func digestOf(ctx context.Context, d blockmap.Device) (uint64, error) {
+	b, err := blocktest.Read(ctx, d, blockmap.Range(0, d.Size()))
+	return maphash.Bytes(hashSeed, b), err
+}
+
+var hashSeed = maphash.MakeSeed()
+
+// Writers, readers, flushes, freezes and merges go on at once, and the machine crashes in
+// between. Each writer has sectors of its own, which share blocks with those of others.
+func TestOverlayEverythingAtOnce(t *testing.T) {
+	const blocks, writers = 200, 4
+	base, stamps := stampedBase(blocks)
+	for seed := range uint64(4) {
+		powerLost := seed%2 == 0
+		x := newMachine(t, base)
+		rng := rand.New(rand.NewPCG(seed, 124))
+		models := make([]*sectors, writers)
+		for i := range models {
+			models[i] = newSectors(stamps)
+		}
+		var d *blockmap.Overlay
+		for round := range 6 {
+			var err error
+			d, err = x.open()
+			must(t, err)
+			if round > 0 {
+				what := fmt.Sprintf("seed %d, round %d", seed, round)
+				for i, m := range models {
+					m.crashOf(t, d, powerLost, what, i, writers)
+				}
+			}
+			x.crashBefore(int64(300 + rng.IntN(2500)))
+			var all sync.WaitGroup
+			var over atomic.Bool
+			for i, m := range models {
+				all.Go(func() {
+					defer over.Store(true)
+					writeOwn(t, d, m, i, writers, rand.New(rand.NewPCG(seed*100+uint64(round), uint64(i))), x.crashed)
+				})
+			}
+			all.Go(func() {
+				for !over.Load() {
+					f, err := d.Freeze(t.Context())
+					if err != nil {
+						if !x.crashed() {
+							t.Error(err)
+						}
+						return
+					}
+					first, err := digestOf(t.Context(), f)
+					for range 3 {
+						again, e := digestOf(t.Context(), f)
+						if err = errors.Join(err, e); err == nil && again != first {
+							t.Error("what is frozen has changed")
+						}
+					}
+					if err := errors.Join(err, f.Merge(t.Context())); err != nil {
+						if !x.crashed() {
+							t.Error(err)
+						}
+						return
+					}
+				}
+			})
+			all.Wait()
+			if t.Failed() {
+				return
+			}
+			x.restart(d, powerLost, rng)
+		}
+	}
+}
+
+// writeOwn writes the sectors that are those of writer i, and checks them, until the machine
+// crashes.
+func writeOwn(t *testing.T, d *blockmap.Overlay, m *sectors, i, writers int, rng *rand.Rand, crashed func() bool) {
+	ctx := context.Background()
+	for {
+		at := rng.IntN(len(m.now)/writers)*writers + i
+		e := blockmap.Range(int64(at)*sectorSize, sectorSize)
+		var err error
+		switch rng.IntN(10) {
+		case 0:
+			if err = d.Flush(ctx); err == nil {
+				m.flush()
+			}
+		case 1:
+			err = d.Zero(ctx, e, true)
+			m.write(at, 1, 0, err != nil)
+		case 2, 3:
+			p, e := blocktest.Read(ctx, d, e)
+			if err = e; err == nil {
+				if s, ok := stampOf(p); !ok || s != m.now[at][0] {
+					t.Errorf("sector %d has the stamp %d (torn: %v), want %d", at, s, !ok, m.now[at])
+					return
+				}
+			}
+		default:
+			s := stamps.Add(1)
+			err = d.WriteAt(ctx, stamped(s, 1), e.Start)
+			m.write(at, 1, s, err != nil)
+		}
+		if err != nil {
+			if !crashed() {
+				t.Error(err)
+			}
+			return
+		}
+	}
+}
+
+// crashOf is crash for the sectors of writer i.
+func (m *sectors) crashOf(t testing.TB, d blockmap.Device, powerLost bool, what string, i, writers int) {
+	t.Helper()
+	for at := i; at < len(m.now); at += writers {
+		if powerLost {
+			m.now[at] = m.since[at]
+		}
+		m.now[at] = m.check(t, d, at, 1, what)
+		if powerLost {
+			m.since[at] = m.now[at]
+		} else {
+			m.since[at] = append(m.since[at][:len(m.since[at]):len(m.since[at])], m.now[at]...)
+		}
+	}
+}
+
+// One round of syncs serves all who wait for it, and where nothing was written there is
+// none.
+func TestFlushesShareSyncs(t *testing.T) {
+	base, _ := stampedBase(70)
+	fsys := blocktest.NewFS()
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
+	must(t, d.WriteAt(t.Context(), stamped(1, 8), 0))
+	must(t, d.Flush(t.Context()))
+	before := d.Stats()
+	must(t, d.Flush(t.Context()))
+	if st := d.Stats(); st.Syncs != before.Syncs || st.Flushes != before.Flushes+1 {
+		t.Errorf("a flush of nothing: %+v after %+v", st, before)
+	}
+	// The first sync waits until all flushes have begun.
+	const flushers = 16
+	begun := make(chan struct{})
+	var waits atomic.Bool
+	fsys.Fail(func(op, _ string) error {
+		if op == "sync" && !waits.Swap(true) {
+			<-begun
+		}
+		return nil
+	})
+	var all sync.WaitGroup
+	must(t, d.WriteAt(t.Context(), stamped(2, 8*flushers), 4096))
+	for range flushers {
+		all.Go(func() {
+			if err := d.Flush(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for end := time.Now().Add(20 * time.Second); d.Stats().Flushes < before.Flushes+1+flushers; {
+		if time.Now().After(end) {
+			t.Fatal("the flushes have not begun")
+		}
+	}
+	close(begun)
+	all.Wait()
+	if n := d.Stats().Syncs - before.Syncs; n > 4 {
+		t.Errorf("%d flushes cost %d syncs, want two of each file at most", flushers, n)
+	}
+	// An overwrite of what is durable syncs the data alone.
+	before = d.Stats()
+	must(t, d.WriteAt(t.Context(), stamped(3, 8), 0))
+	must(t, d.Flush(t.Context()))
+	if n := d.Stats().Syncs - before.Syncs; n != 1 {
+		t.Errorf("%d syncs after an overwrite", n)
+	}
+	// A flush whose caller has gone is not lost for others.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	must(t, d.WriteAt(t.Context(), stamped(4, 8), 0))
+	if err := d.Flush(ctx); err != nil && !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	must(t, d.Flush(t.Context()))
+}
+
+// A merge that the disk has no room for, or whose caller goes, is gone on with later.
+func TestMergeGoesOn(t *testing.T) {
+	base, stamps := stampedBase(300)
+	x := newMachine(t, base)
+	d, err := x.open()
+	must(t, err)
+	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 125))}
+	for range 3 {
+		for range 100 {
+			must(t, w.write())
+		}
+		f, err := d.Freeze(t.Context())
+		must(t, err)
+		for range 100 {
+			must(t, w.write())
+		}
+		x.fsys.Fail(func(op, path string) error {
+			if op == "write" && filepath.Base(path) == "data" {
+				return blocktest.ErrDiskFull
+			}
+			return nil
+		})
+		if err := f.Merge(t.Context()); !errors.Is(err, blockmap.ErrNoSpace) {
+			t.Fatalf("a merge on a full disk: %v", err)
+		}
+		w.check("with two levels on a full disk")
+		x.fsys.Fail(nil)
+		for range 20 {
+			must(t, w.write())
+		}
+		w.check("with two levels")
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := f.Merge(gone); err != nil && !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+		must(t, f.Merge(t.Context()))
+		w.check("after a merge")
+		if _, err := os.Stat(filepath.Join(x.dir, "map.1")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the upper level after a merge: %v", err)
+		}
+	}
+	must(t, d.Close())
+}
+
+// An overlay that is closed between a freeze and its merge has both levels when it is
+// opened, and merges them. The views that are held meanwhile stay.
+func TestClosedWhileFrozen(t *testing.T) {
+	base, stamps := stampedBase(300)
+	dir := t.TempDir()
+	d := openOverlay(t, dir, base, blockmap.OverlayOptions{})
+	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 126))}
+	for round := range 4 {
+		for range 60 {
+			must(t, w.write())
+		}
+		_, err := w.d.Freeze(t.Context())
+		must(t, err)
+		for range 60 {
+			must(t, w.write())
+		}
+		must(t, w.d.Close())
+		for what, err := range map[string]error{"write": w.d.WriteAt(t.Context(), stamped(1, 8), 0), "flush": w.d.Flush(t.Context()), "zero": w.d.Zero(t.Context(), blockmap.Range(0, 4096), false), "close": w.d.Close()} {
+			if !errors.Is(err, blockmap.ErrClosed) && (what != "close" || err != nil) {
+				t.Errorf("%s after the end: %v", what, err)
+			}
+		}
+		if _, err := w.d.Freeze(t.Context()); !errors.Is(err, blockmap.ErrClosed) {
+			t.Errorf("freeze after the end: %v", err)
+		}
+		w.d = openOverlay(t, dir, base, blockmap.OverlayOptions{})
+		if round%2 == 0 {
+			f, err := w.d.Freeze(t.Context()) // waits for the merge
+			must(t, err)
+			w.check("after a restart")
+			must(t, f.Merge(t.Context()))
+		}
+		w.check("after a restart")
+	}
+	must(t, w.d.Close())
+}
+
+// A view that is held over a merge shows what it has shown.
+func TestViewHeldOverMerge(t *testing.T) {
+	base, _ := stampedBase(70)
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{})
+	f, err := d.Freeze(t.Context())
+	must(t, err)
+	e := blockmap.Range(0, 8*4096)
+	must(t, d.WriteAt(t.Context(), stamped(5, 64), 0))
+	v, ok := d.View(e)
+	if !ok {
+		t.Fatal("what was just written cannot be viewed")
+	}
+	must(t, f.Merge(t.Context()))
+	must(t, d.Discard(t.Context(), e))
+	must(t, d.Flush(t.Context()))
+	p := make([]byte, e.Len())
+	must(t, v.CopyTo(p))
+	for i := range 64 {
+		if s, ok := stampOf(p[i*sectorSize:][:sectorSize]); !ok || s != 5 {
+			t.Fatalf("sector %d of a view of what was merged has the stamp %d", i, s)
+		}
+	}
+	v.Release()
+	must(t, d.Flush(t.Context()))
+	must(t, d.Close())
+}
