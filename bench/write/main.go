@@ -121,6 +121,8 @@ var rows = []row{
 var firstRows = []row{
 	{"4k-QD1", bench.FioJob{BS: "4k", Depth: 1, RW: "randwrite"}},
 	{"4k-QD32", bench.FioJob{BS: "4k", Depth: 32, RW: "randwrite"}},
+	{"4k-QD1-fsync64", bench.FioJob{BS: "4k", Depth: 1, RW: "randwrite", Fsync: 64}},
+	{"4k-QD32-fsync64", bench.FioJob{BS: "4k", Depth: 32, RW: "randwrite", Fsync: 64}},
 	{"1M-seq", bench.FioJob{BS: "1M", Depth: 8, RW: "write"}},
 }
 
