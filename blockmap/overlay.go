@@ -188,7 +188,7 @@ func (o *Overlay) Close() error {
 	o.freezing.Unlock()
 	o.wg.Wait()
 	var err error
-	if o.poison.Load() == nil && !o.temp {
+	if o.poison.Load() == nil {
 		err = o.rounds.join(context.Background(), o.clean)
 	}
 	o.rounds.close()

@@ -120,6 +120,9 @@ func (o *Overlay) syncAll() error {
 // top one is taken first: what it has no more, the low one's has. And it becomes durable
 // last: before that, the low one's is.
 func (o *Overlay) syncLayers(s *layers) error {
+	if o.temp {
+		return nil
+	}
 	if err := o.poison.Load(); err != nil {
 		return *err
 	}

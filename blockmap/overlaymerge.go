@@ -123,10 +123,8 @@ func (o *Overlay) pull(s *layers, first, end uint32, buf []byte) error {
 func (o *Overlay) removeUpper(s *layers) error {
 	o.syncing.Lock()
 	defer o.syncing.Unlock()
-	if !o.temp {
-		if err := o.syncLayers(s); err != nil {
-			return err
-		}
+	if err := o.syncLayers(s); err != nil {
+		return err
 	}
 	o.switchLayers(func(s layers) layers { return layers{top: s.low} })
 	o.retire(s.top, s.top.file.Swap(nil))

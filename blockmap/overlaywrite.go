@@ -139,6 +139,7 @@ func (w *write) put(b, n uint32) error {
 	}
 	if err := o.mark(s, b, n, stateData); err != nil {
 		o.dataBlocks.Add(-reserved)
+		o.tidy(s.target(), b, n)
 		return err
 	}
 	return nil
