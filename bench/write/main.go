@@ -149,7 +149,7 @@ func (b *benchmark) measure(ctx context.Context) error {
 		}
 		j := b.over(r.job)
 		j.Runtime = b.runtime
-		if err := b.alternate(ctx, "Write/"+r.name, func(ctx context.Context, x *instance, name string) error {
+		if err := b.alternate(ctx, "Write/"+r.name, sides, func(ctx context.Context, x *instance, name string) error {
 			return b.add(ctx, x, name, j)
 		}); err != nil {
 			return err
@@ -168,7 +168,7 @@ func (b *benchmark) measureFirst(ctx context.Context) error {
 		if r.job.BS == "4k" {
 			j.Size /= 4 // a minute at depth 1 otherwise
 		}
-		if err := b.alternate(ctx, "Write/first/"+r.name, func(ctx context.Context, x *instance, name string) error {
+		if err := b.alternate(ctx, "Write/first/"+r.name, firstSides, func(ctx context.Context, x *instance, name string) error {
 			for _, pass := range []string{"first", "second"} {
 				if err := b.add(ctx, x, name+"/pass="+pass, j); err != nil {
 					return err
@@ -184,7 +184,7 @@ func (b *benchmark) measureFirst(ctx context.Context) error {
 }
 
 // alternate runs f for each side in turn, each newly started.
-func (b *benchmark) alternate(ctx context.Context, name string, f func(ctx context.Context, x *instance, name string) error) error {
+func (b *benchmark) alternate(ctx context.Context, name string, sides []side, f func(ctx context.Context, x *instance, name string) error) error {
 	var all []func(context.Context, int) error
 	for _, s := range sides {
 		if b.sides != "" && !strings.Contains(","+b.sides+",", ","+s.name+",") {

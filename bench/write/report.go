@@ -49,7 +49,7 @@ func (b *benchmark) reportFirst(w io.Writer) error {
 	t := bench.Table{Columns: []string{"load", "side", "first write", "second write", "first / second, time"}}
 	any := false
 	for _, r := range firstRows {
-		for _, s := range sides {
+		for _, s := range firstSides {
 			name := "Write/first/" + r.name + "/server=" + s.name + "/pass="
 			if b.rec.Rounds(name+"first", iops) == 0 {
 				continue

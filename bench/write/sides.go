@@ -87,6 +87,9 @@ var sides = []side{
 	{"file", "fio on the file", nil},
 }
 
+// firstSides are those whose first and second writes are compared: thaw, and the file.
+var firstSides = []side{sides[0], sides[1], sides[len(sides)-1]}
+
 func startOverlay(ctx context.Context, b *benchmark, scratch string) (*bench.NBDServer, error) {
 	return b.startThaw(ctx, "--overlay", filepath.Join(scratch, "overlay"))
 }
