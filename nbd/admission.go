@@ -157,6 +157,14 @@ func (c *Client) Acquire(ctx context.Context, bytes int64) error {
 	return context.Cause(ctx)
 }
 
+// acquireNow admits a request of that many bytes without waiting, whatever is in flight: it
+// has begun.
+func (c *Client) acquireNow(bytes int64) {
+	c.a.mu.Lock()
+	defer c.a.mu.Unlock()
+	c.add(1, bytes)
+}
+
 // TryGrow adds bytes to a request in flight, such as those that its reply pins, and
 // reports whether they fit. Where they do not fit it adds nothing.
 func (c *Client) TryGrow(bytes int64) bool {

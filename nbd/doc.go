@@ -24,11 +24,15 @@
 // costs no copy in this process, no allocation, no goroutine, and no lock that
 // connections share. The file session.go has that path from top to bottom.
 //
+// The same holds for small writes. The payload lies in the input buffer, and the device
+// writes it from there. If that takes longer than a millisecond, another goroutine goes on
+// with the connection: see watchdog.go.
+//
 // Everything else becomes a task, up to a bound for each connection, and its reply is sent
 // when it is ready; hits overtake it. A read of what is on the disk takes no goroutine
 // ([blockmap.LoadAsync]): the device reads as many as the client has requested at once, and
 // one writev sends the replies to all that it has finished. A read that must be fetched,
-// and each write, gets a goroutine.
+// a large write, a flush and all else gets a goroutine.
 //
 // Views pin chunks of a cache, and the bytes of a view can turn out to be unreadable.
 // So the server copies a reply to its own memory if the client does not take it, and

@@ -19,7 +19,7 @@ import (
 type pace struct {
 	clients *atomic.Int32 // connections that the server has
 
-	lone int // reads in a row that had to wait and brought one request
+	lone int // requests in a row that were waited for and came alone
 }
 
 const (

@@ -34,7 +34,7 @@ var ErrServerClosed = errors.New("nbd: server closed")
 // Shutdown or Close it stays closed.
 //
 // The cost of a client is bounded. Its connection takes one goroutine and about
-// 200 KiB. While its requests wait for the device, or for the client to take their
+// 200 KiB, or 450 KiB if it may write. While its requests wait for the device, or for the client to take their
 // replies, they take up to MaxWaiters goroutines, and MaxInFlightBytes of payload and
 // pinned views. At a limit the server stops reading from the connection.
 //

@@ -19,7 +19,7 @@ import (
 // Sizes of a session.
 const (
 	inputReadOnly = 32 << 10  // requests only: a thousand of them
-	inputWritable = 128 << 10 // requests and small payloads
+	inputWritable = 256 << 10 // requests and small payloads: 32 of 4 KiB, and some more
 
 	// A WRITE longer than maxPayload is refused and its payload skipped, up to
 	// this length. Beyond it the connection is dropped.
@@ -38,13 +38,14 @@ const (
 //
 // Its reader (the connection's goroutine) takes all requests that have arrived with
 // one read. It puts the replies to those that it can answer at once (hits) in a batch,
-// and sends the batch in one write when the input is used up. Every other request
+// and sends the batch in one write when the input is used up. It does small WRITEs itself,
+// too, as long as they take no time: see watchdog.go. Every other request
 // becomes a task; their number is bounded. A task waits for the disk without a goroutine,
 // and for anything else with one. A finished task is put on the ready list, and the
 // goroutine that holds the write side sends its reply.
 //
-//	reader ──hit──▶ batch ─────────────┐
-//	   └────miss──▶ task ──done──▶ ready ──▶ holder ──writev──▶ client
+//	reader ──hit, small write──▶ batch ─┐
+//	   └─────all else──▶ task ──done──▶ ready ──▶ holder ──writev──▶ client
 //
 // One goroutine at a time holds the write side, without a lock: the reader with its
 // batch, or that of the first task that finds the write side free. The holder goes on until
@@ -71,9 +72,13 @@ type session struct {
 	begin, end int   // the part of in that is not parsed
 	hits       batch // replies to leave at the end of the input
 	nhits      int64
+	parsed     int  // requests
+	goroutines int  // WRITEs to come that take goroutines
 	refuse     bool // the server shuts down: no more requests
 	lone       int  // reads in a row that brought one request, with none in flight
 	idle       idle
+	watchdog   watchdog
+	ended      chan error // what ends the reading, from a goroutine that has taken it over
 
 	// For the holder of the write side.
 	late    batch  // for a task that holds it
@@ -117,6 +122,7 @@ func newSession(c *conn, nc net.Conn, t terms, log *slog.Logger, cancel context.
 		structured: t.structured,
 		contexts:   t.contexts,
 		timeout:    cmp.Or(c.srv.FaultTimeout, DefaultFaultTimeout),
+		ended:      make(chan error, 1),
 		client: c.srv.Admission.Client(Limits{
 			Requests: cmp.Or(c.srv.MaxWaiters, DefaultMaxWaiters),
 			Bytes:    cmp.Or(c.srv.MaxInFlightBytes, DefaultMaxInFlightBytes),
@@ -147,15 +153,19 @@ func (s *session) run(ctx context.Context) error {
 	s.ctx = ctx
 	s.idle.begin(s)
 	err := s.serve(ctx)
+	if err == errTakenOver {
+		err = <-s.ended
+	}
 	switch {
 	case err == errDisc:
 		s.finish()
 		err = nil
-	case errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining():
+	case s.drains(err):
 		err = s.drain(ctx)
 	}
 	s.cancel(err)
 	s.tasks.Wait()
+	s.watchdog.stop()
 	s.prefetches.Wait()
 	s.hits.reset()
 	s.mu.Lock()
@@ -169,9 +179,26 @@ func (s *session) run(ctx context.Context) error {
 	return err
 }
 
-// serve reads and answers requests until there is a reason to stop.
+// drains reports whether the reading has ended with err because the server shuts down.
+func (s *session) drains(err error) bool {
+	return errors.Is(err, os.ErrDeadlineExceeded) && s.c.draining()
+}
+
+// serve reads and answers requests until there is a reason to stop. It begins with what
+// is in s.in.
 func (s *session) serve(ctx context.Context) error {
 	for {
+		before := s.parsed
+		if err := s.parse(ctx); err != nil {
+			return err
+		}
+		if err := s.flush(); err != nil {
+			return err
+		}
+		if s.refuse {
+			return os.ErrDeadlineExceeded // met by readPayload
+		}
+		s.w.brought(s.parsed - before)
 		n, err := s.read(s.in[s.end:])
 		if err != nil {
 			return err
@@ -181,15 +208,6 @@ func (s *session) serve(ctx context.Context) error {
 			s.lone++
 		} else {
 			s.lone = 0
-		}
-		if err := s.parse(ctx); err != nil {
-			return err
-		}
-		if err := s.flush(); err != nil {
-			return err
-		}
-		if s.refuse {
-			return os.ErrDeadlineExceeded // met by readPayload
 		}
 	}
 }
@@ -203,8 +221,11 @@ func (s *session) parse(ctx context.Context) error {
 			return fmt.Errorf("bad request magic %#x", s.in[s.begin:s.begin+4])
 		}
 		s.begin += requestLen
+		s.parsed++
 		if err := s.handle(ctx, &r); err != nil {
-			s.flush()
+			if err != errTakenOver {
+				s.flush()
+			}
 			return err
 		}
 	}
@@ -252,6 +273,12 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		s.c.counts.errors.Add(1)
 		s.hits.fail(r.cookie, e, e.String(), -1, s.structured)
 		return s.more()
+	}
+	if r.cmd == cmdWrite && r.length <= maxInline && r.flags&cmdFlagFUA == 0 {
+		if s.goroutines == 0 {
+			return s.writeInline(r)
+		}
+		s.goroutines--
 	}
 	t := &task{req: *r}
 	switch r.cmd {

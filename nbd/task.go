@@ -165,12 +165,25 @@ func (s *session) work(ctx context.Context, t *task) {
 			s.mu.Lock()
 		}
 		t.pins = extra
-		s.mu.ready.push(t)
-		if !s.mu.writing {
-			s.mu.writing = true
-			s.write(nil)
-		}
+		s.finished(t)
 	})
+}
+
+// done sends the reply to t, which pins nothing, or leaves it to the holder of the write
+// side.
+func (s *session) done(t *task) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.finished(t)
+}
+
+// finished is done for a caller that holds s.mu.
+func (s *session) finished(t *task) {
+	s.mu.ready.push(t)
+	if !s.mu.writing {
+		s.mu.writing = true
+		s.write(nil)
+	}
 }
 
 func (s *session) do(ctx context.Context, t *task) {

@@ -21,6 +21,8 @@ type wire interface {
 	read(p []byte) (int, error)
 	// tryRead is read, but returns 0 where it would have to wait.
 	tryRead(p []byte) (int, error)
+	// brought says how many requests the reads since the last call have brought.
+	brought(requests int)
 	// writev writes all of bufs in order, or fails after n bytes: with errFault
 	// where the next bytes cannot be read, and with os.ErrDeadlineExceeded
 	// where the client takes too long. Without patience, that is when the
@@ -70,6 +72,7 @@ type socket struct {
 	rerr          syscall.Errno
 	pace          pace
 	parked        bool // the read at hand has been
+	waited        bool // a read has, since brought
 	poll          [1]unix.PollFd
 	sleep         unix.Timespec
 
@@ -80,7 +83,7 @@ type socket struct {
 	nwritten int
 	werr     syscall.Errno
 	patience func() time.Duration
-	waited   bool
+	bounded  bool // the write has a deadline
 }
 
 // unixSendBuffer is where 1 MiB reads over a unix socket stop getting faster;
@@ -139,12 +142,17 @@ func (s *socket) readOnce(fd uintptr) (done bool) {
 		s.parked = true
 		return false
 	}
-	if e == 0 {
-		s.pace.got((slept || s.parked) && s.nread == requestLen)
+	if slept || s.parked {
+		s.waited = true
 	}
 	s.parked = false
 	s.rerr = e
 	return true
+}
+
+func (s *socket) brought(requests int) {
+	s.pace.got(s.waited && requests == 1)
+	s.waited = false
 }
 
 func (s *socket) sysRead(fd uintptr) syscall.Errno {
@@ -187,8 +195,8 @@ func (s *socket) writev(bufs [][]byte, patience func() time.Duration) (n int, er
 		}
 		clear(s.store) // no stale pointers into the mappings
 	}
-	if s.waited {
-		s.waited = false
+	if s.bounded {
+		s.bounded = false
 		s.nc.SetWriteDeadline(time.Time{})
 	}
 	return s.nwritten, err
@@ -208,10 +216,10 @@ func (s *socket) writeOnce(fd uintptr) (done bool) {
 			switch {
 			case s.patience == nil && s.timeout > 0:
 				s.nc.SetWriteDeadline(time.Now().Add(s.timeout))
-			case s.patience != nil && !s.waited:
+			case s.patience != nil && !s.bounded:
 				s.nc.SetWriteDeadline(time.Now().Add(s.patience()))
 			}
-			s.waited = true
+			s.bounded = true
 			return false
 		default:
 			s.werr = e
@@ -243,6 +251,7 @@ type stream struct {
 
 func (s *stream) read(p []byte) (int, error)  { return s.nc.Read(p) }
 func (s *stream) tryRead([]byte) (int, error) { return 0, nil }
+func (s *stream) brought(int)                 {}
 
 func (s *stream) writev(bufs [][]byte, _ func() time.Duration) (n int, err error) {
 	s.conn.begin()

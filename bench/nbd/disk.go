@@ -14,11 +14,11 @@ import (
 
 // diskRows are the loads of servers with a quarter of the memory that the data would need.
 var diskRows = []row{
-	{name: "4k-QD1", job: job{bs: "4k", depth: 1, rw: "randread"}},
-	{name: "4k-QD32", job: job{bs: "4k", depth: 32, rw: "randread"}},
-	{name: "64k-QD16", job: job{bs: "64k", depth: 16, rw: "randread"}},
-	{name: "4k-QD32-4conn", job: job{bs: "4k", depth: 32, jobs: 4, rw: "randread"}},
-	{name: "1M-seq", job: job{bs: "1M", depth: 8, rw: "read"}},
+	{name: "4k-QD1", job: bench.FioJob{BS: "4k", Depth: 1, RW: "randread"}},
+	{name: "4k-QD32", job: bench.FioJob{BS: "4k", Depth: 32, RW: "randread"}},
+	{name: "64k-QD16", job: bench.FioJob{BS: "64k", Depth: 16, RW: "randread"}},
+	{name: "4k-QD32-4conn", job: bench.FioJob{BS: "4k", Depth: 32, Jobs: 4, RW: "randread"}},
+	{name: "1M-seq", job: bench.FioJob{BS: "1M", Depth: 8, RW: "read"}},
 }
 
 // roofline is the side that is no server: fio reads the file itself, by io_uring and
@@ -43,7 +43,7 @@ func (b *benchmark) measureDisk(ctx context.Context) error {
 	servers, err := b.startDisk()
 	defer func() {
 		for _, s := range servers {
-			_ = s.stop() // if it is still there
+			_ = s.Stop() // if it is still there
 		}
 	}()
 	if err != nil {
@@ -65,15 +65,15 @@ func (b *benchmark) measureDisk(ctx context.Context) error {
 }
 
 // diskRound measures one side: a server, or the roofline where s is nil.
-func (b *benchmark) diskRound(ctx context.Context, r row, s *server) error {
+func (b *benchmark) diskRound(ctx context.Context, r row, s *bench.NBDServer) error {
 	if err := bench.DropCaches(); err != nil {
 		return err
 	}
 	name := roofline
-	var res *result
+	var res *bench.FioResult
 	var err error
 	if s != nil {
-		name = s.name
+		name = s.Name
 		res, err = b.fio(ctx, s, r.job)
 	} else {
 		res, err = b.fioFile(ctx, r.job)
@@ -82,21 +82,16 @@ func (b *benchmark) diskRound(ctx context.Context, r row, s *server) error {
 		return fmt.Errorf("disk/%s, %s: %w", r.name, name, err)
 	}
 	return b.rec.Add("NBD/disk/"+r.name+"/server="+name,
-		bench.Measure{Value: 1e9 / max(res.iops, 1), Unit: bench.Wall},
-		bench.Measure{Value: res.iops, Unit: iops},
-		bench.Measure{Value: res.bandwidth, Unit: bandwidth},
-		bench.Measure{Value: res.cpu.Seconds() * 1e9 / max(res.ios, 1), Unit: cpuPerIO},
-		bench.Measure{Value: res.p99, Unit: p99})
+		bench.Measure{Value: 1e9 / max(res.IOPS, 1), Unit: bench.Wall},
+		bench.Measure{Value: res.IOPS, Unit: iops},
+		bench.Measure{Value: res.Bandwidth, Unit: bandwidth},
+		bench.Measure{Value: res.CPU.Seconds() * 1e9 / max(res.IOs, 1), Unit: cpuPerIO},
+		bench.Measure{Value: res.P99, Unit: p99})
 }
 
 // fioFile runs a job on the file of the device.
-func (b *benchmark) fioFile(ctx context.Context, j job) (*result, error) {
-	out, err := bench.Output(exec.CommandContext(ctx, "fio",
-		append(b.args(&server{}, j)[3:], "--name=x", "--ioengine=io_uring", "--direct=1", "--readonly", "--filename="+b.device)...))
-	if err != nil {
-		return nil, err
-	}
-	return parseFio(out)
+func (b *benchmark) fioFile(ctx context.Context, j bench.FioJob) (*bench.FioResult, error) {
+	return bench.Fio(ctx, append(b.over(j).Args(), "--ioengine=io_uring", "--direct=1", "--readonly", "--filename="+b.device)...)
 }
 
 func (b *benchmark) directCache() string { return b.cache() + "-direct" }
@@ -111,14 +106,14 @@ func (b *benchmark) fillDirect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = bench.Run(exec.CommandContext(ctx, "nbdcopy", s.uri, "null:"))
-	return errors.Join(err, s.stop())
+	_, err = bench.Run(exec.CommandContext(ctx, "nbdcopy", s.URI, "null:"))
+	return errors.Join(err, s.Stop())
 }
 
 // startDisk starts the servers of the rows of the disk.
-func (b *benchmark) startDisk() (servers []*server, err error) {
+func (b *benchmark) startDisk() (servers []*bench.NBDServer, err error) {
 	limit := int64(b.sizeMiB) << 20 / 4
-	add := func(name string, start func() (*server, error)) {
+	add := func(name string, start func() (*bench.NBDServer, error)) {
 		if err != nil {
 			return
 		}
@@ -126,28 +121,30 @@ func (b *benchmark) startDisk() (servers []*server, err error) {
 		if err != nil {
 			return
 		}
-		var s *server
+		var s *bench.NBDServer
 		if s, err = start(); err != nil {
 			err = errors.Join(err, b.group.Close())
 		} else {
-			s.group = b.group
+			s.Group = b.group
 			servers = append(servers, s)
 		}
 		b.group = nil
 	}
-	peer := func(name string, command func(p place) []string) {
-		add(name, func() (*server, error) {
-			return launch(name, "unix", func(p place) []string { return b.group.Args(command(p)...) })
+	peer := func(name string, command func(p bench.Place) []string) {
+		add(name, func() (*bench.NBDServer, error) {
+			return bench.LaunchNBD(name, "unix", nil, func(p bench.Place) []string { return b.group.Args(command(p)...) })
 		})
 	}
-	add("thaw", func() (*server, error) { return b.startThaw("thaw", "unix", b.cache()) })
-	add(thawDirect, func() (*server, error) {
+	add("thaw", func() (*bench.NBDServer, error) { return b.startThaw("thaw", "unix", b.cache()) })
+	add(thawDirect, func() (*bench.NBDServer, error) {
 		return b.startThaw(thawDirect, "unix", b.directCache(), "--cache-mode", "direct")
 	})
-	peer("nbdkit-file", func(p place) []string { return []string{"nbdkit", "-f", "-r", "--unix", p.sock, "file", b.device} })
-	qemu := func(cache string) func(p place) []string {
-		return func(p place) []string {
-			return []string{"qemu-nbd", "-r", "-f", "raw", "--aio=io_uring", "--cache=" + cache, "-t", "-e", "16", "-k", p.sock, b.device}
+	peer("nbdkit-file", func(p bench.Place) []string {
+		return []string{"nbdkit", "-f", "-r", "--unix", p.Sock, "file", b.device}
+	})
+	qemu := func(cache string) func(p bench.Place) []string {
+		return func(p bench.Place) []string {
+			return []string{"qemu-nbd", "-r", "-f", "raw", "--aio=io_uring", "--cache=" + cache, "-t", "-e", "16", "-k", p.Sock, b.device}
 		}
 	}
 	peer("qemu-nbd", qemu("writeback"))
@@ -180,7 +177,7 @@ func (b *benchmark) reportDisk(w io.Writer) error {
 			}
 		}
 		file := fmt.Sprintf("%.0f", b.rec.Median(name+roofline, iops))
-		if r.job.bs == "1M" {
+		if r.job.BS == "1M" {
 			file = fmt.Sprintf("%.0f MB/s", b.rec.Median(name+roofline, bandwidth)/1e6)
 		}
 		row = append(row, file)

@@ -114,19 +114,19 @@ func run(ctx context.Context) error {
 // row is a row of the table: a load.
 type row struct {
 	name string
-	job  job
+	job  bench.FioJob
 	// delayed rows run against devices that take 5 ms per read.
 	delayed bool
 }
 
 var rows = []row{
-	{name: "4k-QD1", job: job{bs: "4k", depth: 1, rw: "randread"}},
-	{name: "4k-QD32", job: job{bs: "4k", depth: 32, rw: "randread"}},
-	{name: "4k-QD128", job: job{bs: "4k", depth: 128, rw: "randread"}},
-	{name: "4k-QD32-4conn", job: job{bs: "4k", depth: 32, jobs: 4, rw: "randread"}},
-	{name: "64k-QD32", job: job{bs: "64k", depth: 32, rw: "randread"}},
-	{name: "1M-seq", job: job{bs: "1M", depth: 8, rw: "read"}},
-	{name: "4k-QD32-5ms", job: job{bs: "4k", depth: 32, rw: "randread"}, delayed: true},
+	{name: "4k-QD1", job: bench.FioJob{BS: "4k", Depth: 1, RW: "randread"}},
+	{name: "4k-QD32", job: bench.FioJob{BS: "4k", Depth: 32, RW: "randread"}},
+	{name: "4k-QD128", job: bench.FioJob{BS: "4k", Depth: 128, RW: "randread"}},
+	{name: "4k-QD32-4conn", job: bench.FioJob{BS: "4k", Depth: 32, Jobs: 4, RW: "randread"}},
+	{name: "64k-QD32", job: bench.FioJob{BS: "64k", Depth: 32, RW: "randread"}},
+	{name: "1M-seq", job: bench.FioJob{BS: "1M", Depth: 8, RW: "read"}},
+	{name: "4k-QD32-5ms", job: bench.FioJob{BS: "4k", Depth: 32, RW: "randread"}, delayed: true},
 }
 
 const (
@@ -154,14 +154,14 @@ func (b *benchmark) measure(ctx context.Context, transport string) error {
 			sides[i] = func(ctx context.Context, _ int) error {
 				res, err := b.fio(ctx, s, r.job)
 				if err != nil {
-					return fmt.Errorf("%s, %s: %w", name, s.name, err)
+					return fmt.Errorf("%s, %s: %w", name, s.Name, err)
 				}
-				return b.rec.Add("NBD/"+name+"/server="+s.name,
-					bench.Measure{Value: 1e9 / max(res.iops, 1), Unit: bench.Wall},
-					bench.Measure{Value: res.iops, Unit: iops},
-					bench.Measure{Value: res.bandwidth, Unit: bandwidth},
-					bench.Measure{Value: res.cpu.Seconds() * 1e9 / max(res.ios, 1), Unit: cpuPerIO},
-					bench.Measure{Value: res.p99, Unit: p99})
+				return b.rec.Add("NBD/"+name+"/server="+s.Name,
+					bench.Measure{Value: 1e9 / max(res.IOPS, 1), Unit: bench.Wall},
+					bench.Measure{Value: res.IOPS, Unit: iops},
+					bench.Measure{Value: res.Bandwidth, Unit: bandwidth},
+					bench.Measure{Value: res.CPU.Seconds() * 1e9 / max(res.IOs, 1), Unit: cpuPerIO},
+					bench.Measure{Value: res.P99, Unit: p99})
 			}
 		}
 		err = bench.Alternate(ctx, b.rounds, sides...)
@@ -178,25 +178,25 @@ func (b *benchmark) measureMixed(ctx context.Context) error {
 	if !b.wanted("mixed") {
 		return nil
 	}
-	alone := job{bs: "4k", depth: 32, rw: "randread", offset: 0, size: mixedHits}
-	mixed := job{bs: "4k", depth: 32, rw: "randread", offset: 0, size: mixedHits + mixedMisses}
+	alone := bench.FioJob{BS: "4k", Depth: 32, RW: "randread", Offset: 0, Size: mixedHits}
+	mixed := bench.FioJob{BS: "4k", Depth: 32, RW: "randread", Offset: 0, Size: mixedHits + mixedMisses}
 	s, err := b.startMixed(ctx)
 	if err != nil {
 		return err
 	}
 	err = bench.Alternate(ctx, b.rounds, func(ctx context.Context, _ int) error {
-		for name, j := range map[string]job{"hits-alone": alone, "hits-mixed": mixed} {
+		for name, j := range map[string]bench.FioJob{"hits-alone": alone, "hits-mixed": mixed} {
 			res, err := b.fioLatencies(ctx, s, j, mixedHits)
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
 			if err := b.rec.Add("NBD/mixed/"+name+"/server=thaw",
-				bench.Measure{Value: res.p99, Unit: p99}, bench.Measure{Value: res.median, Unit: "p50-ns"},
-				bench.Measure{Value: res.iops, Unit: iops}); err != nil {
+				bench.Measure{Value: res.P99, Unit: p99}, bench.Measure{Value: res.Median, Unit: "p50-ns"},
+				bench.Measure{Value: res.IOPS, Unit: iops}); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	return errors.Join(err, s.stop())
+	return errors.Join(err, s.Stop())
 }

@@ -70,7 +70,7 @@ func (b *benchmark) report(w io.Writer) error {
 
 func (b *benchmark) cell(name string, r row) string {
 	cpu := b.rec.Median(name, cpuPerIO) / 1e3
-	if r.job.bs == "1M" {
+	if r.job.BS == "1M" {
 		return fmt.Sprintf("%.0f MB/s, %.0f", b.rec.Median(name, bandwidth)/1e6, cpu)
 	}
 	return fmt.Sprintf("%.0f, %.1f", b.rec.Median(name, iops), cpu)

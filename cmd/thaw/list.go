@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -19,7 +20,8 @@ func listCommand(a *app) *cobra.Command {
 		Short: "List the devices of a running server",
 		Long: `list shows the devices of the server that uses a cache directory: the digest of the
 block image, the size of the device, how much of its content is in the cache, its
-state, how many clients have it open, and how much of its prefetch is done.
+state, how many clients have it open, and how much of its prefetch is done. If clients
+may write to a device, it also shows how much they have changed.
 
 On a terminal, names are shortened to fit. --json prints everything that the server
 tells of a device.`,
@@ -71,7 +73,7 @@ func (a *app) list(ctx context.Context, cache string) error {
 var deviceColumns = []struct {
 	title string
 	right bool // aligned
-}{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}}
+}{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}, {"changed", false}}
 
 const (
 	nameColumn = 1
@@ -81,16 +83,21 @@ const (
 // deviceTable returns the lines of a table that is width columns wide if that is
 // possible; 0: as wide as it must be.
 func deviceTable(devices []host.DeviceInfo, width int) (lines []string) {
+	columns := deviceColumns
+	if !slices.ContainsFunc(devices, func(d host.DeviceInfo) bool { return d.Overlay != nil }) {
+		columns = columns[:len(columns)-1] // nobody has changed anything
+	}
 	rows := make([][]string, 1, len(devices)+1)
-	for _, c := range deviceColumns {
+	for _, c := range columns {
 		rows[0] = append(rows[0], c.title)
 	}
 	for _, d := range devices {
-		rows = append(rows, []string{
-			d.ID, printable(d.Name), shortDigest(d.Digest), knownSize(d, d.Size), knownSize(d, d.Resident), string(d.State), fmt.Sprint(d.Users), prefetched(d),
-		})
+		row := []string{
+			d.ID, printable(d.Name), shortDigest(d.Digest), knownSize(d, d.Size), knownSize(d, d.Resident), string(d.State), fmt.Sprint(d.Users), prefetched(d), changed(d.Overlay),
+		}
+		rows = append(rows, row[:len(columns)])
 	}
-	wide := make([]int, len(deviceColumns))
+	wide := make([]int, len(columns))
 	all := 2 * (len(wide) - 1)
 	for i := range wide {
 		for _, r := range rows {
@@ -109,7 +116,7 @@ func deviceTable(devices []host.DeviceInfo, width int) (lines []string) {
 			if i > 0 {
 				b.WriteString("  ")
 			}
-			if deviceColumns[i].right {
+			if columns[i].right {
 				b.WriteString(pad + cell)
 			} else {
 				b.WriteString(cell + pad)
@@ -151,6 +158,19 @@ func knownSize(d host.DeviceInfo, n int64) string {
 		return "-"
 	}
 	return bytesString(n)
+}
+
+// changed is how much clients have changed.
+func changed(o *host.OverlayInfo) string {
+	switch {
+	case o == nil:
+		return "-"
+	case o.Error != "":
+		return "poisoned"
+	case o.Limit > 0:
+		return fmt.Sprintf("%s, %s of %s", bytesString(o.Data+o.Zero), bytesString(o.Data), bytesString(o.Limit))
+	}
+	return bytesString(o.Data + o.Zero)
 }
 
 func prefetched(d host.DeviceInfo) string {

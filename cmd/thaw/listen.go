@@ -89,12 +89,13 @@ type announced struct {
 }
 
 type announceExport struct {
-	Name   string   `json:"name"`
-	Image  string   `json:"image"`  // a reference to the block image itself
-	Digest string   `json:"digest"` // of the block image
-	Size   int64    `json:"bytes"`
-	URI    string   `json:"uri"`  // the first of URIs
-	URIs   []string `json:"uris"` // one for each listener
+	Name     string   `json:"name"`
+	Image    string   `json:"image"`  // a reference to the block image itself
+	Digest   string   `json:"digest"` // of the block image
+	Size     int64    `json:"bytes"`
+	Writable bool     `json:"writable,omitempty"`
+	URI      string   `json:"uri"`  // the first of URIs
+	URIs     []string `json:"uris"` // one for each listener
 }
 
 // announce prints the ready line and notifies systemd. The server goes on if that fails:
@@ -107,7 +108,7 @@ func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Lis
 	words := []string{"ready:"}
 	for _, d := range devices {
 		in := d.Info()
-		e := announceExport{Name: in.Name, Image: in.Image, Digest: in.Digest, Size: in.Size}
+		e := announceExport{Name: in.Name, Image: in.Image, Digest: in.Digest, Size: in.Size, Writable: in.Overlay != nil}
 		export := in.Name
 		if len(devices) == 1 {
 			export = ""

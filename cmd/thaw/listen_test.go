@@ -222,8 +222,8 @@ func TestControlSocket(t *testing.T) {
 
 // What is announced has stable fields.
 func TestAnnouncedFields(t *testing.T) {
-	b, err := json.Marshal(announced{Type: "ready", Exports: []announceExport{{"n", "i", "d", 1, "u", []string{"u"}}}, Listen: []string{"l"}})
-	want := `{"type":"ready","exports":[{"name":"n","image":"i","digest":"d","bytes":1,"uri":"u","uris":["u"]}],"listen":["l"]}`
+	b, err := json.Marshal(announced{Type: "ready", Exports: []announceExport{{"n", "i", "d", 1, true, "u", []string{"u"}}}, Listen: []string{"l"}})
+	want := `{"type":"ready","exports":[{"name":"n","image":"i","digest":"d","bytes":1,"writable":true,"uri":"u","uris":["u"]}],"listen":["l"]}`
 	if err != nil || string(b) != want {
 		t.Errorf("%s, %v", b, err)
 	}

@@ -101,6 +101,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer runtime.GOMAXPROCS(procs)
 	h, err := host.Open(host.Options{
 		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
+		Overlay:  s.overlay,
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
@@ -112,10 +113,10 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer h.Close()
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
-	server.Exports = host.NewExports(h, s.allow, s.clients)
+	server.Exports = host.NewExports(h, s.allow, s.clients, s.tls.ClientCA != "")
 	devices, err := h.Add(ctx, specs(names)...)
 	defer func() { // after the server has stopped, so that nobody reads a device
-		h.Stop(s.limit)
+		err = errors.Join(err, h.Stop(s.limit))
 		if s.ready.Load() {
 			s.summary(h.Stats(), devices)
 		}

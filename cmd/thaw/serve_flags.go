@@ -17,15 +17,16 @@ import (
 
 // serveOptions are the flags of serve.
 type serveOptions struct {
-	listen   []string
-	cache    string
-	mode     modeFlag
-	quota    size
-	grace    time.Duration
-	readOnly bool
-	allow    []string
-	pin      []string
-	exposed  bool
+	listen      []string
+	cache       string
+	mode        modeFlag
+	quota       size
+	grace       time.Duration
+	overlay     host.OverlayOptions
+	overlaySize size
+	allow       []string
+	pin         []string
+	exposed     bool
 
 	tls         host.TLSFiles
 	tlsOptional bool
@@ -58,6 +59,27 @@ traces, or is likely to read.
 
 IMAGE is a block image, or an image that has a block image beside it. The name of
 the export is IMAGE as given. A single image is also the default export.
+
+Exports are read-only unless a flag says where changes are kept. All connections to
+an export share its changes. A flush covers the writes of all of them, and what was
+flushed outlives a crash of the server and of the machine.
+
+  --overlay DIR       keep the changes of one IMAGE in DIR, for the next serve
+  --overlay-each DIR  let each client keep changes of its own: a client that opens
+                      IMAGE~NAME writes to the overlay DIR/NAME. All overlays share
+                      the cache. IMAGE itself is read-only
+  --ephemeral         forget the changes when serve ends. A client that opens
+                      IMAGE~NAME has changes of its own, which are forgotten a
+                      minute after its last connection
+
+NAME has at most 128 letters, digits, dots, dashes and underscores, and is NAME again
+when the client connects again. With --tls-client-ca, NAME must be a name in the
+client's certificate, or one of a subdomain: vm-3.host-7.example is the
+certificate's that has host-7.example. ~NAME is an overlay of the default export.
+
+An overlay belongs to the block image on which it was made. If the tag has moved
+since, serve warns and serves the overlay's own base. An overlay of another
+repository, or of another digest than IMAGE or --pin names, is refused.
 
 ` + allowHelp + `
 
@@ -97,11 +119,14 @@ keeps the newest 32.`,
   thaw serve registry.example/a:1 registry.example/b:2 --listen tcp:127.0.0.1:10809
   thaw serve registry.example/team/app:v1 --trace auto --trace-push
   thaw serve --allow 'registry.example/team/*' --listen unix:/run/team.sock
+  thaw serve registry.example/team/app:v1 --overlay /var/lib/vm7 --listen unix:/run/vm7.sock
+  thaw serve registry.example/team/app:v1 --overlay-each /var/lib/vms --overlay-size 10G --listen unix:/run/app.sock
   thaw serve registry.example/a:1 --listen tcp:0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem \
     --tls-client-ca clients.pem --client host-7.example
 
   nbd-client -unix /run/app.sock /dev/nbd0
   qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/app.sock,format=raw,readonly=on …
+  qemu-system-x86_64 -drive file=nbd+unix:///~vm7?socket=/run/app.sock,format=raw …
   qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 0 && len(o.allow) == 0 {
@@ -117,7 +142,10 @@ keeps the newest 32.`,
 	f.Var(&o.quota, "cache-size", "largest `SIZE` of the cache in bytes, or with K, M, G or T, at least 16M; thaw evicts the least recently used chunks (default: no limit but the disk)")
 	f.Var(&o.mode, "cache-mode", "`MODE` of reading and writing the cache's disk: buffered keeps what is read often in the kernel's page cache; direct uses direct I/O, so that the cache takes no memory")
 	f.DurationVar(&o.grace, "grace", 30*time.Second, "finish requests in flight for at most this `TIME` after a signal; the server exits about a second later at the latest")
-	f.BoolVar(&o.readOnly, "read-only", true, "refuse writes: the only mode so far")
+	f.StringVar(&o.overlay.Dir, "overlay", "", "let clients write, and keep the changes of the one IMAGE in `DIR`")
+	f.StringVar(&o.overlay.Each, "overlay-each", "", "let each client write to an overlay of its own in `DIR`: the client opens IMAGE~NAME")
+	f.BoolVar(&o.overlay.Ephemeral, "ephemeral", false, "let clients write, and forget the changes at the end; until then they are in the cache directory")
+	f.Var(&o.overlaySize, "overlay-size", "most changed data in each overlay, as a `SIZE`; beyond it, writes fail with ENOSPC (default: no limit but the disk)")
 	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references that match `PATTERN`, such as registry.example/team/* (repeatable)")
 	f.StringArrayVar(&o.pin, "pin", nil, pinUsage)
 	f.BoolVar(&o.exposed, "allow-plaintext", false, "listen beyond this host without TLS")
@@ -152,8 +180,8 @@ keeps the newest 32.`,
 // check fails if flags contradict each other, and sets the defaults that depend on the
 // user.
 func (o *serveOptions) check(images int) (err error) {
-	if !o.readOnly {
-		return usageError{errors.New("--read-only=false: thaw cannot serve writable devices yet")}
+	if err := o.checkOverlay(images); err != nil {
+		return usageError{err}
 	}
 	if err := host.Allow(o.allow).Check(); err != nil {
 		return usageError{fmt.Errorf("--allow: %w", err)}
@@ -183,6 +211,25 @@ func (o *serveOptions) check(images int) (err error) {
 		}
 	}
 	return o.checkTLS()
+}
+
+func (o *serveOptions) checkOverlay(images int) error {
+	n := 0
+	for _, on := range []bool{o.overlay.Dir != "", o.overlay.Each != "", o.overlay.Ephemeral} {
+		if on {
+			n++
+		}
+	}
+	switch {
+	case n > 1:
+		return errors.New("--overlay, --overlay-each and --ephemeral exclude each other")
+	case n == 0 && o.overlaySize != 0:
+		return errors.New("--overlay-size limits an overlay: add --overlay DIR, --overlay-each DIR or --ephemeral")
+	case o.overlay.Dir != "" && (images != 1 || len(o.allow) > 0):
+		return errors.New("--overlay keeps the changes of one image: serve one IMAGE without --allow, or pass --overlay-each DIR")
+	}
+	o.overlay.Limit = int64(o.overlaySize)
+	return nil
 }
 
 func (o *serveOptions) checkTrace(images int, others bool) error {

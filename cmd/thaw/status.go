@@ -197,6 +197,13 @@ func (s *shownStatus) lines(width int) []string {
 		fmt.Sprintf("registry  %s/s, %d requests in flight", bytesString(int64(s.Rates.Fetched)), c.InFlight),
 		fmt.Sprintf("          %s in %d requests; %d retries; %d wrong and %d failed chunks", bytesString(c.Bytes), c.Requests, c.Retries, c.Wrong, c.Failed),
 	}
+	if c.Overlays > 0 {
+		line := fmt.Sprintf("overlays  %d; %s changed, which take %s of disk", c.Overlays, bytesString(c.Changed), bytesString(c.OverlaySpace))
+		if c.Poisoned > 0 {
+			line += fmt.Sprintf("; %d take no more writes, see thaw list --json", c.Poisoned)
+		}
+		lines = append(lines, line)
+	}
 	if n := c.NBD; n != nil {
 		reads := fmt.Sprintf("%d reads", n.Hits+n.Misses)
 		if all := n.Hits + n.Misses; all > 0 {

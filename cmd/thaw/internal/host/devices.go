@@ -32,18 +32,34 @@ type Device struct {
 	closed chan struct{} // closed when nothing of the device is left
 	cancel context.CancelFunc
 
-	// Set before ready is closed: either err, or all others.
-	err   error
-	image *openImage
-	start *start
-	block blockmap.Device
+	// The device of a client is an overlay over the image of another device, which is
+	// spec.Image. mayOpenBase says that the client may open that device if nobody has.
+	client      string
+	mayOpenBase bool
+	after       []*Device // that still have the client's overlay, and are closing
+
+	// Set before ready is closed: either err, or some of the others.
+	err       error
+	image     *openImage
+	start     *start
+	below     blockmap.Device // the image, or a recorder of its reads
+	base      *Device         // that has the image of a client's device
+	leaveBase func()
+	overlay   *blockmap.Overlay // nil: read-only
+	dir       string            // of overlay; "": ephemeral
 
 	completion *completion
+	asking     sync.WaitGroup // look-ups in the background
 
 	// Guarded by of.mu.
 	users     int // number of users, and one more while it is permanent
 	permanent bool
+	lingering *time.Timer // closes the device, which has no users
 }
+
+// ephemeralLinger is how long the ephemeral overlay of a client waits for the client to
+// connect again.
+const ephemeralLinger = time.Minute
 
 // ID names the device on its host for as long as the host runs. It is never given to
 // another device, and is safe in a URL.
@@ -58,10 +74,13 @@ func (d *Device) Name() string { return d.spec.Name }
 func (d *Device) Block() blockmap.Device {
 	select {
 	case <-d.ready:
-		return d.block
 	default:
 		return nil
 	}
+	if d.overlay != nil {
+		return d.overlay
+	}
+	return d.below
 }
 
 // State is the state of a device.
@@ -90,6 +109,7 @@ type DeviceInfo struct {
 	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
 	Resident  int64  `json:"resident_bytes"`  // the part of the content that is in the cache
 
+	Overlay    *OverlayInfo    `json:"overlay,omitempty"` // nil if the device is read-only
 	Prefetch   *PrefetchInfo   `json:"prefetch,omitempty"`
 	Recording  *RecordingInfo  `json:"recording,omitempty"`
 	Completion *CompletionInfo `json:"completion,omitempty"`
@@ -118,15 +138,27 @@ func (d *Device) Info() DeviceInfo {
 		in.State, in.Error = Failed, d.err.Error()
 		return in
 	}
-	in.Image, in.Digest, in.Size = d.image.of.Reference(), d.image.of.Digest.String(), d.image.Size()
-	for i := range d.image.of.Index.Streams {
-		t := &d.image.of.Index.Streams[i]
+	image := d.whose().image
+	in.Image, in.Digest, in.Size = image.of.Reference(), image.of.Digest.String(), image.Size()
+	for i := range image.of.Index.Streams {
+		t := &image.of.Index.Streams[i]
 		in.Stored += t.BlobSize
 		in.Content += int64(t.Blocks()) * blockmap.BlockSize
 	}
-	in.Resident = d.image.Resident()
-	in.Prefetch, in.Recording, in.Completion = d.start.prefetchInfo(), d.start.recordingInfo(), d.completion.info()
+	in.Resident, in.Overlay = image.Resident(), d.overlayInfo()
+	if d.base == nil {
+		in.Prefetch, in.Recording, in.Completion = d.start.prefetchInfo(), d.start.recordingInfo(), d.completion.info()
+	}
 	return in
+}
+
+// whose is the device that has the image of d, which is open: d, or the base of a client's
+// device.
+func (d *Device) whose() *Device {
+	if d.base != nil {
+		return d.base
+	}
+	return d
 }
 
 // AwaitPrefetch returns when this share (0 to 1) of the known reads of startup has been
@@ -139,7 +171,7 @@ func (d *Device) AwaitPrefetch(ctx context.Context, share float64) {
 		return
 	}
 	if d.err == nil {
-		d.start.await(ctx, share)
+		d.whose().start.await(ctx, share)
 	}
 }
 
@@ -153,10 +185,12 @@ var (
 // ask for it at once, and is closed when its last user has left. A device that was
 // added has one user more, which leaves when the device is removed.
 type devices struct {
-	open  func(ctx context.Context, d *Device) error
-	close func(d *Device) // closes an open device
-	log   *slog.Logger
-	lines *rate.Limiter // limits the log lines that clients can cause
+	open    func(ctx context.Context, d *Device) error
+	close   func(d *Device) // closes an open device
+	clients bool            // NAME~CLIENT is a device of that client's
+	linger  time.Duration   // how long such a device stays open without users
+	log     *slog.Logger
+	lines   *rate.Limiter // limits the log lines that clients can cause
 
 	ctx    context.Context // ends all openings
 	cancel context.CancelFunc
@@ -231,10 +265,10 @@ func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
 			return added, InvalidError{conflict("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
 		}
 		if d == nil {
-			d = t.begin(spec, 0)
+			d = t.begin(&Device{spec: spec}, 0)
 		}
 		d.permanent = true
-		d.users++
+		t.use(d)
 		added = append(added, d)
 	}
 	return added, nil
@@ -279,25 +313,89 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 	t.mu.Lock()
 	d := t.find(name)
 	if d != nil {
-		d.users++
+		t.use(d)
 	}
 	t.mu.Unlock()
 	if d != nil {
 		return d, nil
 	}
-	if mayOpen == nil || !mayOpen(name) { // not under the lock, because mayOpen may read directories
-		return nil, ErrNoDevice
+	image, client := name, ""
+	if t.clients {
+		var err error
+		if image, client, _, err = splitClient(name); err != nil {
+			return nil, err
+		}
 	}
+	may := mayOpen != nil && mayOpen(image) // not under the lock, because mayOpen may read directories
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if client != "" {
+		return t.joinClient(image, client, may)
+	}
 	if d = t.find(name); d == nil {
+		if !may {
+			return nil, ErrNoDevice
+		}
 		if t.mu.stopping {
 			return nil, ErrClosed
 		}
-		d = t.begin(Spec{name, name}, openTimeout)
+		d = t.begin(&Device{spec: Spec{name, name}}, openTimeout)
 	}
-	d.users++
+	t.use(d)
 	return d, nil
+}
+
+// joinClient makes the caller a user of the device that a client has over the device image.
+// t.mu is held.
+func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
+	base := t.find(image)
+	switch {
+	case base == nil && !may, base != nil && base.client != "":
+		return nil, ErrNoDevice
+	case base != nil:
+		image = base.spec.Name // "" and the name of the default device lead to one device
+	}
+	name := image + clientMark + client
+	d := t.mu.named[name]
+	if d == nil {
+		if t.mu.stopping {
+			return nil, ErrClosed
+		}
+		n := 0
+		for _, x := range t.mu.all {
+			if x.client != "" {
+				n++
+			}
+		}
+		if n >= maxClients {
+			return nil, conflict("%d clients have devices of their own open, the most that a server takes", n)
+		}
+		d = &Device{spec: Spec{name, image}, client: client, mayOpenBase: may}
+		for _, x := range t.mu.all {
+			if x.client == client && t.mu.named[x.spec.Name] != x {
+				d.after = append(d.after, x)
+			}
+		}
+		t.begin(d, openTimeout)
+	}
+	t.use(d)
+	return d, nil
+}
+
+// use adds a user to d. t.mu is held.
+func (t *devices) use(d *Device) {
+	d.users++
+	if d.lingering != nil {
+		d.lingering.Stop()
+		d.lingering = nil
+	}
+}
+
+// byName is find for a caller that does not hold t.mu.
+func (t *devices) byName(name string) *Device {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.find(name)
 }
 
 // find returns the device of that name. "" is the device that was added while there was
@@ -334,10 +432,10 @@ func (t *devices) anyPermanent() bool {
 // begin begins to open a device, with a timeout if there is one. The opening continues
 // when the first caller leaves, and ends when the last caller that waits for it leaves.
 // t.mu is held.
-func (t *devices) begin(spec Spec, timeout time.Duration) *Device {
+func (t *devices) begin(d *Device, timeout time.Duration) *Device {
 	t.mu.last++
-	d := &Device{of: t, id: strconv.Itoa(t.mu.last), spec: spec, ready: make(chan struct{}), closed: make(chan struct{})}
-	t.mu.named[spec.Name] = d
+	d.of, d.id, d.ready, d.closed = t, strconv.Itoa(t.mu.last), make(chan struct{}), make(chan struct{})
+	t.mu.named[d.spec.Name] = d
 	t.mu.all = append(t.mu.all, d)
 	var ctx context.Context
 	if timeout > 0 {
@@ -372,6 +470,34 @@ func (t *devices) release(d *Device) {
 	if d.users--; d.users > 0 {
 		return
 	}
+	if d.client != "" && t.linger > 0 && !t.mu.stopping && d.isOpen() {
+		var timer *time.Timer
+		timer = time.AfterFunc(t.linger, func() {
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			if d.lingering == timer {
+				t.leave(d)
+			}
+		})
+		d.lingering = timer
+		return
+	}
+	t.leave(d)
+}
+
+// isOpen reports whether the opening of d has succeeded.
+func (d *Device) isOpen() bool {
+	select {
+	case <-d.ready:
+		return d.err == nil
+	default:
+		return false
+	}
+}
+
+// leave closes d, which has no users. t.mu is held.
+func (t *devices) leave(d *Device) {
+	d.lingering = nil
 	if t.mu.named[d.spec.Name] == d {
 		delete(t.mu.named, d.spec.Name)
 	}
@@ -403,6 +529,12 @@ func (t *devices) stop() {
 	t.mu.Lock()
 	t.mu.stopping = true
 	t.cancel()
+	for _, d := range t.mu.all {
+		if d.lingering != nil {
+			d.lingering.Stop()
+			t.leave(d)
+		}
+	}
 	t.mu.Unlock()
 	for _, d := range t.list() {
 		t.remove(d)

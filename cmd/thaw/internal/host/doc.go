@@ -13,7 +13,7 @@
 //	h, err := host.Open(host.Options{Finder: finder, Dir: "/var/cache/thaw"})
 //	defer h.Close()
 //	devices, err := h.Add(ctx, host.Spec{Name: "registry.example/team/app:v1"})
-//	server := &nbd.Server{Exports: host.NewExports(h, nil, nil)}
+//	server := &nbd.Server{Exports: host.NewExports(h, nil, nil, false)}
 //	h.SetServing()
 //
 // There are two ways to a device. [Host.Add] opens devices that stay until
@@ -21,6 +21,12 @@
 // device first if that is allowed; such a device is closed when its last user has left.
 // A device that was added and then removed is also closed when its last user has left.
 // Each name leads to one device, even if several clients ask for it at once.
+//
+// Devices are read-only unless [Options.Overlay] says where clients' changes are kept. A
+// writable device is an overlay over an image. The recorder of the start, the prefetch
+// and the completion lie below the overlay: they are about the image. A client can have a
+// device of its own, NAME~CLIENT, which is an overlay over the image of the device NAME.
+// All connections that ask for that name reach the same overlay.
 //
 // Concurrency: any number of goroutines may call the methods of Host, Device and
 // Exports, also while Stop and Close run; the methods then fail with [ErrClosed]. No
@@ -40,6 +46,8 @@
 //	api/           the control API on a socket in the cache directory, and its client
 //	find.go        from a name to a block image; pin.go: which one it has to be
 //	open.go        from a block image to a device, with or without the registry
+//	overlays.go    where clients' changes are kept, and which image they belong to
+//	writable.go    overlays over the images of devices
 //	start.go       which traces, bundles and guesses to prefetch
 //	complete.go    the rest of an image, once the start is over
 //	recording.go   the recording of a start; recordfile.go: its file

@@ -33,6 +33,8 @@ type Options struct {
 	Trace TraceOptions
 	// Complete says when to fetch the rest of the images.
 	Complete CompleteOptions
+	// Overlay says whether clients may write.
+	Overlay OverlayOptions
 	// Decoders is the number of threads that decompress prefetched chunks. It defaults
 	// to GOMAXPROCS.
 	Decoders int
@@ -63,19 +65,25 @@ func (e InvalidError) Unwrap() error { return e.error }
 // Host is thaw on one host. The package documentation says which methods may run at
 // once.
 type Host struct {
-	cache   *blockmap.Cache
-	fetcher *fetcher.Fetcher
-	finder  *Finder
-	traces  *tracer
-	devices *devices
-	nbd     *nbd.Server
-	meter   *meter
-	mode    blockmap.Mode
-	quota   int64
-	began   time.Time
-	once    atomic.Bool // a device was added to a host that records to one file
-	dir     string
-	log     *slog.Logger
+	cache    *blockmap.Cache
+	fetcher  *fetcher.Fetcher
+	finder   *Finder
+	traces   *tracer
+	devices  *devices
+	overlays *overlays
+	nbd      *nbd.Server
+	meter    *meter
+	mode     blockmap.Mode
+	quota    int64
+	began    time.Time
+	once     atomic.Bool // a device was added to a host that takes one only
+	dir      string
+	log      *slog.Logger
+
+	mu struct {
+		sync.Mutex
+		lost error // of overlays that could not be closed
+	}
 
 	limited context.CancelCauseFunc // ends the waits of Stop
 	stop    sync.Once
@@ -94,9 +102,13 @@ func absolute(dir string) string {
 // cache directory, it fails with blockmap.ErrLocked. The caller closes the host.
 func Open(o Options) (*Host, error) {
 	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), mode: cmp.Or(o.Mode, blockmap.Buffered), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
+	boot := bootID(h.log)
 	err := CheckQuota(o.Quota)
 	if err == nil {
-		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Mode: o.Mode, Quota: o.Quota, Boot: bootID(h.log), Log: h.log})
+		h.overlays, err = newOverlays(o.Overlay, h.dir, boot, h.log)
+	}
+	if err == nil {
+		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Mode: o.Mode, Quota: o.Quota, Boot: boot, Log: h.log})
 	}
 	if err != nil {
 		o.Finder.Close()
@@ -109,7 +121,11 @@ func Open(o Options) (*Host, error) {
 	h.limited = limited
 	h.traces = newTracer(limit, o.Trace, &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}, recordDir{o.Dir})
 	h.traces.completer = newCompleter(o.Complete, h.cache, o.Dir)
-	h.devices = newDevices(h.log, h.traces.openDevice, closeDevice)
+	h.devices = newDevices(h.log, h.openDevice, h.closeDevice)
+	h.devices.clients = h.overlays.clients()
+	if o.Overlay.Ephemeral {
+		h.devices.linger = ephemeralLinger
+	}
 	h.meter = startMeter(h.moved)
 	return h, nil
 }
@@ -118,7 +134,11 @@ func Open(o Options) (*Host, error) {
 // all of them are ready. If one fails, Add returns the first error and adds none. If a
 // client already has a device open, Add makes it permanent.
 func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
-	if h.traces.Record != "" && (len(specs) > 1 || h.once.Swap(true)) {
+	switch one := h.traces.Record != "" || h.overlays.Dir != ""; {
+	case !one || len(specs) == 1 && !h.once.Swap(true):
+	case h.overlays.Dir != "":
+		return nil, InvalidError{conflict("this server keeps the changes of one device in %s, so it takes no other device", h.overlays.Dir)}
+	default:
 		return nil, InvalidError{conflict("this server records one start to %s, so it takes no other device", h.traces.Record)}
 	}
 	return h.devices.add(ctx, specs)
@@ -139,7 +159,8 @@ func (h *Host) Remove(ctx context.Context, id string) error {
 }
 
 // Acquire makes the caller a user of the device of that name, and waits until it is
-// ready. "" is the default device: the device that was added while there was no other,
+// ready. If clients have overlays of their own, NAME~CLIENT is the device of that client
+// over the image of the device NAME. "" is the default device: the device that was added while there was no other,
 // or the only one that was added. If there is no such device, Acquire opens the image
 // of that name if mayOpen is not nil and allows it. Otherwise it fails with
 // ErrNoDevice. The caller calls release once, when it has no view of the device any
@@ -172,14 +193,18 @@ func (h *Host) StopRecordings(ctx context.Context) int { return h.traces.stopRec
 
 // Stop closes all devices; no transport may use one afterwards. Recordings end, and are
 // stored if that is enabled. Stop waits for the registry, and for readers of
-// recordings, until ctx ends. No device can be opened any more.
-func (h *Host) Stop(ctx context.Context) {
+// recordings, until ctx ends. No device can be opened any more. Stop fails if an overlay
+// could not be made durable: changes that no flush has covered may be lost then.
+func (h *Host) Stop(ctx context.Context) error {
 	h.stop.Do(func() {
 		stop := context.AfterFunc(ctx, func() { h.limited(context.Cause(ctx)) })
 		defer stop()
 		h.devices.stop()
 		h.traces.stop() // the starts of devices that are still in use
 	})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.mu.lost
 }
 
 // Close stops the host, if Stop has not, and releases the cache directory. Stats may be
@@ -188,7 +213,7 @@ func (h *Host) Close() {
 	h.close.Do(func() {
 		over, cancel := context.WithCancel(context.Background())
 		cancel()
-		h.Stop(over)
+		_ = h.Stop(over) // which has logged it
 		h.limited(nil)
 		h.meter.stop()
 		h.fetcher.Close()
@@ -200,9 +225,9 @@ func (h *Host) Close() {
 	})
 }
 
-// openDevice opens the image of d, and begins its start.
-func (t *tracer) openDevice(ctx context.Context, d *Device) error {
-	s, image, err := t.open(ctx, d.spec.Image)
+// openDevice opens the image of that name for d, and begins its start.
+func (t *tracer) openDevice(ctx context.Context, d *Device, name string) error {
+	s, image, err := t.open(ctx, name)
 	if err != nil {
 		return err
 	}
@@ -212,14 +237,8 @@ func (t *tracer) openDevice(ctx context.Context, d *Device) error {
 		image.close()
 		return err
 	}
-	d.start, d.image, d.block, d.completion = s, image, block, t.completer.begin(s, image)
+	d.start, d.image, d.below, d.completion = s, image, block, t.completer.begin(s, image)
 	return nil
-}
-
-func closeDevice(d *Device) {
-	d.completion.stop()
-	d.start.stop()
-	d.image.close()
 }
 
 // bootID identifies this run of the kernel. Without a boot ID, the cache trusts only

@@ -281,7 +281,7 @@ func TestExports(t *testing.T) {
 	if _, err := h.Add(t.Context(), Spec{Name: b}); err != nil {
 		t.Fatal(err)
 	}
-	x := NewExports(h, Allow{r.host + "/team/*"}, []string{"host"})
+	x := NewExports(h, Allow{r.host + "/team/*"}, []string{"host"}, false)
 	us := nbd.ClientInfo{Names: []string{"host"}}
 	if _, _, err := x.Open(t.Context(), a, nbd.ClientInfo{}); !errors.Is(err, nbd.ErrDenied) {
 		t.Errorf("a client without a name: %v", err)
@@ -437,6 +437,7 @@ func TestFrozenJSON(t *testing.T) {
 			Counts: Stats{
 				Stats:  fetcher.Stats{Requests: 1, Bytes: 2, Chunks: 3},
 				Cached: 4, Held: 5, Evicted: 6, Damaged: 7, OpenStreams: 8, Devices: 9, Goroutines: 10, Memory: 11,
+				Overlays: 12, Changed: 13, OverlaySpace: 14, Poisoned: 15,
 				NBD: &NBDStats{1, 2, 3, 4, 5, 6, 7, 8},
 			},
 		},
@@ -445,6 +446,7 @@ func TestFrozenJSON(t *testing.T) {
 			Size: 2, Stored: 3, Content: 5, Resident: 4, Completion: &CompletionInfo{State: completeRetrying, Missing: 1, Stored: 2, Error: "no"},
 			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5, &BundleInfo{10, 9, 8, 7, 6, true}, &UseInfo{4, 3, 2, 1}},
 			Recording: &RecordingInfo{recordingNow, "/var/cache/thaw/traces/x.trace", 1, 2, 3},
+			Overlay:   &OverlayInfo{"/var/lib/vm7", 1, 2, 3, 4, 5, 6, "sync the data of overlay /var/lib/vm7: input/output error"},
 		},
 		"opening.json": DeviceInfo{ID: "2", Name: "app", Image: "registry.example/team/app:v1", State: Opening},
 	} {

@@ -67,7 +67,7 @@ func (d *Device) awaitClosed(ctx context.Context) error {
 func (d *Device) StopRecording(ctx context.Context) bool {
 	select {
 	case <-d.ready:
-		return d.err == nil && d.start.stopRecording(ctx)
+		return d.err == nil && d.start != nil && d.start.stopRecording(ctx)
 	default:
 		return false
 	}

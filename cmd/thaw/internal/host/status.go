@@ -65,9 +65,9 @@ func (h *Host) Status() Status {
 			s.Devices.Opening++
 		case Ready:
 			s.Devices.Ready++
-			if in := d.completion.info(); in.Missing == 0 {
+			if in := d.whose().completion.info(); in.Missing == 0 {
 				s.Devices.Complete++
-			} else {
+			} else if d.base == nil {
 				s.Devices.Missing += in.Stored
 			}
 		case Failed:

@@ -1,0 +1,148 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	"thaw/blockmap"
+	"thaw/fetcher/registry"
+)
+
+// This file puts overlays over images: a device is an image, an image with an overlay, or,
+// for one client, an overlay over another device's image.
+
+// openDevice opens d.
+func (h *Host) openDevice(ctx context.Context, d *Device) error {
+	if d.client != "" {
+		return h.openClient(ctx, d)
+	}
+	name := d.spec.Image
+	dir := h.overlays.Dir
+	if dir != "" {
+		var err error
+		if name, err = h.overlays.base(dir, name, h.finder.Pins); err != nil {
+			return err
+		}
+	}
+	if err := h.traces.openDevice(ctx, d, name); err != nil {
+		if dir != "" {
+			err = fmt.Errorf("the base of overlay %s: %w", dir, err)
+		}
+		return err
+	}
+	if dir != "" || h.overlays.Ephemeral {
+		var err error
+		if d.overlay, err = h.overlays.open(dir, d.below, d.image.of); err != nil {
+			closeImage(d)
+			return err
+		}
+		d.dir = dir
+	}
+	if name != d.spec.Image {
+		d.asking.Go(func() { h.traces.opener.checkTag(d.start.ctx, d.spec.Image, d.image.of) })
+	}
+	return nil
+}
+
+// openClient opens an overlay for one client over the image of another device.
+func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
+	dir, err := h.overlays.dirOf(d.client)
+	if err != nil {
+		return err
+	}
+	// A client that connects again at once waits until its changes are on disk.
+	for _, x := range d.after {
+		select {
+		case <-x.closed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	d.after = nil
+	may := func(string) bool { return d.mayOpenBase }
+	base, release, err := h.devices.acquire(ctx, d.spec.Image, may)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			release()
+		}
+	}()
+	if base.client != "" {
+		return ErrNoDevice // IMAGE~ONE~TWO
+	}
+	if dir != "" {
+		name, err := h.overlays.base(dir, base.spec.Image, h.finder.Pins)
+		if err != nil {
+			return err
+		}
+		if ref, err := registry.ParseRef(name); err == nil && name != base.spec.Image && ref.Digest != base.image.of.Digest {
+			h.log.Warn("the name means another image by now; the overlay's own base is served", "image", base.spec.Image, "overlay", dir, "base", name)
+			own, releaseOwn, err := h.devices.acquire(ctx, name, func(string) bool { return true })
+			if err != nil {
+				return fmt.Errorf("the base of overlay %s: %w", dir, err)
+			}
+			release()
+			base, release = own, releaseOwn
+		}
+	}
+	if d.overlay, err = h.overlays.open(dir, base.below, base.image.of); err != nil {
+		return err
+	}
+	d.base, d.leaveBase, d.dir = base, release, dir
+	return nil
+}
+
+// closeDevice closes d, which nobody uses.
+func (h *Host) closeDevice(d *Device) {
+	if d.overlay != nil {
+		poison := d.overlay.Stats().Err
+		if err := cmp.Or(d.overlay.Close(), poison); err != nil {
+			err = fmt.Errorf("close the overlay of %s: %w", d.spec.Name, err)
+			h.log.Error("changes that no flush has covered may be lost", "device", d.spec.Name, "err", err)
+			h.mu.Lock()
+			h.mu.lost = errors.Join(h.mu.lost, err)
+			h.mu.Unlock()
+		}
+	}
+	if d.base != nil {
+		d.leaveBase()
+		return
+	}
+	closeImage(d)
+}
+
+func closeImage(d *Device) {
+	d.completion.stop()
+	d.start.stop()
+	d.asking.Wait()
+	d.image.close()
+}
+
+// Overlay is the overlay of the device, or nil if the device is read-only.
+func (d *Device) Overlay() *blockmap.Overlay {
+	select {
+	case <-d.ready:
+		return d.overlay
+	default:
+		return nil
+	}
+}
+
+// overlayInfo describes the overlay of d, which is open.
+func (d *Device) overlayInfo() *OverlayInfo {
+	if d.overlay == nil {
+		return nil
+	}
+	st := d.overlay.Stats()
+	in := &OverlayInfo{
+		Directory: d.dir, Data: st.Data, Zero: st.Zero, Space: st.Space, Limit: st.Limit, Flushes: st.Flushes, Syncs: st.Syncs,
+	}
+	if st.Err != nil {
+		in.Error = st.Err.Error()
+	}
+	return in
+}
