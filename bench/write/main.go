@@ -7,7 +7,8 @@
 // For each row of the table, each round measures one side after the other, on a unix
 // socket. Each starts with nothing written. A second table compares the first write to each
 // block with the second one. Each round is a line on stdout, in the format that benchstat
-// reads; Markdown tables follow.
+// reads; Markdown tables follow. Rows named commit measure thaw commit, and have a table of
+// their own.
 package main
 
 import (
@@ -97,6 +98,9 @@ func run(ctx context.Context) error {
 		return err
 	}
 	if err := b.measureFirst(ctx); err != nil {
+		return err
+	}
+	if err := b.measureCommit(ctx); err != nil {
 		return err
 	}
 	return b.report(os.Stdout)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -41,7 +42,7 @@ func (b *benchmark) report(w io.Writer) error {
 	if _, err := t.WriteTo(w); err != nil {
 		return err
 	}
-	return b.reportFirst(w)
+	return errors.Join(b.reportFirst(w), b.reportCommit(w))
 }
 
 // reportFirst writes the table of first and second writes.

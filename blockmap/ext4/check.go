@@ -36,6 +36,10 @@ type checker struct {
 	mapped func(start, count uint32) bool // nil: all blocks are
 	lax    bool                           // fuzzing: wrong checksums are right, to get at what is behind them
 
+	// used: the filesystem may be in use, with a journal to replay and in any state.
+	// written: it may have orphans, as a clean one has that was replayed.
+	used, written bool
+
 	super      [superblockSize]byte
 	blocks     uint32
 	groupCount uint32
@@ -50,6 +54,7 @@ type checker struct {
 	claimed uint64         // blocks in claims
 	inodes  []inodeSummary // in use, not reserved but the root; sorted by number
 	xattrs  map[uint32]*sharedXattrs
+	orphans map[uint32]struct{} // inodes in the orphan list
 }
 
 // claim says that blocks are in use. Inode 0 stands for the filesystem itself.
@@ -65,9 +70,21 @@ type inodeSummary struct {
 	parent uint32 // directory that was found to contain this directory
 }
 
+// CheckWritten is Check for a filesystem that was in use until just now. It checks the
+// filesystem as the next mount will make it, with the journal replayed, and accepts
+// orphans: files that were deleted while they were open.
+func CheckWritten(r io.ReaderAt, size int64) error {
+	v, err := Recover(r, size)
+	if err != nil {
+		return err
+	}
+	c := &checker{r: v, size: size, written: true, xattrs: make(map[uint32]*sharedXattrs)}
+	return c.check()
+}
+
 func (c *checker) check() error {
 	for _, step := range []func() error{
-		c.checkSuperblock, c.checkDescriptors, c.checkInodes, c.checkJournal, c.checkTree, c.checkXattrRefs, c.checkBlocks,
+		c.checkSuperblock, c.checkDescriptors, c.readOrphans, c.checkInodes, c.checkJournal, c.checkTree, c.checkXattrRefs, c.checkBlocks,
 	} {
 		if err := step(); err != nil {
 			return fmt.Errorf("ext4: %w", err)
@@ -140,9 +157,35 @@ const (
 	knownIncompat = needIncompat | incompatLargeDir | incompatCsumSeed
 	needROCompat  = roCompatMetadataCsum | roCompatExtraIsize
 	knownROCompat = needROCompat | roCompatSparseSuper | roCompatLargeFile | roCompatHugeFile | roCompatDirNlink
-
-	incompatRecover = 0x4 // the journal is not empty
 )
+
+// readOrphans follows the orphan list: the superblock has the first inode, and the field
+// of the deletion time of each has the next one.
+func (c *checker) readOrphans() error {
+	number := le.Uint32(c.super[sbLastOrphan:])
+	if number == 0 {
+		return nil
+	}
+	c.orphans = make(map[uint32]struct{})
+	var in [inodeSize]byte
+	for number != 0 {
+		if _, again := c.orphans[number]; again || number < firstInode || number > c.groupCount*c.perGroup {
+			return fmt.Errorf("the orphan list has inode %d, which does not exist or is in it already", number)
+		}
+		c.orphans[number] = struct{}{}
+		if err := c.readInode(in[:], number); err != nil {
+			return err
+		}
+		number = le.Uint32(in[inDtime:])
+	}
+	return nil
+}
+
+// orphan reports whether an inode is in the orphan list.
+func (c *checker) orphan(number uint32) bool {
+	_, ok := c.orphans[number]
+	return ok
+}
 
 func (c *checker) checkSuperblock() error {
 	b := c.super[:]
@@ -156,7 +199,7 @@ func (c *checker) checkSuperblock() error {
 		return err
 	}
 	c.incompat = le.Uint32(b[sbFeatureIncompat:])
-	if c.incompat&incompatRecover != 0 {
+	if c.incompat&incompatRecover != 0 && !c.used {
 		return fmt.Errorf("the journal needs recovery")
 	}
 	for _, f := range []struct {
@@ -170,7 +213,7 @@ func (c *checker) checkSuperblock() error {
 		if missing := f.need &^ f.have; missing != 0 {
 			return fmt.Errorf("the superblock lacks the required %s features %#x", f.name, missing)
 		}
-		if unknown := f.have &^ f.known; unknown != 0 {
+		if unknown := f.have &^ f.known; unknown != 0 && (!c.used || f.name != "incompat" || unknown != incompatRecover) {
 			return fmt.Errorf("the superblock has unknown %s features %#x", f.name, unknown)
 		}
 	}
@@ -186,7 +229,6 @@ func (c *checker) checkSuperblock() error {
 		name      string
 		got, want uint64
 	}{
-		{"state", half(sbState), stateClean},
 		{"revision", word(sbRevision), 1},
 		{"log of block size", word(sbLogBlockSize), 2},
 		{"log of cluster size", word(sbLogClusterSize), 2},
@@ -199,7 +241,6 @@ func (c *checker) checkSuperblock() error {
 		{"reserved descriptor blocks", half(sbReservedGDT), 0},
 		{"checksum type", uint64(b[sbChecksumType]), checksumCRC32C},
 		{"journal inode", word(sbJournalInode), journal},
-		{"orphan list", word(sbLastOrphan), 0},
 		{"high half of blocks", word(sbBlocksCountHigh), 0},
 		{"high half of free blocks", word(sbFreeBlocksHigh), 0},
 		{"high half of reserved blocks", word(sbReservedHigh), 0},
@@ -209,6 +250,12 @@ func (c *checker) checkSuperblock() error {
 		if f.got != f.want {
 			return fmt.Errorf("the superblock has %s %d, want %d", f.name, f.got, f.want)
 		}
+	}
+	if n := half(sbState); n != stateClean && !c.used {
+		return fmt.Errorf("the superblock has state %d, want %d", n, stateClean)
+	}
+	if n := word(sbLastOrphan); n != 0 && !c.used && !c.written {
+		return fmt.Errorf("the superblock has orphan list %d, want 0", n)
 	}
 	if n := b[sbLogGroupsPerFlex]; n > 31 {
 		return fmt.Errorf("the superblock has 1<<%d groups in a flex group", n)

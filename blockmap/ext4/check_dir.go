@@ -23,7 +23,7 @@ func (c *checker) checkTree() error {
 		todo = w.subdirs
 	}
 	for _, s := range c.inodes {
-		if s.found == 0 {
+		if s.found == 0 && !(s.links == 0 && c.orphan(s.number)) {
 			return fmt.Errorf("inode %d is in use, but no directory has it", s.number)
 		}
 	}

@@ -218,9 +218,9 @@ func (c *checker) inode(number uint32, in []byte) error {
 	switch {
 	case fileTypes[mode>>12] == 0:
 		return fmt.Errorf("has mode %#o, which is no type of file", mode)
-	case le.Uint16(in[inLinks:]) == 0:
+	case le.Uint16(in[inLinks:]) == 0 && !c.orphan(number):
 		return fmt.Errorf("is in use, but has no links")
-	case le.Uint32(in[inDtime:]) != 0:
+	case le.Uint32(in[inDtime:]) != 0 && !c.orphan(number):
 		return fmt.Errorf("is in use, but has a deletion time")
 	case flags&^(harmlessFlags|inodeFlagExtents|inodeFlagIndex) != 0:
 		return fmt.Errorf("has unknown flags %#x", flags)
@@ -301,14 +301,15 @@ func (c *checker) content(number uint32, in []byte, mode uint32, size uint64) (u
 	switch mode & modeType {
 	case modeRegular:
 		// Space may be reserved beyond the end, as long as it reads as zero.
-		if next > length && !unwrittenEnd {
+		if next > length && !unwrittenEnd && !c.orphan(number) {
 			return 0, fmt.Errorf("has %d bytes, but content up to block %d", size, next)
 		}
 		if number == journalInode && (next != length || blocks != length || size%blockSize != 0) {
 			return 0, fmt.Errorf("is the journal, but has %d bytes in %d blocks", size, blocks)
 		}
 	case modeDir:
-		if size == 0 || size%blockSize != 0 || next != length {
+		deleted := size == 0 && c.orphan(number) && le.Uint16(in[inLinks:]) == 0
+		if !deleted && (size == 0 || size%blockSize != 0 || next != length) {
 			return 0, fmt.Errorf("is a directory of %d bytes in %d blocks", size, next)
 		}
 	case modeSymlink:

@@ -45,4 +45,10 @@
 // Without a Plan, file data follows the inode tables, and directories follow file data.
 //
 // [Check] reads a filesystem without trusting it, and returns the first fault.
+// [CheckWritten] does so for one that a kernel has written to and perhaps not unmounted.
+//
+// [Replay] recovers such a filesystem: it writes the transactions of its journal to their
+// places, as a mount or e2fsck does, and needs neither. [Recover] shows the result without
+// writing. [Diff] names the files that differ between two states of a filesystem, and
+// [Owners] says what blocks are used for. All of them trust nothing that they read.
 package ext4

@@ -3,7 +3,6 @@ package flatten
 import (
 	"context"
 	"fmt"
-	"io"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
@@ -80,19 +79,24 @@ func (b *builder) copy(ctx context.Context, i int, d v1.Descriptor, from *place)
 		return err
 	}
 	defer b.bounds.room.give(room)
+	b.Progress.Push(i, d.Size)
+	return copyBlob(ctx, b.streams.temp, from, b.dst, d, func(n int64) { b.Progress.Pushed(i, n) })
+}
+
+// copyBlob copies a blob by way of a temporary file.
+func copyBlob(ctx context.Context, temp *tempDir, from *place, to Target, d v1.Descriptor, progress func(sent int64)) error {
 	in, err := from.OpenBlob(ctx, d)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	f, err := b.streams.temp.create()
+	f, err := temp.create()
 	if err != nil {
 		return err
 	}
 	defer f.discard()
-	if _, err := io.Copy(f, in); err != nil {
+	if _, err := f.ReadFrom(in); err != nil {
 		return fmt.Errorf("copy the stream: %w", err)
 	}
-	b.Progress.Push(i, d.Size)
-	return b.dst.PushFile(ctx, d, f.Name(), func(n int64) { b.Progress.Pushed(i, n) })
+	return to.PushFile(ctx, d, f.Name(), progress)
 }

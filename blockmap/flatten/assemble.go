@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
@@ -16,11 +17,12 @@ import (
 
 // AssembleOptions are what an image has beside its streams.
 type AssembleOptions struct {
-	Config []byte            // of the image: that of the source image, as it is
-	Guess  []blockmap.Extent // see AnnotationGuess; none: the image has no guess
-	Tag    string            // "": ImageTag of the subject's digest
-	Pin    string            // the digest that the image must have, or its manifest is not pushed; "": any
-	Log    *slog.Logger      // nil: none
+	Config      []byte            // of the image: that of the source image, as it is
+	Guess       []blockmap.Extent // see AnnotationGuess; none: the image has no guess
+	Annotations map[string]string // of the manifest, beside the guess
+	Tag         string            // "": ImageTag of the subject's digest
+	Pin         string            // the digest that the image must have, or its manifest is not pushed; "": any
+	Log         *slog.Logger      // nil: none
 
 	// Pending, if not nil, waits for pushes of streams that have begun: it is called
 	// before the manifest is pushed.
@@ -70,8 +72,12 @@ func Assemble(ctx context.Context, dst Target, streams []Stream, ix *blockmap.In
 		}
 		m.Layers = append(m.Layers, streams[i].descriptor())
 	}
+	m.Annotations = maps.Clone(o.Annotations)
 	if len(o.Guess) > 0 {
-		m.Annotations = map[string]string{AnnotationGuess: guessOf(o.Guess).encode()}
+		if m.Annotations == nil {
+			m.Annotations = make(map[string]string)
+		}
+		m.Annotations[AnnotationGuess] = guessOf(o.Guess).encode()
 	}
 	encoded := ix.Encode()
 	m.Layers[0] = describe(MediaTypeIndex, encoded)

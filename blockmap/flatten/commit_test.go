@@ -1,528 +1,466 @@
 package flatten_test
 
 import (
-	"archive/tar"
 	"bytes"
-	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"iter"
 	"math/rand/v2"
-	"net/http"
-	"net/http/httptest"
-	"os"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
-	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/zstd"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
 	"thaw/blockmap/flatten"
 )
 
-// repo is a repository of a registry over HTTP: a Target, and a fetcher of the
-// chunks that an Image lacks.
-type repo struct {
-	url string
-
-	mu      sync.Mutex
-	uploads []string // digests of blobs that were sent
+// base is a block image in a repository, with an overlay over its device.
+type base struct {
+	*repo
+	flatten.CommitBase
+	device  *blockmap.Image
+	overlay *blockmap.Overlay
 }
 
-func newRepo(t *testing.T) *repo {
-	t.Helper()
-	s := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithReferrersSupport(true)))
-	t.Cleanup(s.Close)
-	return &repo{url: s.URL + "/v2/team/app"}
-}
-
-func (r *repo) do(ctx context.Context, method, url, rng string, body []byte, want ...int) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, url, bytes.NewReader(body))
-	if err != nil {
-		return nil, err
-	}
-	if method == http.MethodPut && strings.Contains(url, "/manifests/") {
-		req.Header.Set("Content-Type", string(types.OCIManifestSchema1))
-	}
-	if rng != "" {
-		req.Header.Set("Range", rng)
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	if !slices.Contains(want, resp.StatusCode) {
-		resp.Body.Close()
-		return nil, fmt.Errorf("%s %s: %s", method, url, resp.Status)
-	}
-	return resp, nil
-}
-
-func (r *repo) HasBlob(ctx context.Context, d v1.Descriptor) (bool, error) {
-	resp, err := r.do(ctx, http.MethodHead, r.url+"/blobs/"+d.Digest.String(), "", nil, 200, 404)
-	if err != nil {
-		return false, err
-	}
-	return resp.StatusCode == 200, resp.Body.Close()
-}
-
-func (r *repo) OpenBlob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
-	resp, err := r.do(ctx, http.MethodGet, r.url+"/blobs/"+d.Digest.String(), "", nil, 200)
-	if err != nil {
-		return nil, err
-	}
-	return resp.Body, nil
-}
-
-func (r *repo) Blob(ctx context.Context, d v1.Descriptor) ([]byte, error) {
-	body, err := r.OpenBlob(ctx, d)
-	if err != nil {
-		return nil, err
-	}
-	defer body.Close()
-	return io.ReadAll(body)
-}
-
-func (r *repo) OpenRange(ctx context.Context, blob blockmap.Digest, off, n int64) (io.ReadCloser, error) {
-	resp, err := r.do(ctx, http.MethodGet, r.url+"/blobs/"+"sha256:"+blob.String(), fmt.Sprintf("bytes=%d-%d", off, off+n-1), nil, 206)
-	if err != nil {
-		return nil, err
-	}
-	return resp.Body, nil
-}
-
-func (r *repo) PushBytes(ctx context.Context, d v1.Descriptor, b []byte) error {
-	if has, err := r.HasBlob(ctx, d); has || err != nil {
-		return err
-	}
-	r.mu.Lock()
-	r.uploads = append(r.uploads, d.Digest.Hex)
-	r.mu.Unlock()
-	resp, err := r.do(ctx, http.MethodPost, r.url+"/blobs/uploads/?digest="+d.Digest.String(), "", b, 201)
-	if err != nil {
-		return err
-	}
-	return resp.Body.Close()
-}
-
-func (r *repo) PushFile(ctx context.Context, d v1.Descriptor, path string, _ func(int64)) error {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	return r.PushBytes(ctx, d, b)
-}
-
-func (r *repo) Mount(context.Context, v1.Descriptor, flatten.Place) (bool, error) { return false, nil }
-
-func (r *repo) Tagged(ctx context.Context, tag string) ([]byte, error) {
-	resp, err := r.do(ctx, http.MethodGet, r.url+"/manifests/"+tag, "", nil, 200, 404)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode == 404 {
-		return nil, nil
-	}
-	return io.ReadAll(resp.Body)
-}
-
-func (r *repo) PushManifest(ctx context.Context, d v1.Descriptor, raw []byte, tag string) error {
-	resp, err := r.do(ctx, http.MethodPut, r.url+"/manifests/"+cmp.Or(tag, d.Digest.String()), "", raw, 201)
-	if err != nil {
-		return err
-	}
-	return resp.Body.Close()
-}
-
-// Fetch brings chunks as blockmap.NewImage wants it.
-func (r *repo) Fetch(ctx context.Context, wants []blockmap.Want) error {
-	dec, err := zstd.NewReader(nil)
-	if err != nil {
-		return err
-	}
-	defer dec.Close()
-	for _, w := range wants {
-		c := &w.Table.Chunks[w.Chunk]
-		body, err := r.OpenRange(ctx, w.Table.Blob, c.Offset, int64(c.Stored))
-		if err != nil {
-			return err
-		}
-		stored, err := io.ReadAll(body)
-		body.Close()
-		if err != nil {
-			return err
-		}
-		content, err := dec.DecodeAll(stored, nil)
-		if err != nil {
-			return err
-		}
-		if err := w.Stream.Fill(w.Chunk, content); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (r *repo) Prefetch([]blockmap.Want) {}
-
-// image reads an image back by its tag, as a server does.
-func (r *repo) image(t *testing.T, tag string) (*flatten.Image, *blockmap.Index) {
+// over opens the image under a tag, and makes an overlay over it.
+func (r *repo) over(t testing.TB, tag string) *base {
 	t.Helper()
 	raw, err := r.Tagged(t.Context(), tag)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := flatten.ParseImage(raw)
+	m, ix := r.image(t, tag)
+	device := r.serve(t, ix)
+	o, err := blockmap.OpenEphemeral(t.TempDir(), device, blockmap.OverlayOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := r.Blob(t.Context(), m.Index)
+	t.Cleanup(func() { o.Close() })
+	h, size, err := v1.SHA256(bytes.NewReader(raw))
 	if err != nil {
 		t.Fatal(err)
 	}
-	ix, err := m.ParseIndex(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return m, ix
+	return &base{r, flatten.CommitBase{
+		Image: m, Index: ix, Manifest: v1.Descriptor{MediaType: m.MediaType, Size: size, Digest: h}, Name: "registry.example/app@" + h.String(),
+		Device: device, Place: r, Here: true,
+	}, device, o}
 }
 
-// serve opens the device of an image.
-func (r *repo) serve(t *testing.T, ix *blockmap.Index) *blockmap.Image {
+func (b *base) write(t testing.TB, block uint32, p []byte) {
 	t.Helper()
-	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{})
-	if err != nil {
+	if err := b.overlay.WriteAt(t.Context(), p, int64(block)*blockmap.BlockSize); err != nil {
 		t.Fatal(err)
 	}
-	m, err := blockmap.NewImage(ix, cache, r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { m.Close(); cache.Close() })
-	return m
 }
 
-func (r *repo) verify(t *testing.T, m *flatten.Image, ix *blockmap.Index, p flatten.Policy) error {
+// content reads a device.
+func content(t testing.TB, d blockmap.Device) []byte {
 	t.Helper()
-	return flatten.Verify(t.Context(), m, ix, r.OpenBlob, p, t.TempDir())
+	p, err := blocktest.Read(t.Context(), d, blockmap.Range(0, d.Size()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
-// built pushes a block image of two layers under the tag base.
-func (r *repo) built(t *testing.T) *flatten.Result {
+// blocksOf are blocks of a device.
+func blocksOf(t testing.TB, d blockmap.Device, block, count uint32) []byte {
 	t.Helper()
-	src := &flatten.Source{}
-	var config v1.ConfigFile
-	rng := rand.New(rand.NewPCG(1, 2))
-	for i := range 2 {
-		var layer bytes.Buffer
-		w := tar.NewWriter(&layer)
-		for j := range 20 {
-			content := make([]byte, 50_000+j)
-			for k := range content {
-				content[k] = byte(rng.Uint32())
-			}
-			if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprintf("f%d-%d", i, j), Mode: 0o644, Size: int64(len(content))}); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := w.Write(content); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		b := layer.Bytes()
-		h := v1.Hash{Algorithm: "sha256", Hex: fmt.Sprintf("%x", sha256.Sum256(b))}
-		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, h)
-		src.Layers = append(src.Layers, flatten.Layer{Descriptor: v1.Descriptor{MediaType: types.OCIUncompressedLayer, Digest: h, Size: int64(len(b))},
-			Open: func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }})
-	}
-	var err error
-	if src.Config, err = json.Marshal(config); err != nil {
-		t.Fatal(err)
-	}
-	raw, err := json.Marshal(v1.Manifest{SchemaVersion: 2, MediaType: types.OCIManifestSchema1})
+	p, err := blocktest.Read(t.Context(), d, blockmap.Range(int64(block)*blockmap.BlockSize, int64(count)*blockmap.BlockSize))
 	if err != nil {
 		t.Fatal(err)
 	}
-	src.Manifest = v1.Descriptor{MediaType: types.OCIManifestSchema1, Size: int64(len(raw)), Digest: v1.Hash{Algorithm: "sha256", Hex: fmt.Sprintf("%x", sha256.Sum256(raw))}}
-	res, err := flatten.Build(t.Context(), src, r, flatten.Options{Size: 64 << 20, ChunkSize: 64 << 10, Level: 1, TempDir: t.TempDir(), Tag: "base"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return res
+	return p
 }
 
-// written is an overlay: blocks of a device that were written, nil for those that
-// read as zeros.
-type written map[uint32][]byte
-
-// commit is what `thaw commit` will do: it makes a stream of the written blocks in
-// device order, lays them over the runs of the base image, and assembles a new
-// image of the streams of the base and this one.
-func commit(ctx context.Context, t *testing.T, dst *repo, base *flatten.Image, ix *blockmap.Index, subject v1.Descriptor, w written, tag string) (*flatten.Assembled, *blockmap.Index) {
+func (b *base) commit(t testing.TB, dst flatten.Target, tag string) *flatten.Committed {
 	t.Helper()
-	streams, err := flatten.NewStreams(t.TempDir(), 64<<10, 1)
+	c, err := flatten.Commit(t.Context(), b.overlay, b.CommitBase, dst, flatten.CommitOptions{ChunkSize: 64 << 10, TempDir: t.TempDir(), Tag: tag})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer streams.Close()
-	s, err := streams.Create(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	number := uint32(len(ix.Streams))
-	var blocks []uint32
-	for b := range w {
-		blocks = append(blocks, b)
-	}
-	slices.Sort(blocks)
-	var over []blockmap.Run
-	for _, b := range blocks {
-		if w[b] == nil {
+	return c
+}
+
+// wholeChunks are the device blocks of chunks that lie on the device in one piece.
+func wholeChunks(ix *blockmap.Index, stream uint32) (at [][2]uint32) {
+	for _, r := range ix.Runs {
+		if r.Stream != stream {
 			continue
 		}
-		over = append(over, blockmap.Run{Device: b, Stream: number, Block: s.Blocks(), Count: 1})
-		if _, err := s.Write(w[b]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// A block of the base is on the device unless it was written.
-	for _, r := range ix.Runs {
-		for i := range r.Count {
-			if _, ok := w[r.Device+i]; !ok {
-				over = append(over, blockmap.Run{Device: r.Device + i, Stream: r.Stream, Block: r.Block + i, Count: 1})
+		for _, c := range ix.Streams[stream].Chunks {
+			if c.Block >= r.Block && c.Block+c.Count <= r.Block+r.Count {
+				at = append(at, [2]uint32{r.Device + c.Block - r.Block, c.Count})
 			}
 		}
 	}
-	f, err := s.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := f.Push(ctx, dst, func(int64) {}); err != nil {
-		t.Fatal(err)
-	}
-	all := append(base.Streams(ix), flatten.Stream{Role: flatten.RoleOverlay, Table: f.Table})
-	committed, err := flatten.NewIndex(ix.Blocks, over, all)
-	if err != nil {
-		t.Fatal(err)
-	}
-	config, err := dst.Blob(ctx, base.Config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	guess, err := base.Guess(ix.Blocks)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := flatten.Assemble(ctx, dst, all, committed, subject, flatten.AssembleOptions{Config: config, Guess: guess, Tag: tag})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a, committed
+	return at
 }
 
-func filled(b byte) []byte { return bytes.Repeat([]byte{b}, blockmap.BlockSize) }
+const blockBytes = blockmap.BlockSize
 
-// TestCommit commits written blocks on top of a built image, twice, and reads the
-// images back: they share the streams of the base, and nothing else is uploaded.
+// TestCommit commits an overlay with one of everything, reads the image back, and commits
+// on top of it.
 func TestCommit(t *testing.T) {
-	ctx, dst := t.Context(), newRepo(t)
-	res := dst.built(t)
-	base, ix := dst.image(t, "base")
-	before := dst.serve(t, ix)
-	want, err := blocktest.Read(ctx, before, blockmap.Range(0, before.Size()))
-	if err != nil {
-		t.Fatal(err)
+	r := newRepo(t)
+	r.built(t)
+	truth, ix := r.image(t, "base")
+	before := content(t, r.serve(t, ix))
+	b := r.over(t, "base")
+	// Chunks of the second layer are absent, but for the first one.
+	chunks := wholeChunks(ix, 2)
+	if len(chunks) < 6 {
+		t.Fatalf("%d chunks", len(chunks))
 	}
-	// In the middle of contents, in two runs, where nothing was, and to zeros. (The
-	// metadata is left alone: what is committed here is still a filesystem.)
-	var data []blockmap.Run
-	for _, r := range ix.Runs {
-		if base.Role(int(r.Stream)) == flatten.RoleLayer {
-			data = append(data, r)
+	here, same, partly, other, cut := chunks[0], chunks[1], chunks[2], chunks[3], chunks[4]
+	blocksOf(t, b.device, here[0], here[1])
+	at := func(block, count uint32) []byte {
+		return slices.Clone(before[int64(block)*blockBytes:][:int64(count)*blockBytes])
+	}
+	r.fetched = 0
+	b.write(t, here[0], at(here[0], 3))                                         // equal, bytes compared
+	b.write(t, here[0]+3, filled(1))                                            // not equal
+	b.write(t, same[0], at(same[0], same[1]))                                   // equal, by its digest
+	b.write(t, partly[0]+1, at(partly[0]+1, partly[1]-1))                       // equal, but nobody can tell
+	b.write(t, other[0], append(at(other[0], other[1]-1), filled(2)...))        // a whole chunk, with another end
+	b.write(t, cut[0], filled(0))                                               // data of zeros
+	free := ix.Blocks - 40                                                      // where nothing was
+	b.write(t, free, slices.Concat(filled(0), filled(3), filled(0), filled(4))) // zeros among data
+	b.write(t, free+10, bytes.Repeat(filled(5), 20))                            // more than a chunk
+	zero := func(block, count uint32) {
+		if err := b.overlay.Zero(t.Context(), blockmap.Range(int64(block)*blockBytes, int64(count)*blockBytes), true); err != nil {
+			t.Fatal(err)
 		}
 	}
-	first, last := data[0], data[len(data)-1]
-	w := written{
-		first.Device: filled(1), first.Device + 7: filled(2), first.Device + 8: filled(3),
-		last.Device + last.Count - 1: nil, ix.Blocks - 1: filled(4), first.Device + 20: nil,
+	zero(cut[0]+2, 2)
+	zero(free-10, 5) // where nothing was
+	if r.fetched != 0 {
+		t.Fatal("the writes have fetched something")
 	}
-	dst.uploads = nil
-	a, _ := commit(ctx, t, dst, base, ix, res.Manifest, w, "committed")
-	if n := len(dst.uploads); n != 2 {
-		t.Errorf("%d blobs were uploaded, and the overlay and the index were to be: %v", n, dst.uploads)
-	}
-	m, cix := dst.image(t, "committed")
-	overlay := len(cix.Streams) - 1
-	if got := cix.Streams[overlay].Blob.String(); !slices.Contains(dst.uploads, got) {
-		t.Errorf("the overlay %s is not among the uploads %v", got, dst.uploads)
-	}
-	for i := range ix.Streams {
-		if cix.Streams[i].Blob != ix.Streams[i].Blob || m.Role(i) != base.Role(i) || m.DiffID(i) != base.DiffID(i) {
-			t.Errorf("stream %d is not that of the base", i)
+	want := content(t, b.overlay)
+	fresh := r.over(t, "base") // reading the truth has fetched everything
+	blocksOf(t, fresh.device, here[0], here[1])
+	for x := range b.overlay.Changes() {
+		p := want[x.Start:x.End]
+		if x.Zero {
+			if err := fresh.overlay.Zero(t.Context(), x.Extent, true); err != nil {
+				t.Fatal(err)
+			}
+			continue
 		}
+		fresh.write(t, uint32(x.Start/blockBytes), p)
 	}
-	if m.Role(overlay) != flatten.RoleOverlay || m.Subject.Digest != res.Manifest.Digest {
-		t.Errorf("role %q, subject %v", m.Role(overlay), m.Subject)
+	r.fetched, r.uploads = 0, nil
+	c := fresh.commit(t, r, "committed")
+	if r.fetched != 0 {
+		t.Errorf("the commit has fetched %d chunks", r.fetched)
 	}
-	after := slices.Clone(want)
-	for b, content := range w {
-		at := after[int(b)*blockmap.BlockSize:][:blockmap.BlockSize]
-		clear(at)
-		copy(at, content)
+	equal := 3 + same[1] + 5 + 2
+	zeros := uint32(1 + 2)
+	stored := 1 + partly[1] - 1 + other[1] + 2 + 20
+	if c.Equal != int64(equal)*blockBytes || c.Zeros != int64(zeros)*blockBytes || c.Content != int64(stored)*blockBytes || c.Changed != c.Equal+c.Zeros+c.Content {
+		t.Errorf("of %d bytes %d equal, %d zeros, %d content; want %d, %d and %d blocks", c.Changed, c.Equal, c.Zeros, c.Content, equal, zeros, stored)
 	}
-	device := dst.serve(t, cix)
-	got, err := blocktest.Read(ctx, device, blockmap.Range(0, device.Size()))
-	if err != nil || !bytes.Equal(got, after) {
-		t.Fatalf("the committed device reads differently: %v", err)
+	if n := len(r.uploads); n != 2 {
+		t.Errorf("%d blobs were uploaded, and the overlay and the index were to be: %v", n, r.uploads)
 	}
-	// The registry lists the image by its subject.
-	resp, err := dst.do(ctx, http.MethodGet, dst.url+"/referrers/"+res.Manifest.Digest.String(), "", nil, 200)
-	if err != nil {
-		t.Fatal(err)
+	if sum := c.Stored + c.IndexBytes + int64(len(c.Raw)); c.Uploaded != sum || c.Copied != 0 || c.Mounted != 0 {
+		t.Errorf("%d bytes uploaded, want %d; %d copied, %d mounted", c.Uploaded, sum, c.Copied, c.Mounted)
 	}
-	defer resp.Body.Close()
-	if list, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(list), a.Manifest.Digest.String()) {
-		t.Errorf("the list of referrers lacks the image: %v\n%s", err, list)
+
+	m, cix := r.image(t, "committed")
+	device := r.serve(t, cix)
+	if got := content(t, device); !bytes.Equal(got, want) {
+		t.Error("the committed device reads differently")
 	}
-	// Each image is verified by the policy of its roles, and by no other.
 	if p, err := m.Policy(); err != nil || p != flatten.WithOverlays {
 		t.Errorf("the policy is %v, %v", p, err)
 	}
-	if err := dst.verify(t, m, cix, flatten.WithOverlays); err != nil {
+	if err := r.verify(t, m, cix, flatten.WithOverlays); err != nil {
 		t.Error(err)
 	}
-	if err := dst.verify(t, m, cix, flatten.FromLayers); !errors.Is(err, blockmap.ErrCorrupt) {
-		t.Errorf("an image with an overlay passes as one of layers: %v", err)
+	if m.Subject == nil || m.Subject.Digest != b.Manifest.Digest || m.Subject.Size != b.Manifest.Size {
+		t.Errorf("its subject is %v", m.Subject)
 	}
-	if p, err := base.Policy(); err != nil || p != flatten.FromLayers {
-		t.Errorf("the policy of the base is %v, %v", p, err)
+	if m.Annotations[flatten.AnnotationBaseName] != b.Name || m.Annotations[flatten.AnnotationBaseDigest] != b.Manifest.Digest.String() {
+		t.Errorf("its annotations are %v", m.Annotations)
 	}
-	if err := dst.verify(t, base, ix, flatten.WithOverlays); !errors.Is(err, blockmap.ErrCorrupt) {
-		t.Errorf("an image without an overlay passes as one with: %v", err)
+	for i := range ix.Streams {
+		if cix.Streams[i].Blob != ix.Streams[i].Blob || m.Role(i) != truth.Role(i) || m.DiffID(i) != truth.DiffID(i) {
+			t.Errorf("stream %d is not that of the base", i)
+		}
+	}
+	// The run of more than a chunk begins a chunk.
+	run, _ := cix.Lookup(free + 10)
+	over := &cix.Streams[len(cix.Streams)-1]
+	if i := over.Find(run.Block); over.Chunks[i].Block != run.Block || run.Count != 20 {
+		t.Errorf("run %+v is in chunk %+v", run, over.Chunks[i])
 	}
 
-	// On top of that, with the same bytes in other places.
-	commit(ctx, t, dst, m, cix, a.Manifest, written{first.Device + 30: filled(1), first.Device + 41: filled(2), first.Device + 42: filled(3), ix.Blocks - 2: filled(4)}, "again")
-	m, cix = dst.image(t, "again")
-	if len(cix.Streams) != len(ix.Streams)+2 || cix.Streams[overlay].Blob != cix.Streams[overlay+1].Blob {
-		t.Errorf("%d streams", len(cix.Streams))
+	// Writing over all that the overlay has, and zeros alone: the earlier overlay goes.
+	again := r.over(t, "committed")
+	for _, x := range cix.Runs {
+		if int(x.Stream) == len(cix.Streams)-1 {
+			if err := again.overlay.Zero(t.Context(), blockmap.Range(int64(x.Device)*blockBytes, int64(x.Count)*blockBytes), true); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	if err := dst.verify(t, m, cix, flatten.WithOverlays); err != nil {
+	want = content(t, again.overlay)
+	c2 := again.commit(t, r, "again")
+	m, cix = r.image(t, "again")
+	if got := content(t, r.serve(t, cix)); !bytes.Equal(got, want) {
+		t.Error("the device that was committed again reads differently")
+	}
+	if c2.Dropped != 1 || len(cix.Streams) != len(ix.Streams)+1 || c2.Content != blockBytes {
+		t.Errorf("%d overlays dropped, %d streams; %d bytes of content", c2.Dropped, len(cix.Streams), c2.Content)
+	}
+	if err := r.verify(t, m, cix, flatten.WithOverlays); err != nil {
 		t.Error(err)
 	}
-	for i, b := range []uint32{first.Device + 30, first.Device + 41, first.Device + 42, ix.Blocks - 2} {
-		copy(after[int(b)*blockmap.BlockSize:], filled(byte(i+1)))
+
+	// Without any change it is an image like its base.
+	r.uploads = nil
+	idle := r.over(t, "again").commit(t, r, "idle")
+	m, cix = r.image(t, "idle")
+	if len(r.uploads) != 0 || idle.Uploaded != idle.IndexBytes+int64(len(idle.Raw)) || idle.Content != 0 {
+		t.Errorf("%+v, uploads %v", idle, r.uploads)
 	}
-	device = dst.serve(t, cix)
-	if got, err := blocktest.Read(ctx, device, blockmap.Range(0, device.Size())); err != nil || !bytes.Equal(got, after) {
-		t.Errorf("the device that was committed again reads differently: %v", err)
+	if err := r.verify(t, m, cix, flatten.WithOverlays); err != nil {
+		t.Error(err)
 	}
 }
 
-// TestCommitOfMetadata writes what a mounted filesystem writes, a superblock and a
-// directory in the overlay: the check reads them there.
-func TestCommitOfMetadata(t *testing.T) {
-	ctx, dst := t.Context(), newRepo(t)
-	res := dst.built(t)
-	base, ix := dst.image(t, "base")
-	device := dst.serve(t, ix)
-	read := func(b uint32) []byte {
-		p, err := blocktest.Read(ctx, device, blockmap.Range(int64(b)*blockmap.BlockSize, blockmap.BlockSize))
+// The cache of an earlier process is compared with as well, without fetching, although its
+// files are not open yet.
+func TestCommitWithAnEarlierCache(t *testing.T) {
+	r := newRepo(t)
+	r.built(t)
+	_, ix := r.image(t, "base")
+	dir := t.TempDir()
+	open := func() *blockmap.Image {
+		cache, err := blockmap.OpenCache(dir, blockmap.CacheOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		return p
+		m, err := blockmap.NewImage(ix, cache, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { m.Close(); cache.Close() })
+		return m
 	}
-	meta := ix.Runs[0]
-	same := written{}
-	for i := range min(meta.Count, 40) {
-		same[meta.Device+i] = read(meta.Device + i)
-	}
-	commit(ctx, t, dst, base, ix, res.Manifest, same, "same")
-	m, cix := dst.image(t, "same")
-	if err := dst.verify(t, m, cix, flatten.WithOverlays); err != nil {
-		t.Errorf("the same metadata, in an overlay: %v", err)
-	}
-	bad := written{0: read(0)}
-	bad[0][1024+4] ^= 1 // the number of blocks
-	commit(ctx, t, dst, base, ix, res.Manifest, bad, "bad")
-	m, cix = dst.image(t, "bad")
-	if err := dst.verify(t, m, cix, flatten.WithOverlays); err == nil || !strings.Contains(err.Error(), "ext4") {
-		t.Errorf("a damaged superblock in an overlay: %v", err)
+	func() {
+		cache, err := blockmap.OpenCache(dir, blockmap.CacheOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cache.Close()
+		m, err := blockmap.NewImage(ix, cache, r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		content(t, m)
+	}()
+	want := content(t, r.serve(t, ix))
+	b := r.over(t, "base")
+	b.Device = open()
+	run := ix.Runs[len(ix.Runs)-1]
+	b.write(t, run.Device+1, want[int64(run.Device+1)*blockBytes:][:2*blockBytes])
+	r.fetched = 0
+	if c := b.commit(t, r, "equal"); c.Equal != 2*blockBytes || c.Content != 0 || r.fetched != 0 {
+		t.Errorf("%d bytes are equal, %d were stored, %d chunks fetched", c.Equal, c.Content, r.fetched)
 	}
 }
 
-// TestPolicyWithOverlays plants faults in a committed image.
-func TestPolicyWithOverlays(t *testing.T) {
-	ctx, dst := t.Context(), newRepo(t)
-	res := dst.built(t)
-	base, ix := dst.image(t, "base")
-	data := ix.Runs[len(ix.Runs)-1]
-	commit(ctx, t, dst, base, ix, res.Manifest, written{data.Device + 2: filled(1), data.Device + 4: filled(2)}, "committed")
-	role := func(m *flatten.Image, stream int, role string) {
-		m.Layers[1+stream].Annotations[flatten.AnnotationRole] = role
+// mounting is a Target of the registry of another one.
+type mounting struct {
+	*repo
+	from    *repo
+	mounted int
+}
+
+func (m *mounting) Mount(ctx context.Context, d v1.Descriptor, from flatten.Place) (bool, error) {
+	if from.String() != m.from.String() {
+		return false, nil
 	}
-	for name, plant := range map[string]func(m *flatten.Image, ix *blockmap.Index){
-		"blocks of the overlay that have changed places": func(_ *flatten.Image, ix *blockmap.Index) {
-			n := len(ix.Runs)
-			over := uint32(len(ix.Streams) - 1)
-			var two []int
-			for i := range n {
-				if ix.Runs[i].Stream == over {
-					two = append(two, i)
-				}
-			}
-			a, b := &ix.Runs[two[0]], &ix.Runs[two[1]]
-			a.Block, b.Block = b.Block, a.Block
-		},
-		"contents that have changed places": func(_ *flatten.Image, ix *blockmap.Index) {
-			n := len(ix.Runs)
-			a, b := &ix.Runs[n-1], &ix.Runs[n-3] // behind and before the last written block
-			a.Block, b.Block, a.Count, b.Count = b.Block, a.Block, 1, 1
-		},
-		"metadata that is not first":  func(m *flatten.Image, _ *blockmap.Index) { role(m, 0, "layer"); role(m, 1, "metadata") },
-		"an overlay among the layers": func(m *flatten.Image, _ *blockmap.Index) { role(m, 1, "overlay") },
-		"two streams of metadata":     func(m *flatten.Image, _ *blockmap.Index) { role(m, 1, "metadata") },
-		"a role of a later version":   func(m *flatten.Image, _ *blockmap.Index) { role(m, 1, "verity") },
-		"a layer without a diff ID":   func(m *flatten.Image, _ *blockmap.Index) { delete(m.Layers[2].Annotations, flatten.AnnotationDiffID) },
-		"an overlay with a diff ID": func(m *flatten.Image, ix *blockmap.Index) {
-			m.Layers[len(ix.Streams)].Annotations[flatten.AnnotationDiffID] = res.Layers[0].DiffID.String()
-		},
-		"fewer streams than the index": func(m *flatten.Image, _ *blockmap.Index) { m.Layers = m.Layers[:2] },
-		"metadata behind the file data": func(_ *flatten.Image, ix *blockmap.Index) {
-			ix.Runs[len(ix.Runs)-1] = blockmap.Run{Device: ix.Blocks - 1, Count: 1}
-		},
+	b, err := m.from.Blob(ctx, d)
+	if err == nil {
+		err = m.PushBytes(ctx, d, b)
+	}
+	m.mu.Lock()
+	m.mounted++
+	m.mu.Unlock()
+	return true, err
+}
+
+// TestCommitElsewhere commits to another registry, which gets the streams that it lacks,
+// once, and to another repository of the same registry, which mounts them.
+func TestCommitElsewhere(t *testing.T) {
+	r := newRepo(t)
+	r.built(t)
+	b := r.over(t, "base")
+	b.Here = false
+	b.write(t, b.Index.Blocks-1, filled(9))
+	want := content(t, b.overlay)
+	other := newRepo(t)
+	// One of them is there.
+	d := v1.Descriptor{Digest: v1.Hash{Algorithm: "sha256", Hex: b.Index.Streams[1].Blob.String()}, Size: b.Index.Streams[1].BlobSize}
+	p, err := r.Blob(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.PushBytes(t.Context(), d, p); err != nil {
+		t.Fatal(err)
+	}
+	c := b.commit(t, other, "one")
+	lacked := b.Index.Streams[0].BlobSize + b.Index.Streams[2].BlobSize
+	if c.Copied != lacked || c.Uploaded != c.Stored+c.IndexBytes+int64(len(c.Raw))+lacked {
+		t.Errorf("%d bytes copied of %d", c.Copied, lacked)
+	}
+	m, ix := other.image(t, "one")
+	if got := content(t, other.serve(t, ix)); !bytes.Equal(got, want) {
+		t.Error("the device reads differently in the other registry")
+	}
+	if err := other.verify(t, m, ix, flatten.WithOverlays); err != nil {
+		t.Error(err)
+	}
+	b.write(t, b.Index.Blocks-2, filled(8))
+	if c := b.commit(t, other, "two"); c.Copied != 0 {
+		t.Errorf("%d bytes were copied again", c.Copied)
+	}
+	mounts := &mounting{repo: newRepo(t), from: r}
+	if c := b.commit(t, mounts, "three"); c.Copied != 0 || c.Mounted != 3 || mounts.mounted != 3 {
+		t.Errorf("%d bytes copied, %d streams mounted", c.Copied, c.Mounted)
+	}
+	m, ix = mounts.image(t, "three")
+	if err := mounts.verify(t, m, ix, flatten.WithOverlays); err != nil {
+		t.Error(err)
+	}
+	// What is not what it says ends the commit, and no manifest is pushed.
+	b.Place = damaged{r}
+	last := newRepo(t)
+	if _, err := flatten.Commit(t.Context(), b.overlay, b.CommitBase, last, flatten.CommitOptions{TempDir: t.TempDir(), Tag: "bad"}); err == nil || !strings.Contains(err.Error(), "of the base image") {
+		t.Errorf("a damaged stream: %v", err)
+	}
+	if raw, err := last.Tagged(t.Context(), "bad"); raw != nil || err != nil {
+		t.Errorf("there is a manifest: %v", err)
+	}
+}
+
+// damaged is a place whose blobs are cut off, which a reader says as Place has it.
+type damaged struct{ *repo }
+
+func (d damaged) OpenBlob(ctx context.Context, desc v1.Descriptor) (io.ReadCloser, error) {
+	body, err := d.repo.OpenBlob(ctx, desc)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(io.LimitReader(body, 100), failingReader{}), body}, nil
+}
+
+type failingReader struct{}
+
+func (failingReader) Read([]byte) (int, error) { return 0, errors.New("the blob is damaged") }
+
+// lying is a device whose changes are wrong.
+type lying struct {
+	blockmap.Device
+	changes []blockmap.Change
+}
+
+func (l lying) Changes() iter.Seq[blockmap.Change] { return slices.Values(l.changes) }
+
+// Changes that are not runs of blocks in order are an error.
+func TestCommitOfWrongChanges(t *testing.T) {
+	r := newRepo(t)
+	r.built(t)
+	b := r.over(t, "base")
+	x := func(start, end int64) blockmap.Change {
+		return blockmap.Change{Extent: blockmap.Extent{Start: start, End: end}}
+	}
+	for _, changes := range [][]blockmap.Change{
+		{x(0, b.overlay.Size()+blockBytes)}, {x(-blockBytes, 0)}, {x(1, blockBytes)}, {x(0, 1)}, {x(blockBytes, 2*blockBytes), x(0, blockBytes)},
+		{x(0, 2*blockBytes), x(blockBytes, 3*blockBytes)}, {x(2*blockBytes, blockBytes)},
 	} {
-		m, ix := dst.image(t, "committed")
-		plant(m, ix)
-		if err := dst.verify(t, m, ix, flatten.WithOverlays); !errors.Is(err, blockmap.ErrCorrupt) {
-			t.Errorf("%s: %v", name, err)
+		if _, err := flatten.Commit(t.Context(), lying{b.overlay, changes}, b.CommitBase, r, flatten.CommitOptions{TempDir: t.TempDir(), Tag: "x"}); err == nil {
+			t.Errorf("%v: no error", changes)
 		}
 	}
-	// What a reader does not know is served as data, and is refused by Policy.
-	m, _ := dst.image(t, "committed")
-	role(m, 1, "verity")
-	if m.Role(1) != flatten.RoleUnknown {
-		t.Errorf("the role is %q", m.Role(1))
+	short := blocktest.NewMemory(1 << 20)
+	if _, err := flatten.Commit(t.Context(), lying{short, nil}, b.CommitBase, r, flatten.CommitOptions{TempDir: t.TempDir(), Tag: "x"}); err == nil || !strings.Contains(err.Error(), "bytes") {
+		t.Errorf("a device of another size: %v", err)
 	}
-	if _, err := m.Policy(); err == nil || !strings.Contains(err.Error(), `"verity"`) || !strings.Contains(err.Error(), "later version") {
-		t.Errorf("the policy for an unknown role: %v", err)
+}
+
+// A commit that is cancelled ends at once and pushes no manifest.
+func TestCommitCancelled(t *testing.T) {
+	r := newRepo(t)
+	r.built(t)
+	b := r.over(t, "base")
+	rng := rand.New(rand.NewPCG(1, 1))
+	p := make([]byte, 4<<20)
+	for i := range p {
+		p[i] = byte(rng.Uint32())
 	}
-	delete(m.Layers[2].Annotations, flatten.AnnotationRole)
-	if _, err := m.Policy(); err == nil || !strings.Contains(err.Error(), "build the image again") {
-		t.Errorf("the policy for no role: %v", err)
+	b.write(t, b.Index.Blocks-1024, p)
+	ctx, cancel := context.WithCancel(t.Context())
+	dst := &cancelling{repo: r, cancel: cancel}
+	if _, err := flatten.Commit(ctx, b.overlay, b.CommitBase, dst, flatten.CommitOptions{TempDir: t.TempDir(), Tag: "cancelled"}); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	if raw, err := r.Tagged(t.Context(), "cancelled"); raw != nil || err != nil {
+		t.Errorf("there is a manifest: %v", err)
+	}
+}
+
+// cancelling cancels at the first push of a file.
+type cancelling struct {
+	*repo
+	cancel func()
+}
+
+func (c *cancelling) PushFile(ctx context.Context, d v1.Descriptor, path string, progress func(int64)) error {
+	c.cancel()
+	return c.repo.PushFile(ctx, d, path, progress)
+}
+
+// The changed bytes of an overlay, half of them equal to the base, to a registry in this
+// process.
+func BenchmarkCommit(b *testing.B) {
+	for _, kind := range []string{"text", "random"} {
+		b.Run(kind, func(b *testing.B) {
+			r := newRepo(b)
+			r.built(b)
+			base := r.over(b, "base")
+			const size = 32 << 20
+			p := make([]byte, size)
+			rng := rand.New(rand.NewPCG(1, 1))
+			for i := 0; i < len(p); {
+				if kind == "random" {
+					p[i] = byte(rng.Uint32())
+					i++
+					continue
+				}
+				i += copy(p[i:], fmt.Sprintf("line %d of a log, with %d in it\n", i, rng.Uint32N(1000)))
+			}
+			base.write(b, base.Index.Blocks-size/blockBytes, p)
+			b.SetBytes(size)
+			var uploaded, changed int64
+			for i := 0; b.Loop(); i++ {
+				c := base.commit(b, r, fmt.Sprint("bench", i))
+				uploaded, changed = c.Uploaded, c.Changed
+			}
+			b.ReportMetric(float64(uploaded)/float64(changed), "uploaded/changed")
+		})
 	}
 }

@@ -16,8 +16,9 @@
 // interpreter reads for it, become the guess of what a start will read:
 // [AnnotationGuess] on the manifest.
 //
-// [Build] does all of this. [Streams] and [StreamWriter] write one stream, and
-// [Assemble] makes and pushes an image of streams: a build uses them, and so does
-// any other maker of images. [ParseImage] reads the manifest of an image, and
-// [Verify] checks an image against the [Policy] of its kind.
+// [Build] does all of this. [Commit] makes an image of a device that was written to: the
+// streams of its base, and one with the blocks that were written. [Streams] and
+// [StreamWriter] write one stream, and [Assemble] makes and pushes an image of streams:
+// both use them. [ParseImage] reads the manifest of an image, and [Verify] checks an image
+// against the [Policy] of its kind.
 package flatten

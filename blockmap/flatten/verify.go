@@ -71,11 +71,14 @@ func Verify(ctx context.Context, m *Image, ix *blockmap.Index, open Opener, p Po
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	var mapped func(start, count uint32) bool
-	if p == FromLayers { // an overlay omits blocks of zeros
-		mapped = meta.mapped
+	size := int64(ix.Blocks) * blockSize
+	if p == FromLayers {
+		err = ext4.CheckMapped(meta, size, meta.mapped)
+	} else {
+		// An overlay omits blocks of zeros, and its filesystem may have been in use.
+		err = ext4.CheckWritten(meta, size)
 	}
-	if err := ext4.CheckMapped(meta, int64(ix.Blocks)*blockSize, mapped); err != nil {
+	if err != nil {
 		return fmt.Errorf("the file system: %w", err)
 	}
 	return nil

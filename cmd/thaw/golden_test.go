@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 	"thaw/blockmap/flatten"
 	"thaw/tracefile"
 )
@@ -85,7 +86,7 @@ func TestGoldenHelp(t *testing.T) {
 }
 
 // noResult are the commands that print no result, but a file, a picture or a page.
-var noResult = []string{"thaw", "thaw man", "thaw trace", "thaw trace export", "thaw trace plot"}
+var noResult = []string{"thaw", "thaw man", "thaw trace", "thaw trace export", "thaw trace plot", "thaw overlay"}
 
 // Every command that prints a result prints it as JSON, too.
 func TestEveryResultHasJSON(t *testing.T) {
@@ -100,7 +101,7 @@ func TestEveryResultHasJSON(t *testing.T) {
 var volatile = []struct{ pattern, with string }{
 	{`sha256:[0-9a-f]{64}`, "sha256:DIGEST"},
 	{`"index": "[0-9a-f]{64}"`, `"index": "DIGEST"`},
-	{`"((?:stored|index)_bytes|bytes|seconds|stored)": [0-9.e+-]+`, `"$1": 0`},
+	{`"((?:stored|index|uploaded|space|overlay_stored|commit_stored)_bytes|bytes|seconds|stored)": [0-9.e+-]+`, `"$1": 0`},
 	{`"(go|platform|version)": "[^"]*"`, `"$1": "VALUE"`},
 	{`\t"commit(_time)?": "[^"]*",\n`, ``},
 	{`"modified": (true|false)`, `"modified": false`},
@@ -164,7 +165,40 @@ func TestGoldenJSON(t *testing.T) {
 	recording.kill()
 	goldenJSON(t, "trace-merge", must(t, "trace", "merge", "--json", dir+"/start.trace", "-o", dir+"/merged.trace"), dir)
 	goldenJSON(t, "trace-pack", must(t, "trace", "pack", "--json", image, dir+"/start.trace"), dir)
+	overlay := overlayOf(t, dir+"/overlay", first)
+	goldenJSON(t, "overlay-ls", must(t, "overlay", "ls", "--json", dir), dir)
+	goldenJSON(t, "overlay-inspect", must(t, "overlay", "inspect", "--json", overlay), dir)
+	goldenJSON(t, "overlay-diff", must(t, "overlay", "diff", "--json", overlay, "--cache", dir+"/cache"), dir)
+	goldenJSON(t, "commit", must(t, "commit", "--json", overlay, "oci:"+dir+"/dst:changed", "--cache", dir+"/cache"), dir)
+	goldenJSON(t, "inspect-committed", must(t, "inspect", "--json", "oci:"+dir+"/dst:changed"), dir)
+	goldenJSON(t, "overlay-rm", must(t, "overlay", "rm", "--json", overlay), dir)
 	goldenJSON(t, "build-trace", must(t, "build", "--json", "--size", "64M", "--trace", dir+"/start.trace", "oci:"+dir+"/src", image), dir)
+}
+
+// overlayOf makes an overlay of the image that build --json describes, with a block of data
+// and one of zeros where the image has nothing.
+func overlayOf(t testing.TB, dir, build string) string {
+	t.Helper()
+	b := decoded[built](t, build)
+	digest, err := blockmap.ParseDigest(strings.TrimPrefix(b.Digest, "sha256:"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	place, _, _ := strings.Cut(strings.TrimPrefix(b.Target, "oci:"), ":")
+	o, err := blockmap.OpenOverlay(dir, blocktest.NewMemory(b.DeviceSize), blockmap.OverlayOptions{Image: "oci:" + place + "@" + b.Digest, Digest: digest})
+	if err == nil {
+		err = o.WriteAt(t.Context(), bytes.Repeat([]byte{1}, blockmap.BlockSize), b.DeviceSize-blockmap.BlockSize)
+	}
+	if err == nil {
+		err = o.Zero(t.Context(), blockmap.Range(b.DeviceSize-4*blockmap.BlockSize, blockmap.BlockSize), true)
+	}
+	if err == nil {
+		err = o.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // readyLine is what thaw serve --json prints.

@@ -28,6 +28,9 @@ metadata, and one of the content of each layer. For each stream it prints
     ratio     the stored size relative to the content
     shared    the share of it in chunks that another stream has, too
 
+Of an image that "thaw commit" has made, it also prints the block image that it is
+based on, and how much the streams of its overlays add to that.
+
 With several images, "shared" counts the streams of the images before as well.`,
 		Example: `  thaw inspect registry.example/team/app:v1
   thaw inspect registry.example/team/app:v1 registry.example/team/app:v2
@@ -46,11 +49,14 @@ type inspected struct {
 	Name       string            `json:"name"`
 	Digest     string            `json:"digest"`
 	Subject    string            `json:"subject,omitempty"`
+	BaseName   string            `json:"base_name,omitempty"`   // of a committed image: the block image that it is based on
+	BaseDigest string            `json:"base_digest,omitempty"` // and its digest
 	DeviceSize int64             `json:"device_bytes"`
 	Content    int64             `json:"content_bytes"`
 	Live       int64             `json:"live_bytes"`
 	Stored     int64             `json:"stored_bytes"`
 	Shared     int64             `json:"shared_bytes"`
+	Overlays   int64             `json:"overlay_stored_bytes"` // what its overlays add
 	IndexBytes int64             `json:"index_bytes"`
 	Chunks     int               `json:"chunks"`
 	Runs       int               `json:"runs"`
@@ -104,6 +110,8 @@ func describe(b *host.BlockImage, streams []flatten.StreamReport) *inspected {
 	if s := b.Manifest.Subject; s != nil {
 		in.Subject = s.Digest.String()
 	}
+	// Whoever has pushed the image may claim any base.
+	in.BaseName, in.BaseDigest = printable(b.Manifest.Annotations[flatten.AnnotationBaseName]), printable(b.Manifest.Annotations[flatten.AnnotationBaseDigest])
 	for _, s := range streams {
 		kind := cmp.Or(string(s.Role), "data")
 		in.Streams = append(in.Streams, inspectedStream{kind, s.DiffID, "sha256:" + s.Blob.String(), s.Chunks, s.Content, s.Live, s.Stored, s.Shared})
@@ -111,6 +119,9 @@ func describe(b *host.BlockImage, streams []flatten.StreamReport) *inspected {
 		in.Content += s.Content
 		in.Live += s.Live
 		in.Stored += s.Stored
+		if s.Role == flatten.RoleOverlay {
+			in.Overlays += s.Stored
+		}
 		in.Shared += s.Shared
 	}
 	return in
@@ -121,6 +132,10 @@ func (a *app) printInspected(in *inspected) error {
 	fmt.Fprintf(a.stdout, "digest  %s\n", in.Digest)
 	if in.Subject != "" {
 		fmt.Fprintf(a.stdout, "of      %s\n", in.Subject)
+	}
+	if in.BaseName != "" || in.BaseDigest != "" {
+		fmt.Fprintf(a.stdout, "base    %s\n", cmp.Or(in.BaseName, in.BaseDigest))
+		fmt.Fprintf(a.stdout, "adds    %s in overlays\n", bytesString(in.Overlays))
 	}
 	fmt.Fprintf(a.stdout, "device  %s, of which %s hold content, in %d runs\n", bytesString(in.DeviceSize), bytesString(in.Live), in.Runs)
 	fmt.Fprintf(a.stdout, "index   %s\n\n", bytesString(in.IndexBytes))

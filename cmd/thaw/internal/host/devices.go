@@ -49,6 +49,7 @@ type Device struct {
 	dir       string            // of overlay; "": ephemeral
 
 	completion *completion
+	committing committing
 	asking     sync.WaitGroup // look-ups in the background
 
 	// Guarded by of.mu.
@@ -110,6 +111,7 @@ type DeviceInfo struct {
 	Resident  int64  `json:"resident_bytes"`  // the part of the content that is in the cache
 
 	Overlay    *OverlayInfo    `json:"overlay,omitempty"` // nil if the device is read-only
+	Commit     *CommitInfo     `json:"commit,omitempty"`  // that is running
 	Prefetch   *PrefetchInfo   `json:"prefetch,omitempty"`
 	Recording  *RecordingInfo  `json:"recording,omitempty"`
 	Completion *CompletionInfo `json:"completion,omitempty"`
@@ -145,7 +147,7 @@ func (d *Device) Info() DeviceInfo {
 		in.Stored += t.BlobSize
 		in.Content += int64(t.Blocks()) * blockmap.BlockSize
 	}
-	in.Resident, in.Overlay = image.Resident(), d.overlayInfo()
+	in.Resident, in.Overlay, in.Commit = image.Resident(), d.overlayInfo(), d.committing.info()
 	if d.base == nil {
 		in.Prefetch, in.Recording, in.Completion = d.start.prefetchInfo(), d.start.recordingInfo(), d.completion.info()
 	}

@@ -48,6 +48,7 @@
 //	open.go        from a block image to a device, with or without the registry
 //	overlays.go    where clients' changes are kept, and which image they belong to
 //	writable.go    overlays over the images of devices
+//	commit.go      overlays become images; target.go: where images are pushed to
 //	start.go       which traces, bundles and guesses to prefetch
 //	complete.go    the rest of an image, once the start is over
 //	recording.go   the recording of a start; recordfile.go: its file

@@ -71,6 +71,7 @@ type Host struct {
 	traces   *tracer
 	devices  *devices
 	overlays *overlays
+	commits  commits
 	nbd      *nbd.Server
 	meter    *meter
 	mode     blockmap.Mode
@@ -199,6 +200,7 @@ func (h *Host) Stop(ctx context.Context) error {
 	h.stop.Do(func() {
 		stop := context.AfterFunc(ctx, func() { h.limited(context.Cause(ctx)) })
 		defer stop()
+		h.commits.stop()
 		h.devices.stop()
 		h.traces.stop() // the starts of devices that are still in use
 	})

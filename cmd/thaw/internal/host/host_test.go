@@ -447,6 +447,7 @@ func TestFrozenJSON(t *testing.T) {
 			Prefetch:  &PrefetchInfo{"running", "bundle", 1, 2, 3, 4, 5, 6.5, &BundleInfo{10, 9, 8, 7, 6, true}, &UseInfo{4, 3, 2, 1}},
 			Recording: &RecordingInfo{recordingNow, "/var/cache/thaw/traces/x.trace", 1, 2, 3},
 			Overlay:   &OverlayInfo{"/var/lib/vm7", 1, 2, 3, 4, 5, 6, "sync the data of overlay /var/lib/vm7: input/output error"},
+			Commit:    &CommitInfo{"registry.example/team/app:vm7", 1, 2, 3, 4, 5, 6},
 		},
 		"opening.json": DeviceInfo{ID: "2", Name: "app", Image: "registry.example/team/app:v1", State: Opening},
 	} {

@@ -115,9 +115,13 @@ func (c *Client) wait(ctx context.Context, method, path string, in, out any) err
 	return c.ask(ctx, waitsTimeout, method, path, in, out)
 }
 
+// ask asks for something. It waits for at most timeout, or with 0 until ctx ends.
 func (c *Client) ask(ctx context.Context, timeout time.Duration, method, path string, in, out any) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it has not answered within %v", timeout))
-	defer cancel()
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it has not answered within %v", timeout))
+		defer cancel()
+	}
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)

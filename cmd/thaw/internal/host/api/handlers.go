@@ -42,6 +42,7 @@ func (s *Server) routes() []route {
 		{s, "POST", "/v1/devices", true, s.add},
 		{s, "GET", "/v1/devices/{id}", false, s.device},
 		{s, "DELETE", "/v1/devices/{id}", true, s.remove},
+		{s, "POST", "/v1/devices/{id}/commit", true, s.commit},
 		{s, "POST", "/v1/traces/stop", true, s.stopTraces},
 		{s, "GET", "/v1/openapi.yaml", false, func(*http.Request, []byte) (response, error) { return response{body: openAPI}, nil }},
 	}

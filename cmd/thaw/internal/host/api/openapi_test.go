@@ -16,7 +16,7 @@ import (
 // openapi.yaml is what the handlers do, from both sides: each route is in it and the
 // reverse; each answer that it lists is given here, and none that it does not list.
 func TestOpenAPI(t *testing.T) {
-	b := newBed(t, host.Options{NBD: new(nbd.Server), Trace: host.TraceOptions{Use: []string{host.Auto}}})
+	b := newBed(t, host.Options{NBD: new(nbd.Server), Trace: host.TraceOptions{Use: []string{host.Auto}}, Overlay: host.OverlayOptions{Ephemeral: true}})
 	if err := b.doc.Validate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -76,6 +76,30 @@ func TestOpenAPI(t *testing.T) {
 	do(200, "POST", "/v1/traces/stop", "")
 	do(200, "POST", "/v1/traces/stop", "{}")
 	do(404, "POST", "/v1/traces/stop", `{"device": "99"}`)
+	commit := "/v1/devices/" + d.ID() + "/commit"
+	to := func(target, more string) string { return fmt.Sprintf(`{"target": %q%s}`, target, more) }
+	if c := do(200, "POST", commit, to(b.registry+"/team/app:commit", "")); !strings.Contains(c, `"filesystem":"none"`) {
+		t.Errorf("a commit: %s", c)
+	}
+	do(404, "POST", "/v1/devices/99/commit", to(b.registry+"/team/app:commit", ""))
+	for _, bad := range []string{
+		"", "{}", "[]", to("", ""), to("not a name", ""), to("oci:/somewhere", ""), to("oci-archive:x.tar:v1", ""), to(b.registry+"/a@sha256:"+strings.Repeat("a", 64), ""),
+		to(b.registry+"/a:b", `, "dirty": "wash"`), to(b.registry+"/a:b", `, "level": 23`), to(b.registry+"/a:b", `, "level": -1`), to(b.registry+"/a:b", `, "colour": 1`),
+		to(strings.Repeat("a", maxName+1), ""),
+	} {
+		do(400, "POST", commit, bad)
+	}
+	do(422, "POST", commit, to("oci:/proc/none:v1", ""))
+	super := make([]byte, 1024)
+	super[0x38], super[0x39] = 0x53, 0xEF // an ext4 that was not unmounted
+	if err := d.Overlay().WriteAt(t.Context(), super, 1024); err != nil {
+		t.Fatal(err)
+	}
+	if c := do(409, "POST", commit, to(b.registry+"/team/app:commit", "")); !strings.Contains(c, "--replay") {
+		t.Errorf("a dirty filesystem: %s", c)
+	}
+	do(200, "POST", commit, to(b.registry+"/team/app:commit", `, "dirty": "crash-consistent", "level": 1`))
+	do(413, "POST", commit, strings.Repeat("x", maxBody+1))
 	do(404, "GET", "/v1/devices/99", "")
 	do(404, "DELETE", "/v1/devices/99", "")
 	do(400, "DELETE", "/v1/devices/"+d.ID()+"?drain=perhaps", "")
@@ -102,7 +126,7 @@ func TestOpenAPI(t *testing.T) {
 		do(400, "POST", "/v1/traces/stop", bad)
 	}
 	for path, methods := range map[string]string{
-		"/v1/status": "POST PUT DELETE PATCH OPTIONS x", "/v1/devices": "PUT DELETE", "/v1/devices/1": "POST PUT", "/v1/traces/stop": "GET DELETE",
+		"/v1/status": "POST PUT DELETE PATCH OPTIONS x", "/v1/devices": "PUT DELETE", "/v1/devices/1": "POST PUT", "/v1/devices/1/commit": "GET DELETE", "/v1/traces/stop": "GET DELETE",
 	} {
 		for method := range strings.FieldsSeq(methods) {
 			code, _, header := b.do(method, path, "{}")
@@ -123,12 +147,14 @@ func TestOpenAPI(t *testing.T) {
 	}
 
 	// A registry that fails, and one that does not answer.
+	again := b.add("again", image)
 	b.set(func(w http.ResponseWriter, _ *http.Request) bool {
 		w.WriteHeader(http.StatusServiceUnavailable)
 		return false
 	})
 	other := fmt.Sprintf(`{"image": "%s/team/other:v1"}`, b.registry)
 	do(502, "POST", "/v1/devices", other)
+	do(502, "POST", "/v1/devices/"+again.ID+"/commit", to(b.registry+"/team/app:commit", ""))
 	b.silent()
 	b.server.addTimeout = 50 * time.Millisecond
 	do(504, "POST", "/v1/devices", other)

@@ -134,7 +134,9 @@ func (b *bed) push(name string, m *blocktest.Image) string {
 		Config: blob([]byte("{}"), types.OCIConfigJSON), Layers: []v1.Descriptor{blob(m.Index.Encode(), flatten.MediaTypeIndex)},
 	}
 	for i := range m.Index.Streams {
-		manifest.Layers = append(manifest.Layers, blob(m.Blobs[m.Index.Streams[i].Blob], flatten.MediaTypeStream))
+		d := blob(m.Blobs[m.Index.Streams[i].Blob], flatten.MediaTypeStream)
+		d.Annotations = map[string]string{flatten.AnnotationRole: string(flatten.RoleOverlay)}
+		manifest.Layers = append(manifest.Layers, d)
 	}
 	raw, err := json.Marshal(manifest)
 	if err != nil {
@@ -192,6 +194,8 @@ func (b *bed) check(req *http.Request, resp *http.Response, body []byte) {
 	path := req.URL.Path
 	if rest, ok := strings.CutPrefix(path, "/v1/devices/"); ok && rest != "" && !strings.Contains(req.URL.EscapedPath()[len("/v1/devices/"):], "/") {
 		path = "/v1/devices/{id}"
+	} else if id, what, ok := strings.Cut(rest, "/"); ok && what == "commit" && id != "" {
+		path = "/v1/devices/{id}/commit"
 	}
 	what := fmt.Sprintf("%s %s %d", req.Method, path, resp.StatusCode)
 	item := b.doc.Paths.Value(path)
