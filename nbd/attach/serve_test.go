@@ -1,0 +1,5 @@
+package attach
+
+const serveVerb = "serve"
+
+func serveMain([]string) {}
