@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -86,14 +87,25 @@ func Remove(ctx context.Context, s State) error {
 	return nil
 }
 
-// notMounted fails with ErrBusy where a node is mounted. It does not wait for a read.
-func notMounted(path string) error {
-	f, err := openExclusive(path)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("it is mounted, or another program has it for itself: unmount it first: %w", ErrBusy)
-	case err == nil:
-		return f.Close()
+// notMounted fails with ErrBusy where a node is mounted. A node without a server may not
+// even be opened; then it is not known, and the kernel decides.
+func notMounted(ctx context.Context, path string) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	opened := make(chan error, 1)
+	go func() {
+		f, err := openExclusive(path)
+		if err == nil {
+			err = f.Close()
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("it is mounted, or another program has it for itself: unmount it first: %w", ErrBusy)
+		}
+	case <-ctx.Done():
 	}
-	return nil // what is wrong with it is found when it is removed
+	return nil
 }
