@@ -121,6 +121,7 @@ func Attach(ctx context.Context, dev blockmap.Device, o Options) (*Node, error) 
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("attach a device: making a node requires root: %w", ErrUnavailable)
 	}
+	_ = setFlusher() // before there is a node; see protectWriters
 	if o.Driver != Auto {
 		n, err := attachBy(ctx, o.Driver, dev, o)
 		if err != nil {
@@ -174,6 +175,6 @@ func attachBy(ctx context.Context, d Driver, dev blockmap.Device, o Options) (*N
 		n.serving.cancel(err)
 		return nil, fmt.Errorf("attach by %s: %w", d, err)
 	}
-	n.serving.protectWriters()
+	n.serving.protectWriters() // warns, if need be
 	return n, n.ready(o)
 }

@@ -2,6 +2,7 @@ package attach
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log"
@@ -67,6 +68,11 @@ func recoverFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 	defer l.f.Close()
 	if n.serving.wdev != nil {
 		return nil, errors.New("the driver fuse cannot go on with a writable node: writes have failed since its server died. Unmount it, remove the node, and attach again")
+	}
+	// Another process with the same state comes too late from now on.
+	n.state.Token = rand.Text()
+	if err := l.mark(n.state.Token); err != nil {
+		return nil, err
 	}
 	d, file, err := serveFUSE(ctx, n, o)
 	if err != nil {

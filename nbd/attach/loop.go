@@ -115,6 +115,20 @@ func (l *loop) mustBe(token string) error {
 	return nil
 }
 
+// mark marks the device with another token.
+func (l *loop) mark(token string) error {
+	info, err := unix.IoctlLoopGetStatus64(int(l.f.Fd()))
+	if err == nil {
+		clear(info.File_name[:])
+		copy(info.File_name[:len(info.File_name)-1], token)
+		err = unix.IoctlLoopSetStatus64(int(l.f.Fd()), info)
+	}
+	if err != nil {
+		return fmt.Errorf("mark %s: %w", l.f.Name(), err)
+	}
+	return nil
+}
+
 // clear takes the file from the device. It happens when the last program that has the
 // device open closes it.
 func (l *loop) clear() error {
@@ -124,7 +138,8 @@ func (l *loop) clear() error {
 	return nil
 }
 
-// change gives a read-only device another file of the same size.
+// change gives a read-only device another file of the same size. Since Linux 6.6 a
+// filesystem that is mounted on it fails afterwards, as if a disk had been changed.
 func (l *loop) change(file *os.File) error {
 	_, _, e := unix.Syscall(unix.SYS_IOCTL, l.f.Fd(), loopChangeFD, file.Fd())
 	runtime.KeepAlive(file)

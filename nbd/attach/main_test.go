@@ -3,17 +3,14 @@ package attach
 import (
 	"bytes"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -297,7 +294,7 @@ func entries(t testing.TB, dir string) int {
 	return len(d)
 }
 
-// noLeak fails t unless all is as it was before. Threads are Go's, and come and go.
+// noLeak fails t unless all is as it was before. Threads come and go as Go likes.
 func noLeak(t testing.TB, before left) {
 	t.Helper()
 	var now left
@@ -311,13 +308,4 @@ func noLeak(t testing.TB, before left) {
 			t.Fatalf("before %+v, now %+v\n%s", before, now, buf[:runtime.Stack(buf, true)])
 		}
 	}
-	if now.threads > before.threads+32 {
-		t.Errorf("there were %d threads before, and %d now", before.threads, now.threads)
-	}
 }
-
-var (
-	_ = errors.Is
-	_ = rand.N[int]
-	_ sync.Mutex
-)

@@ -18,9 +18,9 @@ import (
 //     and no writer sees an error; all wait from the death to Recover.
 //   - nbd: the same, but a request that was in flight waits for the node's timeout,
 //     which is FaultTimeout and ten seconds more.
-//   - fuse: every request failed in between. A read-only node goes on, and so does a
-//     filesystem on it. A writable one does not: Recover fails, and the filesystem has
-//     to be unmounted.
+//   - fuse: every request failed in between. A read-only node goes on, but a filesystem
+//     on it has to be mounted anew: the kernel takes the disk for another one. A
+//     writable node does not go on: Recover fails, and the node is to be removed.
 //
 // It fails with ErrGone where the node is not there any more. It waits for the dead
 // process to be gone, for as long as ctx allows. Recover takes Name, FaultTimeout,

@@ -258,6 +258,9 @@ func parseUBLK(desc []byte, tag uint16, size int64) (r ublkRequest, ok bool) {
 	r.tag = tag
 	r.flags = binary.NativeEndian.Uint32(desc)
 	r.op = uint8(r.flags)
+	if r.op == ublkFlush {
+		return r, true // it has no range, and the fields say anything
+	}
 	sectors := int64(binary.NativeEndian.Uint32(desc[4:]))
 	first := binary.NativeEndian.Uint64(desc[8:])
 	if first > uint64(size>>ublkSector) {
