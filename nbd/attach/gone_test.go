@@ -26,10 +26,10 @@ func TestRemovedByOthers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := c.command(aCtx(t), "STOP_DEV", ublkStop, n.State().Number, 0, ublkPatience); err != nil {
+			if err := c.stop(aCtx(t), n.State().Number); err != nil {
 				t.Error(err)
 			}
-			if err := c.command(aCtx(t), "DEL_DEV", ublkDelete, n.State().Number, 0, ublkPatience); err != nil {
+			if err := c.remove(aCtx(t), n.State().Number); err != nil {
 				t.Error(err)
 			}
 			c.close()

@@ -79,8 +79,8 @@ func newPair() (p nbdPair, err error) {
 	return p, nil
 }
 
-// pairs makes n connections, and starts to serve them. The caller gives the kernel's ends
-// to the kernel, and closes them in any case.
+// pairs makes n connections. The caller gives the kernel's ends to nbdCommand, and calls
+// serve.
 func (d *nbdDevice) pairs(n int) (fds []int, serve func(), err error) {
 	var ps []nbdPair
 	for range n {
@@ -108,12 +108,6 @@ func (d *nbdDevice) pairs(n int) (fds []int, serve func(), err error) {
 			}
 		}()
 	}, nil
-}
-
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		unix.Close(fd)
-	}
 }
 
 // carry serves one connection, and another one when the kernel has given it up without
@@ -145,7 +139,6 @@ func (d *nbdDevice) reconnect() (net.Conn, error) {
 		return nil, err
 	}
 	err = d.reconfigure(d.ctx, []int{p.kernel})
-	unix.Close(p.kernel)
 	if err != nil {
 		p.server.Close()
 		return nil, err
@@ -155,19 +148,18 @@ func (d *nbdDevice) reconnect() (net.Conn, error) {
 
 // reconfigure gives the kernel connections instead of those that are dead.
 func (d *nbdDevice) reconfigure(ctx context.Context, fds []int) error {
-	_, err := nbdCommand(ctx, "reconfigure", nbdReconfigure, func(a *netlink.AttributeEncoder) {
+	_, err := nbdCommand(ctx, "reconfigure", nbdReconfigure, fds, func(a *netlink.AttributeEncoder) {
 		a.Uint32(nbdAttrIndex, d.n.state.Number)
-		d.encode(a, fds)
+		d.encode(a)
 	})
 	return err
 }
 
 // encode adds what a connect and a reconfigure say.
-func (d *nbdDevice) encode(a *netlink.AttributeEncoder, fds []int) {
+func (d *nbdDevice) encode(a *netlink.AttributeEncoder) {
 	a.Uint64(nbdAttrTimeout, d.times.request)
 	a.Uint64(nbdAttrDeadTime, d.times.dead)
 	a.String(nbdAttrIdentifier, d.n.state.Token)
-	encodeSockets(a, fds)
 }
 
 func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
@@ -176,14 +168,15 @@ func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	serve()
 	size, flags := d.export.Transmission()
-	// No number is given: the kernel takes a device that nobody uses, or makes one.
-	reply, err := nbdCommand(ctx, "connect", nbdConnect, func(a *netlink.AttributeEncoder) {
+	// No number is given: the kernel takes a device that nobody uses, or makes one. It
+	// waits for nobody, so the command is not left alone when ctx ends: the device would
+	// stay.
+	reply, err := nbdCommand(context.WithoutCancel(ctx), "connect", nbdConnect, fds, func(a *netlink.AttributeEncoder) {
 		a.Uint64(nbdAttrSize, uint64(size))
 		a.Uint64(nbdAttrBlockSize, nbdBlockSize)
 		a.Uint64(nbdAttrFlags, uint64(flags))
-		d.encode(a, fds)
+		d.encode(a)
 	})
 	if errors.Is(err, unix.EPERM) {
 		err = fmt.Errorf("%w: nbd requires CAP_SYS_ADMIN: %w", err, ErrUnavailable)
@@ -194,18 +187,26 @@ func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 	}
 	n.state.Number, n.state.Path, n.state.Queues = index, nodePath(NBD, index), o.Queues
 	if err != nil {
-		n.leaving.Store(true) // before the sessions see that the kernel has not taken their sockets
-	}
-	closeAll(fds)
-	if err != nil {
+		n.leaving.Store(true) // nothing is to be connected again
+		serve()
 		d.stop()
 		return nil, err
 	}
-	if err := d.open(ctx); err != nil {
+	serve()
+	// The kernel looks for partitions when the node is opened, and waits for what that
+	// reads.
+	opened := make(chan error, 1)
+	go func() { opened <- d.open(ctx) }()
+	select {
+	case err = <-opened:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
 		n.leaving.Store(true)
 		ctx, cancel := context.WithTimeout(context.Background(), nbdPatience)
 		defer cancel()
-		return nil, errors.Join(err, d.detach(ctx))
+		return nil, errors.Join(err, d.detach(ctx)) // which ends the opening as well
 	}
 	return d, nil
 }
@@ -242,7 +243,7 @@ func (d *nbdDevice) detach(ctx context.Context) error {
 }
 
 func disconnect(ctx context.Context, number uint32) error {
-	_, err := nbdCommand(ctx, "disconnect", nbdDisconnect, func(a *netlink.AttributeEncoder) { a.Uint32(nbdAttrIndex, number) })
+	_, err := nbdCommand(ctx, "disconnect", nbdDisconnect, nil, func(a *netlink.AttributeEncoder) { a.Uint32(nbdAttrIndex, number) })
 	return err
 }
 
@@ -275,11 +276,13 @@ func recoverNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	serve()
-	if err = d.reconfigure(ctx, fds); err != nil {
+	if err = d.reconfigure(context.WithoutCancel(ctx), fds); err != nil {
 		n.leaving.Store(true)
 	}
-	closeAll(fds)
+	serve()
+	if errors.Is(err, unix.EINVAL) { // not connected any more, or by another program
+		err = fmt.Errorf("%w: %w", err, ErrGone)
+	}
 	if err != nil {
 		d.stop()
 		return nil, err

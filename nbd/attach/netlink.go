@@ -9,6 +9,7 @@ import (
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // The generic netlink family of the kernel's nbd driver, of linux/nbd-netlink.h.
@@ -36,15 +37,25 @@ const (
 const nbdPatience = 15 * time.Second
 
 // nbdCommand gives a command to the driver. The kernel carries it out while it is sent,
-// and no deadline ends that: a command that hangs leaves a goroutine behind.
-func nbdCommand(ctx context.Context, what string, command uint8, encode func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
+// and no deadline ends that: a command that hangs leaves a goroutine behind. fds are the
+// kernel's ends of connections, which the command may name: nbdCommand closes them when
+// the kernel has looked at them.
+func nbdCommand(ctx context.Context, what string, command uint8, fds []int, encode func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
 	type outcome struct {
 		reply []genetlink.Message
 		err   error
 	}
 	done := make(chan outcome, 1)
 	go func() {
-		reply, err := nbdExecute(command, encode)
+		reply, err := nbdExecute(command, func(a *netlink.AttributeEncoder) {
+			encode(a)
+			if len(fds) > 0 {
+				encodeSockets(a, fds)
+			}
+		})
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
 		done <- outcome{reply, err}
 	}()
 	limit := time.NewTimer(nbdPatience)

@@ -46,7 +46,6 @@ func Recover(ctx context.Context, s State, dev blockmap.Device, o Options) (*Nod
 	}
 	n.serving.protectWriters()
 	n.Driver, n.Why, n.state = s.Driver, "it had this driver before", s
-	n.state.serve()
 	switch s.Driver {
 	case UBLK:
 		n.driver, err = recoverUBLK(ctx, n, o)
@@ -59,6 +58,7 @@ func Recover(ctx context.Context, s State, dev blockmap.Device, o Options) (*Nod
 		n.serving.cancel(err)
 		return nil, fmt.Errorf("recover %s: %w", s.Path, err)
 	}
+	n.state.serve()
 	return n, n.ready(o)
 }
 

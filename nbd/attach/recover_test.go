@@ -22,6 +22,7 @@ import (
 
 // load is readers and writers, and what has happened to them.
 type load struct {
+	files   []*node
 	wg      sync.WaitGroup
 	stop    chan struct{}
 	ops     atomic.Int64
@@ -70,6 +71,9 @@ func (l *load) end(t testing.TB) {
 	done := make(chan struct{})
 	go func() { l.wg.Wait(); close(done) }()
 	within(t, "the last operation", done)
+	for _, f := range l.files {
+		f.close()
+	}
 }
 
 // rawLoad reads the first half of a node, which has the pattern, and writes to the rest.
@@ -77,6 +81,7 @@ func rawLoad(t testing.TB, path string, writers int) *load {
 	l := &load{stop: make(chan struct{})}
 	for i := range 3 {
 		f := open(t, path, unix.O_RDONLY|unix.O_DIRECT)
+		l.files = append(l.files, f)
 		rng := rand.New(rand.NewPCG(uint64(i), 5))
 		l.run(func() error {
 			e := blockmap.Range(rng.Int64N(testSize/2/4096-4)*4096, 4096*(1+rng.Int64N(4)))
@@ -89,6 +94,7 @@ func rawLoad(t testing.TB, path string, writers int) *load {
 	}
 	for i := range int64(writers) {
 		f := open(t, path, unix.O_RDWR|unix.O_DIRECT)
+		l.files = append(l.files, f)
 		rng := rand.New(rand.NewPCG(uint64(i), 6))
 		mine := blockmap.Range(testSize/2+i<<20, 1<<20)
 		written := make(map[int64]uint64)

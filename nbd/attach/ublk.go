@@ -128,7 +128,9 @@ func (d *ublkDevice) serve(ctx context.Context, info *ublkInfo) (err error) {
 		d.work.Wait()
 		d.file.Close()
 		close(d.over)
+		// Whoever has stopped it deletes it, too.
 		if !d.n.leaving.Load() {
+			d.control.close()
 			d.n.end(errors.New("the kernel has stopped the device: another program has removed it"))
 		}
 	}()
@@ -169,8 +171,11 @@ func (d *ublkDevice) abandon() {
 
 func (d *ublkDevice) detach(ctx context.Context) error {
 	id := d.n.state.Number
-	err := d.control.command(ctx, "STOP_DEV", ublkStop, id, 0, ublkPatience)
-	if err != nil && !errors.Is(err, unix.ENODEV) {
+	err := d.control.stop(ctx, id)
+	if errors.Is(err, os.ErrClosed) {
+		return nil // another program has removed it meanwhile
+	}
+	if err != nil {
 		return err
 	}
 	if d.over != nil {
@@ -182,11 +187,7 @@ func (d *ublkDevice) detach(ctx context.Context) error {
 			return fmt.Errorf("wait for the queues: %w", context.Cause(ctx))
 		}
 	}
-	err = d.control.command(ctx, "DEL_DEV", ublkDelete, id, 0, ublkPatience)
-	if err != nil && !errors.Is(err, unix.ENODEV) {
-		if d.control.hung != nil {
-			return fmt.Errorf("another program has it open, and the kernel removes it when that closes it: %w", err)
-		}
+	if err := d.control.remove(ctx, id); err != nil {
 		return err
 	}
 	d.control.close()
@@ -219,13 +220,12 @@ func recoverUBLK(ctx context.Context, n *Node, o Options) (_ driver, err error) 
 		return nil, err
 	}
 	d := &ublkDevice{n: n, control: c}
-	before := n.state
 	defer func() {
 		if err != nil {
 			d.giveBack()
 		}
 	}()
-	info, err := c.mustBe(ctx, before)
+	info, err := c.mustBe(ctx, n.state)
 	if err != nil {
 		return nil, err
 	}
@@ -276,8 +276,8 @@ func removeUBLK(ctx context.Context, s State) error {
 	if err := notMounted(ctx, s.Path); err != nil {
 		return err
 	}
-	if err := c.command(ctx, "STOP_DEV", ublkStop, s.Number, 0, ublkPatience); err != nil && !errors.Is(err, unix.ENODEV) {
+	if err := c.stop(ctx, s.Number); err != nil {
 		return err
 	}
-	return c.command(ctx, "DEL_DEV", ublkDelete, s.Number, 0, ublkPatience)
+	return c.remove(ctx, s.Number)
 }

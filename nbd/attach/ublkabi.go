@@ -64,6 +64,7 @@ var (
 	ublkBeginRecov  = ioctl(3, 0x10, 32)
 	ublkEndRecov    = ioctl(3, 0x11, 32)
 	ublkGetFeatures = ioctl(2, 0x13, 32)
+	ublkDeleteAsync = ioctl(2, 0x14, 32) // Linux 6.9
 
 	ublkFetch  = ioctl(3, 0x20, 16)
 	ublkCommit = ioctl(3, 0x21, 16) // and fetch

@@ -157,3 +157,27 @@ func (c *ublkControl) info(ctx context.Context, id uint32) (i ublkInfo, err erro
 	}
 	return i, err
 }
+
+// stop takes the disk from the kernel. Requests in flight are waited for.
+func (c *ublkControl) stop(ctx context.Context, id uint32) error {
+	err := c.command(ctx, "STOP_DEV", ublkStop, id, 0, ublkPatience)
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// remove deletes a device that was stopped. A program that still has it open keeps its
+// number in use until it closes it. Before Linux 6.9 that is waited for.
+func (c *ublkControl) remove(ctx context.Context, id uint32) error {
+	err := c.command(ctx, "DEL_DEV_ASYNC", ublkDeleteAsync, id, 0, ublkPatience)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) {
+		if err = c.command(ctx, "DEL_DEV", ublkDelete, id, 0, ublkPatience); err != nil && c.hung != nil {
+			return fmt.Errorf("another program has the device open, and the kernel removes it when that closes it: %w", err)
+		}
+	}
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
