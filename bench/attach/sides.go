@@ -85,7 +85,7 @@ func (b *benchmark) start(ctx context.Context, name string) (*side, error) {
 	}
 	switch name {
 	case "loop":
-		return b.startLoop(ctx, name, b.file, nil, func() error { return nil })
+		return b.startLoop(ctx, name, b.file, false, nil, func() error { return nil })
 	case "nbdfuse", "nbdfuse-file":
 		return b.startNBDFUSE(ctx, name)
 	}
@@ -118,9 +118,13 @@ func (b *benchmark) startServer(name string, args ...string) (*side, error) {
 	}}, nil
 }
 
-// startLoop makes a loop device with direct I/O.
-func (b *benchmark) startLoop(ctx context.Context, name, file string, pids []int, close func() error) (*side, error) {
-	device, err := bench.Output(exec.CommandContext(ctx, "losetup", "-f", "--show", "-r", "--direct-io=on", file))
+// startLoop makes a loop device. With direct I/O the flat file would be read from the disk.
+func (b *benchmark) startLoop(ctx context.Context, name, file string, direct bool, pids []int, close func() error) (*side, error) {
+	mode := "--direct-io=off"
+	if direct {
+		mode = "--direct-io=on"
+	}
+	device, err := bench.Output(exec.CommandContext(ctx, "losetup", "-f", "--show", "-r", mode, file))
 	if err != nil {
 		return nil, errors.Join(err, close())
 	}
@@ -165,7 +169,7 @@ func (b *benchmark) startNBDFUSE(ctx context.Context, name string) (*side, error
 	if name == "nbdfuse-file" {
 		return &side{name: name, path: file, pids: pids, close: end}, nil
 	}
-	return b.startLoop(ctx, name, file, pids, end)
+	return b.startLoop(ctx, name, file, true, pids, end)
 }
 
 // measure is one run of fio.

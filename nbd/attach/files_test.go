@@ -24,12 +24,11 @@ func useFiles(t testing.TB, dir string) *files {
 	t.Helper()
 	f := &files{t, make(map[string][]byte)}
 	rng := rand.New(rand.NewPCG(1, 3))
+	content := rand.NewChaCha8([32]byte{3})
 	for i := range 40 {
 		name := fmt.Sprintf("file%d", i%25)
 		p := make([]byte, rng.IntN(200_000))
-		for j := range p {
-			p[j] = byte(rng.Uint32())
-		}
+		content.Read(p)
 		if err := os.WriteFile(filepath.Join(dir, name), p, 0o600); err != nil {
 			t.Fatal(err)
 		}

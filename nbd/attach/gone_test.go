@@ -135,6 +135,41 @@ func TestAttachCancelled(t *testing.T) {
 	})
 }
 
+// A detach whose time is up while the device does not take what the kernel holds says that
+// this is lost, and the node goes.
+func TestDetachLosesWrites(t *testing.T) {
+	each(t, func(t *testing.T, d Driver) {
+		before := count(t)
+		dev := newDevice(testSize)
+		waiting := make(chan struct{}, 1000)
+		dev.OnWrite = func(ctx context.Context, _ blockmap.Extent) error {
+			waiting <- struct{}{}
+			<-ctx.Done()
+			return context.Cause(ctx)
+		}
+		n, err := Attach(aCtx(t), dev, Options{Driver: d, Queues: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := open(t, n.Path, unix.O_RDWR)
+		if err := f.write(pattern(5, 8192), 8192); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		detached := make(chan error, 1)
+		go func() { detached <- n.Detach(ctx) }()
+		within(t, "a write back", waiting)
+		f.close()
+		cancel()
+		if err := within(t, "Detach", detached); err == nil || !strings.Contains(err.Error(), "lost") {
+			t.Errorf("detach: %v", err)
+		}
+		<-within(t, "the end of the node", gone(n))
+		dev.NoPins(t)
+		noLeak(t, before)
+	})
+}
+
 // fio writes, and verifies what it has written.
 func TestFio(t *testing.T) {
 	each(t, func(t *testing.T, d Driver) {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -53,15 +54,17 @@ func each(t *testing.T, f func(t *testing.T, d Driver)) {
 
 const testSize = 16 << 20
 
-// pattern is what is at off of a test's device.
-func pattern(off, n int64) []byte {
-	p := make([]byte, n)
+// pattern is what is at off of a test's device. It must not be written to.
+func pattern(off, n int64) []byte { return allPattern()[off : off+n : off+n] }
+
+// allPattern is made once: that takes seconds where the processor is emulated.
+var allPattern = sync.OnceValue(func() []byte {
+	p := make([]byte, testSize+4096)
 	for i := range p {
-		at := uint64(off) + uint64(i)
-		p[i] = byte(at*2654435761>>13) | 1
+		p[i] = byte(uint64(i)*2654435761>>13) | 1
 	}
 	return p
-}
+})
 
 // newDevice is full of the pattern, but for holes in every fourth block.
 func newDevice(size int64) *blocktest.Memory {

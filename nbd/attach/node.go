@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -88,7 +89,8 @@ func (n *Node) Stats() Stats { return n.serving.stats() }
 // for itself, Detach fails with ErrBusy and changes nothing. Otherwise it writes back
 // what the kernel has not written yet, as far as ctx allows, and fails the requests that
 // are left with EIO: one that waits for an origin does not hold it up. A node that has
-// gone already is detached.
+// gone already is detached. Where Detach fails with another error than ErrBusy, the node
+// may be gone all the same: Gone tells.
 func (n *Node) Detach(ctx context.Context) error {
 	n.detaching.Lock()
 	defer n.detaching.Unlock()
@@ -103,12 +105,18 @@ func (n *Node) Detach(ctx context.Context) error {
 	}
 	n.leaving.Store(true)
 	n.serving.cancel(errDetached)
+	// Nothing waits for an origin any more: this takes its time, whatever is left of ctx's.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachPatience)
+	defer cancel()
 	if err := n.driver.detach(ctx); err != nil {
-		return fmt.Errorf("detach %s: %w", n.Path, err)
+		return errors.Join(fmt.Errorf("detach %s: %w", n.Path, err), lost)
 	}
 	n.end(nil)
 	return lost
 }
+
+// detachPatience bounds what the kernel takes to remove a node.
+const detachPatience = 30 * time.Second
 
 // settle has the kernel write back what it holds of the node. lost says that it could
 // not; err that the node is in use.

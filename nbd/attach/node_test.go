@@ -38,9 +38,10 @@ func TestReads(t *testing.T) {
 		for i := range uint64(8) {
 			wg.Go(func() {
 				rng := rand.New(rand.NewPCG(i, 1))
-				for range 100 {
+				for range 30 {
 					off := rng.Int64N(testSize/512) * 512
-					e := blockmap.Range(off, 512*(1+rng.Int64N(min(2<<20, testSize-off)/512)))
+					n := min(testSize-off, 512<<rng.IntN(13)) // up to 2 MiB
+					e := blockmap.Range(off, 512*(1+rng.Int64N(n/512)))
 					got, err := direct.read(e)
 					if err != nil || !bytes.Equal(got, dev.Content(e)) {
 						t.Errorf("read %v: wrong bytes, or %v", e, err)
@@ -81,13 +82,13 @@ func TestWrites(t *testing.T) {
 		for i := range int64(4) {
 			wg.Go(func() {
 				rng := rand.New(rand.NewPCG(uint64(i), 2))
+				content := rand.NewChaCha8([32]byte{byte(i)})
 				mine := blockmap.Range(i*testSize/4, testSize/4)
-				for range 60 {
+				for range 30 {
 					off := mine.Start + rng.Int64N(mine.Len()/512)*512
-					p := make([]byte, 512*(1+rng.Int64N(min(1<<20, mine.End-off)/512)))
-					for i := range p {
-						p[i] = byte(rng.Uint32())
-					}
+					n := min(mine.End-off, 512<<rng.IntN(12)) // up to 1 MiB
+					p := make([]byte, 512*(1+rng.Int64N(n/512)))
+					content.Read(p)
 					e := blockmap.Range(off, int64(len(p)))
 					if err := f.write(p, off); err != nil {
 						t.Errorf("write %v: %v", e, err)

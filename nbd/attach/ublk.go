@@ -154,16 +154,8 @@ func (d *ublkDevice) stats() Stats {
 func (d *ublkDevice) abandon() {
 	d.n.leaving.Store(true)
 	d.n.serving.cancel(errDetached)
-	ctx, cancel := context.WithTimeout(context.Background(), 2*ublkPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), detachPatience)
 	defer cancel()
-	if d.control.hung != nil { // with a command that was not answered yet
-		d.control.close()
-		c, err := openUBLK()
-		if err != nil {
-			return
-		}
-		d.control = c
-	}
 	if err := d.detach(ctx); err != nil {
 		d.n.serving.log.Error("cannot remove a device of ublk", "node", d.n.state.Path, "err", err)
 	}
@@ -171,6 +163,14 @@ func (d *ublkDevice) abandon() {
 
 func (d *ublkDevice) detach(ctx context.Context) error {
 	id := d.n.state.Number
+	if d.control.waits() { // for a command that was not answered yet
+		c, err := openUBLK()
+		if err != nil {
+			return err
+		}
+		d.control.close()
+		d.control = c
+	}
 	err := d.control.stop(ctx, id)
 	if errors.Is(err, os.ErrClosed) {
 		return nil // another program has removed it meanwhile

@@ -67,6 +67,13 @@ func (c *ublkControl) close() {
 	}
 }
 
+// waits reports whether the kernel is still at an earlier command.
+func (c *ublkControl) waits() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hung != nil && c.hung != os.ErrClosed
+}
+
 // put copies a structure to the page for the next command.
 func put[T any](c *ublkControl, v *T) { *(*T)(unsafe.Pointer(&c.page[0])) = *v }
 
