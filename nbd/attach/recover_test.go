@@ -265,7 +265,7 @@ func TestRecoverFUSE(t *testing.T) {
 			t.Fatal(err)
 		}
 		f := open(t, first.state.Path, unix.O_RDONLY|unix.O_DIRECT)
-		dir, unmount = mountNode(t, first.state.Path, unix.MS_RDONLY, "noload")
+		_, unmount = mountNode(t, first.state.Path, unix.MS_RDONLY, "noload")
 		first.kill()
 		if _, err := f.read(blockmap.Range(8192, 4096)); err != unix.EIO {
 			t.Errorf("read without a server: %v", err)

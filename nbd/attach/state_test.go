@@ -4,6 +4,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/mdlayher/genetlink"
 )
@@ -124,3 +125,19 @@ func TestNBDIndex(t *testing.T) {
 }
 
 func messages(data []byte) []genetlink.Message { return []genetlink.Message{{Data: data}} }
+
+// The structures of ublk are as large as the kernel's.
+func TestUBLKSizes(t *testing.T) {
+	if n := unsafe.Sizeof(ublkCommand{}); n != 32 {
+		t.Errorf("a control command has %d bytes", n)
+	}
+	if n := unsafe.Sizeof(ublkInfo{}); n != 64 {
+		t.Errorf("the description of a device has %d bytes", n)
+	}
+	if n := unsafe.Offsetof(ublkParams{}.discardGranularity); n != 44 {
+		t.Errorf("the granularity of discards is at byte %d of the parameters", n)
+	}
+	if n := unsafe.Sizeof(ublkParams{}); n != 64 { // 60, and padding
+		t.Errorf("the parameters have %d bytes", n)
+	}
+}

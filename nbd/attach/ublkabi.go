@@ -26,7 +26,7 @@ type ublkInfo struct {
 	_          uint32
 	flags      uint64
 	_          uint64
-	uid, gid   uint32
+	_, _       uint32 // the owner
 	_          [2]uint64
 }
 
@@ -36,13 +36,13 @@ type ublkParams struct {
 
 	attrs                                      uint32
 	logicalShift, physicalShift, optShift, min uint8
-	maxSectors, chunkSectors                   uint32
-	sectors, virtBoundary                      uint64
+	maxSectors, _                              uint32 // and the sectors of a chunk
+	sectors, _                                 uint64 // and a mask of the boundaries of segments
 
-	discardAlign, discardGranularity uint32
-	maxDiscardSectors, maxZeroes     uint32
-	maxDiscardSegments               uint16
-	_                                uint16
+	_, discardGranularity        uint32 // after the alignment
+	maxDiscardSectors, maxZeroes uint32
+	maxDiscardSegments           uint16
+	_                            uint16
 }
 
 // ublkParamsLen is len of ublkParams: the structure without its padding.
