@@ -77,6 +77,28 @@ func (d *damagedDevice) Damaged(at uint64) {
 	d.known[at/blockmap.BlockSize].Store(true)
 }
 
+// touch finds a page that cannot be read, wherever it is, and however p begins.
+func TestTouch(t *testing.T) {
+	d := newDamaged(t)
+	for _, c := range []struct {
+		e    blockmap.Extent
+		good bool
+	}{
+		{blockmap.Range(0, 0), true},
+		{blockmap.Range(0, testSize/2), true},
+		{blockmap.Range(100, testSize/2-100), true},
+		{blockmap.Range(testSize/2-4096, 4097), false},
+		{blockmap.Range(testSize/2-1, 2), false},
+		{blockmap.Range(testSize/2-5000, 5001), false},
+		{blockmap.Range(testSize/2, 1), false},
+		{blockmap.Range(0, testSize), false},
+	} {
+		if err := touch(d.m[c.e.Start:c.e.End]); (err == nil) != c.good {
+			t.Errorf("%v: %v", c.e, err)
+		}
+	}
+}
+
 // A file of the cache that was cut short costs a fetch, and no reader an error.
 func TestDamage(t *testing.T) {
 	each(t, func(t *testing.T, d Driver) {

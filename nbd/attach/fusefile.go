@@ -4,7 +4,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -129,23 +128,17 @@ type fuseView struct {
 	slices [][]byte
 }
 
-// readable looks at a byte of each page: where one cannot be read, the kernel would
+// readable reports whether the bytes can be read: where they cannot, the kernel would
 // answer with an error in our place.
 func (v *fuseView) readable() bool {
-	var b [1]byte
 	for i := range v.view.Segments() {
 		s := &v.view.Segments()[i]
 		if s.Pinned() == 0 {
 			continue // memory of this process, or zeros
 		}
-		for p := s.Bytes; len(p) > 0; {
-			if blockmap.CopyMapped(b[:], p[:1]) != nil {
-				s.Damaged()
-				return false
-			}
-			// To where the next page begins.
-			n := blockmap.BlockSize - int(uintptr(unsafe.Pointer(&p[0]))%blockmap.BlockSize)
-			p = p[min(n, len(p)):]
+		if touch(s.Bytes) != nil {
+			s.Damaged()
+			return false
 		}
 	}
 	return true
