@@ -4,24 +4,42 @@ import "golang.org/x/sys/unix"
 
 // The kernel's structures and numbers, of linux/io_uring.h.
 
-type sqe struct {
-	opcode   uint8
-	flags    uint8
-	ioprio   uint16
-	fd       int32
-	off      uint64
-	addr     uint64
-	len      uint32
-	opFlags  uint32
-	userData uint64
-	_        [24]byte
+// Entry is an entry of the submission queue (struct io_uring_sqe).
+type Entry struct {
+	Op       uint8
+	_        uint8
+	_        uint16
+	FD       int32
+	Off      uint64 // of a file; the number of the command of OpCommand
+	Addr     uint64 // of a buffer, which must neither move nor go until the completion
+	Len      uint32
+	_        uint32
+	UserData uint64
+	_        [8]byte
+	// Command is what OpCommand carries: 16 bytes; 80 from here on if the ring is Large.
+	Command [16]byte
 }
 
-type cqe struct {
-	userData uint64
-	res      int32
-	flags    uint32
+// Completion says that an operation is finished (struct io_uring_cqe).
+type Completion struct {
+	UserData uint64 // of the entry
+	Result   int32  // -errno where it failed
+	Flags    uint32
 }
+
+// eventsArg is struct io_uring_getevents_arg.
+type eventsArg struct {
+	sigmask   uint64
+	sigmaskSz uint32
+	_         uint32
+	ts        uint64
+}
+
+// Operations.
+const (
+	OpRead    = 22
+	OpCommand = 46 // IORING_OP_URING_CMD: a command that the driver of the file defines
+)
 
 type sqOffsets struct {
 	head, tail, mask, entries, flags, dropped, array, _ uint32
@@ -41,19 +59,20 @@ type params struct {
 }
 
 const (
-	opRead = 22
-
 	enterGetEvents = 1 << 0
+	enterExtArg    = 1 << 3
 
 	setupClamp        = 1 << 4
 	setupSubmitAll    = 1 << 7
 	setupCoopTaskrun  = 1 << 8
+	setupSQE128       = 1 << 10
 	setupSingleIssuer = 1 << 12
 	setupDeferTaskrun = 1 << 13
 
 	featSingleMmap = 1 << 0
 	featNoDrop     = 1 << 1
-	featFastPoll   = 1 << 5 // Linux 5.7: also says that opRead is there
+	featFastPoll   = 1 << 5 // Linux 5.7: also says that OpRead is there
+	featExtArg     = 1 << 8 // Linux 5.11
 
 	offSQRing = 0
 	offSQEs   = 0x10000000

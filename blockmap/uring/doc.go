@@ -9,7 +9,12 @@
 //	              └──eventfd, if the thread sleeps──┘
 //
 // While the disk is busy the thread is awake most of the time, and a read costs less than
-// one system call. The package knows nothing of thaw. Kernels before 5.7 do not have
-// what it needs, and containers often forbid io_uring: New then fails with
-// [errors.ErrUnsupported], and the caller reads with threads.
+// one system call.
+//
+// [Queues] are the lower half of a Ring, for other operations and for callers with a
+// thread of their own. The driver of ublk in thaw/nbd/attach gives its commands by them.
+//
+// The package knows nothing of thaw. Kernels before 5.7 do not have what it needs, and
+// containers often forbid io_uring: New and Open then fail with [errors.ErrUnsupported],
+// and the caller of New reads with threads.
 package uring

@@ -1,7 +1,6 @@
 package uring
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -29,7 +28,6 @@ type Read struct {
 
 // Ring is an io_uring with its thread.
 type Ring struct {
-	fd   int
 	wake int // an eventfd
 
 	// sleeping says that the thread waits in the kernel, or is about to, and that
@@ -43,20 +41,12 @@ type Ring struct {
 	ended chan struct{}
 
 	// The thread's own.
-	sqMap, sqeMap  []byte
-	sqHead, sqTail *uint32
-	sqMask         uint32
-	sqArray        []uint32
-	sqes           []sqe
-	cqHead, cqTail *uint32
-	cqMask         uint32
-	cqes           []cqe
-	reads          []*Read  // in flight, by slot: the kernel writes to their buffers
-	free           []uint32 // slots
-	waiting        *Read    // taken from the queue, for want of a slot
-	toSubmit       uint32
-	armed          bool // a read of wake is in flight
-	woken          *[8]byte
+	q       *Queues
+	reads   []*Read  // in flight, by slot: the kernel writes to their buffers
+	free    []uint32 // slots
+	waiting *Read    // taken from the queue, for want of a slot
+	armed   bool     // a read of wake is in flight
+	woken   *[8]byte
 }
 
 // wakeSlot is the userData of the read of the eventfd.
@@ -65,7 +55,7 @@ const wakeSlot = ^uint64(0)
 // New makes a ring for that many reads in flight. It fails with errors.ErrUnsupported
 // where the kernel does not have io_uring, or does not let this process use it.
 func New(depth int) (*Ring, error) {
-	r := &Ring{fd: -1, wake: -1, ended: make(chan struct{}), woken: new([8]byte)}
+	r := &Ring{wake: -1, ended: make(chan struct{}), woken: new([8]byte)}
 	made := make(chan error)
 	go func() {
 		// The ring belongs to the thread that makes it. The thread ends with this
@@ -148,7 +138,7 @@ func (r *Ring) take() (first *Read, closed bool) {
 func (r *Ring) run() {
 	for {
 		if !r.armed {
-			r.put(opRead, r.wake, r.woken[:], 0, wakeSlot)
+			r.put(r.wake, r.woken[:], 0, wakeSlot)
 			r.armed = true
 		}
 		r.pass()
@@ -158,7 +148,9 @@ func (r *Ring) run() {
 		if closed && idle {
 			return
 		}
-		r.enter()
+		if err := r.q.Enter(true); err != nil {
+			panic(err) // only misuse
+		}
 		r.sleeping.Store(false)
 		r.reap()
 	}
@@ -189,117 +181,58 @@ func (r *Ring) start(read *Read) {
 	slot := r.free[len(r.free)-1]
 	r.free = r.free[:len(r.free)-1]
 	r.reads[slot] = read
-	r.put(opRead, read.FD, read.Buf[read.N:], read.Off+int64(read.N), uint64(slot))
+	r.put(read.FD, read.Buf[read.N:], read.Off+int64(read.N), uint64(slot))
 }
 
-// put adds an entry to the submission queue. There is room: it has an entry for every
+// put adds a read to the submission queue. There is room: it has an entry for every
 // slot, and one for the eventfd.
-func (r *Ring) put(op uint8, fd int, buf []byte, off int64, data uint64) {
-	tail := atomic.LoadUint32(r.sqTail)
-	i := tail & r.sqMask
-	r.sqes[i] = sqe{opcode: op, fd: int32(fd), off: uint64(off), userData: data,
-		addr: uint64(uintptr(unsafe.Pointer(&buf[0]))), len: uint32(min(len(buf), 1<<30))}
-	r.sqArray[i] = i
-	atomic.StoreUint32(r.sqTail, tail+1)
-	r.toSubmit++
-}
-
-// enter submits, and waits for something that is finished.
-func (r *Ring) enter() {
-	for {
-		n, _, e := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(r.toSubmit), 1, enterGetEvents, 0, 0)
-		if e == 0 {
-			r.toSubmit -= uint32(n)
-			return
-		}
-		switch e {
-		case unix.EINTR:
-			return
-		case unix.EAGAIN, unix.EBUSY:
-			// The kernel lacks memory for requests, or the completion queue is to be
-			// emptied first.
-			if atomic.LoadUint32(r.cqTail) != *r.cqHead {
-				return
-			}
-			runtime.Gosched()
-		default:
-			panic(fmt.Sprintf("io_uring_enter: %v", e)) // only misuse
-		}
-	}
+func (r *Ring) put(fd int, buf []byte, off int64, data uint64) {
+	e := r.q.Next()
+	e.Op, e.FD, e.Off, e.UserData = OpRead, int32(fd), uint64(off), data
+	e.Addr, e.Len = uint64(uintptr(unsafe.Pointer(&buf[0]))), uint32(min(len(buf), 1<<30))
 }
 
 // reap handles what is finished.
 func (r *Ring) reap() {
-	head := *r.cqHead
-	for head != atomic.LoadUint32(r.cqTail) {
-		c := r.cqes[head&r.cqMask]
-		head++
-		atomic.StoreUint32(r.cqHead, head)
-		if c.userData == wakeSlot {
+	for {
+		c, ok := r.q.Reap()
+		if !ok {
+			return
+		}
+		if c.UserData == wakeSlot {
 			r.armed = false
 			continue
 		}
-		slot := uint32(c.userData)
+		slot := uint32(c.UserData)
 		read := r.reads[slot]
 		r.reads[slot] = nil
 		r.free = append(r.free, slot)
 		switch {
-		case c.res > 0:
-			read.N += int(c.res)
+		case c.Result > 0:
+			read.N += int(c.Result)
 			if read.N < len(read.Buf) {
 				r.start(read) // the rest, or the end of the file
 				continue
 			}
-		case c.res == -int32(unix.EINTR) || c.res == -int32(unix.EAGAIN):
+		case c.Result == -int32(unix.EINTR) || c.Result == -int32(unix.EAGAIN):
 			r.start(read)
 			continue
-		case c.res < 0:
-			read.Err = unix.Errno(-c.res)
+		case c.Result < 0:
+			read.Err = unix.Errno(-c.Result)
 		}
 		read.Done(read)
 	}
 }
 
 // open makes the ring on this thread.
-func (r *Ring) open(depth int) error {
-	var p params
-	for _, flags := range setups {
-		p = params{flags: flags}
-		fd, _, e := unix.Syscall(unix.SYS_IO_URING_SETUP, uintptr(depth+1), uintptr(unsafe.Pointer(&p)), 0)
-		if e == 0 {
-			r.fd = int(fd)
-			break
-		}
-		if e == unix.EINVAL && flags != setupClamp {
-			continue // an older kernel
-		}
-		if unsupported(e) {
-			return fmt.Errorf("io_uring_setup: %w: %w", e, errors.ErrUnsupported)
-		}
-		return fmt.Errorf("io_uring_setup: %w", e)
+func (r *Ring) open(depth int) (err error) {
+	if r.q, err = Open(Setup{Entries: depth + 1, OneThread: true}); err != nil {
+		return err
 	}
-	if want := uint32(featSingleMmap | featNoDrop | featFastPoll); p.features&want != want {
-		return fmt.Errorf("the io_uring of this kernel lacks features (it has %#x): %w", p.features, errors.ErrUnsupported)
-	}
-	var err error
 	if r.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
 		return fmt.Errorf("eventfd: %w", err)
 	}
-	size := max(p.sq.array+p.sqEntries*4, p.cq.cqes+p.cqEntries*uint32(unsafe.Sizeof(cqe{})))
-	const prot, flags = unix.PROT_READ | unix.PROT_WRITE, unix.MAP_SHARED | unix.MAP_POPULATE
-	if r.sqMap, err = unix.Mmap(r.fd, offSQRing, int(size), prot, flags); err != nil {
-		return fmt.Errorf("map io_uring: %w", err)
-	}
-	if r.sqeMap, err = unix.Mmap(r.fd, offSQEs, int(p.sqEntries)*int(unsafe.Sizeof(sqe{})), prot, flags); err != nil {
-		return fmt.Errorf("map io_uring: %w", err)
-	}
-	word := func(off uint32) *uint32 { return (*uint32)(unsafe.Pointer(&r.sqMap[off])) }
-	r.sqHead, r.sqTail, r.sqMask = word(p.sq.head), word(p.sq.tail), *word(p.sq.mask)
-	r.cqHead, r.cqTail, r.cqMask = word(p.cq.head), word(p.cq.tail), *word(p.cq.mask)
-	r.sqArray = unsafe.Slice(word(p.sq.array), p.sqEntries)
-	r.sqes = unsafe.Slice((*sqe)(unsafe.Pointer(&r.sqeMap[0])), p.sqEntries)
-	r.cqes = unsafe.Slice((*cqe)(unsafe.Pointer(&r.sqMap[p.cq.cqes])), p.cqEntries)
-	n := min(uint32(depth), p.sqEntries-1)
+	n := min(uint32(depth), uint32(r.q.Entries()-1))
 	r.reads = make([]*Read, n)
 	for i := range n {
 		r.free = append(r.free, i)
@@ -309,15 +242,10 @@ func (r *Ring) open(depth int) error {
 
 // release frees what open has made.
 func (r *Ring) release() {
-	if r.sqMap != nil {
-		_ = unix.Munmap(r.sqMap)
+	if r.q != nil {
+		r.q.Close()
 	}
-	if r.sqeMap != nil {
-		_ = unix.Munmap(r.sqeMap)
-	}
-	for _, fd := range []int{r.fd, r.wake} {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
+	if r.wake >= 0 {
+		_ = unix.Close(r.wake)
 	}
 }
