@@ -492,5 +492,5 @@ var longAgo = time.Unix(1, 0)
 
 // gone reports whether err means only that the front end has gone.
 func gone(err error) bool {
-	return err == io.EOF || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }

@@ -297,8 +297,9 @@ func TestKill(t *testing.T) {
 		p     []byte
 	}
 	doing := make(map[*driver]map[int]op)
+	const rounds = 40
 	total, resumed := 0, 0
-	for round := range 15 {
+	for round := range rounds {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), backendEnv+"="+path)
 		cmd.Stderr = os.Stderr
@@ -324,10 +325,10 @@ func TestKill(t *testing.T) {
 			resumed += len(ds[i].byHead)
 			ds[i].setUp(fe, ds[i].seen)
 		}
-		last := round == 14
+		last := round == rounds-1
 		begun, end := time.Now(), 20+rng.IntN(300)
 		for n := 0; ; {
-			busy := 0
+			busy, any := 0, false
 			for _, d := range ds {
 				old := d.next
 				for len(d.free) > 0 && n < end {
@@ -349,9 +350,11 @@ func TestKill(t *testing.T) {
 				if d.next != old {
 					d.notify(old)
 				}
+				d.collect()
 				d.wantCall(true)
 				d.collect()
 				for i := range d.done {
+					any = true
 					code, p := d.wait(i)
 					o := doing[d][i]
 					delete(doing[d], i)
@@ -368,6 +371,9 @@ func TestKill(t *testing.T) {
 			}
 			if n >= end && (busy == 0 || !last) {
 				break
+			}
+			if any {
+				continue // and asks for interrupts anew
 			}
 			var b [8]byte
 			p := []unix.PollFd{{Fd: int32(ds[0].call), Events: unix.POLLIN}, {Fd: int32(ds[1].call), Events: unix.POLLIN}}

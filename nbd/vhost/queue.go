@@ -201,7 +201,9 @@ func (q *queue) start() error {
 	var f *inflight
 	if q.c.inflight != nil {
 		if f, err = q.c.inflight.queue(q.index, q.num); err != nil {
-			return err
+			// QEMU gives each queue of virtio-mmio 1024 descriptors, and makes the
+			// file for as many as queue-size says.
+			q.c.log.Warn("requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size", "queue", q.index, "err", err)
 		}
 	}
 	q.resubmit = nil
@@ -221,7 +223,10 @@ func (q *queue) start() error {
 	if err != nil {
 		return fmt.Errorf("queue %d: %w", q.index, err)
 	}
-	q.c.counts.resumed.Add(int64(len(q.resubmit)))
+	if n := len(q.resubmit); n > 0 {
+		q.c.counts.resumed.Add(int64(n))
+		q.c.log.Info("doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
+	}
 	q.mu.Lock()
 	q.ring, q.mem, q.inflight = r, q.c.mem, f
 	q.mu.used, q.mu.signalled, q.mu.flags = used, used, usedNoNotify
