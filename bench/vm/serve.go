@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"thaw/bench"
+	"thaw/blockmap"
 	"thaw/nbd"
 	"thaw/nbd/vhost"
 )
@@ -21,8 +22,9 @@ import (
 // serveVerb is the argument that makes this program a backend.
 const serveVerb = "serve"
 
-// serveMain serves files until SIGTERM: NAME=FILE... --dir DIR. The export of each name is
-// served on the sockets DIR/NAME.sock (vhost-user-blk) and DIR/NAME.nbd (NBD).
+// serveMain serves files until SIGTERM: NAME=FILE[,DELAY]... --dir DIR. The export of each name
+// is served on the sockets DIR/NAME.sock (vhost-user-blk) and DIR/NAME.nbd (NBD). DELAY is
+// what each read and write takes.
 func serveMain(args []string) (err error) {
 	var files []string
 	for len(args) > 0 && strings.Contains(args[0], "=") && !strings.HasPrefix(args[0], "-") {
@@ -34,7 +36,7 @@ func serveMain(args []string) (err error) {
 		return err
 	}
 	if len(files) == 0 || flags.NArg() > 0 {
-		return fmt.Errorf("usage: %s NAME=FILE... [--dir DIR]", serveVerb)
+		return fmt.Errorf("usage: %s NAME=FILE[,DELAY]... [--dir DIR]", serveVerb)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
@@ -42,9 +44,18 @@ func serveMain(args []string) (err error) {
 	var exports nbd.Static
 	for _, f := range files {
 		name, path, _ := strings.Cut(f, "=")
-		dev, err := bench.OpenFileDevice(path)
+		path, delay, slow := strings.Cut(path, ",")
+		file, err := bench.OpenFileDevice(path)
 		if err != nil {
 			return err
+		}
+		var dev blockmap.WritableDevice = file
+		if slow {
+			d, err := time.ParseDuration(delay)
+			if err != nil {
+				return err
+			}
+			dev = &slowDevice{file, d}
 		}
 		exports = append(exports, nbd.Export{Name: name, Device: dev})
 	}
@@ -89,4 +100,22 @@ func serveMain(args []string) (err error) {
 		left--
 		return err
 	}
+}
+
+// slowDevice is a file whose reads and writes take a while.
+type slowDevice struct {
+	*bench.FileDevice
+	delay time.Duration
+}
+
+func (d *slowDevice) View(blockmap.Extent) (v blockmap.View, ok bool) { return v, false }
+
+func (d *slowDevice) Load(ctx context.Context, e blockmap.Extent) (blockmap.View, bool) {
+	time.Sleep(d.delay)
+	return d.FileDevice.Load(ctx, e)
+}
+
+func (d *slowDevice) WriteAt(ctx context.Context, p []byte, off int64) error {
+	time.Sleep(d.delay)
+	return d.FileDevice.WriteAt(ctx, p, off)
 }
