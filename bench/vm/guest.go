@@ -109,7 +109,7 @@ func (g *guest) boot(ctx context.Context, script string, line func(string) error
 	case context.Cause(ctx) != nil:
 		return booted, context.Cause(ctx)
 	case !done:
-		return booted, fmt.Errorf("the guest ended early: %w\n%s", errors.Join(waited, errors.New("its last lines:")), strings.Join(last, "\n"))
+		return booted, fmt.Errorf("the guest ended early: %w\n%s", errors.Join(waited, errors.New("its last lines follow")), strings.Join(last, "\n"))
 	}
 	return true, nil
 }

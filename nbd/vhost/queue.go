@@ -61,11 +61,16 @@ type queue struct {
 	resubmit []uint16     // heads to take before those of the available ring
 
 	// The goroutine's own.
-	at      uint16 // of the available ring: what is taken next
-	took    bool   // the head of cur is from the available ring, not from resubmit
-	cur     *request
-	view    blockmap.View // of cur, while it is copied
-	again   bool          // the view of cur was damaged: cur is to begin
+	at   uint16 // of the available ring: what is taken next
+	took bool   // the head of cur is from the available ring, not from resubmit
+	cur  *request
+	view blockmap.View // of cur, while it is copied
+	due  struct {
+		ctx    context.Context // of the requests that begin now
+		cancel context.CancelFunc
+		made   time.Time
+	}
+	again   bool // the view of cur was damaged: cur is to begin
 	batch   [batchLen]completion
 	nbatch  int
 	nbytes  int64 // copied for the batch
@@ -260,6 +265,7 @@ func (q *queue) launch() error {
 		q.cur = new(request)
 	}
 	q.cur.q, q.cur.mem = q, q.mem
+	q.due.ctx = nil
 	go q.run()
 	return nil
 }
@@ -305,13 +311,13 @@ func (q *queue) stop() {
 	if !q.running {
 		return
 	}
-	q.halt()
 	if q.inflight == nil {
 		// Most are done in time.
 		defer time.AfterFunc(stopTime, func() { q.cancel(errStopped) }).Stop()
 	} else {
 		q.cancel(errStopped)
 	}
+	q.halt()
 	q.tasks.Wait()
 	q.cancel(errStopped)
 	q.mu.Lock()
@@ -375,7 +381,8 @@ func (q *queue) serve() error {
 // readKick is called until it is done. Between the calls the goroutine is parked.
 func (q *queue) readKick(fd uintptr) (done bool) {
 	ok, err := clearEvent(fd, &q.event)
-	if !ok && err == nil && !q.parked && q.c.srv.sleepers.enter() {
+	// Requests in flight need the processor that a thread which sleeps would keep.
+	if !ok && err == nil && !q.parked && q.working.Load() == 0 && q.c.srv.sleepers.enter() {
 		q.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 		t := unix.NsecToTimespec(int64(longestSleep))
 		// An error is treated like a timeout: the goroutine is parked.
@@ -528,7 +535,7 @@ func (q *queue) handle(head uint16) error {
 		if e.Len() <= maxHit {
 			var ok bool
 			if q.view, ok = q.c.dev.View(e); !ok && q.alone() {
-				q.view, ok = q.c.dev.Load(q.taking, e)
+				q.view, ok = q.c.dev.Load(q.deadline(), e)
 			}
 			if ok {
 				to := cursor{bufs: r.out}
@@ -658,7 +665,7 @@ func (q *queue) begin(r *request) error {
 	}
 	r.view, r.loaded, r.abandon, r.code, r.written = blockmap.View{}, false, false, statusOK, 1
 	if r.op == opOut && q.alone() {
-		err := r.do(q.ctx)
+		err := r.do(q.deadline())
 		q.c.client.Release(1, r.cost)
 		switch {
 		case err != nil:
@@ -680,13 +687,14 @@ func (q *queue) begin(r *request) error {
 		q.cur = new(request)
 	}
 	q.cur.q, q.cur.mem = q, q.mem
+	ctx := q.deadline()
 	if r.op != opIn || r.e.Len() > maxHit {
-		go q.work(r)
+		go q.work(ctx, r)
 		return nil
 	}
 	blockmap.LoadAsync(q.c.dev, r.e, func(v blockmap.View, ok bool) {
 		if !ok {
-			go q.work(r)
+			go q.work(ctx, r)
 			return
 		}
 		r.view, r.loaded = v, true
@@ -697,9 +705,22 @@ func (q *queue) begin(r *request) error {
 	return nil
 }
 
+// deadline returns a context that ends after FaultTimeout, or up to deadlineStep later. To
+// make one for each request would take longer than a write to memory.
+func (q *queue) deadline() context.Context {
+	if now := time.Now(); q.due.ctx == nil || now.Sub(q.due.made) > deadlineStep {
+		// It is not cancelled before: requests that have it may go on.
+		q.due.ctx, q.due.cancel = context.WithTimeout(q.ctx, q.c.srv.faultTimeout()+deadlineStep)
+		q.due.made = now
+	}
+	return q.due.ctx
+}
+
+const deadlineStep = time.Second
+
 // work does r on this goroutine.
-func (q *queue) work(r *request) {
-	if err := r.do(q.ctx); err != nil {
+func (q *queue) work(ctx context.Context, r *request) {
+	if err := r.do(ctx); err != nil {
 		r.abandon = true
 		q.c.fail(err)
 	}

@@ -223,11 +223,10 @@ func damaged(v *blockmap.View, fault *faultError) bool {
 	return false
 }
 
-// do does r on a goroutine of its own, or on the thread of its queue. The status is in
-// r.code afterwards. An error ends the connection.
+// do does r on a goroutine of its own, or on the thread of its queue. ctx ends when
+// FaultTimeout has passed. The status is in r.code afterwards. An error ends the
+// connection.
 func (r *request) do(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, r.q.c.srv.faultTimeout())
-	defer cancel()
 	var err error
 	switch r.op {
 	case opIn:

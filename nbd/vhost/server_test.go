@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -508,26 +509,27 @@ func TestExclusive(t *testing.T) {
 	}
 }
 
-// opener is Exports that counts.
+// opener is Exports that tells when an export is released.
 type opener struct {
 	nbd.Static
-	err      error
+	export   atomic.Pointer[nbd.Export]
 	released chan struct{}
 }
 
-func (o *opener) Open(ctx context.Context, name string, c nbd.ClientInfo) (*nbd.Export, func(), error) {
-	if o.err != nil {
-		return nil, nil, o.err
+func (o *opener) Open(context.Context, string, nbd.ClientInfo) (*nbd.Export, func(), error) {
+	e := o.export.Load()
+	if e == nil {
+		return nil, nil, nbd.ErrUnknownExport
 	}
-	e, _, err := o.Static.Open(ctx, name, c)
-	return e, func() { o.released <- struct{}{} }, err
+	return e, func() { o.released <- struct{}{} }, nil
 }
 
 // An export is opened by each connection, and released at its end. One that fails to open ends the
 // connection only.
 func TestExports(t *testing.T) {
 	dev := filled(testSize)
-	o := &opener{Static: nbd.Static{{Name: "disk", Device: dev}}, released: make(chan struct{}, 1)}
+	o := &opener{released: make(chan struct{}, 1)}
+	o.export.Store(&nbd.Export{Name: "disk", Device: dev})
 	s := &Server{Exports: o}
 	path := serve(t, s, nbd.Export{Name: "disk"})
 	f := connect(t, path)
@@ -539,12 +541,11 @@ func TestExports(t *testing.T) {
 	}
 	f.nc.Close()
 	<-o.released
-	o.err = nbd.ErrUnknownExport
+	o.export.Store(nil)
 	if !connect(t, path).hungUp() {
 		t.Error("an unknown export is served")
 	}
-	o.err = nil
-	o.Static[0].Clients = []string{"somebody"}
+	o.export.Store(&nbd.Export{Name: "disk", Device: dev, Clients: []string{"somebody"}})
 	if !connect(t, path).hungUp() {
 		t.Error("an export for certificates is served")
 	}
