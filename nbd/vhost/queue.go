@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/bits"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -725,6 +726,11 @@ func (q *queue) work(ctx context.Context, r *request) {
 		q.c.fail(err)
 	}
 	if q.ready(r) {
+		if q.working.Load() > 0 {
+			// Others that are about to be done are published together with r, and
+			// interrupt the guest once.
+			runtime.Gosched()
+		}
 		q.complete()
 	}
 }
