@@ -261,6 +261,16 @@ func (f *frontEnd) hungUp() bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET)
 }
 
+// refused reports whether the server hangs up instead of answering.
+func (f *frontEnd) refused() bool {
+	f.t.Helper()
+	if f.send(getFeatures, 0, nil) != nil {
+		return true
+	}
+	p, _ := f.reply(getFeatures)
+	return p == nil
+}
+
 // negotiate takes all features but those in without.
 func (f *frontEnd) negotiate(without uint64) {
 	f.t.Helper()

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 	"thaw/nbd"
 )
 
@@ -22,7 +23,14 @@ func TestBrokenRings(t *testing.T) {
 	// Each case writes the descriptors of slot 0, or the ring itself.
 	for name, breakRing := range map[string]func(d *driver, s slot){
 		"head too large": func(d *driver, s slot) { d.offer(uint16(d.num)) },
-		"idx too far":    func(d *driver, s slot) { d.next += uint16(d.num) + 1; d.setAvail() },
+		"idx too far": func(d *driver, s slot) { // although each head is one of a chain
+			d.chain(s, guest(s.data), 512)
+			for i := range d.num {
+				binary.LittleEndian.PutUint16(d.f.mem.at(d.avail+4+2*i, 2), s.head)
+			}
+			d.next += uint16(d.num)
+			d.setAvail()
+		},
 		"chain is a loop": func(d *driver, s slot) {
 			d.f.mem.setDesc(d.desc+int(s.head)*descLen, guest(s.header), headerSize, descNext, s.head)
 			d.offer(s.head)
@@ -35,6 +43,10 @@ func TestBrokenRings(t *testing.T) {
 		},
 		"next too large": func(d *driver, s slot) {
 			d.f.mem.setDesc(d.desc+int(s.head)*descLen, guest(s.header), headerSize, descNext, uint16(d.num))
+			d.offer(s.head)
+		},
+		"largest next": func(d *driver, s slot) {
+			d.f.mem.setDesc(d.desc+int(s.head)*descLen, guest(s.header), headerSize, descNext, 1<<16-1)
 			d.offer(s.head)
 		},
 		"next beyond the table": func(d *driver, s slot) {
@@ -142,7 +154,7 @@ func (d *driver) table(s slot, addr uint64, n uint32, flags uint16) {
 
 // A request whose buffers overlap in the guest's memory, over and over, is bounded by its length.
 func TestLargeRequest(t *testing.T) {
-	dev := filled(testSize)
+	dev := blocktest.NewMemory(256 << 20)
 	f, d := disk(t, nbd.Export{Device: dev})
 	s := d.slots[0]
 	parts := []part{{s.header, 16, 0}}
