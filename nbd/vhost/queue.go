@@ -209,7 +209,8 @@ func (q *queue) start() error {
 		if f, err = q.c.inflight.queue(q.index, q.num); err != nil {
 			// QEMU gives each queue of virtio-mmio 1024 descriptors, and makes the
 			// file for as many as queue-size says.
-			q.c.log.Warn("requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size", "queue", q.index, "err", err)
+			q.c.srv.lines.small.log(q.c.log, slog.LevelWarn, "requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size",
+				"queue", q.index, "err", err)
 		}
 	}
 	q.resubmit = nil
@@ -231,7 +232,7 @@ func (q *queue) start() error {
 	}
 	if n := len(q.resubmit); n > 0 {
 		q.c.counts.resumed.Add(int64(n))
-		q.c.log.Info("doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
+		q.c.srv.lines.resumed.log(q.c.log, slog.LevelInfo, "doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
 	}
 	q.mu.Lock()
 	q.ring, q.mem, q.inflight = r, q.c.mem, f
@@ -348,7 +349,8 @@ func (q *queue) run() {
 // fail stops using a ring that makes no sense, and says so. The other queues go on. The guest
 // resets the device, if it knows how to.
 func (q *queue) fail(err error) {
-	q.c.srv.lines.rings.log(q.c.log, slog.LevelWarn, "stopped serving a queue of a virtual machine until it is set up anew", "queue", q.index, "err", err)
+	q.c.srv.lines.rings.log(q.c.log, slog.LevelWarn, "stopped serving a queue of a virtual machine until it is set up anew",
+		"queue", q.index, "err", err)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.mu.err >= 0 {
@@ -386,7 +388,7 @@ func (q *queue) readKick(fd uintptr) (done bool) {
 	if !ok && err == nil && !q.parked && q.working.Load() == 0 && q.c.srv.sleepers.enter() {
 		q.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 		t := unix.NsecToTimespec(int64(longestSleep))
-		// An error is treated like a timeout: the goroutine is parked.
+		// An error is treated like a timeout: the goroutine is parked then.
 		n, _ := unix.Ppoll(q.poll[:], &t, nil)
 		q.c.srv.sleepers.leave()
 		if n > 0 {

@@ -78,7 +78,7 @@ type Server struct {
 	requests sync.Pool    // of *request
 	mapped   atomic.Int64 // bytes of the memory of all guests
 	sleepers sleepers
-	lines    struct{ refused, ends, requests, rings, full limiter }
+	lines    struct{ refused, ends, requests, rings, full, small, resumed limiter }
 
 	mu struct {
 		sync.Mutex
@@ -328,8 +328,8 @@ func (s *Server) unlock(name string) {
 	delete(s.mu.writers, name)
 }
 
-// mapMemory takes n bytes of addresses, negative to give them back. It fails where the guests of all
-// connections have too much memory together.
+// mapMemory takes n bytes of addresses, negative to give them back. It fails where the
+// guests of all connections have too much memory together.
 func (s *Server) mapMemory(n int64) error {
 	if total := s.mapped.Add(n); n > 0 && total > maxMapped {
 		s.mapped.Add(-n)
