@@ -16,6 +16,7 @@ import (
 var fixedValues = map[string][]string{
 	"log-format":  {"text", "json"},
 	"format":      {"fio", "blkparse"},
+	"driver":      {"auto", "ublk", "nbd", "fuse"},
 	"fetch-ahead": {"metadata", "readahead", "program", "none"},
 	"platform":    {"linux/amd64", "linux/arm64", "linux/arm/v7", "linux/386", "linux/riscv64", "linux/ppc64le", "linux/s390x"},
 	"listen":      {"unix:", "tcp:"},
@@ -23,7 +24,7 @@ var fixedValues = map[string][]string{
 
 // imageArgs are the commands whose arguments name images, and how many do; -1: all.
 var imageArgs = map[string]int{
-	"thaw build": 2, "thaw serve": -1, "thaw inspect": -1, "thaw verify": 1, "thaw trace push": 1, "thaw trace pack": 1,
+	"thaw build": 2, "thaw serve": -1, "thaw inspect": -1, "thaw verify": 1, "thaw attach": 1, "thaw mount": 1, "thaw trace push": 1, "thaw trace pack": 1,
 }
 
 // completions tells the shells what commands and flags below c take.
@@ -36,7 +37,7 @@ func completions(c *cobra.Command) {
 			return completeImage(c, word)
 		}
 	}
-	if c.Name() == "man" {
+	if c.Name() == "man" || c.Name() == "umount" {
 		c.ValidArgsFunction = directories
 	}
 	add := func(f *pflag.Flag) {
@@ -55,7 +56,7 @@ func completions(c *cobra.Command) {
 			complete = func(c *cobra.Command, _ []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
 				return completeImage(c, word)
 			}
-		case f.Name == "cache" || f.Name == "temp":
+		case f.Name == "cache" || f.Name == "temp" || f.Name == "overlay" && c.Name() != "serve":
 			complete = directories
 		case f.Value.Type() == "bool" || takesFile[f.Name]:
 			return

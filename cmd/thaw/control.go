@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"thaw/cmd/thaw/internal/host/api"
 )
@@ -18,6 +19,10 @@ func control(cache string) (*api.Client, error) {
 		if cache, err = defaultCache(os.Getuid()); err != nil {
 			return nil, err
 		}
+	}
+	cache, err := filepath.Abs(cache)
+	if err != nil {
+		return nil, err
 	}
 	return api.NewClient(cache), nil
 }

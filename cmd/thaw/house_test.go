@@ -72,6 +72,9 @@ func TestMayImport(t *testing.T) {
 		{"cmd/thaw", "tracefile/plot", false, true},
 		{"cmd/thaw/internal/host", "nbd", false, true},
 		{"cmd/thaw/internal/host", "fetcher/registry", false, true},
+		{"cmd/thaw/internal/host", "nbd/attach", false, true},
+		{"cmd/thaw/internal/host/api", "nbd/attach", false, false},
+		{"nbd", "nbd/attach", false, false},
 		{"cmd/thaw/internal/host", "cmd/thaw", false, false},
 		{"cmd/thaw/internal/host", "bench", false, false},
 		{"cmd/thaw/internal/host", "tracefile/plot", false, false},
@@ -103,7 +106,7 @@ func mayImport(dir, ours string, test bool) bool {
 	top, _, _ := strings.Cut(dir, "/")
 	switch {
 	case dir == "cmd/thaw/internal/host":
-		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd"}, ours) ||
+		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd", "nbd/attach"}, ours) ||
 			test && ours == "blockmap/blocktest"
 	case dir == "cmd/thaw/internal/host/api":
 		return slices.Contains([]string{"cmd/thaw/internal/host", "fetcher/registry", "nbd"}, ours) ||

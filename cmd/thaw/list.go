@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -11,17 +13,23 @@ import (
 	"github.com/spf13/cobra"
 
 	"thaw/cmd/thaw/internal/host"
+	"thaw/cmd/thaw/internal/host/api"
 )
 
 func listCommand(a *app) *cobra.Command {
 	var cache string
 	c := &cobra.Command{
 		Use:   "list",
-		Short: "List the devices of a running server",
+		Short: "List the devices, nodes and mounts of a running server",
 		Long: `list shows the devices of the server that uses a cache directory: the digest of the
 block image, the size of the device, how much of its content is in the cache, its
 state, how many clients have it open, and how much of its prefetch is done. If clients
 may write to a device, it also shows how much they have changed.
+
+It also shows the nodes of the server, which thaw attach and thaw mount have made:
+the path of the node, its driver, its state, where it is mounted, and its image. A
+node is "recovering" after its server was killed until this server goes on serving
+it, and "lost" if that is impossible: thaw mount then heals its mount.
 
 On a terminal, names are shortened to fit. --json prints everything that the server
 tells of a device.`,
@@ -32,7 +40,7 @@ tells of a device.`,
 		RunE: func(c *cobra.Command, _ []string) error { return a.list(c.Context(), cache) },
 	}
 	c.Flags().StringVar(&cache, "cache", "", controlCacheUsage)
-	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON, a line for each device")
+	c.Flags().BoolVar(&a.json, "json", false, "print the result as JSON, a line for each device and for each node")
 	return c
 }
 
@@ -49,7 +57,14 @@ func (a *app) list(ctx context.Context, cache string) error {
 	}
 	defer client.Close()
 	devices, err := client.Devices(ctx)
+	if errors.Is(err, api.ErrNoServer) {
+		return withKeptNodes(err, client.Dir())
+	}
 	if err != nil {
+		return err
+	}
+	nodes, err := client.Nodes(ctx)
+	if err != nil && !api.Unknown(err) { // an older server has none
 		return err
 	}
 	if a.json {
@@ -58,45 +73,102 @@ func (a *app) list(ctx context.Context, cache string) error {
 				return err
 			}
 		}
+		for _, n := range nodes {
+			if err := a.printJSON(listedNode{"node", n}); err != nil {
+				return err
+			}
+		}
 		return nil
 	}
 	width, _, _ := a.stdoutSize()
-	if len(devices) == 0 {
-		_, err := fmt.Fprintln(a.stdout, "the server has no devices")
-		return err
+	lines := []string{"the server has no devices"}
+	if len(devices) > 0 {
+		lines = deviceTable(devices, width)
 	}
-	_, err = fmt.Fprintln(a.stdout, strings.Join(deviceTable(devices, width), "\n"))
+	if len(nodes) > 0 {
+		lines = append(append(lines, ""), nodeTable(nodes, width)...)
+	}
+	_, err = fmt.Fprintln(a.stdout, strings.Join(lines, "\n"))
 	return err
 }
 
-// Columns of the table of devices. The name has what the others leave.
-var deviceColumns = []struct {
+// withKeptNodes adds to err, which says that there is no server, which nodes the last server
+// had when it was killed.
+func withKeptNodes(err error, cache string) error {
+	nodes, e := host.KeptNodes(cache)
+	if e != nil || len(nodes) == 0 {
+		return err
+	}
+	n := nodes[0]
+	heal := "thaw attach " + shellWord(n.Name) + " has a new server go on with it"
+	if n.Mount != "" {
+		heal = "thaw mount " + shellWord(n.Name) + " " + shellWord(n.Mount) + " heals it, with the flags of before"
+	}
+	return fmt.Errorf("%w %s: the last one was killed with %s, such as %s: %s", api.ErrNoServer, cache, count(len(nodes), "node"), n.Node, heal)
+}
+
+// listedNode is a line of --json.
+type listedNode struct {
+	Type string `json:"type"`
+	host.NodeInfo
+}
+
+// column is a column of a table.
+type column struct {
 	title string
 	right bool // aligned
-}{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}, {"changed", false}}
+}
+
+// Columns of the tables. The name has what the others leave.
+var (
+	deviceColumns = []column{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}, {"changed", false}}
+	nodeColumns   = []column{{"node", false}, {"image", false}, {"driver", false}, {"access", false}, {"state", false}, {"mount", false}}
+)
 
 const (
-	nameColumn = 1
+	nameColumn = 1 // of both tables
 	leastName  = 12
 )
 
-// deviceTable returns the lines of a table that is width columns wide if that is
-// possible; 0: as wide as it must be.
-func deviceTable(devices []host.DeviceInfo, width int) (lines []string) {
+// nodeTable is deviceTable for nodes.
+func nodeTable(nodes []host.NodeInfo, width int) []string {
+	var rows [][]string
+	for _, n := range nodes {
+		access := "read-only"
+		if n.Writable {
+			access = "writable"
+		}
+		rows = append(rows, []string{
+			cmp.Or(n.Node, "-"), printable(n.Name), cmp.Or(string(n.Driver), "-"), access, string(n.State), cmp.Or(printable(n.Mount), "-"),
+		})
+	}
+	return table(nodeColumns, rows, width)
+}
+
+// deviceTable returns the lines of the table of devices.
+func deviceTable(devices []host.DeviceInfo, width int) []string {
 	columns := deviceColumns
 	if !slices.ContainsFunc(devices, func(d host.DeviceInfo) bool { return d.Overlay != nil }) {
 		columns = columns[:len(columns)-1] // nobody has changed anything
 	}
-	rows := make([][]string, 1, len(devices)+1)
-	for _, c := range columns {
-		rows[0] = append(rows[0], c.title)
-	}
+	var rows [][]string
 	for _, d := range devices {
 		row := []string{
 			d.ID, printable(d.Name), shortDigest(d.Digest), knownSize(d, d.Size), knownSize(d, d.Resident), string(d.State), fmt.Sprint(d.Users), prefetched(d), changed(d.Overlay),
 		}
 		rows = append(rows, row[:len(columns)])
 	}
+	return table(columns, rows, width)
+}
+
+// table returns the lines of a table that is width columns wide if that is possible; 0: as
+// wide as it must be.
+func table(columns []column, rows [][]string, width int) (lines []string) {
+	var titles []string
+	for _, c := range columns {
+		titles = append(titles, c.title)
+	}
+	rows = slices.Insert(rows, 0, titles)
 	wide := make([]int, len(columns))
 	all := 2 * (len(wide) - 1)
 	for i := range wide {

@@ -54,6 +54,9 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 			}
 		}
 	}()
+	if o.nodesOnly {
+		return nil, nil
+	}
 	if files := activation.Files(true); len(files) > 0 {
 		if ls, err = nbd.ListenFiles(files); err != nil {
 			return nil, err
@@ -122,6 +125,9 @@ func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Lis
 	}
 	if len(devices) == 0 {
 		words = append(words, out.Listen...)
+	}
+	if len(ls) == 0 {
+		words = append(words, "nodes only")
 	}
 	var err error
 	if a.json {

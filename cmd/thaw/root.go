@@ -44,8 +44,9 @@ func rootCommand(a *app) *cobra.Command {
 		Short: "Start container images before they have arrived",
 		Long: `thaw starts a container image before it has arrived. "thaw build" flattens an
 image once into a block image: a filesystem in chunks, which a registry keeps
-beside the image. "thaw serve" gives a host the block image as a network block
-device at once. Each chunk is fetched when it is first read.
+beside the image. "thaw mount" mounts the block image at once, and "thaw serve" gives
+it to virtual machines and other hosts as a network block device. Each chunk is
+fetched when it is first read.
 
 An IMAGE is one of these:
 
@@ -60,6 +61,7 @@ bzip2. Credentials come from Docker's configuration and its credential helpers.
 
 Results are written to stdout, progress and logs to stderr.`,
 		Example: `  thaw build registry.example/team/app:v1
+  thaw mount registry.example/team/app:v1 /mnt
   thaw serve registry.example/team/app:v1 --listen unix:/run/app.sock
   nbdinfo 'nbd+unix:///?socket=/run/app.sock'`,
 		SilenceErrors: true,
@@ -82,7 +84,8 @@ Results are written to stdout, progress and logs to stderr.`,
 	f.StringVar(&a.hosts, "hosts", "", "read mirrors from `FILE`: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
 	f.StringVar(&a.platform, "platform", defaultPlatform, "`PLATFORM` to choose from a multi-platform image: OS/ARCH[/VARIANT]; defaults to that of this host")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), commitCommand(a), serveCommand(a), overlayCommand(a), listCommand(a), statusCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a),
+	root.AddCommand(buildCommand(a), serveCommand(a), mountCommand(a), umountCommand(a), attachCommand(a), detachCommand(a), listCommand(a), statusCommand(a),
+		commitCommand(a), overlayCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a),
 		versionCommand(a), manCommand(a))
 	completions(root)
 	return root

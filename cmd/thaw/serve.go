@@ -99,10 +99,15 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	procs := runtime.GOMAXPROCS(0)
 	runtime.GOMAXPROCS(procs + (procs+1)/2)
 	defer runtime.GOMAXPROCS(procs)
+	admission, err := nbd.NewAdmission(nbd.Limits{Bytes: nodeInFlight})
+	if err != nil {
+		s.find.Close()
+		return err
+	}
 	h, err := host.Open(host.Options{
 		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
 		Overlay:  s.overlay,
-		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server,
+		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server, Admission: admission,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
 		return fmt.Errorf("%w; give this server a --cache of its own", err)
@@ -113,6 +118,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	defer h.Close()
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
+	h.RecoverNodes()
 	server.Exports = host.NewExports(h, s.allow, s.clients, s.tls.ClientCA != "")
 	devices, err := h.Add(ctx, specs(names)...)
 	defer func() { // after the server has stopped, so that nobody reads a device
@@ -153,7 +159,33 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		s.find.Log.Warn("cannot announce that the server is ready", "err", err)
 		s.stdout.err = nil
 	}
+	if s.unused > 0 {
+		var end context.CancelFunc
+		ctx, end = context.WithCancel(ctx)
+		wg.Go(func() { s.awaitUnused(background, h, end) })
+	}
 	return s.serveUntil(ctx, server, listeners, h)
+}
+
+// nodeInFlight is how many bytes the requests of all nodes have in flight.
+const nodeInFlight = 256 << 20
+
+// awaitUnused calls end when nobody has used h for the time of --exit-unused.
+func (s *service) awaitUnused(ctx context.Context, h *host.Host, end func()) {
+	defer end()
+	every := time.NewTicker(max(min(s.unused/4, time.Second), time.Millisecond))
+	defer every.Stop()
+	for since := time.Now(); time.Since(since) < s.unused; {
+		select {
+		case <-every.C:
+			if h.Used() {
+				since = time.Now()
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+	s.find.Log.Info("nobody uses this server any more", "unused", s.unused)
 }
 
 // watchFiles reads the hosts file and the certificates. The functions that it returns
@@ -205,6 +237,7 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	// Recordings end now, so that the grace is left to store them.
 	var wg sync.WaitGroup
 	wg.Go(func() { h.StopRecordings(s.limit) })
+	wg.Go(func() { _ = h.StopNodes(s.limit) }) // h.Stop returns its error, too
 	if e := server.Shutdown(s.limit); e != nil {
 		err = errors.Join(err, fmt.Errorf("stop: %w", errors.Join(e, server.Close())))
 	}

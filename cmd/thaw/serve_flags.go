@@ -27,6 +27,8 @@ type serveOptions struct {
 	allow       []string
 	pin         []string
 	exposed     bool
+	nodesOnly   bool
+	unused      time.Duration // 0: never
 
 	tls         host.TLSFiles
 	tlsOptional bool
@@ -93,10 +95,22 @@ pinned. It notifies systemd if systemd asks for that. It listens on sockets pass
 by systemd instead of the default one. A socket of the abstract namespace
 (unix:@NAME) has no URI; qemu takes server.type=unix,server.path=NAME,server.abstract=on.
 
-On SIGTERM and SIGINT, serve finishes the requests in flight, within --grace. It
-reads the files of --tls-cert, --tls-key, --tls-client-ca and --hosts again when
-they change, and on SIGHUP. If it cannot use a file, it logs a warning and keeps
-the earlier content.
+thaw attach and thaw mount ask a running server for nodes, which are block devices
+below /dev. serve keeps a list of its nodes in the cache directory. If it is killed,
+the next serve in the same cache directory goes on serving them. With the drivers
+ublk and nbd, readers and writers wait for it. With the driver fuse, their requests
+fail, and thaw mount heals a mount: it mounts the image anew, with all that was
+flushed to its overlay. --nodes-only serves nothing else.
+
+On SIGTERM and SIGINT, serve finishes the requests in flight, within --grace, and
+detaches the nodes that are not in use. A node in use of the drivers ublk and nbd
+stays: its readers and writers wait for the next serve. serve waits, within --grace,
+until nodes in use of the driver fuse are unmounted; then their reads fail with EIO,
+and serve names them and exits with 1.
+
+serve reads the files of --tls-cert, --tls-key, --tls-client-ca and --hosts again
+when they change, and on SIGHUP. If it cannot use a file, it logs a warning and
+keeps the earlier content.
 
 With --trace auto --trace-push, serve packs a bundle in the background once the
 first start has been recorded. It then compares each start with what is stored. If
@@ -129,8 +143,8 @@ keeps the newest 32.`,
   qemu-system-x86_64 -drive file=nbd+unix:///~vm7?socket=/run/app.sock,format=raw …
   qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'`,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) == 0 && len(o.allow) == 0 {
-				return usageError{errors.New("name an image to serve, or let clients name images with --allow")}
+			if len(args) == 0 && len(o.allow) == 0 && !o.nodesOnly {
+				return usageError{errors.New("name an image to serve, or let clients name images with --allow, or pass --nodes-only")}
 			}
 			return nil
 		},
@@ -148,6 +162,8 @@ keeps the newest 32.`,
 	f.Var(&o.overlaySize, "overlay-size", "most changed data in each overlay, as a `SIZE`; beyond it, writes fail with ENOSPC (default: no limit but the disk)")
 	f.StringArrayVar(&o.allow, "allow", nil, "let clients open references that match `PATTERN`, such as registry.example/team/* (repeatable)")
 	f.StringArrayVar(&o.pin, "pin", nil, pinUsage)
+	f.BoolVar(&o.nodesOnly, "nodes-only", false, "serve no images by NBD and listen for no clients: only attach what thaw attach and thaw mount ask for")
+	f.DurationVar(&o.unused, "exit-unused", 0, "end when there has been no node and no device in use for this `TIME` (default: never)")
 	f.BoolVar(&o.exposed, "allow-plaintext", false, "listen beyond this host without TLS")
 	f.StringVar(&o.tls.Cert, "tls-cert", "", "require TLS of clients; `FILE` has the server's certificate chain")
 	f.StringVar(&o.tls.Key, "tls-key", "", "`FILE` with the key of --tls-cert")
@@ -183,6 +199,9 @@ func (o *serveOptions) check(images int) (err error) {
 	if err := o.checkOverlay(images); err != nil {
 		return usageError{err}
 	}
+	if o.nodesOnly && (images > 0 || len(o.allow) > 0 || len(o.listen) > 0 || o.overlay != (host.OverlayOptions{})) {
+		return usageError{errors.New("--nodes-only takes no IMAGE, and no --allow, --listen, --overlay, --overlay-each and --ephemeral: thaw attach and thaw mount name images and overlays")}
+	}
 	if err := host.Allow(o.allow).Check(); err != nil {
 		return usageError{fmt.Errorf("--allow: %w", err)}
 	}
@@ -199,7 +218,7 @@ func (o *serveOptions) check(images int) (err error) {
 		return usageError{fmt.Errorf("--max-in-flight %s: the least size is %dK, what one request needs", o.maxInFlight.String(), nbd.MinInFlightBytes>>10)}
 	}
 	for flag, d := range map[string]time.Duration{
-		"grace": o.grace, "handshake-timeout": o.handshake, "write-timeout": o.write, "idle-timeout": o.idle,
+		"grace": o.grace, "exit-unused": o.unused, "handshake-timeout": o.handshake, "write-timeout": o.write, "idle-timeout": o.idle,
 	} {
 		if d < 0 {
 			return usageError{fmt.Errorf("--%s %v: a time cannot be negative", flag, d)}

@@ -40,12 +40,14 @@ const asThaw = "THAW_TEST_IS_THAW"
 
 func TestMain(m *testing.M) {
 	settle = 50 * time.Millisecond
+	exitUnused = 300 * time.Millisecond
 	if os.Getenv(asThaw) != "" {
 		main()
 		return
 	}
 	code := m.Run()
 	os.RemoveAll(bundledImage.dir)
+	os.RemoveAll(nodeImage.dir)
 	os.Exit(code)
 }
 
@@ -390,6 +392,7 @@ type file struct {
 	name string
 	data []byte
 	link string
+	mode int64 // 0644, and 0755 for a directory, if 0
 }
 
 // layerOf makes a layer.
@@ -401,6 +404,9 @@ func layerOf(t testing.TB, files ...file) v1.Layer {
 		h := &tar.Header{Name: f.name, Mode: 0o644, Size: int64(len(f.data)), ModTime: time.Unix(1700000000, 0)}
 		if strings.HasSuffix(f.name, "/") {
 			h.Typeflag, h.Mode = tar.TypeDir, 0o755
+		}
+		if f.mode != 0 {
+			h.Mode = f.mode
 		}
 		if f.link != "" {
 			h.Typeflag, h.Linkname = tar.TypeLink, f.link

@@ -344,7 +344,7 @@ func (h *Host) useByID(id string) (d *Device, release func(), err error) {
 	t := h.devices
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.mu.named[d.spec.Name] != d || !d.isOpen() {
+	if t.mu.named[d.key()] != d || !d.isOpen() {
 		return nil, nil, conflict("device %s is not open yet, or is closing", id)
 	}
 	t.use(d)

@@ -38,6 +38,11 @@ type Device struct {
 	mayOpenBase bool
 	after       []*Device // that still have the client's overlay, and are closing
 
+	// private says that clients cannot reach the device: it is for nodes. own is its overlay;
+	// without one it is an image, whatever the host does with images.
+	private bool
+	own     *ownOverlay
+
 	// Set before ready is closed: either err, or some of the others.
 	err       error
 	image     *openImage
@@ -84,6 +89,14 @@ func (d *Device) Block() blockmap.Device {
 	return d.below
 }
 
+// deviceKey tells the devices apart that can be acquired.
+type deviceKey struct {
+	name    string
+	private bool
+}
+
+func (d *Device) key() deviceKey { return deviceKey{d.spec.Name, d.private} }
+
 // State is the state of a device.
 type State string
 
@@ -126,7 +139,7 @@ func (d *Device) Info() DeviceInfo {
 	if d.permanent {
 		in.Users--
 	}
-	if d.of.mu.named[d.spec.Name] != d {
+	if d.of.mu.named[d.key()] != d {
 		in.State = Closing
 	}
 	d.of.mu.Unlock()
@@ -199,12 +212,12 @@ type devices struct {
 
 	mu struct {
 		sync.Mutex
-		named    map[string]*Device // devices that can be acquired
-		all      []*Device          // also devices that are closing, in the order of the requests for them
-		alone    *Device            // the last device that was added while there was no permanent one
-		last     int                // the last ID
-		stopping bool               // set: no device can be opened any more
-		stopped  bool               // set: no device is closed any more
+		named    map[deviceKey]*Device // devices that can be acquired
+		all      []*Device             // also devices that are closing, in the order of the requests for them
+		alone    *Device               // the last device that was added while there was no permanent one
+		last     int                   // the last ID
+		stopping bool                  // set: no device can be opened any more
+		stopped  bool                  // set: no device is closed any more
 	}
 }
 
@@ -214,7 +227,7 @@ const openTimeout = time.Minute
 func newDevices(log *slog.Logger, open func(context.Context, *Device) error, close func(*Device)) *devices {
 	t := &devices{open: open, close: close, log: log, lines: rate.NewLimiter(1, 20)}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
-	t.mu.named = make(map[string]*Device)
+	t.mu.named = make(map[deviceKey]*Device)
 	return t
 }
 
@@ -262,7 +275,7 @@ func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
 	}
 	for _, spec := range specs {
 		spec.Image = cmp.Or(spec.Image, spec.Name)
-		d := t.mu.named[spec.Name]
+		d := t.mu.named[deviceKey{name: spec.Name}]
 		if d != nil && (d.permanent || d.spec != spec) {
 			return added, InvalidError{conflict("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
 		}
@@ -281,8 +294,8 @@ func (t *devices) remove(d *Device) bool {
 	t.mu.Lock()
 	was := d.permanent
 	d.permanent = false
-	if was && t.mu.named[d.spec.Name] == d {
-		delete(t.mu.named, d.spec.Name)
+	if was && t.mu.named[d.key()] == d {
+		delete(t.mu.named, d.key())
 	}
 	t.mu.Unlock()
 	if was {
@@ -298,6 +311,11 @@ func (t *devices) acquire(ctx context.Context, name string, mayOpen func(string)
 	if d, err = t.join(name, mayOpen); err != nil {
 		return nil, nil, err
 	}
+	return t.await(ctx, d)
+}
+
+// await waits until d is open for a caller that is a user of it already.
+func (t *devices) await(ctx context.Context, d *Device) (_ *Device, release func(), err error) {
 	select {
 	case <-d.ready:
 		err = d.err
@@ -358,7 +376,7 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 		image = base.spec.Name // "" and the name of the default device lead to one device
 	}
 	name := image + clientMark + client
-	d := t.mu.named[name]
+	d := t.mu.named[deviceKey{name: name}]
 	if d == nil {
 		if t.mu.stopping {
 			return nil, ErrClosed
@@ -374,7 +392,7 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 		}
 		d = &Device{spec: Spec{name, image}, client: client, mayOpenBase: may}
 		for _, x := range t.mu.all {
-			if x.client == client && t.mu.named[x.spec.Name] != x {
+			if x.client == client && t.mu.named[x.key()] != x {
 				d.after = append(d.after, x)
 			}
 		}
@@ -405,7 +423,7 @@ func (t *devices) byName(name string) *Device {
 // such device, "" is the only permanent device. t.mu is held.
 func (t *devices) find(name string) (d *Device) {
 	if name != "" {
-		return t.mu.named[name]
+		return t.mu.named[deviceKey{name: name}]
 	}
 	if d := t.mu.alone; d != nil && d.permanent {
 		return d
@@ -437,7 +455,7 @@ func (t *devices) anyPermanent() bool {
 func (t *devices) begin(d *Device, timeout time.Duration) *Device {
 	t.mu.last++
 	d.of, d.id, d.ready, d.closed = t, strconv.Itoa(t.mu.last), make(chan struct{}), make(chan struct{})
-	t.mu.named[d.spec.Name] = d
+	t.mu.named[d.key()] = d
 	t.mu.all = append(t.mu.all, d)
 	var ctx context.Context
 	if timeout > 0 {
@@ -500,8 +518,8 @@ func (d *Device) isOpen() bool {
 // leave closes d, which has no users. t.mu is held.
 func (t *devices) leave(d *Device) {
 	d.lingering = nil
-	if t.mu.named[d.spec.Name] == d {
-		delete(t.mu.named, d.spec.Name)
+	if t.mu.named[d.key()] == d {
+		delete(t.mu.named, d.key())
 	}
 	if t.mu.stopped {
 		return

@@ -49,6 +49,9 @@
 //	overlays.go    where clients' changes are kept, and which image they belong to
 //	writable.go    overlays over the images of devices
 //	commit.go      overlays become images; target.go: where images are pushed to
+//	nodes.go       devices that have nodes below /dev; nodedevice.go: what is behind a node
+//	nodewatch.go   nodes that go when nobody uses them any more, and at the end of a host
+//	noderecover.go nodes of a server that was killed; statefile.go: where they are kept
 //	start.go       which traces, bundles and guesses to prefetch
 //	complete.go    the rest of an image, once the start is over
 //	recording.go   the recording of a start; recordfile.go: its file

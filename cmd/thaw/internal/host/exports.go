@@ -77,7 +77,7 @@ func (x *Exports) List(_ context.Context, c nbd.ClientInfo) ([]nbd.Export, error
 	var permanent, others []nbd.Export
 	for _, d := range x.host.Devices() {
 		switch in := d.Info(); {
-		case in.State != Ready, x.certified && d.client != "" && !owns(c, d.client):
+		case in.State != Ready, d.private, x.certified && d.client != "" && !owns(c, d.client):
 		case in.Permanent:
 			permanent = append(permanent, *x.export(d))
 		default:

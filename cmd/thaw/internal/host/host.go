@@ -3,6 +3,7 @@ package host
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -40,6 +41,8 @@ type Options struct {
 	Decoders int
 	// NBD is the server whose counts Stats includes; nil for none.
 	NBD *nbd.Server
+	// Admission bounds the requests in flight of all nodes together; nil for no bound.
+	Admission *nbd.Admission
 }
 
 // MinQuota is the smallest quota of a cache. Transports read in windows of 4 MiB, which
@@ -72,6 +75,7 @@ type Host struct {
 	devices  *devices
 	overlays *overlays
 	commits  commits
+	nodes    *nodes
 	nbd      *nbd.Server
 	meter    *meter
 	mode     blockmap.Mode
@@ -127,6 +131,7 @@ func Open(o Options) (*Host, error) {
 	if o.Overlay.Ephemeral {
 		h.devices.linger = ephemeralLinger
 	}
+	h.nodes = newNodes(h, o.Admission)
 	h.meter = startMeter(h.moved)
 	return h, nil
 }
@@ -192,7 +197,8 @@ func (h *Host) SetServing() { h.traces.serving.Store(true) }
 // once their files are complete or ctx has ended.
 func (h *Host) StopRecordings(ctx context.Context) int { return h.traces.stopRecordings(ctx) }
 
-// Stop closes all devices; no transport may use one afterwards. Recordings end, and are
+// Stop ends the nodes as StopNodes does, and closes all devices; no transport may use one
+// afterwards. Recordings end, and are
 // stored if that is enabled. Stop waits for the registry, and for readers of
 // recordings, until ctx ends. No device can be opened any more. Stop fails if an overlay
 // could not be made durable: changes that no flush has covered may be lost then.
@@ -201,16 +207,18 @@ func (h *Host) Stop(ctx context.Context) error {
 		stop := context.AfterFunc(ctx, func() { h.limited(context.Cause(ctx)) })
 		defer stop()
 		h.commits.stop()
+		_ = h.StopNodes(ctx)
 		h.devices.stop()
 		h.traces.stop() // the starts of devices that are still in use
 	})
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.mu.lost
+	return errors.Join(h.mu.lost, h.nodes.stopErr)
 }
 
 // Close stops the host, if Stop has not, and releases the cache directory. Stats may be
-// called afterwards.
+// called afterwards. If a node outlives the host, the cache stays open for it until the end
+// of the process.
 func (h *Host) Close() {
 	h.close.Do(func() {
 		over, cancel := context.WithCancel(context.Background())
@@ -218,6 +226,9 @@ func (h *Host) Close() {
 		_ = h.Stop(over) // which has logged it
 		h.limited(nil)
 		h.meter.stop()
+		if h.nodes.outlived() {
+			return
+		}
 		h.fetcher.Close()
 		// Usually the disk is full. Only data that can be fetched again is lost.
 		if err := h.cache.Close(); err != nil {

@@ -180,8 +180,12 @@ func otherImage(dir, image, format string, args ...any) error {
 // open opens the overlay in dir, or makes it, over a device of the image b. "" is an
 // ephemeral one.
 func (o *overlays) open(dir string, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
+	return o.openLimited(dir, o.Limit, device, b)
+}
+
+func (o *overlays) openLimited(dir string, limit int64, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
 	ref := canonical(b.Repo.Ref()).WithDigest(b.Digest).String() // valid from any working directory
-	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: o.Limit, Boot: o.boot, FS: o.fs, Log: o.log}
+	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: limit, Boot: o.boot, FS: o.fs, Log: o.log}
 	if dir == "" {
 		return blockmap.OpenEphemeral(o.temp, device, opts)
 	}

@@ -92,3 +92,15 @@ func (p Pins) check(ref registry.Ref, digest v1.Hash) error {
 	}
 	return nil
 }
+
+// AbsoluteImage is a reference that means the same in any working directory.
+func AbsoluteImage(name string) (string, error) {
+	ref, err := registry.ParseRef(name)
+	if err != nil {
+		return "", InvalidError{err}
+	}
+	if ref.Layout == "" {
+		return name, nil
+	}
+	return canonical(ref).String(), nil
+}

@@ -43,8 +43,8 @@ func (t *devices) removeUnused(d *Device) (was bool, users int) {
 		return was, users
 	}
 	d.permanent = false
-	if t.mu.named[d.spec.Name] == d {
-		delete(t.mu.named, d.spec.Name)
+	if t.mu.named[d.key()] == d {
+		delete(t.mu.named, d.key())
 	}
 	t.mu.Unlock()
 	t.release(d)

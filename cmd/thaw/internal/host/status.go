@@ -82,7 +82,7 @@ func (h *Host) Status() Status {
 // state is the State of Info.
 func (d *Device) state() State {
 	d.of.mu.Lock()
-	named := d.of.mu.named[d.spec.Name] == d
+	named := d.of.mu.named[d.key()] == d
 	d.of.mu.Unlock()
 	select {
 	case <-d.ready:

@@ -15,8 +15,13 @@ import (
 
 // openDevice opens d.
 func (h *Host) openDevice(ctx context.Context, d *Device) error {
-	if d.client != "" {
+	switch {
+	case d.client != "":
 		return h.openClient(ctx, d)
+	case d.own != nil:
+		return h.openOwn(ctx, d)
+	case d.private:
+		return h.traces.openDevice(ctx, d, d.spec.Image)
 	}
 	name := d.spec.Image
 	dir := h.overlays.Dir

@@ -64,6 +64,9 @@ func NewClient(dir string) *Client {
 // Close closes the connections that are not in use.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
+// Dir is the cache directory of the server.
+func (c *Client) Dir() string { return c.dir }
+
 // Status returns what the server does.
 func (c *Client) Status(ctx context.Context) (st host.Status, err error) {
 	err = c.ask(ctx, aliveTimeout, "GET", "/v1/status", nil, &st)
@@ -169,7 +172,7 @@ func (c *Client) explain(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("ask the server with the cache %s: %w", c.dir, context.Cause(ctx))
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.EOF):
 		return fmt.Errorf("%w %s: start one with: thaw serve IMAGE --cache %s", ErrNoServer, c.dir, c.dir)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("cannot connect to the server with the cache %s: it belongs to another user: run this command as that user", c.dir)

@@ -207,7 +207,7 @@ func (s *Server) codeOf(err error) int {
 	switch {
 	case errors.As(err, &f):
 		return f.code
-	case errors.Is(err, host.ErrNoDevice):
+	case errors.Is(err, host.ErrNoDevice), errors.Is(err, host.ErrNoNode):
 		return http.StatusNotFound
 	case errors.As(err, &conflict):
 		return http.StatusConflict

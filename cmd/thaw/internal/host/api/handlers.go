@@ -36,7 +36,7 @@ const (
 var openAPI []byte
 
 func (s *Server) routes() []route {
-	return []route{
+	return append([]route{
 		{s, "GET", "/v1/status", false, s.status},
 		{s, "GET", "/v1/devices", false, s.devices},
 		{s, "POST", "/v1/devices", true, s.add},
@@ -45,7 +45,7 @@ func (s *Server) routes() []route {
 		{s, "POST", "/v1/devices/{id}/commit", true, s.commit},
 		{s, "POST", "/v1/traces/stop", true, s.stopTraces},
 		{s, "GET", "/v1/openapi.yaml", false, func(*http.Request, []byte) (response, error) { return response{body: openAPI}, nil }},
-	}
+	}, s.nodeRoutes()...)
 }
 
 func (s *Server) status(*http.Request, []byte) (response, error) {

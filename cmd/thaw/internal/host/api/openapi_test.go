@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"thaw/blockmap/blocktest"
 	"thaw/cmd/thaw/internal/host"
@@ -111,7 +114,49 @@ func TestOpenAPI(t *testing.T) {
 	do(204, "DELETE", "/v1/devices/"+b.host.Devices()[0].ID(), "")
 	do(422, "POST", "/v1/devices", fmt.Sprintf(`{"image": "%s/team/none:v1"}`, b.registry))
 
+	do(200, "GET", "/v1/nodes", "")
+	node := fmt.Sprintf(`{"image": %q, "driver": "fuse", "overlay": %q, "mount": "/mnt/nowhere"}`, image, b.dir+"/overlay")
+	if os.Geteuid() != 0 {
+		do(422, "POST", "/v1/nodes", node)
+		for what := range listed { // which require a node
+			if strings.Contains(what, "/v1/nodes") && (strings.HasSuffix(what, " 20"+what[len(what)-1:]) || strings.HasSuffix(what, " 409")) {
+				delete(listed, what)
+			}
+		}
+	} else {
+		do(201, "POST", "/v1/nodes", node)
+		do(409, "POST", "/v1/nodes", node)
+		n := b.host.Nodes()[0]
+		do(200, "GET", "/v1/nodes", "")
+		do(200, "GET", "/v1/nodes/"+n.ID, "")
+		do(400, "DELETE", "/v1/nodes/"+n.ID+"?later=perhaps", "")
+		fd, err := unix.Open(n.Node, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		do(409, "DELETE", "/v1/nodes/"+n.ID, "")
+		do(202, "DELETE", "/v1/nodes/"+n.ID+"?later=true", "")
+		unix.Close(fd)
+		await(t, "the node is detached", func() bool { return len(b.host.Nodes()) == 0 })
+		do(201, "POST", "/v1/nodes", node)
+		do(204, "DELETE", "/v1/nodes/"+b.host.Nodes()[0].ID, "")
+	}
+	do(404, "GET", "/v1/nodes/99", "")
+	do(404, "DELETE", "/v1/nodes/99", "")
+	do(422, "POST", "/v1/nodes", fmt.Sprintf(`{"image": "%s/team/none:v1"}`, b.registry))
+	for _, bad := range []string{
+		"", "null", "[]", "{}", `{"image": ""}`, `{"image": 7}`, `{"image": "not a name"}`, `{"image": "a", "node": "/dev/sda"}`, `{"image": "a", "driver": "floppy"}`,
+		`{"image": "a", "queues": 1000}`, `{"image": "a", "queues": -1}`, `{"image": "a", "queues": 1.5}`, `{"image": "a", "queues": 99999999999999999999}`,
+		`{"image": "a", "overlay": "x"}`, `{"image": "a", "overlay": "/x/../y"}`, `{"image": "a", "overlay": "/x//y"}`, `{"image": "a", "overlay": "/x/"}`, `{"image": "a", "overlay": "/x\u0000"}`,
+		`{"image": "a", "overlay": "/x\n"}`, `{"image": "a", "mount": "mnt"}`, `{"image": "a", "mount": "/."}`, `{"image": "a", "mount": "/\u001b[2J"}`,
+		`{"image": "a", "overlay": "/x", "ephemeral": true}`, `{"image": "a", "overlay_limit_bytes": 1}`, `{"image": "a", "ephemeral": true, "overlay_limit_bytes": -1}`,
+		fmt.Sprintf(`{"image": "a", "overlay": "/%s"}`, strings.Repeat("a", maxName)), fmt.Sprintf(`{"image": %q}`, strings.Repeat("a", maxName+1)),
+	} {
+		do(400, "POST", "/v1/nodes", bad)
+	}
+
 	large := strings.Repeat("x", maxBody+1)
+	do(413, "POST", "/v1/nodes", large)
 	do(413, "POST", "/v1/devices", large)
 	do(413, "POST", "/v1/traces/stop", large)
 	for _, bad := range []string{
@@ -127,6 +172,7 @@ func TestOpenAPI(t *testing.T) {
 	}
 	for path, methods := range map[string]string{
 		"/v1/status": "POST PUT DELETE PATCH OPTIONS x", "/v1/devices": "PUT DELETE", "/v1/devices/1": "POST PUT", "/v1/devices/1/commit": "GET DELETE", "/v1/traces/stop": "GET DELETE",
+		"/v1/nodes": "PUT DELETE", "/v1/nodes/1": "POST PUT",
 	} {
 		for method := range strings.FieldsSeq(methods) {
 			code, _, header := b.do(method, path, "{}")
@@ -144,6 +190,8 @@ func TestOpenAPI(t *testing.T) {
 	for _, id := range []string{"0", "-1", "01", "1.0", "%00", "%0a", "a%2Fb", "99999999999999999999", "💥", "%ff", "*", strings.Repeat("1", 4000), "1%20", "root"} {
 		do(404, "GET", "/v1/devices/"+id, "")
 		do(404, "DELETE", "/v1/devices/"+id, "")
+		do(404, "GET", "/v1/nodes/"+id, "")
+		do(404, "DELETE", "/v1/nodes/"+id, "")
 	}
 
 	// A registry that fails, and one that does not answer.
@@ -154,10 +202,12 @@ func TestOpenAPI(t *testing.T) {
 	})
 	other := fmt.Sprintf(`{"image": "%s/team/other:v1"}`, b.registry)
 	do(502, "POST", "/v1/devices", other)
+	do(502, "POST", "/v1/nodes", other)
 	do(502, "POST", "/v1/devices/"+again.ID+"/commit", to(b.registry+"/team/app:commit", ""))
 	b.silent()
 	b.server.addTimeout = 50 * time.Millisecond
 	do(504, "POST", "/v1/devices", other)
+	do(504, "POST", "/v1/nodes", other)
 
 	// There are as many requests as one process may have.
 	hog := b.dial()

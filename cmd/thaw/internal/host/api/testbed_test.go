@@ -192,9 +192,12 @@ func (b *bed) do(method, path, body string) (code int, answer string, header htt
 func (b *bed) check(req *http.Request, resp *http.Response, body []byte) {
 	b.t.Helper()
 	path := req.URL.Path
-	if rest, ok := strings.CutPrefix(path, "/v1/devices/"); ok && rest != "" && !strings.Contains(req.URL.EscapedPath()[len("/v1/devices/"):], "/") {
-		path = "/v1/devices/{id}"
-	} else if id, what, ok := strings.Cut(rest, "/"); ok && what == "commit" && id != "" {
+	for _, of := range []string{"/v1/devices/", "/v1/nodes/"} {
+		if rest, ok := strings.CutPrefix(path, of); ok && rest != "" && !strings.Contains(req.URL.EscapedPath()[len(of):], "/") {
+			path = of + "{id}"
+		}
+	}
+	if id, what, ok := strings.Cut(strings.TrimPrefix(path, "/v1/devices/"), "/"); ok && what == "commit" && id != "" {
 		path = "/v1/devices/{id}/commit"
 	}
 	what := fmt.Sprintf("%s %s %d", req.Method, path, resp.StatusCode)

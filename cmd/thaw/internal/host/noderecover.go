@@ -1,0 +1,202 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"thaw/blockmap"
+	"thaw/fetcher/registry"
+	"thaw/nbd/attach"
+)
+
+// recoverTime bounds the wait for a killed server that is not quite gone.
+const recoverTime = 30 * time.Second
+
+// RecoverNodes goes on serving the nodes of a server that was killed, in the background: see
+// attach.Recover. A node of an image that cannot be had for the moment waits for it. One
+// that cannot be recovered is lost; what is left of it is removed when it is unmounted.
+func (h *Host) RecoverNodes() {
+	x := h.nodes
+	kept, bad, err := readState(h.dir)
+	for _, b := range bad {
+		h.log.Error("a node of the state file makes no sense and is left alone", "err", b)
+	}
+	if err != nil {
+		h.log.Error("the nodes of the last server are left alone", "err", err)
+		from := filepath.Join(h.dir, stateName)
+		if err := os.Rename(from, from+".damaged"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			h.log.Warn("cannot keep the state file", "err", err)
+		}
+	}
+	x.mu.Lock()
+	for _, k := range kept {
+		n := x.add(&node{
+			state: NodeRecovering, kept: k.state, image: k.Image, ephemeral: k.Ephemeral,
+			spec: NodeSpec{
+				Image: k.Name, Overlay: k.Overlay, Ephemeral: k.Ephemeral != "", Limit: k.Limit, Mount: k.Mount,
+				Driver: k.state.Driver, Queues: k.state.Queues,
+			},
+		})
+		x.watchers.Go(func() { x.recover(n) })
+	}
+	x.mu.Unlock()
+	h.removeEphemeral(kept)
+}
+
+// removeEphemeral removes overlays whose nodes are gone.
+func (h *Host) removeEphemeral(kept []savedNode) {
+	used := make(map[string]bool)
+	for _, k := range kept {
+		used[k.Ephemeral] = true
+	}
+	dir := filepath.Join(h.dir, ephemeralDir)
+	there, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		h.log.Warn("cannot look for overlays whose nodes are gone", "err", err)
+	}
+	for _, e := range there {
+		if used[e.Name()] {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			h.log.Warn("cannot remove the overlay of a node that is gone", "err", err)
+		}
+	}
+}
+
+// recover goes on serving a node, or says why that cannot be.
+func (x *nodes) recover(n *node) {
+	for wait := watchEvery; ; wait = min(2*wait, 10*time.Second) {
+		err := x.tryRecover(n)
+		switch {
+		case x.ctx.Err() != nil:
+			return
+		case err == nil:
+			x.save()
+			x.h.log.Info("recovered", "node", n.kept.Path, "image", n.image, "driver", string(n.kept.Driver))
+			return
+		case errors.Is(err, attach.ErrGone):
+			x.h.log.Info("a node of the last server is gone", "node", n.kept.Path, "err", err)
+			x.drop(n)
+			return
+		case !passing(err):
+			x.lose(n, err)
+			return
+		}
+		x.h.log.Warn("cannot recover a node yet", "node", n.kept.Path, "err", err)
+		x.mu.Lock()
+		n.err = err
+		x.mu.Unlock()
+		if pause(x.ctx, wait) != nil {
+			return
+		}
+	}
+}
+
+// bootText is how an attach.State names this run of the kernel.
+func bootText() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// passing reports whether an error may pass.
+func passing(err error) bool {
+	return registry.Temporary(err) || errors.Is(err, registry.ErrUnavailable) || errors.Is(err, blockmap.ErrLocked) ||
+		errors.Is(err, context.DeadlineExceeded)
+}
+
+func (x *nodes) tryRecover(n *node) error {
+	if _, err := os.Lstat(n.kept.Path); n.kept.Boot != bootText() || errors.Is(err, fs.ErrNotExist) {
+		return attach.ErrGone // before its image is asked for
+	}
+	if n.kept.Driver == attach.FUSE && (!n.kept.ReadOnly || inUse(n.kept.Path)) {
+		// A loop device can get another file when its own is dead, but the kernel then shuts
+		// down the filesystem on it: to the kernel the medium has changed.
+		return errors.New("its server was killed, and the driver fuse cannot go on with a node that is mounted or writable")
+	}
+	d, dev, release, err := x.h.acquireNode(x.ctx, n.image, n.own())
+	if err != nil {
+		return err
+	}
+	n.use(d, release)
+	ctx, cancel := context.WithTimeout(x.ctx, recoverTime)
+	defer cancel()
+	a, err := attach.Recover(ctx, n.kept, dev, n.options())
+	if err != nil {
+		n.leave()
+		return err
+	}
+	if !x.begin(n, a) {
+		x.leave() // the host is stopping, and the next one recovers the node
+	}
+	return nil
+}
+
+// lose says that a node cannot be recovered.
+func (x *nodes) lose(n *node, err error) {
+	x.h.log.Error("a node is lost: its reads and writes fail until it is unmounted", "node", n.kept.Path, "image", n.image, "err", err)
+	x.mu.Lock()
+	n.state, n.err = NodeLost, err
+	x.mu.Unlock()
+	x.watchers.Go(func() { x.watch(n) })
+}
+
+// KeptNode finds a node in the state file of a cache directory whose server was killed. Its
+// Node is empty if there is none of that path.
+func KeptNode(dir, path string) (NodeInfo, error) {
+	k, err := keptNode(dir, path)
+	if err != nil || k == nil {
+		return NodeInfo{}, err
+	}
+	return k.info(), nil
+}
+
+// KeptNodes lists the nodes in the state file of a cache directory.
+func KeptNodes(dir string) (list []NodeInfo, err error) {
+	kept, _, err := readState(dir)
+	for _, k := range kept {
+		list = append(list, k.info())
+	}
+	return list, err
+}
+
+func (k *savedNode) info() NodeInfo {
+	return NodeInfo{
+		Node: k.state.Path, State: NodeLost, Driver: k.state.Driver, Name: k.Name, Image: k.Image, Size: k.state.Size, Writable: !k.state.ReadOnly, Mount: k.Mount,
+	}
+}
+
+func keptNode(dir, path string) (*savedNode, error) {
+	kept, _, err := readState(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range kept {
+		if k.state.Path == path {
+			return &k, nil
+		}
+	}
+	return nil, nil
+}
+
+// RemoveKept removes what a killed server has left of a node. The state file stays as it
+// is: the next server sees that the node is gone.
+func RemoveKept(ctx context.Context, dir, path string) error {
+	k, err := keptNode(dir, path)
+	if err != nil {
+		return err
+	}
+	if k == nil {
+		return fmt.Errorf("no server uses the cache %s, and the last one had no node %s", dir, path)
+	}
+	return removeNode(ctx, k.state)
+}

@@ -1,0 +1,288 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
+	"thaw/nbd"
+	"thaw/nbd/attach"
+)
+
+// needRoot skips a test where nodes cannot be made.
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("nodes require root")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip(err)
+	}
+}
+
+// attachTo makes a node until the test ends.
+func attachTo(t testing.TB, h *Host, spec NodeSpec) NodeInfo {
+	t.Helper()
+	if spec.Driver == attach.Auto {
+		spec.Driver = attach.FUSE
+	}
+	n, err := h.Attach(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		if _, err := h.Detach(ctx, n.ID, false); err != nil && !errors.Is(err, ErrNoNode) {
+			t.Errorf("detach %s: %v", n.Node, err)
+		}
+	})
+	return n
+}
+
+// readNode compares a part of a node with what it is to be.
+func readNode(t testing.TB, path string, want []byte, e blockmap.Extent) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	got := make([]byte, e.Len())
+	if _, err := f.ReadAt(got, e.Start); err != nil || string(got) != string(want[e.Start:e.End]) {
+		t.Errorf("%s: bytes %v are wrong: %v", path, e, err)
+	}
+}
+
+// A node holds its device as a client does, and the device closes with it.
+func TestNode(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	m := blocktest.NewImage(t, 1, 600)
+	image := r.push("team/app:v1", m)
+	h := r.open(Options{})
+	n := attachTo(t, h, NodeSpec{Image: image})
+	readNode(t, n.Node, m.Content, blockmap.Range(0, 1<<20))
+	if in := h.Devices()[0].Info(); in.Users != 1 || in.ID != n.Device || in.Permanent {
+		t.Errorf("%+v", in)
+	}
+	if n.State != NodeAttached || n.Writable || n.Overlay != nil || n.Name != image || !strings.Contains(n.Image, "@sha256:") || n.Size != int64(len(m.Content)) || n.Requests == nil {
+		t.Errorf("%+v", n)
+	}
+	// A client and a second node share the device.
+	if _, release, err := h.Acquire(t.Context(), image, nil); err != nil {
+		t.Error(err)
+	} else {
+		release()
+	}
+	two := attachTo(t, h, NodeSpec{Image: image})
+	if two.Device != n.Device {
+		t.Errorf("devices %s and %s", n.Device, two.Device)
+	}
+	for _, x := range []NodeInfo{n, two} {
+		if gone, err := h.Detach(t.Context(), x.ID, false); err != nil || !gone {
+			t.Errorf("%v, %v", gone, err)
+		}
+		if _, err := h.Node(x.ID); !errors.Is(err, ErrNoNode) {
+			t.Errorf("a node that is detached: %v", err)
+		}
+	}
+	await(t, "the device is closed", func() bool { return len(h.Devices()) == 0 })
+	if h.Used() {
+		t.Error("a host without nodes and devices is used")
+	}
+	if _, err := os.Stat(filepath.Join(h.dir, stateName)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the state file: %v", err)
+	}
+}
+
+// Overlays of nodes are out of reach for clients, are one node's, and leave those of the host
+// alone.
+func TestNodeOverlays(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	m := blocktest.NewImage(t, 1, 600)
+	image := r.push("team/app:v1", m)
+	served, dir := filepath.Join(t.TempDir(), "served"), filepath.Join(t.TempDir(), "own")
+	h := r.open(Options{Overlay: OverlayOptions{Dir: served}})
+	if _, err := h.Add(t.Context(), Spec{Name: image}); err != nil {
+		t.Fatal(err)
+	}
+	n := attachTo(t, h, NodeSpec{Image: image, Overlay: dir})
+	f, err := os.OpenFile(n.Node, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := []byte(strings.Repeat("changed ", 512))
+	if _, err := f.WriteAt(changed, 4096); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		t.Error(err)
+	}
+	if in, err := h.Node(n.ID); err != nil || in.Overlay == nil || in.Overlay.Data != 4096 || in.Overlay.Directory != dir {
+		t.Errorf("%+v, %v", in, err)
+	}
+	// The host's own overlay has not changed, and neither has a read-only node.
+	d, release, err := h.Acquire(t.Context(), "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := d.Overlay().Stats(); st.Data != 0 {
+		t.Errorf("%+v", st)
+	}
+	release()
+	plain := attachTo(t, h, NodeSpec{Image: image})
+	readNode(t, plain.Node, m.Content, blockmap.Range(0, 64<<10))
+
+	for what, spec := range map[string]NodeSpec{
+		"in use by " + n.Node:                            {Image: image, Overlay: dir},
+		"clients of this server can open it as " + image: {Image: image, Overlay: served},
+	} {
+		var c ConflictError
+		if _, err := h.Attach(t.Context(), spec); !errors.As(err, &c) || !strings.Contains(err.Error(), what) {
+			t.Errorf("%v instead of %q", err, what)
+		}
+	}
+	// By no name do clients reach it.
+	x := NewExports(h, Allow{"**"}, nil, false)
+	for _, d := range h.Devices() {
+		if !d.private {
+			continue
+		}
+		reached, release, err := h.Acquire(t.Context(), d.Name(), nil)
+		if err != nil {
+			continue
+		}
+		if release(); reached.private {
+			t.Errorf("a client opens %s", d.Name())
+		}
+	}
+	list, err := x.List(t.Context(), nbd.ClientInfo{})
+	if err != nil || len(list) != 1 {
+		t.Errorf("%d exports, %v", len(list), err)
+	}
+	// Detached, the overlay is unlocked at once.
+	if _, err := h.Detach(t.Context(), n.ID, false); err != nil {
+		t.Fatal(err)
+	}
+	if in, err := blockmap.ReadOverlay(blockmap.OS, dir); err != nil || in.InUse || in.Data != 4096 {
+		t.Errorf("%+v, %v", in, err)
+	}
+}
+
+// A limit bounds what is written to a node.
+func TestNodeLimit(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 600))
+	h := r.open(Options{})
+	n := attachTo(t, h, NodeSpec{Image: image, Ephemeral: true, Limit: 8 << 10})
+	f, err := os.OpenFile(n.Node, os.O_RDWR|unix.O_SYNC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(make([]byte, 8<<10), 0); err != nil {
+		t.Error(err)
+	}
+	if _, err := f.WriteAt([]byte(strings.Repeat("x", 64<<10)), 1<<20); err == nil {
+		t.Error("more than the limit can be written")
+	}
+}
+
+// Stop detaches nodes that nobody uses, waits for others, and says which it cannot end.
+func TestStopNodes(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 600))
+	h := r.open(Options{})
+	free := attachTo(t, h, NodeSpec{Image: image})
+	used := attachTo(t, h, NodeSpec{Image: image, Mount: "/mnt/app"})
+	fd, err := unix.Open(used.Node, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- h.StopNodes(t.Context()) }()
+	await(t, "the node that nobody uses is gone", func() bool { _, err := h.Node(free.ID); return err != nil })
+	if _, err := h.Attach(t.Context(), NodeSpec{Image: image, Driver: attach.FUSE}); !errors.Is(err, ErrClosed) {
+		t.Errorf("attach meanwhile: %v", err)
+	}
+	select {
+	case err := <-stopped:
+		t.Errorf("it does not wait: %v", err)
+	default:
+	}
+	unix.Close(fd)
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+	if err := h.Stop(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Requests that make no sense are refused before anything happens.
+func TestNodeSpecs(t *testing.T) {
+	r := newRegistry(t)
+	h := r.open(Options{})
+	long := "/" + strings.Repeat("a", maxPath)
+	for what, spec := range map[string]NodeSpec{
+		"no image": {}, "a relative overlay": {Image: "a", Overlay: "x"}, "an unclean overlay": {Image: "a", Overlay: "/x/../y"}, "a slash": {Image: "a", Overlay: "/x/"},
+		"a zero": {Image: "a", Overlay: "/x\x00y"}, "a long path": {Image: "a", Mount: long}, "a relative mount": {Image: "a", Mount: "."},
+		"two overlays": {Image: "a", Overlay: "/x", Ephemeral: true}, "a negative limit": {Image: "a", Ephemeral: true, Limit: -1}, "a limit of nothing": {Image: "a", Limit: 1},
+		"queues": {Image: "a", Queues: 65}, "fewer queues": {Image: "a", Queues: -1}, "a driver": {Image: "a", Driver: "floppy"}, "no name": {Image: "not a name"},
+	} {
+		var invalid InvalidError
+		if _, err := h.Attach(t.Context(), spec); !errors.As(err, &invalid) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	await(t, "nothing is left", func() bool { return !h.Used() })
+	if e, err := os.ReadDir(filepath.Join(h.dir, ephemeralDir)); err == nil && len(e) > 0 {
+		t.Errorf("left: %v", e)
+	}
+}
+
+// The nodes of an earlier boot are gone, and so are their ephemeral overlays. A state file
+// that cannot be read is kept for a person to look at.
+func TestRecoverNothing(t *testing.T) {
+	r := newRegistry(t)
+	dir, err := os.MkdirTemp("", "thaw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	// Their images cannot be had, and nobody asks for them.
+	for _, text := range []string{strings.ReplaceAll(sampleState(), "registry.example/app@"+testDigest, "127.0.0.1:1/app@"+testDigest), "damaged"} {
+		if err := os.WriteFile(filepath.Join(dir, stateName), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "UNUSEDUNUSEDUNUSED"} {
+			if err := os.MkdirAll(filepath.Join(dir, ephemeralDir, name), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h := r.open(Options{Dir: dir})
+		h.RecoverNodes()
+		if text == "damaged" {
+			if got, err := os.ReadFile(filepath.Join(dir, stateName+".damaged")); err != nil || string(got) != text {
+				t.Errorf("%s, %v", got, err)
+			}
+		}
+		await(t, "the nodes are gone", func() bool { return len(h.Nodes()) == 0 })
+		if e, err := os.ReadDir(filepath.Join(dir, ephemeralDir)); err != nil || len(e) > 0 {
+			t.Errorf("ephemeral overlays: %v, %v", e, err)
+		}
+		h.Close()
+	}
+}

@@ -1,0 +1,822 @@
+package vhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"thaw/blockmap"
+)
+
+// queue is a virtqueue. The goroutine of its connection sets it up, starts and stops it.
+// While it runs, a goroutine of its own takes requests from the ring:
+//
+//	available ──take──▶ hit: copied to the guest ──▶ batch ──────────┐
+//	              └───▶ miss, write: request ──done──▶ ready ──▶ publish ──▶ used ring
+//
+// It answers hits itself, and publishes all that it has taken in one pass together. Every
+// other request is admitted, and waits for the device without this goroutine: a read of
+// what is on the disk needs none, any other request gets one. The first that is done
+// publishes all that are, until none is left.
+//
+// The used ring, and what is noted as in flight, belong to whoever holds mu.
+type queue struct {
+	c     *conn
+	index int
+
+	// What the front end has set. For the connection's goroutine.
+	num     uint32
+	addr    vringAddr
+	base    uint16
+	kick    *os.File
+	enabled bool
+	running bool // between start and stop
+
+	// What it runs with. It changes only while the goroutine does not run, and with mu
+	// held: a request that ends may look.
+	ring     *ring
+	mem      *memory
+	inflight *inflight // nil: nobody asks for it after a crash
+
+	// For one run: from start to stop.
+	ctx    context.Context // of its requests
+	cancel context.CancelCauseFunc
+	tasks  sync.WaitGroup // requests that are not published
+
+	// For one run of the goroutine: from launch to halt.
+	taking   context.Context // ends when no more requests are to be taken
+	stop1    context.CancelFunc
+	ended    chan struct{}
+	working  atomic.Int32 // requests that are not done
+	resubmit []uint16     // heads to take before those of the available ring
+
+	// The goroutine's own.
+	at   uint16 // of the available ring: what is taken next
+	took bool   // the head of cur is from the available ring, not from resubmit
+	cur  *request
+	view blockmap.View // of cur, while it is copied
+	due  struct {
+		ctx    context.Context // of the requests that begin now
+		cancel context.CancelFunc
+		made   time.Time
+	}
+	again   bool // the view of cur was damaged: cur is to begin
+	batch   [batchLen]completion
+	nbatch  int
+	nbytes  int64 // copied for the batch
+	nhits   int64
+	lone    int // passes in a row that took one request, with none in flight
+	scratch []byte
+	kicks   syscall.RawConn
+	readFn  func(fd uintptr) bool
+	parked  bool
+	readErr error
+	event   [8]byte
+	poll    [1]unix.PollFd
+	barrier atomic.Uint32
+
+	mu struct {
+		sync.Mutex
+		ready     requestList // done, to be published
+		busy      bool        // somebody publishes what is ready
+		used      uint16      // idx of the used ring
+		signalled uint16      // used, when it was last decided whether to interrupt
+		flags     uint16      // of the used ring
+		call      int         // eventfd that interrupts the guest, -1: it polls
+		err       int         // eventfd that tells the front end of a broken ring, or -1
+	}
+}
+
+// completion is an element of the used ring.
+type completion struct {
+	head    uint16
+	written uint32
+}
+
+// A batch of this size is published. A larger one would hold up its first request.
+const (
+	batchLen   = 64
+	batchBytes = 256 << 10
+)
+
+func newQueue(c *conn, index int) *queue {
+	q := &queue{c: c, index: index}
+	q.readFn = q.readKick
+	q.mu.call, q.mu.err = -1, -1
+	return q
+}
+
+// set does SET_VRING_NUM, SET_VRING_BASE and SET_VRING_ENABLE.
+func (q *queue) set(id requestID, n uint32) error {
+	if id == setVringEnable {
+		if n > 1 {
+			return fmt.Errorf("it has %d, want 0 or 1", n)
+		}
+		q.enabled = n == 1
+		if !q.enabled {
+			q.stop()
+			return nil
+		}
+		return q.start()
+	}
+	if q.running {
+		return fmt.Errorf("queue %d runs", q.index)
+	}
+	switch {
+	case id == setVringBase && n > 1<<16-1:
+		return fmt.Errorf("it has %d, of at most %d", n, 1<<16-1)
+	case id == setVringBase:
+		q.base = uint16(n)
+	case n == 0 || n > maxQueueSize || bits.OnesCount32(n) != 1:
+		return fmt.Errorf("queue %d has %d descriptors: want a power of two, of at most %d", q.index, n, maxQueueSize)
+	default:
+		q.num = n
+	}
+	return q.start()
+}
+
+func (q *queue) setAddr(a vringAddr) error {
+	if q.running && a != q.addr {
+		return fmt.Errorf("queue %d runs", q.index)
+	}
+	q.addr = a
+	return q.start()
+}
+
+// setKick makes f what the driver kicks the queue by. Nil stops it.
+func (q *queue) setKick(f *os.File) error {
+	q.stop()
+	if q.kick != nil {
+		q.kick.Close()
+	}
+	q.kick = f
+	return q.start()
+}
+
+// setCall takes over the eventfd that interrupts the guest.
+func (q *queue) setCall(fd int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.mu.call >= 0 {
+		unix.Close(q.mu.call)
+	}
+	q.mu.call = fd
+	if fd >= 0 && q.running {
+		notify(fd) // an interrupt may have been lost between the two
+	}
+}
+
+// setErr takes over the eventfd that tells the front end of a broken ring.
+func (q *queue) setErr(fd int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.mu.err >= 0 {
+		unix.Close(q.mu.err)
+	}
+	q.mu.err = fd
+}
+
+// reset forgets what the front end has set. The queue does not run.
+func (q *queue) reset() {
+	_ = q.setKick(nil) // does not start without one
+	q.setCall(-1)
+	q.setErr(-1)
+	q.num, q.addr, q.base, q.enabled = 0, vringAddr{}, 0, false
+}
+
+// start starts the queue if it has all that it needs and does not run yet.
+func (q *queue) start() error {
+	if q.running || !q.enabled || q.kick == nil || q.num == 0 || q.addr == (vringAddr{}) || q.c.mem == nil {
+		return nil
+	}
+	r, err := newRing(q.c.mem, q.num, q.addr, q.c.features&featureEventIdx != 0)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	var f *inflight
+	if q.c.inflight != nil {
+		if f, err = q.c.inflight.queue(q.index, q.num); err != nil {
+			// QEMU gives each queue of virtio-mmio 1024 descriptors, and makes the
+			// file for as many as queue-size says.
+			q.c.srv.lines.small.log(q.c.log, slog.LevelWarn, "requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size",
+				"queue", q.index, "err", err)
+		}
+	}
+	q.resubmit = nil
+	q.at = q.base
+	var used uint16
+	err = access(func() (err error) {
+		used = r.usedIdx()
+		if f != nil {
+			// The base is what the front end believes. With what is in flight it
+			// is known: all before it was taken.
+			if q.resubmit, err = f.restore(used); err == nil {
+				q.at = used + uint16(len(q.resubmit))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	if n := len(q.resubmit); n > 0 {
+		q.c.counts.resumed.Add(int64(n))
+		q.c.srv.lines.resumed.log(q.c.log, slog.LevelInfo, "doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
+	}
+	q.mu.Lock()
+	q.ring, q.mem, q.inflight = r, q.c.mem, f
+	q.mu.used, q.mu.signalled, q.mu.flags = used, used, usedNoNotify
+	if r.eventIdx {
+		q.mu.flags = 0 // means nothing then
+	}
+	if q.mu.call >= 0 {
+		// An earlier connection may have ended between publishing and interrupting.
+		notify(q.mu.call)
+	}
+	q.mu.Unlock()
+	q.mem.retain()
+	q.ctx, q.cancel = context.WithCancelCause(q.c.ctx)
+	q.running = true
+	return q.launch()
+}
+
+// launch begins to take requests.
+func (q *queue) launch() error {
+	kicks, err := q.kick.SyscallConn()
+	if err == nil {
+		err = q.kick.SetReadDeadline(time.Time{})
+	}
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	q.kicks = kicks
+	q.taking, q.stop1 = context.WithCancel(q.ctx)
+	q.ended = make(chan struct{})
+	if q.cur == nil {
+		q.cur = new(request)
+	}
+	q.cur.q, q.cur.mem = q, q.mem
+	q.due.ctx = nil
+	go q.run()
+	return nil
+}
+
+// halt ends the goroutine. Requests in flight go on.
+func (q *queue) halt() {
+	if !q.running {
+		return
+	}
+	q.stop1()
+	q.kick.SetReadDeadline(longAgo)
+	<-q.ended
+	q.base = q.at
+}
+
+// move makes a queue that runs go on in the connection's new memory.
+func (q *queue) move() error {
+	if !q.running {
+		return nil
+	}
+	q.halt()
+	r, err := newRing(q.c.mem, q.num, q.addr, q.ring.eventIdx)
+	if err != nil {
+		return fmt.Errorf("queue %d: %w", q.index, err)
+	}
+	q.c.mem.retain()
+	q.mu.Lock()
+	old := q.mem
+	q.ring, q.mem = r, q.c.mem
+	q.mu.Unlock()
+	old.release()
+	return q.launch()
+}
+
+// stopTime is how long the front end waits for requests of a queue that it stops, where
+// it does not keep what is in flight. Its virtual machine stands still meanwhile.
+const stopTime = 5 * time.Second
+
+// stop stops the queue. Nothing accesses the guest's memory for it afterwards. A request
+// that is not done when it is cancelled stays in flight, and is done again after the next
+// start. Where the front end keeps no file of such requests, it fails.
+func (q *queue) stop() {
+	if !q.running {
+		return
+	}
+	if q.inflight == nil {
+		// Most are done in time.
+		defer time.AfterFunc(stopTime, func() { q.cancel(errStopped) }).Stop()
+	} else {
+		q.cancel(errStopped)
+	}
+	q.halt()
+	q.tasks.Wait()
+	q.cancel(errStopped)
+	q.mu.Lock()
+	mem := q.mem
+	q.ring, q.mem, q.inflight = nil, nil, nil
+	q.mu.Unlock()
+	mem.release()
+	q.running = false
+}
+
+// run takes requests until halt.
+func (q *queue) run() {
+	defer close(q.ended)
+	// For the guest's memory, and for what views show. pass recovers.
+	debug.SetPanicOnFault(true)
+	err := q.serve()
+	var fault *faultError
+	switch {
+	case err == nil, q.taking.Err() != nil:
+	case errors.As(err, &fault):
+		q.c.fail(fault)
+	default:
+		q.fail(err)
+	}
+}
+
+// fail stops using a ring that makes no sense, and says so. The other queues go on. The guest
+// resets the device, if it knows how to.
+func (q *queue) fail(err error) {
+	q.c.srv.lines.rings.log(q.c.log, slog.LevelWarn, "stopped serving a queue of a virtual machine until it is set up anew",
+		"queue", q.index, "err", err)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.mu.err >= 0 {
+		notify(q.mu.err)
+	}
+}
+
+func (q *queue) serve() error {
+	for {
+		idle, err := q.pass()
+		if err != nil {
+			return err
+		}
+		if q.taking.Err() != nil {
+			return nil
+		}
+		if !idle {
+			continue
+		}
+		q.parked = false
+		if err := q.kicks.Read(q.readFn); err != nil {
+			return err
+		}
+		if q.readErr != nil {
+			return q.readErr
+		}
+		q.c.counts.kicks.Add(1)
+	}
+}
+
+// readKick is called until it is done. Between the calls the goroutine is parked.
+func (q *queue) readKick(fd uintptr) (done bool) {
+	ok, err := clearEvent(fd, &q.event)
+	// Requests in flight need the processor that a thread which sleeps would keep.
+	if !ok && err == nil && !q.parked && q.working.Load() == 0 && q.c.srv.sleepers.enter() {
+		q.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+		t := unix.NsecToTimespec(int64(longestSleep))
+		// An error is treated like a timeout: the goroutine is parked then.
+		n, _ := unix.Ppoll(q.poll[:], &t, nil)
+		q.c.srv.sleepers.leave()
+		if n > 0 {
+			ok, err = clearEvent(fd, &q.event)
+		}
+	}
+	q.readErr = err
+	q.parked = !ok
+	return ok || err != nil
+}
+
+// pass takes all requests that are there, and publishes the answers to those that it could
+// answer at once. idle is true where nothing is left and the driver will kick.
+//
+// A fault comes out of the code that copies, wherever that is. It is either in the bytes
+// of a view, which are then fetched again, or in the guest's memory, which the front end
+// has truncated.
+func (q *queue) pass() (idle bool, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			idle, err = false, q.recovered(r)
+		}
+	}()
+	q.setKicks(false)
+	n, alone := 0, q.working.Load() == 0
+	if q.again {
+		q.again = false
+		err = q.begin(q.cur)
+	}
+	for len(q.resubmit) > 0 && err == nil {
+		n++
+		err = q.resume()
+	}
+	for err == nil {
+		ahead := q.ring.availIdx() - q.at
+		if ahead == 0 {
+			break
+		}
+		if uint32(ahead) > q.ring.num {
+			err = broken("%d heads are available, of %d", ahead, q.ring.num)
+		}
+		for ; ahead > 0 && err == nil; ahead-- {
+			n++
+			err = q.take()
+		}
+		if q.taking.Err() != nil {
+			break
+		}
+	}
+	if e := q.flush(); err == nil {
+		err = e
+	}
+	if n == 1 && alone {
+		q.lone = min(q.lone+1, loneTakes)
+	} else if n > 0 {
+		q.lone = 0
+	}
+	if err != nil {
+		return false, err
+	}
+	q.setKicks(true)
+	return q.ring.availIdx() == q.at, nil
+}
+
+// recovered is what pass returns after a fault.
+func (q *queue) recovered(r any) error {
+	fault := asFault(r)
+	again := damaged(&q.view, fault)
+	q.view.Release()
+	switch {
+	case again:
+		q.c.counts.repaired.Add(1)
+		q.again = true
+		return nil
+	case q.mem.maps(fault), q.inflight != nil && fault.within(q.inflight.b):
+		return fault
+	}
+	panic(r) // a bug
+}
+
+// setKicks says whether the driver is to kick when it makes the next head available. Whoever
+// asks for kicks has to look again whether that has happened.
+func (q *queue) setKicks(on bool) {
+	if q.ring.eventIdx {
+		if on { // what is asked for is one kick
+			q.ring.setAvailEvent(q.at)
+			q.barrier.Store(0)
+		}
+		return
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.mu.flags = usedNoNotify
+	if on {
+		q.mu.flags = 0
+	}
+	q.ring.setUsedIdx(q.mu.used, q.mu.flags)
+}
+
+// take takes the next head of the available ring.
+func (q *queue) take() error {
+	head := q.ring.head(q.at)
+	if uint32(head) >= q.ring.num {
+		return broken("a head is %d, of %d descriptors", head, q.ring.num)
+	}
+	if q.inflight != nil {
+		q.inflight.take(head)
+	}
+	q.at++
+	q.took = true
+	return q.handle(head)
+}
+
+// resume takes the next head that was in flight when the queue was started.
+func (q *queue) resume() error {
+	head := q.resubmit[0]
+	q.resubmit = q.resubmit[1:]
+	q.took = false
+	return q.handle(head)
+}
+
+// untake takes back the head of cur, for a later start.
+func (q *queue) untake() {
+	if !q.took {
+		q.resubmit = append([]uint16{q.cur.head}, q.resubmit...)
+		return
+	}
+	q.at--
+	if q.inflight != nil {
+		q.inflight.untake(q.cur.head)
+	}
+}
+
+// handle answers a request, or begins it.
+func (q *queue) handle(head uint16) error {
+	r := q.cur
+	r.head = head
+	if err := r.parse(q.ring, &q.scratch); err != nil {
+		return err
+	}
+	if r.op == opIn {
+		e, ok := q.dataExtent(r, r.nout)
+		if !ok {
+			return q.answer(statusIOErr, 0)
+		}
+		r.e = e
+		if e.Len() <= maxHit {
+			var ok bool
+			if q.view, ok = q.c.dev.View(e); !ok && q.alone() {
+				q.view, ok = q.c.dev.Load(q.deadline(), e)
+			}
+			if ok {
+				to := cursor{bufs: r.out}
+				to.writeView(&q.view)
+				q.view.Release()
+				q.nhits++
+				q.nbytes += e.Len()
+				return q.answer(statusOK, uint32(r.nout)+1)
+			}
+		}
+		q.c.counts.misses.Add(1)
+		return q.begin(r)
+	}
+	q.c.counts.others.Add(1)
+	switch {
+	case r.op == opGetID:
+		to := cursor{bufs: r.out}
+		to.write(q.c.id[:])
+		return q.answer(statusOK, uint32(min(r.nout, idLen))+1)
+	case r.op == opFlush && q.c.wdev == nil:
+		return q.answer(statusOK, 1) // nothing was written
+	case r.op == opFlush:
+		return q.begin(r)
+	case r.op == opOut:
+		e, ok := q.dataExtent(r, r.nin)
+		if !ok || q.c.wdev == nil {
+			return q.answer(statusIOErr, 1)
+		}
+		if e.Len() == 0 {
+			return q.answer(statusOK, 1)
+		}
+		r.e = e
+		return q.begin(r)
+	case (r.op == opDiscard || r.op == opWriteZeroes) && q.c.wdev != nil:
+		if r.nin == 0 || r.nin%rangeLen != 0 || r.nin > maxRangeLen {
+			return q.answer(statusIOErr, 1)
+		}
+		r.e = blockmap.Extent{}
+		return q.begin(r)
+	}
+	return q.answer(statusUnsup, 1)
+}
+
+// dataExtent is where the n bytes of a read or write are. ok is false where there is no such place.
+func (q *queue) dataExtent(r *request, n int64) (e blockmap.Extent, ok bool) {
+	if n%sectorSize != 0 || n > maxRequest {
+		return e, false
+	}
+	e, err := extent(r.sector, n, q.c.size)
+	return e, err == nil
+}
+
+// alone reports whether the driver waits for the request at hand, and for nothing else.
+func (q *queue) alone() bool {
+	return q.lone >= loneTakes && q.working.Load() == 0 && q.nbatch == 0 && q.ring.availIdx() == q.at
+}
+
+// answer completes cur with the next batch.
+func (q *queue) answer(code byte, written uint32) error {
+	r := q.cur
+	r.status[0] = code
+	if code != statusOK {
+		q.c.counts.errors.Add(1)
+	}
+	q.batch[q.nbatch] = completion{r.head, written}
+	if q.nbatch++; q.nbatch == len(q.batch) || q.nbytes >= batchBytes {
+		return q.flush()
+	}
+	return nil
+}
+
+// flush publishes the batch.
+func (q *queue) flush() error {
+	if q.nhits > 0 {
+		q.c.counts.hits.Add(q.nhits)
+		q.nhits = 0
+	}
+	if q.nbatch == 0 {
+		return nil
+	}
+	done := q.batch[:q.nbatch]
+	q.nbatch, q.nbytes = 0, 0
+	q.publish(done)
+	return nil
+}
+
+// publish adds done to the used ring, and interrupts the guest if it wants that. It
+// accesses the guest's memory.
+func (q *queue) publish(done []completion) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	f := q.inflight
+	for _, d := range done {
+		if f != nil {
+			f.list(d.head)
+		}
+		q.ring.put(q.mu.used, d.head, d.written)
+		q.mu.used++
+	}
+	q.ring.setUsedIdx(q.mu.used, q.mu.flags)
+	if f != nil {
+		for _, d := range done {
+			f.untake(d.head)
+		}
+		f.setUsed(q.mu.used)
+	}
+	wanted := q.ring.interrupt(q.mu.signalled, q.mu.used)
+	q.mu.signalled = q.mu.used
+	if wanted && q.mu.call >= 0 {
+		q.c.counts.interrupts.Add(1)
+		notify(q.mu.call)
+	}
+}
+
+// begin starts cur, once it is admitted.
+func (q *queue) begin(r *request) error {
+	r.cost = min(max(r.nin, r.nout), pieceSize)
+	if !q.c.client.TryAcquire(r.cost) {
+		// Answers must not wait for the admission.
+		if err := q.flush(); err != nil {
+			return err
+		}
+		if err := q.c.client.Acquire(q.taking, r.cost); err != nil {
+			q.untake()
+			return err
+		}
+	}
+	r.view, r.loaded, r.abandon, r.code, r.written = blockmap.View{}, false, false, statusOK, 1
+	if r.op == opOut && q.alone() {
+		err := r.do(q.deadline())
+		q.c.client.Release(1, r.cost)
+		switch {
+		case err != nil:
+			return err
+		case r.abandon:
+			q.untake()
+			return errStopped
+		}
+		r.status[0] = r.code
+		q.batch[q.nbatch] = completion{r.head, r.written}
+		q.nbatch++
+		return q.flush()
+	}
+	r.mem.retain()
+	q.tasks.Add(1)
+	q.working.Add(1)
+	q.cur, _ = q.c.srv.requests.Get().(*request)
+	if q.cur == nil {
+		q.cur = new(request)
+	}
+	q.cur.q, q.cur.mem = q, q.mem
+	ctx := q.deadline()
+	if r.op != opIn || r.e.Len() > maxHit {
+		go q.work(ctx, r)
+		return nil
+	}
+	blockmap.LoadAsync(q.c.dev, r.e, func(v blockmap.View, ok bool) {
+		if !ok {
+			go q.work(ctx, r)
+			return
+		}
+		r.view, r.loaded = v, true
+		if q.ready(r) {
+			go q.complete()
+		}
+	})
+	return nil
+}
+
+// deadline returns a context that ends after FaultTimeout, or up to deadlineStep later. To
+// make one for each request would take longer than a write to memory.
+func (q *queue) deadline() context.Context {
+	if now := time.Now(); q.due.ctx == nil || now.Sub(q.due.made) > deadlineStep {
+		// It is not cancelled before: requests that have it may go on.
+		q.due.ctx, q.due.cancel = context.WithTimeout(q.ctx, q.c.srv.faultTimeout()+deadlineStep)
+		q.due.made = now
+	}
+	return q.due.ctx
+}
+
+const deadlineStep = time.Second
+
+// work does r on this goroutine.
+func (q *queue) work(ctx context.Context, r *request) {
+	if err := r.do(ctx); err != nil {
+		r.abandon = true
+		q.c.fail(err)
+	}
+	if q.ready(r) {
+		if q.working.Load() > 0 {
+			// Others that are about to be done are published together with r, and
+			// interrupt the guest once.
+			runtime.Gosched()
+		}
+		q.complete()
+	}
+}
+
+// ready adds r to what is to be published. mine is true where the caller has to call
+// complete.
+func (q *queue) ready(r *request) (mine bool) {
+	q.working.Add(-1)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.mu.ready.push(r)
+	mine = !q.mu.busy
+	q.mu.busy = true
+	return mine
+}
+
+// complete publishes what is ready, until nothing is.
+func (q *queue) complete() {
+	var done [batchLen]completion
+	for {
+		q.mu.Lock()
+		list := q.mu.ready
+		q.mu.ready = requestList{}
+		q.mu.busy = list.first != nil
+		q.mu.Unlock()
+		if list.first == nil {
+			return
+		}
+		for list.first != nil {
+			var ended requestList
+			n := 0
+			for n < len(done) {
+				r := list.take()
+				if r == nil {
+					break
+				}
+				if r.loaded {
+					q.copyLoaded(r)
+				}
+				if !r.abandon {
+					if err := access(func() error { r.status[0] = r.code; return nil }); err != nil {
+						q.c.fail(err)
+					}
+					done[n] = completion{r.head, r.written}
+					n++
+				}
+				ended.push(r)
+			}
+			if n > 0 {
+				if err := access(func() error { q.publish(done[:n]); return nil }); err != nil {
+					q.c.fail(err)
+				}
+			}
+			for r := ended.take(); r != nil; r = ended.take() {
+				q.end(r)
+			}
+		}
+	}
+}
+
+// copyLoaded copies what a read has loaded.
+func (q *queue) copyLoaded(r *request) {
+	ctx, cancel := context.WithTimeout(q.ctx, q.c.srv.faultTimeout())
+	defer cancel()
+	to := cursor{bufs: r.out}
+	r.written = uint32(r.nout) + 1
+	err := q.c.copyView(ctx, &to, &r.view, r.e)
+	var fault *faultError
+	switch {
+	case errors.As(err, &fault):
+		r.abandon = true
+		q.c.fail(fault)
+	case err != nil:
+		r.fail(ctx, err)
+	}
+}
+
+// end lets go of a request that is published, or abandoned.
+func (q *queue) end(r *request) {
+	q.c.client.Release(1, r.cost)
+	r.mem.release()
+	r.mem, r.in, r.out, r.status = nil, nil, nil, nil
+	clear(r.reads)
+	clear(r.writes)
+	q.c.srv.requests.Put(r)
+	q.tasks.Done()
+}
