@@ -136,13 +136,13 @@ func serveFUSE(ctx context.Context, n *Node, o Options) (*fuseNode, *os.File, er
 	if n.serving.wdev == nil {
 		flags = unix.O_RDONLY
 	}
-	fd, err := openAt(ctx, mount, fuseFileName, flags)
+	fd, err := openAt(ctx, mount, fuseFileName(), flags)
 	if err != nil {
 		unix.Close(mount)
 		<-d.ended
 		return nil, nil, fmt.Errorf("open the file of the FUSE file system: %w", err)
 	}
-	return d, os.NewFile(uintptr(fd), fuseFileName), nil
+	return d, os.NewFile(uintptr(fd), fuseFileName()), nil
 }
 
 // mountFUSE makes a mount of the file system that is served on dev. It is in no tree of
