@@ -6,9 +6,9 @@
 //
 // For each row of the table, each round measures one side after the other. All content is
 // in the page cache, and fio reads past the page cache of the node: what is measured is
-// the way from the node to the bytes. The sides "file" have no loop device: fio reads the
-// file by FUSE. Each round is a line on stdout, in the format that benchstat reads; a
-// Markdown table follows. It requires root.
+// the way from the node to the bytes. The side nbdfuse-file has no loop device: fio reads the
+// file by FUSE. (That of thaw is mounted nowhere.) Each round is a line on stdout, in the
+// format that benchstat reads; a Markdown table follows. It requires root.
 package main
 
 import (

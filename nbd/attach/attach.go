@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"runtime"
 	"strings"
 	"time"
 
@@ -43,8 +42,9 @@ type Options struct {
 	ReadOnly bool   // although the device is writable
 	Name     string // for the log
 
-	// Queues is how many queues (ublk) or connections (nbd) the node has. 0: one for
-	// each processor, at most 4. FUSE has one.
+	// Queues is how many queues (ublk) or connections (nbd) the node has. 0: with ublk
+	// one for each processor, at most 4; with nbd 4, since fewer are slower even on few
+	// processors. FUSE has one.
 	Queues int
 	// Depth is how many requests a queue of ublk has in flight. 0: 128. The kernel
 	// decides for the other drivers: 128 for each connection of nbd, and for a loop
@@ -85,7 +85,6 @@ func (o Options) fill() (Options, error) {
 	if _, err := ParseDriver(string(o.Driver)); err != nil {
 		return o, fmt.Errorf("attach: %w", err)
 	}
-	o.Queues = cmp.Or(o.Queues, min(maxQueues, runtime.NumCPU()))
 	o.Depth = cmp.Or(o.Depth, defaultDepth)
 	o.FaultTimeout = cmp.Or(o.FaultTimeout, nbd.DefaultFaultTimeout)
 	if o.Log == nil {
@@ -176,5 +175,6 @@ func attachBy(ctx context.Context, d Driver, dev blockmap.Device, o Options) (*N
 		return nil, fmt.Errorf("attach by %s: %w", d, err)
 	}
 	n.serving.protectWriters() // warns, if need be
-	return n, n.ready(o)
+	n.ready(o)
+	return n, nil
 }

@@ -45,7 +45,7 @@ func attachFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 		err = e
 	}
 	if err != nil {
-		d.wait(context.Background())
+		<-d.ended
 		return nil, err
 	}
 	n.state.Number, n.state.Path = number, nodePath(FUSE, number)
@@ -83,7 +83,7 @@ func recoverFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 		err = e
 	}
 	if err != nil {
-		d.wait(context.Background())
+		<-d.ended
 		return nil, err
 	}
 	d.watch()
@@ -136,13 +136,13 @@ func serveFUSE(ctx context.Context, n *Node, o Options) (*fuseNode, *os.File, er
 	if n.serving.wdev == nil {
 		flags = unix.O_RDONLY
 	}
-	fd, err := openAt(ctx, mount, fuseFileName, flags)
+	fd, err := openAt(ctx, mount, fuseFileName(), flags)
 	if err != nil {
 		unix.Close(mount)
-		d.wait(context.Background())
+		<-d.ended
 		return nil, nil, fmt.Errorf("open the file of the FUSE file system: %w", err)
 	}
-	return d, os.NewFile(uintptr(fd), fuseFileName), nil
+	return d, os.NewFile(uintptr(fd), fuseFileName()), nil
 }
 
 // mountFUSE makes a mount of the file system that is served on dev. It is in no tree of

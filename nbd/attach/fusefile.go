@@ -1,6 +1,8 @@
 package attach
 
 import (
+	"fmt"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -18,19 +20,23 @@ import (
 type fuseFile struct {
 	fuse.RawFileSystem // ENOSYS for all the rest
 	s                  *serving
+	name               string
 	pool               sync.Pool // of *fuseView
 }
 
 const (
-	fuseFileName = "disk"
-	fuseFileID   = 2 // the root has 1
+	fuseFileID = 2 // the root has 1
 
 	// fuseForever is how long the kernel may believe what it was told of the file.
 	fuseForever = 365 * 24 * time.Hour
 )
 
+// fuseFileName is the name of the file, which losetup shows of the loop device: it tells
+// which process serves it.
+func fuseFileName() string { return fmt.Sprintf("thaw-%d", os.Getpid()) }
+
 func newFuseFile(s *serving) *fuseFile {
-	f := &fuseFile{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s}
+	f := &fuseFile{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s, name: fuseFileName()}
 	f.pool.New = func() any { return &fuseView{f: f} }
 	return f
 }
@@ -48,7 +54,7 @@ func (f *fuseFile) attr(id uint64, a *fuse.Attr) {
 
 // Lookup finds the file.
 func (f *fuseFile) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
-	if h.NodeId != fuse.FUSE_ROOT_ID || name != fuseFileName {
+	if h.NodeId != fuse.FUSE_ROOT_ID || name != f.name {
 		return fuse.ENOENT
 	}
 	out.NodeId = fuseFileID

@@ -179,8 +179,10 @@ func TestFio(t *testing.T) {
 		dev := newDevice(testSize)
 		n := attachTo(t, d, dev, Options{})
 		for _, rw := range []string{"write", "randwrite"} {
-			out, err := exec.Command("fio", "--name=v", "--filename="+n.Path, "--direct=1", "--ioengine=libaio", "--iodepth=32", "--bsrange=4k-256k", "--rw="+rw,
-				"--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", fmt.Sprint("--size=", testSize)).CombinedOutput()
+			cmd := exec.Command("fio", "--name=v", "--filename="+n.Path, "--direct=1", "--ioengine=libaio", "--iodepth=32", "--bsrange=4k-256k", "--rw="+rw,
+				"--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", fmt.Sprint("--size=", testSize))
+			cmd.Dir = t.TempDir() // it leaves a file there
+			out, err := cmd.CombinedOutput()
 			if err != nil {
 				t.Errorf("fio %s: %v\n%s", rw, err, out)
 			}

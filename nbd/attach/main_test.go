@@ -275,8 +275,8 @@ func count(t testing.TB) (l left) {
 	l.threads = entries(t, "/proc/self/task")
 	loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	for _, f := range loops {
-		// Other programs may have loop devices; ours have this file.
-		if text, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(text), "/"+fuseFileName) {
+		// Other programs may have loop devices, those of thaw included; ours have this file.
+		if text, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(text)) == "/"+fuseFileName() {
 			l.loops++
 		}
 	}

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -163,6 +164,7 @@ func (d *nbdDevice) encode(a *netlink.AttributeEncoder) {
 }
 
 func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
+	o.Queues = cmp.Or(o.Queues, maxQueues)
 	d := newNBD(n, o)
 	fds, serve, err := d.pairs(o.Queues)
 	if err != nil {

@@ -56,16 +56,15 @@ func (n *Node) end(reason error) {
 }
 
 // ready ends an attach: the node is there.
-func (n *Node) ready(o Options) error {
+func (n *Node) ready(o Options) {
 	n.Path = n.state.Path
 	if o.ReadAhead == 0 {
-		return nil
+		return
 	}
 	file := filepath.Join("/sys/block", filepath.Base(n.Path), "queue/read_ahead_kb")
 	if err := os.WriteFile(file, []byte(strconv.Itoa(o.ReadAhead>>10)), 0); err != nil {
 		o.Log.Warn("cannot set the readahead of a node", "node", n.Path, "err", err)
 	}
-	return nil
 }
 
 // State is what another process needs to go on serving the node if this one dies: keep

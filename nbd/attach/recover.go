@@ -59,7 +59,8 @@ func Recover(ctx context.Context, s State, dev blockmap.Device, o Options) (*Nod
 		return nil, fmt.Errorf("recover %s: %w", s.Path, err)
 	}
 	n.state.serve()
-	return n, n.ready(o)
+	n.ready(o)
+	return n, nil
 }
 
 // Remove removes a node whose server was killed and that nobody is to go on serving. It

@@ -1,10 +1,12 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 	"unsafe"
@@ -42,7 +44,7 @@ func attachUBLK(ctx context.Context, n *Node, o Options) (driver, error) {
 		c.close()
 		return nil, err
 	}
-	info := ublkInfo{queues: uint16(o.Queues), depth: uint16(o.Depth), maxIOBytes: ublkMaxIO, devID: ^uint32(0), pid: int32(os.Getpid()), flags: features & ublkFWanted}
+	info := ublkInfo{queues: uint16(cmp.Or(o.Queues, min(maxQueues, runtime.NumCPU()))), depth: uint16(o.Depth), maxIOBytes: ublkMaxIO, devID: ^uint32(0), pid: int32(os.Getpid()), flags: features & ublkFWanted}
 	if err := exchange(ctx, c, "ADD_DEV", ublkAdd, ^uint32(0), &info, int(unsafe.Sizeof(info))); err != nil {
 		c.close()
 		return nil, err

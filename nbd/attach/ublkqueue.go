@@ -278,8 +278,7 @@ func (q *ublkQueue) start(tag uint16) error {
 	s := q.d.n.serving
 	r, ok := parseUBLK(q.descs[int(tag)*ublkDescLen:], tag, s.size)
 	if !ok {
-		s.fail(nbd.OpOther, r.e, blockmap.ErrOutOfRange)
-		return q.push(ublkCommit, tag, -int32(unix.EINVAL))
+		return q.push(ublkCommit, tag, result(0, s.fail(nbd.OpOther, r.e, blockmap.ErrOutOfRange)))
 	}
 	if r.op != ublkRead {
 		q.d.work.Go(func() { q.finish(tag, q.do(r)) })
