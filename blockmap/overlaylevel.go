@@ -146,13 +146,18 @@ func (lv *level) addTo(l *load, off, n int64) bool {
 	return true
 }
 
+// cut says whether the data file was cut short. It pins: the level may be merged meanwhile,
+// and its file unmapped.
+func (lv *level) cut() bool {
+	lv.pins.pin(0)
+	defer lv.pins.unpin(0)
+	f := lv.file.Load()
+	return f != nil && !f.intact()
+}
+
 // check fails where some of the n blocks from b, which are data, cannot be read.
 func (lv *level) check(ctx context.Context, b, n uint32) error {
-	f := lv.file.Load()
-	if f == nil {
-		return nil // merged meanwhile: whoever reads looks again
-	}
-	if !f.intact() {
+	if lv.cut() {
 		return fmt.Errorf("read bytes %v of %s: %w", blockRange(b, n), lv.name, errLost)
 	}
 	if !lv.suspect(b, n) {

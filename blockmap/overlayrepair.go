@@ -34,7 +34,7 @@ func (o *Overlay) closeRetired() (err error) {
 // lost: reads of it fail, and never show zeros or the base in its place, until it is
 // written again.
 func (o *Overlay) replaceCut(lv *level) error {
-	if f := lv.file.Load(); f == nil || f.intact() {
+	if !lv.cut() {
 		return nil
 	}
 	o.syncing.Lock()
