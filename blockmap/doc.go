@@ -18,6 +18,9 @@
 // Resident means on the local disk. View never waits for it, so that one thread can answer
 // all that is in memory; Load and Fault wait.
 //
+// An [Overlay] makes a device writable: it keeps what is written over a base that does not
+// change. The file overlay.go shows the way of a write and of a flush.
+//
 // Terms: a block is 4 KiB. A chunk is the unit of fetching, a whole number of blocks, and
 // a leaf is 64 KiB of it. A stream is a sequence of chunks; there is one for each layer of
 // the source image and one for the filesystem's metadata.

@@ -218,7 +218,13 @@ var errNotReleased = errors.New("a view of it was not released")
 func (o *Overlay) Size() int64 { return o.size }
 
 // View implements Device.
-func (o *Overlay) View(e Extent) (v View, ok bool) { return o.layers.Load().view(e) }
+func (o *Overlay) View(e Extent) (v View, ok bool) {
+	s := o.layers.Load()
+	if s.inBase(e) { // here, it saves a copy of the view
+		return s.base.View(e)
+	}
+	return s.view(e)
+}
 
 // Load implements Device.
 func (o *Overlay) Load(ctx context.Context, e Extent) (v View, ok bool) {

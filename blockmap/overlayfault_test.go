@@ -101,6 +101,24 @@ func TestOverlayFillsTheDisk(t *testing.T) {
 	must(t, d.Close())
 }
 
+// What a write has taken of the disk before it failed is given back.
+func TestOverlayGivesBack(t *testing.T) {
+	base, stamps := stampedBase(70)
+	fsys := blocktest.NewFS()
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
+	m := newSectors(stamps)
+	fsys.Shrink(4)
+	if err := d.WriteAt(t.Context(), stamped(1, 8*5), 0); !errors.Is(err, blockmap.ErrNoSpace) {
+		t.Fatalf("a write of 5 blocks where there is room for 4: %v", err)
+	}
+	must(t, d.WriteAt(t.Context(), stamped(2, 8*3), 40*4096)) // and a page of the map
+	m.write(40*8, 8*3, 2, false)
+	m.check(t, d, 0, len(m.now), "after a write that had no room")
+	if st := d.Stats(); st.Data != 3*4096 {
+		t.Errorf("%d bytes are counted", st.Data)
+	}
+}
+
 // A limit is exact, whoever writes at the same time.
 func TestOverlayLimit(t *testing.T) {
 	const blocks, limit, writers = 400, 100, 8

@@ -365,3 +365,66 @@ func TestViewHeldOverMerge(t *testing.T) {
 	must(t, d.Flush(t.Context()))
 	must(t, d.Close())
 }
+
+// pausingFS pauses one read of a whole block of a data file, after the disk has answered.
+type pausingFS struct {
+	blockmap.FS
+	off            int64
+	paused, goesOn chan struct{}
+	armed          atomic.Bool
+}
+
+type pausingFile struct {
+	blockmap.File
+	fs *pausingFS
+}
+
+func (p *pausingFS) Open(path string, create bool) (blockmap.File, error) {
+	f, err := p.FS.Open(path, create)
+	if err == nil && filepath.Base(path) == "data" {
+		f = &pausingFile{f, p}
+	}
+	return f, err
+}
+
+func (f *pausingFile) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.File.ReadAt(p, off)
+	if off == f.fs.off && f.fs.armed.Swap(false) {
+		close(f.fs.paused)
+		<-f.fs.goesOn
+	}
+	return n, err
+}
+
+// A write to a part of a block has read the rest of it from a frozen level. Before it goes
+// on, the level is merged, written to, and frozen again: the rest is read once more.
+func TestPartWriteOverTwoFreezes(t *testing.T) {
+	base, stamps := stampedBase(70)
+	fsys := &pausingFS{FS: blockmap.OS, off: 5 * 4096, paused: make(chan struct{}), goesOn: make(chan struct{})}
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
+	m := newSectors(stamps)
+	ctx := t.Context()
+	must(t, d.WriteAt(ctx, stamped(1, 8), 5*4096))
+	m.write(5*8, 8, 1, false)
+	f, err := d.Freeze(ctx)
+	must(t, err)
+	fsys.armed.Store(true)
+	written := make(chan error)
+	go func() { written <- d.WriteAt(context.Background(), stamped(2, 1), 5*4096+sectorSize) }()
+	m.write(5*8+1, 1, 2, false)
+	select {
+	case <-fsys.paused:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the write does not read the rest of its block")
+	}
+	must(t, f.Merge(ctx))
+	must(t, d.WriteAt(ctx, stamped(3, 1), 5*4096+2*sectorSize))
+	m.write(5*8+2, 1, 3, false)
+	f, err = d.Freeze(ctx)
+	must(t, err)
+	close(fsys.goesOn)
+	must(t, <-written)
+	m.check(t, d, 0, len(m.now), "after a write over two freezes")
+	must(t, f.Merge(ctx))
+	m.check(t, d, 0, len(m.now), "after its merge")
+}

@@ -53,6 +53,11 @@ func (s *layers) unchanged(b, n uint32) bool {
 	return s.top.m.live.none(b, n) && (s.low == nil || s.low.m.live.none(b, n))
 }
 
+// inBase says whether e is an extent within the device that the base has as a whole.
+func (s *layers) inBase(e Extent) bool {
+	return e.Start >= 0 && e.Start < e.End && e.End <= s.size && s.unchanged(blocksOf(e))
+}
+
 // part is a part of an extent that comes from one place.
 type part struct {
 	Extent

@@ -27,22 +27,6 @@ func (o *Overlay) WriteAt(ctx context.Context, p []byte, off int64) error {
 	return nil
 }
 
-// Zero implements WritableDevice.
-func (o *Overlay) Zero(ctx context.Context, e Extent, mayDiscard bool) error {
-	if err := o.zero(ctx, e, mayDiscard); err != nil {
-		return fmt.Errorf("zero bytes %v of overlay %s: %w", e, o.dir, err)
-	}
-	return nil
-}
-
-// Discard implements WritableDevice.
-func (o *Overlay) Discard(ctx context.Context, e Extent) error {
-	if err := o.zero(ctx, e, true); err != nil {
-		return fmt.Errorf("discard bytes %v of overlay %s: %w", e, o.dir, err)
-	}
-	return nil
-}
-
 // admit fails where e cannot be written.
 func (o *Overlay) admit(e Extent) error {
 	if err := e.Check(o.size); err != nil {
@@ -328,103 +312,27 @@ func (o *Overlay) mark(s *layers, b, n uint32, st state) error {
 // setWords makes st the state of n blocks from b in a level.
 func (o *Overlay) setWords(lv *level, b, n uint32, st state) error {
 	first, end := wordsOf(b, n)
-	var words [stripeCount + 1]uint64
+	var few [4]uint64 // most writes are small
+	words := few[:0]
+	if end-first > uint32(len(few)) {
+		words = make([]uint64, 0, end-first)
+	}
 	for i := first; i < end; i++ {
 		mask := wordMask(i, b, n)
-		words[i-first] = lv.m.live.word(i)&^mask | repeat(st)&mask
+		words = append(words, lv.m.live.word(i)&^mask|repeat(st)&mask)
 	}
-	var unpunched [stripeCount + 1]uint64
-	if st == stateZero {
+	if st == stateZero && !o.temp {
+		// Noted before it is so: until then, the blocks are data, and keep their space.
 		for i := first; i < end; i++ {
-			unpunched[i-first] = blocksIn(lv.m.live.word(i), stateData) & wordMask(i, b, n)
+			lv.punchLater(i, blocksIn(lv.m.live.word(i), stateData)&wordMask(i, b, n))
 		}
 	}
-	if err := lv.m.set(first, words[:end-first], o.stripes[first%stripeCount].buf[:]); err != nil {
+	if err := lv.m.set(first, words, o.stripes[first%stripeCount].buf[:]); err != nil {
 		return o.full(err)
 	}
-	if st == stateZero {
-		if o.temp { // no flush comes
-			e := blockRange(b, n)
-			return lv.file.Load().punch(e.Start, e.Len())
-		}
-		for i := first; i < end; i++ {
-			lv.punchLater(i, unpunched[i-first])
-		}
+	if st == stateZero && o.temp { // no flush comes
+		e := blockRange(b, n)
+		return lv.file.Load().punch(e.Start, e.Len())
 	}
 	return nil
-}
-
-// zero makes e read as zeros: whole blocks by their state, or by zeros that have space;
-// parts of blocks by a write.
-func (o *Overlay) zero(ctx context.Context, e Extent, mayDiscard bool) error {
-	if err := o.admit(e); err != nil {
-		return err
-	}
-	for at := e.Start; at < e.End; {
-		end := min(e.End, (at/stepSize+1)*stepSize)
-		whole := Extent{(at + BlockSize - 1) &^ (BlockSize - 1), end &^ (BlockSize - 1)}
-		switch {
-		case at%BlockSize != 0 || whole.Len() <= 0:
-			end = min(e.End, at&^(BlockSize-1)+BlockSize)
-			if err := o.writeStep(ctx, zeros[:end-at], at); err != nil {
-				return err
-			}
-		default:
-			if err := o.zeroStep(ctx, whole, mayDiscard); err != nil {
-				return err
-			}
-			end = whole.End
-		}
-		at = end
-	}
-	return nil
-}
-
-// zeroStep makes whole blocks zeros.
-func (o *Overlay) zeroStep(ctx context.Context, e Extent, mayDiscard bool) error {
-	b, n := blocksOf(e)
-	first, end := wordsOf(b, n)
-	if err := o.replaceCut(o.layers.Load().target()); err != nil {
-		return err
-	}
-	for flushed := false; ; {
-		o.stripes.lock(first, end)
-		err := o.zeroBlocksOf(b, n, mayDiscard)
-		o.stripes.unlock(first, end)
-		if !errors.Is(err, ErrNoSpace) || flushed || !o.reclaimable() {
-			return err
-		}
-		flushed = true
-		if err := o.Flush(ctx); err != nil {
-			return err
-		}
-	}
-}
-
-// zeroBlocksOf makes n blocks from b zeros. The stripes are held.
-func (o *Overlay) zeroBlocksOf(b, n uint32, mayDiscard bool) error {
-	if o.closed.Load() {
-		return ErrClosed
-	}
-	s := o.layers.Load()
-	if mayDiscard {
-		return o.mark(s, b, n, stateZero)
-	}
-	reserved, err := o.reserve(s, b, n)
-	if err != nil {
-		return err
-	}
-	t, e := s.target(), blockRange(b, n)
-	if err = t.file.Load().zero(e.Start, e.Len()); err != nil {
-		o.tidy(t, b, n)
-		err = o.full(err)
-	} else {
-		t.wrote()
-		t.trust(b, n)
-		err = o.mark(s, b, n, stateData)
-	}
-	if err != nil {
-		o.dataBlocks.Add(-reserved)
-	}
-	return err
 }
