@@ -617,7 +617,7 @@ func TestUmountWithoutServer(t *testing.T) {
 	}
 	b.must("detach", node)
 	for _, path := range []string{n.Node, node} {
-		if name, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/loop/backing_file"); err == nil && strings.HasPrefix(string(name), "/disk") {
+		if name, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/loop/backing_file"); err == nil && strings.HasPrefix(string(name), "/thaw-") {
 			t.Errorf("%s is there, of %s", path, name)
 		}
 	}
