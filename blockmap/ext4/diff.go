@@ -95,7 +95,7 @@ func (d *differ) both(name string, x, y *diskInode, depth int) error {
 	diff := Difference{Change: Modified, Path: name, Mode: y.mode(), Before: x.size(), After: y.size()}
 	differs := metadata(x, y)
 	diff.Metadata = differs
-	if !x.is(modeDir) {
+	if !x.isDir() {
 		before, _, err := d.old.content(x, d.none)
 		if err != nil {
 			return err
@@ -114,7 +114,7 @@ func (d *differ) both(name string, x, y *diskInode, depth int) error {
 			return err
 		}
 	}
-	if !x.is(modeDir) {
+	if !x.isDir() {
 		return nil
 	}
 	if depth == maxDepth {
@@ -178,7 +178,7 @@ func (d *differ) side(f *files, c Change, name string, in *diskInode, depth int)
 	if err := d.add(diff, in); err != nil {
 		return err
 	}
-	if !in.is(modeDir) {
+	if !in.isDir() {
 		return nil
 	}
 	if depth >= maxDepth {
@@ -200,7 +200,7 @@ func (d *differ) side(f *files, c Change, name string, in *diskInode, depth int)
 // attributes show, but for times of access, and for directories but for all times.
 func metadata(x, y *diskInode) bool {
 	fields := [][2]int{{inMode, inMode + 4}, {inGID, inGID + 2}, {inUIDHigh, inGIDHigh + 2}}
-	if !x.is(modeDir) {
+	if !x.isDir() {
 		fields = append(fields, [2]int{inMtime, inMtime + 4}, [2]int{inMtimeExtra, inMtimeExtra + 4},
 			[2]int{inCtime, inCtime + 4}, [2]int{inCtimeExtra, inCtimeExtra + 4}, [2]int{inLinks, inLinks + 2})
 	}
@@ -230,7 +230,7 @@ func (d *differ) renames() []Difference {
 		was := &d.list[at]
 		drop[at] = true
 		x.Change, x.From, x.Before = Renamed, was.Path, was.Before
-		if d.inodes[i].is(modeDir) {
+		if d.inodes[i].isDir() {
 			moved[was.Path] = x.Path
 			x.Written = 0
 		}

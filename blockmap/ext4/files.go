@@ -44,9 +44,9 @@ type diskInode struct {
 	in     [inodeSize]byte
 }
 
-func (d *diskInode) mode() uint32     { return uint32(le.Uint16(d.in[inMode:])) }
-func (d *diskInode) size() int64      { return int64(min(inodeLength(d.in[:]), 1<<62)) }
-func (d *diskInode) is(t uint32) bool { return d.mode()&modeType == t }
+func (d *diskInode) mode() uint32 { return uint32(le.Uint16(d.in[inMode:])) }
+func (d *diskInode) size() int64  { return int64(min(inodeLength(d.in[:]), 1<<62)) }
+func (d *diskInode) isDir() bool  { return d.mode()&modeType == modeDir }
 func (d *diskInode) extents() bool {
 	return le.Uint32(d.in[inFlags:])&inodeFlagExtents != 0
 }

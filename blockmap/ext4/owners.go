@@ -145,14 +145,14 @@ func (o *owners) trees(node []byte, room int, name string) error {
 
 // file claims the blocks of a file, and of what is below a directory.
 func (o *owners) file(name string, d *diskInode, depth int) error {
-	if d.is(modeDir) || le.Uint16(d.in[inLinks:]) > 1 {
+	if d.isDir() || le.Uint16(d.in[inLinks:]) > 1 {
 		if _, again := o.seen[d.number]; again {
 			return nil
 		}
 		o.seen[d.number] = struct{}{}
 	}
 	use := UseData
-	if d.is(modeDir) {
+	if d.isDir() {
 		use = UseDirectory
 	}
 	if err := o.blocks(name, d, use); err != nil {
@@ -163,7 +163,7 @@ func (o *owners) file(name string, d *diskInode, depth int) error {
 			return err
 		}
 	}
-	if !d.is(modeDir) {
+	if !d.isDir() {
 		return nil
 	}
 	if depth == maxDepth {

@@ -66,14 +66,14 @@ func (x *nodes) watch(n *node) {
 			if inUse(kept.Path) {
 				seen = true
 			} else if seen || due || time.Since(began) > mountTime {
-				x.detachUnused(n, a)
+				x.detachUnused(a)
 			}
 		}
 	}
 }
 
 // detachUnused detaches a node that nobody uses. If it is in use again, it stays.
-func (x *nodes) detachUnused(n *node, a *attach.Node) {
+func (x *nodes) detachUnused(a *attach.Node) {
 	ctx, cancel := context.WithTimeout(x.ctx, detachTime)
 	defer cancel()
 	if err := a.Detach(ctx); err != nil && !errors.Is(err, attach.ErrBusy) && x.ctx.Err() == nil {
