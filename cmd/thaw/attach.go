@@ -30,7 +30,7 @@ func (o *nodeOptions) flags(a *app, c *cobra.Command) {
 	f.StringVar(&o.overlay, "overlay", "", "make the node writable, and keep the changes in `DIR`")
 	f.BoolVar(&o.ephemeral, "ephemeral", false, "make the node writable, and forget the changes when it is detached")
 	f.Var(&o.limit, "overlay-size", "most changed data, as a `SIZE`; beyond it, writes fail with ENOSPC (default: no limit but the disk)")
-	f.IntVar(&o.queues, "queues", 0, "`N` queues of ublk, or connections of nbd (default: one for each processor, at most 4)")
+	f.IntVar(&o.queues, "queues", 0, "`N` queues of ublk, or connections of nbd (default: 4, or with ublk the number of processors if that is less)")
 	f.StringVar(&o.cache, "cache", "", controlCacheUsage)
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 }
@@ -47,7 +47,7 @@ func (o *nodeOptions) spec(image string) (s host.NodeSpec, err error) {
 	case o.limit != 0 && o.overlay == "" && !o.ephemeral:
 		return s, usageError{errors.New("--overlay-size limits an overlay: add --overlay DIR or --ephemeral")}
 	case o.queues < 0 || o.queues > 64:
-		return s, usageError{fmt.Errorf("--queues %d: it must be from 1 to 64, or 0 for one for each processor", o.queues)}
+		return s, usageError{fmt.Errorf("--queues %d: it must be from 1 to 64, or 0 for the default", o.queues)}
 	}
 	s = host.NodeSpec{Ephemeral: o.ephemeral, Limit: int64(o.limit), Driver: d, Queues: o.queues}
 	if s.Image, err = host.AbsoluteImage(image); err != nil {

@@ -77,6 +77,10 @@ func (a *app) mount(ctx context.Context, image, dir string, o nodeOptions) error
 				}
 				return err
 			}
+			// From now on the node goes with the mount, however soon that ends.
+			if _, err := c.Detach(ctx, n.ID, true); err != nil && !isNotFound(err) {
+				return fmt.Errorf("%s is mounted, and its node %s may stay when it is unmounted: %w", spec.Mount, n.Node, err)
+			}
 		}
 		if a.json {
 			return a.printJSON(nodeResult{"mounted", n})

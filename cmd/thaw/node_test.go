@@ -455,9 +455,14 @@ func TestAttach(t *testing.T) {
 	if err := unix.Unmount(b.dir, 0); err != nil {
 		t.Fatal(err)
 	}
-	// It is not a node of thaw mount: it stays although it was mounted.
-	time.Sleep(3 * 250 * time.Millisecond) // the server looks each 250 ms
-	if got := kept(t, b.cache); len(got) != 1 || got[0] != node {
+	// It is not a node of thaw mount: it stays although it was mounted. The server has looked
+	// at it when it has detached a node that was unmounted later.
+	b.mount()
+	if err := unix.Unmount(b.dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the other node is detached", func() bool { return len(kept(t, b.cache)) == 1 })
+	if got := kept(t, b.cache); got[0] != node {
 		t.Errorf("nodes: %v", got)
 	}
 	if out := b.must("detach", "--json", filepath.Base(node)); out != fmt.Sprintf("{\"type\":\"detached\",\"node\":%q}\n", node) {
@@ -611,13 +616,17 @@ func TestUmountWithoutServer(t *testing.T) {
 	b := newNodeBed(t)
 	n := b.mount("--driver", "fuse", "--ephemeral")
 	node := strings.TrimSpace(b.must("attach", b.image, "--driver", "fuse"))
+	file := fmt.Sprintf("/thaw-%d", b.servers()[0]) // of its loop devices
+	if name, err := os.ReadFile("/sys/block/" + filepath.Base(node) + "/loop/backing_file"); err != nil || !strings.HasPrefix(string(name), file) {
+		t.Errorf("the file of %s is %s, %v", node, name, err)
+	}
 	b.killServer()
 	if out := b.must("umount", "--json", b.dir); !strings.Contains(out, `"detached":true`) {
 		t.Errorf("thaw umount: %s", out)
 	}
 	b.must("detach", node)
 	for _, path := range []string{n.Node, node} {
-		if name, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/loop/backing_file"); err == nil && strings.HasPrefix(string(name), "/thaw-") {
+		if name, err := os.ReadFile("/sys/block/" + filepath.Base(path) + "/loop/backing_file"); err == nil && strings.HasPrefix(string(name), file) {
 			t.Errorf("%s is there, of %s", path, name)
 		}
 	}

@@ -30,7 +30,7 @@ type NodeSpec struct {
 	// Limit bounds the bytes of changed blocks with data. 0 means no limit but the disk.
 	Limit  int64         `json:"overlay_limit_bytes,omitempty"`
 	Driver attach.Driver `json:"driver,omitempty"` // auto if empty
-	Queues int           `json:"queues,omitempty"` // 0: one for each processor, at most 4
+	Queues int           `json:"queues,omitempty"` // 0: see attach.Options
 	// Mount is the directory where the client is about to mount the node. The node is then
 	// detached when it has been mounted and is no longer in use.
 	Mount string `json:"mount,omitempty"`
@@ -153,7 +153,7 @@ func (s *NodeSpec) check() error {
 	case s.Limit > 0 && s.Overlay == "" && !s.Ephemeral:
 		return InvalidError{errors.New("attach: the limit is one of an overlay, and the node is read-only")}
 	case s.Queues < 0 || s.Queues > maxQueues:
-		return InvalidError{fmt.Errorf("attach: %d queues: the number must be from 1 to %d, or 0 for one for each processor", s.Queues, maxQueues)}
+		return InvalidError{fmt.Errorf("attach: %d queues: the number must be from 1 to %d, or 0 for the default of the driver", s.Queues, maxQueues)}
 	}
 	d, err := attach.ParseDriver(string(s.Driver))
 	if err != nil {
