@@ -278,7 +278,7 @@ func (q *queue) halt() {
 		return
 	}
 	q.stop1()
-	q.kick.SetReadDeadline(longAgo)
+	_ = q.kick.SetReadDeadline(longAgo)
 	<-q.ended
 	q.base = q.at
 }
