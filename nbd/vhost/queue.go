@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/bits"
 	"os"
-
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
