@@ -242,7 +242,7 @@ func (c *conn) set(m *message) (failed bool, err error) {
 	case resetOwner: // to be ignored, or to disable all rings
 		return false, c.disable()
 	case resetDevice:
-		return false, c.reset()
+		c.reset()
 	default:
 		return false, errors.New("it is unknown, or belongs to a feature that was not offered")
 	}
@@ -374,7 +374,7 @@ func (c *conn) makeInflight(m *message) error {
 	}
 	defer unix.Close(fd)
 	a.size, a.off = size, 0
-	out := a.append(nil)
+	out := a.payload()
 	return reply(c.nc, m.id, append(out, make([]byte, len(m.payload)-len(out))...), fd)
 }
 
@@ -422,14 +422,13 @@ func (c *conn) disable() error {
 
 // reset makes the device as it was before the first message, but for the features of the
 // protocol.
-func (c *conn) reset() error {
+func (c *conn) reset() {
 	for _, q := range c.queues {
 		q.stop()
 		q.reset()
 	}
 	c.dropInflight()
 	c.features = 0
-	return nil
 }
 
 // finish completes what is in flight, for a server that shuts down.
@@ -470,7 +469,7 @@ func (c *conn) setReadDeadline(t time.Time) {
 	if c.mu.drain {
 		t = longAgo
 	}
-	c.nc.SetReadDeadline(t)
+	_ = c.nc.SetReadDeadline(t)
 }
 
 // drain makes the connection complete its requests and end.
@@ -478,7 +477,7 @@ func (c *conn) drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.drain = true
-	c.nc.SetReadDeadline(longAgo)
+	_ = c.nc.SetReadDeadline(longAgo)
 }
 
 func (c *conn) draining() bool {

@@ -27,7 +27,7 @@
 // the mapping of a cache file, to the guest's buffers: the only copy. It adds all chains
 // that it has answered to the used ring at once, and interrupts the guest once, if the
 // guest wants that. So a hit costs no system call, no allocation, no other goroutine, and
-// no lock that queues share. queue.go has that path from top to bottom.
+// no lock that queues share. pass.go has that path from top to bottom.
 //
 // Everything else becomes a request that waits for the device, up to a bound for each
 // connection: a read of what is on the disk, which takes no goroutine

@@ -296,7 +296,7 @@ func (f *frontEnd) keepInflight(queues, size int, from *frontEnd) {
 	if from != nil {
 		f.inflight, f.area = from.inflight, from.area
 	} else {
-		must(f.t, f.send(getInflightFD, 0, append(a.append(nil), 0, 0, 0, 0)))
+		must(f.t, f.send(getInflightFD, 0, append(a.payload(), 0, 0, 0, 0)))
 		p, fds := f.reply(getInflightFD)
 		if len(p) != inflightPadded || len(fds) != 1 {
 			f.t.Fatalf("GET_INFLIGHT_FD: %x, %d descriptors", p, len(fds))

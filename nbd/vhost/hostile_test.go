@@ -193,7 +193,7 @@ func TestBadMessages(t *testing.T) {
 		return p
 	}
 	area := func(size, off uint64, queues, num uint16) []byte {
-		return append(inflightArea{size, off, queues, num}.append(nil), 0, 0, 0, 0)
+		return append(inflightArea{size, off, queues, num}.payload(), 0, 0, 0, 0)
 	}
 	for name, c := range map[string]struct {
 		id      requestID
@@ -350,7 +350,7 @@ func TestTruncatedMemory(t *testing.T) {
 				defer unix.Close(fd)
 				a := inflightArea{size: 1 << 20, queues: 1, queueSize: 64}
 				must(t, unix.Ftruncate(fd, 1<<20))
-				f.set(setInflightFD, append(a.append(nil), 0, 0, 0, 0), fd)
+				f.set(setInflightFD, append(a.payload(), 0, 0, 0, 0), fd)
 				d := f.newDriver(0, 64)
 				d.start(0)
 				d.ok(opIn, 0, nil, 512)

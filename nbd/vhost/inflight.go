@@ -69,9 +69,9 @@ func (m *message) inflight() (a inflightArea, err error) {
 	return a, nil
 }
 
-// append is a as the payload of a reply.
-func (a inflightArea) append(p []byte) []byte {
-	p = binary.LittleEndian.AppendUint64(p, a.size)
+// payload is a as the payload of a reply.
+func (a inflightArea) payload() []byte {
+	p := binary.LittleEndian.AppendUint64(nil, a.size)
 	p = binary.LittleEndian.AppendUint64(p, a.off)
 	p = binary.LittleEndian.AppendUint16(p, a.queues)
 	return binary.LittleEndian.AppendUint16(p, a.queueSize)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,9 +28,9 @@ func TestResubmit(t *testing.T) {
 	dev := filled(testSize)
 	dev.Evict(blockmap.Range(1<<20, 1<<20))
 	faults := make(chan struct{}, 64)
-	fail := true
+	var up atomic.Bool // the origin
 	dev.OnFault = func(ctx context.Context, _ blockmap.Extent) error {
-		if !fail {
+		if up.Load() {
 			return nil
 		}
 		faults <- struct{}{}
@@ -76,7 +77,7 @@ func TestResubmit(t *testing.T) {
 	g := connect(t, path)
 	g.negotiate(0)
 	g.mem = f.mem
-	fail = false
+	up.Store(true)
 	g.share(f.mem)
 	g.keepInflight(1, 64, f)
 	d.setUp(g, 101) // the idx of the used ring is what QEMU believes

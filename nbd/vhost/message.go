@@ -205,7 +205,7 @@ func receive(nc *net.UnixConn) (m message, err error) {
 	if n == 0 {
 		return m, io.EOF
 	}
-	nc.SetReadDeadline(time.Now().Add(payloadTime))
+	_ = nc.SetReadDeadline(time.Now().Add(payloadTime))
 	if n < headerLen {
 		if _, err := io.ReadFull(nc, head[n:]); err != nil {
 			return m, cut(err)
@@ -269,7 +269,7 @@ func reply(nc *net.UnixConn, id requestID, payload []byte, fds ...int) error {
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
-	nc.SetWriteDeadline(time.Now().Add(payloadTime))
+	_ = nc.SetWriteDeadline(time.Now().Add(payloadTime))
 	n, _, err := nc.WriteMsgUnix(b, oob, nil)
 	if err == nil && n < len(b) {
 		_, err = nc.Write(b[n:])
