@@ -187,9 +187,9 @@ func (a *app) spawnServer(ctx context.Context, cache string) (pid int, err error
 	if err != nil {
 		return 0, fmt.Errorf("start a server: %w", err)
 	}
-	stop := context.AfterFunc(ctx, func() { ready.SetReadDeadline(time.Now()) })
+	stop := context.AfterFunc(ctx, func() { _ = ready.SetReadDeadline(time.Now()) })
 	defer stop()
-	ready.SetReadDeadline(time.Now().Add(startTime))
+	_ = ready.SetReadDeadline(time.Now().Add(startTime))
 	line, err := bufio.NewReader(ready).ReadString('\n')
 	if err == nil && strings.HasPrefix(line, "ready:") {
 		pid := cmd.Process.Pid
