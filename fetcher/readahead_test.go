@@ -168,8 +168,9 @@ func TestReadAheadLearns(t *testing.T) {
 	}
 	// Bad ones until there is no credit, and then chunks with their neighbours.
 	var bad, good []int
+	rng := rand.New(rand.NewPCG(1, 2))
 	for range 300 {
-		bad = append(bad, rand.IntN(400))
+		bad = append(bad, rng.IntN(400))
 	}
 	for range 2 {
 		for i := 0; i < 392; i += 8 {
