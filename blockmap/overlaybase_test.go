@@ -16,7 +16,7 @@ import (
 
 // An overlay over an image conforms, whether the cache leaves data in memory or not.
 func TestOverlayOverImageConforms(t *testing.T) {
-	m := blocktest.NewImage(t, 130, 500)
+	m := blocktest.NewImage(t, 130, 120)
 	for _, mode := range []blockmap.Mode{blockmap.Buffered, blockmap.Direct} {
 		t.Run(string(mode), func(t *testing.T) {
 			blocktest.TestWritableDevice(t, blocktest.Writable{
