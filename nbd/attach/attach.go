@@ -151,10 +151,14 @@ func why(refused []error) string {
 	}
 	texts := make([]string, len(refused))
 	for i, err := range refused {
-		texts[i] = err.Error()
+		text := strings.TrimPrefix(err.Error(), byDriver)
+		texts[i] = strings.TrimSuffix(text, ": "+ErrUnavailable.Error())
 	}
 	return strings.Join(texts, "; ")
 }
+
+// byDriver begins the errors of attachBy.
+const byDriver = "attach by "
 
 func attachBy(ctx context.Context, d Driver, dev blockmap.Device, o Options) (*Node, error) {
 	n := newNode(dev, o)
@@ -172,7 +176,7 @@ func attachBy(ctx context.Context, d Driver, dev blockmap.Device, o Options) (*N
 	}
 	if err != nil {
 		n.serving.cancel(err)
-		return nil, fmt.Errorf("attach by %s: %w", d, err)
+		return nil, fmt.Errorf("%s%s: %w", byDriver, d, err)
 	}
 	n.serving.protectWriters() // warns, if need be
 	n.ready(o)

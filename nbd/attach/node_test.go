@@ -367,7 +367,7 @@ func TestAuto(t *testing.T) {
 	} else if unix.Access("/sys/block/nbd0", unix.F_OK) == nil {
 		want = NBD
 	}
-	if n.Driver != want || want != UBLK && !strings.Contains(n.Why, "modprobe ublk_drv") {
+	if n.Driver != want || want != UBLK && (!strings.HasPrefix(n.Why, "ublk: ") || !strings.Contains(n.Why, "modprobe ublk_drv")) || strings.Contains(n.Why, ErrUnavailable.Error()) {
 		t.Errorf("driver %s, because %q; want %s", n.Driver, n.Why, want)
 	}
 }
