@@ -85,9 +85,9 @@ func (c *conn) transmit(ctx context.Context, nc net.Conn, t terms, log *slog.Log
 	case err == errIdle:
 		log.Info("session ends", "err", err, "idle_timeout", c.srv.IdleTimeout)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		c.srv.lines.sessions.log(log, slog.LevelWarn, "session ends: the client takes no byte of its replies", "write_timeout", c.srv.WriteTimeout)
+		c.srv.lines.sessions.Log(log, slog.LevelWarn, "session ends: the client takes no byte of its replies", "write_timeout", c.srv.WriteTimeout)
 	default:
-		c.srv.lines.sessions.log(log, slog.LevelWarn, "session fails", "err", err)
+		c.srv.lines.sessions.Log(log, slog.LevelWarn, "session fails", "err", err)
 	}
 	return err
 }

@@ -244,7 +244,7 @@ func (d *detacher) fail(r *read, part *part, off int64, cause error) error {
 	s.c.counts.errors.Add(1)
 	e := wireErrno(Errno(OpRead, cause))
 	if s.ctx.Err() == nil {
-		s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
+		s.c.srv.lines.requests.Log(s.log, slog.LevelWarn, "request failed", "command", cmdRead, "offset", off, "errno", uint32(e), "err", cause)
 	}
 	var reply batch
 	reply.fail(r.cookie, e, strings.ToValidUTF8(cause.Error(), "?"), off, s.structured)
@@ -284,7 +284,7 @@ func (s *session) detachTask(t *task) {
 
 // readAgain reads e after its bytes could not be read.
 func (s *session) readAgain(ctx context.Context, e blockmap.Extent, p []byte) error {
-	s.c.srv.lines.damaged.log(s.log, slog.LevelWarn, "cannot read a file of the cache; fetching the bytes again", "extent", e)
+	s.c.srv.lines.damaged.Log(s.log, slog.LevelWarn, "cannot read a file of the cache; fetching the bytes again", "extent", e)
 	err := blockmap.ReadInto(ctx, s.dev, e, p)
 	if err == nil {
 		s.c.counts.repaired.Add(1)

@@ -118,7 +118,7 @@ func (h *handshake) logEnd(msg string, key string, value any) {
 		h.log.Debug(msg, key, value)
 		return
 	}
-	h.c.srv.lines.handshakes.log(h.log, slog.LevelWarn, msg, key, value)
+	h.c.srv.lines.handshakes.Log(h.log, slog.LevelWarn, msg, key, value)
 }
 
 // ended returns errDone for a client that hung up between two options.
@@ -228,7 +228,7 @@ func (h *handshake) failOpen(opt uint32, name string, err error) error {
 	case h.c.draining():
 		typ = repErrShutdown
 	}
-	h.c.srv.lines.exports.log(h.log, slog.LevelInfo, "export refused", "export", name, "err", err)
+	h.c.srv.lines.exports.Log(h.log, slog.LevelInfo, "export refused", "export", name, "err", err)
 	return h.reply(opt, typ, sentence(err.Error()))
 }
 

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"thaw/nbd/internal/lines"
 )
 
 // Defaults of the limits of a [Server].
@@ -89,7 +91,7 @@ type Server struct {
 
 	bufs    buffers
 	clients atomic.Int32 // connections in mu.conns, see pace
-	lines   struct{ refused, handshakes, exports, sessions, requests, damaged limiter }
+	lines   struct{ refused, handshakes, exports, sessions, requests, damaged lines.Limiter }
 
 	mu struct {
 		sync.Mutex
@@ -231,7 +233,7 @@ func (s *Server) start(nc net.Conn) {
 	if err != nil {
 		nc.Close()
 		if err != ErrServerClosed {
-			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "client", addrOf(nc), "max_conns", s.maxConns())
+			s.lines.refused.Log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "client", addrOf(nc), "max_conns", s.maxConns())
 		}
 		return
 	}

@@ -232,7 +232,7 @@ func (s *session) fail(ctx context.Context, t *task, err error) {
 	}
 	s.c.counts.errors.Add(1)
 	if ctx.Err() == nil || errors.Is(err, context.DeadlineExceeded) {
-		s.c.srv.lines.requests.log(s.log, slog.LevelWarn, "request failed", "command", r.cmd,
+		s.c.srv.lines.requests.Log(s.log, slog.LevelWarn, "request failed", "command", r.cmd,
 			"extent", blockmap.Range(int64(r.offset), int64(r.length)), "errno", uint32(t.errno), "err", err)
 	}
 }

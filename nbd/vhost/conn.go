@@ -92,7 +92,7 @@ func (c *conn) serve(ctx context.Context) {
 	e, release, err := c.srv.open(c.ctx, c.name)
 	if err != nil {
 		if !errors.Is(context.Cause(ctx), ErrServerClosed) {
-			c.srv.lines.refused.log(c.log, slog.LevelWarn, "cannot serve the export to a virtual machine", "err", err)
+			c.srv.lines.refused.Log(c.log, slog.LevelWarn, "cannot serve the export to a virtual machine", "err", err)
 		}
 		return
 	}
@@ -110,7 +110,7 @@ func (c *conn) serve(ctx context.Context) {
 	case errors.Is(err, ErrServerClosed), errors.Is(err, errDrained), gone(err):
 		log.Debug("virtual machine disconnected", "err", err)
 	default:
-		c.srv.lines.ends.log(log, slog.LevelWarn, "connection of a virtual machine fails", "err", err)
+		c.srv.lines.ends.Log(log, slog.LevelWarn, "connection of a virtual machine fails", "err", err)
 	}
 }
 

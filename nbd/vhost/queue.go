@@ -208,7 +208,7 @@ func (q *queue) start() error {
 		if f, err = q.c.inflight.queue(q.index, q.num); err != nil {
 			// QEMU gives each queue of virtio-mmio 1024 descriptors, and makes the
 			// file for as many as queue-size says.
-			q.c.srv.lines.small.log(q.c.log, slog.LevelWarn, "requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size",
+			q.c.srv.lines.small.Log(q.c.log, slog.LevelWarn, "requests in flight will be lost if this process dies: give the device of the virtual machine a larger queue-size",
 				"queue", q.index, "err", err)
 		}
 	}
@@ -231,7 +231,7 @@ func (q *queue) start() error {
 	}
 	if n := len(q.resubmit); n > 0 {
 		q.c.counts.resumed.Add(int64(n))
-		q.c.srv.lines.resumed.log(q.c.log, slog.LevelInfo, "doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
+		q.c.srv.lines.resumed.Log(q.c.log, slog.LevelInfo, "doing requests again that were in flight when the queue stopped", "queue", q.index, "requests", n)
 	}
 	q.mu.Lock()
 	q.ring, q.mem, q.inflight = r, q.c.mem, f
@@ -348,7 +348,7 @@ func (q *queue) run() {
 // fail stops using a ring that makes no sense, and says so. The other queues go on. The guest
 // resets the device, if it knows how to.
 func (q *queue) fail(err error) {
-	q.c.srv.lines.rings.log(q.c.log, slog.LevelWarn, "stopped serving a queue of a virtual machine until it is set up anew",
+	q.c.srv.lines.rings.Log(q.c.log, slog.LevelWarn, "stopped serving a queue of a virtual machine until it is set up anew",
 		"queue", q.index, "err", err)
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -389,10 +389,10 @@ func (r *request) fail(ctx context.Context, err error) {
 	args := []any{"command", r.op, "extent", r.e, "err", err}
 	if nbd.Errno(op, err) == syscall.ENOSPC && !errors.Is(err, blockmap.ErrOutOfRange) {
 		// A virtio device has no way to say so.
-		c.srv.lines.full.log(c.log, slog.LevelWarn, "no space left for what a virtual machine writes; it sees an I/O error", args...)
+		c.srv.lines.full.Log(c.log, slog.LevelWarn, "no space left for what a virtual machine writes; it sees an I/O error", args...)
 		return
 	}
-	c.srv.lines.requests.log(c.log, slog.LevelWarn, "request failed", args...)
+	c.srv.lines.requests.Log(c.log, slog.LevelWarn, "request failed", args...)
 }
 
 // requestList is a queue of requests.

@@ -14,6 +14,7 @@ import (
 
 	"thaw/blockmap"
 	"thaw/nbd"
+	"thaw/nbd/internal/lines"
 )
 
 // Defaults of the limits of a [Server].
@@ -78,7 +79,7 @@ type Server struct {
 	requests sync.Pool    // of *request
 	mapped   atomic.Int64 // bytes of the memory of all guests
 	sleepers sleepers
-	lines    struct{ refused, ends, requests, rings, full, small, resumed limiter }
+	lines    struct{ refused, ends, requests, rings, full, small, resumed lines.Limiter }
 
 	mu struct {
 		sync.Mutex
@@ -226,7 +227,7 @@ func (s *Server) start(nc *net.UnixConn, export string) {
 	if err != nil {
 		nc.Close()
 		if err != ErrServerClosed {
-			s.lines.refused.log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "export", export, "max_conns", s.maxConns())
+			s.lines.refused.Log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "export", export, "max_conns", s.maxConns())
 		}
 		return
 	}
