@@ -500,7 +500,7 @@ func (j *journal) replay(v *Recovered) (next uint32, err error) {
 		return 0, err
 	}
 	v.transactions = int(end - sequence)
-	revoked, err := j.revoked(revokes, end)
+	revoked, err := j.revoked(descriptors, revokes, end)
 	if err != nil {
 		return 0, err
 	}
@@ -567,10 +567,27 @@ func (j *journal) scan(start, sequence uint32) (descriptors, revokes []logBlock,
 	}
 }
 
-// revoked maps blocks to the last transaction that has revoked them.
-func (j *journal) revoked(revokes []logBlock, end uint32) (map[uint64]uint32, error) {
+// revoked maps blocks that the log has to the last transaction that has revoked them. A
+// revoke block can list 1000 others: without them, the log bounds the memory.
+func (j *journal) revoked(descriptors, revokes []logBlock, end uint32) (map[uint64]uint32, error) {
 	revoked := make(map[uint64]uint32)
+	if len(revokes) == 0 {
+		return revoked, nil
+	}
 	l := &log{journal: j}
+	has := make(map[uint64]struct{})
+	for _, d := range descriptors {
+		if !later(end, d.sequence) {
+			break
+		}
+		l.at = d.at
+		if err := l.read(); err != nil {
+			return nil, err
+		}
+		if err := l.tags(func(tag []byte, _ uint16) error { has[j.target(tag)] = struct{}{}; return nil }); err != nil {
+			return nil, err
+		}
+	}
 	size := 4
 	if j.wide {
 		size = 8
@@ -596,12 +613,24 @@ func (j *journal) revoked(revokes []logBlock, end uint32) (map[uint64]uint32, er
 			if j.wide {
 				block = be.Uint64(l.buf[at:])
 			}
+			if _, ok := has[block]; !ok {
+				continue
+			}
 			if last, ok := revoked[block]; !ok || later(r.sequence, last) {
 				revoked[block] = r.sequence
 			}
 		}
 	}
 	return revoked, nil
+}
+
+// target is the block on the device that a tag names.
+func (j *journal) target(tag []byte) uint64 {
+	block := uint64(be.Uint32(tag))
+	if j.wide {
+		block |= uint64(be.Uint32(tag[8:])) << 32
+	}
+	return block
 }
 
 // take enters the blocks of a descriptor into v.logged.
@@ -615,10 +644,7 @@ func (j *journal) take(v *Recovered, d logBlock, revoked map[uint64]uint32) erro
 		if err := data.pass(1); err != nil {
 			return err
 		}
-		block := uint64(be.Uint32(tag))
-		if j.wide {
-			block |= uint64(be.Uint32(tag[8:])) << 32
-		}
+		block := j.target(tag)
 		if last, ok := revoked[block]; ok && !later(d.sequence, last) {
 			v.revoked++
 			return nil

@@ -626,3 +626,26 @@ func TestReplayOfMadeUpLog(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A journal of revoke blocks takes no more memory than the blocks that it has.
+func TestReplayOfRevokesOnly(t *testing.T) {
+	m := madeUpLog(t)
+	c := &checker{r: m, size: m.size, used: true}
+	must0(t, c.checkSuperblock())
+	j, err := c.openJournal()
+	must0(t, err)
+	var revokes []logBlock
+	for i := uint32(1); i < 200; i++ {
+		p := make([]byte, blockSize)
+		m.blocks[j.device(i)] = p
+		be.PutUint32(p[rvCount:], jtChecksum)
+		for at := rvFirst; at+8 <= jtChecksum; at += 8 {
+			be.PutUint64(p[at:], uint64(i)<<20|uint64(at))
+		}
+		revokes = append(revokes, logBlock{i, 7})
+	}
+	revoked, err := j.revoked(nil, revokes, 8)
+	if err != nil || len(revoked) != 0 {
+		t.Errorf("%d blocks that the log does not have are kept as revoked, %v", len(revoked), err)
+	}
+}
