@@ -177,7 +177,10 @@ func (o *Overlay) create() error {
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(o.header.encode(), 0)
+	// One that is there already may be longer.
+	if err = f.Truncate(0); err == nil {
+		_, err = f.WriteAt(o.header.encode(), 0)
+	}
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil {
 		err = o.fs.SyncDir(o.dir)

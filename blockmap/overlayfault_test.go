@@ -526,3 +526,27 @@ func TestReadOverlay(t *testing.T) {
 		t.Errorf("after a merge: %+v", info)
 	}
 }
+
+// What an attempt to make an overlay has left is in no later attempt's way, whatever image
+// it was for.
+func TestOverlayMadeAfterAFailure(t *testing.T) {
+	base, _ := stampedBase(70)
+	fsys := blocktest.NewFS()
+	dir := t.TempDir()
+	fsys.Fail(func(op, path string) error {
+		if op == "rename" && filepath.Base(path) == "header" {
+			return blocktest.ErrDiskFull
+		}
+		return nil
+	})
+	if _, err := blockmap.OpenOverlay(dir, base, blockmap.OverlayOptions{FS: fsys, Image: "registry.example/team/a-longer-name"}); err == nil {
+		t.Fatal("an overlay without a header")
+	}
+	fsys.Fail(nil)
+	for range 2 {
+		d, err := blockmap.OpenOverlay(dir, base, blockmap.OverlayOptions{FS: fsys, Image: "registry.example/app"})
+		must(t, err)
+		must(t, d.WriteAt(t.Context(), stamped(1, 8), 0))
+		must(t, d.Close())
+	}
+}
