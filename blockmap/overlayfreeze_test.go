@@ -369,6 +369,7 @@ func TestViewHeldOverMerge(t *testing.T) {
 // pausingFS pauses one read of a whole block of a data file, after the disk has answered.
 type pausingFS struct {
 	blockmap.FS
+	name           string // of the data file
 	off            int64
 	paused, goesOn chan struct{}
 	armed          atomic.Bool
@@ -381,7 +382,7 @@ type pausingFile struct {
 
 func (p *pausingFS) Open(path string, create bool) (blockmap.File, error) {
 	f, err := p.FS.Open(path, create)
-	if err == nil && filepath.Base(path) == "data" {
+	if err == nil && filepath.Base(path) == p.name {
 		f = &pausingFile{f, p}
 	}
 	return f, err
@@ -400,7 +401,7 @@ func (f *pausingFile) ReadAt(p []byte, off int64) (int, error) {
 // on, the level is merged, written to, and frozen again: the rest is read once more.
 func TestPartWriteOverTwoFreezes(t *testing.T) {
 	base, stamps := stampedBase(70)
-	fsys := &pausingFS{FS: blockmap.OS, off: 5 * 4096, paused: make(chan struct{}), goesOn: make(chan struct{})}
+	fsys := &pausingFS{FS: blockmap.OS, name: "data", off: 5 * 4096, paused: make(chan struct{}), goesOn: make(chan struct{})}
 	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
 	m := newSectors(stamps)
 	ctx := t.Context()
@@ -427,4 +428,78 @@ func TestPartWriteOverTwoFreezes(t *testing.T) {
 	m.check(t, d, 0, len(m.now), "after a write over two freezes")
 	must(t, f.Merge(ctx))
 	m.check(t, d, 0, len(m.now), "after its merge")
+}
+
+// stuckBase is a base of which a fault of the first block does not end before goesOn.
+type stuckBase struct {
+	*blocktest.Memory
+	asked, goesOn chan struct{}
+	once          sync.Once
+}
+
+func (s *stuckBase) View(e blockmap.Extent) (v blockmap.View, ok bool) {
+	if s.absent(e) {
+		return blockmap.View{}, false
+	}
+	return s.Memory.View(e)
+}
+
+func (s *stuckBase) Load(ctx context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
+	if s.absent(e) {
+		return blockmap.View{}, false
+	}
+	return s.Memory.Load(ctx, e)
+}
+
+func (s *stuckBase) absent(e blockmap.Extent) bool {
+	select {
+	case <-s.goesOn:
+		return false
+	default:
+		return e.Start < blockmap.BlockSize
+	}
+}
+
+func (s *stuckBase) Fault(ctx context.Context, e blockmap.Extent) error {
+	if s.absent(e) {
+		s.once.Do(func() { close(s.asked) })
+		<-s.goesOn
+	}
+	return s.Memory.Fault(ctx, e)
+}
+
+// A write to parts of two blocks waits for the first one's rest from the base. Meanwhile
+// the level that has the second one's is merged and goes: its rest is found where it went.
+func TestPartWriteOverMerge(t *testing.T) {
+	memory, stamps := stampedBase(300)
+	base := &stuckBase{Memory: memory, asked: make(chan struct{}), goesOn: make(chan struct{})}
+	fsys := &pausingFS{FS: blockmap.OS, name: "data.1", off: 4096, paused: make(chan struct{}), goesOn: make(chan struct{})}
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
+	m := newSectors(stamps)
+	ctx := t.Context()
+	f, err := d.Freeze(ctx)
+	must(t, err)
+	must(t, d.WriteAt(ctx, stamped(1, 8), 4096))
+	m.write(8, 8, 1, false)
+	fsys.armed.Store(true)
+	merged, written := make(chan error, 1), make(chan error, 1)
+	go func() { merged <- f.Merge(context.Background()) }()
+	await(t, fsys.paused)
+	go func() { written <- d.WriteAt(context.Background(), stamped(2, 2), 4096-sectorSize) }()
+	m.write(7, 2, 2, false)
+	await(t, base.asked)
+	close(fsys.goesOn)
+	must(t, <-merged)
+	close(base.goesOn)
+	must(t, <-written)
+	m.check(t, d, 0, len(m.now), "after a write over a merge")
+}
+
+func await(t *testing.T, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(20 * time.Second):
+		t.Fatal("what is awaited does not come")
+	}
 }

@@ -229,7 +229,9 @@ func (w *write) read(ctx context.Context) (err error) {
 		if x.from == nil {
 			err = ReadInto(ctx, w.o.base, blockRange(x.b, 1), block)
 		} else if err = ctx.Err(); err == nil {
-			err = x.from.read(x.b, block)
+			if err = x.from.read(x.b, block); err != nil && x.from.file.Load() == nil {
+				continue // it was merged meanwhile: put looks where the rest lies now
+			}
 		}
 		if err != nil {
 			return fmt.Errorf("read the rest of the block: %w", err)
