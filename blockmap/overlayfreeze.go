@@ -68,7 +68,10 @@ func (o *Overlay) addLevel() (*Frozen, error) {
 	defer o.syncing.Unlock()
 	s := o.switchLayers(func(s layers) layers { return layers{top: upper, low: s.top} })
 	if err := o.syncLayers(s); err != nil {
-		return nil, err
+		// Nobody gets the Frozen whose Merge would end this freeze.
+		o.switchLayers(func(s layers) layers { return layers{top: s.top, low: s.low, merging: true} })
+		_, e := o.startMerge()
+		return nil, errors.Join(err, e)
 	}
 	return &Frozen{o, &layers{base: o.base, size: o.size, top: s.low}}, nil
 }

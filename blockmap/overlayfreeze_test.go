@@ -503,3 +503,33 @@ func await(t *testing.T, c <-chan struct{}) {
 		t.Fatal("what is awaited does not come")
 	}
 }
+
+// A freeze that the disk has no room for leaves nothing behind: there can be another one.
+func TestFreezeOnAFullDisk(t *testing.T) {
+	base, stamps := stampedBase(70)
+	x := newMachine(t, base)
+	d, err := x.open()
+	must(t, err)
+	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 127))}
+	for range 20 {
+		must(t, w.write())
+	}
+	x.fsys.Fail(func(op, path string) error {
+		if op == "write" && filepath.Base(path) == "map.new" { // the name with which the map was made
+			return blocktest.ErrDiskFull
+		}
+		return nil
+	})
+	if _, err := d.Freeze(t.Context()); !errors.Is(err, blockmap.ErrNoSpace) {
+		t.Fatalf("a freeze on a full disk: %v", err)
+	}
+	must(t, w.write())
+	x.fsys.Fail(x.step)
+	must(t, w.write())
+	f, err := d.Freeze(t.Context())
+	must(t, err)
+	w.check("after a freeze that has failed")
+	must(t, f.Merge(t.Context()))
+	w.check("after a merge")
+	must(t, d.Close())
+}
