@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"thaw/blockmap"
@@ -68,5 +69,25 @@ func TestRemoveOverlay(t *testing.T) {
 	}
 	if err := blockmap.RemoveOverlay(blockmap.OS, dir); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who lists or removes what somebody else has made writes nothing elsewhere: a lock that is
+// a link is refused.
+func TestOverlayLockIsALink(t *testing.T) {
+	dir := t.TempDir()
+	o := openOverlay(t, dir, blocktest.NewMemory(1<<20), blockmap.OverlayOptions{})
+	must(t, o.Close())
+	elsewhere := filepath.Join(t.TempDir(), "made")
+	must(t, os.Remove(filepath.Join(dir, "lock")))
+	must(t, os.Symlink(elsewhere, filepath.Join(dir, "lock")))
+	_, err := blockmap.ReadOverlay(blockmap.OS, dir)
+	for what, err := range map[string]error{"read": err, "remove": blockmap.RemoveOverlay(blockmap.OS, dir)} {
+		if !errors.Is(err, syscall.ELOOP) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if _, err := os.Lstat(elsewhere); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a file was made where the link leads: %v", err)
 	}
 }
