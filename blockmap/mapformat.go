@@ -88,7 +88,7 @@ func (m *mapFormat) head(h *mapHead) []byte {
 // decode reads the content of a file. It fails with ErrCorrupt.
 func (m *mapFormat) decode(b []byte) (h mapHead, copies [][]uint64, err error) {
 	if len(b) < mapHeader || string(b[:8]) != m.magic {
-		return h, nil, fmt.Errorf("%w: not a %s", ErrCorrupt, m.name)
+		return h, nil, fmt.Errorf("%w: it is no %s", ErrCorrupt, m.name)
 	}
 	if v := binary.LittleEndian.Uint32(b[8:]); v != m.version {
 		return h, nil, fmt.Errorf("%w: %s version %d, this program reads %d", ErrCorrupt, m.name, v, m.version)

@@ -66,14 +66,6 @@ func ReadOverlay(fsys FS, dir string) (info OverlayInfo, err error) {
 // readLevel reads the map of a level, and the space that the level takes.
 func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *level, space int64, err error) {
 	blocks := uint32(h.size / BlockSize)
-	name := mapName
-	if live {
-		name = liveName
-	}
-	_, changes, err := loadMap(fsys, filepath.Join(dir, name+suffix), h.digest, blocks)
-	if err != nil {
-		return nil, 0, err
-	}
 	for _, name := range []string{mapName, liveName, dataName} {
 		f, err := fsys.Open(filepath.Join(dir, name+suffix), false)
 		if name == liveName && errors.Is(err, fs.ErrNotExist) {
@@ -87,6 +79,15 @@ func readLevel(fsys FS, dir, suffix string, h *overlayHeader, live bool) (lv *le
 			return nil, 0, err
 		}
 		space += n
+	}
+	name := mapName
+	if live {
+		name = liveName
+	}
+	// Only now: a level that is being made has no map yet, and a live copy without a header.
+	_, changes, err := loadMap(fsys, filepath.Join(dir, name+suffix), h.digest, blocks)
+	if err != nil {
+		return nil, 0, err
 	}
 	return &level{m: &changeMap{blocks: blocks, live: changes}}, space, nil
 }

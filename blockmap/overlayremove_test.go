@@ -91,3 +91,17 @@ func TestOverlayLockIsALink(t *testing.T) {
 		t.Errorf("a file was made where the link leads: %v", err)
 	}
 }
+
+// An overlay can be listed while a freeze makes its second level, of which the map comes
+// last.
+func TestReadOverlayDuringFreeze(t *testing.T) {
+	dir := t.TempDir()
+	o := openOverlay(t, dir, blocktest.NewMemory(1<<20), blockmap.OverlayOptions{})
+	must(t, o.WriteAt(t.Context(), make([]byte, blockmap.BlockSize), 0))
+	for _, name := range []string{"data.1", "map.1.new", "live.1"} {
+		must(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
+		if info, err := blockmap.ReadOverlay(blockmap.OS, dir); err != nil || info.Levels != 1 || info.Data != blockmap.BlockSize || !info.InUse {
+			t.Errorf("with %s: %+v, %v", name, info, err)
+		}
+	}
+}
