@@ -795,6 +795,32 @@ func TestBackgroundServerFlags(t *testing.T) {
 	}
 }
 
+// A server knows the nodes of the last one when it answers for the first time. Otherwise a
+// mount would not be healed, and a node that is attached in this moment would take the place
+// of the others in the state file.
+func TestServerKnowsNodesFirst(t *testing.T) {
+	cache := t.TempDir()
+	// It takes a while to see that this is damaged.
+	state := append(append([]byte(`{"nodes":[`), bytes.Repeat([]byte("[1],"), 1<<20-16)...), '[')
+	if err := os.WriteFile(filepath.Join(cache, "nodes.json"), state, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	client, err := control(cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	cmd := asProgram("serve", "--nodes-only", "--cache", cache)
+	if err := startWithUs(cmd); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	until(t, "the server answers", func() bool { _, err := client.Status(t.Context()); return err == nil })
+	if _, err := os.Stat(filepath.Join(cache, "nodes.json.damaged")); err != nil {
+		t.Errorf("the server answers before it has read the state file: %v", err)
+	}
+}
+
 // Commands at once start one server.
 func TestMountsStartOneServer(t *testing.T) {
 	b := newNodeBed(t)

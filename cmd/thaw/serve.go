@@ -116,9 +116,9 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		return err
 	}
 	defer h.Close()
+	h.RecoverNodes() // before anybody can ask for nodes, or attach one
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
-	h.RecoverNodes()
 	server.Exports = host.NewExports(h, s.allow, s.clients, s.tls.ClientCA != "")
 	devices, err := h.Add(ctx, specs(names)...)
 	defer func() { // after the server has stopped, so that nobody reads a device
