@@ -81,7 +81,7 @@ func (x *nodes) recover(n *node) {
 			x.save()
 			x.h.log.Info("recovered", "node", n.kept.Path, "image", n.image, "driver", string(n.kept.Driver))
 			return
-		case errors.Is(err, attach.ErrGone):
+		case errors.Is(err, attach.ErrGone), n.removed.Err() != nil:
 			x.h.log.Info("a node of the last server is gone", "node", n.kept.Path, "err", err)
 			x.drop(n)
 			return
@@ -93,9 +93,7 @@ func (x *nodes) recover(n *node) {
 		x.mu.Lock()
 		n.err = err
 		x.mu.Unlock()
-		if pause(x.ctx, wait) != nil {
-			return
-		}
+		_ = pause(n.removed, wait)
 	}
 }
 
@@ -123,12 +121,12 @@ func (x *nodes) tryRecover(n *node) error {
 		// down the filesystem on it: to the kernel the medium has changed.
 		return errors.New("its server was killed, and the driver fuse cannot go on with a node that is mounted or writable")
 	}
-	d, dev, release, err := x.h.acquireNode(x.ctx, n.image, n.own())
+	d, dev, release, err := x.h.acquireNode(n.removed, n.image, n.own())
 	if err != nil {
 		return err
 	}
 	n.use(d, release)
-	ctx, cancel := context.WithTimeout(x.ctx, recoverTime)
+	ctx, cancel := context.WithTimeout(n.removed, recoverTime)
 	defer cancel()
 	a, err := attach.Recover(ctx, n.kept, dev, n.options())
 	if err != nil {

@@ -122,6 +122,9 @@ type node struct {
 
 	wake chan struct{} // has its watcher look at once
 	gone chan struct{} // closed when nothing of it is left
+	// removed ends when a request has removed what a killed server had left of the node.
+	removed context.Context
+	remove  context.CancelFunc
 
 	// Guarded by of.mu.
 	state     NodeState
@@ -224,6 +227,7 @@ func (x *nodes) add(n *node) *node {
 	x.mu.last++
 	n.of, n.id = x, strconv.Itoa(x.mu.last)
 	n.wake, n.gone = make(chan struct{}, 1), make(chan struct{})
+	n.removed, n.remove = context.WithCancel(x.ctx)
 	x.mu.all = append(x.mu.all, n)
 	return n
 }
@@ -323,6 +327,7 @@ func (x *nodes) drop(n *node) {
 	x.mu.all = slices.DeleteFunc(x.mu.all, func(o *node) bool { return o == n })
 	x.mu.Unlock()
 	x.save()
+	n.remove()
 	close(n.gone)
 }
 
@@ -423,6 +428,7 @@ func (x *nodes) detach(ctx context.Context, n *node) error {
 		if err := removeNode(ctx, kept); err != nil {
 			return err
 		}
+		n.remove()
 		select {
 		case n.wake <- struct{}{}:
 		default:

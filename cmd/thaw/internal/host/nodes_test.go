@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -284,5 +286,53 @@ func TestRecoverNothing(t *testing.T) {
 			t.Errorf("ephemeral overlays: %v, %v", e, err)
 		}
 		h.Close()
+	}
+}
+
+// A node whose image cannot be had can be detached all the same, at once: nobody waits for
+// the image any more.
+func TestDetachWhileRecovering(t *testing.T) {
+	needRoot(t)
+	// A loop device that is not marked with the token of the state: there is nothing to remove.
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", "--read-only", file).Output()
+	if err != nil {
+		t.Fatalf("losetup: %v", err)
+	}
+	path := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if err := exec.Command("losetup", "--detach", path).Run(); err != nil {
+			t.Error(err)
+		}
+	})
+	number, err := strconv.ParseUint(strings.TrimPrefix(path, "/dev/loop"), 10, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := attach.State{
+		Driver: attach.FUSE, Path: path, Number: uint32(number), PID: os.Getpid(), Started: 1, Boot: bootText(), Token: "of-no-node-at-all",
+		Size: 1 << 20, ReadOnly: true,
+	}
+	r := newRegistry(t)
+	dir := t.TempDir()
+	if err := writeState(dir, []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}); err != nil {
+		t.Fatal(err)
+	}
+	h := r.open(Options{Dir: dir})
+	h.RecoverNodes()
+	await(t, "the image cannot be had", func() bool {
+		all := h.Nodes()
+		return len(all) == 1 && all[0].State == NodeRecovering && all[0].Error != ""
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if gone, err := h.Detach(ctx, h.Nodes()[0].ID, true); err != nil || !gone {
+		t.Errorf("gone: %v, %v", gone, err)
+	}
+	if all := h.Nodes(); len(all) > 0 {
+		t.Errorf("left: %+v", all)
 	}
 }
