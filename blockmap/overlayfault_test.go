@@ -550,3 +550,27 @@ func TestOverlayMadeAfterAFailure(t *testing.T) {
 		must(t, d.Close())
 	}
 }
+
+// Space that could not be given back is given back by the next flush.
+func TestOverlayGivesBackLater(t *testing.T) {
+	base, _ := stampedBase(70)
+	fsys := blocktest.NewFS()
+	d := openOverlay(t, t.TempDir(), base, blockmap.OverlayOptions{FS: fsys})
+	e := blockmap.Range(0, 64*blockmap.BlockSize)
+	must(t, d.WriteAt(t.Context(), stamped(1, 64*8), e.Start))
+	must(t, d.Flush(t.Context()))
+	with := d.Stats().Space
+	must(t, d.Discard(t.Context(), e))
+	fsys.Fail(func(op, _ string) error {
+		if op == "punch" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	must(t, d.Flush(t.Context()))
+	fsys.Fail(nil)
+	must(t, d.Flush(t.Context()))
+	if now := d.Stats().Space; now > with-e.Len() {
+		t.Errorf("%d of %d bytes are still taken", now, with)
+	}
+}

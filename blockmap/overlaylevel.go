@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 )
 
 // level is a set of changed blocks: a sparse data file with identity offsets, and a map of
@@ -255,8 +257,12 @@ func (lv *level) punch(locks *stripes) error {
 		for n < len(words) && n < stripeCount && words[n] == words[0]+uint32(n) {
 			n++
 		}
-		failed = lv.punchWords(locks, words[0], words[0]+uint32(n), due)
-		words = words[n:]
+		if failed = lv.punchWords(locks, words[0], words[0]+uint32(n), due); failed == nil {
+			words = words[n:]
+		}
+	}
+	if errors.Is(failed, unix.EOPNOTSUPP) {
+		return failed // it will not go better the next time
 	}
 	for _, i := range words {
 		lv.punchLater(i, due[i])
