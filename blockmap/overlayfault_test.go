@@ -574,3 +574,37 @@ func TestOverlayGivesBackLater(t *testing.T) {
 		t.Errorf("%d of %d bytes are still taken", now, with)
 	}
 }
+
+// A write that does not fit the limit fails, and no other with it.
+func TestOverlayLimitOfOthers(t *testing.T) {
+	base := blocktest.NewMemory(8 << 20)
+	d, err := blockmap.OpenEphemeral(t.TempDir(), base, blockmap.OverlayOptions{Limit: 100 * blockmap.BlockSize})
+	must(t, err)
+	var end atomic.Bool
+	tooMuch := make(chan error, 1)
+	go func() {
+		p := make([]byte, 200*blockmap.BlockSize)
+		var err error
+		for !end.Load() && err == nil {
+			if err = d.WriteAt(context.Background(), p, 0); errors.Is(err, blockmap.ErrNoSpace) {
+				err = nil
+			}
+		}
+		tooMuch <- err
+	}()
+	p := make([]byte, blockmap.BlockSize)
+	at := blockmap.Range(4<<20, blockmap.BlockSize)
+	for range 20_000 {
+		if err = d.WriteAt(t.Context(), p, at.Start); err == nil {
+			err = d.Discard(t.Context(), at)
+		}
+		if err != nil {
+			break
+		}
+	}
+	end.Store(true)
+	if err := errors.Join(err, <-tooMuch); err != nil {
+		t.Error(err)
+	}
+	must(t, d.Close())
+}

@@ -142,11 +142,15 @@ func (o *Overlay) reserve(s *layers, b, n uint32) (reserved int64, err error) {
 		}
 		left -= k
 	}
-	if now := o.dataBlocks.Add(reserved); o.limit > 0 && now > o.limit && reserved > 0 {
-		o.dataBlocks.Add(-reserved)
-		return 0, fmt.Errorf("the overlay may have %d bytes of data: %w", o.limit*BlockSize, ErrNoSpace)
+	// In one step: a write that does not fit takes no room from one that does.
+	for now := o.dataBlocks.Load(); ; now = o.dataBlocks.Load() {
+		if o.limit > 0 && now+reserved > o.limit && reserved > 0 {
+			return 0, fmt.Errorf("the overlay may have %d bytes of data: %w", o.limit*BlockSize, ErrNoSpace)
+		}
+		if o.dataBlocks.CompareAndSwap(now, now+reserved) {
+			return reserved, nil
+		}
 	}
-	return reserved, nil
 }
 
 // data writes the data of w to the target: whole blocks, and parts of those that are data
