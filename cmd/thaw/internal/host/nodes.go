@@ -174,7 +174,7 @@ const maxQueues = 64
 
 // Attach gives a device a node below /dev. The device is opened if it is not open, and has
 // the node as a user until Detach. The node can be read when Attach returns. ctx bounds
-// Attach, not the node.
+// Attach, not the node; but where ctx has ended when the node is ready, there is none.
 func (h *Host) Attach(ctx context.Context, spec NodeSpec) (NodeInfo, error) {
 	x := h.nodes
 	if err := spec.check(); err != nil {
@@ -190,6 +190,14 @@ func (h *Host) Attach(ctx context.Context, spec NodeSpec) (NodeInfo, error) {
 	}
 	x.save()
 	h.log.Info("attached", "node", n.kept.Path, "image", n.image, "driver", string(n.kept.Driver))
+	if ctx.Err() != nil { // nobody learns of the node
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), detachTime)
+		defer cancel()
+		if _, err := h.Detach(late, n.id, true); err != nil && !errors.Is(err, ErrNoNode) {
+			h.log.Error("cannot detach a node whose client has left", "node", n.kept.Path, "err", err)
+		}
+		return NodeInfo{}, context.Cause(ctx)
+	}
 	return x.info(n), nil
 }
 

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -335,4 +336,34 @@ func TestDetachWhileRecovering(t *testing.T) {
 	if all := h.Nodes(); len(all) > 0 {
 		t.Errorf("left: %+v", all)
 	}
+}
+
+// onMessage calls do when a line with this message is logged.
+type onMessage struct {
+	slog.Handler
+	message string
+	do      func()
+}
+
+func (o onMessage) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == o.message {
+		o.do()
+	}
+	return nil
+}
+
+func (o onMessage) Enabled(context.Context, slog.Level) bool { return true }
+
+// A client that leaves when its node is just ready leaves no node behind.
+func TestAttachWithoutClient(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 600))
+	h := r.open(Options{})
+	ctx, cancel := context.WithCancel(t.Context())
+	h.log = slog.New(onMessage{slog.DiscardHandler, "attached", cancel})
+	if n, err := h.Attach(ctx, NodeSpec{Image: image, Driver: attach.FUSE}); !errors.Is(err, context.Canceled) {
+		t.Errorf("%+v, %v", n, err)
+	}
+	await(t, "no node is left", func() bool { return len(h.Nodes()) == 0 })
 }
