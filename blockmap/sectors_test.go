@@ -17,6 +17,7 @@ import (
 // not torn. A sector may have one of several stamps after a write that has failed, or
 // after a crash.
 type sectors struct {
+	from  int        // the first one, if others of the device belong to another model
 	now   [][]uint32 // that a read may show
 	since [][]uint32 // that there were since the last flush
 }
@@ -76,6 +77,11 @@ func stampOf(p []byte) (s uint32, ok bool) {
 	return s, true
 }
 
+// extent is where n sectors from at lie on the device.
+func (m *sectors) extent(at, n int) blockmap.Extent {
+	return blockmap.Range(int64(m.from+at)*sectorSize, int64(n)*sectorSize)
+}
+
 // write says that n sectors from at have the stamp s; or, if the write has failed, may have.
 func (m *sectors) write(at, n int, s uint32, failed bool) {
 	for i := at; i < at+n; i++ {
@@ -96,7 +102,7 @@ func (m *sectors) flush() {
 // check fails t unless the sectors of e are as the model says. It returns the stamps.
 func (m *sectors) check(t testing.TB, d blockmap.Device, at, n int, what string) []uint32 {
 	t.Helper()
-	e := blockmap.Range(int64(at)*sectorSize, int64(n)*sectorSize)
+	e := m.extent(at, n)
 	p, err := blocktest.Read(t.Context(), d, e)
 	if err != nil {
 		t.Fatalf("%s: read %v: %v", what, e, err)
@@ -105,7 +111,7 @@ func (m *sectors) check(t testing.TB, d blockmap.Device, at, n int, what string)
 	for i := range got {
 		s, ok := stampOf(p[i*sectorSize:][:sectorSize])
 		if !ok || !slices.Contains(m.now[at+i], s) {
-			t.Fatalf("%s: sector %d of block %d has the stamp %d (torn: %v), not one of %v", what, (at+i)%8, (at+i)/8, s, !ok, m.now[at+i])
+			t.Fatalf("%s: sector %d of block %d has the stamp %d (torn: %v), not one of %v", what, (m.from+at+i)%8, (m.from+at+i)/8, s, !ok, m.now[at+i])
 		}
 		got[i] = s
 	}
@@ -158,7 +164,7 @@ func (w *writer) extent() (at, n int) {
 // write does one write, and says how it ended.
 func (w *writer) write() error {
 	at, n := w.extent()
-	e := blockmap.Range(int64(at)*sectorSize, int64(n)*sectorSize)
+	e := w.m.extent(at, n)
 	ctx := w.t.Context()
 	var s uint32
 	var err error
