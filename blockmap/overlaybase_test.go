@@ -238,7 +238,7 @@ func TestEphemeral(t *testing.T) {
 	d, err := blockmap.OpenEphemeral(dir, base, blockmap.OverlayOptions{})
 	must(t, err)
 	defer d.Close()
-	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 132))}
+	w := &writer{t: t, d: d, m: newSectors(stamps), rng: rand.New(rand.NewPCG(1, 132))}
 	for range 3 {
 		for range 50 {
 			must(t, w.write())

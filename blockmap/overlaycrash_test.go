@@ -90,7 +90,7 @@ func (x *machine) sequence(m *sectors, seed uint64, steps int) (d *blockmap.Over
 		}
 		return nil
 	}
-	w := &writer{x.t, d, m, rng}
+	w := &writer{t: x.t, d: d, m: m, rng: rng}
 	var frozen *blockmap.Frozen
 	var merging sync.WaitGroup
 	defer merging.Wait()
@@ -169,7 +169,7 @@ func TestOverlayCrashesAnywhere(t *testing.T) {
 							t.Fatalf("%s: %v", what, err)
 						}
 						m.crash(t, d, powerLost, what)
-						w := &writer{t, d, m, rng}
+						w := &writer{t: t, d: d, m: m, rng: rng}
 						for i := range 6 {
 							if i == 2 {
 								must(t, w.flush())

@@ -37,7 +37,7 @@ func TestOverlayOnAFullDisk(t *testing.T) {
 				}
 				return nil
 			})
-			w := &writer{t, d, newSectors(stamps), rng}
+			w := &writer{t: t, d: d, m: newSectors(stamps), rng: rng}
 			for i := range 40 {
 				err := w.write()
 				if i%8 == 7 {
@@ -178,7 +178,7 @@ func TestOverlayPoisoned(t *testing.T) {
 				}
 				return nil
 			})
-			w := &writer{t, d, newSectors(stamps), rng}
+			w := &writer{t: t, d: d, m: newSectors(stamps), rng: rng}
 			var failed error
 			var frozen *blockmap.Frozen
 			for i := 0; i < 60 && failed == nil; i++ {
@@ -461,7 +461,7 @@ func TestOverlayCopied(t *testing.T) {
 	dir := t.TempDir()
 	o := blockmap.OverlayOptions{Boot: blockmap.BootID{1}, Image: "registry.example/a@sha256:01", Digest: blockmap.Digest{1}}
 	d := openOverlay(t, dir, base, o)
-	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 122))}
+	w := &writer{t: t, d: d, m: newSectors(stamps), rng: rand.New(rand.NewPCG(1, 122))}
 	for range 50 {
 		must(t, w.write())
 	}

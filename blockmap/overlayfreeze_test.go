@@ -263,7 +263,7 @@ func TestMergeGoesOn(t *testing.T) {
 	x := newMachine(t, base)
 	d, err := x.open()
 	must(t, err)
-	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 125))}
+	w := &writer{t: t, d: d, m: newSectors(stamps), rng: rand.New(rand.NewPCG(1, 125))}
 	for range 3 {
 		for range 100 {
 			must(t, w.write())
@@ -308,7 +308,7 @@ func TestClosedWhileFrozen(t *testing.T) {
 	base, stamps := stampedBase(300)
 	dir := t.TempDir()
 	d := openOverlay(t, dir, base, blockmap.OverlayOptions{})
-	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 126))}
+	w := &writer{t: t, d: d, m: newSectors(stamps), rng: rand.New(rand.NewPCG(1, 126))}
 	for round := range 4 {
 		for range 60 {
 			must(t, w.write())

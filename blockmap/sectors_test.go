@@ -143,6 +143,8 @@ type writer struct {
 	d   *blockmap.Overlay
 	m   *sectors
 	rng *rand.Rand
+
+	holes bool // all that is zeroed may become a hole
 }
 
 // extent is a random part of the device, mostly of whole blocks.
@@ -170,7 +172,7 @@ func (w *writer) write() error {
 	var err error
 	switch w.rng.IntN(8) {
 	case 0:
-		err = w.d.Zero(ctx, e, false)
+		err = w.d.Zero(ctx, e, w.holes)
 	case 1:
 		err = w.d.Zero(ctx, e, true)
 	case 2:
