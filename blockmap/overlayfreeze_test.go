@@ -510,7 +510,7 @@ func TestFreezeOnAFullDisk(t *testing.T) {
 	x := newMachine(t, base)
 	d, err := x.open()
 	must(t, err)
-	w := &writer{t, d, newSectors(stamps), rand.New(rand.NewPCG(1, 127))}
+	w := &writer{t: t, d: d, m: newSectors(stamps), rng: rand.New(rand.NewPCG(1, 127))}
 	for range 20 {
 		must(t, w.write())
 	}
