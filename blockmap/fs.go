@@ -57,6 +57,9 @@ type File interface {
 	// ZeroRange makes a range read as zeros and gives it space, so that a write
 	// there needs no more. The file becomes longer if the range ends behind it. It
 	// fails with unix.EOPNOTSUPP where the file system cannot do so.
+	//
+	// On ext4 of Linux 6.12, and perhaps others, a later write to a part of such a
+	// block that the disk refuses can bring back what the block had before.
 	ZeroRange(off, n int64) error
 	// Map maps the first n bytes for reading, shared with the file. A page that is
 	// not in memory is read alone when it is touched: see dataFile.
