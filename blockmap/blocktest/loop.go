@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -110,15 +111,53 @@ func Mount(t testing.TB, file, kind string, readOnly bool) (dir string, unmount 
 
 // Unmount unmounts what is mounted on a directory. A child that another test of this
 // process starts has copies of all descriptors until its exec closes them, so a file that
-// is closed here may keep the mount busy for a moment.
+// is closed here may keep the mount busy for a moment. If the mount stays busy, Unmount
+// fails with the files that this process still has there. If it has none, the kernel or
+// another process keeps the mount busy, and the mount is detached: it goes when they are done.
 func Unmount(dir string) error {
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := unix.Unmount(dir, 0)
 		if err == nil {
 			return nil
 		}
-		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+		if !errors.Is(err, unix.EBUSY) {
 			return fmt.Errorf("unmount %s: %w", dir, err)
 		}
+		if time.Now().After(end) {
+			break
+		}
 	}
+	used, err := usedBelow(dir)
+	if err == nil && len(used) > 0 {
+		err = fmt.Errorf("this process uses %q", used)
+	}
+	return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+}
+
+// usedBelow lists the files below a directory that this process has open or mapped.
+func usedBelow(dir string) (used []string, err error) {
+	below := func(path string) {
+		if path == dir || strings.HasPrefix(path, dir+"/") {
+			used = append(used, path)
+		}
+	}
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return nil, err
+	}
+	for _, fd := range fds {
+		if path, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil {
+			below(path)
+		}
+	}
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(maps)) {
+		if f := strings.Fields(line); len(f) >= 6 {
+			below(f[5])
+		}
+	}
+	return used, nil
 }
