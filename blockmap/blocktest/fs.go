@@ -45,6 +45,12 @@ type file struct {
 	// written, as the kernel does, until they are written to again.
 	lost  map[int64]bool
 	taken map[int64]bool // pages that take room since Shrink
+
+	// copying is held to write a page, shared, and to look at the pages for a sync, alone.
+	// Otherwise a sync could see a part of a write within a sector. (A kernel that writes
+	// back a page while somebody copies to it can do so, too. No program above a page
+	// cache can prevent that, and it concerns only sectors that were being written.)
+	copying sync.RWMutex
 }
 
 func newFile() *file { return &file{lost: make(map[int64]bool), taken: make(map[int64]bool)} }
@@ -375,7 +381,9 @@ func (h *handle) WriteAt(p []byte, off int64) (int, error) {
 		if err := h.take(at / pageSize); err != nil {
 			return done, err
 		}
+		h.file.copying.RLock()
 		n, err := h.File.WriteAt(p[done:done+n], at)
+		h.file.copying.RUnlock()
 		done += n
 		h.fs.mu.Lock()
 		delete(h.file.lost, at/pageSize)
@@ -452,7 +460,10 @@ func (h *handle) Sync() error {
 		return err
 	}
 	b := make([]byte, size)
-	if _, err := h.File.ReadAt(b, 0); err != nil && err != io.EOF {
+	h.file.copying.Lock()
+	_, err = h.File.ReadAt(b, 0)
+	h.file.copying.Unlock()
+	if err != nil && err != io.EOF {
 		return err
 	}
 	h.fs.mu.Lock()
