@@ -2,6 +2,7 @@ package blockmap_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +14,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/edsrzf/mmap-go"
+	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -114,6 +118,49 @@ func TestTruncatedAllTheTime(t *testing.T) {
 	readers.Wait()
 	close(stop)
 	cutter.Wait()
+}
+
+// unmappedFS maps data files such that only their last page can be read there.
+type unmappedFS struct{ blockmap.FS }
+
+type unmappedFile struct{ blockmap.File }
+
+func (f unmappedFS) Open(path string, create bool) (blockmap.File, error) {
+	file, err := f.FS.Open(path, create)
+	if err == nil && filepath.Base(path) == "data" {
+		file = unmappedFile{file}
+	}
+	return file, err
+}
+
+func (f unmappedFile) Map(n int64) (mmap.MMap, error) {
+	m, err := f.File.Map(n)
+	if err == nil {
+		err = unix.Mprotect(m[:n-4096], unix.PROT_NONE)
+	}
+	return m, err
+}
+
+// Bytes that cannot be read where they are mapped are read by descriptor. Without that, a
+// reader fetched them again until its time was over: on a disk with bad sectors, the kernel
+// maps no page of a large folio of which it could not read a part.
+func TestUnreadableMapping(t *testing.T) {
+	m := blocktest.NewImage(t, 63, 300)
+	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{FS: unmappedFS{blockmap.OS}})
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for at := int64(0); at < image.Size(); at += 16 << 10 {
+		c.TrustMemory()
+		e := blockmap.Range(at, min(16<<10, image.Size()-at))
+		got := make([]byte, e.Len())
+		if err := blockmap.ReadInto(ctx, image, e, got); err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+			t.Fatalf("read %v: wrong bytes, or %v", e, err)
+		}
+	}
+	if c.Damaged() == 0 {
+		t.Error("no chunk was damaged: this tests nothing")
+	}
 }
 
 // After an fdatasync that failed, the next one succeeds without writing the same

@@ -67,6 +67,14 @@ func (p *pageCache) has(f *dataFile, off, n int64) bool {
 // as a check.
 func (p *pageCache) trusted(f *dataFile) bool { return f.direct == nil && !p.checking.Load() }
 
+// doubt turns checking on: mapped bytes could not be read. A read by descriptor may do
+// better: where the disk refuses a part of a large folio of the page cache, the kernel reads
+// the other parts, and maps none of them. Such a fault is not counted as a major one.
+func (p *pageCache) doubt() {
+	p.missed.Store(true)
+	p.checking.Store(true)
+}
+
 func (p *pageCache) wake() {
 	if p.used.Swap(true) {
 		return

@@ -38,7 +38,7 @@ func Read(ctx context.Context, d Device, e Extent) (View, error) {
 	var all View
 	for at := e.Start; ; {
 		window := Extent{at, min(e.End, at+readWindow)}
-		v, ok, err := look(ctx, d, window, readTries)
+		v, ok, err := look(ctx, d, window, true)
 		switch {
 		case err != nil:
 		case ok && window == e:
@@ -75,10 +75,11 @@ func ReadInto(ctx context.Context, d Device, e Extent, p []byte) error {
 const readTries = 2
 
 // look is the loop of Load and Fault. Where the bytes were evicted again after each
-// of so many Faults, ok is false and there is no error.
-func look(ctx context.Context, d Device, e Extent, tries int) (v View, ok bool, err error) {
+// of readTries Faults, ok is false and there is no error. With view set, it asks for a View of
+// what was just fetched, which is in memory.
+func look(ctx context.Context, d Device, e Extent, view bool) (v View, ok bool, err error) {
 	for n := 0; ; n++ {
-		if n > 0 { // what was just fetched is in memory
+		if n > 0 && view {
 			if v, ok := d.View(e); ok {
 				return v, true, nil
 			}
@@ -86,7 +87,7 @@ func look(ctx context.Context, d Device, e Extent, tries int) (v View, ok bool, 
 		if v, ok := d.Load(ctx, e); ok {
 			return v, true, nil
 		}
-		if n == tries {
+		if n == readTries {
 			return View{}, false, nil
 		}
 		if err := d.Fault(ctx, e); err != nil {
@@ -139,8 +140,9 @@ func appendPieces(ctx context.Context, d Device, e Extent, all *View) error {
 // readPiece reads e to p. Where e does not become resident as a whole, it reads the
 // halves one after the other, down to one block, for which it tries until ctx ends.
 func readPiece(ctx context.Context, d Device, e Extent, p []byte) error {
+	view := true
 	for n := 1; ; n++ {
-		v, ok, err := look(ctx, d, e, readTries)
+		v, ok, err := look(ctx, d, e, view)
 		if err != nil {
 			return err
 		}
@@ -150,6 +152,7 @@ func readPiece(ctx context.Context, d Device, e Extent, p []byte) error {
 			if !errors.Is(err, ErrDamaged) {
 				return err
 			}
+			view = false // what is mapped can fail again where a read by descriptor does not
 			if n <= readTries {
 				continue // the damaged bytes are absent now, and are fetched
 			}

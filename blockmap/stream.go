@@ -83,6 +83,7 @@ func (s *Stream) Damaged(token uint64) {
 	if f := s.files.current.Load(); f == nil || !f.intact() {
 		return // the next reader gives up the whole file
 	}
+	s.store.memory.doubt()
 	for i := uint32(token >> 32); i <= uint32(token); i++ {
 		if s.lose(int(i)) > 0 {
 			s.store.disk.damaged.Add(1)
