@@ -3,6 +3,7 @@ package bench
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -65,7 +66,7 @@ func forgetMounts() error {
 }
 
 // Root is a root filesystem with the mounts that programs expect: /proc, /dev,
-// /tmp, /run. It is an ext4 filesystem of an NBD export or in a file, mounted
+// /tmp, /run. It is an ext4 filesystem of a node, of an NBD export or in a file, mounted
 // read-only, or a directory. An export is attached by nbdfuse and a loop device,
 // which also works on kernels without nbd. Every Root requires [Isolate].
 type Root struct {
@@ -108,6 +109,32 @@ func Mount(ctx context.Context, socket, dir string, readAhead int) (r *Root, err
 		return r, err
 	}
 	return r, r.mountFile(ctx, file, readAhead)
+}
+
+// MountNode mounts an image of a running server below dir, by `thaw mount` with a driver.
+// The node goes with the mount.
+func MountNode(ctx context.Context, s *Server, driver, dir string, readAhead int) (*Root, error) {
+	r := &Root{Dir: filepath.Join(dir, "root")}
+	if err := os.Mkdir(r.Dir, 0o755); err != nil {
+		return nil, err
+	}
+	out, err := Output(exec.CommandContext(ctx, s.cmd.Path, "mount", s.image, r.Dir, "--driver", driver, "--cache", s.cache, "--json"))
+	if err != nil {
+		return nil, err
+	}
+	r.mounts = append(r.mounts, r.Dir)
+	var mounted struct {
+		Node string `json:"node"`
+	}
+	if err = json.Unmarshal([]byte(out), &mounted); err != nil {
+		err = fmt.Errorf("output of thaw mount: %w", err)
+	} else if err = setReadAhead(mounted.Node, readAhead); err == nil {
+		err = r.furnish()
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("mount %s: %w", s.image, err), r.Close())
+	}
+	return r, nil
 }
 
 // MountFile mounts the filesystem in a file below dir.

@@ -46,9 +46,10 @@ type Server struct {
 	Socket string
 	Ready  time.Duration // from its start to its ready line
 
-	cmd   *exec.Cmd
-	began time.Time
-	said  tail
+	image, cache string
+	cmd          *exec.Cmd
+	began        time.Time
+	said         tail
 	err   error // of the process; set before done is closed
 	done  chan struct{}
 }
@@ -57,8 +58,8 @@ type Server struct {
 // socket in dir, and returns once it is ready. more has further arguments; a later
 // flag overrides an earlier one.
 func Serve(ctx context.Context, thaw, image, dir string, more ...string) (*Server, error) {
-	s := &Server{Socket: filepath.Join(dir, "sock"), done: make(chan struct{})}
-	s.cmd = exec.Command(thaw, append([]string{"serve", image, "--listen", "unix:" + s.Socket, "--cache", filepath.Join(dir, "cache"), "--json", "--log-format", "json"}, more...)...)
+	s := &Server{Socket: filepath.Join(dir, "sock"), image: image, cache: filepath.Join(dir, "cache"), done: make(chan struct{})}
+	s.cmd = exec.Command(thaw, append([]string{"serve", image, "--listen", "unix:" + s.Socket, "--cache", s.cache, "--json", "--log-format", "json"}, more...)...)
 	s.cmd.Stderr = &s.said
 	dieWithUs(s.cmd)
 	out, err := s.cmd.StdoutPipe()

@@ -44,7 +44,10 @@ func testBenchmark(t *testing.T, out *bytes.Buffer, o options) *benchmark {
 
 // All rows but those of stargz start a small image.
 func TestRowsStart(t *testing.T) {
-	wanted := []string{localWarm, localCold, resident, fullPull, nbdkitCurl, thawPlain, thawTrace, thawBundle}
+	wanted := []string{
+		localWarm, localCold, resident, fullPull, nbdkitCurl, thawPlain, thawTrace, thawBundle,
+		resident + overNBD, thawPlain + overNBD, thawTrace + overNBD, thawBundle + overNBD,
+	}
 	v, err := parseVariant("slow-ahead=thaw-trace --prefetch-rate 100M")
 	if err != nil {
 		t.Fatal(err)
@@ -60,7 +63,7 @@ func TestRowsStart(t *testing.T) {
 		if b.results.rec.Rounds(name, bench.Wall) != 1 || b.results.rec.Median(name, bench.Wall) <= 0 {
 			t.Errorf("no time of %s", row)
 		}
-		local := row == localWarm || row == localCold || row == resident
+		local := row == localWarm || row == localCold || strings.HasPrefix(row, resident)
 		if n := b.results.rec.Median(name, requests); local != (n == 0) {
 			t.Errorf("%s: %v requests", row, n)
 		}

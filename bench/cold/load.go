@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -75,7 +77,7 @@ func (b *benchmark) expect(ctx context.Context, p *prepared, l load) (err error)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, root.Close(), removeRoot(p.dir)) }()
+	defer func() { err = errors.Join(err, root.Close(), os.Remove(filepath.Join(p.dir, "root"))) }()
 	p.read, _, err = l.run(ctx, root)
 	return err
 }

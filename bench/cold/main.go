@@ -21,9 +21,12 @@
 //	stargz             containerd with stargz-snapshotter (scripts/stargz), eStargz
 //	stargz-optimized   the same, converted with a recorded start, as a trace is
 //	nbdkit-curl        the flat ext4 image over HTTP, by nbdkit
-//	thaw               thaw serve on an empty cache
+//	thaw               thaw serve on an empty cache, and thaw mount with the driver fuse
 //	thaw-trace         the same, with a trace of an earlier start beside the image
 //	thaw-bundle        the same, with a bundle beside it
+//
+// A row of thaw whose name ends in -nbdfuse, such as resident-nbdfuse, mounts the export by
+// nbdfuse and a loop device instead of thaw mount. It is measured only if -rows names it.
 //
 // There are two loads. start runs the program of the image. everything reads every file
 // of the image once; it has the rows local-cold, full-pull, nbdkit-curl and thaw.

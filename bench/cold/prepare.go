@@ -162,7 +162,7 @@ func (b *benchmark) recordStart(ctx context.Context, p *prepared) error {
 	// Twice: the reads of two starts differ a little, and the cache is to have all.
 	for _, args := range [][]string{{"--record", p.trace}, nil} {
 		c := &clock{}
-		if _, err := b.serveAndRun(ctx, p, p.direct(traceName), p.resident, start, c, args...); err != nil {
+		if _, err := b.serveAndRun(ctx, p, byNode, p.direct(traceName), p.resident, start, c, args...); err != nil {
 			return fmt.Errorf("record a start: %w", err)
 		}
 	}

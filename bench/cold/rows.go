@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -15,8 +14,9 @@ type row struct {
 	base     string // of a variant: the row that it varies
 	needs    []bench.Program
 	timeline bool // whether to record what the link carries
+	asked    bool // it is measured only if -rows names it
 	// start prepares the host, starts the clock, and stops it at the answer.
-	start func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error)
+	start starter
 }
 
 // The rows' names.
@@ -31,6 +31,8 @@ const (
 	thawPlain       = "thaw"
 	thawTrace       = "thaw-trace"
 	thawBundle      = "thaw-bundle"
+
+	overNBD = "-nbdfuse" // ends the name of a row that mounts by nbdfuse, and not by thaw mount
 )
 
 var (
@@ -49,14 +51,18 @@ func rows() []row {
 	return []row{
 		{name: localWarm, start: startWarm},
 		{name: localCold, start: startCold},
-		{name: resident, start: startResident},
+		{name: resident, start: startResident(byNode)},
 		{name: fullPull, needs: []bench.Program{skopeo, umoci}, start: startPull},
 		{name: stargzRow, start: startStargz(stargzRow), timeline: true},
 		{name: stargzOptimized, start: startStargz(stargzOptimized), timeline: true},
 		{name: nbdkitCurl, needs: []bench.Program{nbdkit}, start: startNBDKit, timeline: true},
-		{name: thawPlain, start: startThaw(plainName), timeline: true},
-		{name: thawTrace, start: startThaw(traceName, "--trace", "auto"), timeline: true},
-		{name: thawBundle, start: startThaw(bundleName, "--trace", "auto"), timeline: true},
+		{name: thawPlain, start: startThaw(byNode, plainName), timeline: true},
+		{name: thawTrace, start: startThaw(byNode, traceName, "--trace", "auto"), timeline: true},
+		{name: thawBundle, start: startThaw(byNode, bundleName, "--trace", "auto"), timeline: true},
+		{name: resident + overNBD, start: startResident(byNBDFUSE), asked: true},
+		{name: thawPlain + overNBD, start: startThaw(byNBDFUSE, plainName), asked: true},
+		{name: thawTrace + overNBD, start: startThaw(byNBDFUSE, traceName, "--trace", "auto"), asked: true},
+		{name: thawBundle + overNBD, start: startThaw(byNBDFUSE, bundleName, "--trace", "auto"), asked: true},
 	}
 }
 
@@ -81,7 +87,9 @@ func parseVariant(s string) (variant, error) {
 // chooseRows returns the rows that the options name, and all variants.
 func chooseRows(o options) ([]row, error) {
 	chosen := rows()
-	if o.rows != "" {
+	if o.rows == "" {
+		chosen = slices.DeleteFunc(chosen, func(r row) bool { return r.asked })
+	} else {
 		wanted := strings.Split(o.rows, ",")
 		for _, w := range wanted {
 			if !slices.ContainsFunc(chosen, func(r row) bool { return r.name == w }) {
@@ -95,7 +103,7 @@ func chooseRows(o options) ([]row, error) {
 		if v.base != thawPlain {
 			args = append([]string{"--trace", "auto"}, args...)
 		}
-		chosen = append(chosen, row{name: v.name, base: v.base, start: startThaw(bases[v.base], args...), timeline: true})
+		chosen = append(chosen, row{name: v.name, base: v.base, start: startThaw(byNode, bases[v.base], args...), timeline: true})
 	}
 	return chosen, nil
 }

@@ -15,25 +15,44 @@ import (
 	"thaw/bench"
 )
 
+// starter is the way of a row from nothing to the answer.
+type starter func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error)
+
+// mounter mounts what a server serves below dir.
+type mounter func(ctx context.Context, s *bench.Server, dir string, readAhead int) (*bench.Root, error)
+
+// byNode mounts as a user does, by thaw mount. The driver fuse is the one that every
+// kernel has.
+func byNode(ctx context.Context, s *bench.Server, dir string, readAhead int) (*bench.Root, error) {
+	return bench.MountNode(ctx, s, "fuse", dir, readAhead)
+}
+
+// byNBDFUSE mounts the export by nbdfuse and a loop device.
+func byNBDFUSE(ctx context.Context, s *bench.Server, dir string, readAhead int) (*bench.Root, error) {
+	return bench.Mount(ctx, s.Socket, dir, readAhead)
+}
+
 // startThaw serves one of the image's names on an empty cache.
-func startThaw(name string, args ...string) func(context.Context, *benchmark, *site, string, *clock) ([]bench.Measure, error) {
+func startThaw(mount mounter, name string, args ...string) starter {
 	return func(ctx context.Context, b *benchmark, s *site, dir string, c *clock) ([]bench.Measure, error) {
 		args := append(strings.Fields(b.thawArgs), args...)
-		return b.serveAndRun(ctx, s.prepared, s.at(s.wires.registry.Addr().String(), name), dir, s.load, c, args...)
+		return b.serveAndRun(ctx, s.prepared, mount, s.at(s.wires.registry.Addr().String(), name), dir, s.load, c, args...)
 	}
 }
 
 // startResident serves from a cache that has everything that the start reads, and
 // whose files are in memory. It does not use the link.
-func startResident(ctx context.Context, b *benchmark, s *site, _ string, c *clock) ([]bench.Measure, error) {
-	if err := readData(s.resident); err != nil {
-		return nil, err
+func startResident(mount mounter) starter {
+	return func(ctx context.Context, b *benchmark, s *site, _ string, c *clock) ([]bench.Measure, error) {
+		if err := readData(s.resident); err != nil {
+			return nil, err
+		}
+		return b.serveAndRun(ctx, s.prepared, mount, s.direct(traceName), s.resident, s.load, c, strings.Fields(b.thawArgs)...)
 	}
-	return b.serveAndRun(ctx, s.prepared, s.direct(traceName), s.resident, s.load, c, strings.Fields(b.thawArgs)...)
 }
 
 // serveAndRun serves an image with its cache in dir, mounts it, and runs a load.
-func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir string, l load, c *clock, args ...string) (ms []bench.Measure, err error) {
+func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, mount mounter, ref, dir string, l load, c *clock, args ...string) (ms []bench.Measure, err error) {
 	c.start()
 	server, err := bench.Serve(ctx, b.thaw, ref, dir, args...)
 	if err != nil {
@@ -46,13 +65,18 @@ func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir strin
 		}
 	}()
 	c.mark(ready)
-	root, err := bench.Mount(ctx, server.Socket, dir, b.readAhead)
+	root, err := mount(ctx, server, dir, b.readAhead)
 	if err != nil {
 		return nil, err
 	}
 	c.mark(mounted)
 	ms, err = p.answer(ctx, root, l, c)
-	err = errors.Join(err, root.Close(), removeRoot(dir), os.Remove(filepath.Join(dir, "nbd")))
+	err = errors.Join(err, root.Close())
+	for _, name := range []string{"root", "nbd"} { // where it was mounted; another round may use dir again
+		if e := os.Remove(filepath.Join(dir, name)); !errors.Is(e, fs.ErrNotExist) {
+			err = errors.Join(err, e)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -65,9 +89,6 @@ func (b *benchmark) serveAndRun(ctx context.Context, p *prepared, ref, dir strin
 	}
 	return append(ms, bench.Measure{Value: float64(served.Usage.User + served.Usage.Sys), Unit: "serve-cpu-ns"}), nil
 }
-
-// removeRoot removes the directory at which a root below dir was mounted.
-func removeRoot(dir string) error { return os.Remove(filepath.Join(dir, "root")) }
 
 // readData reads the data of the files of a directory into the page cache, and
 // skips their holes.
