@@ -50,8 +50,8 @@ type Server struct {
 	cmd          *exec.Cmd
 	began        time.Time
 	said         tail
-	err   error // of the process; set before done is closed
-	done  chan struct{}
+	err          error // of the process; set before done is closed
+	done         chan struct{}
 }
 
 // Serve starts `thaw serve` with one image on a unix socket, with its cache and
