@@ -89,7 +89,7 @@ const (
 )
 
 // read adds n bytes at off of f to what r is to read. The token of pin pins them.
-func (l *load) read(r *diskReads, pin Pinner, f *dataFile, token uint64, off, n int64) {
+func (l *load) read(r *diskReads, pin diskPinner, f *dataFile, token uint64, off, n int64) {
 	x, _ := r.pool.Get().(*diskRead)
 	if x == nil {
 		x = &diskRead{of: r}
@@ -200,6 +200,14 @@ func (l *load) outcome() (v View, ok bool) {
 	return l.view, true
 }
 
+// diskPinner pins bytes that are read by descriptor.
+type diskPinner interface {
+	Pinner
+	// unread is Damaged for bytes that the disk itself could not read. What fails where it
+	// is mapped may still be read by descriptor.
+	unread(token uint64)
+}
+
 // diskRead is one read of a data file. Until it is finished it pins the bytes, and so
 // keeps the file open and the blocks in place, even if nobody waits for it any more.
 type diskRead struct {
@@ -207,7 +215,7 @@ type diskRead struct {
 	of    *diskReads
 	load  *load
 	file  *dataFile
-	pin   Pinner
+	pin   diskPinner
 	token uint64 // of pin
 }
 
@@ -268,7 +276,7 @@ func (x *diskRead) again() bool {
 		return x.file.intact()
 	}
 	x.of.log.Debug("cannot read the disk", "err", fmt.Errorf("read %d bytes at %d: %w", len(x.Buf), x.Off, x.Err))
-	x.pin.Damaged(x.token)
+	x.pin.unread(x.token)
 	return false
 }
 

@@ -163,6 +163,62 @@ func TestUnreadableMapping(t *testing.T) {
 	}
 }
 
+// unreadableFS takes all writes of data files, and reads nothing back but their guards.
+type unreadableFS struct{ unmappedFS }
+
+type unreadableFile struct{ blockmap.File }
+
+func (f unreadableFS) Open(path string, create bool) (blockmap.File, error) {
+	file, err := f.unmappedFS.Open(path, create)
+	if err == nil && filepath.Base(path) == "data" {
+		file = unreadableFile{file}
+	}
+	return file, err
+}
+
+func (f unreadableFile) Descriptor() int { return -1 }
+
+func (f unreadableFile) ReadAt(p []byte, off int64) (int, error) {
+	if len(p) > 8 {
+		return 0, syscall.EIO
+	}
+	return f.File.ReadAt(p, off)
+}
+
+// A disk that takes writes and reads nothing back costs no reader more than a few fetches:
+// the chunks are held in memory. Without that, a reader fetched them again until its time
+// was over.
+func TestUnreadableDisk(t *testing.T) {
+	m := blocktest.NewImage(t, 63, 300)
+	c, err := blockmap.OpenCache(t.TempDir(), quiet(blockmap.CacheOptions{FS: unreadableFS{unmappedFS{blockmap.OS}}}))
+	must(t, err)
+	defer c.Close()
+	origin := blocktest.NewOrigin(m)
+	fetch := newDirect(t, origin)
+	fetch.hold = true
+	image, err := blockmap.NewImage(m.Index, c, fetch)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for range 2 {
+		for at := int64(0); at < image.Size(); at += 16 << 10 {
+			e := blockmap.Range(at, min(16<<10, image.Size()-at))
+			got := make([]byte, e.Len())
+			if err := blockmap.ReadInto(ctx, image, e, got); err != nil || !bytes.Equal(got, m.Content[e.Start:e.End]) {
+				t.Fatalf("read %v: wrong bytes, or %v", e, err)
+			}
+		}
+	}
+	if c.Damaged() == 0 || c.Held() == 0 {
+		t.Errorf("%d chunks were damaged, and %d bytes are held: this tests nothing", c.Damaged(), c.Held())
+	}
+	for _, n := range fetch.filled {
+		if n > 6 { // lost twice by descriptor, and before that where it is mapped
+			t.Errorf("a chunk was fetched %d times", n)
+		}
+	}
+}
+
 // After an fdatasync that failed, the next one succeeds without writing the same
 // pages: the blocks that the first should have made durable are absent.
 func TestFailedSync(t *testing.T) {

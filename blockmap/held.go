@@ -1,12 +1,14 @@
 package blockmap
 
 import (
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
 )
 
-// held are leaves in memory: a reader waits for them, and the disk has no room for them.
+// held are leaves in memory: a reader waits for them, and the disk has no room for them or
+// cannot read them back.
 // They are kept by chunk, and the first chunk to come is the first to go. Views point at
 // the memory itself, which stays as long as they do.
 type held struct {
@@ -123,8 +125,8 @@ func (h *held) remove(goes func(chunkRef) bool) {
 	h.n.Store(int64(len(h.mu.chunks)))
 }
 
-// store puts the leaves on disk, until one does not fit. They were verified when they were
-// put here.
+// store puts the leaves on disk, until one does not fit. Those that the disk cannot read
+// back stay here. They were verified when they were put here.
 func (h *held) store() {
 	if !h.any() {
 		return
@@ -136,7 +138,15 @@ func (h *held) store() {
 		c := &x.stream.table.Chunks[x.chunk]
 		for l := range h.leaves(x).Each {
 			b, n := c.leafBlocks(l)
-			if p := h.get(x, LeafRange(l, 1)); p != nil && x.stream.fill(x.chunk, b, p[l*LeafSize:l*LeafSize+int(n)*BlockSize]) != nil {
+			p := h.get(x, LeafRange(l, 1))
+			if p == nil {
+				continue
+			}
+			err := x.stream.fill(x.chunk, b, p[l*LeafSize:l*LeafSize+int(n)*BlockSize])
+			if errors.Is(err, errUnreadable) {
+				break
+			}
+			if err != nil {
 				return
 			}
 		}

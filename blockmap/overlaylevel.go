@@ -90,6 +90,9 @@ func (lv *level) Damaged(token uint64) {
 	lv.anySuspect.Store(true)
 }
 
+// unread implements diskPinner.
+func (lv *level) unread(token uint64) { lv.Damaged(token) }
+
 // suspect says whether a read of some of the n blocks from b has failed.
 func (lv *level) suspect(b, n uint32) bool {
 	if !lv.anySuspect.Load() {

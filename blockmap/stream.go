@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 )
 
 // ErrDigest is what Fill returns for bytes that are not the content of the chunk.
@@ -20,6 +21,7 @@ type Stream struct {
 	res   *residency
 	pins  pins
 	files streamFiles
+	bad   unreadable
 
 	// used is the clock at the last use of each chunk, lastUse at that of any.
 	used    []atomic.Uint32
@@ -90,6 +92,17 @@ func (s *Stream) Damaged(token uint64) {
 			s.store.disk.log.Warn("a cached chunk cannot be read; it will be fetched again", "stream", s.id.String(), "chunk", i)
 		}
 	}
+}
+
+// unread implements diskPinner.
+func (s *Stream) unread(token uint64) {
+	now := time.Now()
+	for i := uint32(token >> 32); i <= uint32(token); i++ {
+		if s.has(int(i)) { // the first of those who found out
+			s.bad.add(int(i), now)
+		}
+	}
+	s.Damaged(token)
 }
 
 // lose makes chunk i absent, and returns how many bytes of it were resident.
@@ -216,7 +229,8 @@ func (s *Stream) check(i int, p []byte) error {
 // Fill verifies that p is the content of chunk i, and stores what is absent of it.
 // Nothing gets into the cache but by Fill and FillLeaves. Fill fails with ErrDigest
 // where p is something else, and with ErrNoSpace where neither the disk nor the quota
-// has room; what was absent may be so in part then.
+// has room; what was absent may be so in part then. It also fails for a chunk that the
+// disk has taken before and could not read back.
 func (s *Stream) Fill(i int, p []byte) error {
 	if err := s.check(i, p); err != nil {
 		return err
@@ -240,7 +254,7 @@ func (s *Stream) fill(i int, b uint32, p []byte) error {
 }
 
 // Hold verifies that p is the content of chunk i, and keeps it in memory: for
-// chunks that a reader waits for and that Fill has no room for. Views show it as
+// chunks that a reader waits for and that Fill cannot store. Views show it as
 // if it was on disk. The memory is bounded; the first chunk that came is the
 // first to go.
 func (s *Stream) Hold(i int, p []byte) error {
@@ -266,6 +280,9 @@ func (s *Stream) put(i int, b uint32, p []byte) error {
 	n := int64(s.res.absent(b, uint32(len(p)/BlockSize))) * BlockSize
 	if n == 0 {
 		return nil
+	}
+	if s.bad.has(i, time.Now()) {
+		return errUnreadable
 	}
 	f := s.files.current.Load()
 	if f == nil {
