@@ -151,9 +151,9 @@ func (c *conn) extendHandshake(d time.Duration) {
 	c.setHandshakeDeadline(t)
 }
 
-// drain makes the connection answer its requests and end. The deadline wakes its
+// Drain makes the connection answer its requests and end. The deadline wakes its
 // goroutine.
-func (c *conn) drain() {
+func (c *conn) Drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.drain = true
@@ -162,6 +162,9 @@ func (c *conn) drain() {
 		c.mu.abort(ErrServerClosed)
 	}
 }
+
+// Abort closes the connection.
+func (c *conn) Abort() { c.nc.Close() }
 
 func (c *conn) draining() bool {
 	c.mu.Lock()

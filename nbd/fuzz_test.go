@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"io"
 	"log/slog"
@@ -112,10 +113,8 @@ func FuzzTransmission(f *testing.F) {
 			agreed.contexts = allContexts
 		}
 		srv := &Server{}
-		srv.mu.Lock()
-		srv.init()
-		ctx, cancel := srv.mu.ctx, srv.mu.cancel
-		srv.mu.Unlock()
+		ctx, cancel := context.WithCancelCause(context.Background())
+		defer cancel(nil)
 		newSession(&conn{srv: srv, nc: nc}, nc, agreed, slog.New(slog.DiscardHandler), cancel).run(ctx)
 		dev.NoPins(t)
 

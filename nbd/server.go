@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"thaw/nbd/internal/lifecycle"
 	"thaw/nbd/internal/lines"
 )
 
@@ -90,20 +91,12 @@ type Server struct {
 	Admission *Admission
 
 	bufs    buffers
-	clients atomic.Int32 // connections in mu.conns, see pace
+	clients atomic.Int32 // connections that are open, see pace
 	lines   struct{ refused, handshakes, exports, sessions, requests, damaged lines.Limiter }
 
-	mu struct {
-		sync.Mutex
-		ctx       context.Context // of every connection; made with cancel by init
-		cancel    context.CancelCauseFunc
-		listeners map[net.Listener]struct{}
-		conns     map[*conn]struct{}
-		closing   bool          // Shutdown or Close was called
-		gone      chan struct{} // closed once closing has no connections left
-		abandon   time.Time     // when Close gives up waiting for connections
-		past      Stats
-	}
+	once sync.Once
+	life *lifecycle.Lifecycle[*conn] // see conns
+	past Stats                       // of what is gone; for functions that conns calls
 }
 
 // Stats are counts since the server was made.
@@ -131,13 +124,14 @@ func (s *Stats) add(o Stats) {
 
 // Stats returns the counts of all connections, those that are gone included.
 func (s *Server) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.mu.past
-	st.Conns = int64(len(s.mu.conns))
-	for c := range s.mu.conns {
-		st.add(c.counts.load())
-	}
+	var st Stats
+	s.conns().View(func(conns map[*conn]struct{}) {
+		st = s.past
+		st.Conns = int64(len(conns))
+		for c := range conns {
+			st.add(c.counts.load())
+		}
+	})
 	return st
 }
 
@@ -176,55 +170,24 @@ func (s *Server) handshakeTimeout() time.Duration {
 // ErrServerClosed; it returns another error where l fails. It closes l. Several
 // listeners can be served at once, each by its own Serve.
 func (s *Server) Serve(l net.Listener) error {
-	defer l.Close()
 	if err := s.Check(); err != nil {
+		l.Close()
 		return err
 	}
-	s.mu.Lock()
-	if s.mu.closing {
-		s.mu.Unlock()
-		return ErrServerClosed
-	}
-	s.init()
-	s.mu.listeners[l] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.mu.listeners, l)
-		s.mu.Unlock()
-	}()
+	return s.conns().Serve(l, s.log(), s.start)
+}
 
-	var pause time.Duration
-	for {
-		nc, err := l.Accept()
-		if err != nil {
-			if s.closed() {
-				return ErrServerClosed
-			}
-			// The process is out of descriptors, or the peer is gone
-			// already: the next accept may succeed.
-			if t, ok := err.(interface{ Temporary() bool }); ok && t.Temporary() {
-				pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-				s.log().Warn("cannot accept a connection; trying again", "addr", l.Addr(), "err", err, "pause", pause)
-				select {
-				case <-time.After(pause):
-					continue
-				case <-s.context().Done():
-					return ErrServerClosed
-				}
-			}
-			return fmt.Errorf("nbd: accept on %s: %w", l.Addr(), err)
-		}
-		pause = 0
-		s.start(nc)
-	}
+// conns are the listeners and the open connections.
+func (s *Server) conns() *lifecycle.Lifecycle[*conn] {
+	s.once.Do(func() { s.life = lifecycle.New[*conn]("nbd", ErrServerClosed) })
+	return s.life
 }
 
 // Probes of a TCP connection on which nothing happens.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 30 * time.Second, Interval: 10 * time.Second, Count: 6}
 
 // start serves nc on a goroutine, or closes it where MaxConns are open.
-func (s *Server) start(nc net.Conn) {
+func (s *Server) start(nc net.Conn) error {
 	if t, ok := nc.(*net.TCPConn); ok {
 		_ = t.SetKeepAliveConfig(keepAlive)
 	}
@@ -235,41 +198,33 @@ func (s *Server) start(nc net.Conn) {
 		if err != ErrServerClosed {
 			s.lines.refused.Log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "client", addrOf(nc), "max_conns", s.maxConns())
 		}
-		return
+		return nil
 	}
 	go func() {
 		defer s.ended(c)
 		c.serve(ctx)
 	}()
+	return nil
 }
 
 // register counts c as open, and returns the context of all connections.
 func (s *Server) register(c *conn) (context.Context, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.init()
-	if s.mu.closing {
-		return nil, ErrServerClosed
-	}
-	if limit := s.maxConns(); len(s.mu.conns) >= limit {
-		return nil, fmt.Errorf("nbd: %d connections are open, which is MaxConns", limit)
-	}
-	s.mu.past.Accepted++
-	s.mu.conns[c] = struct{}{}
-	s.clients.Store(int32(len(s.mu.conns)))
-	return s.mu.ctx, nil
+	return s.conns().Add(c, func(open int) error {
+		if limit := s.maxConns(); open >= limit {
+			return fmt.Errorf("nbd: %d connections are open, which is MaxConns", limit)
+		}
+		s.past.Accepted++
+		s.clients.Store(int32(open) + 1)
+		return nil
+	})
 }
 
 // ended counts c as closed.
 func (s *Server) ended(c *conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.mu.past.add(c.counts.load())
-	delete(s.mu.conns, c)
-	s.clients.Store(int32(len(s.mu.conns)))
-	if s.mu.closing && len(s.mu.conns) == 0 {
-		close(s.mu.gone)
-	}
+	s.conns().Remove(c, func(open int) {
+		s.past.add(c.counts.load())
+		s.clients.Store(int32(open))
+	})
 }
 
 // Shutdown stops accepting, answers the requests in flight of every connection, and
@@ -277,92 +232,13 @@ func (s *Server) ended(c *conn) {
 // handshakes. When ctx ends first, Shutdown closes the rest as Close does, and returns
 // the cause. When it returns, all goroutines of the server have ended, except those
 // that Close leaves behind.
-func (s *Server) Shutdown(ctx context.Context) error {
-	s.mu.Lock()
-	s.close()
-	for c := range s.mu.conns {
-		c.drain()
-	}
-	s.mu.Unlock()
-
-	select {
-	case <-s.mu.gone:
-		return s.Close()
-	case <-ctx.Done():
-		if err := s.Close(); err != nil {
-			return errors.Join(context.Cause(ctx), err)
-		}
-		return context.Cause(ctx)
-	}
-}
-
-// closeTime is how long Close waits for devices to return once their ctx has ended.
-const closeTime = time.Second
+func (s *Server) Shutdown(ctx context.Context) error { return s.conns().Shutdown(ctx) }
 
 // Close closes every listener and connection at once, cancels their requests, and waits
 // for their goroutines for up to a second. It fails where a device or Exports does not
 // return once its ctx has ended: such a call is left behind, with the goroutine of its
 // connection.
-func (s *Server) Close() error {
-	s.mu.Lock()
-	s.close()
-	s.mu.cancel(ErrServerClosed)
-	for c := range s.mu.conns {
-		c.nc.Close()
-	}
-	if s.mu.abandon.IsZero() {
-		s.mu.abandon = time.Now().Add(closeTime)
-	}
-	t := time.NewTimer(time.Until(s.mu.abandon))
-	s.mu.Unlock()
-	defer t.Stop()
-	select {
-	case <-s.mu.gone:
-		return nil
-	case <-t.C:
-	}
-	s.mu.Lock()
-	n := len(s.mu.conns)
-	s.mu.Unlock()
-	if n == 0 {
-		return nil
-	}
-	return fmt.Errorf("nbd: %d connections were left behind: their devices have not returned within %v of being cancelled", n, closeTime)
-}
-
-// init makes what the zero value lacks. s.mu is held.
-func (s *Server) init() {
-	if s.mu.ctx == nil {
-		s.mu.ctx, s.mu.cancel = context.WithCancelCause(context.Background())
-		s.mu.listeners = make(map[net.Listener]struct{})
-		s.mu.conns = make(map[*conn]struct{})
-		s.mu.gone = make(chan struct{})
-	}
-}
-
-// close stops accepting. s.mu is held.
-func (s *Server) close() {
-	s.init()
-	if !s.mu.closing && len(s.mu.conns) == 0 {
-		close(s.mu.gone)
-	}
-	s.mu.closing = true
-	for l := range s.mu.listeners {
-		l.Close()
-	}
-}
-
-func (s *Server) closed() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.mu.closing
-}
-
-func (s *Server) context() context.Context {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.mu.ctx
-}
+func (s *Server) Close() error { return s.conns().Close() }
 
 // tls is the configuration for the next upgrade, nil where there is none.
 func (s *Server) tls() *tls.Config {

@@ -17,6 +17,7 @@ import (
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
+	"thaw/nbd/internal/lifecycle"
 )
 
 // Shutdown answers requests in flight, refuses later requests, and ends the connection
@@ -85,7 +86,7 @@ func TestShutdownRefuses(t *testing.T) {
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
 	// When another connection has ended, all connections have been told.
-	for !srv.closed() {
+	for !srv.conns().Closed() {
 		time.Sleep(time.Millisecond)
 	}
 	for i := range uint64(10) {
@@ -141,7 +142,7 @@ func TestShutdownDuringPayload(t *testing.T) {
 	c.write(p[:n/2]) // more than a socket holds, so the server is at it
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
-	for !srv.closed() {
+	for !srv.conns().Closed() {
 		time.Sleep(time.Millisecond)
 	}
 	c.write(p[n/2:])
@@ -264,7 +265,7 @@ func TestShutdownLeavesBehind(t *testing.T) {
 		if !errors.Is(err, io.ErrNoProgress) || !strings.Contains(err.Error(), "2 connections were left behind") {
 			t.Errorf("Shutdown: %v", err)
 		}
-		if d := time.Since(begin); d > 2*time.Second+closeTime {
+		if d := time.Since(begin); d > 2*time.Second+lifecycle.CloseTime {
 			t.Errorf("Shutdown took %v", d)
 		}
 		begin = time.Now()

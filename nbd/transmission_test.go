@@ -241,7 +241,7 @@ func TestTransmissionShutdown(t *testing.T) {
 	<-g.waiting
 	down := make(chan error, 1)
 	go func() { down <- srv.Shutdown(context.Background()) }()
-	for end := time.Now().Add(20 * time.Second); !srv.closed(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); !srv.conns().Closed(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("Shutdown does not begin")
 		}

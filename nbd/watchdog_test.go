@@ -206,7 +206,7 @@ func TestSlowWriteEndsWithSession(t *testing.T) {
 		"Shutdown": func(srv *Server, c *client, d *slowWrites) error {
 			ended := make(chan error, 1)
 			go func() { ended <- srv.Shutdown(context.Background()) }()
-			for !srv.closed() {
+			for !srv.conns().Closed() {
 				time.Sleep(time.Millisecond)
 			}
 			close(d.open)

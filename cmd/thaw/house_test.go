@@ -73,9 +73,12 @@ func TestMayImport(t *testing.T) {
 		{"cmd/thaw/internal/host", "nbd", false, true},
 		{"cmd/thaw/internal/host", "fetcher/registry", false, true},
 		{"cmd/thaw/internal/host", "nbd/attach", false, true},
+		{"cmd/thaw/internal/host", "nbd/vhost", false, true},
 		{"cmd/thaw/internal/host/api", "nbd/attach", false, false},
 		{"nbd", "nbd/attach", false, false},
 		{"nbd/vhost", "nbd/internal/lines", false, true},
+		{"nbd/vhost", "nbd/internal/lifecycle", false, true},
+		{"cmd/thaw/internal/host", "nbd/internal/lifecycle", false, false},
 		{"cmd/thaw/internal/host", "cmd/thaw", false, false},
 		{"cmd/thaw/internal/host", "bench", false, false},
 		{"cmd/thaw/internal/host", "tracefile/plot", false, false},
@@ -107,7 +110,7 @@ func mayImport(dir, ours string, test bool) bool {
 	top, _, _ := strings.Cut(dir, "/")
 	switch {
 	case dir == "cmd/thaw/internal/host":
-		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd", "nbd/attach"}, ours) ||
+		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd", "nbd/attach", "nbd/vhost"}, ours) ||
 			test && ours == "blockmap/blocktest"
 	case dir == "cmd/thaw/internal/host/api":
 		return slices.Contains([]string{"cmd/thaw/internal/host", "fetcher/registry", "nbd"}, ours) ||
@@ -124,7 +127,7 @@ func mayImport(dir, ours string, test bool) bool {
 		return test
 	case ours == "blockmap/uring":
 		return true // it imports nothing of ours, like golang.org/x/sys
-	case ours == "nbd/internal/lines":
+	case ours == "nbd/internal/lines", ours == "nbd/internal/lifecycle":
 		return top == "nbd" // nor does it
 	}
 	// A child may import its parent and, below blockmap, its sisters that

@@ -52,8 +52,8 @@ func flatQueue(t testing.TB, inflight bool) (*queue, *driver) {
 // idleQueue is a queue that has no goroutine.
 func idleQueue(t testing.TB, mem *guestMemory, dev blockmap.Device) *queue {
 	s := new(Server)
-	s.init()
-	c := newConn(s, nil, "")
+	s.conns()
+	c := newConn(s, nil, &endpoint{srv: s})
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.use(&nbd.Export{Device: dev})
 	p := &message{payload: mem.table(), fds: []int{mem.fd, mem.fd}}

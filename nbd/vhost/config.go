@@ -82,6 +82,10 @@ const (
 	// the bytes.
 	configHeaderLen = 12
 
+	// mmioConfig is where the configuration space begins in the registers of a virtio-mmio
+	// device. Cloud Hypervisor before 51 takes it for the offset of the first byte.
+	mmioConfig = 0x100
+
 	sectorShift = 9
 	sectorSize  = 1 << sectorShift
 
@@ -132,6 +136,9 @@ func (m *message) getConfig(space []byte) []byte {
 	}
 	p := make([]byte, len(m.payload))
 	copy(p, m.payload[:configHeaderLen])
+	if off == mmioConfig {
+		off = 0
+	}
 	if int(off) < len(space) {
 		copy(p[configHeaderLen:], space[off:])
 	}

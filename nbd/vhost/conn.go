@@ -29,7 +29,7 @@ const maxQueues = 256
 type conn struct {
 	srv    *Server
 	nc     *net.UnixConn
-	name   string // of the export
+	at     *endpoint
 	log    *slog.Logger
 	counts counts
 	ctx    context.Context // ends with the connection
@@ -57,7 +57,7 @@ type conn struct {
 
 // counts are the connection's share of Stats.
 type counts struct {
-	hits, misses, others, errors, resumed, kicks, interrupts, repaired atomic.Int64
+	hits, misses, others, errors, read, resumed, kicks, interrupts, repaired atomic.Int64
 }
 
 func (n *counts) load() Stats {
@@ -66,6 +66,7 @@ func (n *counts) load() Stats {
 		Misses:     n.misses.Load(),
 		Others:     n.others.Load(),
 		Errors:     n.errors.Load(),
+		Read:       n.read.Load(),
 		Resumed:    n.resumed.Load(),
 		Kicks:      n.kicks.Load(),
 		Interrupts: n.interrupts.Load(),
@@ -73,8 +74,8 @@ func (n *counts) load() Stats {
 	}
 }
 
-func newConn(s *Server, nc *net.UnixConn, export string) *conn {
-	return &conn{srv: s, nc: nc, name: export, log: s.log().With("export", export)}
+func newConn(s *Server, nc *net.UnixConn, at *endpoint) *conn {
+	return &conn{srv: s, nc: nc, at: at, log: s.log().With("export", at.export)}
 }
 
 // Reasons for the end of a connection.
@@ -89,7 +90,7 @@ func (c *conn) serve(ctx context.Context) {
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	defer c.cancel(nil)
 	defer c.nc.Close()
-	e, release, err := c.srv.open(c.ctx, c.name)
+	e, release, err := c.srv.open(c.ctx, c.at.export)
 	if err != nil {
 		if !errors.Is(context.Cause(ctx), ErrServerClosed) {
 			c.srv.lines.refused.Log(c.log, slog.LevelWarn, "cannot serve the export to a virtual machine", "err", err)
@@ -278,7 +279,7 @@ func (c *conn) setMemory(m *message) error {
 	if err != nil {
 		return err
 	}
-	if err := mem.count(c.srv); err != nil {
+	if err := mem.count(c.at); err != nil {
 		mem.release()
 		return err
 	}
@@ -472,13 +473,16 @@ func (c *conn) setReadDeadline(t time.Time) {
 	_ = c.nc.SetReadDeadline(t)
 }
 
-// drain makes the connection complete its requests and end.
-func (c *conn) drain() {
+// Drain makes the connection complete its requests and end.
+func (c *conn) Drain() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.drain = true
 	_ = c.nc.SetReadDeadline(longAgo)
 }
+
+// Abort closes the connection.
+func (c *conn) Abort() { c.nc.Close() }
 
 func (c *conn) draining() bool {
 	c.mu.Lock()

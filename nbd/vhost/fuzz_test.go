@@ -83,8 +83,8 @@ func FuzzRing(f *testing.F) {
 	call := eventfd(f)
 	f.Fuzz(func(t *testing.T, img []byte, eventIdx, tracked bool) {
 		s := new(Server)
-		s.init()
-		c := newConn(s, nil, "disk")
+		s.conns()
+		c := newConn(s, nil, &endpoint{srv: s, export: "disk"})
 		c.ctx, c.cancel = t.Context(), func(error) {}
 		c.use(&nbd.Export{Name: "disk", Device: dev})
 		mem, err := parseMemTable(&message{payload: table, fds: []int{fd}}, 1<<30)

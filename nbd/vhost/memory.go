@@ -37,7 +37,7 @@ const (
 type memory struct {
 	regions []region
 	refs    atomic.Int64
-	counted *Server // that has counted its bytes, nil for none
+	counted *endpoint // that has counted its bytes, nil for none
 }
 
 type region struct {
@@ -147,12 +147,12 @@ func (m *memory) size() (n int64) {
 	return n
 }
 
-// count counts m among the memory of all guests of s, until it is unmapped.
-func (m *memory) count(s *Server) error {
-	if err := s.mapMemory(m.size()); err != nil {
+// count counts m among the memory of all guests of e, until it is unmapped.
+func (m *memory) count(e *endpoint) error {
+	if err := e.mapMemory(m.size()); err != nil {
 		return err
 	}
-	m.counted = s
+	m.counted = e
 	return nil
 }
 

@@ -223,6 +223,7 @@ func (q *queue) answer(code byte, written uint32) error {
 func (q *queue) flush() error {
 	if q.nhits > 0 {
 		q.c.counts.hits.Add(q.nhits)
+		q.c.counts.read.Add(q.nbytes)
 		q.nhits = 0
 	}
 	if q.nbatch == 0 {

@@ -278,6 +278,9 @@ func (c *conn) copyView(ctx context.Context, to *cursor, v *blockmap.View, e blo
 	again := errors.As(err, &fault) && damaged(v, fault)
 	v.Release()
 	if !again {
+		if err == nil {
+			c.counts.read.Add(e.Len())
+		}
 		return err
 	}
 	c.counts.repaired.Add(1)
@@ -288,7 +291,11 @@ func (c *conn) copyView(ctx context.Context, to *cursor, v *blockmap.View, e blo
 		return err
 	}
 	*to = from
-	return access(func() error { to.write(p); return nil })
+	if err := access(func() error { to.write(p); return nil }); err != nil {
+		return err
+	}
+	c.counts.read.Add(e.Len())
+	return nil
 }
 
 // write writes the guest's bytes to the device. It copies them first: the guest could

@@ -14,12 +14,13 @@ import (
 
 	"thaw/blockmap"
 	"thaw/nbd"
+	"thaw/nbd/internal/lifecycle"
 	"thaw/nbd/internal/lines"
 )
 
 // Defaults of the limits of a [Server].
 const (
-	DefaultMaxConns         = 1024
+	DefaultMaxConns         = 256
 	DefaultMaxQueues        = 64
 	DefaultMaxWaiters       = 128
 	DefaultMaxInFlightBytes = 64 << 20
@@ -28,8 +29,11 @@ const (
 	DefaultOpenTimeout      = 10 * time.Second
 )
 
-// maxMapped bounds the memory of all guests together: a process has 128 TiB of addresses.
-const maxMapped = 32 << 40
+// Bounds of the memory of all guests together: a process has 128 TiB of addresses.
+const (
+	maxMapped         = 64 << 40
+	maxEndpointMapped = 8 << 40 // of one listener's
+)
 
 // ErrServerClosed is what Serve returns after Shutdown or Close.
 var ErrServerClosed = errors.New("vhost: server closed")
@@ -48,8 +52,9 @@ type Server struct {
 	Exports nbd.Exports
 	Log     *slog.Logger // nil: discarded
 
-	// MaxConns is how many connections are open at a time; further ones are closed as
-	// they arrive. 0: DefaultMaxConns.
+	// MaxConns is how many connections one listener has open at a time; further ones are
+	// closed as they arrive. Each listener has a bound of its own, so that whoever may
+	// connect to one socket takes nothing from the others. 0: DefaultMaxConns.
 	MaxConns int
 	// MaxQueues is how many queues a device may have, at most 256. A front end is told
 	// so, and makes at most one for each processor of its guest. 0: DefaultMaxQueues.
@@ -81,17 +86,13 @@ type Server struct {
 	sleepers sleepers
 	lines    struct{ refused, ends, requests, rings, full, small, resumed lines.Limiter }
 
+	once sync.Once
+	life *lifecycle.Lifecycle[*conn] // see conns
+	past Stats                       // of what is gone; for functions that conns calls
+
 	mu struct {
 		sync.Mutex
-		ctx       context.Context // of every connection; made with cancel by init
-		cancel    context.CancelCauseFunc
-		listeners map[net.Listener]struct{}
-		conns     map[*conn]struct{}
-		writers   map[string]chan struct{} // by writable export in use; closed when it is not
-		closing   bool                     // Shutdown or Close was called
-		gone      chan struct{}            // closed once closing has no connections left
-		abandon   time.Time                // when Close gives up waiting for connections
-		past      Stats
+		writers map[string]chan struct{} // by writable export in use; closed when it is not
 	}
 }
 
@@ -103,6 +104,7 @@ type Stats struct {
 	Misses     int64 // reads that waited for the device
 	Others     int64 // writes, flushes and all that is not a read
 	Errors     int64 // requests answered with an error
+	Read       int64 // bytes that guests have read
 	Resumed    int64 // requests that an earlier connection had in flight, done again
 	Kicks      int64 // times that a guest has woken a queue
 	Interrupts int64 // times that a queue has interrupted its guest
@@ -116,6 +118,7 @@ func (s *Stats) add(o Stats) {
 	s.Misses += o.Misses
 	s.Others += o.Others
 	s.Errors += o.Errors
+	s.Read += o.Read
 	s.Resumed += o.Resumed
 	s.Kicks += o.Kicks
 	s.Interrupts += o.Interrupts
@@ -124,13 +127,14 @@ func (s *Stats) add(o Stats) {
 
 // Stats returns the counts of all connections, those that are gone included.
 func (s *Server) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.mu.past
-	st.Conns = int64(len(s.mu.conns))
-	for c := range s.mu.conns {
-		st.add(c.counts.load())
-	}
+	var st Stats
+	s.conns().View(func(conns map[*conn]struct{}) {
+		st = s.past
+		st.Conns = int64(len(conns))
+		for c := range conns {
+			st.add(c.counts.load())
+		}
+	})
 	return st
 }
 
@@ -171,98 +175,70 @@ func (s *Server) openTimeout() time.Duration  { return cmp.Or(s.OpenTimeout, Def
 // at a time: a file system that two guests mount is lost, and a request that a front end
 // has in flight must end before the front end sends it again.
 func (s *Server) Serve(l net.Listener, export string) error {
-	defer l.Close()
 	if err := s.Check(); err != nil {
+		l.Close()
 		return err
 	}
-	s.mu.Lock()
-	if s.mu.closing {
-		s.mu.Unlock()
-		return ErrServerClosed
-	}
-	s.init()
-	s.mu.listeners[l] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.mu.listeners, l)
-		s.mu.Unlock()
-	}()
-
-	var pause time.Duration
-	for {
-		nc, err := l.Accept()
-		if err != nil {
-			if s.closed() {
-				return ErrServerClosed
-			}
-			// The process is out of descriptors, or the peer is gone already: the
-			// next accept may succeed.
-			if t, ok := err.(interface{ Temporary() bool }); ok && t.Temporary() {
-				pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-				s.log().Warn("cannot accept a connection; trying again", "addr", l.Addr(), "err", err, "pause", pause)
-				select {
-				case <-time.After(pause):
-					continue
-				case <-s.context().Done():
-					return ErrServerClosed
-				}
-			}
-			return fmt.Errorf("vhost: accept on %s: %w", l.Addr(), err)
-		}
-		pause = 0
+	e := &endpoint{srv: s, export: export}
+	return s.conns().Serve(l, s.log(), func(nc net.Conn) error {
 		u, ok := nc.(*net.UnixConn)
 		if !ok {
 			nc.Close()
 			return fmt.Errorf("vhost: serve %s on %s: want a unix socket, which can pass file descriptors", export, l.Addr())
 		}
-		s.start(u, export)
-	}
+		s.start(u, e)
+		return nil
+	})
+}
+
+// endpoint is a listener with what its connections have together.
+type endpoint struct {
+	srv    *Server
+	export string
+	open   int          // connections; for functions that conns calls
+	mapped atomic.Int64 // bytes of the memory of their guests
+}
+
+// conns are the listeners and the open connections.
+func (s *Server) conns() *lifecycle.Lifecycle[*conn] {
+	s.once.Do(func() {
+		s.life = lifecycle.New[*conn]("vhost", ErrServerClosed)
+		s.mu.writers = make(map[string]chan struct{})
+		s.sleepers.limit = int32(runtime.GOMAXPROCS(0)) - 1
+	})
+	return s.life
 }
 
 // start serves nc on a goroutine, or closes it where MaxConns are open.
-func (s *Server) start(nc *net.UnixConn, export string) {
-	c := newConn(s, nc, export)
-	ctx, err := s.register(c)
+func (s *Server) start(nc *net.UnixConn, e *endpoint) {
+	c := newConn(s, nc, e)
+	limit := s.maxConns()
+	ctx, err := s.conns().Add(c, func(int) error {
+		if e.open >= limit {
+			return errTooMany
+		}
+		e.open++
+		s.past.Accepted++
+		return nil
+	})
 	if err != nil {
 		nc.Close()
-		if err != ErrServerClosed {
-			s.lines.refused.Log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "export", export, "max_conns", s.maxConns())
+		if err == errTooMany {
+			s.lines.refused.Log(s.log(), slog.LevelWarn, "connection refused: too many connections are open", "export", e.export, "max_conns", limit)
 		}
 		return
 	}
 	go func() {
-		defer s.ended(c)
+		defer s.conns().Remove(c, func(int) {
+			e.open--
+			s.past.add(c.counts.load())
+		})
 		c.serve(ctx)
 	}()
 }
 
-// register counts c as open, and returns the context of all connections.
-func (s *Server) register(c *conn) (context.Context, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.init()
-	if s.mu.closing {
-		return nil, ErrServerClosed
-	}
-	if limit := s.maxConns(); len(s.mu.conns) >= limit {
-		return nil, fmt.Errorf("vhost: %d connections are open, which is MaxConns", limit)
-	}
-	s.mu.past.Accepted++
-	s.mu.conns[c] = struct{}{}
-	return s.mu.ctx, nil
-}
-
-// ended counts c as closed.
-func (s *Server) ended(c *conn) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.mu.past.add(c.counts.load())
-	delete(s.mu.conns, c)
-	if s.mu.closing && len(s.mu.conns) == 0 {
-		close(s.mu.gone)
-	}
-}
+// errTooMany refuses a connection.
+var errTooMany = errors.New("too many connections")
 
 // open opens an export for a connection. The caller calls release.
 func (s *Server) open(ctx context.Context, name string) (*nbd.Export, func(), error) {
@@ -330,13 +306,16 @@ func (s *Server) unlock(name string) {
 }
 
 // mapMemory takes n bytes of addresses, negative to give them back. It fails where the
-// guests of all connections have too much memory together.
-func (s *Server) mapMemory(n int64) error {
-	if total := s.mapped.Add(n); n > 0 && total > maxMapped {
-		s.mapped.Add(-n)
-		return fmt.Errorf("the guests of all connections have %d bytes of memory, of at most %d", total, int64(maxMapped))
+// guests have too much memory together.
+func (e *endpoint) mapMemory(n int64) error {
+	here, all := e.mapped.Add(n), e.srv.mapped.Add(n)
+	if n < 0 || here <= maxEndpointMapped && all <= maxMapped {
+		return nil
 	}
-	return nil
+	e.mapped.Add(-n)
+	e.srv.mapped.Add(-n)
+	return fmt.Errorf("the guests of this socket have %d bytes of memory, of at most %d, and those of all sockets %d, of at most %d",
+		here, int64(maxEndpointMapped), all, int64(maxMapped))
 }
 
 // Shutdown stops accepting, completes the requests in flight of every connection, and
@@ -344,94 +323,13 @@ func (s *Server) mapMemory(n int64) error {
 // When ctx ends first, Shutdown closes the rest as Close does, and returns the cause.
 // When it returns, all goroutines of the server have ended, except those that Close
 // leaves behind.
-func (s *Server) Shutdown(ctx context.Context) error {
-	s.mu.Lock()
-	s.close()
-	for c := range s.mu.conns {
-		c.drain()
-	}
-	s.mu.Unlock()
-
-	select {
-	case <-s.mu.gone:
-		return s.Close()
-	case <-ctx.Done():
-		if err := s.Close(); err != nil {
-			return errors.Join(context.Cause(ctx), err)
-		}
-		return context.Cause(ctx)
-	}
-}
-
-// closeTime is how long Close waits for devices to return once their ctx has ended.
-const closeTime = time.Second
+func (s *Server) Shutdown(ctx context.Context) error { return s.conns().Shutdown(ctx) }
 
 // Close closes every listener and connection at once, cancels their requests, and waits
 // for their goroutines for up to a second. It fails where a device or Exports does not
 // return once its ctx has ended: such a call is left behind, with the goroutine of its
 // connection.
-func (s *Server) Close() error {
-	s.mu.Lock()
-	s.close()
-	s.mu.cancel(ErrServerClosed)
-	for c := range s.mu.conns {
-		c.nc.Close()
-	}
-	if s.mu.abandon.IsZero() {
-		s.mu.abandon = time.Now().Add(closeTime)
-	}
-	t := time.NewTimer(time.Until(s.mu.abandon))
-	s.mu.Unlock()
-	defer t.Stop()
-	select {
-	case <-s.mu.gone:
-		return nil
-	case <-t.C:
-	}
-	s.mu.Lock()
-	n := len(s.mu.conns)
-	s.mu.Unlock()
-	if n == 0 {
-		return nil
-	}
-	return fmt.Errorf("vhost: %d connections were left behind: their devices have not returned within %v of being cancelled", n, closeTime)
-}
-
-// init makes what the zero value lacks. s.mu is held.
-func (s *Server) init() {
-	if s.mu.ctx == nil {
-		s.mu.ctx, s.mu.cancel = context.WithCancelCause(context.Background())
-		s.mu.listeners = make(map[net.Listener]struct{})
-		s.mu.conns = make(map[*conn]struct{})
-		s.mu.writers = make(map[string]chan struct{})
-		s.mu.gone = make(chan struct{})
-		s.sleepers.limit = int32(runtime.GOMAXPROCS(0)) - 1
-	}
-}
-
-// close stops accepting. s.mu is held.
-func (s *Server) close() {
-	s.init()
-	if !s.mu.closing && len(s.mu.conns) == 0 {
-		close(s.mu.gone)
-	}
-	s.mu.closing = true
-	for l := range s.mu.listeners {
-		l.Close()
-	}
-}
-
-func (s *Server) closed() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.mu.closing
-}
-
-func (s *Server) context() context.Context {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.mu.ctx
-}
+func (s *Server) Close() error { return s.conns().Close() }
 
 func (s *Server) log() *slog.Logger {
 	if s.Log == nil {

@@ -271,6 +271,9 @@ func TestConfig(t *testing.T) {
 	if p := ask(8, 96); len(p) != configHeaderLen+96 || !bytes.Equal(p[configHeaderLen:][:configLen-8], c[8:]) {
 		t.Errorf("a part of the configuration space is %x", p)
 	}
+	if p := ask(mmioConfig, configLen); !bytes.Equal(p[configHeaderLen:], c) || binary.LittleEndian.Uint32(p) != mmioConfig {
+		t.Errorf("at the offset of virtio-mmio the configuration space is %x", p)
+	}
 	if p := ask(maxConfig+1, 8); len(p) != 0 {
 		t.Errorf("beyond the configuration space: %x", p)
 	}
