@@ -56,7 +56,7 @@ func completions(c *cobra.Command) {
 			complete = func(c *cobra.Command, _ []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
 				return completeImage(c, word)
 			}
-		case f.Name == "cache" || f.Name == "temp" || f.Name == "overlay" && c.Name() != "serve":
+		case f.Name == "cache" || f.Name == "temp" || f.Name == "vhost-user" || f.Name == "overlay" && c.Name() != "serve":
 			complete = directories
 		case f.Value.Type() == "bool" || takesFile[f.Name]:
 			return

@@ -24,7 +24,8 @@ func listCommand(a *app) *cobra.Command {
 		Long: `list shows the devices of the server that uses a cache directory: the digest of the
 block image, the size of the device, how much of its content is in the cache, its
 state, how many clients have it open, and how much of its prefetch is done. If clients
-may write to a device, it also shows how much they have changed.
+may write to a device, it also shows how much they have changed, and if the server
+has sockets for virtual machines, the path of the device's.
 
 It also shows the nodes of the server, which thaw attach and thaw mount have made:
 the path of the node, its driver, its state, where it is mounted, and its image. A
@@ -121,7 +122,7 @@ type column struct {
 
 // Columns of the tables. The name has what the others leave.
 var (
-	deviceColumns = []column{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}, {"changed", false}}
+	deviceColumns = []column{{"id", true}, {"name", false}, {"digest", false}, {"size", true}, {"resident", true}, {"state", false}, {"users", true}, {"prefetch", false}, {"changed", false}, {"socket", false}}
 	nodeColumns   = []column{{"node", false}, {"image", false}, {"driver", false}, {"access", false}, {"state", false}, {"mount", false}}
 )
 
@@ -147,16 +148,29 @@ func nodeTable(nodes []host.NodeInfo, width int) []string {
 
 // deviceTable returns the lines of the table of devices.
 func deviceTable(devices []host.DeviceInfo, width int) []string {
-	columns := deviceColumns
-	if !slices.ContainsFunc(devices, func(d host.DeviceInfo) bool { return d.Overlay != nil }) {
-		columns = columns[:len(columns)-1] // nobody has changed anything
+	writable := slices.ContainsFunc(devices, func(d host.DeviceInfo) bool { return d.Overlay != nil })
+	sockets := slices.ContainsFunc(devices, func(d host.DeviceInfo) bool { return d.Socket != "" })
+	// Columns in which no device has anything are left out.
+	shown := func(column string) bool { return (column != "changed" || writable) && (column != "socket" || sockets) }
+	var columns []column
+	for _, c := range deviceColumns {
+		if shown(c.title) {
+			columns = append(columns, c)
+		}
 	}
 	var rows [][]string
 	for _, d := range devices {
-		row := []string{
+		all := []string{
 			d.ID, printable(d.Name), shortDigest(d.Digest), knownSize(d, d.Size), knownSize(d, d.Resident), string(d.State), fmt.Sprint(d.Users), prefetched(d), changed(d.Overlay),
+			cmp.Or(printable(d.Socket), "-"),
 		}
-		rows = append(rows, row[:len(columns)])
+		var row []string
+		for i, cell := range all {
+			if shown(deviceColumns[i].title) {
+				row = append(row, cell)
+			}
+		}
+		rows = append(rows, row)
 	}
 	return table(columns, rows, width)
 }

@@ -57,12 +57,13 @@ func listen(ctx context.Context, o serveOptions) (ls []net.Listener, err error) 
 	if o.nodesOnly {
 		return nil, nil
 	}
+	only := o.vhostUser != "" && len(o.listen) == 0 // for virtual machines: no default address
 	if files := activation.Files(true); len(files) > 0 {
 		if ls, err = nbd.ListenFiles(files); err != nil {
 			return nil, err
 		}
 	}
-	if len(ls) == 0 && len(o.listen) == 0 {
+	if len(ls) == 0 && len(o.listen) == 0 && !only {
 		socket, err := defaultSocket(os.Getuid())
 		if err != nil {
 			return nil, err
@@ -89,6 +90,7 @@ type announced struct {
 	Type    string           `json:"type"`
 	Exports []announceExport `json:"exports"`
 	Listen  []string         `json:"listen"`
+	Sockets string           `json:"vhost_user,omitempty"` // the directory of the sockets for virtual machines
 }
 
 type announceExport struct {
@@ -97,21 +99,22 @@ type announceExport struct {
 	Digest   string   `json:"digest"` // of the block image
 	Size     int64    `json:"bytes"`
 	Writable bool     `json:"writable,omitempty"`
-	URI      string   `json:"uri"`  // the first of URIs
-	URIs     []string `json:"uris"` // one for each listener
+	URI      string   `json:"uri"`              // the first of URIs, empty without a listener
+	URIs     []string `json:"uris"`             // one for each listener
+	Socket   string   `json:"socket,omitempty"` // the path of its vhost-user socket
 }
 
 // announce prints the ready line and notifies systemd. The server goes on if that fails:
 // whoever started it may be gone.
-func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Listener, requireTLS bool) error {
-	out := announced{Type: "ready", Exports: []announceExport{}}
+func (a *app) announce(ctx context.Context, h *host.Host, devices []*host.Device, ls []net.Listener, requireTLS bool) error {
+	out := announced{Type: "ready", Exports: []announceExport{}, Listen: []string{}, Sockets: h.SocketDir()}
 	for _, l := range ls {
 		out.Listen = append(out.Listen, l.Addr().Network()+":"+l.Addr().String())
 	}
 	words := []string{"ready:"}
 	for _, d := range devices {
 		in := d.Info()
-		e := announceExport{Name: in.Name, Image: in.Image, Digest: in.Digest, Size: in.Size, Writable: in.Overlay != nil}
+		e := announceExport{Name: in.Name, Image: in.Image, Digest: in.Digest, Size: in.Size, Writable: in.Overlay != nil, URIs: []string{}, Socket: in.Socket}
 		export := in.Name
 		if len(devices) == 1 {
 			export = ""
@@ -119,14 +122,23 @@ func (a *app) announce(ctx context.Context, devices []*host.Device, ls []net.Lis
 		for _, l := range ls {
 			e.URIs = append(e.URIs, uri(ctx, l.Addr(), export, requireTLS))
 		}
-		e.URI = e.URIs[0]
+		if len(e.URIs) > 0 {
+			e.URI = e.URIs[0]
+			words = append(words, e.URI)
+		}
+		if e.Socket != "" {
+			words = append(words, "vhost-user:"+e.Socket)
+		}
+		words = append(words, e.Image)
 		out.Exports = append(out.Exports, e)
-		words = append(words, e.URI, e.Image)
 	}
 	if len(devices) == 0 {
 		words = append(words, out.Listen...)
+		if out.Sockets != "" {
+			words = append(words, "vhost-user:"+out.Sockets)
+		}
 	}
-	if len(ls) == 0 {
+	if len(words) == 1 {
 		words = append(words, "nodes only")
 	}
 	var err error

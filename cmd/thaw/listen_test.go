@@ -222,8 +222,8 @@ func TestControlSocket(t *testing.T) {
 
 // What is announced has stable fields.
 func TestAnnouncedFields(t *testing.T) {
-	b, err := json.Marshal(announced{Type: "ready", Exports: []announceExport{{"n", "i", "d", 1, true, "u", []string{"u"}}}, Listen: []string{"l"}})
-	want := `{"type":"ready","exports":[{"name":"n","image":"i","digest":"d","bytes":1,"writable":true,"uri":"u","uris":["u"]}],"listen":["l"]}`
+	b, err := json.Marshal(announced{Type: "ready", Exports: []announceExport{{"n", "i", "d", 1, true, "u", []string{"u"}, "s"}}, Listen: []string{"l"}, Sockets: "v"})
+	want := `{"type":"ready","exports":[{"name":"n","image":"i","digest":"d","bytes":1,"writable":true,"uri":"u","uris":["u"],"socket":"s"}],"listen":["l"],"vhost_user":"v"}`
 	if err != nil || string(b) != want {
 		t.Errorf("%s, %v", b, err)
 	}

@@ -21,15 +21,16 @@ import (
 	"thaw/cmd/thaw/internal/host/api"
 	"thaw/fetcher/registry"
 	"thaw/nbd"
+	"thaw/nbd/vhost"
 )
 
 // serve serves until ctx ends. It returns a second after the grace at the latest, even if
 // something still waits: all that is on disk is as safe as after a kill.
 func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
-	if err := o.check(len(names)); err != nil {
+	if err := o.check(names); err != nil {
 		return err
 	}
-	pins, err := pinFlags(o.pin).of(names, len(o.allow) > 0)
+	pins, err := pinFlags(o.pin).of(o.images(names), len(o.allow) > 0)
 	if err != nil {
 		return err
 	}
@@ -86,6 +87,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		Log: s.find.Log, MaxConns: s.maxConns, MaxInFlightBytes: int64(s.maxInFlight), HandshakeTimeout: s.handshake,
 		WriteTimeout: s.write, IdleTimeout: s.idle,
 	}
+	machines := &vhost.Server{Log: s.find.Log, MaxInFlightBytes: int64(s.maxInFlight)}
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -106,7 +108,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	}
 	h, err := host.Open(host.Options{
 		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
-		Overlay:  s.overlay,
+		Overlay: s.overlay, Sockets: host.SocketOptions{Dir: s.vhostUser, Server: machines},
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server, Admission: admission,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
@@ -120,7 +122,8 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
 	server.Exports = host.NewExports(h, s.allow, s.clients, s.tls.ClientCA != "")
-	devices, err := h.Add(ctx, specs(names)...)
+	machines.Exports = host.NewExports(h, nil, nil, false) // whoever may connect to a socket may use its export
+	devices, err := h.Add(ctx, s.specs(names)...)
 	defer func() { // after the server has stopped, so that nobody reads a device
 		err = errors.Join(err, h.Stop(s.limit))
 		if s.ready.Load() {
@@ -155,7 +158,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	}
 	h.SetServing()
 	s.ready.Store(true)
-	if err := s.announce(ctx, devices, listeners, server.RequireTLS); err != nil {
+	if err := s.announce(ctx, h, devices, listeners, server.RequireTLS); err != nil {
 		s.find.Log.Warn("cannot announce that the server is ready", "err", err)
 		s.stdout.err = nil
 	}
@@ -164,7 +167,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		ctx, end = context.WithCancel(ctx)
 		wg.Go(func() { s.awaitUnused(background, h, end) })
 	}
-	return s.serveUntil(ctx, server, listeners, h)
+	return s.serveUntil(ctx, server, machines, listeners, h)
 }
 
 // nodeInFlight is how many bytes the requests of all nodes have in flight.
@@ -211,15 +214,23 @@ func (s *service) watchFiles(ctx context.Context, server *nbd.Server) (refresh [
 	return refresh, nil
 }
 
-func specs(names []string) (all []host.Spec) {
+// specs are the devices of the command line. The socket of a single image is that of the
+// default export.
+func (o *serveOptions) specs(names []string) (all []host.Spec) {
 	for _, name := range names {
 		all = append(all, host.Spec{Name: name})
+	}
+	if len(names) == 1 && !o.isClients(names[0]) {
+		all[0].Socket = defaultSocketName
 	}
 	return all
 }
 
+// defaultSocketName is the name of the socket of a single image, without its suffix.
+const defaultSocketName = "default"
+
 // serveUntil serves until ctx ends, which is no error, or until a listener fails.
-func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.Listener, h *host.Host) error {
+func (s *service) serveUntil(ctx context.Context, server *nbd.Server, machines *vhost.Server, ls []net.Listener, h *host.Host) error {
 	failed := make(chan error, len(ls))
 	for _, l := range ls {
 		go func() { failed <- server.Serve(l) }()
@@ -230,6 +241,7 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	case <-ctx.Done():
 	case err = <-failed:
 		left--
+	case err = <-h.SocketFailed():
 	}
 	s.stopping()
 	h.SetStopping()
@@ -238,10 +250,11 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	var wg sync.WaitGroup
 	wg.Go(func() { h.StopRecordings(s.limit) })
 	wg.Go(func() { _ = h.StopNodes(s.limit) }) // h.Stop returns its error, too
-	if e := server.Shutdown(s.limit); e != nil {
-		err = errors.Join(err, fmt.Errorf("stop: %w", errors.Join(e, server.Close())))
-	}
+	var machinesErr error
+	wg.Go(func() { machinesErr = shutdown(s.limit, machines) })
+	err = errors.Join(err, shutdown(s.limit, server))
 	wg.Wait()
+	err = errors.Join(err, machinesErr)
 	for range left {
 		if e := <-failed; !errors.Is(e, nbd.ErrServerClosed) {
 			err = errors.Join(err, e)
@@ -250,13 +263,27 @@ func (s *service) serveUntil(ctx context.Context, server *nbd.Server, ls []net.L
 	return errors.Join(err, notifyErr)
 }
 
+// shutdown stops a server within limit, or at once where that ends.
+func shutdown(limit context.Context, server interface {
+	Shutdown(context.Context) error
+	Close() error
+}) error {
+	if err := server.Shutdown(limit); err != nil {
+		return fmt.Errorf("stop: %w", errors.Join(err, server.Close()))
+	}
+	return nil
+}
+
 // summary logs what serving took.
 func (s *service) summary(st host.Stats, devices []*host.Device) {
 	var stored, content int64
+	counted := make(map[string]bool) // several devices can have one image
 	for _, d := range devices {
-		in := d.Info()
-		stored += in.Stored
-		content += in.Content
+		if in := d.Info(); !counted[in.Digest] {
+			counted[in.Digest] = true
+			stored += in.Stored
+			content += in.Content
+		}
 	}
 	s.find.Log.Info("stopped", "fetched_bytes", st.Bytes, "fetched_chunks", st.Chunks, "fetched_leaves", st.Leaves, "requests", st.Requests,
 		"images_stored_bytes", stored, "images_content_bytes", content,

@@ -12,12 +12,14 @@ import (
 
 	"thaw/blockmap"
 	"thaw/cmd/thaw/internal/host"
+	"thaw/fetcher/registry"
 	"thaw/nbd"
 )
 
 // serveOptions are the flags of serve.
 type serveOptions struct {
 	listen      []string
+	vhostUser   string
 	cache       string
 	mode        modeFlag
 	quota       size
@@ -53,11 +55,11 @@ func serveCommand(a *app) *cobra.Command {
 	o := serveOptions{mode: modeFlag(blockmap.Buffered), maxInFlight: nbd.DefaultMaxInFlightBytes}
 	c := &cobra.Command{
 		Use:   "serve [IMAGE...]",
-		Short: "Serve images as network block devices",
-		Long: `serve exports block images over NBD. It fetches a block when a client first reads
-it, and keeps it in the cache. Before an export is ready, serve fetches only its
-manifest and index. It prefetches the blocks that startup is known to read, from
-traces, or is likely to read.
+		Short: "Serve images as network block devices and disks of virtual machines",
+		Long: `serve exports block images over NBD, and to virtual machines over vhost-user. It
+fetches a block when a client first reads it, and keeps it in the cache. Before an
+export is ready, serve fetches only its manifest and index. It prefetches the blocks
+that startup is known to read, from traces, or is likely to read.
 
 IMAGE is a block image, or an image that has a block image beside it. The name of
 the export is IMAGE as given. A single image is also the default export.
@@ -83,6 +85,20 @@ An overlay belongs to the block image on which it was made. If the tag has moved
 since, serve warns and serves the overlay's own base. An overlay of another
 repository, or of another digest than IMAGE or --pin names, is refused.
 
+With --vhost-user, each export has a socket in DIR, through which a virtual machine
+has it as its disk (vhost-user-blk). Only this user and root can connect to it. The
+name of the socket is
+
+  default.sock   for a single IMAGE
+  NAME.sock      for IMAGE~NAME: with --overlay-each or --ephemeral, an IMAGE~NAME on
+                 the command line is a writable disk of its own for one machine
+  EXPORT.sock    for other exports, with underscores for all but letters, digits,
+                 dots, dashes and underscores
+
+Devices that the control socket adds get a socket as well. A writable export has one
+virtual machine at a time. When the server was killed, QEMU and Cloud Hypervisor
+connect to the next one, and their guests go on.
+
 ` + allowHelp + `
 
 An image that is in the cache is served without waiting for the registry: at once
@@ -90,9 +106,10 @@ if IMAGE has a digest or is pinned by --pin, otherwise if the registry does not
 answer within 2 s.
 
 When all images are ready, serve prints one line on stdout: "ready:", and for each
-image a URI, and a reference with the digest of the block image, which can be
-pinned. It notifies systemd if systemd asks for that. It listens on sockets passed
-by systemd instead of the default one. A socket of the abstract namespace
+image a URI, its socket for a virtual machine as vhost-user:PATH, and a reference
+with the digest of the block image, which can be pinned. It notifies systemd if
+systemd asks for that. It listens on sockets passed by systemd instead of the
+default one. A socket of the abstract namespace
 (unix:@NAME) has no URI; qemu takes server.type=unix,server.path=NAME,server.abstract=on.
 
 thaw attach and thaw mount ask a running server for nodes, which are block devices
@@ -135,16 +152,20 @@ keeps the newest 32.`,
   thaw serve --allow 'registry.example/team/*' --listen unix:/run/team.sock
   thaw serve registry.example/team/app:v1 --overlay /var/lib/vm7 --listen unix:/run/vm7.sock
   thaw serve registry.example/team/app:v1 --overlay-each /var/lib/vms --overlay-size 10G --listen unix:/run/app.sock
+  thaw serve registry.example/team/app:v1 --vhost-user /run/vms --overlay /var/lib/vm7
+  thaw serve registry.example/team/app:v1~vm7 registry.example/team/app:v1~vm8 --vhost-user /run/vms --overlay-each /var/lib/vms
   thaw serve registry.example/a:1 --listen tcp:0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem \
     --tls-client-ca clients.pem --client host-7.example
 
   nbd-client -unix /run/app.sock /dev/nbd0
   qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/app.sock,format=raw,readonly=on …
   qemu-system-x86_64 -drive file=nbd+unix:///~vm7?socket=/run/app.sock,format=raw …
-  qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'`,
+  qemu-img info 'nbd+unix:///registry.example/team/app:v1?socket=/run/team.sock'
+  qemu-system-x86_64 -object memory-backend-memfd,id=mem,size=1G,share=on -machine memory-backend=mem -m 1G \
+    -chardev socket,id=disk,path=/run/vms/vm7.sock,reconnect=1 -device vhost-user-blk-pci,chardev=disk …`,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) == 0 && len(o.allow) == 0 && !o.nodesOnly {
-				return usageError{errors.New("name an image to serve, or let clients name images with --allow, or pass --nodes-only")}
+			if len(args) == 0 && len(o.allow) == 0 && !o.nodesOnly && o.vhostUser == "" {
+				return usageError{errors.New("name an image to serve, or let clients name images with --allow, or pass --nodes-only, or --vhost-user for devices that the control socket adds")}
 			}
 			return nil
 		},
@@ -152,6 +173,7 @@ keeps the newest 32.`,
 	}
 	f := c.Flags()
 	f.StringArrayVar(&o.listen, "listen", nil, "`ADDRESS` to listen on: unix:PATH or tcp:HOST:PORT (repeatable; default: "+socketUsage+")")
+	f.StringVar(&o.vhostUser, "vhost-user", "", "make a vhost-user-blk socket for each export in `DIR`, for virtual machines; without --listen, serve no NBD clients")
 	f.StringVar(&o.cache, "cache", "", "keep the cache in `DIR` (default: "+cacheUsage+")")
 	f.Var(&o.quota, "cache-size", "largest `SIZE` of the cache in bytes, or with K, M, G or T, at least 16M; thaw evicts the least recently used chunks (default: no limit but the disk)")
 	f.Var(&o.mode, "cache-mode", "`MODE` of reading and writing the cache's disk: buffered keeps what is read often in the kernel's page cache; direct uses direct I/O, so that the cache takes no memory")
@@ -170,7 +192,7 @@ keeps the newest 32.`,
 	f.StringVar(&o.tls.ClientCA, "tls-client-ca", "", "require certificates of clients; `FILE` has the authorities that issue them")
 	f.BoolVar(&o.tlsOptional, "tls-optional", false, "serve clients without TLS as well")
 	f.StringArrayVar(&o.clients, "client", nil, "serve only clients whose certificate has this `NAME` (repeatable)")
-	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "serve at most `N` connections at a time")
+	f.IntVar(&o.maxConns, "max-connections", nbd.DefaultMaxConns, "serve at most `N` NBD connections at a time")
 	f.Var(&o.maxInFlight, "max-in-flight", "most bytes, as a `SIZE`, of requests in flight on one connection")
 	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "disconnect a client that has not finished the NBD handshake within this `TIME`")
 	f.DurationVar(&o.write, "write-timeout", 0, "disconnect a client that takes no byte of its replies for this `TIME` (default: never)")
@@ -195,12 +217,16 @@ keeps the newest 32.`,
 
 // check fails if flags contradict each other, and sets the defaults that depend on the
 // user.
-func (o *serveOptions) check(images int) (err error) {
-	if err := o.checkOverlay(images); err != nil {
+func (o *serveOptions) check(names []string) (err error) {
+	images := len(o.images(names))
+	if err := o.checkOverlay(names); err != nil {
 		return usageError{err}
 	}
-	if o.nodesOnly && (images > 0 || len(o.allow) > 0 || len(o.listen) > 0 || o.overlay != (host.OverlayOptions{})) {
-		return usageError{errors.New("--nodes-only takes no IMAGE, and no --allow, --listen, --overlay, --overlay-each and --ephemeral: thaw attach and thaw mount name images and overlays")}
+	if o.nodesOnly && (images > 0 || len(o.allow) > 0 || len(o.listen) > 0 || o.vhostUser != "" || o.overlay != (host.OverlayOptions{})) {
+		return usageError{errors.New("--nodes-only takes no IMAGE, and no --allow, --listen, --vhost-user, --overlay, --overlay-each and --ephemeral: thaw attach and thaw mount name images and overlays")}
+	}
+	if o.vhostUser != "" && len(o.allow) > 0 && len(o.listen) == 0 && os.Getenv("LISTEN_FDS") == "" {
+		return usageError{errors.New("--allow lets NBD clients name images, and --vhost-user alone serves none: add --listen ADDRESS")}
 	}
 	if err := host.Allow(o.allow).Check(); err != nil {
 		return usageError{fmt.Errorf("--allow: %w", err)}
@@ -232,7 +258,26 @@ func (o *serveOptions) check(images int) (err error) {
 	return o.checkTLS()
 }
 
-func (o *serveOptions) checkOverlay(images int) error {
+// isClients reports whether a name is IMAGE~NAME: the device of one client.
+func (o *serveOptions) isClients(name string) bool {
+	_, client := host.SplitClient(name)
+	return client != "" && (o.overlay.Each != "" || o.overlay.Ephemeral)
+}
+
+// images are the images of the devices that the command line names, each once.
+func (o *serveOptions) images(names []string) (images []string) {
+	for _, name := range names {
+		if o.isClients(name) {
+			name, _ = host.SplitClient(name)
+		}
+		if !slices.Contains(images, name) {
+			images = append(images, name)
+		}
+	}
+	return images
+}
+
+func (o *serveOptions) checkOverlay(names []string) error {
 	n := 0
 	for _, on := range []bool{o.overlay.Dir != "", o.overlay.Each != "", o.overlay.Ephemeral} {
 		if on {
@@ -244,8 +289,16 @@ func (o *serveOptions) checkOverlay(images int) error {
 		return errors.New("--overlay, --overlay-each and --ephemeral exclude each other")
 	case n == 0 && o.overlaySize != 0:
 		return errors.New("--overlay-size limits an overlay: add --overlay DIR, --overlay-each DIR or --ephemeral")
-	case o.overlay.Dir != "" && (images != 1 || len(o.allow) > 0):
+	case o.overlay.Dir != "" && (len(names) != 1 || len(o.allow) > 0):
 		return errors.New("--overlay keeps the changes of one image: serve one IMAGE without --allow, or pass --overlay-each DIR")
+	}
+	if o.overlay.Each == "" && !o.overlay.Ephemeral {
+		for _, name := range names {
+			_, client := host.SplitClient(name)
+			if _, err := registry.ParseRef(name); client != "" && err != nil {
+				return fmt.Errorf("%s would have changes of its own: add --overlay-each DIR to keep them, or --ephemeral to forget them", name)
+			}
+		}
 	}
 	o.overlay.Limit = int64(o.overlaySize)
 	return nil

@@ -205,13 +205,16 @@ func (s *shownStatus) lines(width int) []string {
 		lines = append(lines, line)
 	}
 	if n := c.NBD; n != nil {
-		reads := fmt.Sprintf("%d reads", n.Hits+n.Misses)
-		if all := n.Hits + n.Misses; all > 0 {
-			reads += fmt.Sprintf(", %d %% of them without waiting", 100*n.Hits/all)
+		clients := fmt.Sprintf("clients   %s/s, %d connected", bytesString(int64(s.Rates.Sent)), n.Conns)
+		if v := c.VhostUser; v != nil {
+			clients += fmt.Sprintf(" by NBD, %s", count(int(v.Conns), "virtual machine"))
 		}
-		lines = append(lines,
-			fmt.Sprintf("clients   %s/s, %d connected", bytesString(int64(s.Rates.Sent)), n.Conns),
-			fmt.Sprintf("          %s sent; %s; %d errors", bytesString(n.Sent), reads, n.Errors))
+		lines = append(lines, clients,
+			fmt.Sprintf("          %s sent; %s; %d errors", bytesString(n.Sent), readsString(n.Hits, n.Misses), n.Errors))
+	}
+	if n := c.VhostUser; n != nil {
+		lines = append(lines, fmt.Sprintf("          %s read by virtual machines; %s; %d errors; %d requests resumed",
+			bytesString(n.Read), readsString(n.Hits, n.Misses), n.Errors, n.Resumed))
 	}
 	var devices []string
 	for _, n := range []struct {
@@ -235,6 +238,15 @@ func (s *shownStatus) lines(width int) []string {
 		lines = append(append(lines, ""), deviceTable(s.devices, width)...)
 	}
 	return lines
+}
+
+// readsString says how many reads there were.
+func readsString(hits, misses int64) string {
+	all := hits + misses
+	if all == 0 {
+		return "0 reads"
+	}
+	return fmt.Sprintf("%d reads, %d %% of them without waiting", all, 100*hits/all)
 }
 
 // stdoutSize is the size of the terminal that stdout is; ok is false where it is none,

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -16,10 +17,12 @@ import (
 	"thaw/blockmap"
 )
 
-// Spec says what a device is made of.
+// Spec says what a device is made of. Where clients can have overlays of their own, Image may
+// be IMAGE~CLIENT: the device is that client's, and stays open without it.
 type Spec struct {
-	Name  string // of the device; unique on its host
-	Image string // the reference of its image; Name if empty
+	Name   string // of the device; unique on its host
+	Image  string // the reference of its image; Name if empty
+	Socket string // the name of its socket without the suffix, if it has one; made of the device's name if empty
 }
 
 // Device is a device of a Host, from the first request for it on. Its methods may be
@@ -61,6 +64,7 @@ type Device struct {
 	users     int // number of users, and one more while it is permanent
 	permanent bool
 	lingering *time.Timer // closes the device, which has no users
+	socket    *socket     // for virtual machines; nil: none
 }
 
 // ephemeralLinger is how long the ephemeral overlay of a client waits for the client to
@@ -115,13 +119,14 @@ type DeviceInfo struct {
 	Image     string `json:"image"`            // the requested reference; once the device is ready, the block image by digest
 	Digest    string `json:"digest,omitempty"` // of the block image
 	State     State  `json:"state"`
-	Error     string `json:"error,omitempty"` // why opening it failed
-	Permanent bool   `json:"permanent"`       // stays open without users
-	Users     int    `json:"users"`           // number of users that have it open
-	Size      int64  `json:"bytes"`           // of the device
-	Stored    int64  `json:"stored_bytes"`    // of the image in the registry
-	Content   int64  `json:"content_bytes"`   // of the image's streams, uncompressed
-	Resident  int64  `json:"resident_bytes"`  // the part of the content that is in the cache
+	Error     string `json:"error,omitempty"`  // why opening it failed
+	Socket    string `json:"socket,omitempty"` // for virtual machines: the path of its vhost-user socket
+	Permanent bool   `json:"permanent"`        // stays open without users
+	Users     int    `json:"users"`            // number of users that have it open
+	Size      int64  `json:"bytes"`            // of the device
+	Stored    int64  `json:"stored_bytes"`     // of the image in the registry
+	Content   int64  `json:"content_bytes"`    // of the image's streams, uncompressed
+	Resident  int64  `json:"resident_bytes"`   // the part of the content that is in the cache
 
 	Overlay    *OverlayInfo    `json:"overlay,omitempty"` // nil if the device is read-only
 	Commit     *CommitInfo     `json:"commit,omitempty"`  // that is running
@@ -138,6 +143,9 @@ func (d *Device) Info() DeviceInfo {
 	}
 	if d.permanent {
 		in.Users--
+	}
+	if d.socket != nil {
+		in.Socket = d.socket.path
 	}
 	if d.of.mu.named[d.key()] != d {
 		in.State = Closing
@@ -266,27 +274,57 @@ func (t *devices) reserve(specs []Spec) (added []*Device, err error) {
 	if t.mu.stopping {
 		return nil, ErrClosed
 	}
-	if len(specs) == 1 && !t.anyPermanent() {
-		defer func() {
-			if err == nil {
-				t.mu.alone = added[0]
-			}
-		}()
-	}
+	first := !t.anyPermanent()
 	for _, spec := range specs {
-		spec.Image = cmp.Or(spec.Image, spec.Name)
-		d := t.mu.named[deviceKey{name: spec.Name}]
-		if d != nil && (d.permanent || d.spec != spec) {
-			return added, InvalidError{conflict("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
-		}
-		if d == nil {
-			d = t.begin(&Device{spec: spec}, 0)
+		d, err := t.reserveOne(spec)
+		if err != nil {
+			return added, err
 		}
 		d.permanent = true
 		t.use(d)
 		added = append(added, d)
 	}
+	if d := onlyImage(added); first && d != nil {
+		t.mu.alone = d
+	}
 	return added, nil
+}
+
+// onlyImage returns the only device, or the only one that is no client's, if there is one.
+func onlyImage(devices []*Device) (only *Device) {
+	if len(devices) == 1 {
+		return devices[0]
+	}
+	for _, d := range devices {
+		switch {
+		case d.client != "":
+		case only != nil:
+			return nil
+		default:
+			only = d
+		}
+	}
+	return only
+}
+
+// reserveOne returns the device of spec, which it begins to open if it is not open. t.mu is
+// held.
+func (t *devices) reserveOne(spec Spec) (*Device, error) {
+	spec.Image = cmp.Or(spec.Image, spec.Name)
+	image, client := SplitClient(spec.Image)
+	mine := t.clients && client != ""
+	d := t.mu.named[deviceKey{name: spec.Name}]
+	switch {
+	case mine && spec.Name != spec.Image:
+		return nil, InvalidError{fmt.Errorf("a device %s of the client %s: it has to be called %s, the name by which the client opens it", spec.Name, client, spec.Image)}
+	case d != nil && (d.permanent || !mine && (d.spec.Image != spec.Image || d.client != "")):
+		return nil, InvalidError{conflict("there is a device %s already: give each image once, or each device a name of its own", spec.Name)}
+	case d != nil:
+		return d, nil
+	case mine:
+		return t.beginClient(image, client, true, 0)
+	}
+	return t.begin(&Device{spec: spec}, 0), nil
 }
 
 // remove undoes add. It reports whether d was permanent.
@@ -297,7 +335,10 @@ func (t *devices) remove(d *Device) bool {
 	if was && t.mu.named[d.key()] == d {
 		delete(t.mu.named, d.key())
 	}
+	s := d.socket
+	d.socket = nil
 	t.mu.Unlock()
+	s.close()
 	if was {
 		t.release(d)
 	}
@@ -359,7 +400,7 @@ func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) 
 		if t.mu.stopping {
 			return nil, ErrClosed
 		}
-		d = t.begin(&Device{spec: Spec{name, name}}, openTimeout)
+		d = t.begin(&Device{spec: Spec{Name: name, Image: name}}, openTimeout)
 	}
 	t.use(d)
 	return d, nil
@@ -378,28 +419,37 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 	name := image + clientMark + client
 	d := t.mu.named[deviceKey{name: name}]
 	if d == nil {
-		if t.mu.stopping {
-			return nil, ErrClosed
+		var err error
+		if d, err = t.beginClient(image, client, may, openTimeout); err != nil {
+			return nil, err
 		}
-		n := 0
-		for _, x := range t.mu.all {
-			if x.client != "" {
-				n++
-			}
-		}
-		if n >= maxClients {
-			return nil, conflict("%d clients have devices of their own open, the most that a server takes", n)
-		}
-		d = &Device{spec: Spec{name, image}, client: client, mayOpenBase: may}
-		for _, x := range t.mu.all {
-			if x.client == client && t.mu.named[x.key()] != x {
-				d.after = append(d.after, x)
-			}
-		}
-		t.begin(d, openTimeout)
 	}
 	t.use(d)
 	return d, nil
+}
+
+// beginClient begins to open the device that a client has over the device image. t.mu is
+// held.
+func (t *devices) beginClient(image, client string, may bool, timeout time.Duration) (*Device, error) {
+	if t.mu.stopping {
+		return nil, ErrClosed
+	}
+	n := 0
+	for _, x := range t.mu.all {
+		if x.client != "" {
+			n++
+		}
+	}
+	if n >= maxClients {
+		return nil, conflict("%d clients have devices of their own open, the most that a server takes", n)
+	}
+	d := &Device{spec: Spec{Name: image + clientMark + client, Image: image}, client: client, mayOpenBase: may}
+	for _, x := range t.mu.all {
+		if x.client == client && t.mu.named[x.key()] != x {
+			d.after = append(d.after, x)
+		}
+	}
+	return t.begin(d, timeout), nil
 }
 
 // use adds a user to d. t.mu is held.
@@ -429,7 +479,7 @@ func (t *devices) find(name string) (d *Device) {
 		return d
 	}
 	for _, x := range t.mu.named {
-		if x.permanent {
+		if x.permanent && x.client == "" {
 			if d != nil {
 				return nil
 			}
@@ -490,7 +540,7 @@ func (t *devices) release(d *Device) {
 	if d.users--; d.users > 0 {
 		return
 	}
-	if d.client != "" && t.linger > 0 && !t.mu.stopping && d.isOpen() {
+	if d.client != "" && t.linger > 0 && !t.mu.stopping && t.mu.named[d.key()] == d && d.isOpen() {
 		var timer *time.Timer
 		timer = time.AfterFunc(t.linger, func() {
 			t.mu.Lock()

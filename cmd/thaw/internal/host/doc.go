@@ -28,6 +28,9 @@
 // device of its own, NAME~CLIENT, which is an overlay over the image of the device NAME.
 // All connections that ask for that name reach the same overlay.
 //
+// A virtual machine has a device as its disk by a socket of that device's own, which
+// [Options.Sockets] asks for. Each device that is added gets one, until it is removed.
+//
 // Concurrency: any number of goroutines may call the methods of Host, Device and
 // Exports, also while Stop and Close run; the methods then fail with [ErrClosed]. No
 // lock is held during a wait for the registry, the disk or a client. The caller is
@@ -41,6 +44,7 @@
 //	host.go        Host: what it owns, Add, Remove, Acquire, Stop, Close
 //	devices.go     the devices by name: shared openings, users, states
 //	exports.go     devices as NBD exports; allow.go: which images clients may open
+//	sockets.go     devices as disks of virtual machines: a socket for each
 //	remove.go      Remove where no client is in the way, and other requests of the API
 //	status.go      what the host does; stats.go: the counts of every layer; rates.go
 //	api/           the control API on a socket in the cache directory, and its client

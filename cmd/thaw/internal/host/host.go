@@ -39,6 +39,8 @@ type Options struct {
 	// Decoders is the number of threads that decompress prefetched chunks. It defaults
 	// to GOMAXPROCS.
 	Decoders int
+	// Sockets say where virtual machines find their disks.
+	Sockets SocketOptions
 	// NBD is the server whose counts Stats includes; nil for none.
 	NBD *nbd.Server
 	// Admission bounds the requests in flight of all nodes together; nil for no bound.
@@ -76,6 +78,7 @@ type Host struct {
 	overlays *overlays
 	commits  commits
 	nodes    *nodes
+	sockets  *sockets
 	nbd      *nbd.Server
 	meter    *meter
 	mode     blockmap.Mode
@@ -113,6 +116,9 @@ func Open(o Options) (*Host, error) {
 		h.overlays, err = newOverlays(o.Overlay, h.dir, boot, h.log)
 	}
 	if err == nil {
+		h.sockets, err = newSockets(o.Sockets, h.log)
+	}
+	if err == nil {
 		h.cache, err = blockmap.OpenCache(o.Dir, blockmap.CacheOptions{Mode: o.Mode, Quota: o.Quota, Boot: boot, Log: h.log})
 	}
 	if err != nil {
@@ -147,7 +153,17 @@ func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
 	default:
 		return nil, InvalidError{conflict("this server records one start to %s, so it takes no other device", h.traces.Record)}
 	}
-	return h.devices.add(ctx, specs)
+	added, err := h.devices.add(ctx, specs)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.openSockets(ctx, added, specs); err != nil {
+		for _, d := range added {
+			h.devices.remove(d)
+		}
+		return nil, err
+	}
+	return added, nil
 }
 
 // Remove removes a device that was added: clients cannot open it any more. Remove waits
@@ -191,7 +207,11 @@ func (h *Host) Device(id string) *Device {
 
 // SetServing says that clients can read from now on. Recordings that end before are not
 // kept, because no client has read anything.
-func (h *Host) SetServing() { h.traces.serving.Store(true) }
+// The sockets for virtual machines are served from now on, too.
+func (h *Host) SetServing() {
+	h.traces.serving.Store(true)
+	h.sockets.setServing()
+}
 
 // StopRecordings ends the recordings of all devices. It returns how many it has ended,
 // once their files are complete or ctx has ended.
@@ -209,6 +229,7 @@ func (h *Host) Stop(ctx context.Context) error {
 		h.commits.stop()
 		_ = h.StopNodes(ctx)
 		h.devices.stop()
+		h.sockets.stop()
 		h.traces.stop() // the starts of devices that are still in use
 	})
 	h.mu.Lock()

@@ -70,6 +70,16 @@ func splitClient(name string) (device, client string, ok bool, err error) {
 	return device, client, true, nil
 }
 
+// SplitClient separates the name of a client from that of an image: IMAGE~CLIENT. client is
+// empty if there is none.
+func SplitClient(name string) (image, client string) {
+	image, client, ok, err := splitClient(name)
+	if !ok || err != nil {
+		return name, ""
+	}
+	return image, client
+}
+
 // owns reports whether a client has proved that an overlay of this name is its own: its
 // certificate has the name, or the name is one of a subdomain, as vm-3.host-7.example is
 // of host-7.example.

@@ -11,8 +11,8 @@ type Rates struct {
 	Seconds  float64 `json:"seconds"` // the period of the averages: the last 10 s, or since the start
 	Fetched  float64 `json:"fetched_bytes_per_second"`
 	Requests float64 `json:"requests_per_second"`   // to origins
-	Sent     float64 `json:"sent_bytes_per_second"` // to NBD clients
-	Reads    float64 `json:"reads_per_second"`      // of NBD clients
+	Sent     float64 `json:"sent_bytes_per_second"` // to NBD clients and virtual machines
+	Reads    float64 `json:"reads_per_second"`      // of these
 }
 
 // moved holds the counts that Rates are made of.
@@ -24,6 +24,10 @@ func (h *Host) moved() moved {
 	if h.nbd != nil {
 		n := h.nbd.Stats()
 		m.sent, m.reads = n.Sent, n.Hits+n.Misses
+	}
+	if h.sockets.Dir != "" {
+		n := h.sockets.Server.Stats()
+		m.sent, m.reads = m.sent+n.Read, m.reads+n.Hits+n.Misses
 	}
 	return m
 }

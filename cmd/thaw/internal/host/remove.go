@@ -46,7 +46,10 @@ func (t *devices) removeUnused(d *Device) (was bool, users int) {
 	if t.mu.named[d.key()] == d {
 		delete(t.mu.named, d.key())
 	}
+	s := d.socket
+	d.socket = nil
 	t.mu.Unlock()
+	s.close()
 	t.release(d)
 	return true, 0
 }

@@ -23,6 +23,8 @@ type Stats struct {
 	OverlaySpace int64     `json:"overlay_space_bytes"` // on disk, of these overlays
 	Poisoned     int       `json:"poisoned_overlays"`   // of these, those that take no more writes
 	NBD          *NBDStats `json:"nbd,omitempty"`
+
+	VhostUser *VhostUserStats `json:"vhost_user,omitempty"`
 }
 
 // NBDStats is nbd.Stats with names for JSON.
@@ -34,6 +36,19 @@ type NBDStats struct {
 	Others   int64 `json:"others"`
 	Errors   int64 `json:"errors"`
 	Sent     int64 `json:"sent_bytes"`
+	Repaired int64 `json:"repaired"`
+}
+
+// VhostUserStats is vhost.Stats with names for JSON.
+type VhostUserStats struct {
+	Conns    int64 `json:"connections"`
+	Accepted int64 `json:"accepted"`
+	Hits     int64 `json:"hits"`
+	Misses   int64 `json:"misses"`
+	Others   int64 `json:"others"`
+	Errors   int64 `json:"errors"`
+	Read     int64 `json:"read_bytes"`
+	Resumed  int64 `json:"resumed"`
 	Repaired int64 `json:"repaired"`
 }
 
@@ -64,6 +79,13 @@ func (h *Host) Stats() Stats {
 		st.NBD = &NBDStats{
 			Conns: n.Conns, Accepted: n.Accepted, Hits: n.Hits, Misses: n.Misses, Others: n.Others, Errors: n.Errors, Sent: n.Sent,
 			Repaired: n.Repaired,
+		}
+	}
+	if h.sockets.Dir != "" {
+		n := h.sockets.Server.Stats()
+		st.VhostUser = &VhostUserStats{
+			Conns: n.Conns, Accepted: n.Accepted, Hits: n.Hits, Misses: n.Misses, Others: n.Others, Errors: n.Errors, Read: n.Read,
+			Resumed: n.Resumed, Repaired: n.Repaired,
 		}
 	}
 	return st
