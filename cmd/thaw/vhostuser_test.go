@@ -541,7 +541,7 @@ func TestVhostUserHostile(t *testing.T) {
 	}
 }
 
-// A guest of QEMU reads and writes its disk: SeaBIOS with its driver, and a boot sector that
+// A guest of QEMU reads and writes its disk, by vhost-user and by NBD: SeaBIOS with its driver, and a boot sector that
 // reads sector 0x10000 and writes it to sector 0x10008.
 func TestVhostUserQEMU(t *testing.T) {
 	need(t, "qemu-system-x86_64", "qemu-io")
@@ -563,18 +563,25 @@ func TestVhostUserQEMU(t *testing.T) {
 	image := layoutImage(t)
 	dir := sockets(t)
 	s := serving(t, image+"~vm", "--listen", "unix:"+socket(t), "--vhost-user", dir, "--cache", cacheDir(t), "--overlay-each", filepath.Join(t.TempDir(), "vms"))
-	qemuWrite(t, s.uri(), "write -s "+file+" 0 512", "write -P 0x77 32M 512", "flush")
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-m", "64", "-nodefaults", "-no-user-config", "-display", "none",
-		"-object", "memory-backend-memfd,id=mem,size=64M,share=on", "-machine", "memory-backend=mem",
-		"-chardev", "socket,id=disk,path="+dir+"/vm.sock,reconnect=1", "-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,bootindex=0",
-		"-device", "isa-debug-exit,iobase=0xf4")
-	out, err := cmd.CombinedOutput()
-	if code := cmd.ProcessState.ExitCode(); code != 33 {
-		t.Fatalf("exit %d, %v\n%s\n%s", code, err, out, s.stderr.String())
+	qemuWrite(t, s.uri(), "write -s "+file+" 0 512")
+	nbd := strings.TrimPrefix(s.ready.Listen[0], "unix:")
+	for i, disk := range []string{ // as in README.md
+		"-object memory-backend-memfd,id=mem,size=64M,share=on -machine memory-backend=mem -chardev socket,id=disk,path=" + dir + "/vm.sock,reconnect=1 -device vhost-user-blk-pci,chardev=disk,num-queues=2,bootindex=0",
+		"-blockdev driver=nbd,node-name=disk,server.type=unix,server.path=" + nbd + ",export=" + image + "~vm,reconnect-delay=60 -device virtio-blk-pci,drive=disk,bootindex=0",
+		"-drive id=disk,if=none,format=raw,file=" + s.as(image+"~vm") + " -device virtio-blk-pci,drive=disk,bootindex=0",
+	} {
+		pattern := fmt.Sprint("-P ", i+1)
+		qemuWrite(t, s.uri(), "write "+pattern+" 32M 512", "flush")
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer cancel()
+		args := append(strings.Fields("-M q35 -accel tcg -m 64M -nodefaults -no-user-config -display none -device isa-debug-exit,iobase=0xf4"), strings.Fields(disk)...)
+		cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
+		out, err := cmd.CombinedOutput()
+		if code := cmd.ProcessState.ExitCode(); code != 33 {
+			t.Fatalf("%s: exit %d, %v\n%s\n%s", disk, code, err, out, s.stderr.String())
+		}
+		qemuWrite(t, s.uri(), "read "+pattern+" 33558528 512") // sector 0x10008
 	}
-	qemuWrite(t, s.uri(), "read -P 0x77 33558528 512") // sector 0x10008
 	s.term()
 }
 

@@ -331,6 +331,46 @@ func TestMaxMemory(t *testing.T) {
 	}
 }
 
+// So is the memory of all guests of one listener, which leaves the others theirs.
+func TestMaxMemoryOfEndpoint(t *testing.T) {
+	one := nbd.Export{Name: "one", Device: filled(testSize), ReadOnly: true}
+	two := nbd.Export{Name: "two", Device: filled(testSize), ReadOnly: true}
+	s := &Server{Exports: nbd.Static{one, two}}
+	path, other := serve(t, s, one), serve(t, s, two)
+	fd, err := unix.MemfdCreate("guest", unix.MFD_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	must(t, unix.Ftruncate(fd, DefaultMaxMemory)) // which takes no memory
+	table := append(u64(1), u64(guestBase)...)
+	for _, n := range []uint64{DefaultMaxMemory, userBase, 0} {
+		table = append(table, u64(n)...)
+	}
+	var last *frontEnd
+	for range maxEndpointMapped / DefaultMaxMemory {
+		last = connect(t, path)
+		last.negotiate(0)
+		last.set(setMemTable, table, fd)
+	}
+	f := connect(t, path)
+	f.negotiate(0)
+	must(t, f.send(setMemTable, 0, table, fd))
+	if !f.hungUp() {
+		t.Error("the guests of a socket have more than they may")
+	}
+	f = connect(t, other)
+	f.negotiate(0)
+	f.set(setMemTable, table, fd)
+	last.nc.Close()
+	for end := time.Now().Add(limit); s.Stats().Conns > maxEndpointMapped/DefaultMaxMemory; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("a connection does not end")
+		}
+	}
+	f = connect(t, path)
+	f.negotiate(0)
+	f.set(setMemTable, table, fd)
+}
+
 // A front end that truncates its memory loses its connection. The process lives.
 func TestTruncatedMemory(t *testing.T) {
 	for _, what := range []string{"ring", "data", "a miss", "a write", "in flight"} {

@@ -70,7 +70,9 @@ func TestMisses(t *testing.T) {
 	dev := filled(testSize)
 	dev.Chill(blockmap.Range(1<<20, 1<<20))
 	dev.Evict(blockmap.Range(2<<20, 1<<20))
-	_, d := disk(t, nbd.Export{Device: dev, ReadOnly: true})
+	s := new(Server)
+	_, d := diskOf(t, s, nbd.Export{Device: dev, ReadOnly: true})
+	var total int64
 	rng := rand.New(rand.NewPCG(3, 4))
 	for range 60 {
 		dev.Evict(blockmap.Range(2<<20, 1<<20))
@@ -94,7 +96,11 @@ func TestMisses(t *testing.T) {
 			if code, p := d.wait(r.at); code != statusOK || !bytes.Equal(p, content(dev, r.off, int64(r.n))) {
 				t.Fatalf("read of %d bytes at %d: status %d, or wrong bytes", r.n, r.off, code)
 			}
+			total += int64(r.n)
 		}
+	}
+	if st := s.Stats(); st.Read != total || st.Hits+st.Misses != 60*8 {
+		t.Errorf("%+v after %d bytes", st, total)
 	}
 	dev.NoPins(t)
 }
@@ -316,7 +322,7 @@ func TestSuppression(t *testing.T) {
 		for _, i := range slots {
 			d.wait(i)
 		}
-		if st := s.Stats(); st.Hits != queueSlots+1 || st.Kicks > 3 || st.Conns != 1 || st.Accepted != 1 {
+		if st := s.Stats(); st.Hits != queueSlots+1 || st.Read != 512+queueSlots*4096 || st.Kicks > 3 || st.Conns != 1 || st.Accepted != 1 {
 			t.Errorf("%+v", st)
 		}
 	}
@@ -564,12 +570,27 @@ func TestExports(t *testing.T) {
 	}
 }
 
+// Each listener has a bound of its own: who fills one takes nothing from another.
 func TestMaxConns(t *testing.T) {
-	path := serve(t, &Server{MaxConns: 1}, nbd.Export{Device: filled(testSize), ReadOnly: true})
+	one := nbd.Export{Name: "one", Device: filled(testSize), ReadOnly: true}
+	two := nbd.Export{Name: "two", Device: filled(testSize), ReadOnly: true}
+	s := &Server{MaxConns: 1, Exports: nbd.Static{one, two}}
+	path := serve(t, s, one)
 	f := connect(t, path)
 	f.negotiate(0)
 	if !connect(t, path).refused() {
 		t.Error("a second connection is served")
+	}
+	other := connect(t, serve(t, s, two))
+	other.negotiate(0)
+	if st := s.Stats(); st.Conns != 2 || st.Accepted != 2 {
+		t.Errorf("%+v", st)
+	}
+	f.nc.Close()
+	for end := time.Now().Add(limit); connect(t, path).refused(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no connection is served after the first one has ended")
+		}
 	}
 }
 

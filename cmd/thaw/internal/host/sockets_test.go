@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"thaw/blockmap/blocktest"
 	"thaw/nbd/vhost"
@@ -125,6 +126,29 @@ func TestSocketsOfDevices(t *testing.T) {
 	case err := <-h.SocketFailed():
 		t.Errorf("a socket has failed: %v", err)
 	default:
+	}
+}
+
+// A socket that cannot be served any more is a failure of the server, which is told.
+func TestSocketFails(t *testing.T) {
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 20))
+	server := new(vhost.Server)
+	h := r.open(Options{Sockets: SocketOptions{Dir: shortDir(t), Server: server}})
+	server.Exports = NewExports(h, nil, nil, false)
+	h.SetServing()
+	added, err := h.Add(t.Context(), Spec{Name: image})
+	if err != nil {
+		t.Fatal(err)
+	}
+	added[0].socket.l.Close()
+	select {
+	case err := <-h.SocketFailed():
+		if !errors.Is(err, net.ErrClosed) {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("nobody is told")
 	}
 }
 
