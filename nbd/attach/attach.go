@@ -21,7 +21,7 @@ type Driver string
 const (
 	Auto Driver = ""     // the first of UBLK, NBD and FUSE that this host can do
 	UBLK Driver = "ublk" // the kernel's ublk_drv: the fastest, and a killed server comes back within a second
-	NBD  Driver = "nbd"  // the kernel's nbd, by netlink
+	NBD  Driver = "nbd"  // the kernel's nbd, by netlink, or by ioctl where that is missing
 	FUSE Driver = "fuse" // a file by FUSE under a loop device: needs no module that is rarely there
 )
 
@@ -61,6 +61,8 @@ type Options struct {
 	// together. Nil: no such bound.
 	Admission *nbd.Admission
 	Log       *slog.Logger // nil: discarded
+
+	ioctl bool // nbd without netlink, although it may be there
 }
 
 const (

@@ -27,7 +27,7 @@ func BenchmarkRead(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			n, err := Attach(aCtx(b), readOnly{dev}, Options{Driver: Driver(name)})
+			n, err := Attach(aCtx(b), readOnly{dev}, by(Driver(name), Options{}))
 			if err != nil {
 				b.Fatal(err)
 			}

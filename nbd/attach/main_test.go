@@ -38,14 +38,26 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// nbdByIoctl is the driver NBD in tests that do without netlink.
+const nbdByIoctl Driver = "nbd-ioctl"
+
+// by returns o with a driver.
+func by(d Driver, o Options) Options {
+	o.Driver = d
+	if d == nbdByIoctl {
+		o.Driver, o.ioctl = NBD, true
+	}
+	return o
+}
+
 // each runs a test on each driver.
 func each(t *testing.T, f func(t *testing.T, d Driver)) {
 	if os.Geteuid() != 0 {
 		t.Skip("nodes require root")
 	}
 	for _, name := range strings.Split(*driversFlag, ",") {
-		d, err := ParseDriver(name)
-		if err != nil {
+		d := Driver(name)
+		if _, err := ParseDriver(name); err != nil && d != nbdByIoctl {
 			t.Fatal(err)
 		}
 		t.Run(name, func(t *testing.T) { f(t, d) })
@@ -97,11 +109,10 @@ func testLog(t testing.TB) *slog.Logger {
 // attachTo attaches dev until the test ends.
 func attachTo(t testing.TB, d Driver, dev blockmap.Device, o Options) *Node {
 	t.Helper()
-	o.Driver = d
 	if o.Log == nil {
 		o.Log = testLog(t)
 	}
-	n, err := Attach(aCtx(t), dev, o)
+	n, err := Attach(aCtx(t), dev, by(d, o))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,11 +24,12 @@ type nbdDevice struct {
 	srv    *nbd.Server
 	export *nbd.Export
 	times  nbdTimes
+	holder *nbdHolder // of a device that was made by ioctl; nil: by netlink
 
 	ctx    context.Context // of the sessions
 	cancel context.CancelFunc
-	conns  sync.WaitGroup
-	over   chan struct{} // closed when all sessions have ended
+	conns  sync.WaitGroup // of the sessions, and of the holder's thread
+	over   chan struct{}  // closed when all of them have ended
 }
 
 // nbdTimes are what the kernel is told, in seconds.
@@ -59,6 +60,12 @@ func newNBD(n *Node, o Options) *nbdDevice {
 	return d
 }
 
+// abandon ends what has no sessions.
+func (d *nbdDevice) abandon() {
+	d.cancel()
+	d.srv.Close()
+}
+
 // nbdPair is a connection that the kernel is to get.
 type nbdPair struct {
 	kernel int
@@ -80,35 +87,57 @@ func newPair() (p nbdPair, err error) {
 	return p, nil
 }
 
-// pairs makes n connections. The caller gives the kernel's ends to nbdCommand, and calls
-// serve.
-func (d *nbdDevice) pairs(n int) (fds []int, serve func(), err error) {
-	var ps []nbdPair
+// nbdPairs are the connections of a device.
+type nbdPairs []nbdPair
+
+func newPairs(n int) (ps nbdPairs, err error) {
 	for range n {
 		p, err := newPair()
 		if err != nil {
 			for _, p := range ps {
 				unix.Close(p.kernel)
-				p.server.Close()
 			}
-			return nil, nil, err
+			ps.close()
+			return nil, err
 		}
 		ps = append(ps, p)
+	}
+	return ps, nil
+}
+
+// fds are the kernel's ends. nbdCommand closes them.
+func (ps nbdPairs) fds() (fds []int) {
+	for _, p := range ps {
 		fds = append(fds, p.kernel)
 	}
-	return fds, func() {
-		for _, p := range ps {
-			d.conns.Go(func() { d.carry(p.server) })
+	return fds
+}
+
+// close closes the ends of connections that the kernel has not taken.
+func (ps nbdPairs) close() {
+	for _, p := range ps {
+		p.server.Close()
+	}
+}
+
+// serve begins the sessions of connections that the kernel has taken.
+func (d *nbdDevice) serve(ps nbdPairs) {
+	for _, p := range ps {
+		d.conns.Go(func() { d.carry(p.server) })
+	}
+	go func() {
+		d.conns.Wait()
+		d.srv.Close()
+		close(d.over)
+		if d.n.leaving.Load() {
+			return
 		}
-		go func() {
-			d.conns.Wait()
-			d.srv.Close()
-			close(d.over)
-			if !d.n.leaving.Load() {
-				d.n.end(errors.New("the kernel has disconnected the device: another program has removed it"))
-			}
-		}()
-	}, nil
+		err := errors.New("the kernel has disconnected the device: another program has removed it")
+		if d.holder != nil && d.holder.result != nil {
+			err = fmt.Errorf("the kernel has disconnected the device: %w", d.holder.result)
+		}
+		d.n.end(err)
+	}()
 }
 
 // carry serves one connection, and another one when the kernel has given it up without
@@ -119,7 +148,10 @@ func (d *nbdDevice) carry(nc net.Conn) {
 		if err == nil || d.ctx.Err() != nil || d.n.leaving.Load() {
 			return // the kernel says goodbye, or the node is detached
 		}
-		if nc, err = d.reconnect(); err != nil {
+		if d.holder == nil {
+			nc, err = d.reconnect()
+		}
+		if err != nil {
 			if d.ctx.Err() == nil && !d.n.leaving.Load() {
 				d.n.serving.log.Warn("a connection of an nbd device is lost", "node", d.n.state.Path, "err", err)
 			}
@@ -164,37 +196,25 @@ func (d *nbdDevice) encode(a *netlink.AttributeEncoder) {
 }
 
 func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
-	o.Queues = cmp.Or(o.Queues, maxQueues)
+	n.state.Queues = cmp.Or(o.Queues, maxQueues)
 	d := newNBD(n, o)
-	fds, serve, err := d.pairs(o.Queues)
+	err := errNoFamily
+	if !o.ioctl {
+		err = d.connect(ctx, n.state.Queues)
+	}
+	if errors.Is(err, errNoFamily) {
+		if numbers, _ := nbdNumbers(); len(numbers) > 0 {
+			err = d.connectByIoctl(ctx, n.state.Queues)
+		}
+	}
 	if err != nil {
+		d.abandon()
 		return nil, err
 	}
-	size, flags := d.export.Transmission()
-	// No number is given: the kernel takes a device that nobody uses, or makes one. It
-	// waits for nobody, so the command is not left alone when ctx ends: the device would
-	// stay.
-	reply, err := nbdCommand(context.WithoutCancel(ctx), "connect", nbdConnect, fds, func(a *netlink.AttributeEncoder) {
-		a.Uint64(nbdAttrSize, uint64(size))
-		a.Uint64(nbdAttrBlockSize, nbdBlockSize)
-		a.Uint64(nbdAttrFlags, uint64(flags))
-		d.encode(a)
-	})
-	if errors.Is(err, unix.EPERM) {
-		err = fmt.Errorf("%w: nbd requires CAP_SYS_ADMIN: %w", err, ErrUnavailable)
+	if d.holder != nil {
+		o.Log.Warn("the kernel has no netlink family nbd in this network namespace, so the node was made by ioctl: when this server ends, its reads and writes fail, and no other server can go on with it",
+			"node", n.state.Path)
 	}
-	var index uint32
-	if err == nil {
-		index, err = nbdIndex(reply)
-	}
-	n.state.Number, n.state.Path, n.state.Queues = index, nodePath(NBD, index), o.Queues
-	if err != nil {
-		n.leaving.Store(true) // nothing is to be connected again
-		serve()
-		d.stop()
-		return nil, err
-	}
-	serve()
 	// The kernel looks for partitions when the node is opened, and waits for what that
 	// reads.
 	opened := make(chan error, 1)
@@ -213,6 +233,38 @@ func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 	return d, nil
 }
 
+// connect makes a device by netlink.
+func (d *nbdDevice) connect(ctx context.Context, queues int) error {
+	ps, err := newPairs(queues)
+	if err != nil {
+		return err
+	}
+	size, flags := d.export.Transmission()
+	// No number is given: the kernel takes a device that nobody uses, or makes one. It
+	// waits for nobody, so the command is not left alone when ctx ends: the device would
+	// stay.
+	reply, err := nbdCommand(context.WithoutCancel(ctx), "connect", nbdConnect, ps.fds(), func(a *netlink.AttributeEncoder) {
+		a.Uint64(nbdAttrSize, uint64(size))
+		a.Uint64(nbdAttrBlockSize, nbdBlockSize)
+		a.Uint64(nbdAttrFlags, uint64(flags))
+		d.encode(a)
+	})
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w: nbd requires CAP_SYS_ADMIN: %w", err, ErrUnavailable)
+	}
+	var index uint32
+	if err == nil {
+		index, err = nbdIndex(reply)
+	}
+	if err != nil {
+		ps.close()
+		return err
+	}
+	d.n.state.Number, d.n.state.Path = index, nodePath(NBD, index)
+	d.serve(ps)
+	return nil
+}
+
 // open checks the node, and drops what the kernel may have kept of an earlier device with
 // its number.
 func (d *nbdDevice) open(ctx context.Context) error {
@@ -229,19 +281,23 @@ func (d *nbdDevice) open(ctx context.Context) error {
 	return errors.Join(err, flushPages(f))
 }
 
-// stop ends the sessions.
-func (d *nbdDevice) stop() {
-	d.cancel()
-	<-d.over
-}
-
 func (d *nbdDevice) detach(ctx context.Context) error {
-	err := disconnect(ctx, d.n.state.Number)
+	var err error
+	if d.holder != nil {
+		err = d.holder.disconnect(ctx)
+	} else {
+		err = disconnect(ctx, d.n.state.Number)
+	}
 	if err != nil {
 		return err
 	}
-	d.stop()
-	return nil
+	d.cancel()
+	select {
+	case <-d.over:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the connections: %w", context.Cause(ctx))
+	}
 }
 
 func disconnect(ctx context.Context, number uint32) error {
@@ -254,6 +310,12 @@ func nbdIs(s State) error {
 	dir := fmt.Sprintf("/sys/block/nbd%d/", s.Number)
 	if _, err := os.Stat(dir + "pid"); err != nil {
 		return fmt.Errorf("it is not connected: %w", ErrGone)
+	}
+	if s.Task != 0 { // the kernel knows no token of a device that was made by ioctl
+		if task, err := nbdTask(s.Number); err != nil || task != s.Task {
+			return fmt.Errorf("it belongs to another program by now: %w", ErrGone)
+		}
+		return nil
 	}
 	mark, err := os.ReadFile(dir + "backend")
 	if errors.Is(err, os.ErrNotExist) {
@@ -272,23 +334,24 @@ func recoverNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 	if err := nbdIs(n.state); err != nil {
 		return nil, err
 	}
-	o.Queues = max(n.state.Queues, 1)
+	if n.state.Task != 0 {
+		return nil, errors.New("the node was made by ioctl, and the kernel takes no new connections for such a node: its reads and writes have failed since its server died. Unmount it, remove the node, and attach again")
+	}
 	d := newNBD(n, o)
-	fds, serve, err := d.pairs(o.Queues)
+	ps, err := newPairs(max(n.state.Queues, 1))
 	if err != nil {
 		return nil, err
 	}
-	if err = d.reconfigure(context.WithoutCancel(ctx), fds); err != nil {
-		n.leaving.Store(true)
-	}
-	serve()
+	err = d.reconfigure(context.WithoutCancel(ctx), ps.fds())
 	if errors.Is(err, unix.EINVAL) { // not connected any more, or by another program
 		err = fmt.Errorf("%w: %w", err, ErrGone)
 	}
 	if err != nil {
-		d.stop()
+		ps.close()
+		d.abandon()
 		return nil, err
 	}
+	d.serve(ps)
 	return d, nil
 }
 
@@ -298,6 +361,14 @@ func removeNBD(ctx context.Context, s State) error {
 	}
 	if err := notMounted(ctx, s.Path); err != nil {
 		return err
+	}
+	if s.Task != 0 {
+		fd, err := unix.Open(s.Path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return &os.PathError{Op: "open", Path: s.Path, Err: err}
+		}
+		defer unix.Close(fd)
+		return nbdClear(fd)
 	}
 	return disconnect(ctx, s.Number)
 }

@@ -83,7 +83,7 @@ func nbdExecute(command uint8, encode func(*netlink.AttributeEncoder)) ([]genetl
 	defer c.Close()
 	family, err := c.GetFamily(nbdFamily)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, errNoNBD
+		return nil, errNoFamily
 	}
 	if err != nil {
 		return nil, fmt.Errorf("find the netlink family of nbd: %w", err)
@@ -102,8 +102,9 @@ func nbdExecute(command uint8, encode func(*netlink.AttributeEncoder)) ([]genetl
 	return c.Execute(m, family.ID, flags)
 }
 
-// errNoNBD: there is no such netlink family.
-var errNoNBD = fmt.Errorf("the kernel has no netlink family nbd: load the kernel module by `modprobe nbd`, and start thaw in the network namespace of the host: %w", ErrUnavailable)
+// errNoFamily: there is no such netlink family. The module is not loaded, or this is not the
+// network namespace of the host.
+var errNoFamily = fmt.Errorf("the kernel has no netlink family nbd, and no device of nbd: load the kernel module by `modprobe nbd`: %w", ErrUnavailable)
 
 // encodeSockets adds the kernel's ends of connections.
 func encodeSockets(a *netlink.AttributeEncoder, fds []int) {

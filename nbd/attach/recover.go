@@ -17,7 +17,8 @@ import (
 //   - ublk: requests that the dead server had not answered are asked again. No reader
 //     and no writer sees an error; all wait from the death to Recover.
 //   - nbd: the same, but a request that was in flight waits for the node's timeout,
-//     which is FaultTimeout and ten seconds more.
+//     which is FaultTimeout and ten seconds more. A node that was made by ioctl does not
+//     go on: its requests have failed, Recover fails, and the node is to be removed.
 //   - fuse: every request failed in between. A read-only node goes on, but a filesystem
 //     on it has to be mounted anew: the kernel takes the disk for another one. A
 //     writable node does not go on: Recover fails, and the node is to be removed.

@@ -112,7 +112,7 @@ func serveNode(args []string) error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	o := Options{Driver: Driver(args[0]), ReadOnly: args[2] == "ro", Queues: 2, FaultTimeout: serverTimeout}
+	o := by(Driver(args[0]), Options{ReadOnly: args[2] == "ro", Queues: 2, FaultTimeout: serverTimeout})
 	var n *Node
 	if len(args) > 3 {
 		s, err := ParseState([]byte(args[3]))
@@ -148,7 +148,13 @@ type server struct {
 // process says where that ends instead.
 func startServer(t testing.TB, d Driver, args ...string) (*server, error) {
 	t.Helper()
+	return startServerIn(t, nil, d, args...)
+}
+
+func startServerIn(t testing.TB, attr *syscall.SysProcAttr, d Driver, args ...string) (*server, error) {
+	t.Helper()
 	s := &server{t: t, cmd: exec.Command("/proc/self/exe", append([]string{serveVerb, string(d)}, args...)...)}
+	s.cmd.SysProcAttr = attr
 	s.cmd.Stderr = &s.said
 	// The death signal comes when the thread ends that has started the process.
 	runtime.LockOSThread()

@@ -26,6 +26,7 @@ type State struct {
 	Size     int64  `json:"size"`    // in bytes
 	ReadOnly bool   `json:"readonly"`
 	Queues   int    `json:"queues,omitempty"` // queues of ublk, connections of nbd
+	Task     uint32 `json:"task,omitempty"`   // of a node of nbd by ioctl: the thread that holds it
 }
 
 // maxState bounds what ParseState reads.
@@ -69,11 +70,17 @@ func (s State) check() error {
 		return fmt.Errorf("state of a node: unknown driver %q", s.Driver)
 	case s.Number > 1<<20 || s.Path != nodePath(s.Driver, s.Number):
 		return fmt.Errorf("state of a node: the path %q is not that of %s number %d", s.Path, s.Driver, s.Number)
+	case s.Task != 0 && s.Driver != NBD:
+		return fmt.Errorf("state of a node: a node of %s has no task", s.Driver)
 	case s.Size <= 0 || s.PID <= 0 || s.Queues < 0 || s.Queues > maxUserQueue || len(s.Token) < 16 || len(s.Token) > 63 || s.Boot == "":
 		return errors.New("state of a node: a value is missing or out of range")
 	}
 	return nil
 }
+
+// Outlives reports whether the node outlives its server: its readers and writers wait, and
+// another process can go on serving it. The requests of the other nodes fail.
+func (s State) Outlives() bool { return s.Driver == UBLK || s.Driver == NBD && s.Task == 0 }
 
 // here fails with ErrGone where the machine has booted since.
 func (s State) here() error {

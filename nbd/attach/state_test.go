@@ -35,6 +35,7 @@ func TestStateRefused(t *testing.T) {
 		"no process":      {"4711", "0"},
 		"a short token":   {"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "A"},
 		"many queues":     {`"queues":4`, `"queues":100000`},
+		"a task":          {`"queues":4`, `"queues":4,"task":7`},
 		"another field":   {`"queues":4`, `"queues":4,"root":"/"`},
 		"a second object": {"}\n", "}{}"},
 		"too much":        {"}\n", "}" + strings.Repeat(" ", maxState)},

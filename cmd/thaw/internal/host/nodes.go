@@ -220,7 +220,7 @@ func (x *nodes) reserve(spec NodeSpec) (*node, error) {
 	}
 	for _, o := range x.mu.all {
 		switch {
-		case o.state == NodeLost && o.kept.Driver == attach.FUSE: // what it had of the overlay is gone with its server
+		case o.state == NodeLost && !o.kept.Outlives(): // what it had of the overlay is gone with its server
 		case spec.Overlay != "" && o.spec.Overlay == spec.Overlay:
 			return nil, conflict("overlay %s is in use by %s: detach that first", spec.Overlay, cmp.Or(o.kept.Path, "another node"))
 		case spec.Mount != "" && o.spec.Mount == spec.Mount && o.state == NodeAttaching:

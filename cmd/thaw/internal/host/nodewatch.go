@@ -175,7 +175,7 @@ func (x *nodes) stopNode(ctx context.Context, n *node) error {
 			return nil
 		case !errors.Is(err, attach.ErrBusy):
 			return err
-		case kept.Driver != attach.FUSE:
+		case kept.Outlives():
 			x.leave()
 			x.h.log.Warn("a node is in use and stays: its readers and writers wait for the next server of this cache directory", "node", kept.Path, "image", n.image, "cache", x.h.dir)
 			return nil
