@@ -82,7 +82,7 @@ func (r *Repo) PushManifest(ctx context.Context, raw []byte, mediaType types.Med
 	} else if t != mediaType {
 		return fail(fmt.Errorf("it says that it is a %s", t))
 	}
-	if tag != "" && (r.ref.Layout == "" && !reTag.MatchString(tag) || !reRefName.MatchString(tag)) {
+	if tag != "" && (r.ref.Layout == "" && !validTag(tag) || !validRefName(tag)) {
 		return fail(fmt.Errorf("%q is not a tag", tag))
 	}
 	subject, listed, err := asReferrer(raw, d)

@@ -41,11 +41,16 @@ type Ref struct {
 const dockerHub = "index.docker.io"
 
 var (
-	reTag        = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$`)
+	reTag        = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 	reRepository = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*$`)
 	reHost       = regexp.MustCompile(`^(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?$`)
-	reRefName    = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,255}$`)
+	reRefName    = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.:@/+-]*$`)
 )
+
+// The lengths are not in the expressions: to compile such a repetition takes a millisecond,
+// at each start of the program.
+func validTag(s string) bool     { return len(s) <= 128 && reTag.MatchString(s) }
+func validRefName(s string) bool { return len(s) <= 256 && reRefName.MatchString(s) }
 
 // ParseRef reads a reference. Its error says what is wrong with s.
 func ParseRef(s string) (Ref, error) {
@@ -97,7 +102,7 @@ func parseLayout(s string) (Ref, error) {
 	r := Ref{Digest: digest}
 	var colon bool
 	r.Layout, r.Tag, colon = strings.Cut(s, ":")
-	if r.Layout != "" && colon && !reRefName.MatchString(r.Tag) {
+	if r.Layout != "" && colon && !validRefName(r.Tag) {
 		return Ref{}, fmt.Errorf("%q is not a tag of a layout", r.Tag)
 	}
 	return r, nil
@@ -133,7 +138,7 @@ func parseRegistry(s string) (Ref, error) {
 	}
 	if i := strings.LastIndexByte(r.Repository, ':'); i >= 0 {
 		r.Repository, r.Tag = r.Repository[:i], r.Repository[i+1:]
-		if !reTag.MatchString(r.Tag) {
+		if !validTag(r.Tag) {
 			return Ref{}, fmt.Errorf("%q is not a tag: letters, digits, _ . and -, at most 128 of them", r.Tag)
 		}
 	} else if digest == (v1.Hash{}) {

@@ -45,7 +45,7 @@
 // server that is killed comes back with [Recover]; a request that was in flight waits for
 // the node's timeout. The kernel's driver reports every error as EIO, a full disk too.
 //
-// The kernel has this netlink family in the network namespace of the host only. Elsewhere
+// Many kernels have this netlink family in the network namespace of the host only. Elsewhere
 // the node is made by ioctl: see nbdioctl.go. A thread of this process then waits in the
 // kernel for as long as the node is there. The kernel takes no connection later on: a
 // request whose connection dies goes to another one, and when the server dies, requests

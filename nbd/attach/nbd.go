@@ -312,7 +312,9 @@ func nbdIs(s State) error {
 		return fmt.Errorf("it is not connected: %w", ErrGone)
 	}
 	if s.Task != 0 { // the kernel knows no token of a device that was made by ioctl
-		if task, err := nbdTask(s.Number); err != nil || task != s.Task {
+		task, err := nbdTask(s.Number)
+		sectors, sizeErr := sysNumber(dir + "size")
+		if err != nil || sizeErr != nil || task != s.Task || sectors != s.Size>>9 {
 			return fmt.Errorf("it belongs to another program by now: %w", ErrGone)
 		}
 		return nil

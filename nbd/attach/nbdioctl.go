@@ -17,10 +17,11 @@ import (
 )
 
 // The commands of the kernel's nbd driver by ioctl, of linux/nbd.h. They are what there is
-// where netlink is missing: the kernel has the netlink family nbd in the network namespace
-// of the host only. They can less than netlink. The kernel gives no device away, so this
-// process looks for one that nobody has. It takes no new connection once the device works,
-// so a dead one is not replaced, and no other process can go on with the device.
+// where netlink is missing: up to Linux 6.12 at least, the kernel has the netlink family nbd
+// in the network namespace of the host only. They can less than netlink. The kernel gives
+// no device away, so this process looks for one that nobody has. It takes no new connection
+// once the device works, so a dead one is not replaced, and no other process can go on with
+// the device.
 const (
 	nbdSetSock       = 0xab00
 	nbdSetBlockSize  = 0xab01

@@ -54,7 +54,10 @@ const (
 )
 
 // clientName is the name of an overlay: one component of a path, and never hidden.
-var clientName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+var clientName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+// maxClientName is not in the expression, which would take longer to compile.
+const maxClientName = 128
 
 // splitClient separates the name that a client has chosen from the name of a device. ok is
 // false if there is none.
@@ -64,7 +67,7 @@ func splitClient(name string) (device, client string, ok bool, err error) {
 		return name, "", false, nil
 	}
 	device, client = name[:i], name[i+len(clientMark):]
-	if !clientName.MatchString(client) {
+	if len(client) > maxClientName || !clientName.MatchString(client) {
 		return name, "", false, InvalidError{fmt.Errorf("the client's name %.150q: it must be at most 128 letters, digits, dots, dashes and underscores, and begin with a letter or a digit", client)}
 	}
 	return device, client, true, nil

@@ -94,7 +94,7 @@ func parseState(text []byte) (nodes []savedNode, bad []error, err error) {
 	return nodes, bad, nil
 }
 
-var ephemeralName = regexp.MustCompile(`^[A-Z2-7]{16,64}$`)
+var ephemeralName = regexp.MustCompile(`^[A-Z2-7]+$`)
 
 // check fails where n makes no sense, and parses the state of its node.
 func (n *savedNode) check() (err error) {
@@ -106,7 +106,7 @@ func (n *savedNode) check() (err error) {
 		return fmt.Errorf("its image %.200q has no digest", n.Image)
 	case n.Overlay != "" && n.Ephemeral != "":
 		return errors.New("it has two overlays")
-	case n.Ephemeral != "" && !ephemeralName.MatchString(n.Ephemeral):
+	case n.Ephemeral != "" && (len(n.Ephemeral) < 16 || len(n.Ephemeral) > 64 || !ephemeralName.MatchString(n.Ephemeral)):
 		return fmt.Errorf("its overlay %.100q is not one that goes with its node", n.Ephemeral)
 	case n.Limit < 0:
 		return fmt.Errorf("its overlay has a limit of %d bytes", n.Limit)
