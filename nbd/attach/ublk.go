@@ -83,15 +83,10 @@ func (d *ublkDevice) begin(ctx context.Context, o Options, info *ublkInfo) error
 	if err := d.serve(ctx, info); err != nil {
 		return err
 	}
-	// The kernel looks for partitions, and waits for what that reads.
-	return d.startUp(ctx, "START_DEV", ublkStart, info.devID, o)
-}
-
-// startUp gives the command that makes the node work. If it fails, the requests that it
-// waits for fail.
-func (d *ublkDevice) startUp(ctx context.Context, what string, op, id uint32, o Options) error {
-	err := d.control.command(ctx, what, op, id, uint64(os.Getpid()), o.FaultTimeout+ublkPatience)
-	if err != nil {
+	// The kernel looks for partitions, and waits for what that reads. If the command fails,
+	// the requests that it waits for fail.
+	id := info.devID
+	if err := d.control.command(ctx, "START_DEV", ublkStart, id, uint64(os.Getpid()), o.FaultTimeout+ublkPatience); err != nil {
 		return err
 	}
 	f, err := openNode(ctx, d.n.state.Path, unix.O_RDONLY, func() (uint64, error) { return sysDev(fmt.Sprintf("/sys/block/ublkb%d/dev", id)) })
@@ -250,7 +245,9 @@ func recoverUBLK(ctx context.Context, n *Node, o Options) (_ driver, err error) 
 	if err := d.serve(ctx, &info); err != nil {
 		return nil, err
 	}
-	return d, d.startUp(ctx, "END_USER_RECOVERY", ublkEndRecov, info.devID, o)
+	// The requests of the dead server come again while the command runs. The node is not
+	// opened: it has been open all the time, and mustBe knows its size.
+	return d, d.control.command(ctx, "END_USER_RECOVERY", ublkEndRecov, info.devID, uint64(os.Getpid()), o.FaultTimeout+ublkPatience)
 }
 
 // giveBack ends a recovery that has failed. The device stays, and may be recovered by
