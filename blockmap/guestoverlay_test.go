@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // These tests run in a virtual machine, which scripts/guest-overlay boots: the disks that
@@ -122,9 +123,9 @@ func TestOverlayWithoutPower(t *testing.T) {
 	base, all := stampedBase(powerWriters * powerBlocks)
 	image := readDisk(t, *loggedDisk)
 
-	dm := newDM(t, "logged", "log-writes", *loggedDisk, *logDisk)
+	dm := blocktest.NewDM(t, "logged", "log-writes", *loggedDisk, *logDisk)
 	dir := t.TempDir()
-	unmount := mountDisk(t, dm.path, dir)
+	unmount := blocktest.MountDisk(t, dm.Path, dir)
 	d := openOverlay(t, filepath.Join(dir, "overlay"), base, blockmap.OverlayOptions{Boot: blockmap.BootID{1}})
 	var writers []*history
 	var wg sync.WaitGroup
@@ -135,7 +136,7 @@ func TestOverlayWithoutPower(t *testing.T) {
 		h := &history{writer: writer{t: t, d: d, m: m, rng: rand.New(rand.NewPCG(*seedFlag, 201+uint64(i)))}}
 		writers = append(writers, h)
 		wg.Go(func() {
-			if err := h.load(dm.mark, i == 0); err != nil {
+			if err := h.load(dm.Mark, i == 0); err != nil {
 				t.Errorf("writer %d: %v", i, err)
 			}
 		})
@@ -143,7 +144,7 @@ func TestOverlayWithoutPower(t *testing.T) {
 	wg.Wait()
 	must(t, d.Close())
 	unmount()
-	dm.remove()
+	dm.Remove()
 	if t.Failed() {
 		return
 	}
@@ -233,7 +234,7 @@ func (r *replay) check(image []byte, i int, exact *history) {
 	}
 	writeDisk(t, *replayDisk, r.buf)
 	what := fmt.Sprintf("after entry %d of %d, %+v", i, len(r.log.entries), r.log.entries[i])
-	defer mountDisk(t, *replayDisk, r.dir)()
+	defer blocktest.MountDisk(t, *replayDisk, r.dir)()
 	d, err := blockmap.OpenOverlay(filepath.Join(r.dir, "overlay"), r.base, blockmap.OverlayOptions{Boot: blockmap.BootID{2}})
 	if err != nil {
 		t.Fatalf("%s: %v", what, err)
@@ -260,8 +261,8 @@ func TestOverlayOnAFlakyDisk(t *testing.T) {
 	boot := byte(1)
 	for round := range rounds {
 		refuse := round%2 == 0
-		dm := newDM(t, "flaky", "flakey", *flakyDisk, "0 3600 0")
-		unmount := mountDisk(t, dm.path, dir)
+		dm := blocktest.NewDM(t, "flaky", "flakey", *flakyDisk, "0 3600 0")
+		unmount := blocktest.MountDisk(t, dm.Path, dir)
 		if rng.IntN(2) == 0 {
 			boot++ // or the live copy of the map must not be believed because of the new mount
 		}
@@ -271,13 +272,13 @@ func TestOverlayOnAFlakyDisk(t *testing.T) {
 		f.fail(dm, int64(20+rng.IntN(150)))
 		_ = d.Close() // if it is not poisoned, it fails to sync
 		unmount()
-		dm.remove()
+		dm.Remove()
 		if t.Failed() {
 			return
 		}
 		t.Logf("round %d: %d writes before the disk failed, refusing writes: %v; %v", round, f.before, refuse, f.end)
 	}
-	mountDisk(t, *flakyDisk, dir)
+	blocktest.MountDisk(t, *flakyDisk, dir)
 	d := openOverlay(t, filepath.Join(dir, "overlay"), base, blockmap.OverlayOptions{Boot: blockmap.BootID{boot}})
 	m.crash(t, d, true, "at the end")
 }
@@ -293,8 +294,8 @@ func TestOverlayOnADiskThatRecovers(t *testing.T) {
 	path, opt := filepath.Join(dir, "recovers"), blockmap.OverlayOptions{Boot: blockmap.BootID{1}}
 	for round := range 6 {
 		what := fmt.Sprintf("round %d: ", round)
-		dm := newDM(t, "flaky", "flakey", *flakyDisk, "0 3600 0")
-		unmount := mountDisk(t, dm.path, dir)
+		dm := blocktest.NewDM(t, "flaky", "flakey", *flakyDisk, "0 3600 0")
+		unmount := blocktest.MountDisk(t, dm.Path, dir)
 		d := openOverlay(t, path, base, opt)
 		m.crash(t, d, true, what+"after the power has failed")
 		// Where ext4 keeps the space of zeros, Linux 6.12 shows what the disk has had there before,
@@ -308,9 +309,9 @@ func TestOverlayOnADiskThatRecovers(t *testing.T) {
 		for range 20 {
 			must(t, w.write())
 		}
-		must(t, dm.become("flakey", *flakyDisk+" 0 0 3600 1 error_writes"))
+		must(t, dm.Become("flakey", *flakyDisk+" 0 0 3600 1 error_writes"))
 		refuseData(t, w, filepath.Join(path, "data"))
-		must(t, dm.become("flakey", *flakyDisk+" 0 3600 0"))
+		must(t, dm.Become("flakey", *flakyDisk+" 0 3600 0"))
 		f := &flaky{w: *w}
 		if f.poisoned(); t.Failed() {
 			return
@@ -324,15 +325,15 @@ func TestOverlayOnADiskThatRecovers(t *testing.T) {
 			must(t, w.write())
 		}
 		must(t, w.flush())
-		must(t, dm.become("flakey", *flakyDisk+" 0 0 3600 1 drop_writes"))
+		must(t, dm.Become("flakey", *flakyDisk+" 0 0 3600 1 drop_writes"))
 		for range 10 {
 			_ = w.write()
 		}
 		_ = d.Close()
 		unmount()
-		dm.remove()
+		dm.Remove()
 	}
-	mountDisk(t, *flakyDisk, dir)
+	blocktest.MountDisk(t, *flakyDisk, dir)
 	m.crash(t, openOverlay(t, path, base, opt), true, "at the end")
 }
 
@@ -364,7 +365,7 @@ type flaky struct {
 }
 
 // fail has the disk fail after some writes, and returns once the load has ended.
-func (f *flaky) fail(dm *dmDevice, after int64) {
+func (f *flaky) fail(dm *blocktest.DM, after int64) {
 	t := f.w.t
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -385,7 +386,7 @@ func (f *flaky) fail(dm *dmDevice, after int64) {
 	if f.refuse {
 		feature = "error_writes"
 	}
-	if err := dm.become("flakey", *flakyDisk+" 0 0 3600 1 "+feature); err != nil {
+	if err := dm.Become("flakey", *flakyDisk+" 0 0 3600 1 "+feature); err != nil {
 		t.Error(err)
 	}
 	close(failed)

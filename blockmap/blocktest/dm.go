@@ -1,10 +1,11 @@
 //go:build guest
 
-package blockmap_test
+package blocktest
 
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -14,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// dmDevice is a device of the kernel's device-mapper that consists of one target.
-type dmDevice struct {
+// DM is a device of the kernel's device-mapper that consists of one target.
+type DM struct {
 	t       testing.TB
 	name    string
-	path    string
+	Path    string
 	sectors int64
 	gone    bool
 }
@@ -31,32 +32,45 @@ const (
 	dmLoad    = 9
 	dmMessage = 14
 
+	dmSector = 512
+
 	dmSuspended  = 1 << 1
 	dmSkipLockFS = 1 << 10 // or the file system would be synced first
 	dmNoFlush    = 1 << 11
 )
 
-// newDM makes a device with the target over all of disk, until remove or the end of the
+// NewDM makes a device with the target over all of disk, until Remove or the end of the
 // test. params come after the name of the disk.
-func newDM(t testing.TB, name, target, disk, params string) *dmDevice {
+func NewDM(t testing.TB, name, target, disk, params string) *DM {
 	t.Helper()
 	f, err := os.Open(disk)
-	must(t, err)
-	size, err := f.Seek(0, 2)
-	must(t, err)
-	must(t, f.Close())
-	d := &dmDevice{t: t, name: name, sectors: size / sectorSize}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &DM{t: t, name: name, sectors: size / dmSector}
 	dev, err := d.call(dmCreate, 0, 0, nil)
-	must(t, err)
-	d.path = fmt.Sprintf("/dev/dm-%d", unix.Minor(dev))
-	t.Cleanup(d.remove)
-	must(t, d.load(target, disk+" "+params))
-	must(t, d.resume())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Path = fmt.Sprintf("/dev/dm-%d", unix.Minor(dev))
+	t.Cleanup(d.Remove)
+	err = d.load(target, disk+" "+params)
+	if err == nil {
+		err = d.resume()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	return d
 }
 
 // call makes a call about the device. payload follows the header.
-func (d *dmDevice) call(nr uintptr, flags, targets uint32, payload []byte) (dev uint64, err error) {
+func (d *DM) call(nr uintptr, flags, targets uint32, payload []byte) (dev uint64, err error) {
 	const head = 312
 	b := make([]byte, head, head+len(payload)+256)
 	b = append(b, payload...)
@@ -80,7 +94,7 @@ func (d *dmDevice) call(nr uintptr, flags, targets uint32, payload []byte) (dev 
 }
 
 // load gives the device another target, from the next resume on.
-func (d *dmDevice) load(target, params string) error {
+func (d *DM) load(target, params string) error {
 	spec := make([]byte, 40)
 	binary.NativeEndian.PutUint64(spec[8:], uint64(d.sectors))
 	copy(spec[24:], target)
@@ -91,14 +105,14 @@ func (d *dmDevice) load(target, params string) error {
 	return err
 }
 
-func (d *dmDevice) resume() error {
+func (d *DM) resume() error {
 	_, err := d.call(dmSuspend, 0, 0, nil)
 	return err
 }
 
-// become gives the device another target at once. Writes that are under way end first, and
+// Become gives the device another target at once. Writes that are under way end first, and
 // nothing is synced.
-func (d *dmDevice) become(target, params string) error {
+func (d *DM) Become(target, params string) error {
 	if err := d.load(target, params); err != nil {
 		return err
 	}
@@ -108,14 +122,14 @@ func (d *dmDevice) become(target, params string) error {
 	return d.resume()
 }
 
-// mark puts a mark into the log of a log-writes target.
-func (d *dmDevice) mark(name string) error {
+// Mark puts a mark into the log of a log-writes target.
+func (d *DM) Mark(name string) error {
 	_, err := d.call(dmMessage, 0, 0, append(make([]byte, 8), "mark "+name+"\x00"...))
 	return err
 }
 
-// remove removes the device. The kernel may have it open for a moment after an unmount.
-func (d *dmDevice) remove() {
+// Remove removes the device. The kernel may have it open for a moment after an unmount.
+func (d *DM) Remove() {
 	if d.gone {
 		return
 	}
@@ -132,8 +146,8 @@ func (d *dmDevice) remove() {
 	}
 }
 
-// mountDisk mounts an ext4 file system until unmount is called, or the test ends.
-func mountDisk(t testing.TB, disk, dir string) (unmount func()) {
+// MountDisk mounts an ext4 file system until unmount is called, or the test ends.
+func MountDisk(t testing.TB, disk, dir string) (unmount func()) {
 	t.Helper()
 	if err := unix.Mount(disk, dir, "ext4", 0, ""); err != nil {
 		t.Fatalf("mount %s: %v", disk, err)
