@@ -48,6 +48,7 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	os.RemoveAll(bundledImage.dir)
 	os.RemoveAll(nodeImage.dir)
+	os.RemoveAll(nodeLayout.dir)
 	os.Exit(code)
 }
 

@@ -179,9 +179,6 @@ func TestDetachLosesWrites(t *testing.T) {
 // fio writes, and verifies what it has written.
 func TestFio(t *testing.T) {
 	each(t, func(t *testing.T, d Driver) {
-		if *ext4Flag != "" {
-			return // a virtual machine without programs: TestWrites and TestRecover verify
-		}
 		dev := newDevice(testSize)
 		n := attachTo(t, d, dev, Options{})
 		for _, rw := range []string{"write", "randwrite"} {

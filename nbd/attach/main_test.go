@@ -24,10 +24,7 @@ import (
 
 // The tests run on each driver that this host has: FUSE as a rule. scripts/guest-attach
 // runs them in a virtual machine whose kernel has ublk and nbd.
-var (
-	driversFlag = flag.String("drivers", "fuse", "drivers to test, separated by commas")
-	ext4Flag    = flag.String("ext4", "", "an ext4 file system to use, where mkfs.ext4 is missing")
-)
+var driversFlag = flag.String("drivers", "fuse", "drivers to test, separated by commas")
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == serveVerb {
@@ -229,12 +226,9 @@ func eventually(t testing.TB, what string, ok func() bool) {
 // mkfs makes an ext4 file system of the size of a test's device.
 func mkfs(t testing.TB) []byte {
 	t.Helper()
-	file := *ext4Flag
-	if file == "" {
-		file = filepath.Join(t.TempDir(), "ext4")
-		if out, err := exec.Command("mkfs.ext4", "-q", "-F", "-b", "4096", file, fmt.Sprintf("%dk", testSize>>10)).CombinedOutput(); err != nil {
-			t.Fatalf("mkfs.ext4: %v: %s", err, out)
-		}
+	file := filepath.Join(t.TempDir(), "ext4")
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", "-b", "4096", file, fmt.Sprintf("%dk", testSize>>10)).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
 	p, err := os.ReadFile(file)
 	if err != nil {
@@ -277,7 +271,7 @@ func mountNode(t testing.TB, path string, flags uintptr, data string) (dir strin
 }
 
 // left is what a leak would add to.
-type left struct{ goroutines, fds, loops, mounts, threads int }
+type left struct{ goroutines, fds, loops, mounts, ublks, nbds, threads int }
 
 func count(t testing.TB) (l left) {
 	t.Helper()
@@ -296,6 +290,13 @@ func count(t testing.TB) (l left) {
 		t.Fatal(err)
 	}
 	l.mounts = bytes.Count(mounts, []byte("fuse.thaw"))
+	for pattern, n := range map[string]*int{"/sys/block/ublkb*": &l.ublks, "/sys/block/nbd*/pid": &l.nbds} {
+		devices, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		*n = len(devices)
+	}
 	return l
 }
 
@@ -314,7 +315,7 @@ func noLeak(t testing.TB, before left) {
 	var now left
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		now = count(t)
-		if now.goroutines <= before.goroutines && now.fds <= before.fds && now.loops <= before.loops && now.mounts <= before.mounts {
+		if now.goroutines <= before.goroutines && now.fds <= before.fds && now.loops <= before.loops && now.mounts <= before.mounts && now.ublks <= before.ublks && now.nbds <= before.nbds {
 			break
 		}
 		if time.Now().After(end) {
