@@ -52,7 +52,7 @@ func (j FioJob) Args() []string {
 
 // Fio runs a job against a server.
 func (s *NBDServer) Fio(ctx context.Context, j FioJob) (*FioResult, error) {
-	before, err := cpuTime(s.Cmd.Process.Pid)
+	before, err := CPUTime(s.Cmd.Process.Pid)
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +60,7 @@ func (s *NBDServer) Fio(ctx context.Context, j FioJob) (*FioResult, error) {
 	if err != nil {
 		return nil, err
 	}
-	after, err := cpuTime(s.Cmd.Process.Pid)
+	after, err := CPUTime(s.Cmd.Process.Pid)
 	r.CPU = after - before
 	return r, err
 }
@@ -113,22 +113,23 @@ func parseFio(out string) (*FioResult, error) {
 	}, nil
 }
 
-// cpuTime returns the processor time that a process has used; see proc(5).
-func cpuTime(pid int) (time.Duration, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	// The name, in parentheses, can contain anything.
-	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
-	const utime, stime = 11, 12
-	var n int64
-	for _, i := range []int{utime, stime} {
-		v, err := strconv.ParseInt(fields[i], 10, 64)
+// CPUTime returns the processor time that processes have used; see proc(5).
+func CPUTime(pids ...int) (sum time.Duration, err error) {
+	for _, pid := range pids {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil {
 			return 0, err
 		}
-		n += v
+		// The name, in parentheses, can contain anything.
+		fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+		const utime, stime = 11, 12
+		for _, i := range []int{utime, stime} {
+			n, err := strconv.ParseInt(fields[i], 10, 64)
+			if err != nil {
+				return 0, err
+			}
+			sum += time.Duration(n) * (time.Second / userHz)
+		}
 	}
-	return time.Duration(n) * (time.Second / userHz), nil
+	return sum, nil
 }

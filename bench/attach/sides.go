@@ -3,14 +3,12 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -174,72 +172,25 @@ func (b *benchmark) startNBDFUSE(ctx context.Context, name string) (*side, error
 
 // measure is one run of fio.
 func (b *benchmark) measure(ctx context.Context, s *side, r row) error {
-	before, err := cpuTime(s.pids)
+	before, err := bench.CPUTime(s.pids...)
 	if err != nil {
 		return err
 	}
-	out, err := bench.Output(exec.CommandContext(ctx, "fio", "--name=x", "--ioengine=libaio", "--direct=1", "--filename="+s.path, "--rw="+r.rw, "--bs="+r.bs,
-		"--iodepth="+strconv.Itoa(r.depth), "--numjobs="+strconv.Itoa(r.jobs), "--size="+strconv.Itoa(b.sizeMiB)+"M", "--readonly",
-		"--time_based", "--runtime="+strconv.FormatFloat(b.runtime.Seconds(), 'f', -1, 64), "--randrepeat=0", "--norandommap",
-		"--group_reporting", "--output-format=json"))
+	job := bench.FioJob{BS: r.bs, RW: r.rw, Depth: r.depth, Jobs: r.jobs, Size: int64(b.sizeMiB) << 20, Runtime: b.runtime, More: []string{"--readonly"}}
+	f, err := bench.Fio(ctx, append(job.Args(), "--ioengine=libaio", "--direct=1", "--filename="+s.path)...)
 	if err != nil {
 		return fmt.Errorf("%s, %s: %w", r.name, s.name, err)
 	}
-	after, err := cpuTime(s.pids)
+	after, err := bench.CPUTime(s.pids...)
 	if err != nil {
 		return err
 	}
-	var f struct {
-		Jobs []struct {
-			Error int `json:"error"`
-			Read  struct {
-				TotalIOs float64 `json:"total_ios"`
-				IOPS     float64 `json:"iops"`
-				BW       float64 `json:"bw_bytes"`
-				Clat     struct {
-					Percentile map[string]float64 `json:"percentile"`
-				} `json:"clat_ns"`
-			} `json:"read"`
-		} `json:"jobs"`
-	}
-	// fio may print warnings before its JSON.
-	if i := strings.IndexByte(out, '{'); i > 0 {
-		out = out[i:]
-	}
-	if err := json.Unmarshal([]byte(out), &f); err != nil {
-		return fmt.Errorf("output of fio: %w", err)
-	}
-	if len(f.Jobs) != 1 || f.Jobs[0].Error != 0 || f.Jobs[0].Read.TotalIOs == 0 {
-		return fmt.Errorf("%s, %s: fio failed: %s", r.name, s.name, out)
-	}
-	rd := f.Jobs[0].Read
 	return b.rec.Add("Attach/"+r.name+"/side="+s.name,
-		bench.Measure{Value: 1e9 / max(rd.IOPS, 1), Unit: bench.Wall},
-		bench.Measure{Value: rd.IOPS, Unit: iops},
-		bench.Measure{Value: rd.BW, Unit: bandwidth},
-		bench.Measure{Value: float64(after-before) / max(rd.TotalIOs, 1), Unit: cpuPerIO},
-		bench.Measure{Value: rd.Clat.Percentile["99.000000"], Unit: "p99-ns"})
-}
-
-// cpuTime returns the processor time that processes have used; see proc(5).
-func cpuTime(pids []int) (sum time.Duration, err error) {
-	for _, pid := range pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return 0, err
-		}
-		// The name, in parentheses, can contain anything.
-		f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-		const utime, stime, tick = 11, 12, time.Second / 100
-		for _, i := range []int{utime, stime} {
-			n, err := strconv.ParseInt(f[i], 10, 64)
-			if err != nil {
-				return 0, err
-			}
-			sum += time.Duration(n) * tick
-		}
-	}
-	return sum, nil
+		bench.Measure{Value: 1e9 / max(f.IOPS, 1), Unit: bench.Wall},
+		bench.Measure{Value: f.IOPS, Unit: iops},
+		bench.Measure{Value: f.Bandwidth, Unit: bandwidth},
+		bench.Measure{Value: float64(after-before) / max(f.IOs, 1), Unit: cpuPerIO},
+		bench.Measure{Value: f.P99, Unit: "p99-ns"})
 }
 
 // report writes the table. Ratios are to the first side.

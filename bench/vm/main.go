@@ -3,8 +3,7 @@
 // that package nbd serves, the raw file as a drive of qemu, and the vhost-user-blk export of
 // qemu-storage-daemon.
 //
-//	PREPARE=1 scripts/guest-vhost GUEST
-//	go run ./bench/vm -guest GUEST
+//	go run ./bench/vm
 //
 // The guest runs fio on one disk after the other, in rounds. Each disk is a file of its own in
 // the page cache. thaw's servers have the simplest device behind them, a mapped file, so
@@ -22,13 +21,13 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"thaw/bench"
+	"thaw/bench/guest"
 )
 
 func main() {
@@ -82,7 +81,6 @@ const (
 var sides = []string{thawVhost, thawNBD, rawFile, qsd}
 
 type options struct {
-	guest   string
 	rounds  int
 	runtime time.Duration
 	sizeMiB int
@@ -91,15 +89,11 @@ type options struct {
 
 func run(ctx context.Context) error {
 	var o options
-	flag.StringVar(&o.guest, "guest", "", "directory that PREPARE=1 scripts/guest-vhost DIR has made")
 	flag.IntVar(&o.rounds, "rounds", 5, "rounds of each measurement")
 	flag.DurationVar(&o.runtime, "runtime", 2*time.Second, "time of each run of fio")
 	flag.IntVar(&o.sizeMiB, "size", 256, "size of each disk, in MiB")
 	flag.StringVar(&o.only, "only", "", "only rows whose name contains this")
 	flag.Parse()
-	if o.guest == "" {
-		return errors.New("pass -guest: the directory that PREPARE=1 scripts/guest-vhost DIR has made")
-	}
 	tools := []bench.Program{
 		{Name: "qemu-system-x86_64", Package: "qemu-system-x86", Version: []string{"--version"}},
 		{Name: "qemu-storage-daemon", Package: "qemu-utils", Version: []string{"--version"}},
@@ -122,12 +116,12 @@ func run(ctx context.Context) error {
 	}
 	defer os.RemoveAll(dir)
 	b := &benchmark{options: o, dir: dir, rec: bench.NewRecorder(os.Stdout), began: make(map[string]time.Duration)}
-	if err := b.rec.Header("thaw/bench/vm", machine, append(facts, bench.Fact{Key: "command", Value: "go run ./bench/vm " + strings.Join(os.Args[1:], " ")})...); err != nil {
-		return err
-	}
 	err = b.start(ctx)
 	if err == nil {
-		err = b.measure(ctx)
+		facts = append(facts, bench.Fact{Key: "command", Value: "go run ./bench/vm " + strings.Join(os.Args[1:], " ")})
+		err = b.measure(ctx, func(g *guest.Machine) error {
+			return b.rec.Header("thaw/bench/vm", machine, append(facts, g.Facts()...)...)
+		})
 	}
 	b.stop()
 	if err != nil {
@@ -140,7 +134,7 @@ type benchmark struct {
 	options
 	dir     string
 	rec     *bench.Recorder
-	disks   []string
+	disks   []string                 // arguments of qemu, in the order of the disks: the first one is /dev/vda
 	servers map[string]*exec.Cmd     // by side
 	began   map[string]time.Duration // processor time of a server at the beginning of a load
 }
@@ -224,7 +218,7 @@ func (b *benchmark) stop() {
 }
 
 // measure runs all rows in one guest.
-func (b *benchmark) measure(ctx context.Context) error {
+func (b *benchmark) measure(ctx context.Context, header func(*guest.Machine) error) error {
 	var s strings.Builder
 	// The first read of each disk brings its pages into memory, wherever they belong.
 	for i := range sides {
@@ -248,17 +242,25 @@ func (b *benchmark) measure(ctx context.Context) error {
 			}
 		}
 	}
-	s.WriteString("finish done\n")
-	script := s.String()
-	if len(script) > 60<<10 {
-		return errors.New("too many rounds and rows for one guest")
+	s.WriteString("end done\n")
+	g := &guest.Machine{
+		Script:   s.String(),
+		Programs: []bench.Program{{Name: "fio", Package: "fio"}},
+		Modules:  []string{"virtio_pci", "virtio_blk"},
+		Memory:   1024,
+		Args:     b.disks,
 	}
-	g := &guest{dir: b.guest, disks: b.disks}
-	return g.run(ctx, script, b.line)
+	if err := g.Prepare(ctx, b.dir); err != nil {
+		return err
+	}
+	if err := header(g); err != nil {
+		return err
+	}
+	return g.Run(ctx, b.line)
 }
 
-// device is the disk of a side in the guest: the first two are the root and the script.
-func device(i int) string { return "/dev/vd" + string(rune('c'+i)) }
+// device is the disk of a side in the guest.
+func device(i int) string { return "/dev/vd" + string(rune('a'+i)) }
 
 // line takes what the guest says.
 func (b *benchmark) line(text string) error {
@@ -270,7 +272,7 @@ func (b *benchmark) line(text string) error {
 	cpu := time.Duration(0)
 	if cmd := b.servers[side]; cmd != nil {
 		var err error
-		if cpu, err = cpuTime(cmd.Process.Pid); err != nil {
+		if cpu, err = bench.CPUTime(cmd.Process.Pid); err != nil {
 			return err
 		}
 	}
@@ -333,25 +335,6 @@ func parseTerse(line string) (*result, error) {
 		return nil, fmt.Errorf("fio did nothing: %q", line)
 	}
 	return &r, nil
-}
-
-// cpuTime returns the processor time that a process has used; see proc(5).
-func cpuTime(pid int) (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(string(text[slices.Index(text, ')')+1:])) // the program's name has no parentheses
-	const utime, stime, ticks = 11, 12, 100
-	var n int64
-	for _, i := range []int{utime, stime} {
-		v, err := strconv.ParseInt(fields[i], 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		n += v
-	}
-	return time.Duration(n) * (time.Second / ticks), nil
 }
 
 // report writes the table.
