@@ -97,7 +97,7 @@ func (m *Machine) Run(ctx context.Context, line func(string) error) error {
 }
 
 // bootTime is how long the kernel may take to run the script.
-const bootTime = time.Minute
+const bootTime = 3 * time.Minute
 
 func (m *Machine) boot(ctx context.Context, line func(string) error) (booted bool, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
