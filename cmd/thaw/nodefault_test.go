@@ -27,7 +27,7 @@ import (
 // scripts/guest-nodes runs them in a virtual machine whose kernel has ublk and nbd.
 var (
 	driversFlag = flag.String("drivers", "fuse", "drivers of nodes to test, separated by commas")
-	stallFlag   = flag.Duration("stall", 3*time.Second, "how long the registry says nothing in TestNodeStall; less than the 30 s after which a read fails")
+	stallFlag   = flag.Duration("stall", 3*time.Second, "how long the registry says nothing in TestNodeStall; less than the minute after which a read fails")
 )
 
 // eachDriver runs a test on each driver, with an image in an OCI layout.
@@ -96,7 +96,10 @@ func (b *nodeBed) untilServerEnds() {
 // node is attached anew.
 func TestNodeFio(t *testing.T) {
 	need(t, "fio")
-	const size = 12 << 20
+	size := int64(12 << 20)
+	if testing.Short() {
+		size = 4 << 20
+	}
 	eachDriver(t, func(t *testing.T, b *nodeBed, driver string) {
 		more := []string{"--driver", driver, "--overlay", filepath.Join(t.TempDir(), "overlay")}
 		node := b.attach(more...)
@@ -150,12 +153,16 @@ func TestNodeFilesystem(t *testing.T) {
 		if err := os.Mkdir(x.dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		for range 300 {
+		steps, lasts := 300, 3*time.Second
+		if testing.Short() {
+			steps, lasts = 100, time.Second
+		}
+		for range steps {
 			if err := x.step(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		stress(t, b.dir, 3*time.Second)
+		stress(t, b.dir, lasts)
 		b.must("umount", b.dir)
 		b.untilServerEnds()
 		b.check(false, more...)
@@ -274,14 +281,16 @@ func (c *churn) end(t *testing.T) time.Duration {
 
 // The server is killed, and then told to end, under readers and writers of a mounted
 // filesystem. Another server goes on, and nobody sees an error. With ublk everybody waits a
-// moment; with nbd, what was in flight waits for the node's timeout, 40 s. (With fuse a
+// moment; with nbd, what was in flight waits for the node's timeout, 70 s. (With fuse a
 // mount is healed: see TestMountHealsWritable.)
 func TestNodeRecovers(t *testing.T) {
 	eachDriver(t, func(t *testing.T, b *nodeBed, driver string) {
 		if driver == "fuse" {
 			return
 		}
-		limit := map[string]time.Duration{"ublk": 2 * time.Second, "nbd": 45 * time.Second}[driver]
+		// From when another server answers: how long a program takes to start is not its matter.
+		limit := map[string]time.Duration{"ublk": 2 * time.Second, "nbd": 75 * time.Second}[driver]
+		var without time.Duration
 		more := []string{"--driver", driver, "--overlay", filepath.Join(t.TempDir(), "overlay")}
 		b.mount(more...)
 		c := newChurn(b.dir)
@@ -295,17 +304,19 @@ func TestNodeRecovers(t *testing.T) {
 			if len(pids) != 1 {
 				t.Fatalf("%d servers", len(pids))
 			}
+			began := time.Now()
 			if err := syscall.Kill(pids[0], signal); err != nil {
 				t.Fatal(err)
 			}
 			b.untilServerEnds()
 			b.serve("--exit-unused", "1s", "--grace", "100ms")
+			without = max(without, time.Since(began))
 			c.more(t, limit+15*time.Second)
 		}
-		if longest := c.end(t); longest > limit {
-			t.Errorf("an operation took %v, of at most %v", longest, limit)
-		} else {
-			t.Logf("%d operations, the longest took %v", c.done.Load(), longest)
+		longest := c.end(t)
+		t.Logf("%d operations, the longest took %v; without a server for %v", c.done.Load(), longest.Round(time.Millisecond), without.Round(time.Millisecond))
+		if longest > without+limit {
+			t.Errorf("an operation took %v: more than %v after the next server was there", longest, limit)
 		}
 		b.must("umount", b.dir)
 		b.untilServerEnds()
