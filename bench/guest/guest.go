@@ -77,8 +77,7 @@ var prepare string
 
 // Facts say what the figures of a guest depend on.
 func (m *Machine) Facts() []bench.Fact {
-	accel, _, _ := strings.Cut(m.accel[1], ",")
-	return []bench.Fact{{Key: "guest", Value: fmt.Sprintf("%s by %s, %d processors, %d MiB", filepath.Base(filepath.Dir(m.vmlinuz)), accel, processors, m.Memory)}}
+	return []bench.Fact{{Key: "guest", Value: fmt.Sprintf("Linux %s, %d processors, %d MiB, %s", filepath.Base(filepath.Dir(m.vmlinuz)), processors, m.Memory, strings.Join(m.accel, " "))}}
 }
 
 const processors = 2

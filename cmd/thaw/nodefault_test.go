@@ -18,6 +18,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap/blocktest"
@@ -40,8 +41,39 @@ func eachDriver(t *testing.T, f func(t *testing.T, b *nodeBed, driver string)) {
 // nodeLayout is an OCI layout with the image of all layout beds. TestMain removes it.
 var nodeLayout nodeStorage
 
-// layoutFiles are the files of this image.
-var layoutFiles = sync.OnceValue(func() []file { return files(1, "a", 60) })
+// layoutFiles are the files of this image: 60 small ones, and 12 of 1 MiB.
+var layoutFiles = sync.OnceValue(func() []file {
+	all := append(files(1, "a", 60), file{name: "data/"})
+	for i := range 12 {
+		all = append(all, file{name: fmt.Sprint("data/", i), data: random(uint64(i), 1<<20)})
+	}
+	return all
+})
+
+// pushLayout brings the built image from the layout to a registry, as it is: thaw build would
+// wait for docker-registry's list of referrers, which a slow machine takes long for.
+func pushLayout(t testing.TB, ref string) {
+	t.Helper()
+	ix, err := layout.ImageIndexFromPath(nodeLayout.dir + "/image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ix.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range m.Manifests {
+		if d.Annotations["org.opencontainers.image.ref.name"] == "app" {
+			img, err := ix.Image(d.Digest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			push(t, ref, img)
+			return
+		}
+	}
+	t.Fatal("the layout has no image")
+}
 
 // newLayoutBed is a nodeBed without a registry.
 func newLayoutBed(t *testing.T) *nodeBed {
@@ -434,16 +466,11 @@ func TestNodeStall(t *testing.T) {
 		reg := startRegistry(t, "", t.TempDir(), "")
 		b.proxy = startProxy(t, reg.addr)
 		b.image = b.proxy.host() + "/team/app:v1"
-		all := []file{{name: "data/"}}
-		for i := range 12 {
-			all = append(all, file{name: fmt.Sprint("data/", i), data: random(uint64(i), 1<<20)})
-		}
-		push(t, b.image, imageOf(t, layerOf(t, all...)))
-		must(t, "build", "--size", "64M", b.image)
+		pushLayout(t, b.image)
 		b.serve("--fetch-ahead", "none")
 		b.mount("--driver", driver)
 		other := b.attach("--driver", driver)
-		if got, err := os.ReadFile(filepath.Join(b.dir, "data/1")); err != nil || !bytes.Equal(got, all[2].data) {
+		if got, err := os.ReadFile(filepath.Join(b.dir, "data/1")); err != nil || !bytes.Equal(got, random(1, 1<<20)) {
 			t.Fatalf("read: %v", err)
 		}
 		// The kernel has the inodes by then, and only the content has to be fetched.
@@ -467,7 +494,7 @@ func TestNodeStall(t *testing.T) {
 		waited := make(chan error, 1)
 		go func() {
 			got, err := io.ReadAll(slow)
-			if err == nil && !bytes.Equal(got, all[10].data) {
+			if err == nil && !bytes.Equal(got, random(9, 1<<20)) {
 				err = errors.New("wrong bytes")
 			}
 			waited <- err
