@@ -359,7 +359,7 @@ func readFirst(node string) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Munmap(p)
+	defer func() { _ = unix.Munmap(p) }()
 	if _, err := unix.Pread(fd, p, 0); err != nil {
 		return &os.PathError{Op: "read", Path: node, Err: err}
 	}
