@@ -91,7 +91,9 @@ func (i *image) push(ctx context.Context, to *registry.Repo, o options, added *l
 	if err != nil {
 		return fail(err)
 	}
-	return o.dst.WithDigest(pushed.Digest), nil
+	made := o.dst
+	made.Digest = pushed.Digest
+	return made, nil
 }
 
 // fields is a JSON object whose other members are kept as they are.

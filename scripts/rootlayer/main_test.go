@@ -140,6 +140,9 @@ func TestRegistry(t *testing.T) {
 		}
 		requests.gets = nil
 		made := makeImage(t, host+"/team/app:v1", host+"/team/app:vm")
+		if !strings.HasPrefix(made.String(), host+"/team/app:vm@sha256:") {
+			t.Errorf("made %s", made)
+		}
 		layers, err := img.Layers()
 		if err != nil {
 			t.Fatal(err)
