@@ -318,12 +318,41 @@ func TestBackoff(t *testing.T) {
 				if took < c.min || took > c.max {
 					t.Errorf("it gave up after %v", took)
 				}
-				if n := w.origin.Requests(); n < 3 || n > 40 {
+				if n := w.origin.Requests(); n < 3 || n > 80 {
 					t.Errorf("%d requests in %v", n, took)
 				}
 			})
 		})
 	}
+}
+
+// A pause has any length up to its limit, so that readers that failed together do not return
+// together.
+func TestBackoffJitter(t *testing.T) {
+	m := blocktest.NewImage(t, 11, 3000)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{Backoff: time.Second})
+		short, long := 0, 0
+		for _, e := range w.places(t, 40) {
+			w.origin.Set(blocktest.Faults{Err: blocktest.ErrInjected, Left: 1})
+			began := time.Now()
+			if err := w.read(t.Context(), e); err != nil {
+				t.Fatal(err)
+			}
+			took := time.Since(began)
+			switch {
+			case took > time.Second:
+				t.Errorf("a pause of %v", took)
+			case took < time.Second/4:
+				short++
+			case took > 3*time.Second/4:
+				long++
+			}
+		}
+		if short == 0 || long == 0 {
+			t.Errorf("of 40 pauses %d were short and %d long", short, long)
+		}
+	})
 }
 
 // Close ends requests that hang, and readers get ErrClosed.

@@ -150,20 +150,23 @@ func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 	if (permanent || !ft.demand && ft.rank == idle) && ft.tries > len(ft.others) {
 		return -1 // Complete has pauses of its own
 	}
+	// Anything up to a limit that doubles: those who failed together do not return together.
 	limit := min(f.o.Backoff<<min(ft.tries-1, 10), 2*time.Second)
-	pause := f.heed(err, limit/2+rand.N(limit/2+1))
+	pause := f.heed(err, rand.N(limit+1))
 	if time.Since(ft.began)+pause > f.o.RetryFor || ft.demand && time.Since(ft.lastGood())+pause > f.o.RetryFor {
 		return -1
 	}
 	return pause
 }
 
-// heed lengthens a pause to the time that the origin asked for.
+// heed lengthens a pause to the time that the origin asked for, and a little more, so that
+// not all who were asked to wait return at the same moment.
 func (f *Fetcher) heed(err error, pause time.Duration) time.Duration {
-	if f.o.RetryAfter != nil {
-		pause = max(pause, f.o.RetryAfter(err))
+	if f.o.RetryAfter == nil {
+		return pause
 	}
-	return pause
+	after := f.o.RetryAfter(err)
+	return max(pause, after+rand.N(max(after, 0)/8+1))
 }
 
 // retryAfter queues a fetch again after a pause.

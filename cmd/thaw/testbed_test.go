@@ -284,6 +284,20 @@ type registryProcess struct {
 // password, only the user "thaw" may do anything.
 func startRegistry(t testing.TB, addr, storage, htpasswd string) *registryProcess {
 	t.Helper()
+	if htpasswd != "" {
+		htpasswd = fmt.Sprintf("auth: {htpasswd: {realm: test, path: %s}}\n", htpasswd)
+	}
+	return runRegistry(t, addr, storage, htpasswd)
+}
+
+// startPullThrough runs docker-registry as a pull-through cache.
+func startPullThrough(t testing.TB, addr, storage, upstream string) *registryProcess {
+	t.Helper()
+	return runRegistry(t, addr, storage, fmt.Sprintf("proxy: {remoteurl: %q}\n", upstream))
+}
+
+func runRegistry(t testing.TB, addr, storage, more string) *registryProcess {
+	t.Helper()
 	need(t, "docker-registry")
 	if addr == "" {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -293,10 +307,7 @@ func startRegistry(t testing.TB, addr, storage, htpasswd string) *registryProces
 		addr = l.Addr().String()
 		l.Close()
 	}
-	config := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s}\n", storage, addr)
-	if htpasswd != "" {
-		config += fmt.Sprintf("auth: {htpasswd: {realm: test, path: %s}}\n", htpasswd)
-	}
+	config := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s}\n%s", storage, addr, more)
 	path := filepath.Join(t.TempDir(), "registry.yml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		t.Fatal(err)

@@ -114,7 +114,7 @@ func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off
 			e.src.overtaken()
 		}
 	}
-	list := m.holders(digest, avoid)
+	list := m.givers(digest, avoid, nil)
 	if !slices.Contains(list, m.origin) {
 		list = slices.DeleteFunc(list, func(e *endpoint) bool { return e.src.resting(now) })
 	}

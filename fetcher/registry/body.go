@@ -60,6 +60,11 @@ func (b *Body) Close() error {
 		b.err = errors.New("read of a closed body")
 		b.e.failed(b.digest, fmt.Errorf("%w: %w", ErrUnavailable, errStalled))
 	}
+	if b.left == 0 && b.err == nil && b.watched != nil && b.rc == io.ReadCloser(b.watched) {
+		// What ends the body must be read too, or its connection cannot be used again.
+		b.watched.limit(drainTime)
+		_, _ = io.CopyN(io.Discard, b.watched, drainBytes)
+	}
 	err := b.rc.Close()
 	if b.release != nil {
 		b.release()
@@ -81,7 +86,7 @@ func (b *Body) Distrust() {
 	if b.e == nil {
 		return
 	}
-	b.e.setState(b.digest, blobState{})
+	b.e.update(b.digest, func(s *blobState) { s.location, s.size = nil, 0 })
 	if b.guessed {
 		b.e.src.ignoreRanges("the bytes of a range without a Content-Range were not those that were asked for")
 	}
@@ -91,12 +96,12 @@ func (b *Body) Distrust() {
 // failed notes a request for a blob that failed. A missing blob says nothing about the
 // health of a source, nor do unsupported ranges, or a caller that has gone away.
 func (e *endpoint) failed(h v1.Hash, err error) {
-	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if errors.Is(err, ErrNotFound) || errors.Is(err, errParts) || errors.Is(err, errPulling) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return
 	}
 	// The location may be what does not work.
 	if e.state(h).location != nil {
-		e.setState(h, blobState{})
+		e.forget(h)
 	}
 	e.src.failed(RetryAfter(err), err)
 }

@@ -70,6 +70,7 @@ type Client struct {
 	overtaken sync.WaitGroup // cancelled requests that have not ended yet
 
 	cancelling cancelling
+	breakers   breakers
 
 	mu struct {
 		sync.Mutex
@@ -130,6 +131,7 @@ func New(o Options) *Client {
 		// A digest is of the bytes as they are stored.
 		DisableCompression: true,
 	}
+	c.breakers.backoff = o.backoff
 	c.cancelling.ctx, c.cancelling.end = context.WithCancel(context.Background())
 	c.mu.sources = make(map[string]*source)
 	c.mu.endpoints = make(map[string]*endpoint)
@@ -310,12 +312,18 @@ func (c *Client) retry(ctx context.Context, try func() error) error {
 	}
 }
 
-// pause waits before attempt n+1: longer each time, by a random time so that clients do not
-// return all at once, and at least as long as the server asked for.
+// maxBackoff bounds the pause between two attempts, unless the server asks for a longer one.
+const maxBackoff = 20 * time.Second
+
+// pause waits before attempt n+1. The limit of the pause doubles with each attempt, and its
+// length is anything up to the limit, so that clients that failed together do not return
+// together. It is at least as long as the server asked for, and a little longer, for the same
+// reason.
 func (c *Client) pause(ctx context.Context, n int, err error) error {
-	d := c.opts.backoff << min(n-1, 6)
-	d = d/2 + rand.N(d)
-	d = max(d, RetryAfter(err))
+	d := rand.N(min(c.opts.backoff<<min(n-1, 16), max(maxBackoff, c.opts.backoff)))
+	if after := RetryAfter(err); after > 0 {
+		d = max(d, after+rand.N(after/8+1))
+	}
 	if end, ok := ctx.Deadline(); ok && time.Until(end) < d {
 		return context.DeadlineExceeded
 	}

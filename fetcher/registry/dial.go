@@ -17,6 +17,7 @@ type dialer struct {
 	mu     sync.Mutex
 	closed bool
 	spares map[string]chan net.Conn // spare connections by address
+	inside map[string]bool          // the addresses that have led to this machine
 	all    sync.WaitGroup
 	end    context.Context
 	cancel context.CancelFunc
@@ -30,13 +31,22 @@ const (
 )
 
 func newDialer(d net.Dialer) *dialer {
-	x := &dialer{Dialer: d, spares: make(map[string]chan net.Conn)}
+	x := &dialer{Dialer: d, spares: make(map[string]chan net.Conn), inside: make(map[string]bool)}
 	x.end, x.cancel = context.WithCancel(context.Background())
 	return x
 }
 
 // dial is http.Transport's DialContext.
 func (d *dialer) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	c, err := d.take(ctx, network, addr)
+	if err != nil {
+		return nil, err
+	}
+	return d.checkInside(ctx, c, addr)
+}
+
+// take takes a spare connection, or makes one.
+func (d *dialer) take(ctx context.Context, network, addr string) (net.Conn, error) {
 	d.mu.Lock()
 	spares, known := d.spares[addr]
 	if !known && !d.closed && len(d.spares) < maxSpareAddrs {

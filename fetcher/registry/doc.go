@@ -31,12 +31,43 @@
 // callers check the subject of each manifest that it lists.
 //
 // The next source is asked when one fails, and also when one does not answer within four
-// times its usual latency (0.25 s to 2 s); the first answer wins. A mirror is not asked for
+// times its usual latency (0.25 s to 2 s); the first answer wins. When many answers are late,
+// most requests wait for 2 s, so that a mirror that is busy still takes load off the registry. A mirror is not asked for
 // some time after a failure, after wrong bytes, when it trickles, and when it is late four
 // times in a row; then one request at a time finds out whether it works again. At most 16
 // requests wait for a mirror that answers none. A body must bring 16 KiB in each
 // StallTimeout. A reader that will not wait for that calls OpenRangeElsewhere, which asks
 // the other sources.
+//
+// # Caches and peer-to-peer proxies
+//
+// A mirror's answer to a request for a range must have the status 206, exactly the range that
+// was asked for, the size that earlier answers had, and no encoding. Anything else counts as a
+// failure of the mirror, since the registry can answer instead; of a registry, thaw accepts
+// more. The digest decides in the end.
+//
+// A pull-through cache that does not have a blob yet sends the whole blob with 200. thaw then
+// closes the answer and asks again a little later. Meanwhile readers get an error with
+// RetryAfter. They wait for at most five seconds in a minute, for all blobs of a mirror
+// together, and then read from the registry until the mirror has the blob. A range of a blob of
+// at most 1 MiB is taken from the whole blob. A cache that keeps only what a client has read to
+// its end (docker-registry from version 3 on) does not learn a large blob in this way: pull the
+// image through it once.
+//
+// # Hosts that fail
+//
+// A mirror rests after the first failure, since the registry can answer instead. Any other host
+// is left alone while it wants to be (Retry-After, in seconds or as a date; at most ten
+// minutes, and ten seconds for blobs), and for up to five seconds after five failures in a row.
+// Meanwhile calls fail at once with RetryAfter. Then one request finds out how the host does,
+// while the others wait. All calls of a Client share this state. Manifests, blobs, uploads and
+// tokens of a host have their own, since registries limit them apart. Pauses between attempts
+// are random, from zero up to a limit that doubles.
+//
+// The location that a registry redirects to for a blob is used until its signature expires, as
+// its URL says, by the clock of the server that checks it. If it is refused before that, the
+// registry is asked again, once, and that is no failure of the registry. A registry on another
+// machine cannot redirect thaw to this one, by an address or by a name.
 //
 // # Registries as they are
 //

@@ -101,6 +101,8 @@ func noAnswer(req *http.Request, err error) error {
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		e.err = err
+	case errors.Is(err, errInside):
+		e.err = err
 	case isCertificate(err):
 		e.err = fmt.Errorf("certificate refused: %w", err)
 	case isPlain(err):

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ type source struct {
 	noExpect        atomic.Bool  // refuses Expect: 100-continue
 	maxBody         atomic.Int64 // largest body of an upload's request, once it has refused a larger one; 0: not known
 	several         several      // ranges in one answer
+	copies          atomic.Bool  // a mirror that has sent whole blobs for ranges
 
 	mu struct {
 		sync.Mutex
@@ -35,7 +37,11 @@ type source struct {
 		waiting  int           // requests for blobs without an answer yet
 		heard    time.Time     // when the last answer came
 		late     int           // late requests since one was answered in time
+		hedged   float64       // late requests that were asked of the next source early, less those that were earned
 		probing  bool          // a request finds out whether a mirror works again
+		patient  time.Time     // until then readers wait while a mirror copies blobs
+		restless time.Time     // they do not wait again before that
+		vain     int           // times that they have waited since the mirror gave a range
 	}
 }
 
@@ -57,6 +63,12 @@ const (
 	maxLateInARow    = 4           // then a mirror rests
 	maxWaiting       = 16          // requests that wait for a mirror that answers none
 )
+
+// When many hosts start at once, all are late at a mirror that works, and if all of them then
+// asked the registry too, the mirror would be of no use just when it is needed. So only
+// maxHedges late requests, and one for every hedgeEvery that were in time, are asked of the
+// next source before maxLate.
+const maxHedges, hedgeEvery = 4, 20
 
 // lateAfter is how long to wait for an answer before the next source is asked.
 func (s *source) lateAfter() time.Duration {
@@ -119,10 +131,26 @@ func (s *source) overtaken() {
 	}
 }
 
+// mayHedge says whether the next source may be asked already, because this one is late, and
+// counts that if so. A source that rests anyway is not waited for.
+func (s *source) mayHedge(now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Before(s.mu.until) {
+		return true
+	}
+	if s.mu.hedged > maxHedges-1 {
+		return false
+	}
+	s.mu.hedged++
+	return true
+}
+
 // inTime notes an answer that came before another source was asked.
 func (s *source) inTime() {
 	s.mu.Lock()
 	s.mu.late = 0
+	s.mu.hedged = max(s.mu.hedged-1.0/hedgeEvery, 0)
 	s.mu.Unlock()
 }
 
@@ -175,7 +203,8 @@ func (s *source) failed(after time.Duration, cause error) {
 	d := after
 	if first {
 		s.mu.fails++
-		d = max(d, min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure))
+		rest := min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure)
+		d = max(d, rest/2+rand.N(rest/2+1)) // so that hosts do not return all at once
 	}
 	if t := now.Add(d); t.After(s.mu.until) {
 		s.mu.until = t

@@ -31,36 +31,9 @@ type endpoint struct {
 	}
 }
 
-// blobState is what an endpoint knows about a blob.
-type blobState struct {
-	location *url.URL  // where the registry redirected to
-	missing  time.Time // the mirror does not have it; it is not asked again before
-}
-
-// Limits of what an endpoint remembers. A repository has a few blobs per image and redirects
-// to a few hosts.
-const (
-	maxBlobStates = 4096
-	maxForeign    = 64
-)
-
-func (e *endpoint) state(h v1.Hash) blobState {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.mu.blobs[h]
-}
-
-func (e *endpoint) setState(h v1.Hash, s blobState) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.mu.blobs) >= maxBlobStates {
-		clear(e.mu.blobs)
-	}
-	if e.mu.blobs == nil {
-		e.mu.blobs = make(map[v1.Hash]blobState)
-	}
-	e.mu.blobs[h] = s
-}
+// maxForeign is how many other hosts with tokens an endpoint remembers. A registry redirects
+// to a few.
+const maxForeign = 64
 
 // url returns the URL of an operation on the repository.
 func (e *endpoint) url(operation, key string) *url.URL {
@@ -79,6 +52,9 @@ type request struct {
 	push   bool   // needs the right to push
 	slow   bool   // the answer may take minutes
 	from   string // a repository that the request needs the right to pull from, besides
+
+	located bool          // the URL is a location from before, which may have expired
+	spent   time.Duration // on redirects, of the time for an answer
 }
 
 // authorizer returns the authorizer for a host: the registry's own, that of a host that the
@@ -177,6 +153,11 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	if r.slow {
 		limit = max(limit, 5*time.Minute)
 	}
+	limit -= min(r.spent, limit*9/10)
+	circuit, b := e.circuitOf(r.url), &e.client.breakers
+	if err := b.pass(circuit, time.Now(), r.method, r.url); err != nil {
+		return nil, err
+	}
 	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{cancel: cancel}
@@ -185,7 +166,11 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	req, err := http.NewRequestWithContext(ctx, r.method, r.url.String(), nil)
 	if err != nil {
 		w.end()
+		b.unknown(circuit)
 		return nil, err
+	}
+	if r.url.Host != e.root.Host && e.outside() && !proxied(o.Proxy, req) {
+		req = req.WithContext(outward(ctx))
 	}
 	req.Header.Set("User-Agent", o.UserAgent)
 	for k, v := range r.header {
@@ -198,6 +183,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 		rc, err := r.body()
 		if err != nil {
 			w.end()
+			b.unknown(circuit)
 			return nil, err
 		}
 		req.ContentLength = r.size
@@ -221,13 +207,17 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 		w.end()
 		if errors.Is(err, ErrUnavailable) {
 			e.src.count(0)
+			b.failed(circuit, time.Now(), 0, err)
+		} else {
+			b.unknown(circuit)
 		}
 		return nil, err
 	}
+	b.settle(circuit, resp)
 	if r.method == http.MethodGet {
 		e.src.answered(time.Since(asked))
 	}
-	if resp.StatusCode >= 400 {
+	if resp.StatusCode >= 400 && !(r.located && isExpired(resp.StatusCode)) {
 		e.src.count(resp.StatusCode)
 		e.client.toldToWait(req.URL.Host, retryAfter(resp.Header.Get("Retry-After"), time.Now()))
 	}
@@ -244,12 +234,23 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	return resp, nil
 }
 
+// isExpired says whether an answer may mean that the signature of a URL has expired, or that
+// what it leads to has moved.
+func isExpired(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
+		return true
+	}
+	return false
+}
+
 // maxRedirects of one request.
 const maxRedirects = 10
 
 // follow makes a request and follows redirects, repeating the same request with its body. It
 // returns the last answer, whose Request has its URL.
 func (e *endpoint) follow(ctx context.Context, r request) (*http.Response, error) {
+	began := time.Now()
 	for range maxRedirects {
 		resp, err := e.do(ctx, r)
 		if err != nil {
@@ -269,7 +270,7 @@ func (e *endpoint) follow(ctx context.Context, r request) (*http.Response, error
 		if err != nil {
 			return nil, fmt.Errorf("%s %s: %w", r.method, redact(r.url), err)
 		}
-		r.url = next
+		r.url, r.located, r.spent = next, false, time.Since(began)
 	}
 	return nil, fmt.Errorf("%s %s: redirected more than %d times", r.method, redact(r.url), maxRedirects)
 }
@@ -285,6 +286,9 @@ func (e *endpoint) location(at *url.URL, v string) (*url.URL, error) {
 		return nil, errors.New("the Location header cannot be read")
 	}
 	u.User = nil
+	if e.outside() && isHere(u.Hostname()) {
+		return nil, fmt.Errorf("%w: to %s", errInside, u.Host)
+	}
 	if u.Scheme == "http" && at.Scheme == "https" && !isLoopback(u.Hostname()) {
 		// A registry behind a TLS proxy may not know that it is behind one.
 		if u.Hostname() != e.root.Hostname() {

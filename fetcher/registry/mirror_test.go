@@ -251,31 +251,33 @@ func TestMirrors(t *testing.T) {
 // The client avoids a mirror for longer each time, but not forever.
 func TestMirrorRests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		const step = 10 * time.Millisecond
 		s := &source{name: "m", mirrorOf: "r", log: new(lockedBuffer).logger()}
 		rest := func() time.Duration {
 			start := time.Now()
 			for s.resting(time.Now()) {
-				time.Sleep(100 * time.Millisecond)
+				time.Sleep(step)
 			}
 			return time.Since(start)
 		}
-		var last time.Duration
+		lengths := make(map[time.Duration]bool)
 		for i := range 12 {
 			for range 10 { // those under way at once count once
 				s.failed(0, ErrUnavailable)
 			}
+			want := min(restAfterFailure<<i, maxRestAfterFailure)
 			d := rest()
-			if d < min(last, maxRestAfterFailure) || d > maxRestAfterFailure || i == 0 && d > time.Second {
-				t.Errorf("failure %d: rested for %v after %v", i, d, last)
+			if d < want/2 || d > want+step {
+				t.Errorf("failure %d: rested for %v, want up to %v", i, d, want)
 			}
-			last = d
+			lengths[d] = true
 		}
-		if last != maxRestAfterFailure {
-			t.Errorf("at last for %v", last)
+		if len(lengths) < 10 {
+			t.Errorf("mirrors that failed together are asked together: %v", lengths)
 		}
 		s.succeeded()
 		s.failed(0, ErrUnavailable)
-		if d := rest(); d > time.Second {
+		if d := rest(); d > time.Second+step {
 			t.Errorf("after a success: %v", d)
 		}
 		s.failed(5*time.Minute, ErrUnavailable)

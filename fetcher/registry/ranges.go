@@ -52,7 +52,14 @@ func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []bl
 		}
 		end = x.End
 	}
-	b, release, err := race(ctx, m, digest, m.holders(digest, ""), func(ctx context.Context, e *endpoint) (*Body, error) {
+	asks, err := m.copying(digest, true)
+	switch {
+	case errors.Is(err, errOneRange):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
+	}
+	b, release, err := race(ctx, m, digest, m.givers(digest, "", asks), func(ctx context.Context, e *endpoint) (*Body, error) {
 		return e.openRanges(ctx, digest, ranges)
 	}, func(b *Body) {
 		if b != nil {
@@ -92,7 +99,7 @@ func (s *several) most() int {
 
 // openRanges returns nil without an error if the source does not send several ranges.
 func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []blockmap.Extent) (*Body, error) {
-	s := &e.src.several.state
+	s, mirror := &e.src.several.state, e.src.mirrorOf != ""
 	if !e.src.givesRanges() {
 		return nil, nil
 	}
@@ -119,20 +126,24 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []bloc
 	case status == http.StatusBadRequest || status == http.StatusRequestedRangeNotSatisfiable || status == http.StatusNotImplemented:
 		// It may have refused the ranges.
 	default:
-		err := badStatus(resp)
-		resp.Body.Close()
-		return nil, err
+		return nil, e.refusal(resp)
 	}
 	boundary := ""
 	if t, params, err := mime.ParseMediaType(resp.Header.Get("Content-Type")); err == nil && t == "multipart/byteranges" {
 		boundary = params["boundary"]
+	}
+	if resp.StatusCode == http.StatusOK && mirror && !isPage(resp.Header) && !e.state(digest).pulling.gives {
+		return nil, e.whole(digest, resp) // of several ranges it may still know
+	}
+	if mirror && encodingOf(resp.Header) != "" {
+		boundary = ""
 	}
 	if boundary == "" || resp.StatusCode != http.StatusPartialContent {
 		resp.Body.Close()
 		e.src.oneRange(fmt.Sprintf("it answers %s with %q", resp.Status, resp.Header.Get("Content-Type")))
 		return nil, nil
 	}
-	p := &parts{body: resp.Body, r: bufio.NewReaderSize(resp.Body, 4<<10), boundary: []byte("--" + boundary), ranges: ranges, src: e.src}
+	p := &parts{body: resp.Body, r: bufio.NewReaderSize(resp.Body, 4<<10), boundary: []byte("--" + boundary), ranges: ranges, src: e.src, size: -1}
 	if err := p.next(); err != nil {
 		resp.Body.Close()
 		if errors.Is(err, errParts) {
@@ -141,6 +152,9 @@ func (e *endpoint) openRanges(ctx context.Context, digest v1.Hash, ranges []bloc
 		return nil, err
 	}
 	s.Store(severalYes)
+	if mirror {
+		e.gives(digest)
+	}
 	e.remember(digest, resp)
 	watched, _ := resp.Body.(*watchedBody)
 	return &Body{rc: p, left: n, e: e, digest: digest, watched: watched}, nil
@@ -168,6 +182,7 @@ type parts struct {
 	ranges   []blockmap.Extent
 	left     int64 // bytes of the part that are left
 	after    bool  // the end of a part comes first
+	size     int64 // of the blob, as the parts say; -1: they have not said
 	src      *source
 }
 
@@ -248,10 +263,14 @@ func (p *parts) next() error {
 			if textproto.CanonicalMIMEHeaderKey(name) != "Content-Range" {
 				continue
 			}
-			first, last, _, err := parseContentRange(strings.TrimSpace(value))
+			first, last, size, err := parseContentRange(strings.TrimSpace(value))
 			if err != nil {
 				return bad("%w", err)
 			}
+			if size >= 0 && p.size >= 0 && size != p.size {
+				return bad("the blob has %d bytes, and %d in the part before", size, p.size)
+			}
+			p.size = max(size, p.size)
 			if first != want.Start || last != want.End-1 {
 				return bad("got bytes %d-%d, expected %d-%d", first, last, want.Start, want.End-1)
 			}

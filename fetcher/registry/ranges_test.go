@@ -310,7 +310,8 @@ func TestRangesOfMirrors(t *testing.T) {
 
 	c = newClient(t, Options{Mirrors: Mirrors{origin.host(): {{URL: mirror.URL}}}})
 	r = openRepo(t, c, origin.host()+"/app:v1")
-	mirror.set(asBlob(func(w http.ResponseWriter, _ *http.Request) { w.Write(layer) }))
+	mirror.set(asBlob((&pullThrough{layer: layer, single: true}).answer))
+	persist(t, r, l.Digest, layer, someRanges...)
 	if b, err := readRanges(r, l.Digest, someRanges); b != nil || err != nil || r.Ranges() != 1 {
 		t.Errorf("%d bytes, %v, %d ranges at once", len(b), err, r.Ranges())
 	}

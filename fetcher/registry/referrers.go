@@ -128,8 +128,8 @@ func (m *remote) referrers(ctx context.Context, subject v1.Descriptor, artifactT
 }
 
 const (
-	// maxPages bounds the pages of a list of referrers.
-	maxPages = 64
+	// maxPages and maxPageBytes bound a list of referrers, which is in memory as a whole.
+	maxPages, maxPageBytes = 64, 4 * maxManifest
 	// tagWait is how long to wait for the fallback tag when the API has returned a list.
 	tagWait = 2 * time.Second
 )
@@ -193,6 +193,7 @@ var errAPIDown = errors.New("the referrers API has no answer")
 func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Descriptor, error) {
 	u := e.url("referrers", subject.String())
 	var all []v1.Descriptor
+	read := 0
 	for page := 0; page < maxPages; page++ {
 		raw, h, err := e.fetch(ctx, u, string(types.OCIImageIndex))
 		var list []v1.Descriptor
@@ -207,6 +208,9 @@ func (e *endpoint) listReferrers(ctx context.Context, subject v1.Hash) ([]v1.Des
 			return all, err
 		}
 		all = append(all, list...)
+		if read += len(raw); read > maxPageBytes {
+			return all, fmt.Errorf("GET %s: the pages so far have more than %d bytes", redact(u), maxPageBytes)
+		}
 		next := nextPage(h.Values("Link"))
 		if next == "" {
 			return all, nil

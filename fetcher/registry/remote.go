@@ -100,7 +100,14 @@ func (e *endpoint) fetch(ctx context.Context, u *url.URL, accept string) ([]byte
 }
 
 func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
-	return m.openFrom(ctx, m.holders(digest, ""), digest, off, n, whole)
+	if whole {
+		return m.openFrom(ctx, m.holders(digest, ""), digest, off, n, whole)
+	}
+	asks, err := m.copying(digest, false)
+	if err != nil {
+		return nil, err
+	}
+	return m.openFrom(ctx, m.givers(digest, "", asks), digest, off, n, whole)
 }
 
 func (m *remote) openFrom(ctx context.Context, list []*endpoint, digest v1.Hash, off, n int64, whole bool) (*Body, error) {
@@ -126,10 +133,10 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 	if err != nil {
 		return nil, err
 	}
-	skip, err := e.checkBlob(resp, off, n, whole)
+	skip, err := e.checkBlob(resp, digest, off, n, whole)
 	if errors.Is(err, errWrongRange) {
 		resp.Body.Close()
-		if e.src.mirrorOf != "" {
+		if whole || e.src.mirrorOf != "" {
 			return nil, err // others may do better
 		}
 		e.src.ignoreRanges(err.Error())
@@ -140,8 +147,11 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 		return nil, err
 	}
 	b, err := e.body(resp, digest, skip, n)
-	if err == nil {
-		b.guessed = resp.StatusCode == http.StatusPartialContent && resp.Header.Get("Content-Range") == ""
+	if err == nil && resp.StatusCode == http.StatusPartialContent {
+		b.guessed = resp.Header.Get("Content-Range") == ""
+		if e.src.mirrorOf != "" {
+			e.gives(digest)
+		}
 	}
 	return b, err
 }
@@ -153,7 +163,7 @@ func (e *endpoint) openAll(ctx context.Context, digest v1.Hash, off, n int64) (*
 	if err != nil {
 		return nil, err
 	}
-	skip, err := e.checkBlob(resp, off, n, false)
+	skip, err := e.checkBlob(resp, digest, off, n, false)
 	if err != nil {
 		resp.Body.Close()
 		return nil, err
@@ -192,8 +202,8 @@ func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.
 	}
 	origin := e.url("blobs", digest.String())
 	r.url = origin
-	if at := e.state(digest).location; at != nil {
-		r.url = at
+	if at := e.located(digest); at != nil {
+		r.url, r.located = at, true
 	}
 	resp, err := e.follow(ctx, r)
 	if r.url == origin {
@@ -205,75 +215,159 @@ func (e *endpoint) ask(ctx context.Context, digest v1.Hash, span string) (*http.
 	} else if errors.Is(err, ErrUnauthorized) {
 		status = http.StatusUnauthorized
 	}
-	switch status {
-	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusGone:
-		// The signature of the location may have expired.
+	if isExpired(status) {
 		if err == nil {
 			discard(resp)
 		}
-		e.setState(digest, blobState{})
-		r.url = origin
+		e.forget(digest)
+		r.url, r.located = origin, false
 		return e.follow(ctx, r)
 	}
 	return resp, err
 }
 
-// remember keeps the location that the registry redirected to for a blob.
+// remember keeps the location that the registry redirected to for a blob, until it expires.
 func (e *endpoint) remember(digest v1.Hash, resp *http.Response) {
-	if at := resp.Request.URL; e.auth != nil && (at.Host != e.root.Host || at.Scheme != e.root.Scheme) {
-		if known := e.state(digest).location; known == nil || *known != *at {
-			e.setState(digest, blobState{location: at})
-		}
+	at := resp.Request.URL
+	if e.auth == nil || at.Host == e.root.Host && at.Scheme == e.root.Scheme || len(at.String()) > maxLocation {
+		return
 	}
+	if known := e.state(digest).location; known != nil && *known.url == *at {
+		return
+	}
+	l := &location{url: at}
+	if life, known := lifeOf(at, clockOf(resp)); known {
+		if life <= 0 {
+			return // it serves for this answer, or the clocks differ
+		}
+		l.expires = time.Now().Add(life)
+	}
+	e.update(digest, func(s *blobState) { s.location = l })
 }
 
 // errWrongRange is an answer to a range request with other bytes, or without saying which.
 var errWrongRange = fmt.Errorf("%w: the range in the answer is not the one asked for", ErrUnavailable)
 
 // checkBlob checks the header of an answer with a blob. It returns how many bytes come
-// before those that were asked for. A Content-Encoding does not matter: the digest is of the
-// bytes that come.
-func (e *endpoint) checkBlob(resp *http.Response, off, n int64, whole bool) (skip int64, err error) {
+// before those that were asked for.
+//
+// A registry has no substitute, so its answers are used where the bytes can be right: the
+// digest will tell. A mirror has one, the registry, so its answer to a range request must have
+// the status 206 and exactly the range that was asked for. Caches and peer-to-peer proxies
+// have sent a part with 200, other parts, and the beginning of the blob in the place of each
+// part; some lose bytes without an error.
+func (e *endpoint) checkBlob(resp *http.Response, digest v1.Hash, off, n int64, whole bool) (skip int64, err error) {
 	where := func() string { return "GET " + redact(resp.Request.URL) }
-	switch resp.StatusCode {
-	case http.StatusOK, http.StatusPartialContent:
-		if e.src.mirrorOf != "" && isPage(resp.Header) {
+	status, mirror := resp.StatusCode, e.src.mirrorOf != ""
+	if status != http.StatusOK && status != http.StatusPartialContent {
+		return 0, e.refusal(resp)
+	}
+	if mirror {
+		if isPage(resp.Header) {
 			return 0, fmt.Errorf("%s: %w: the answer is a web page, not the blob", where(), ErrUnavailable)
 		}
+		// The label of a registry may be wrong, since the digest is of the bytes as they come.
+		if s := encodingOf(resp.Header); s != "" {
+			return 0, fmt.Errorf("%s: %w: the answer has the encoding %.40q, which thaw did not ask for", where(), ErrUnavailable, s)
+		}
 	}
-	switch resp.StatusCode {
-	case http.StatusOK:
-		if whole {
-			if l := resp.ContentLength; l >= 0 && l != n {
-				return 0, fmt.Errorf("%s: the blob has %d bytes, its descriptor says %d", where(), l, n)
-			}
-			return 0, nil
-		}
-		if l := resp.ContentLength; l >= 0 && l < off+n {
-			return 0, fmt.Errorf("%s: the blob has %d bytes, asked for those up to byte %d", where(), l, off+n)
-		}
-		if e.src.ignoresRange.CompareAndSwap(false, true) {
-			e.client.log.Warn("the server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
-		}
-		return off, nil
-	case http.StatusPartialContent:
-		if whole {
-			return 0, fmt.Errorf("%s: the answer is a part of the blob, not all of it", where())
-		}
-		s := resp.Header.Get("Content-Range")
-		if s == "" && resp.ContentLength == n && e.src.mirrorOf == "" {
+	span := resp.Header.Get("Content-Range")
+	switch {
+	case status == http.StatusPartialContent && whole:
+		return 0, fmt.Errorf("%s: the answer is a part of the blob, not all of it", where())
+	case status == http.StatusPartialContent:
+		if span == "" && resp.ContentLength == n && !mirror {
 			return 0, nil // as many as were asked for: the digest will tell
 		}
-		first, last, _, err := parseContentRange(s)
-		switch {
-		case err != nil:
-			return 0, fmt.Errorf("%s: %w: %w", where(), errWrongRange, err)
-		case first > off || last < off+n-1:
-			return 0, fmt.Errorf("%s: %w: asked for bytes %d-%d, got %d-%d", where(), errWrongRange, off, off+n-1, first, last)
+		return e.checkRange(resp, span, digest, off, n)
+	case span != "":
+		// Is it the range or the blob? The status and the header contradict each other.
+		first, last, _, err := parseContentRange(span)
+		if !whole || err != nil || first != 0 || last != n-1 {
+			return 0, fmt.Errorf("%s: %w: the status is 200, but there is a Content-Range, %.80q", where(), errWrongRange, span)
 		}
-		return off - first, nil // it may round ranges up
 	}
-	return 0, badStatus(resp)
+	l := resp.ContentLength
+	switch {
+	case whole:
+		if l >= 0 && l != n {
+			return 0, fmt.Errorf("%s: the blob has %d bytes, its descriptor says %d", where(), l, n)
+		}
+		return 0, nil
+	case l >= 0 && l < off+n:
+		return 0, fmt.Errorf("%s: the blob has %d bytes, asked for those up to byte %d", where(), l, off+n)
+	case mirror:
+		if all := off == 0 && l == n; !all && (l < 0 || l > smallBlob) {
+			return 0, e.whole(digest, resp)
+		}
+		return off, nil
+	}
+	if e.src.ignoresRange.CompareAndSwap(false, true) {
+		e.client.log.Warn("the server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
+	}
+	return off, nil
+}
+
+// refusal makes an error of an answer without a blob.
+func (e *endpoint) refusal(resp *http.Response) error {
+	err := badStatus(resp)
+	switch x, ok := errors.AsType[*httpError](err); {
+	case !ok:
+	case e.src.mirrorOf == "":
+		x.after = min(x.after, maxBlobWait)
+	case x.status == http.StatusRequestedRangeNotSatisfiable:
+		// It has something else under this digest, a beginning perhaps.
+		return fmt.Errorf("%w: %w", ErrNotFound, err)
+	}
+	return err
+}
+
+// checkRange checks the Content-Range of a part of a blob.
+func (e *endpoint) checkRange(resp *http.Response, span string, digest v1.Hash, off, n int64) (skip int64, err error) {
+	wrong := func(format string, args ...any) error {
+		return fmt.Errorf("GET %s: %w: %w", redact(resp.Request.URL), errWrongRange, fmt.Errorf(format, args...))
+	}
+	first, last, size, err := parseContentRange(span)
+	switch {
+	case err != nil:
+		return 0, wrong("%w", err)
+	case first > off || last < off+n-1,
+		e.src.mirrorOf != "" && (first != off || last != off+n-1): // a registry may round ranges up
+		return 0, wrong("asked for bytes %d-%d, got %d-%d", off, off+n-1, first, last)
+	case resp.ContentLength >= 0 && resp.ContentLength != last-first+1:
+		return 0, wrong("bytes %d-%d, but %d of them", first, last, resp.ContentLength)
+	}
+	if e.src.mirrorOf != "" {
+		if err := e.checkSize(digest, size); err != nil {
+			return 0, wrong("%w", err)
+		}
+	}
+	return off - first, nil
+}
+
+// checkSize compares the size of a blob, -1 if not known, with what the mirror said before.
+func (e *endpoint) checkSize(digest v1.Hash, size int64) error {
+	if size < 0 {
+		return nil
+	}
+	known := e.state(digest).size
+	if known == size {
+		return nil
+	}
+	e.update(digest, func(s *blobState) { s.size = size })
+	if known != 0 {
+		return fmt.Errorf("the blob has %d bytes, and %d in an earlier answer", size, known)
+	}
+	return nil
+}
+
+// encodingOf is the encoding of an answer, empty for none.
+func encodingOf(h http.Header) string {
+	s := strings.Join(h.Values("Content-Encoding"), ",")
+	if strings.EqualFold(strings.TrimSpace(s), "identity") {
+		return ""
+	}
+	return s
 }
 
 // parseContentRange reads "bytes FIRST-LAST/SIZE" (RFC 9110, 14.4); size is -1

@@ -284,6 +284,42 @@ func TestMirrorLateOnce(t *testing.T) {
 	}
 }
 
+// When all answers of a mirror are late, few requests turn to the registry early.
+func TestMirrorBusy(t *testing.T) {
+	origin, mirror, r, l, layer := mirrored(t, Options{})
+	read := func(i int) {
+		if b, err := readRange(t.Context(), r, l.Digest, int64(i), 10); err != nil || !bytes.Equal(b, layer[i:i+10]) {
+			t.Error(err)
+		}
+	}
+	for i := range 2 * hedgeEvery { // it is known to be quick
+		read(i)
+	}
+	origin.requests.Store(0)
+	var n atomic.Int64
+	mirror.set(asBlob(func(w http.ResponseWriter, req *http.Request) {
+		if n.Add(1)%2 == 0 { // half of the answers, so that the mirror does not rest
+			select {
+			case <-time.After(2 * minLate):
+			case <-req.Context().Done():
+			}
+		}
+		serveContent(layer)(w, req)
+	}))
+	var readers sync.WaitGroup
+	for w := range 4 {
+		readers.Go(func() {
+			for i := range 10 {
+				read(100*w + i)
+			}
+		})
+	}
+	readers.Wait()
+	if got := origin.requests.Load(); got > maxHedges+40/hedgeEvery {
+		t.Errorf("the registry was asked %d times for 40 reads", got)
+	}
+}
+
 // If a demand trickles from a mirror, the client reads it from another server and
 // avoids the mirror. If there is no other server, the client says so.
 func TestOpenRangeElsewhere(t *testing.T) {
@@ -467,6 +503,6 @@ func TestOrder(t *testing.T) {
 	check(m.resolvers(), "r.example", "b")
 	m.mirrors(false)[0].src.distrust()
 	check(m.holders(h, ""), "c", "r.example", "b")
-	m.mirrors(false)[2].setState(h, blobState{missing: time.Now().Add(time.Minute)})
+	m.mirrors(false)[2].update(h, func(s *blobState) { s.missing = time.Now().Add(time.Minute) })
 	check(m.holders(h, ""), "r.example", "b")
 }

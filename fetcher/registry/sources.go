@@ -50,17 +50,23 @@ func (m *remote) first() *endpoint {
 // them: mirrors that work, the origin, and then mirrors that rest, in case the origin does
 // not answer, but not those that sent wrong bytes. The source named avoid is left out.
 func (m *remote) holders(digest v1.Hash, avoid string) []*endpoint {
-	return m.order(m.mirrors(false), digest, avoid)
+	return m.order(m.mirrors(false), digest, avoid, nil)
+}
+
+// givers are holders for ranges of a blob, without the mirrors that are copying it, unless this
+// call is to find out whether one still is.
+func (m *remote) givers(digest v1.Hash, avoid string, asks *endpoint) []*endpoint {
+	return m.order(m.mirrors(false), digest, avoid, func(e *endpoint, now time.Time) bool { return e == asks || e.claim(digest, now) == 0 })
 }
 
 // resolvers are the endpoints that are trusted to answer without a digest: what a tag leads
 // to, what refers to an image. These are the origin and the mirrors that are marked so. No
 // other mirror is asked, even if the origin does not work.
 func (m *remote) resolvers() []*endpoint {
-	return m.order(m.mirrors(true), v1.Hash{}, "")
+	return m.order(m.mirrors(true), v1.Hash{}, "", nil)
 }
 
-func (m *remote) order(mirrors []*endpoint, digest v1.Hash, avoid string) []*endpoint {
+func (m *remote) order(mirrors []*endpoint, digest v1.Hash, avoid string, gives func(*endpoint, time.Time) bool) []*endpoint {
 	now := time.Now()
 	var list, resting []*endpoint
 	for _, e := range mirrors {
@@ -71,6 +77,7 @@ func (m *remote) order(mirrors []*endpoint, digest v1.Hash, avoid string) []*end
 				resting = append(resting, e)
 			}
 		case digest != v1.Hash{} && now.Before(e.state(digest).missing):
+		case gives != nil && !gives(e, now):
 		default:
 			list = append(list, e)
 		}
@@ -134,7 +141,9 @@ func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoin
 			if ctx.Err() != nil {
 				return value, nil, err
 			}
-			r.failed(e, a.err)
+			if r.failed(e, a.err) {
+				err = a.err
+			}
 			if r.done {
 				late.Reset(maxLate) // for those that were asked before
 			} else {
@@ -146,6 +155,10 @@ func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoin
 			}
 			last := r.last
 			if r.at[last].cancel != nil && !r.at[last].overtaken {
+				if wait := time.Until(r.at[last].asked.Add(maxLate)); wait > 0 && !list[last].src.mayHedge(time.Now()) {
+					late.Reset(wait)
+					continue
+				}
 				r.at[last].overtaken = true
 				list[last].src.overtaken()
 			}
@@ -173,11 +186,12 @@ type runners[T any] struct {
 
 	next, last int  // to ask, and the one asked last
 	running    int  // without an answer
-	done       bool // the origin's answer leaves nothing to ask the others
+	done       bool // an answer leaves nothing to ask the others
 }
 
 type runner struct {
 	cancel    context.CancelFunc // nil if it does not run
+	asked     time.Time
 	overtaken bool
 }
 
@@ -195,7 +209,7 @@ func (r *runners[T]) start(ctx context.Context) (int, bool) {
 			continue
 		}
 		ctx, cancel := context.WithCancel(ctx)
-		r.at[i].cancel, r.last = cancel, i
+		r.at[i].cancel, r.at[i].asked, r.last = cancel, time.Now(), i
 		r.running++
 		r.m.client.overtaken.Go(func() {
 			v, err := r.ask(ctx, e)
@@ -209,18 +223,24 @@ func (r *runners[T]) start(ctx context.Context) (int, bool) {
 	return 0, false
 }
 
-// failed notes how a source has failed.
-func (r *runners[T]) failed(e *endpoint, err error) {
+// failed notes how a source has failed, and says whether this error is the one to return,
+// whatever others were before.
+func (r *runners[T]) failed(e *endpoint, err error) bool {
 	e.failed(r.digest, err)
 	if e == r.m.origin {
 		// Its permanent answer is final. Mirrors that rest would not know better.
 		r.done = !Temporary(err)
-		return
+		return true
+	}
+	if e.isCopying(err) {
+		r.done = true
+		return true
 	}
 	if errors.Is(err, ErrNotFound) && r.digest != (v1.Hash{}) {
-		e.setState(r.digest, blobState{missing: time.Now().Add(restAfterMissing)})
+		e.update(r.digest, func(s *blobState) { s.missing = time.Now().Add(restAfterMissing) })
 	}
 	r.m.client.log.Debug("a mirror has no answer", "mirror", e.src.name, "of", e.src.mirrorOf, "err", err)
+	return false
 }
 
 // giveUp cancels the requests that still run, and drops their answers.

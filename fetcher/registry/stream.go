@@ -182,7 +182,7 @@ func (e *endpoint) openURL(ctx context.Context, u *url.URL, digest v1.Hash, off,
 	if err != nil {
 		return nil, err
 	}
-	skip, err := e.checkBlob(resp, off, n, off == 0)
+	skip, err := e.checkBlob(resp, digest, off, n, off == 0)
 	if err != nil {
 		resp.Body.Close()
 		return nil, err

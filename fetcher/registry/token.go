@@ -29,6 +29,9 @@ func (a *authorizer) exchange(ctx context.Context, push bool, ch *challenge, log
 	if realm.Scheme != "https" && (realm.Scheme != "http" || a.root.Scheme != "http" && !isLoopback(realm.Hostname())) {
 		return token{}, fmt.Errorf("the realm in its challenge, %s, is not HTTPS", redact(realm))
 	}
+	if realm.Host != a.root.Host && a.client.outside(a.root) {
+		ctx = outward(ctx)
+	}
 	actions := "pull"
 	if push {
 		actions = "pull,push"
@@ -87,6 +90,8 @@ func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form ur
 		switch {
 		case bad != nil, v == "", next.Host == "", next.Scheme != "https" && next.Scheme != u.Scheme, n == maxRedirects:
 			return token{}, fmt.Errorf("%s: the token service sends a redirect that cannot be followed", redact(u))
+		case a.client.outside(a.root) && isHere(next.Hostname()):
+			return token{}, fmt.Errorf("%s: %w", redact(u), errInside)
 		case next.Host != u.Host || next.Scheme != u.Scheme && u.Scheme == "https":
 			if form != nil {
 				return token{}, fmt.Errorf("%s: the token service redirects to another host, %s, which must not get the identity token", redact(u), next.Host)
@@ -97,6 +102,9 @@ func (a *authorizer) ask(ctx context.Context, method string, u *url.URL, form ur
 			return token{}, fmt.Errorf("%s: the token service sends a redirect that cannot be followed", redact(u))
 		}
 		next.User = nil
+		if next.Host != a.root.Host && a.client.outside(a.root) {
+			ctx = outward(ctx)
+		}
 		u = next
 		resp, err = a.send(ctx, method, u, form, auth)
 	}
@@ -140,10 +148,29 @@ func (a *authorizer) send(ctx context.Context, method string, u *url.URL, form u
 	if auth != "" {
 		req.Header.Set("Authorization", auth)
 	}
+	if ctx.Value(outwardKey{}) == true {
+		if isHere(u.Hostname()) {
+			return nil, fmt.Errorf("%s: %w", redact(u), errInside)
+		}
+		if proxied(a.client.opts.Proxy, req) {
+			req = req.WithContext(context.WithValue(ctx, outwardKey{}, nil))
+		}
+	}
+	circuit, b := "tokens "+u.Host, &a.client.breakers
+	if err := b.pass(circuit, time.Now(), method, u); err != nil {
+		return nil, err
+	}
 	resp, err := a.client.transport.RoundTrip(req)
 	if err != nil {
-		return nil, noAnswer(req, err)
+		err = noAnswer(req, err)
+		if errors.Is(err, ErrUnavailable) {
+			b.failed(circuit, time.Now(), 0, err)
+		} else {
+			b.unknown(circuit)
+		}
+		return nil, err
 	}
+	b.settle(circuit, resp)
 	return resp, nil
 }
 

@@ -21,6 +21,8 @@ const (
 	// drainTime limits reading the rest of an answer, which only frees the connection for
 	// another request.
 	drainTime = 100 * time.Millisecond
+	// drainBytes is how much of it: more would cost more than a connection.
+	drainBytes = 32 << 10
 	// refusalTime limits reading the text of a refusal.
 	refusalTime = 2 * time.Second
 	// prefixSpeed, in bytes a second, is how fast the bytes before a range must

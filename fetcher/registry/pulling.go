@@ -1,0 +1,160 @@
+package registry
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// A pull-through cache copies a blob from the registry when it is first asked for it. Until it
+// has all of it, most caches answer a request for a range with 200 and the whole blob, which
+// comes straight from the registry: docker-registry, Harbor and Nexus do. If each reader took
+// its range from such an answer, the registry would send the blob once per range; if each
+// turned to the registry, a cold cache would save nothing. So thaw closes the answer, which
+// has made the cache begin to copy, and asks again a little later, when the cache has the
+// blob and answers with 206. Meanwhile readers get an error that says when to try again.
+//
+// That must not hold up starts for long. So thaw waits for a mirror only for some time, and
+// then reads from the next source until the mirror has the blob. It waits less often for a
+// mirror that never gives a range.
+
+const (
+	// firstPull is how long after a whole blob the mirror is asked for a range again: twice
+	// as long each time, up to maxPull.
+	firstPull, maxPull = 250 * time.Millisecond, 2 * time.Minute
+	// copySpeed, in bytes a second, is what a mirror is expected to copy at least: it is not
+	// asked again before it can have all of the blob.
+	copySpeed = 64 << 20
+	// pollTime is how long others wait for the request that asks again.
+	pollTime = 100 * time.Millisecond
+	// maxPatience is how long readers wait for a mirror, for all blobs together; not again
+	// before restlessness is over, and twice that after each time in vain.
+	maxPatience                   = 5 * time.Second
+	restlessness, maxRestlessness = time.Minute, time.Hour
+	// smallBlob is the size up to which a range is taken from a whole blob: that costs less
+	// than to ask again, and caches that only keep what was read to its end then have it.
+	smallBlob = 1 << 20
+)
+
+// errPulling is a whole blob instead of a range, from a mirror.
+var errPulling = fmt.Errorf("%w: the mirror sends whole blobs for ranges, as caches do that are still copying a blob", ErrUnavailable)
+
+// pulling says when to ask a mirror for a range of a blob again.
+type pulling struct {
+	next  time.Time
+	tries int  // whole blobs since the last range
+	gives bool // the mirror has given a range of this blob, and nothing else since
+}
+
+// until returns how long a mirror is not to be asked for ranges of a blob. It is zero for a
+// mirror that has not sent whole blobs for ranges so far.
+func (e *endpoint) until(p pulling, now time.Time) time.Duration {
+	if p.gives || p.tries == 0 && !e.src.copies.Load() {
+		return 0
+	}
+	return max(p.next.Sub(now), 0)
+}
+
+// claim is until, but the caller for which it is zero is to ask, and the others wait a little
+// longer for what it finds out.
+func (e *endpoint) claim(h v1.Hash, now time.Time) (d time.Duration) {
+	if p := e.state(h).pulling; p.gives || p.tries == 0 && !e.src.copies.Load() {
+		return 0
+	}
+	e.update(h, func(s *blobState) {
+		if d = e.until(s.pulling, now); d == 0 {
+			s.pulling.next = now.Add(pollTime)
+		}
+	})
+	return d
+}
+
+// whole notes a whole blob instead of a range. The error says when to ask again.
+func (e *endpoint) whole(h v1.Hash, resp *http.Response) error {
+	resp.Body.Close() // the rest would be the whole blob
+	e.src.copies.Store(true)
+	e.src.succeeded() // it works
+	now := time.Now()
+	var d time.Duration
+	e.update(h, func(s *blobState) {
+		p := &s.pulling
+		if p.gives = false; p.tries > 0 && p.next.Sub(now) > pollTime {
+			d = p.next.Sub(now) // another request was under way at the same time
+			return
+		}
+		d = min(firstPull<<min(p.tries, 16), maxPull)
+		d = d/2 + rand.N(d/2)
+		if p.tries == 0 && resp.ContentLength > 0 {
+			d = max(d, time.Duration(float64(min(resp.ContentLength, 1<<40))/copySpeed*float64(time.Second)))
+			d = min(d+rand.N(d/4+1), maxPull)
+		}
+		p.next = now.Add(d)
+		p.tries++
+	})
+	if left := e.src.patience(now); left > 0 {
+		d = min(d, left)
+		e.client.log.Debug("a mirror does not have a blob yet; thaw waits for it", "mirror", e.src.name, "blob", h.String(), "for", d)
+	}
+	return &httpError{method: http.MethodGet, url: redact(resp.Request.URL), err: errPulling, after: d}
+}
+
+// gives notes that a mirror has given a range of a blob.
+func (e *endpoint) gives(h v1.Hash) {
+	if e.state(h).pulling.gives {
+		return
+	}
+	e.update(h, func(s *blobState) { s.pulling = pulling{gives: true} })
+	e.src.mu.Lock()
+	e.src.mu.vain = 0
+	e.src.mu.Unlock()
+}
+
+// patience returns how long readers still wait for a mirror that is copying: zero if they ask
+// the next source.
+func (s *source) patience(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !now.Before(s.mu.restless) {
+		s.mu.patient = now.Add(maxPatience)
+		s.mu.restless = now.Add(min(restlessness<<min(s.mu.vain, 16), maxRestlessness))
+		s.mu.vain++
+	}
+	return max(s.mu.patient.Sub(now), 0)
+}
+
+// errOneRange: a mirror is to be asked for one range, to find out whether it has copied a blob.
+// To be asked for several, it may not be able to answer in any case.
+var errOneRange = errors.New("one range is to be asked for")
+
+// copying returns an error if a reader of ranges is to wait because the mirror that would be
+// asked first is copying the blob. Otherwise it returns the mirror that is to be asked whether
+// it still is, if any.
+func (m *remote) copying(h v1.Hash, several bool) (asks *endpoint, err error) {
+	now := time.Now()
+	for _, e := range m.mirrors(false) {
+		s := e.state(h)
+		if e.src.resting(now) || now.Before(s.missing) {
+			continue
+		}
+		if several && s.pulling.tries > 0 && e.until(s.pulling, now) == 0 {
+			return nil, errOneRange
+		}
+		d := e.claim(h, now)
+		if d == 0 {
+			return e, nil
+		}
+		if left := e.src.patience(now); left > 0 {
+			return nil, &httpError{method: http.MethodGet, url: redact(e.url("blobs", h.String())), err: errPulling, after: min(d, left)}
+		}
+	}
+	return nil, nil
+}
+
+// isCopying says whether readers are to wait, after this error, for the mirror that it is from.
+func (e *endpoint) isCopying(err error) bool {
+	return errors.Is(err, errPulling) && e.src.patience(time.Now()) > 0
+}
