@@ -149,6 +149,11 @@ func (x *site) start(t testing.TB) map[string]any {
 	s := serving(t, x.ref, "--hosts", x.hosts, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
 	tool(t, "nbdcopy", s.uri(), "null:")
 	sum, code := s.term()
+	for line := range strings.Lines(s.stderr.String()) {
+		if strings.Contains(line, "mirror") {
+			t.Log(strings.TrimSpace(line))
+		}
+	}
 	if code != exitOK || sum["failed_chunks"] != float64(0) || sum["wrong_chunks"] != float64(0) {
 		t.Errorf("exit %d, %v\n%s", code, sum, s.stderr.String())
 	}

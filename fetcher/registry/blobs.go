@@ -109,6 +109,9 @@ func (r *Repo) OpenRangeElsewhere(ctx context.Context, blob blockmap.Digest, off
 		return nil, nil
 	}
 	now := time.Now()
+	if avoid == "" && m.awaited(digest) {
+		return nil, nil // to ask the registry now would defeat the wait
+	}
 	for _, e := range m.mirrors(false) {
 		if e.src.name == avoid {
 			e.src.overtaken()

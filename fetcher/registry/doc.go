@@ -32,11 +32,11 @@
 //
 // The next source is asked when one fails, and also when one does not answer within four
 // times its usual latency (0.25 s to 2 s); the first answer wins. When many answers are late,
-// most requests wait for 2 s, so that a mirror that is busy still takes load off the registry. A mirror is not asked for
-// some time after a failure, after wrong bytes, when it trickles, and when it is late four
-// times in a row; then one request at a time finds out whether it works again. At most 16
-// requests wait for a mirror that answers none. A body must bring 16 KiB in each
-// StallTimeout. A reader that will not wait for that calls OpenRangeElsewhere, which asks
+// most requests wait for 2 s, so that a mirror that is busy still takes load off the registry.
+// A mirror is not asked for some time after a failure, after wrong bytes, when it trickles, and
+// when it is late four times in a row and answers nothing for 2 s; then one request at a time
+// finds out whether it works again. At most 16 requests wait for a mirror that answers none. A
+// body must bring 16 KiB in each StallTimeout. A reader that will not wait for that calls OpenRangeElsewhere, which asks
 // the other sources.
 //
 // # Caches and peer-to-peer proxies
@@ -47,8 +47,8 @@
 // more. The digest decides in the end.
 //
 // A pull-through cache that does not have a blob yet sends the whole blob with 200. thaw then
-// closes the answer and asks again a little later. Meanwhile readers get an error with
-// RetryAfter. They wait for at most five seconds in a minute, for all blobs of a mirror
+// closes the answer and asks again a little later. Meanwhile readers wait, for at most five
+// seconds in a minute, for all blobs of a mirror
 // together, and then read from the registry until the mirror has the blob. A range of a blob of
 // at most 1 MiB is taken from the whole blob. A cache that keeps only what a client has read to
 // its end (docker-registry from version 3 on) does not learn a large blob in this way: pull the

@@ -22,7 +22,6 @@ type source struct {
 	noExpect        atomic.Bool  // refuses Expect: 100-continue
 	maxBody         atomic.Int64 // largest body of an upload's request, once it has refused a larger one; 0: not known
 	several         several      // ranges in one answer
-	copies          atomic.Bool  // a mirror that has sent whole blobs for ranges
 
 	mu struct {
 		sync.Mutex
@@ -60,15 +59,18 @@ const (
 	lateFactor       = 4
 	minLate, maxLate = 250 * time.Millisecond, 2 * time.Second
 	lateFirst        = time.Second // for the first answer of a source, which includes the handshakes
-	maxLateInARow    = 4           // then a mirror rests
+	maxLateInARow    = 4           // then a mirror that answers nothing rests
 	maxWaiting       = 16          // requests that wait for a mirror that answers none
 )
 
 // When many hosts start at once, all are late at a mirror that works, and if all of them then
 // asked the registry too, the mirror would be of no use just when it is needed. So only
 // maxHedges late requests, and one for every hedgeEvery that were in time, are asked of the
-// next source before maxLate.
-const maxHedges, hedgeEvery = 4, 20
+// next source before maxLate, or before maxBusy if the mirror answers others meanwhile.
+const (
+	maxHedges, hedgeEvery = 2, 20
+	maxBusy               = 3 * maxLate
+)
 
 // lateAfter is how long to wait for an answer before the next source is asked.
 func (s *source) lateAfter() time.Duration {
@@ -120,30 +122,35 @@ func (s *source) answered(took time.Duration) {
 var errLate = errors.New("its answers take much longer than usual")
 
 // overtaken notes that another source was asked because this one did not answer. After
-// several in a row a mirror rests.
+// several in a row a mirror rests, if it has not answered anything for maxLate: one that is only
+// busy would be of no use just when many hosts need it.
 func (s *source) overtaken() {
 	s.mu.Lock()
 	s.mu.late++
-	hangs := s.mu.late >= maxLateInARow
+	hangs := s.mu.late >= maxLateInARow && time.Since(s.mu.heard) >= maxLate
 	s.mu.Unlock()
 	if hangs {
 		s.failed(0, errLate)
 	}
 }
 
-// mayHedge says whether the next source may be asked already, because this one is late, and
-// counts that if so. A source that rests anyway is not waited for.
-func (s *source) mayHedge(now time.Time) bool {
+// holdHedge returns how long not to ask the next source yet although this one is late: zero if
+// it may be asked, which counts. A source that rests anyway is not waited for.
+func (s *source) holdHedge(now, asked time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if now.Before(s.mu.until) {
-		return true
+		return 0
 	}
-	if s.mu.hedged > maxHedges-1 {
-		return false
+	if s.mu.hedged <= maxHedges-1 {
+		s.mu.hedged++
+		return 0
 	}
-	s.mu.hedged++
-	return true
+	limit := maxLate
+	if now.Sub(s.mu.heard) < maxLate {
+		limit = maxBusy // it answers others
+	}
+	return max(asked.Add(limit).Sub(now), 0)
 }
 
 // inTime notes an answer that came before another source was asked.

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -16,7 +17,7 @@ import (
 // its range from such an answer, the registry would send the blob once per range; if each
 // turned to the registry, a cold cache would save nothing. So thaw closes the answer, which
 // has made the cache begin to copy, and asks again a little later, when the cache has the
-// blob and answers with 206. Meanwhile readers get an error that says when to try again.
+// blob and answers with 206. Meanwhile readers wait.
 //
 // That must not hold up starts for long. So thaw waits for a mirror only for some time, and
 // then reads from the next source until the mirror has the blob. It waits less often for a
@@ -29,8 +30,9 @@ const (
 	// copySpeed, in bytes a second, is what a mirror is expected to copy at least: it is not
 	// asked again before it can have all of the blob.
 	copySpeed = 64 << 20
-	// pollTime is how long others wait for the request that asks again.
-	pollTime = 100 * time.Millisecond
+	// pollTime is how long others wait for the request that finds out whether a mirror gives
+	// ranges of a blob; they look every lookTime.
+	pollTime, lookTime = 100 * time.Millisecond, 20 * time.Millisecond
 	// maxPatience is how long readers wait for a mirror, for all blobs together; not again
 	// before restlessness is over, and twice that after each time in vain.
 	maxPatience                   = 5 * time.Second
@@ -43,6 +45,9 @@ const (
 // errPulling is a whole blob instead of a range, from a mirror.
 var errPulling = fmt.Errorf("%w: the mirror sends whole blobs for ranges, as caches do that are still copying a blob", ErrUnavailable)
 
+// errAsking is the error while another request finds out whether a mirror gives ranges of a blob.
+var errAsking = fmt.Errorf("%w: another request is finding out whether the mirror gives ranges of the blob", errPulling)
+
 // pulling says when to ask a mirror for a range of a blob again.
 type pulling struct {
 	next  time.Time
@@ -50,23 +55,32 @@ type pulling struct {
 	gives bool // the mirror has given a range of this blob, and nothing else since
 }
 
-// until returns how long a mirror is not to be asked for ranges of a blob. It is zero for a
-// mirror that has not sent whole blobs for ranges so far.
-func (e *endpoint) until(p pulling, now time.Time) time.Duration {
-	if p.gives || p.tries == 0 && !e.src.copies.Load() {
+// until returns how long a mirror is not to be asked for ranges of a blob.
+func (p pulling) until(now time.Time) time.Duration {
+	if p.gives {
 		return 0
 	}
 	return max(p.next.Sub(now), 0)
 }
 
+// lateAfter is how long to wait for a range of a blob before the next source is asked. A mirror
+// that has not given any may have to ask for the blob itself.
+func (e *endpoint) lateAfter(h v1.Hash) time.Duration {
+	d := e.src.lateAfter()
+	if e.src.mirrorOf != "" && h != (v1.Hash{}) && !e.state(h).pulling.gives {
+		d = max(d, lateFirst)
+	}
+	return d
+}
+
 // claim is until, but the caller for which it is zero is to ask, and the others wait a little
 // longer for what it finds out.
 func (e *endpoint) claim(h v1.Hash, now time.Time) (d time.Duration) {
-	if p := e.state(h).pulling; p.gives || p.tries == 0 && !e.src.copies.Load() {
+	if e.state(h).pulling.gives {
 		return 0
 	}
 	e.update(h, func(s *blobState) {
-		if d = e.until(s.pulling, now); d == 0 {
+		if d = s.pulling.until(now); d == 0 {
 			s.pulling.next = now.Add(pollTime)
 		}
 	})
@@ -76,7 +90,6 @@ func (e *endpoint) claim(h v1.Hash, now time.Time) (d time.Duration) {
 // whole notes a whole blob instead of a range. The error says when to ask again.
 func (e *endpoint) whole(h v1.Hash, resp *http.Response) error {
 	resp.Body.Close() // the rest would be the whole blob
-	e.src.copies.Store(true)
 	e.src.succeeded() // it works
 	now := time.Now()
 	var d time.Duration
@@ -126,9 +139,40 @@ func (s *source) patience(now time.Time) time.Duration {
 	return max(s.mu.patient.Sub(now), 0)
 }
 
+// patiently opens ranges, and waits while a mirror is copying the blob.
+func patiently(ctx context.Context, open func(patient bool) (*Body, error)) (*Body, error) {
+	end := time.Now().Add(maxPatience)
+	for {
+		b, err := open(time.Now().Before(end))
+		if !errors.Is(err, errPulling) || !time.Now().Before(end) {
+			return b, err
+		}
+		t := time.NewTimer(RetryAfter(err))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return nil, err
+		}
+	}
+}
+
 // errOneRange: a mirror is to be asked for one range, to find out whether it has copied a blob.
 // To be asked for several, it may not be able to answer in any case.
 var errOneRange = errors.New("one range is to be asked for")
+
+// awaited says whether readers wait at present for the mirror that would be asked first.
+func (m *remote) awaited(h v1.Hash) bool {
+	now := time.Now()
+	for _, e := range m.mirrors(false) {
+		s := e.state(h)
+		if e.src.resting(now) || now.Before(s.missing) {
+			continue
+		}
+		return s.pulling.tries > 0 && s.pulling.until(now) > 0 && e.src.patience(now) > 0
+	}
+	return false
+}
 
 // copying returns an error if a reader of ranges is to wait because the mirror that would be
 // asked first is copying the blob. Otherwise it returns the mirror that is to be asked whether
@@ -140,12 +184,16 @@ func (m *remote) copying(h v1.Hash, several bool) (asks *endpoint, err error) {
 		if e.src.resting(now) || now.Before(s.missing) {
 			continue
 		}
-		if several && s.pulling.tries > 0 && e.until(s.pulling, now) == 0 {
+		if several && s.pulling.tries > 0 && s.pulling.until(now) == 0 {
 			return nil, errOneRange
 		}
 		d := e.claim(h, now)
 		if d == 0 {
 			return e, nil
+		}
+		if s.pulling.tries == 0 {
+			// Each request might make it copy the blob once more.
+			return nil, &httpError{method: http.MethodGet, url: redact(e.url("blobs", h.String())), err: errAsking, after: min(d, lookTime)}
 		}
 		if left := e.src.patience(now); left > 0 {
 			return nil, &httpError{method: http.MethodGet, url: redact(e.url("blobs", h.String())), err: errPulling, after: min(d, left)}

@@ -52,28 +52,36 @@ func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []bl
 		}
 		end = x.End
 	}
-	asks, err := m.copying(digest, true)
+	b, err := patiently(ctx, func(patient bool) (_ *Body, err error) {
+		var asks *endpoint
+		if patient {
+			if asks, err = m.copying(digest, true); err != nil {
+				return nil, err
+			}
+		}
+		b, release, err := race(ctx, m, digest, m.givers(digest, "", asks), func(ctx context.Context, e *endpoint) (*Body, error) {
+			return e.openRanges(ctx, digest, ranges)
+		}, func(b *Body) {
+			if b != nil {
+				b.rc.Close()
+			}
+		})
+		switch {
+		case err != nil:
+			return nil, err
+		case b == nil:
+			release()
+			return nil, errOneRange
+		}
+		b.release = release
+		return b, nil
+	})
 	switch {
 	case errors.Is(err, errOneRange):
-		return nil, nil
+		return nil, nil // and not a *Body that is nil
 	case err != nil:
 		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
 	}
-	b, release, err := race(ctx, m, digest, m.givers(digest, "", asks), func(ctx context.Context, e *endpoint) (*Body, error) {
-		return e.openRanges(ctx, digest, ranges)
-	}, func(b *Body) {
-		if b != nil {
-			b.rc.Close()
-		}
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read blob %s of %s: %w", digest, r, err)
-	}
-	if b == nil {
-		release()
-		return nil, nil // and not a *Body that is nil
-	}
-	b.release = release
 	return b, nil
 }
 

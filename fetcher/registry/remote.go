@@ -103,11 +103,15 @@ func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole b
 	if whole {
 		return m.openFrom(ctx, m.holders(digest, ""), digest, off, n, whole)
 	}
-	asks, err := m.copying(digest, false)
-	if err != nil {
-		return nil, err
-	}
-	return m.openFrom(ctx, m.givers(digest, "", asks), digest, off, n, whole)
+	return patiently(ctx, func(patient bool) (b *Body, err error) {
+		var asks *endpoint
+		if patient {
+			if asks, err = m.copying(digest, false); err != nil {
+				return nil, err
+			}
+		}
+		return m.openFrom(ctx, m.givers(digest, "", asks), digest, off, n, whole)
+	})
 }
 
 func (m *remote) openFrom(ctx context.Context, list []*endpoint, digest v1.Hash, off, n int64, whole bool) (*Body, error) {

@@ -115,7 +115,7 @@ func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoin
 	defer late.Stop()
 	next := func() {
 		if i, ok := r.start(ctx); ok {
-			late.Reset(list[i].src.lateAfter())
+			late.Reset(list[i].lateAfter(digest))
 		} else {
 			late.Stop()
 		}
@@ -155,7 +155,7 @@ func race[T any](ctx context.Context, m *remote, digest v1.Hash, list []*endpoin
 			}
 			last := r.last
 			if r.at[last].cancel != nil && !r.at[last].overtaken {
-				if wait := time.Until(r.at[last].asked.Add(maxLate)); wait > 0 && !list[last].src.mayHedge(time.Now()) {
+				if wait := list[last].src.holdHedge(time.Now(), r.at[last].asked); wait > 0 {
 					late.Reset(wait)
 					continue
 				}
