@@ -21,14 +21,15 @@ type Grants struct {
 
 	mu struct {
 		sync.Mutex
-		runs  map[Run]*granted
-		swept time.Time
+		runs    map[Run]*granted
+		entries int // holders in all
+		swept   time.Time
 	}
 }
 
 // GrantOptions are the settings of Grants. Zero means the default.
 type GrantOptions struct {
-	// Slots is how many members get the same run from here at once. It defaults to 4.
+	// Slots is how many members get the same run from here at once. It defaults to 2.
 	Slots int
 	// FanOut is how often a member is named as a holder of a run. It defaults to 4.
 	FanOut int
@@ -40,18 +41,21 @@ type GrantOptions struct {
 	Forget time.Duration
 	// MaxRuns bounds the runs that are remembered. It defaults to 4096.
 	MaxRuns int
-	// MaxHolders bounds the holders of a run that are remembered. It defaults to 1024.
+	// MaxHolders bounds the holders of a run that are remembered. It defaults to 4096.
 	MaxHolders int
+	// MaxEntries bounds the holders of all runs. It defaults to 262,144.
+	MaxEntries int
 }
 
 // NewGrants makes Grants for one host.
 func NewGrants(o GrantOptions) *Grants {
-	o.Slots = cmp.Or(o.Slots, 4)
+	o.Slots = cmp.Or(o.Slots, 2)
 	o.FanOut = cmp.Or(o.FanOut, 4)
 	o.Names = cmp.Or(o.Names, 2)
 	o.Forget = cmp.Or(o.Forget, time.Minute)
 	o.MaxRuns = cmp.Or(o.MaxRuns, 4096)
-	o.MaxHolders = cmp.Or(o.MaxHolders, 1024)
+	o.MaxHolders = cmp.Or(o.MaxHolders, 4096)
+	o.MaxEntries = cmp.Or(o.MaxEntries, 1<<18)
 	g := &Grants{o: o}
 	g.mu.runs = make(map[Run]*granted)
 	return g
@@ -78,22 +82,19 @@ type holder struct {
 // Ask says what to answer to a member that asks for a run. If serve is set, it gets the
 // run from here, and the caller calls Done when it has it. Otherwise it is to ask the
 // holders, of which there may be none. A member that asks again, because the holders that
-// it was told did not have the run, has a slot beyond the others'.
+// it was told did not have the run, gets it at once: slots bound only the first requests.
+// How many uploads a host makes in all is bounded elsewhere.
 func (g *Grants) Ask(run Run, from string, now time.Time) (serve bool, holders []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	x := g.run(run, now)
 	x.asked = now
-	most := g.o.Slots
-	if x.holders[from] != nil {
-		most *= 2
-	}
-	if x.uploads < most {
+	if x.uploads < g.o.Slots || x.holders[from] != nil {
 		x.uploads++
 		g.add(x, from)
 		return true, nil
 	}
-	holders = g.name(x, from)
+	holders = g.name(x)
 	if len(holders) > 0 {
 		g.add(x, from)
 	}
@@ -112,7 +113,7 @@ func (g *Grants) Done(run Run, from string, ok bool, now time.Time) {
 	x.uploads = max(x.uploads-1, 0)
 	x.asked = now
 	if !ok {
-		x.drop(from)
+		g.drop(x, from)
 	}
 }
 
@@ -121,7 +122,7 @@ func (g *Grants) Drop(name string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for _, x := range g.mu.runs {
-		x.drop(name)
+		g.drop(x, name)
 	}
 }
 
@@ -137,7 +138,7 @@ func (g *Grants) Uploads(run Run) int {
 
 // run finds or makes what is known of a run.
 func (g *Grants) run(run Run, now time.Time) *granted {
-	if now.Sub(g.mu.swept) > g.o.Forget/2 || len(g.mu.runs) >= g.o.MaxRuns {
+	if now.Sub(g.mu.swept) > g.o.Forget/2 || len(g.mu.runs) >= g.o.MaxRuns || g.mu.entries >= g.o.MaxEntries && now.Sub(g.mu.swept) > time.Second {
 		g.sweep(now)
 	}
 	x := g.mu.runs[run]
@@ -146,6 +147,7 @@ func (g *Grants) run(run Run, now time.Time) *granted {
 		x = &granted{holders: make(map[string]*holder)}
 		g.mu.runs[run] = x
 	case now.Sub(x.asked) > g.o.Forget:
+		g.mu.entries -= len(x.order)
 		*x = granted{uploads: x.uploads, holders: make(map[string]*holder)}
 	}
 	return x
@@ -157,10 +159,10 @@ func (g *Grants) sweep(now time.Time) {
 	g.mu.swept = now
 	for run, x := range g.mu.runs {
 		if x.uploads == 0 && now.Sub(x.asked) > g.o.Forget {
-			delete(g.mu.runs, run)
+			g.forget(run, x)
 		}
 	}
-	if len(g.mu.runs) < g.o.MaxRuns {
+	if len(g.mu.runs) < g.o.MaxRuns && g.mu.entries < g.o.MaxEntries {
 		return
 	}
 	// A quarter at once, so that this is rare.
@@ -171,9 +173,17 @@ func (g *Grants) sweep(now time.Time) {
 		}
 	}
 	slices.SortFunc(idle, func(a, b Run) int { return g.mu.runs[a].asked.Compare(g.mu.runs[b].asked) })
-	for _, run := range idle[:min(len(idle), len(g.mu.runs)-g.o.MaxRuns*3/4)] {
-		delete(g.mu.runs, run)
+	for _, run := range idle {
+		if len(g.mu.runs) <= g.o.MaxRuns*3/4 && g.mu.entries <= g.o.MaxEntries*3/4 {
+			break
+		}
+		g.forget(run, g.mu.runs[run])
 	}
+}
+
+func (g *Grants) forget(run Run, x *granted) {
+	g.mu.entries -= len(x.order)
+	delete(g.mu.runs, run)
 }
 
 // add records that a member was granted a run. If there are many, it takes the place of
@@ -182,7 +192,7 @@ func (g *Grants) add(x *granted, name string) {
 	if x.holders[name] != nil {
 		return
 	}
-	if len(x.order) >= g.o.MaxHolders {
+	if len(x.order) >= g.o.MaxHolders || g.mu.entries >= g.o.MaxEntries {
 		if x.full == 0 {
 			return
 		}
@@ -190,20 +200,23 @@ func (g *Grants) add(x *granted, name string) {
 		x.order[0] = nil
 		x.order = x.order[1:]
 		x.full--
+		g.mu.entries--
 	}
 	x.seq++
+	g.mu.entries++
 	h := &holder{name: name, seq: x.seq}
 	x.holders[name] = h
 	x.order = append(x.order, h)
 }
 
 // drop forgets a holder.
-func (x *granted) drop(name string) {
+func (g *Grants) drop(x *granted, name string) {
 	h := x.holders[name]
 	if h == nil {
 		return
 	}
 	delete(x.holders, name)
+	g.mu.entries--
 	i, _ := slices.BinarySearchFunc(x.order, h.seq, func(h *holder, seq int) int { return cmp.Compare(h.seq, seq) })
 	x.order = slices.Delete(x.order, i, i+1)
 	if i < x.full {
@@ -212,17 +225,13 @@ func (x *granted) drop(name string) {
 }
 
 // name chooses the holders that a member is to ask.
-func (g *Grants) name(x *granted, from string) (names []string) {
+func (g *Grants) name(x *granted) (names []string) {
 	for x.full < len(x.order) && x.order[x.full].named >= g.o.FanOut {
 		x.full++
 	}
-	before := x.seq + 1
-	if h := x.holders[from]; h != nil {
-		before = h.seq // only those that do not wait for this member
-	}
 	var chosen []*holder
 	for _, h := range x.order[x.full:] {
-		if h.seq >= before || len(chosen) == g.o.Names {
+		if len(chosen) == g.o.Names {
 			break
 		}
 		if h.named < g.o.FanOut {

@@ -96,8 +96,8 @@ func TestNotNamed(t *testing.T) {
 	}
 }
 
-// A member that comes back gets the run, even if others take all slots, and is not told
-// to ask one that may be waiting for it.
+// A member that comes back, because no holder had the run, gets it, even if others take
+// all slots.
 func TestComesBack(t *testing.T) {
 	g := NewGrants(GrantOptions{Slots: 1, FanOut: 4, Names: 2})
 	run := Run{Number: 1}
@@ -105,17 +105,13 @@ func TestComesBack(t *testing.T) {
 	for i := range 20 {
 		g.Ask(run, fmt.Sprintf("other-%d", i), start)
 	}
-	if serve, _ := g.Ask(run, "other-3", start); !serve {
-		t.Error("it is not served")
-	}
-	serve, holders := g.Ask(run, "other-4", start)
-	if serve {
-		t.Error("two slots were made of one")
-	}
-	for _, h := range holders {
-		if h != "host-1" && h != "other-0" && h != "other-1" && h != "other-2" && h != "other-3" {
-			t.Errorf("other-4 is told to ask %s, which was granted the run later", h)
+	for i := range 20 {
+		if serve, _ := g.Ask(run, fmt.Sprintf("other-%d", i), start); !serve {
+			t.Error("it is not served")
 		}
+	}
+	if serve, _ := g.Ask(run, "other-20", start); serve {
+		t.Error("one that asks for the first time is served beyond the slots")
 	}
 }
 
@@ -139,7 +135,7 @@ func TestForget(t *testing.T) {
 
 // Memory is bounded, whoever asks for whatever.
 func TestGrantsAreBounded(t *testing.T) {
-	g := NewGrants(GrantOptions{Slots: 1, MaxRuns: 100, MaxHolders: 50})
+	g := NewGrants(GrantOptions{Slots: 1, MaxRuns: 100, MaxHolders: 50, MaxEntries: 1000})
 	for i := range 5000 {
 		run := Run{Number: uint32(i)}
 		if serve, _ := g.Ask(run, "host-1", start.Add(time.Duration(i))); !serve {
@@ -160,13 +156,21 @@ func TestGrantsAreBounded(t *testing.T) {
 	if len(x.order) > 50 || len(x.holders) > 50 {
 		t.Errorf("%d holders are remembered", len(x.order))
 	}
+	for i := range 100 {
+		for j := range 50 {
+			g.Ask(Run{Number: uint32(20000 + i)}, fmt.Sprintf("host-%d", j), start)
+		}
+	}
+	if g.mu.entries > 1000 {
+		t.Errorf("%d holders are remembered in all", g.mu.entries)
+	}
 }
 
 // Whatever is called in whatever order, the books are right.
 func TestGrantsAtRandom(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 4))
 	for range 50 {
-		o := GrantOptions{Slots: 1 + rng.IntN(3), FanOut: 1 + rng.IntN(4), Names: 1 + rng.IntN(3), MaxRuns: 2 + rng.IntN(4), MaxHolders: 1 + rng.IntN(10)}
+		o := GrantOptions{Slots: 1 + rng.IntN(3), FanOut: 1 + rng.IntN(4), Names: 1 + rng.IntN(3), MaxRuns: 2 + rng.IntN(4), MaxHolders: 1 + rng.IntN(10), MaxEntries: 1 + rng.IntN(30)}
 		g := NewGrants(o)
 		now := start
 		uploads := make(map[Run][]string)
@@ -190,8 +194,10 @@ func TestGrantsAtRandom(t *testing.T) {
 					t.Fatalf("%s is told %v and %q", from, serve, holders)
 				}
 			}
+			entries := 0
 			for run, x := range g.mu.runs {
-				if x.uploads != len(uploads[run]) || x.uploads > 2*o.Slots {
+				entries += len(x.order)
+				if x.uploads != len(uploads[run]) {
 					t.Fatalf("%d uploads, and %d were begun", x.uploads, len(uploads[run]))
 				}
 				if len(x.order) != len(x.holders) || len(x.order) > o.MaxHolders || x.full > len(x.order) {
@@ -202,6 +208,9 @@ func TestGrantsAtRandom(t *testing.T) {
 						t.Fatalf("holder %d: %+v", i, h)
 					}
 				}
+			}
+			if entries != g.mu.entries || entries > o.MaxEntries {
+				t.Fatalf("%d holders, %d are counted", entries, g.mu.entries)
 			}
 		}
 	}

@@ -31,7 +31,7 @@ const (
 	spareFirst, spareMost = 250 * time.Millisecond, 15 * time.Second
 	trialFor              = 5 * time.Second
 	maxAbsents            = 16 // an owner that never has anything is of no use
-	maxSlow               = 4
+	maxSlow               = 3  // requests in a row that were overtaken
 )
 
 // usable reports whether the peer may be asked. After a failure it may be asked by one
@@ -72,7 +72,8 @@ func (h *health) ended(o Outcome, now time.Time, rng *rand.Rand) {
 			h.fail(now, 0, rng)
 		}
 	case Slow:
-		if h.slow++; h.slow >= maxSlow {
+		// In a trial once is enough.
+		if h.slow++; h.slow >= maxSlow || h.fails > 0 {
 			h.slow = 0
 			h.fail(now, 0, rng)
 		}

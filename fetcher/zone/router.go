@@ -31,7 +31,7 @@ type RouterOptions struct {
 	// Owners is how many owners of a run are asked, one after the other, before the
 	// registry. It defaults to 2, and is at most 3.
 	Owners int
-	// MaxAsked bounds how many peers are asked for one run by one Attempt. It defaults to 6.
+	// MaxAsked bounds how many requests one Attempt makes to peers. It defaults to 12.
 	MaxAsked int
 	// HedgeFloor and HedgeMost bound HedgeAfter. They default to 300 ms and 2 s.
 	HedgeFloor, HedgeMost time.Duration
@@ -47,7 +47,7 @@ var noMembers = NewRing("", nil)
 // NewRouter makes the Router of the host named self. It has no members yet.
 func NewRouter(self string, o RouterOptions) *Router {
 	o.Owners = min(cmp.Or(o.Owners, 2), maxOwners)
-	o.MaxAsked = cmp.Or(o.MaxAsked, 6)
+	o.MaxAsked = cmp.Or(o.MaxAsked, 12)
 	o.HedgeFloor = cmp.Or(o.HedgeFloor, 300*time.Millisecond)
 	o.HedgeMost = max(cmp.Or(o.HedgeMost, 2*time.Second), o.HedgeFloor)
 	o.HedgeShare = cmp.Or(o.HedgeShare, 0.1)
@@ -112,22 +112,17 @@ type Hop struct {
 // Attempt is one attempt to get a run: which peers were asked, and which were named by
 // others. The zero value is a new attempt. A Router's methods guard it.
 type Attempt struct {
-	asked    []string // in order; an owner may be in it twice
+	asked    []string // in order; the owner may be in it several times
 	holders  []string // named by peers, and not asked yet
-	referred bool     // a peer has named holders
+	referred int      // how often the owner has named holders that were not asked before
 
 	// RegistryFailed says that the registry was asked and has failed: then peers are asked
 	// for the runs that this host owns, too. The caller sets it before it calls Next.
 	RegistryFailed bool
 }
 
-const (
-	// maxHolders bounds how many names of one answer count.
-	maxHolders = 4
-	// ownerAsked is how often the first owner is asked: once more if what it said led
-	// nowhere.
-	ownerAsked = 2
-)
+// maxHolders bounds how many names of one answer count.
+const maxHolders = 4
 
 // times returns how often a peer was asked.
 func (a *Attempt) times(name string) (n int) {
@@ -144,8 +139,8 @@ func (a *Attempt) Asked() int { return len(a.asked) }
 
 // Next returns the peer to ask next for a run. ok is false if the registry is to be
 // asked. Each call returns a peer that the attempt did not ask before, except that the
-// owner is asked once more if the holders that it named did not have the run. So every
-// attempt ends at the registry after at most MaxAsked peers, whatever they say.
+// owner is asked once more each time that the holders that it named did not have the run.
+// So every attempt ends after at most MaxAsked requests, whatever peers say.
 func (r *Router) Next(run Run, a *Attempt, now time.Time) (hop Hop, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -178,8 +173,8 @@ func (r *Router) Next(run Run, a *Attempt, now time.Time) (hop Hop, ok bool) {
 			continue
 		}
 		most := 1
-		if i == 0 && a.referred {
-			most = ownerAsked
+		if i == 0 {
+			most += a.referred
 		}
 		if a.times(name) < most && r.usable(name, now) {
 			return ask(name, true)
@@ -247,11 +242,15 @@ func (r *Router) Ended(run Run, a *Attempt, peer string, o Outcome, now time.Tim
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if a != nil && o.Result == Busy {
+		before := len(a.holders)
 		for _, name := range o.Holders[:min(len(o.Holders), maxHolders)] {
 			if name != r.self && name != peer && r.mu.ring.Has(name) && a.times(name) == 0 && !slices.Contains(a.holders, name) {
 				a.holders = append(a.holders, name)
-				a.referred = true
 			}
+		}
+		owner := r.mu.ring.owners(run)[0]
+		if len(a.holders) > before && r.mu.ring.Len() > 0 && r.mu.ring.names[owner] == peer {
+			a.referred++
 		}
 	}
 	h := r.peer(peer)

@@ -1,0 +1,431 @@
+package zone
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// Client asks peers for chunks and for pieces of blobs. It believes nothing that they
+// say: lengths must be those that were asked for, headers are bounded, and a peer that
+// does not answer or trickles is given up. It is safe for concurrent use.
+//
+// Without TLS it speaks HTTP/1.1, one request at a time on a connection, and connects to
+// loopback addresses only. With TLS it speaks HTTP/2.
+type Client struct {
+	o         ClientOptions
+	scheme    string
+	transport *http.Transport
+}
+
+// ClientOptions are the settings of a Client. Zero durations mean the default.
+type ClientOptions struct {
+	Self, Zone string // names of this host and of the zone
+	// Address returns HOST:PORT of a peer, or false if there is no such member.
+	Address func(peer string) (addr string, ok bool)
+	// TLS returns the settings of a connection to a peer, which must verify the peer's
+	// name; nil for no TLS.
+	TLS func(peer string) *tls.Config
+
+	Dial      time.Duration // to connect, with the handshake; defaults to 1 s
+	FirstSign time.Duration // to the answer, or from one sign that it will come to the next; defaults to 2 s
+	Answer    time.Duration // to the answer in all; defaults to 20 s
+	Stall     time.Duration // in which a body must bring LeastBytes; defaults to 2 s
+	Body      time.Duration // for all of a body; defaults to 20 s
+}
+
+const (
+	// leastBytes is how much a body must bring in each ClientOptions.Stall.
+	leastBytes = 64 << 10
+	// maxHeader bounds the header of an answer.
+	maxHeader = 16 << 10
+	// maxText bounds what is read of an answer that is a refusal.
+	maxText = 512
+	// maxHealth bounds what a peer says of its health.
+	maxHealth = 64 << 10
+	// maxConns bounds the connections to a peer without TLS.
+	maxConns = 64
+)
+
+// NewClient makes a Client. The caller closes it.
+func NewClient(o ClientOptions) *Client {
+	o.Dial = cmp.Or(o.Dial, time.Second)
+	o.FirstSign = cmp.Or(o.FirstSign, 2*time.Second)
+	o.Answer = cmp.Or(o.Answer, 20*time.Second)
+	o.Stall = cmp.Or(o.Stall, 2*time.Second)
+	o.Body = cmp.Or(o.Body, 20*time.Second)
+	c := &Client{o: o, scheme: "http"}
+	c.transport = &http.Transport{
+		DialContext:            c.dial,
+		DisableCompression:     true,
+		MaxIdleConns:           1024,
+		MaxIdleConnsPerHost:    maxConns,
+		MaxConnsPerHost:        maxConns,
+		IdleConnTimeout:        90 * time.Second,
+		MaxResponseHeaderBytes: maxHeader,
+		ReadBufferSize:         64 << 10,
+		Protocols:              new(http.Protocols),
+	}
+	if o.TLS == nil {
+		c.transport.Protocols.SetHTTP1(true)
+		return c
+	}
+	c.scheme = "https"
+	c.transport.DialTLSContext = c.dialTLS
+	c.transport.Protocols.SetHTTP2(true)
+	// A connection to a host that is gone is found out and closed, or each request to the
+	// host would wait on it.
+	c.transport.HTTP2 = &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 5 * time.Second}
+	return c
+}
+
+// Close closes the connections that are not in use.
+func (c *Client) Close() { c.transport.CloseIdleConnections() }
+
+// Names of peers are not always names of hosts as URLs have them, so the host of a URL is
+// the name in hexadecimal.
+func hostOf(peer string) string { return hex.EncodeToString([]byte(peer)) }
+
+func (c *Client) dial(ctx context.Context, network, hostport string) (net.Conn, error) {
+	_, conn, err := c.connect(ctx, network, hostport)
+	return conn, err
+}
+
+func (c *Client) connect(ctx context.Context, network, hostport string) (peer string, conn net.Conn, err error) {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		return "", nil, err
+	}
+	name, err := hex.DecodeString(host)
+	if err != nil {
+		return "", nil, err
+	}
+	peer = string(name)
+	addr, ok := c.o.Address(peer)
+	if !ok {
+		return "", nil, fmt.Errorf("%s is not a member of the zone", peer)
+	}
+	if c.o.TLS == nil {
+		if err := loopback(addr); err != nil {
+			return "", nil, err
+		}
+	}
+	conn, err = (&net.Dialer{Timeout: c.o.Dial}).DialContext(ctx, network, addr)
+	return peer, conn, err
+}
+
+// loopback fails if an address is not one of this host.
+func loopback(addr string) error {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return err
+	}
+	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
+		return fmt.Errorf("cannot connect to %s without TLS, because it is not a loopback address", addr)
+	}
+	return nil
+}
+
+func (c *Client) dialTLS(ctx context.Context, network, hostport string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.o.Dial)
+	defer cancel()
+	peer, conn, err := c.connect(ctx, network, hostport)
+	if err != nil {
+		return nil, err
+	}
+	config := c.o.TLS(peer)
+	if config == nil {
+		conn.Close()
+		return nil, errors.New("there is no certificate")
+	}
+	config = config.Clone()
+	config.NextProtos = []string{"h2"}
+	tlsConn := tls.Client(conn, config)
+	if err := tlsConn.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, &handshakeError{err}
+	}
+	return tlsConn, nil
+}
+
+// handshakeError is a TLS handshake that failed.
+type handshakeError struct{ err error }
+
+func (e *handshakeError) Error() string { return "TLS handshake: " + e.err.Error() }
+func (e *handshakeError) Unwrap() error { return e.err }
+
+// PeerError is an answer of a peer, or the lack of one.
+type PeerError struct {
+	Peer    string
+	Outcome Outcome
+	Err     error
+}
+
+func (e *PeerError) Error() string { return fmt.Sprintf("peer %s: %v", e.Peer, e.Err) }
+func (e *PeerError) Unwrap() error { return e.Err }
+
+var (
+	errNoAnswer = errors.New("it does not answer")
+	errTrickles = errors.New("it sends hardly any bytes")
+)
+
+// Chunks asks a peer for chunks first to last of a stream, which have n bytes in all. The
+// body has their contents, uncompressed and not verified. owner says that the peer is
+// asked as their owner.
+func (c *Client) Chunks(ctx context.Context, peer, image string, stream blockmap.Digest, first, last int, n int64, owner bool) (*Body, error) {
+	return c.get(ctx, peer, fmt.Sprintf("/v1/streams/%s/chunks/%d-%d", stream, first, last), c.query(image, owner), n)
+}
+
+// Piece asks a peer for n bytes of a blob from off on.
+func (c *Client) Piece(ctx context.Context, peer, image string, blob blockmap.Digest, off, n int64, owner bool) (*Body, error) {
+	return c.get(ctx, peer, fmt.Sprintf("/v1/blobs/%s/%d-%d", blob, off, off+n), c.query(image, owner), n)
+}
+
+func (c *Client) query(image string, owner bool) url.Values {
+	q := url.Values{"image": {image}, "zone": {c.o.Zone}, "from": {c.o.Self}}
+	if owner {
+		q.Set("origin", "1")
+	}
+	return q
+}
+
+// Health asks a peer how it is, and returns its JSON.
+func (c *Client) Health(ctx context.Context, peer string) ([]byte, error) {
+	b, err := c.get(ctx, peer, "/v1/health", url.Values{"zone": {c.o.Zone}, "from": {c.o.Self}}, -1)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Close()
+	p, err := io.ReadAll(io.LimitReader(b, maxHealth+1))
+	if err == nil && len(p) > maxHealth {
+		err = errors.New("its answer is too long")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("health of peer %s: %w", peer, err)
+	}
+	return p, nil
+}
+
+// get sends a request. n is the length that the answer must have; -1 for any. Each error
+// that it returns is a PeerError.
+func (c *Client) get(ctx context.Context, peer, path string, query url.Values, n int64) (*Body, error) {
+	began := time.Now()
+	if !ValidName(peer) {
+		return nil, &PeerError{peer, Outcome{Result: Broken}, errors.New("it has no valid name")}
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	// One timer for the first sign, and for each later one.
+	until := began.Add(c.o.Answer)
+	sign := time.AfterFunc(min(c.o.FirstSign, c.o.Answer), func() { cancel(errNoAnswer) })
+	defer sign.Stop()
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if code == http.StatusProcessing && sign.Stop() {
+				sign.Reset(min(c.o.FirstSign, time.Until(until)))
+			}
+			return nil
+		},
+	})
+	req := (&http.Request{
+		Method: http.MethodGet,
+		URL:    &url.URL{Scheme: c.scheme, Host: hostOf(peer), Path: path, RawQuery: query.Encode()},
+		Host:   "thaw-zone",
+		Header: http.Header{"User-Agent": {"thaw"}},
+	}).WithContext(traced)
+	resp, err := c.transport.RoundTrip(req)
+	if err == nil && !sign.Stop() {
+		resp.Body.Close()
+		err = errNoAnswer
+	}
+	if err != nil {
+		failed := c.failed(ctx, peer, err, began)
+		cancel(nil)
+		return nil, failed
+	}
+	if resp.StatusCode != http.StatusOK {
+		refused := c.refused(resp, peer, began)
+		resp.Body.Close()
+		cancel(nil)
+		return nil, refused
+	}
+	if n >= 0 && resp.ContentLength != n || resp.Header.Get("Content-Encoding") != "" {
+		resp.Body.Close()
+		cancel(nil)
+		return nil, &PeerError{peer, Outcome{Result: Broken, Took: time.Since(began)},
+			fmt.Errorf("its answer has %d bytes instead of %d", resp.ContentLength, n)}
+	}
+	return &Body{client: c, peer: peer, body: resp.Body, ctx: ctx, cancel: cancel, began: began, n: n, waited: time.Since(began)}, nil
+}
+
+// failed returns the error of a request without an answer.
+func (c *Client) failed(ctx context.Context, peer string, err error, began time.Time) error {
+	o := Outcome{Result: Broken, Took: time.Since(began)}
+	var handshake *handshakeError
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errNoAnswer), errors.Is(cause, errTrickles):
+		o.Result, err = Late, cause
+	case cause != nil:
+		o.Result, err = Cancelled, cause
+	case errors.As(err, &handshake):
+		o.Result = Refused
+		var timeout net.Error
+		if errors.As(err, &timeout) && timeout.Timeout() || errors.Is(err, context.DeadlineExceeded) {
+			o.Result = Late
+		}
+	}
+	return &PeerError{peer, o, err}
+}
+
+// refused returns the error of an answer without what was asked for.
+func (c *Client) refused(resp *http.Response, peer string, began time.Time) error {
+	o := Outcome{Took: time.Since(began)}
+	switch resp.StatusCode {
+	case http.StatusNotFound:
+		o.Result = Absent
+	case http.StatusForbidden, http.StatusUnauthorized:
+		o.Result = Refused
+	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
+		o.Result = Busy
+		o.Holders = ParseHolders(resp.Header.Get("Thaw-Holders"))
+		o.RetryAfter = retryAfter(resp.Header.Get("Retry-After"))
+	case http.StatusBadGateway, http.StatusGatewayTimeout:
+		o.Result = Absent // the registry failed, and not the peer
+	default:
+		o.Result = Broken
+	}
+	// Not all of a long text is read, and the connection is closed then.
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxText))
+	err := fmt.Errorf("it answers %d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
+	if t := printable(string(text)); t != "" {
+		err = fmt.Errorf("%w: %s", err, t)
+	}
+	return &PeerError{peer, o, err}
+}
+
+// retryAfter parses a Retry-After header field; it is 0 if there is none.
+func retryAfter(field string) time.Duration {
+	n, err := strconv.ParseInt(strings.TrimSpace(field), 10, 32)
+	if err != nil || n < 0 {
+		return 0
+	}
+	return time.Duration(n) * time.Second
+}
+
+// printable returns the text without control characters.
+func printable(text string) string {
+	return strings.TrimSpace(strings.Map(func(c rune) rune {
+		if c < ' ' || c == 0x7f || c == '�' {
+			return ' '
+		}
+		return c
+	}, text))
+}
+
+// Body is what a peer sends. Its bytes are not verified. It is read by one goroutine.
+type Body struct {
+	client *Client
+	peer   string
+	body   io.ReadCloser
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	began  time.Time
+	n      int64 // bytes to come in all; -1 if that is not known
+	got    int64
+
+	waited   time.Duration // for the answer, and in Read
+	window   time.Duration // the part of it since window bytes were counted anew
+	windowed int64
+	closed   sync.Once
+	over     sync.Once
+	distrust sync.Once
+	ended    func(Outcome) // called once, with the first outcome; may be nil
+	wrong    func()        // called once if the bytes turn out to be wrong after that; may be nil
+}
+
+// Source returns the name of the peer.
+func (b *Body) Source() string { return b.peer }
+
+// Read reads as io.Reader does. It fails with a PeerError, and with io.ErrUnexpectedEOF
+// in it if the peer has sent too little. Only the time in Read counts for the bounds: a
+// caller may make pauses.
+func (b *Body) Read(p []byte) (int, error) {
+	if b.n >= 0 && b.got == b.n {
+		return 0, io.EOF
+	}
+	o := &b.client.o
+	left := min(o.Stall-b.window, o.Answer+o.Body-b.waited)
+	began := time.Now()
+	t := time.AfterFunc(left, func() { b.cancel(errTrickles) })
+	n, err := b.body.Read(p)
+	t.Stop()
+	took := time.Since(began)
+	b.waited += took
+	b.window += took
+	b.got += int64(n)
+	if b.windowed += int64(n); b.windowed >= leastBytes {
+		b.window, b.windowed = 0, 0
+	}
+	if b.n >= 0 && b.got == b.n {
+		b.end(Outcome{Result: Served})
+		return n, nil
+	}
+	if err == io.EOF && b.n < 0 {
+		return n, err
+	}
+	if err != nil {
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		var failed *PeerError
+		errors.As(b.client.failed(b.ctx, b.peer, err, b.began), &failed)
+		b.end(failed.Outcome)
+		return n, failed
+	}
+	return n, nil
+}
+
+// Distrust records that the bytes are wrong.
+func (b *Body) Distrust() {
+	b.distrust.Do(func() {
+		if !b.end(Outcome{Result: Wrong}) && b.wrong != nil {
+			b.wrong()
+		}
+	})
+}
+
+// Close ends the request. What is not read yet is not waited for.
+func (b *Body) Close() error {
+	b.closed.Do(func() {
+		b.end(Outcome{Result: Cancelled})
+		b.cancel(nil)
+		b.body.Close()
+	})
+	return nil
+}
+
+// end reports the outcome, and whether it is the first one. Others do not count.
+func (b *Body) end(o Outcome) (first bool) {
+	b.over.Do(func() {
+		first = true
+		o.Bytes, o.Took = b.got, b.waited
+		if b.ended != nil {
+			b.ended(o)
+		}
+	})
+	return first
+}

@@ -1,0 +1,102 @@
+package zone
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// Peers finds out whom to ask for a run, and asks: a Router and a Client together. It is
+// the side of a zone that a host's fetcher sees.
+type Peers struct {
+	router *Router
+	client *Client
+}
+
+// NewPeers makes Peers. The caller closes the client.
+func NewPeers(r *Router, c *Client) *Peers { return &Peers{r, c} }
+
+// Alone reports whether the zone has no members but this host.
+func (p *Peers) Alone() bool {
+	ring := p.router.Ring()
+	return ring.Len() == 0 || ring.Len() == 1 && ring.Has(p.router.self)
+}
+
+// Route is one attempt to get a run from peers. It is safe for concurrent use.
+type Route struct {
+	peers   *Peers
+	image   string
+	run     Run
+	attempt Attempt // guarded by the Router
+}
+
+// Route begins an attempt to get a run of a stream or of a blob that an image has. image
+// is HOST/REPO@DIGEST of the image's manifest: who knows that may read it.
+func (p *Peers) Route(image string, of blockmap.Digest, number uint32) *Route {
+	return &Route{peers: p, image: image, run: Run{of, number}}
+}
+
+// Next returns the peer to ask next, and whether to ask it as an owner of the run. ok is
+// false if the registry is to be asked.
+func (r *Route) Next() (peer string, owner, ok bool) {
+	hop, ok := r.peers.router.Next(r.run, &r.attempt, time.Now())
+	return hop.Peer, hop.Owner, ok
+}
+
+// RegistryFailed makes Next return peers even for runs that this host owns. The caller
+// calls it before it calls Next.
+func (r *Route) RegistryFailed() { r.attempt.RegistryFailed = true }
+
+// Usable reports whether a peer may still be asked.
+func (r *Route) Usable(peer string) bool { return r.peers.router.Usable(peer, time.Now()) }
+
+// HedgeAfter returns how long to wait for a peer before the next source is asked as well.
+func (r *Route) HedgeAfter(peer string) time.Duration { return r.peers.router.HedgeAfter(peer) }
+
+// MayHedge reports whether an extra request may be made, and counts it if so.
+func (r *Route) MayHedge() bool { return r.peers.router.MayHedge(time.Now()) }
+
+// Overtaken records that another source was quicker than a peer.
+func (r *Route) Overtaken(peer string) { r.peers.router.Overtaken(peer, time.Now()) }
+
+// Distrust records that a peer has sent wrong bytes.
+func (r *Route) Distrust(peer string) { r.peers.router.Distrust(peer, time.Now()) }
+
+// OpenChunks asks a peer for chunks first to last, which have n bytes in all. The body has
+// their contents, uncompressed, and has methods Source and Distrust as those of a registry
+// have.
+func (r *Route) OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n int64) (io.ReadCloser, error) {
+	return r.open(peer, func() (*Body, error) {
+		return r.peers.client.Chunks(ctx, peer, r.image, r.run.Of, first, last, n, owner)
+	})
+}
+
+// OpenPiece asks a peer for n bytes of the blob from off on.
+func (r *Route) OpenPiece(ctx context.Context, peer string, owner bool, off, n int64) (io.ReadCloser, error) {
+	return r.open(peer, func() (*Body, error) {
+		return r.peers.client.Piece(ctx, peer, r.image, r.run.Of, off, n, owner)
+	})
+}
+
+// open makes a request, and tells the Router how it begins and ends.
+func (r *Route) open(peer string, ask func() (*Body, error)) (io.ReadCloser, error) {
+	router := r.peers.router
+	router.Began(peer, time.Now())
+	ended := func(o Outcome) { router.Ended(r.run, &r.attempt, peer, o, time.Now()) }
+	body, err := ask()
+	if err != nil {
+		var failed *PeerError
+		if errors.As(err, &failed) {
+			ended(failed.Outcome)
+		} else {
+			ended(Outcome{Result: Broken})
+		}
+		return nil, err
+	}
+	body.ended = ended
+	body.wrong = func() { router.Distrust(peer, time.Now()) }
+	return body, nil
+}
