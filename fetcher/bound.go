@@ -13,6 +13,7 @@ import (
 type Bound struct {
 	f     *Fetcher
 	src   *source
+	near  *Nearby // nil if only the origin is asked
 	ahead atomic.Pointer[readahead]
 	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
 	last  atomic.Int64        // when a reader last waited, in ns since 1970; 0: never
@@ -46,7 +47,11 @@ func (b *Bound) Fetch(ctx context.Context, wants []blockmap.Want) error {
 	}
 	b.last.Store(time.Now().UnixNano())
 	defer func() { b.last.Store(time.Now().UnixNano()) }()
-	fetches := b.join(wants, ahead, reader)
+	return b.awaitAll(ctx, wants, b.join(wants, ahead, reader))
+}
+
+// awaitAll waits for the fetches of wants as a reader, and leaves them.
+func (b *Bound) awaitAll(ctx context.Context, wants []blockmap.Want, fetches []*fetch) error {
 	for i, ft := range fetches {
 		if ft == nil {
 			continue
@@ -95,6 +100,7 @@ type asker uint8
 
 const (
 	reader   asker = iota // waits, and leaves if it gives up
+	owner                 // like reader, and wants the chunk from the origin
 	prefetch              // waits, and calls cancelPrefetches if it is stopped
 	hint                  // does not wait, and is dropped if there are many
 	idler                 // like prefetch, but behind everything else
@@ -146,19 +152,22 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 		if as == hint {
 			return ft
 		}
-		if !ft.isAt(here) && len(ft.others) < 4 {
+		if !ft.hasPlace(here) && len(ft.others) < 4 {
 			ft.others = append(ft.others, here)
-			if ft.state == queued {
+			if ft.state == queued && ft.peer.src == nil {
 				f.pushTo(ft, b.src)
 			}
 		}
 		ft.need |= w.Needs()
-		if as != reader {
+		if as != reader && as != owner {
 			ft.wanted++
 			return ft
 		}
 		ft.readers++
 		ft.reads |= w.Needs()
+		if as == owner {
+			f.own(ft)
+		}
 		if ft.demand && ft.state == downloading {
 			f.awaitDownload(ft) // it may bring what others wait for sooner than this
 		}
@@ -170,7 +179,10 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 		return nil
 	}
 	f.mu.seq++
-	ft := &fetch{key: k, place: here, seq: f.mu.seq, need: w.Needs(), done: make(chan struct{})}
+	ft := &fetch{key: k, place: here, near: b.near, seq: f.mu.seq, need: w.Needs(), done: make(chan struct{})}
+	if as == owner {
+		ft.near = nil
+	}
 	if f.mu.closed {
 		ft.state, ft.err = ended, blockmap.ErrClosed
 		close(ft.done)
@@ -178,7 +190,7 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	}
 	f.mu.fetches[k] = ft
 	switch as {
-	case reader:
+	case reader, owner:
 		ft.readers, ft.reads = 1, w.Needs()
 		f.markDemand(ft)
 	case hint:

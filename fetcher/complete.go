@@ -160,7 +160,12 @@ func (f *Fetcher) dispatchIdle() {
 		again = false
 		for _, s := range f.mu.sources {
 			first := s.queue.nextIdle()
-			if first == nil || s.idle >= maxIdle || !f.admits(s, false, cost(first.chunk())) {
+			for first != nil && s.isPeer() && !first.route.Usable(s.peer) {
+				f.push(first)
+				again = true
+				first = s.queue.nextIdle()
+			}
+			if first == nil || s.idle >= maxIdle || !f.admits(s, false, first.at(s).cost(first)) {
 				continue
 			}
 			if wait := calmFor - time.Since(f.mu.calm); wait > 0 {
@@ -190,7 +195,7 @@ func (f *Fetcher) dispatchLater(wait time.Duration) {
 // raise gives a fetch the rank of another caller that asks for it, if that is higher.
 // f.mu is held; the caller calls dispatch.
 func (f *Fetcher) raise(ft *fetch, as asker) {
-	if as == reader || as.rank() >= ft.rank || ft.state == ended {
+	if as == reader || as == owner || as.rank() >= ft.rank || ft.state == ended {
 		return
 	}
 	ft.rank = as.rank()
@@ -210,7 +215,7 @@ func (f *Fetcher) leaveIdle(ft *fetch) bool {
 		return false
 	}
 	r := ft.requests[0]
-	if !r.idle || r.left(ft)-int64(r.stored(ft)) <= max(r.place.src.pace.roundTrip(), leastBroken) {
+	if !r.idle || r.left(ft)-r.place.stored(ft) <= max(r.place.src.pace.roundTrip(), leastBroken) {
 		return false
 	}
 	ft.leave(r)

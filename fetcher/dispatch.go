@@ -5,10 +5,15 @@ import (
 	"time"
 )
 
-// push queues a fetch at all sources that have its chunk. The first source with room
-// for the fetch takes it. f.mu is held; the caller calls dispatch.
+// push queues a fetch: at the peer that is to be asked for it, if there is one, and
+// otherwise at all origins that have its chunk. The first origin with room for the fetch
+// takes it. f.mu is held; the caller calls dispatch.
 func (f *Fetcher) push(ft *fetch) {
 	ft.state = queued
+	if f.choosePeer(ft) {
+		f.pushTo(ft, ft.peer.src)
+		return
+	}
 	f.pushTo(ft, ft.place.src)
 	for i, p := range ft.others {
 		if p.src != ft.place.src && !slices.ContainsFunc(ft.others[:i], func(q place) bool { return q.src == p.src }) {
@@ -45,6 +50,8 @@ func (f *Fetcher) dispatch() {
 					again = true
 				}
 			}
+			again = again || f.mu.moved
+			f.mu.moved = false
 		}
 	}
 	f.dispatchIdle()
@@ -64,15 +71,23 @@ func (f *Fetcher) startNext(s *source, demand bool) bool {
 		return false // a demand has no room, and prefetches must not take the room it waits for
 	}
 	first := s.queue.next(demand)
-	if first == nil || !demand && !f.keepsPace(s, int64(first.chunk().Stored)) {
+	for first != nil && s.isPeer() && !first.route.Usable(s.peer) {
+		f.push(first) // elsewhere: the peer has failed meanwhile
+		f.mu.moved = true
+		first = s.queue.next(demand)
+	}
+	if first == nil || !demand && !f.keepsPace(s, first.at(s).stored(first)) {
 		return false
 	}
-	if !f.admits(s, demand, cost(first.chunk())) {
+	if s.isPeer() && s.active.requests >= maxPeerRequests {
+		return false
+	}
+	if !f.admits(s, demand, first.at(s).cost(first)) {
 		f.mu.refused = true
 		if !demand || !f.admits(s, true, 0) {
 			return false
 		}
-		if first = s.queue.smaller(func(ft *fetch) bool { return f.admits(s, true, cost(ft.chunk())) }); first == nil {
+		if first = s.queue.smaller(func(ft *fetch) bool { return f.admits(s, true, ft.at(s).cost(ft)) }); first == nil {
 			return false
 		}
 	}
@@ -88,22 +103,29 @@ func (f *Fetcher) startBatch(s *source, first *fetch, demand bool, l limits) {
 	for _, ft := range batch {
 		ft.take(from)
 	}
-	bytes := f.costs(batch)
+	bytes := f.costs(from, batch)
 	if !f.admits(s, demand, bytes) {
 		batch = []*fetch{first}
-		bytes = f.costs(batch)
+		bytes = f.costs(from, batch)
 	}
-	f.start(s, batch, demand, bytes)
+	if s.isPeer() {
+		for _, ft := range batch {
+			ft.route, ft.owner = first.route, first.owner // what the peer says holds for all
+		}
+	}
+	f.start(from, batch, demand, bytes)
 }
 
 // limits returns the limits of the next request to a source.
 func (f *Fetcher) limits(s *source, demand bool) limits {
 	l := limits{request: f.o.MaxRequest, ranges: 1, near: s.pace.near()}
-	if !demand {
+	if !demand && !s.isPeer() {
 		l.ranges = rangesOf(s.origin)
 	}
 	switch {
-	case demand:
+	case demand, s.isPeer():
+		// A request to a peer brings all that is queued of a run: the owner asks the registry
+		// for as much at once.
 		l.bytes = s.pace.behind()
 	case l.ranges == 1:
 		// Several requests at once bring prefetches, so that the link is not idle
@@ -118,24 +140,26 @@ func (f *Fetcher) limits(s *source, demand bool) limits {
 
 // costs returns the cost of a request. A request has only as many chunks in memory at
 // once as can be decompressed at once, one that is being read, and one that waits.
-func (f *Fetcher) costs(batch []*fetch) (bytes int64) {
+func (f *Fetcher) costs(from place, batch []*fetch) (bytes int64) {
 	var largest int64
 	for _, ft := range batch {
-		bytes += cost(ft.chunk())
-		largest = max(largest, cost(ft.chunk()))
+		bytes += from.cost(ft)
+		largest = max(largest, from.cost(ft))
 	}
 	return min(bytes, int64(max(cap(f.decode), f.o.Decoders)+2)*largest)
 }
 
-// start makes a request for chunks of one blob.
-func (f *Fetcher) start(s *source, batch []*fetch, demand bool, bytes int64) {
+// start makes a request for chunks at one place.
+func (f *Fetcher) start(from place, batch []*fetch, demand bool, bytes int64) {
+	s := from.src
 	if s.active.requests == 0 {
 		s.pace.resume()
 	}
 	f.charge(s, demand, 1, bytes)
 	f.maxInFlight.Store(max(f.maxInFlight.Load(), int64(f.mu.pool.taken.requests)))
-	r := newRequest(f.ctx, batch[0].place)
+	r := newRequest(f.ctx, from)
 	r.demand, r.bytes = demand, bytes
+	r.route, r.owner = batch[0].route, batch[0].owner
 	if first := batch[0]; !first.demand && first.rank == idle {
 		r.idle = true
 		f.mu.idle++
@@ -178,7 +202,7 @@ func (f *Fetcher) keepsPace(s *source, bytes int64) bool {
 		requests++
 	}
 	window := s.pace.window()
-	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(rangesOf(s.origin) > 1))
+	return !f.linkIsTaken(nil, now) && (left+bytes <= window || left <= window/2 || requests < s.pace.requests(!s.isPeer() && rangesOf(s.origin) > 1))
 }
 
 // flows reports whether a request uses the link, or soon will.

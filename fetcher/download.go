@@ -35,6 +35,7 @@ const (
 type download struct {
 	f       *Fetcher
 	src     *source
+	near    *Nearby
 	bundle  *Bundle
 	limit   *rate.Limiter
 	done    func(*Frame, *Part) // called for each part that is resident, by several goroutines
@@ -42,6 +43,7 @@ type download struct {
 	fetches []*fetch            // the fetches of the chunks that have these leaves
 	next    int                 // the frame to be read next
 	off     int64               // offset of that frame
+	judging *judging            // of the pieces of the blob; nil if they do not come from a zone
 
 	// Fetcher.mu guards the fields below.
 	asked   time.Time           // when the bundle was requested
@@ -151,7 +153,7 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(f.ctx, cancel)()
-	d := &download{f: f, src: b.src, bundle: bundle, limit: limit, done: done, asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
+	d := &download{f: f, src: b.src, near: b.near, bundle: bundle, limit: limit, done: done, asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
 	if d.asked.IsZero() {
 		d.asked = time.Now()
 	}
@@ -242,7 +244,7 @@ func (d *download) expect(w blockmap.Want, a arriving) {
 	ft := f.mu.fetches[k]
 	if ft == nil {
 		f.mu.seq++
-		ft = &fetch{key: k, place: place{d.src, w.Table}, seq: f.mu.seq, done: make(chan struct{})}
+		ft = &fetch{key: k, place: place{d.src, w.Table}, near: d.near, seq: f.mu.seq, done: make(chan struct{})}
 		f.mu.fetches[k] = ft
 	}
 	if ft.download == nil {
@@ -321,21 +323,30 @@ func (d *download) read(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	f := d.f
-	f.requests.Add(1)
 	rc, err := d.bundle.Open(ctx, d.off)
 	if err != nil {
 		return err
 	}
 	defer rc.Close()
+	pieces, _ := rc.(*BlobReader)
+	var begin int64 // of the bundle in the blob
+	if pieces == nil {
+		f.origins.requests.Add(1)
+	} else {
+		begin = pieces.off - d.off
+		if d.judging == nil {
+			d.judging = newJudging(d.bundle, begin, pieces.b.near.PieceBytes)
+		}
+	}
 	r := newRequest(ctx, place{src: d.src})
-	r.download = d
+	r.download, r.unpaced = d, pieces != nil
 	defer r.cancel()
 	body := &incoming{f, r, rc}
 	var refusals refusals
 	var decoding sync.WaitGroup
 	defer decoding.Wait()
 	for ; d.next < len(d.bundle.Frames); d.next++ {
-		i, fr := d.next, &d.bundle.Frames[d.next]
+		i, fr, at := d.next, &d.bundle.Frames[d.next], begin+d.off
 		stored, err := d.readFrame(ctx, body)
 		if err != nil {
 			return err
@@ -346,10 +357,15 @@ func (d *download) read(ctx context.Context) error {
 		}
 		// A wrong frame is not the fault of the server that sends it, so no server is
 		// distrusted for it. Chunks that requests fetch show whether a server is at
-		// fault.
+		// fault. Peers are distrusted if the origin has other bytes.
 		f.decodeLater(d.src, &decoding, nil, func() {
 			defer f.buffers.Put(stored)
-			err := d.keepFrame(fr, *stored)
+			var err error
+			if pieces == nil {
+				err = d.keepFrame(fr, *stored, true)
+			} else {
+				err = d.keepPieces(ctx, pieces, at, fr, *stored)
+			}
 			if full := refusals.full(err); full || err != nil && !errors.Is(err, blockmap.ErrNoSpace) {
 				cancel(fmt.Errorf("frame %d: %w", i, err))
 			}
@@ -375,7 +391,9 @@ func (d *download) readFrame(ctx context.Context, body io.Reader) (stored *[]byt
 	} else {
 		n, err = io.CopyN(io.Discard, body, fr.Stored)
 	}
-	d.f.bytes.Add(n)
+	if body, ok := body.(*incoming); ok && !body.r.unpaced { // otherwise they were counted piece by piece
+		d.f.origins.bytes.Add(n)
+	}
 	if err == nil {
 		return stored, nil
 	}
@@ -404,9 +422,70 @@ func (d *download) received(fr *Frame) {
 	d.src.good = now
 }
 
+// keepPieces is keepFrame for a frame at this offset of a blob that comes from a zone. If
+// the frame is wrong, and peers have sent it, it reads the frame from the origin, which
+// shows who is at fault.
+func (d *download) keepPieces(ctx context.Context, pieces *BlobReader, at int64, fr *Frame, stored []byte) error {
+	fromPeers := pieces.fromPeers(at, fr.Stored)
+	err := d.keepFrame(fr, stored, !fromPeers)
+	if fromPeers && errors.Is(err, blockmap.ErrDigest) {
+		d.f.wrong.Add(1)
+		right, recheckErr := pieces.recheck(ctx, at, stored)
+		if recheckErr != nil {
+			d.f.log.Debug("cannot find out who has sent a wrong frame of a bundle", "err", recheckErr)
+			right = stored
+		}
+		return d.keepFrame(fr, right, true)
+	}
+	if err == nil {
+		d.judging.verified(pieces, at, fr.Stored)
+	}
+	return err
+}
+
+// judging finds out which pieces of a blob are right: those whose frames are all verified.
+type judging struct {
+	mu   sync.Mutex
+	left map[int64]int // the frames of the piece at an offset that are not verified yet
+	size int64         // of a piece
+}
+
+func newJudging(b *Bundle, begin, size int64) *judging {
+	j := &judging{left: make(map[int64]int), size: size}
+	for i := range b.Frames {
+		n := b.Frames[i].Stored
+		j.each(begin, n, func(at int64) { j.left[at]++ })
+		begin += n
+	}
+	return j
+}
+
+// each calls f for the offset of each piece with any of n bytes from off on.
+func (j *judging) each(off, n int64, f func(at int64)) {
+	for at := off - off%j.size; at < off+n; at += j.size {
+		f(at)
+	}
+}
+
+// verified records that a frame is verified.
+func (j *judging) verified(pieces *BlobReader, off, n int64) {
+	var right []int64
+	j.mu.Lock()
+	j.each(off, n, func(at int64) {
+		if j.left[at]--; j.left[at] == 0 {
+			right = append(right, at)
+		}
+	})
+	j.mu.Unlock()
+	for _, at := range right {
+		pieces.judge(at, true)
+	}
+}
+
 // keepFrame makes the leaves of a frame resident. It returns the first error, after which
-// other leaves may have come.
-func (d *download) keepFrame(fr *Frame, stored []byte) (err error) {
+// other leaves may have come. If last is not set, the caller tries the frame again when it
+// is wrong: then keepFrame gives nothing up.
+func (d *download) keepFrame(fr *Frame, stored []byte, last bool) (err error) {
 	f := d.f
 	buf := f.buffer(fr.size())
 	defer f.buffers.Put(buf)
@@ -427,11 +506,13 @@ func (d *download) keepFrame(fr *Frame, stored []byte) (err error) {
 			if err == nil || errors.Is(partErr, blockmap.ErrDigest) {
 				err = partErr
 			}
-			f.leavesLost(p)
+			if last || !errors.Is(err, blockmap.ErrDigest) {
+				f.leavesLost(p)
+			}
 		}
 		at += p.Size
 	}
-	if errors.Is(err, blockmap.ErrDigest) {
+	if last && errors.Is(err, blockmap.ErrDigest) {
 		f.wrong.Add(1)
 	}
 	return err

@@ -14,8 +14,19 @@ type fetch struct {
 	key
 	place  place   // where the next try reads the chunk, or the last one did
 	others []place // other places that have the chunk, the next one first
-	demand bool    // a reader waits for it, or for a duplicate of it
-	rank   rank    // its turn among prefetches while no reader waits
+
+	// near is the peers that are asked before the origin; nil for none. route says which of
+	// them comes next. peer is the one that is asked in the next try, as the owner if owner
+	// is set; its source is nil if the next try goes to place. fromOrigin says that the
+	// route has come to its end, originFailed that an origin has failed since.
+	near                     *Nearby
+	route                    Route
+	peer                     place
+	owner                    bool
+	fromOrigin, originFailed bool
+
+	demand bool // a reader waits for it, or for a duplicate of it
+	rank   rank // its turn among prefetches while no reader waits
 	// The readers that wait and the prefetches that want it, except those that left.
 	readers, wanted int
 	hint            *Bound // one of wanted is a hint or prediction of this Bound
@@ -62,13 +73,13 @@ const (
 
 func (ft *fetch) chunk() *blockmap.Chunk { return &ft.place.table.Chunks[ft.key.chunk] }
 
-// cost returns how many bytes of Options.MaxBytes a chunk takes.
-func cost(c *blockmap.Chunk) int64 { return int64(c.Stored) + int64(c.Size()) }
-
 // at returns where a chunk lies at a source.
 func (ft *fetch) at(s *source) place {
 	if ft.place.src == s {
 		return ft.place
+	}
+	if ft.peer.src == s {
+		return ft.peer
 	}
 	for _, p := range ft.others {
 		if p.src == s {
@@ -78,7 +89,16 @@ func (ft *fetch) at(s *source) place {
 	return ft.place
 }
 
-func (ft *fetch) isAt(p place) bool { return ft.place == p || slices.Contains(ft.others, p) }
+// isAt reports whether the next try may read a chunk at a place.
+func (ft *fetch) isAt(p place) bool {
+	if ft.peer.src != nil {
+		return ft.peer == p
+	}
+	return ft.hasPlace(p)
+}
+
+// hasPlace reports whether a chunk can be read at a place of an origin.
+func (ft *fetch) hasPlace(p place) bool { return ft.place == p || slices.Contains(ft.others, p) }
 
 // take makes p the place of the next try.
 func (ft *fetch) take(p place) {
@@ -209,8 +229,9 @@ func (f *Fetcher) update(ft *fetch) {
 			f.drop(ft)
 		} else if calmed {
 			// Its turn as a prefetch has passed, so it goes first.
-			ft.place.src.queue.pushFront(ft)
-			f.addSource(ft.place.src)
+			src := ft.where().src
+			src.queue.pushFront(ft)
+			f.addSource(src)
 		}
 	case running:
 		for _, r := range slices.Clone(ft.requests) {

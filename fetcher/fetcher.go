@@ -27,10 +27,12 @@ type Fetcher struct {
 
 	warnings rate.Sometimes
 
-	requests, bytes, chunks, local, retries, wrong, failed, maxInFlight atomic.Int64
-	held, dropped, extra, overtaken, cancelled, leaves                  atomic.Int64
-	unstored                                                            atomic.Int64 // failed attempts to store a chunk since the last success
-	claimed                                                             atomic.Int64 // len(mu.claims)
+	origins, nearby                                    counts
+	local, retries, wrong, failed, maxInFlight         atomic.Int64
+	passedOver                                         atomic.Int64 // requests of chunks to peers that failed
+	held, dropped, extra, overtaken, cancelled, leaves atomic.Int64
+	unstored                                           atomic.Int64 // failed attempts to store a chunk since the last success
+	claimed                                            atomic.Int64 // len(mu.claims)
 
 	mu struct {
 		sync.Mutex
@@ -48,6 +50,8 @@ type Fetcher struct {
 		refused   bool                  // a source had no room for a request since reclaim was last called
 		claims    map[*request]struct{} // requests that others pause for, see link.go
 		resumed   chan struct{}         // closed and replaced when paused requests may go on
+		peers     map[string]*source    // by name
+		moved     bool                  // startNext has queued fetches elsewhere since dispatch last looked at all sources
 		idle      int                   // requests for idle fetches
 		calm      time.Time             // when the last demand or request that is not idle ended
 		calming   bool                  // a timer calls dispatchIdle
@@ -84,6 +88,7 @@ func New(o Options) *Fetcher {
 	f.mu.running = make(map[*request]struct{})
 	f.mu.claims = make(map[*request]struct{})
 	f.mu.resumed = make(chan struct{})
+	f.mu.peers = make(map[string]*source)
 	f.mu.fetches = make(map[key]*fetch)
 	f.mu.contents = make(map[blockmap.Digest]*fetch)
 	return f

@@ -35,26 +35,37 @@ func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
 	first := ft.requests[0]
 	src := first.place.src
 	var ways []way
-	if o, ok := src.origin.(Elsewhere); ok && ft.demand {
-		ways = append(ways, way{place: first.place, other: o, avoid: first.server})
-	}
-	for _, p := range ft.others {
-		if !slices.ContainsFunc(ft.requests, func(r *request) bool { return r.place.src == p.src }) {
-			ways = append(ways, way{place: p})
-		}
-	}
-	if again {
-		ways = append(ways, way{place: first.place})
-	}
-	bytes := cost(ft.chunk())
-	if len(ways) == 0 || src.extra >= freeExtra+src.asked/10 || src.extraLoad.requests >= maxExtra ||
+	bytes := first.place.cost(ft)
+	if src.extra >= freeExtra+src.asked/10 || src.extraLoad.requests >= maxExtra ||
 		src.extraLoad.requests > 0 && !f.mu.extraPool.admits(src.extraLoad, bytes) {
 		return
 	}
-	ft.noExtraBefore = now.Add(stallAfter)
+	pause := stallAfter
+	if src.isPeer() {
+		pause = watchEvery
+		last := ft.requests[len(ft.requests)-1]
+		if ft.noExtraBefore = now.Add(pause); !first.route.MayHedge(last.place.src.peer) {
+			return
+		}
+		ways = f.nearWays(ft, first)
+	} else if o, ok := src.origin.(Elsewhere); ok && ft.demand {
+		ways = append(ways, way{place: first.place, other: o, avoid: first.server})
+	}
+	for _, p := range ft.others {
+		if !src.isPeer() && !slices.ContainsFunc(ft.requests, func(r *request) bool { return r.place.src == p.src }) {
+			ways = append(ways, way{place: p})
+		}
+	}
+	if again && !src.isPeer() {
+		ways = append(ways, way{place: first.place})
+	}
+	if len(ways) == 0 {
+		return
+	}
+	ft.noExtraBefore = now.Add(pause)
 	f.chargeExtra(src, 1, bytes)
 	r := newRequest(f.ctx, first.place)
-	r.extra = true
+	r.extra, r.route = true, first.route
 	r.fetches = []*fetch{ft}
 	if ft.demand {
 		r.markDemand()
@@ -89,6 +100,8 @@ type way struct {
 	place place
 	other Elsewhere // if not nil, asks a server other than avoid
 	avoid string
+	route Route // if not nil, place is a peer, which is asked
+	owner bool  // as an owner
 }
 
 // runExtra brings a chunk by the first way that gets an answer, and reports whether it
@@ -98,13 +111,17 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 	for _, w := range ways {
 		f.mu.Lock()
 		r.place, r.elsewhere = w.place, w.other != nil
+		r.route, r.owner = w.route, w.owner
 		r.expect(r.fetches)
 		r.made = true
 		f.mu.Unlock()
 		c := &w.place.table.Chunks[ft.key.chunk]
 		var body io.ReadCloser
 		began := time.Now()
-		if w.other != nil {
+		if w.route != nil {
+			i := ft.key.chunk
+			body, err = w.route.OpenChunks(r.ctx, w.place.src.peer, w.owner, i, i, int64(c.Size()))
+		} else if w.other != nil {
 			body, err = w.other.OpenRangeElsewhere(r.ctx, w.place.table.Blob, c.Offset, int64(c.Stored), w.avoid)
 			if body == nil && err == nil {
 				err = errNowhereElse
@@ -114,7 +131,7 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 			body, err = w.place.src.origin.OpenRange(r.ctx, w.place.table.Blob, c.Offset, int64(c.Stored))
 		}
 		asked = true
-		f.requests.Add(1)
+		f.counts(w.place.src).requests.Add(1)
 		if err == nil {
 			f.answered(r, body, time.Since(began))
 			f.receive(r, body, r.fetches)
@@ -134,7 +151,12 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 // registry client's own measurements do not show how slow it was. f.mu is held.
 func (f *Fetcher) avoidSlower(ft *fetch, quicker *request) {
 	for _, r := range ft.requests {
-		if src := r.place.src; r != quicker && !r.extra && quicker.elsewhere && src == quicker.place.src && r.server != "" {
+		src := r.place.src
+		switch {
+		case r == quicker || r.extra:
+		case src.isPeer():
+			r.route.Overtaken(src.peer)
+		case quicker.elsewhere && src == quicker.place.src && r.server != "":
 			src.avoid, src.avoidTill = r.server, time.Now().Add(avoidFor)
 		}
 	}

@@ -17,7 +17,7 @@ import (
 type frame struct {
 	f       *Fetcher
 	stored  []byte // as it arrived
-	content []byte // in buf; nil until it is decompressed
+	content []byte // in buf, or in stored if it came uncompressed; nil until it is decompressed
 	buf     *[]byte
 }
 

@@ -42,12 +42,17 @@ func (f *Fetcher) arrived(r *request, n int64) {
 	if n > 0 {
 		r.got += n
 		r.moved = now
-		r.place.src.pace.arrived(n, now)
+		if !r.unpaced {
+			r.place.src.pace.arrived(n, now)
+		}
 	}
 	f.claimLink(r, now)
 	if s := r.place.src; !f.mu.closed && s.queue.next(false) != nil {
 		for f.startNext(s, false) {
 		}
+	}
+	if f.mu.moved {
+		f.dispatch()
 	}
 }
 

@@ -19,6 +19,7 @@ type queue struct {
 	demand   list
 	prefetch [ranks]list
 	at       map[key]*fetch // what the lists hold, to find the neighbours of a fetch
+	peer     *source        // the source if it is a peer, otherwise nil
 }
 
 // rank is the turn of a fetch that no reader waits for. Each rank goes before the next
@@ -84,14 +85,16 @@ func (q *queue) index(ft *fetch) {
 // skip reports whether a fetch no longer waits in a list. A fetch that no longer waits at
 // all is not a neighbour of any fetch either.
 func (q *queue) skip(ft *fetch, l *list) bool {
-	if ft.state != queued && q.at[ft.key] == ft {
+	if (ft.state != queued || ft.peer.src != q.peer) && q.at[ft.key] == ft {
 		delete(q.at, ft.key)
 	}
 	return !q.waits(ft, l)
 }
 
 // waits reports whether a fetch is to be started from a list.
-func (q *queue) waits(ft *fetch, l *list) bool { return ft.state == queued && q.list(ft) == l }
+func (q *queue) waits(ft *fetch, l *list) bool {
+	return ft.state == queued && ft.peer.src == q.peer && q.list(ft) == l
+}
 
 // len returns how many fetches the lists hold, including skipped ones.
 func (q *queue) len() int {
@@ -193,7 +196,7 @@ func (q *queue) neighbours(from place, first *fetch, batch []*fetch, l limits) [
 	bytes := from.stored(first)
 	neighbour := func(of *fetch, step int) *fetch {
 		ft := q.at[key{of.stream, of.key.chunk + step}]
-		if ft == nil || ft.state != queued || !ft.isAt(from) || slices.Contains(batch, ft) ||
+		if ft == nil || ft.state != queued || !ft.isAt(from) || !from.together(first, ft) || slices.Contains(batch, ft) ||
 			!ft.demand && (ft.seq < first.seq-l.near || ft.seq > first.seq+l.near) ||
 			q.list(ft) == &q.prefetch[idle] && q.list(first) != &q.prefetch[idle] {
 			return nil

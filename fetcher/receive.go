@@ -73,6 +73,10 @@ func (f *Fetcher) open(r *request, ranges []blockmap.Extent) (io.ReadCloser, err
 // fetch asks the origin for fetches and finishes each as soon as its bytes have
 // arrived.
 func (f *Fetcher) fetch(r *request, group []*fetch) {
+	if r.place.src.isPeer() {
+		f.fetchNear(r, group)
+		return
+	}
 	ranges, counts := runs(r.place, group)
 	asked := time.Now()
 	body, err := f.open(r, ranges)
@@ -83,7 +87,7 @@ func (f *Fetcher) fetch(r *request, group []*fetch) {
 		}
 		return
 	}
-	f.requests.Add(1)
+	f.origins.requests.Add(1)
 	if err != nil {
 		f.fail(r, group, err)
 		return
@@ -106,11 +110,12 @@ func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) 
 
 // fail finishes fetches whose bytes do not arrive.
 func (f *Fetcher) fail(r *request, group []*fetch, err error) {
-	for _, ft := range group {
-		f.finish(r, ft, err)
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	defer f.dispatch() // when all are queued again, so that they share a request
+	for _, ft := range group {
+		f.finishOne(r, ft, err)
+	}
 	// The next body begins behind them.
 	if i := slices.Index(r.fetches, group[len(group)-1]); i >= 0 {
 		r.got = r.ends[i]
@@ -123,9 +128,9 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	defer decoding.Wait()
 	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk of this request that is being kept
 	for i, ft := range group {
-		stored := f.buffer(r.stored(ft))
+		stored := f.buffer(int(r.place.stored(ft)))
 		n, err := io.ReadFull(&incoming{f, r, body}, *stored)
-		f.bytes.Add(int64(n))
+		f.counts(r.place.src).bytes.Add(int64(n))
 		if err != nil {
 			f.buffers.Put(stored)
 			if err == io.EOF {
@@ -141,6 +146,9 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		}
 		keep := func(decompressed func()) {
 			fr := frame{f: f, stored: *stored}
+			if r.place.src.isPeer() {
+				fr.content = *stored
+			}
 			err := f.keep(blockmap.Want{Stream: ft.stream, Table: r.place.table, Chunk: ft.key.chunk}, &fr, decompressed)
 			fr.release()
 			f.buffers.Put(stored)

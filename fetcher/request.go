@@ -10,6 +10,8 @@ import (
 // request asks a source for chunks of one blob, in the order of the blob.
 type request struct {
 	place  place
+	route  Route // that has led to a peer; nil if the request is to an origin
+	owner  bool  // the peer is asked as an owner
 	ctx    context.Context
 	cancel context.CancelFunc
 	asked  time.Time
@@ -20,6 +22,7 @@ type request struct {
 
 	elsewhere bool      // it is an extra request to another server of the same origin
 	download  *download // it is a bundle download, which has no fetches of its own
+	unpaced   bool      // its bytes come from several sources, and say nothing about one of them
 
 	demanded chan struct{} // closed when a reader waits for one of its fetches
 	once     sync.Once     // closes demanded
@@ -34,6 +37,11 @@ type request struct {
 	server     string    // the server that sends the bytes, if known
 	cancelled  bool
 	won        bool // it is an extra request that brought its chunk first
+
+	// What passOver has decided, once, when the peer had failed.
+	passed    bool
+	next      *source // the peer that comes next; nil for the origin
+	nextOwner bool
 
 	claimed time.Time // when others began to pause for it, see claimLink
 	before  int64     // got at that time
@@ -68,20 +76,17 @@ func (r *request) awaited() bool {
 func (r *request) expect(fetches []*fetch) {
 	r.fetches, r.ends, r.total = fetches, make([]int64, len(fetches)), 0
 	for i, ft := range fetches {
-		r.total += int64(r.stored(ft))
+		r.total += r.place.stored(ft)
 		r.ends[i] = r.total
 	}
 }
-
-// stored returns the length of a chunk's frame at the request's place.
-func (r *request) stored(ft *fetch) int { return int(r.place.table.Chunks[ft.key.chunk].Stored) }
 
 // left returns how many bytes must still arrive until a fetch is complete.
 func (r *request) left(ft *fetch) int64 {
 	if i := slices.Index(r.fetches, ft); i >= 0 && i < len(r.ends) {
 		return r.ends[i] - r.got
 	}
-	return int64(r.stored(ft))
+	return r.place.stored(ft)
 }
 
 // leave records that a request no longer brings the fetch.

@@ -24,6 +24,11 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	defer f.dispatch() // other fetches may have waited for this one or for its room
+	f.finishOne(r, ft, err)
+}
+
+// finishOne is finish for a caller that holds f.mu and calls dispatch.
+func (f *Fetcher) finishOne(r *request, ft *fetch, err error) {
 	if ft.state == ended || err != nil && !r.brings(ft) {
 		return // another request was faster, or this one does not bring the fetch any more
 	}
@@ -33,13 +38,24 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 		return
 	}
 	ft.leave(r)
-	ft.tries++
+	var noRoom *storeError
+	unstored := errors.As(err, &noRoom)
+	peerFailed := r.place.src.isPeer() && !unstored
 	if errors.Is(err, blockmap.ErrDigest) {
 		f.wrong.Add(1)
-		ft.wrong++
+	}
+	if !peerFailed {
+		ft.tries++
+		if errors.Is(err, blockmap.ErrDigest) {
+			ft.wrong++
+		}
 	}
 	if len(ft.requests) > 0 {
 		f.log.Debug("one of several requests for a chunk failed", "err", err)
+		return
+	}
+	if peerFailed && !f.mu.closed {
+		f.passOver(r, ft, err)
 		return
 	}
 	c := ft.chunk()
@@ -47,13 +63,17 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 		map[bool]string{true: "demanded", false: "prefetched"}[ft.demand],
 		ft.key.chunk, c.Stored, c.Offset, ft.place.table.Blob, err)
 	pause := f.pause(ft, err)
-	var noRoom *storeError
 	switch {
 	case f.mu.closed:
 		f.end(ft, fmt.Errorf("%w: %w", blockmap.ErrClosed, err))
-	case pause < 0 && !ft.demand && errors.As(err, &noRoom):
+	case pause < 0 && !ft.demand && unstored:
 		f.log.Debug("no room for a prefetched chunk", "err", err)
 		f.end(ft, err)
+	case pause < 0 && ft.near != nil && !ft.originFailed && !unstored:
+		f.retries.Add(1)
+		f.log.Debug("the origin failed, so thaw asks the peers again", "err", err)
+		ft.askPeersAgain()
+		f.push(ft)
 	case pause < 0:
 		f.giveUp(ft, err)
 	default:
@@ -61,6 +81,9 @@ func (f *Fetcher) finish(r *request, ft *fetch, err error) {
 		f.log.Debug("trying a chunk again", "err", err, "in", pause)
 		if len(ft.others) > 0 {
 			ft.place, ft.others = ft.others[0], append(ft.others[1:], ft.place)
+		}
+		if !unstored {
+			ft.askPeersAgain()
 		}
 		ft.state = waiting
 		f.wg.Go(func() { f.retryAfter(ft, pause) })
@@ -96,16 +119,20 @@ func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 		return // the cache had it
 	}
 	src := r.place.src
-	if now := time.Now(); now.Sub(r.asked) < tooLong || r.stored(ft) >= goodBytes {
+	if now := time.Now(); now.Sub(r.asked) < tooLong || r.place.stored(ft) >= goodBytes {
 		src.good = now // the source works, and does not only trickle
 	}
-	f.chunks.Add(1)
+	f.counts(src).chunks.Add(1)
 	if r.extra && others {
 		r.won = true
 		f.overtaken.Add(1)
 		f.avoidSlower(ft, r)
 	}
 }
+
+// askPeersAgain makes the next try of a fetch whose origin has failed ask the peers again,
+// even for what this host owns.
+func (ft *fetch) askPeersAgain() { ft.route, ft.fromOrigin, ft.originFailed = nil, false, true }
 
 // giveUp ends a fetch with an error.
 func (f *Fetcher) giveUp(ft *fetch, err error) {
@@ -151,7 +178,7 @@ func (f *Fetcher) pause(ft *fetch, err error) time.Duration {
 		return -1 // Complete has pauses of its own
 	}
 	// Anything up to a limit that doubles: those who failed together do not return together.
-	limit := min(f.o.Backoff<<min(ft.tries-1, 10), 2*time.Second)
+	limit := min(f.o.Backoff<<min(max(ft.tries-1, 0), 10), 2*time.Second)
 	pause := f.heed(err, rand.N(limit+1))
 	if time.Since(ft.began)+pause > f.o.RetryFor || ft.demand && time.Since(ft.lastGood())+pause > f.o.RetryFor {
 		return -1

@@ -9,7 +9,9 @@ import (
 // source is where the chunks of one image come from, with its queue and its requests in
 // flight. Sources share the Fetcher's bounds, and none can use them up: see pool.
 type source struct {
-	origin Origin
+	origin Origin // nil if it is a peer
+	peer   string // the name of the peer; empty for an origin
+	run    int    // chunks of a run, from which a peer's requests are
 
 	queue queue // the fetches that wait for a request
 
@@ -48,8 +50,37 @@ type place struct {
 }
 
 // offset returns the position of a chunk in the blob; stored returns its length there.
-func (p place) offset(ft *fetch) int64 { return p.table.Chunks[ft.key.chunk].Offset }
-func (p place) stored(ft *fetch) int64 { return int64(p.table.Chunks[ft.key.chunk].Stored) }
+// Peers send chunks uncompressed, so there it is the position in the stream.
+func (p place) offset(ft *fetch) int64 {
+	c := &p.table.Chunks[ft.key.chunk]
+	if p.src.isPeer() {
+		return int64(c.Block) * blockmap.BlockSize
+	}
+	return c.Offset
+}
+
+func (p place) stored(ft *fetch) int64 {
+	c := &p.table.Chunks[ft.key.chunk]
+	if p.src.isPeer() {
+		return int64(c.Size())
+	}
+	return int64(c.Stored)
+}
+
+// cost returns how many bytes of Options.MaxBytes a chunk takes.
+func (p place) cost(ft *fetch) int64 {
+	c := &p.table.Chunks[ft.key.chunk]
+	if p.src.isPeer() {
+		return int64(c.Size())
+	}
+	return int64(c.Stored) + int64(c.Size())
+}
+
+// together reports whether one request may bring two chunks: from a peer, it may if they
+// are of one run.
+func (p place) together(a, b *fetch) bool {
+	return !p.src.isPeer() || a.key.chunk/p.src.run == b.key.chunk/p.src.run
+}
 
 // load is what requests in flight use.
 type load struct {

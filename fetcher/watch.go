@@ -55,6 +55,7 @@ func (f *Fetcher) checkAll(now time.Time) {
 	}
 	for ft := range f.mu.urgent {
 		switch {
+		case ft.near != nil && f.checkNear(ft, now):
 		case ft.state == running:
 			f.checkRunning(ft, now, rates)
 		case ft.state == duplicate && now.Sub(ft.since) > stallAfter && ft.original.outlook(now, rates) == stalls &&
@@ -82,7 +83,7 @@ func (f *Fetcher) checkAll(now time.Time) {
 func (f *Fetcher) checkStalled(r *request, now time.Time) {
 	for _, ft := range r.fetches {
 		switch {
-		case ft.demand || !r.brings(ft) || len(ft.requests) > 1:
+		case ft.demand || !r.brings(ft) || len(ft.requests) > 1 || r.place.src.isPeer():
 		case now.Sub(r.moved) >= f.o.RetryFor:
 			f.giveUp(ft, f.late(ft))
 		case len(ft.others) > 0 && !now.Before(ft.noExtraBefore):
@@ -99,6 +100,9 @@ func (ft *fetch) lastGood() time.Time {
 		if p.src.good.After(last) {
 			last = p.src.good
 		}
+	}
+	if s := ft.peer.src; s != nil && s.good.After(last) {
+		last = s.good
 	}
 	return last
 }

@@ -44,7 +44,7 @@ type ClientOptions struct {
 
 	Dial      time.Duration // to connect, with the handshake; defaults to 1 s
 	FirstSign time.Duration // to the answer, or from one sign that it will come to the next; defaults to 2 s
-	Answer    time.Duration // to the answer in all; defaults to 20 s
+	Answer    time.Duration // to the answer in all; defaults to 10 s
 	Stall     time.Duration // in which a body must bring LeastBytes; defaults to 2 s
 	Body      time.Duration // for all of a body; defaults to 20 s
 }
@@ -66,7 +66,7 @@ const (
 func NewClient(o ClientOptions) *Client {
 	o.Dial = cmp.Or(o.Dial, time.Second)
 	o.FirstSign = cmp.Or(o.FirstSign, 2*time.Second)
-	o.Answer = cmp.Or(o.Answer, 20*time.Second)
+	o.Answer = cmp.Or(o.Answer, 10*time.Second)
 	o.Stall = cmp.Or(o.Stall, 2*time.Second)
 	o.Body = cmp.Or(o.Body, 20*time.Second)
 	c := &Client{o: o, scheme: "http"}

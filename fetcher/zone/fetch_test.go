@@ -233,8 +233,12 @@ type pieceOnce struct {
 }
 
 // piece is the cache of pieces.
-func (h *host) piece(ctx context.Context, _ blockmap.Digest, off, n int64, fetch fetcher.FetchPiece) ([]byte, string, error) {
-	x, _ := h.pieces.LoadOrStore(off, new(pieceOnce))
+func (h *host) piece(ctx context.Context, _ blockmap.Digest, off, n int64, owned bool, fetch fetcher.FetchPiece) ([]byte, string, error) {
+	var k any = off
+	if owned {
+		k = fmt.Sprint("owned ", off)
+	}
+	x, _ := h.pieces.LoadOrStore(k, new(pieceOnce))
 	p := x.(*pieceOnce)
 	p.once.Do(func() { p.p, p.from, p.err = fetch(ctx) })
 	return p.p, p.from, p.err
@@ -252,7 +256,7 @@ func (h *host) servePiece(w http.ResponseWriter, r *http.Request, owner bool) {
 	p := x.(*pieceOnce)
 	if h.wait(w, false, func() error {
 		p.once.Do(func() {
-			body, err := h.origin.OpenRange(r.Context(), h.of.blobOf, off, end-off)
+			body, err := h.origin.OpenRange(context.Background(), h.of.blobOf, off, end-off)
 			if err != nil {
 				p.err = err
 				return
@@ -626,9 +630,12 @@ func (z *hosts) bundle(t testing.TB, h *host) *fetcher.Bundle {
 // replayBundles has all hosts download the bundle, and waits until all of it is resident.
 func (z *hosts) replayBundles(t *testing.T) {
 	t.Helper()
-	var readers sync.WaitGroup
+	bundles := make(map[*host]*fetcher.Bundle)
 	for _, h := range z.all {
-		b := z.bundle(t, h)
+		bundles[h] = z.bundle(t, h)
+	}
+	var readers sync.WaitGroup
+	for h, b := range bundles {
 		readers.Go(func() {
 			if err := h.bound.Replay(t.Context(), h.wants(t), fetcher.ReplayOptions{Bundle: b}).Wait(t.Context(), 1); err != nil {
 				t.Error(err)
@@ -683,7 +690,10 @@ func TestBundleThroughTheZone(t *testing.T) {
 // otherwise are passed over, piece by piece.
 func TestBundleFromBadPeers(t *testing.T) {
 	for name, answer := range map[string]func(*hosts, http.ResponseWriter, int64){
-		"lies":  func(_ *hosts, w http.ResponseWriter, n int64) { w.Write(bytes.Repeat([]byte{9}, int(n))) },
+		"lies": func(_ *hosts, w http.ResponseWriter, n int64) {
+			w.Header().Set("Content-Length", fmt.Sprint(n))
+			w.Write(bytes.Repeat([]byte{9}, int(n)))
+		},
 		"fails": func(_ *hosts, w http.ResponseWriter, n int64) { http.Error(w, "no", 500) },
 		"short": func(_ *hosts, w http.ResponseWriter, n int64) {
 			w.Header().Set("Content-Length", fmt.Sprint(n))

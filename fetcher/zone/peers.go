@@ -56,8 +56,9 @@ func (r *Route) Usable(peer string) bool { return r.peers.router.Usable(peer, ti
 // HedgeAfter returns how long to wait for a peer before the next source is asked as well.
 func (r *Route) HedgeAfter(peer string) time.Duration { return r.peers.router.HedgeAfter(peer) }
 
-// MayHedge reports whether an extra request may be made, and counts it if so.
-func (r *Route) MayHedge() bool { return r.peers.router.MayHedge(time.Now()) }
+// MayHedge reports whether an extra request may be made because this peer is late, and
+// counts it if so.
+func (r *Route) MayHedge(peer string) bool { return r.peers.router.MayPass(peer, time.Now()) }
 
 // Overtaken records that another source was quicker than a peer.
 func (r *Route) Overtaken(peer string) { r.peers.router.Overtaken(peer, time.Now()) }

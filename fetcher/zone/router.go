@@ -295,6 +295,9 @@ func (r *Router) HedgeAfter(peer string) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	d := r.mu.all.high
+	if h := r.mu.peers[peer]; h != nil && h.fails > 0 {
+		return r.o.HedgeFloor // nobody should wait for a trial
+	}
 	if d == 0 {
 		return r.o.HedgeMost
 	}
@@ -311,6 +314,17 @@ func (r *Router) HedgeAfter(peer string) time.Duration {
 func (r *Router) MayHedge(now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return r.mu.budget.spend()
+}
+
+// MayPass is MayHedge for a request to a certain peer. The request that finds out whether a
+// peer works again may be made elsewhere in any case; there is only one such request.
+func (r *Router) MayPass(peer string, now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if h := r.mu.peers[peer]; h != nil && h.fails > 0 {
+		return true
+	}
 	return r.mu.budget.spend()
 }
 

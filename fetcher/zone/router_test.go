@@ -407,6 +407,16 @@ func TestHedgeAfter(t *testing.T) {
 	serve("host-3", 32, 200*time.Millisecond)
 	check("host-2", 400*time.Millisecond) // twice as long as the others
 	check("host-4", 400*time.Millisecond)
+	// A peer that is tried again is not waited for, whatever the budget is.
+	r.Began("host-3", start)
+	r.Ended(run, nil, "host-3", Outcome{Result: Broken}, start)
+	check("host-3", 300*time.Millisecond)
+	for range 20 {
+		r.MayHedge(start)
+	}
+	if r.MayPass("host-1", start) || !r.MayPass("host-3", start) {
+		t.Error("a trial does not pass the budget")
+	}
 	serve("host-3", 64, 20*time.Second)
 	check("host-3", 2*time.Second)
 }
