@@ -293,7 +293,7 @@ func TestStalls(t *testing.T) {
 			if outcome(t, err).Result != Late {
 				t.Errorf("got %v", err)
 			}
-			if took := time.Since(began); took > 10*time.Second { // the bounds are below 1 s
+			if took := time.Since(began); took > 30*time.Second { // the bounds are below 1 s
 				t.Errorf("it took %v", took)
 			}
 		})
@@ -302,10 +302,10 @@ func TestStalls(t *testing.T) {
 
 // A sign that the answer will come extends the wait for it.
 func TestSigns(t *testing.T) {
-	c := peerServer(t, ClientOptions{FirstSign: 400 * time.Millisecond, Answer: time.Minute}, func(w http.ResponseWriter, r *http.Request) {
+	c := peerServer(t, ClientOptions{FirstSign: 2 * time.Second, Answer: time.Minute}, func(w http.ResponseWriter, r *http.Request) {
 		for range 10 {
 			w.WriteHeader(http.StatusProcessing)
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(250 * time.Millisecond)
 		}
 		fmt.Fprint(w, "hello")
 	})
@@ -318,7 +318,7 @@ func TestSigns(t *testing.T) {
 
 // A caller that pauses between reads is not taken for a peer that stalls.
 func TestPausesOfTheCaller(t *testing.T) {
-	c := peerServer(t, ClientOptions{Stall: 100 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") })
+	c := peerServer(t, ClientOptions{Stall: time.Second}, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "hello") })
 	b, err := askChunks(t, c, 5)
 	if err != nil {
 		t.Fatal(err)
@@ -327,7 +327,7 @@ func TestPausesOfTheCaller(t *testing.T) {
 	if _, err := io.ReadFull(b, make([]byte, 2)); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(300 * time.Millisecond)
+	time.Sleep(1500 * time.Millisecond)
 	if _, err := io.ReadFull(b, make([]byte, 3)); err != nil {
 		t.Error(err)
 	}

@@ -28,7 +28,8 @@ type hosts struct {
 	all    []*host
 	addr   sync.Map // of each host, by name
 	run    int      // chunks of a run
-	blob   []byte   // of a bundle
+	bounds bounds
+	blob   []byte // of a bundle
 	blobOf blockmap.Digest
 }
 
@@ -46,7 +47,6 @@ type host struct {
 	server  *httptest.Server
 	pieces  sync.Map // offset to *pieceOnce
 	judged  sync.Map // offset to bool
-	warned  atomic.Int64
 
 	// instead, if it is set, answers requests instead of the host.
 	instead  atomic.Pointer[http.HandlerFunc]
@@ -56,14 +56,24 @@ type host struct {
 
 const imageName = "registry.example/app@sha256:1234"
 
+// patient are bounds on time that no peer that works exceeds, however busy the machine of
+// the test is; impatient are those of tests with peers that hang.
+var (
+	patient   = bounds{30 * time.Second, 60 * time.Second, 30 * time.Second, 30 * time.Second}
+	impatient = bounds{500 * time.Millisecond, 3 * time.Second, 500 * time.Millisecond, 500 * time.Millisecond}
+)
+
+type bounds struct{ firstSign, answer, stall, hedge time.Duration }
+
 func newHosts(t *testing.T, m *blocktest.Image, n int, o fetcher.Options) *hosts {
 	t.Helper()
-	return newHostsWithRuns(t, m, n, zone.RunChunks, o)
+	return newHostsWith(t, m, n, zone.RunChunks, patient, o)
 }
 
-func newHostsWithRuns(t *testing.T, m *blocktest.Image, n, run int, o fetcher.Options) *hosts {
+func newHostsWith(t *testing.T, m *blocktest.Image, n, run int, b bounds, o fetcher.Options) *hosts {
 	t.Helper()
-	z := &hosts{Image: m, run: run}
+	o.RetryFor = 3 * time.Minute
+	z := &hosts{Image: m, run: run, bounds: b}
 	var names []string
 	for i := range n {
 		names = append(names, fmt.Sprintf("host-%d", i))
@@ -81,10 +91,10 @@ func (z *hosts) add(t *testing.T, name string, members []string, o fetcher.Optio
 		t.Fatal(err)
 	}
 	h.fetcher = fetcher.New(o)
-	h.router = zone.NewRouter(name, zone.RouterOptions{Zone: "blue", HedgeMost: 500 * time.Millisecond})
+	h.router = zone.NewRouter(name, zone.RouterOptions{Zone: "blue", HedgeFloor: z.bounds.hedge, HedgeMost: z.bounds.hedge})
 	h.router.SetMembers(members)
 	client := zone.NewClient(zone.ClientOptions{
-		Self: name, Zone: "blue", FirstSign: 500 * time.Millisecond, Answer: 3 * time.Second, Stall: 500 * time.Millisecond,
+		Self: name, Zone: "blue", Dial: 30 * time.Second, FirstSign: z.bounds.firstSign, Answer: z.bounds.answer, Stall: z.bounds.stall, Body: 2 * time.Minute,
 		Address: func(peer string) (string, bool) {
 			addr, ok := z.addr.Load(peer)
 			if !ok {
@@ -305,11 +315,6 @@ func (h *host) read(ctx context.Context) error {
 	return nil
 }
 
-// owns reports whether a host owns the run of a chunk.
-func (z *hosts) owner(x blockmap.Want) string {
-	return z.all[0].router.Ring().Owners(nil, zone.Run{Of: x.Stream.ID(), Number: uint32(x.Chunk / z.run)}, 1)[0]
-}
-
 // registryBytes is what all hosts have read from the registry, and how much of that was
 // read before by another one.
 func (z *hosts) registryBytes() (all, again int64) {
@@ -391,7 +396,7 @@ func TestPrefetchThroughTheZone(t *testing.T) {
 
 // No request is for chunks of more than one run.
 func TestRequestsDoNotCrossRuns(t *testing.T) {
-	z := newHostsWithRuns(t, blocktest.NewImage(t, 3, 3000), 3, 4, fetcher.Options{})
+	z := newHostsWith(t, blocktest.NewImage(t, 3, 3000), 3, 4, patient, fetcher.Options{})
 	if err := z.all[0].bound.Replay(t.Context(), z.all[0].wants(t), fetcher.ReplayOptions{}).Wait(t.Context(), 1); err != nil {
 		t.Fatal(err)
 	}
@@ -455,20 +460,24 @@ func TestBadPeers(t *testing.T) {
 		"sends too much": func(_ *hosts, w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Length", "1000000000000")
 		},
-		"fails":       func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "broken", 500) },
-		"refuses":     func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 403) },
-		"has nothing": func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 404) },
-		"is busy":     func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "no", 503) },
+		"fails": func(_ *hosts, w http.ResponseWriter, r *http.Request) {
+			http.Error(w, "broken", http.StatusInternalServerError)
+		},
+		"refuses":     func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "no", http.StatusForbidden) },
+		"has nothing": func(_ *hosts, w http.ResponseWriter, r *http.Request) { http.Error(w, "no", http.StatusNotFound) },
+		"is busy": func(_ *hosts, w http.ResponseWriter, r *http.Request) {
+			http.Error(w, "no", http.StatusServiceUnavailable)
+		},
 		"refers to others": func(_ *hosts, w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Thaw-Holders", "host-0,host-1,host-2,host-3,evil.example")
-			w.WriteHeader(503)
+			w.WriteHeader(http.StatusServiceUnavailable)
 		},
 	}
 	for name, answer := range answers {
 		for _, bad := range []int{1, 3} {
 			t.Run(fmt.Sprintf("%s, %d of 4", name, bad), func(t *testing.T) {
 				t.Parallel()
-				z := newHosts(t, blocktest.NewImage(t, 4, 1500), 4, fetcher.Options{})
+				z := newHostsWith(t, blocktest.NewImage(t, 4, 500), 4, zone.RunChunks, impatient, fetcher.Options{})
 				instead := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { answer(z, w, r) })
 				for _, h := range z.all[4-bad:] {
 					h.instead.Store(&instead)
@@ -483,7 +492,7 @@ func TestBadPeers(t *testing.T) {
 					})
 				}
 				readers.Wait()
-				if took := time.Since(began); took > 15*time.Second {
+				if took := time.Since(began); took > time.Minute {
 					t.Errorf("it took %v", took)
 				}
 				for _, h := range z.all {
@@ -538,7 +547,7 @@ func TestHostsThatDisagree(t *testing.T) {
 		})
 	}
 	readers.Wait()
-	if took := time.Since(began); took > 10*time.Second {
+	if took := time.Since(began); took > 25*time.Second { // a host that waits for another one takes longer
 		t.Errorf("it took %v", took)
 	}
 }
@@ -552,7 +561,7 @@ func TestDeadPeer(t *testing.T) {
 	if err := z.all[0].read(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > 25*time.Second {
 		t.Errorf("it took %v", took)
 	}
 	if st := z.all[0].fetcher.Stats(); st.PassedOver == 0 {
@@ -563,39 +572,6 @@ func TestDeadPeer(t *testing.T) {
 	z.all[1].router.SetMembers([]string{"host-0", "host-1"})
 	if err := z.all[1].read(t.Context()); err != nil || z.all[1].fetcher.Stats().PassedOver != before {
 		t.Errorf("%v, %+v", err, z.all[1].fetcher.Stats())
-	}
-}
-
-// A peer that has no room at the moment is waited for: the registry is not asked for what
-// the peer owns.
-func TestFullPeerIsWaitedFor(t *testing.T) {
-	z := newHosts(t, blocktest.NewImage(t, 7, 6000), 2, fetcher.Options{MaxRequest: 1})
-	slow := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(20 * time.Millisecond)
-		z.all[1].answer(w, r)
-	})
-	z.all[1].instead.Store(&slow)
-	h := z.all[0]
-	var readers sync.WaitGroup
-	for _, x := range h.wants(t) {
-		readers.Go(func() {
-			if err := h.bound.Fetch(t.Context(), []blockmap.Want{x}); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	readers.Wait()
-	owned := make(map[blocktest.Asked]bool)
-	for _, x := range h.wants(t) {
-		c := &x.Table.Chunks[x.Chunk]
-		if z.owner(x) == h.name {
-			owned[blocktest.Asked{Blob: x.Table.Blob, Off: c.Offset, N: int64(c.Stored)}] = true
-		}
-	}
-	for a := range h.origin.Asked() {
-		if !owned[a] {
-			t.Errorf("the registry was asked for %+v", a)
-		}
 	}
 }
 
@@ -694,7 +670,7 @@ func TestBundleFromBadPeers(t *testing.T) {
 			w.Header().Set("Content-Length", fmt.Sprint(n))
 			w.Write(bytes.Repeat([]byte{9}, int(n)))
 		},
-		"fails": func(_ *hosts, w http.ResponseWriter, n int64) { http.Error(w, "no", 500) },
+		"fails": func(_ *hosts, w http.ResponseWriter, n int64) { http.Error(w, "no", http.StatusInternalServerError) },
 		"short": func(_ *hosts, w http.ResponseWriter, n int64) {
 			w.Header().Set("Content-Length", fmt.Sprint(n))
 			w.Write(make([]byte, n/2))
@@ -838,7 +814,7 @@ func TestFetchOwned(t *testing.T) {
 	if err := <-first; err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > time.Second {
+	if took := time.Since(began); took > 25*time.Second { // the peer hangs for longer
 		t.Errorf("it took %v", took)
 	}
 	if n := h.origin.Requests(); n != 1 {
