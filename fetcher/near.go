@@ -38,7 +38,7 @@ type FetchPiece func(ctx context.Context) (p []byte, from string, err error)
 // its methods are called, except for those that open something, so they do no I/O.
 type Route interface {
 	// Next returns the peer to ask next, and whether to ask it as an owner. ok is false if
-	// the origin is to be asked. It returns no peer for ever.
+	// the origin is to be asked, which is so after a bounded number of calls.
 	Next() (peer string, owner, ok bool)
 	// Usable reports whether a peer that Next has returned may still be asked.
 	Usable(peer string) bool
