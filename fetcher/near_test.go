@@ -434,3 +434,39 @@ func TestOwnedWhileQueued(t *testing.T) {
 		}
 	})
 }
+
+// An owner does not wait for a bundle download either, which may be waiting for a peer.
+func TestOwnedWhileDownloading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, _, b, wants := nearWorld(t, 212, fetcher.Options{}, "a")
+		defer w.fetcher.Close()
+		l := w.bundle(t, wants)
+		l.let(0, nil)
+		r := b.Replay(t.Context(), wants, fetcher.ReplayOptions{Bundle: &l.Bundle})
+		defer r.Stop()
+		synctest.Wait()
+		began := time.Now()
+		if err := b.FetchOwned(t.Context(), wants[:3]); err != nil || time.Since(began) > time.Millisecond {
+			t.Errorf("after %v: %v", time.Since(began), err)
+		}
+		if w.origin.Requests() == 0 {
+			t.Error("the origin was not asked")
+		}
+	})
+}
+
+// A replay in a zone fetches every chunk of its list, in another order on each host.
+func TestReplaysDiffer(t *testing.T) {
+	var orders [][]string
+	for range 2 {
+		w, z, b, wants := nearWorld(t, 213, fetcher.Options{MaxRequest: 1}, "a")
+		checkDone(t, b.Replay(t.Context(), wants, fetcher.ReplayOptions{}))
+		if n := resident(wants); n != len(wants) || w.origin.Requests() != 0 {
+			t.Errorf("%d of %d chunks", n, len(wants))
+		}
+		orders = append(orders, z.requests())
+	}
+	if slices.Equal(orders[0], orders[1]) {
+		t.Error("two hosts fetch in the same order")
+	}
+}
