@@ -1,0 +1,229 @@
+package zone
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A member listens on one port: on TCP for HTTP and for the streams of memberlist, and on
+// UDP for its packets. With TLS, the protocol that is negotiated tells streams from HTTP.
+// Without TLS their first byte does.
+
+// listener takes connections from peers, within bounds.
+type listener struct {
+	*net.TCPListener
+	plain  bool           // look at the first byte
+	gossip func(net.Conn) // takes a stream of memberlist; it does not block
+	http   chan net.Conn  // connections for HTTP
+	closed chan struct{}
+	close  sync.Once
+	wg     sync.WaitGroup
+	files  atomic.Int64 // bytes that the kernel has sent from files
+
+	mu struct {
+		sync.Mutex
+		stopped bool
+		open    map[*conn]struct{}
+		from    map[netip.Addr]int // connections by host
+	}
+}
+
+// Bounds on connections. Peers on one machine share an address, and a member with TLS has
+// one connection to each peer, or two.
+const (
+	maxInbound     = 4096
+	maxInboundHost = 512
+	// firstTime is how long a connection without TLS may take for its first byte.
+	firstTime = 5 * time.Second
+)
+
+// listen listens on address for both protocols. Port 0 is a free port of both.
+func listen(ctx context.Context, address string) (*net.TCPListener, *net.UDPConn, error) {
+	var lc net.ListenConfig
+	for try := 0; ; try++ {
+		l, err := lc.Listen(ctx, "tcp", address)
+		if err != nil {
+			return nil, nil, fmt.Errorf("listen for the zone on %s: %w", address, err)
+		}
+		tcp := l.(*net.TCPListener)
+		at := tcp.Addr().(*net.TCPAddr)
+		udp, err := net.ListenUDP("udp", &net.UDPAddr{IP: at.IP, Port: at.Port, Zone: at.Zone})
+		if err == nil {
+			_ = udp.SetReadBuffer(2 << 20) // as much as the system allows
+			return tcp, udp, nil
+		}
+		tcp.Close()
+		_, port, _ := net.SplitHostPort(address)
+		if port != "0" || try == 10 || !errors.Is(err, unix.EADDRINUSE) {
+			return nil, nil, fmt.Errorf("listen for the zone on %s by UDP: %w", address, err)
+		}
+	}
+}
+
+func newListener(l *net.TCPListener, plain bool, gossip func(net.Conn)) *listener {
+	x := &listener{TCPListener: l, plain: plain, gossip: gossip, http: make(chan net.Conn), closed: make(chan struct{})}
+	x.mu.open = make(map[*conn]struct{})
+	x.mu.from = make(map[netip.Addr]int)
+	x.wg.Go(x.run)
+	return x
+}
+
+func (l *listener) run() {
+	for {
+		c, err := l.TCPListener.AcceptTCP()
+		if err != nil {
+			select {
+			case <-l.closed:
+				return
+			case <-time.After(20 * time.Millisecond): // too many descriptors are open, as a rule
+				continue
+			}
+		}
+		x := l.admit(c)
+		if x == nil {
+			c.Close()
+			continue
+		}
+		l.wg.Go(func() { l.sort(x) })
+	}
+}
+
+// admit counts a connection, or returns nil if there are too many.
+func (l *listener) admit(c *net.TCPConn) *conn {
+	from := remoteHost(c.RemoteAddr())
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.mu.stopped || len(l.mu.open) >= maxInbound || l.mu.from[from] >= maxInboundHost {
+		return nil
+	}
+	x := &conn{TCPConn: c, of: l, from: from}
+	l.mu.open[x] = struct{}{}
+	l.mu.from[from]++
+	return x
+}
+
+func remoteHost(a net.Addr) netip.Addr {
+	if ap, err := netip.ParseAddrPort(a.String()); err == nil {
+		return ap.Addr().Unmap()
+	}
+	return netip.Addr{}
+}
+
+// labelByte is the first byte of a stream of memberlist with a label.
+const labelByte = 244
+
+// sort gives a connection to those whom it is for.
+func (l *listener) sort(c *conn) {
+	if l.plain {
+		first, err := c.peek()
+		if err != nil {
+			c.Close()
+			return
+		}
+		if first == labelByte {
+			l.gossip(c)
+			return
+		}
+	}
+	select {
+	case l.http <- c:
+	case <-l.closed:
+		c.Close()
+	}
+}
+
+// Accept implements net.Listener, for HTTP.
+func (l *listener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.http:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close stops listening. It does not close the connections that were accepted: Shutdown
+// does.
+func (l *listener) Close() (err error) {
+	l.close.Do(func() {
+		close(l.closed)
+		err = l.TCPListener.Close()
+	})
+	return err
+}
+
+// shutdown closes all connections, and returns when nothing of the listener runs.
+func (l *listener) shutdown() {
+	_ = l.Close()
+	l.mu.Lock()
+	l.mu.stopped = true
+	var open []*conn
+	for c := range l.mu.open {
+		open = append(open, c)
+	}
+	l.mu.Unlock()
+	for _, c := range open {
+		c.Close()
+	}
+	l.wg.Wait()
+}
+
+// conn is a connection from a peer.
+type conn struct {
+	*net.TCPConn
+	of   *listener
+	from netip.Addr
+	once sync.Once
+}
+
+// Close implements net.Conn.
+func (c *conn) Close() error {
+	c.once.Do(func() {
+		c.of.mu.Lock()
+		defer c.of.mu.Unlock()
+		delete(c.of.mu.open, c)
+		if c.of.mu.from[c.from]--; c.of.mu.from[c.from] == 0 {
+			delete(c.of.mu.from, c.from)
+		}
+	})
+	return c.TCPConn.Close()
+}
+
+// peek returns the first byte that comes, and leaves it to be read.
+func (c *conn) peek() (first byte, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	if err := c.SetReadDeadline(time.Now().Add(firstTime)); err != nil {
+		return 0, err
+	}
+	var b [1]byte
+	var n int
+	var readErr error
+	err = raw.Read(func(fd uintptr) bool {
+		for {
+			n, _, readErr = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK)
+			if readErr != unix.EINTR {
+				return readErr != unix.EAGAIN
+			}
+		}
+	})
+	switch {
+	case err != nil:
+		return 0, err
+	case readErr != nil:
+		return 0, readErr
+	case n == 0:
+		return 0, net.ErrClosed
+	}
+	return b[0], c.SetReadDeadline(time.Time{})
+}

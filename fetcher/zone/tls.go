@@ -1,0 +1,105 @@
+package zone
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+)
+
+// Credentials prove to peers who this host is, and say which peers it believes. They do
+// not change: new ones replace them.
+type Credentials struct {
+	// Certificate has the chain and the key of this host. It is for servers and for
+	// clients, and has the name of the host.
+	Certificate tls.Certificate
+	// Roots are the authorities that issue the certificates of peers.
+	Roots *x509.CertPool
+}
+
+// ReadCredentials reads PEM files.
+func ReadCredentials(cert, key, ca string) (*Credentials, error) {
+	c := &Credentials{Roots: x509.NewCertPool()}
+	var err error
+	if c.Certificate, err = tls.LoadX509KeyPair(cert, key); err != nil {
+		return nil, fmt.Errorf("certificate %s of the zone with the key %s: %w", cert, key, err)
+	}
+	if c.Certificate.Leaf == nil {
+		if c.Certificate.Leaf, err = x509.ParseCertificate(c.Certificate.Certificate[0]); err != nil {
+			return nil, fmt.Errorf("certificate %s of the zone: %w", cert, err)
+		}
+	}
+	b, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, fmt.Errorf("authorities of the zone: %w", err)
+	}
+	if !c.Roots.AppendCertsFromPEM(b) {
+		return nil, fmt.Errorf("authorities of the zone: %s has no certificate", ca)
+	}
+	return c, nil
+}
+
+// nameIn returns the name of this host by its certificate: host, or the first name in the
+// certificate if host is empty.
+func (c *Credentials) nameIn(host string) (string, error) {
+	leaf := c.Certificate.Leaf
+	if host != "" {
+		if err := leaf.VerifyHostname(host); err != nil {
+			return "", fmt.Errorf("the certificate of the zone does not have the name %s of this host: %w", host, err)
+		}
+		return host, nil
+	}
+	for _, n := range leaf.DNSNames {
+		if !strings.Contains(n, "*") {
+			return n, nil
+		}
+	}
+	for _, ip := range leaf.IPAddresses {
+		return ip.String(), nil
+	}
+	return "", errors.New("the certificate of the zone has no name that can be the name of a host: pass one that it matches, with --zone-host NAME")
+}
+
+// protocols of a TLS connection between members, besides those of HTTP.
+const gossipProtocol = "thaw-gossip/1"
+
+// asServer is the configuration for connections from peers. Peers show their certificates;
+// the handler checks that each request comes in a name that its certificate has.
+func (c *Credentials) asServer() *tls.Config {
+	return &tls.Config{
+		Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: c.Roots,
+		NextProtos: []string{"h2", "http/1.1", gossipProtocol},
+	}
+}
+
+// toPeer is the configuration for connections to the peer of that name. An empty name is
+// that of a member whose name is not known yet.
+func (c *Credentials) toPeer(name string) *tls.Config {
+	o := &tls.Config{Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, RootCAs: c.Roots, ServerName: name}
+	if name == "" {
+		o.InsecureSkipVerify = true // of the name only
+		o.VerifyConnection = func(st tls.ConnectionState) error {
+			return c.verify(st.PeerCertificates, x509.ExtKeyUsageServerAuth, "")
+		}
+	}
+	return o
+}
+
+// verify checks the certificate that a peer shows, and that it has a name unless that is
+// empty.
+func (c *Credentials) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage, name string) error {
+	if len(chain) == 0 {
+		return errors.New("the peer shows no certificate")
+	}
+	o := x509.VerifyOptions{
+		Roots: c.Roots, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{usage}, DNSName: name, CurrentTime: time.Now(),
+	}
+	for _, cert := range chain[1:] {
+		o.Intermediates.AddCert(cert)
+	}
+	_, err := chain[0].Verify(o)
+	return err
+}

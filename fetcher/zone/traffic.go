@@ -1,0 +1,39 @@
+package zone
+
+import (
+	"maps"
+	"sync"
+	"sync/atomic"
+)
+
+// traffic counts the bytes that have gone to peers. A Router counts those that came.
+type traffic struct {
+	all atomic.Int64
+
+	mu    sync.Mutex
+	peers map[string]int64
+}
+
+// maxCounted bounds the peers that are counted one by one: without TLS, who connects can
+// choose a name.
+const maxCounted = 16 << 10
+
+// sent adds n bytes that went to a peer.
+func (t *traffic) sent(peer string, n int64) {
+	t.all.Add(n)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.peers == nil {
+		t.peers = make(map[string]int64)
+	}
+	if _, known := t.peers[peer]; known || len(t.peers) < maxCounted {
+		t.peers[peer] += n
+	}
+}
+
+// byPeer returns the counts.
+func (t *traffic) byPeer() map[string]int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return maps.Clone(t.peers)
+}
