@@ -39,8 +39,8 @@ type members struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
-	kick   chan struct{} // members have come or gone
-	hurry  chan struct{} // so many have gone that it may be a partition
+	kick   chan struct{}  // members have come or gone
+	hurry  chan struct{}  // so many have gone that it may be a partition
 	warned rate.Sometimes // of gossip that cannot be read
 
 	mu struct {
@@ -139,14 +139,6 @@ func (m *members) snapshot() []Member {
 	}
 	slices.SortFunc(all, func(a, b Member) int { return strings.Compare(a.Name, b.Name) })
 	return all
-}
-
-// find returns a member by its name.
-func (m *members) find(name string) (Member, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	x, ok := m.mu.all[name]
-	return x, ok
 }
 
 // alone returns whether there is no other member, and why if that is known.

@@ -300,9 +300,10 @@ func (z *Zone) Route(image string, of blockmap.Digest, number uint32) *Route {
 
 // Piece returns n bytes at off of a blob, and which peer has sent them: from the memory of
 // this host, or by fetch, which says so. "" stands for the registry. It keeps them for
-// peers.
-func (z *Zone) Piece(ctx context.Context, image string, blob blockmap.Digest, off, n int64, fetch func(context.Context) ([]byte, string, error)) ([]byte, string, error) {
-	return z.pieces.get(ctx, pieceKey{repositoryOf(image), blob, off}, n, false, fetch)
+// peers. owned says that fetch asks the registry and nobody else: then peers that ask for
+// the piece wait for the same request.
+func (z *Zone) Piece(ctx context.Context, image string, blob blockmap.Digest, off, n int64, owned bool, fetch func(context.Context) ([]byte, string, error)) ([]byte, string, error) {
+	return z.pieces.get(ctx, pieceKey{repositoryOf(image), blob, off}, n, owned, fetch)
 }
 
 // Judged says whether the bytes of a piece have been verified. Only then are they sent to
