@@ -93,6 +93,10 @@ func TestMayImport(t *testing.T) {
 		{"fetcher", "cmd/thaw/internal/host", false, false},
 		{"fetcher", "nbd", false, false},
 		{"fetcher/registry", "fetcher", false, true},
+		{"fetcher/zone", "fetcher", false, true},
+		{"fetcher/zone", "fetcher/registry", false, false},
+		{"fetcher", "fetcher/zone", false, false},
+		{"cmd/thaw/internal/host", "fetcher/zone", false, true},
 		{"nbd", "blockmap", false, true},
 		{"blockmap", "nbd", false, false},
 		{"blockmap", "blockmap/uring", false, true},
@@ -110,7 +114,7 @@ func mayImport(dir, ours string, test bool) bool {
 	top, _, _ := strings.Cut(dir, "/")
 	switch {
 	case dir == "cmd/thaw/internal/host":
-		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "tracefile", "nbd", "nbd/attach", "nbd/vhost"}, ours) ||
+		return slices.Contains([]string{"blockmap", "blockmap/flatten", "fetcher", "fetcher/registry", "fetcher/zone", "tracefile", "nbd", "nbd/attach", "nbd/vhost"}, ours) ||
 			test && ours == "blockmap/blocktest"
 	case dir == "cmd/thaw/internal/host/api":
 		return slices.Contains([]string{"cmd/thaw/internal/host", "fetcher/registry", "nbd"}, ours) ||

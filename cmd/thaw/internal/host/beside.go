@@ -169,7 +169,7 @@ func (r RecordedTrace) Fit(b *BlockImage) (*tracefile.Trace, *tracefile.Carried,
 // storedBundle is a bundle beside an image whose download has begun.
 type storedBundle struct {
 	head  *tracefile.Bundle
-	repo  *registry.Repo
+	from  blobReader
 	layer v1.Descriptor
 	begin int64 // offset of the first frame
 	body  io.ReadCloser
@@ -177,10 +177,16 @@ type storedBundle struct {
 	asked time.Time          // when body was requested
 }
 
-// openBundle requests a whole bundle and reads its head.
-func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedBundle, err error) {
+// blobReader reads blobs: from the registry, or through the zone.
+type blobReader interface {
+	// OpenBlob reads a blob of size bytes from off to its end.
+	OpenBlob(ctx context.Context, blob blockmap.Digest, size, off int64) (io.ReadCloser, error)
+}
+
+// openBundle requests a whole bundle from a source and reads its head.
+func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor, from blobReader) (s *storedBundle, err error) {
 	ctx, end := context.WithCancel(ctx)
-	s = &storedBundle{repo: b.Repo, end: end}
+	s = &storedBundle{from: from, end: end}
 	defer func() {
 		if err != nil {
 			end()
@@ -190,7 +196,7 @@ func openBundle(ctx context.Context, b *BlockImage, d v1.Descriptor) (s *storedB
 		return nil, err
 	}
 	s.asked = time.Now()
-	if s.body, err = b.Repo.OpenRange(ctx, digestOf(s.layer.Digest), 0, s.layer.Size); err != nil {
+	if s.body, err = from.OpenBlob(ctx, digestOf(s.layer.Digest), s.layer.Size, 0); err != nil {
 		return nil, err
 	}
 	if s.head, err = tracefile.ReadBundle(s.body); err == nil {
@@ -258,7 +264,7 @@ func (s *storedBundle) open(ctx context.Context, off int64) (io.ReadCloser, erro
 		}
 		body.Close()
 	}
-	return s.repo.OpenRange(ctx, digestOf(s.layer.Digest), s.begin+off, s.layer.Size-s.begin-off)
+	return s.from.OpenBlob(ctx, digestOf(s.layer.Digest), s.layer.Size, s.begin+off)
 }
 
 func (s *storedBundle) close() {

@@ -63,4 +63,5 @@
 //	packing.go     bundles that are packed in the background
 //	use.go         how much of what is stored a start has read
 //	reload.go      files that are read again when they change
+//	zone.go        membership in a zone; zonestore.go: what peers may have this host open
 package host

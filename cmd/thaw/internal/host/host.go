@@ -43,6 +43,8 @@ type Options struct {
 	Sockets SocketOptions
 	// NBD is the server whose counts Stats includes; nil for none.
 	NBD *nbd.Server
+	// Zone says which zone the host is a member of; its Name is empty for none.
+	Zone ZoneOptions
 	// Admission bounds the requests in flight of all nodes together; nil for no bound.
 	Admission *nbd.Admission
 }
@@ -79,6 +81,7 @@ type Host struct {
 	commits  commits
 	nodes    *nodes
 	sockets  *sockets
+	zone     *hostZone // nil: none
 	nbd      *nbd.Server
 	meter    *meter
 	mode     blockmap.Mode
@@ -130,7 +133,16 @@ func Open(o Options) (*Host, error) {
 	})
 	limit, limited := context.WithCancelCause(context.Background())
 	h.limited = limited
-	h.traces = newTracer(limit, o.Trace, &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}, recordDir{o.Dir})
+	opener := &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}
+	if o.Zone.Name != "" {
+		if h.zone, err = openZone(limit, o.Zone, opener); err != nil {
+			limited(nil)
+			h.fetcher.Close()
+			return nil, errors.Join(err, h.cache.Close(), closeFinder(o.Finder))
+		}
+		opener.zone = h.zone
+	}
+	h.traces = newTracer(limit, o.Trace, opener, recordDir{o.Dir})
 	h.traces.completer = newCompleter(o.Complete, h.cache, o.Dir)
 	h.devices = newDevices(h.log, h.openDevice, h.closeDevice)
 	h.devices.clients = h.overlays.clients()
@@ -140,6 +152,11 @@ func Open(o Options) (*Host, error) {
 	h.nodes = newNodes(h, o.Admission)
 	h.meter = startMeter(h.moved)
 	return h, nil
+}
+
+func closeFinder(f *Finder) error {
+	f.Close()
+	return nil
 }
 
 // Add opens devices concurrently; they stay open until Remove or Stop. It returns when
@@ -247,6 +264,9 @@ func (h *Host) Close() {
 		_ = h.Stop(over) // which has logged it
 		h.limited(nil)
 		h.meter.stop()
+		if h.zone != nil {
+			h.zone.close()
+		}
 		if h.nodes.outlived() {
 			return
 		}

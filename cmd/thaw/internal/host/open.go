@@ -23,6 +23,7 @@ type opener struct {
 	*Finder
 	cache   *blockmap.Cache
 	fetcher *fetcher.Fetcher
+	zone    *hostZone // nil: none
 }
 
 // patience is how long the start of a device waits for a registry if the cache knows an
@@ -195,9 +196,13 @@ func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Cont
 // image opens b, and runs then in the background, unless it is nil, until the image is
 // closed.
 func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
-	f := o.fetcher.From(b.Repo)
+	if o.zone != nil {
+		o.zone.store.know(b.Repo.Ref())
+	}
+	f := o.bind(b)
 	image, err := blockmap.NewImage(b.Index, o.cache, f)
 	if err != nil {
+		f.Close()
 		return nil, err
 	}
 	m := &openImage{Image: image, of: b, fetcher: f, cancel: func() {}}
@@ -283,7 +288,7 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 	encoded, err := o.cache.Blob(b.IndexDigest())
 	cached = err == nil
 	if !cached {
-		if encoded, err = b.Repo.Blob(ctx, b.Manifest.Index); err != nil {
+		if encoded, err = o.readIndex(ctx, b); err != nil {
 			return false, err
 		}
 	}

@@ -277,7 +277,7 @@ func (s *start) load(image *openImage) {
 // which is that of another version.
 func (s *start) bundle(image *openImage) (*fetcher.Bundle, *BundleInfo, leafNames) {
 	open := func(d v1.Descriptor) (*fetcher.Bundle, *BundleInfo, leafNames, error) {
-		stored, err := openBundle(s.ctx, s.image, d)
+		stored, err := openBundle(s.ctx, s.image, d, image.fetcher)
 		if err != nil {
 			return nil, nil, nil, err
 		}

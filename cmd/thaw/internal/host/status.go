@@ -30,9 +30,19 @@ type Status struct {
 	Mode  blockmap.Mode `json:"cache_mode"`
 	Quota int64         `json:"cache_quota_bytes"` // 0: no bound except the size of the disk
 
+	Zone    *ZoneBrief   `json:"zone,omitempty"`
 	Devices DeviceCounts `json:"devices"`
 	Rates   Rates        `json:"rates"`
 	Counts  Stats        `json:"counts"`
+}
+
+// ZoneBrief is the membership of a host in a zone in brief: see Host.Zone.
+type ZoneBrief struct {
+	Name     string `json:"name"` // of the zone
+	Members  int    `json:"members"`
+	Alone    bool   `json:"alone"`
+	Sent     int64  `json:"sent_bytes"`     // to peers
+	Received int64  `json:"received_bytes"` // from peers
 }
 
 // DeviceCounts are the numbers of devices by state.
@@ -58,6 +68,10 @@ func (h *Host) Status() Status {
 		s.State = Stopping
 	case h.traces.serving.Load():
 		s.State = Serving
+	}
+	if h.zone != nil {
+		z := h.zone.Status()
+		s.Zone = &ZoneBrief{z.Zone, z.Members, z.Alone, z.Sent, z.Received}
 	}
 	for _, d := range h.Devices() {
 		switch d.state() {

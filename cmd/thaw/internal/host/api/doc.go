@@ -16,7 +16,7 @@
 //
 //	server.go      Server: the socket, its start and its end
 //	handler.go     routes, bodies, errors
-//	handlers.go    what each route does; nodes.go: those of nodes
+//	handlers.go    what each route does; nodes.go: those of nodes; zone.go: that of the zone
 //	conns.go       bounds on connections and requests
 //	client.go      Client
 package api

@@ -207,7 +207,7 @@ func (s *Server) codeOf(err error) int {
 	switch {
 	case errors.As(err, &f):
 		return f.code
-	case errors.Is(err, host.ErrNoDevice), errors.Is(err, host.ErrNoNode):
+	case errors.Is(err, host.ErrNoDevice), errors.Is(err, host.ErrNoNode), errors.Is(err, host.ErrNoZone):
 		return http.StatusNotFound
 	case errors.As(err, &conflict):
 		return http.StatusConflict

@@ -44,6 +44,7 @@ func (s *Server) routes() []route {
 		{s, "DELETE", "/v1/devices/{id}", true, s.remove},
 		{s, "POST", "/v1/devices/{id}/commit", true, s.commit},
 		{s, "POST", "/v1/traces/stop", true, s.stopTraces},
+		{s, "GET", "/v1/zone", true, s.zone},
 		{s, "GET", "/v1/openapi.yaml", false, func(*http.Request, []byte) (response, error) { return response{body: openAPI}, nil }},
 	}, s.nodeRoutes()...)
 }

@@ -2,6 +2,7 @@ package api
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -19,7 +20,8 @@ import (
 // openapi.yaml is what the handlers do, from both sides: each route is in it and the
 // reverse; each answer that it lists is given here, and none that it does not list.
 func TestOpenAPI(t *testing.T) {
-	b := newBed(t, host.Options{NBD: new(nbd.Server), Trace: host.TraceOptions{Use: []string{host.Auto}}, Overlay: host.OverlayOptions{Ephemeral: true}})
+	b := newBed(t, host.Options{NBD: new(nbd.Server), Trace: host.TraceOptions{Use: []string{host.Auto}}, Overlay: host.OverlayOptions{Ephemeral: true},
+		Zone: host.ZoneOptions{Name: "test", Listen: "127.0.0.1:0"}})
 	if err := b.doc.Validate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -113,6 +115,18 @@ func TestOpenAPI(t *testing.T) {
 	do(201, "POST", "/v1/devices", spec)
 	do(204, "DELETE", "/v1/devices/"+b.host.Devices()[0].ID(), "")
 	do(422, "POST", "/v1/devices", fmt.Sprintf(`{"image": "%s/team/none:v1"}`, b.registry))
+
+	do(200, "GET", "/v1/zone", "")
+	do(200, "GET", "/v1/zone?ask=true", "")
+	do(400, "GET", "/v1/zone?ask=perhaps", "")
+	if z, err := b.client.Zone(t.Context(), true); err != nil || z.Zone != "test" || !z.Alone || z.Members != 1 {
+		t.Errorf("%+v, %v", z, err)
+	}
+	without := newBed(t, host.Options{})
+	if code, _, _ := without.do("GET", "/v1/zone", ""); code != 404 {
+		t.Errorf("a server without a zone: %d", code)
+	}
+	maps.Copy(b.answers, without.answers)
 
 	do(200, "GET", "/v1/nodes", "")
 	node := fmt.Sprintf(`{"image": %q, "driver": "fuse", "overlay": %q}`, image, b.dir+"/overlay")
