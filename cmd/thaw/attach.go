@@ -22,6 +22,7 @@ type nodeOptions struct {
 	ephemeral bool
 	limit     size
 	queues    int
+	zone      zoneFlags
 }
 
 func (o *nodeOptions) flags(a *app, c *cobra.Command) {
@@ -32,6 +33,7 @@ func (o *nodeOptions) flags(a *app, c *cobra.Command) {
 	f.Var(&o.limit, "overlay-size", "most changed data, as a `SIZE`; beyond it, writes fail with ENOSPC (default: no limit but the disk)")
 	f.IntVar(&o.queues, "queues", 0, "`N` queues of ublk, or connections of nbd (default: 4, or with ublk the number of processors if that is less)")
 	f.StringVar(&o.cache, "cache", "", controlCacheUsage)
+	o.zone.add(f)
 	f.BoolVar(&a.json, "json", false, "print the result as JSON")
 }
 
@@ -48,6 +50,9 @@ func (o *nodeOptions) spec(image string) (s host.NodeSpec, err error) {
 		return s, usageError{errors.New("--overlay-size limits an overlay: add --overlay DIR or --ephemeral")}
 	case o.queues < 0 || o.queues > 64:
 		return s, usageError{fmt.Errorf("--queues %d: it must be from 1 to 64, or 0 for the default", o.queues)}
+	}
+	if err := o.zone.check(); err != nil {
+		return s, usageError{err}
 	}
 	s = host.NodeSpec{Ephemeral: o.ephemeral, Limit: int64(o.limit), Driver: d, Queues: o.queues}
 	if s.Image, err = host.AbsoluteImage(image); err != nil {
@@ -97,9 +102,9 @@ The driver auto takes ublk where the kernel has it, otherwise nbd, otherwise fus
 
 // backgroundHelp explains which server has the nodes.
 const backgroundHelp = `The node belongs to the server that uses the cache directory. If no server does, the
-command starts one in the background. That server uses the --plain-http, --hosts and
---platform of this command, its environment, and the credentials of its user. It logs
-to serve.log in the cache directory, and ends with its last node. If it is killed,
+command starts one in the background. That server uses the --plain-http, --hosts,
+--platform and --zone flags of this command, its environment, and the credentials of its
+user. It logs to serve.log in the cache directory, and ends with its last node. If it is killed,
 the next thaw attach or thaw mount starts another one, which goes on serving the
 nodes: see thaw serve --help. For a server that the system starts and restarts, see
 scripts/deploy/thaw.service.`
@@ -118,7 +123,7 @@ func (a *app) attach(ctx context.Context, image string, o nodeOptions) error {
 	if err := needRoot("attach"); err != nil {
 		return err
 	}
-	return a.withServer(ctx, o.cache, func(c *api.Client) error {
+	return a.withServer(ctx, o.cache, &o.zone, func(c *api.Client) error {
 		n, err := c.Attach(ctx, spec)
 		if err != nil {
 			return err

@@ -36,7 +36,7 @@ var exitUnused = 2 * time.Second
 
 // withServer calls do with a client of the server that uses a cache directory, and starts a
 // server if there is none. do may be called again if that server was about to end.
-func (a *app) withServer(ctx context.Context, cache string, do func(*api.Client) error) error {
+func (a *app) withServer(ctx context.Context, cache string, zone *zoneFlags, do func(*api.Client) error) error {
 	log, err := a.log()
 	if err != nil {
 		return err
@@ -50,8 +50,8 @@ func (a *app) withServer(ctx context.Context, cache string, do func(*api.Client)
 	for end := time.Now().Add(startTime); ; {
 		st, err := client.Status(ctx)
 		if err == nil {
-			if !started && (len(a.insecure) > 0 || a.hosts != "" || a.platform != defaultPlatform) {
-				log.Warn("a server runs already: it uses its own --plain-http, --hosts and --platform", "pid", st.PID)
+			if !started && (len(a.insecure) > 0 || a.hosts != "" || a.platform != defaultPlatform || zone.set()) {
+				log.Warn("a server runs already: it uses its own --plain-http, --hosts, --platform and --zone", "pid", st.PID)
 			}
 			err = do(client)
 			if api.Unknown(err) {
@@ -62,7 +62,7 @@ func (a *app) withServer(ctx context.Context, cache string, do func(*api.Client)
 		case err == nil:
 			return nil
 		case errors.Is(err, api.ErrNoServer):
-			if err := a.startServer(ctx, client); err != nil {
+			if err := a.startServer(ctx, client, zone); err != nil {
 				return err
 			}
 			started = true
@@ -93,7 +93,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 // startServer starts a server in the background, unless another command does, and returns
 // when a server answers.
-func (a *app) startServer(ctx context.Context, client *api.Client) error {
+func (a *app) startServer(ctx context.Context, client *api.Client, zone *zoneFlags) error {
 	log, err := a.log()
 	if err != nil {
 		return err
@@ -110,7 +110,7 @@ func (a *app) startServer(ctx context.Context, client *api.Client) error {
 	if _, err := client.Status(ctx); !errors.Is(err, api.ErrNoServer) {
 		return nil // another command has started one, or withServer says what is wrong
 	}
-	pid, err := a.spawnServer(ctx, cache)
+	pid, err := a.spawnServer(ctx, cache, zone)
 	if err == nil {
 		log.Info("started a server in the background, which ends with its last node", "pid", pid, "log", filepath.Join(cache, serverLog))
 		return nil
@@ -121,7 +121,7 @@ func (a *app) startServer(ctx context.Context, client *api.Client) error {
 			if _, e := client.Status(ctx); !errors.Is(e, api.ErrNoServer) {
 				return nil
 			}
-			if pid, e := a.spawnServer(ctx, cache); e == nil {
+			if pid, e := a.spawnServer(ctx, cache, zone); e == nil {
 				log.Info("started a server in the background, which ends with its last node", "pid", pid, "log", filepath.Join(cache, serverLog))
 				return nil
 			}
@@ -156,12 +156,12 @@ func lockFile(ctx context.Context, path string) (unlock func(), err error) {
 }
 
 // spawnServer starts a server in a process of its own, and returns when it is ready.
-func (a *app) spawnServer(ctx context.Context, cache string) (pid int, err error) {
+func (a *app) spawnServer(ctx context.Context, cache string, zone *zoneFlags) (pid int, err error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return 0, fmt.Errorf("start a server: %w", err)
 	}
-	args, err := a.serverArgs(cache)
+	args, err := a.serverArgs(cache, zone)
 	if err != nil {
 		return 0, err
 	}
@@ -204,8 +204,8 @@ func (a *app) spawnServer(ctx context.Context, cache string) (pid int, err error
 }
 
 // serverArgs are the arguments of a server in the background: the flags of this command
-// that are about registries and logs are its own.
-func (a *app) serverArgs(cache string) ([]string, error) {
+// that are about registries, the zone and logs are its own.
+func (a *app) serverArgs(cache string, zone *zoneFlags) ([]string, error) {
 	args := []string{"serve", "--nodes-only", "--exit-unused", exitUnused.String(), "--cache", cache, "--log-format", a.logFormat, "--platform", a.platform}
 	if a.verbose {
 		args = append(args, "--verbose")
@@ -220,7 +220,11 @@ func (a *app) serverArgs(cache string) ([]string, error) {
 		}
 		args = append(args, "--hosts", hosts)
 	}
-	return args, nil
+	more, err := zone.args()
+	if err != nil {
+		return nil, err
+	}
+	return append(args, more...), nil
 }
 
 // openServerLog opens the log of a server to append to it, at begin.

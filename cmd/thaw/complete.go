@@ -20,6 +20,7 @@ var fixedValues = map[string][]string{
 	"fetch-ahead": {"metadata", "readahead", "program", "none"},
 	"platform":    {"linux/amd64", "linux/arm64", "linux/arm/v7", "linux/386", "linux/riscv64", "linux/ppc64le", "linux/s390x"},
 	"listen":      {"unix:", "tcp:"},
+	"zone-join":   {"dns:", "file:"},
 }
 
 // imageArgs are the commands whose arguments name images, and how many do; -1: all.
@@ -48,7 +49,7 @@ func completions(c *cobra.Command) {
 		switch {
 		case fixed:
 			directive := cobra.ShellCompDirectiveNoFileComp
-			if f.Name == "listen" {
+			if f.Name == "listen" || f.Name == "zone-join" {
 				directive |= cobra.ShellCompDirectiveNoSpace
 			}
 			complete = cobra.FixedCompletions(values, directive)
@@ -73,6 +74,7 @@ func completions(c *cobra.Command) {
 // takesFile are the flags whose value is or may be the name of a file.
 var takesFile = map[string]bool{
 	"hosts": true, "trace": true, "record": true, "output": true, "tls-cert": true, "tls-key": true, "tls-client-ca": true, "device": true,
+	"zone-cert": true, "zone-key": true, "zone-ca": true, "zone-secret": true,
 }
 
 func directories(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {

@@ -55,7 +55,7 @@ func (a *app) mount(ctx context.Context, image, dir string, o nodeOptions) error
 	if spec.Mount, err = mountDir(dir); err != nil {
 		return err
 	}
-	return a.withServer(ctx, o.cache, func(c *api.Client) error {
+	return a.withServer(ctx, o.cache, &o.zone, func(c *api.Client) error {
 		n, err := a.mountThere(ctx, c, spec)
 		if err != nil {
 			return err

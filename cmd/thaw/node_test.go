@@ -785,7 +785,7 @@ func TestBackgroundServerFlags(t *testing.T) {
 	hosts := filepath.Join(t.TempDir(), "hosts")
 	t.Chdir(filepath.Dir(hosts))
 	a := &app{logFormat: "json", verbose: true, insecure: []string{"one.example", "two.example:5000"}, hosts: "hosts", platform: "linux/arm64"}
-	got, err := a.serverArgs("/cache")
+	got, err := a.serverArgs("/cache", new(zoneFlags))
 	want := []string{
 		"serve", "--nodes-only", "--exit-unused", exitUnused.String(), "--cache", "/cache", "--log-format", "json", "--platform", "linux/arm64", "--verbose",
 		"--plain-http", "one.example", "--plain-http", "two.example:5000", "--hosts", hosts,

@@ -84,7 +84,7 @@ Results are written to stdout, progress and logs to stderr.`,
 	f.StringVar(&a.hosts, "hosts", "", "read mirrors from `FILE`: a line for each registry, 'HOST MIRROR-URL[,resolve]...'; only a mirror marked ',resolve' is asked for tags and referrers; serve reads the file again when it changes")
 	f.StringVar(&a.platform, "platform", defaultPlatform, "`PLATFORM` to choose from a multi-platform image: OS/ARCH[/VARIANT]; defaults to that of this host")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(buildCommand(a), serveCommand(a), mountCommand(a), umountCommand(a), attachCommand(a), detachCommand(a), listCommand(a), statusCommand(a),
+	root.AddCommand(buildCommand(a), serveCommand(a), mountCommand(a), umountCommand(a), attachCommand(a), detachCommand(a), listCommand(a), statusCommand(a), zoneCommand(a),
 		commitCommand(a), overlayCommand(a), inspectCommand(a), verifyCommand(a), traceCommand(a),
 		versionCommand(a), manCommand(a))
 	completions(root)

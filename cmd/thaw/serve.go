@@ -108,7 +108,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	}
 	h, err := host.Open(host.Options{
 		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
-		Overlay: s.overlay, Sockets: host.SocketOptions{Dir: s.vhostUser, Server: machines},
+		Overlay: s.overlay, Sockets: host.SocketOptions{Dir: s.vhostUser, Server: machines}, Zone: s.serveOptions.zone.options(s.allow),
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server, Admission: admission,
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
@@ -118,6 +118,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		return err
 	}
 	defer h.Close()
+	refresh = append(refresh, h.RefreshZone)
 	h.RecoverNodes() // before anybody can ask for nodes, or attach one
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile

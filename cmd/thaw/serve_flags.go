@@ -36,6 +36,8 @@ type serveOptions struct {
 	tlsOptional bool
 	clients     []string
 
+	zone zoneFlags
+
 	trace       host.TraceOptions
 	ahead       aheadFlag
 	recordBytes size
@@ -125,9 +127,17 @@ stays: its readers and writers wait for the next serve. serve waits, within --gr
 until nodes in use of the driver fuse are unmounted; then their reads fail with EIO,
 and serve names them and exits with 1.
 
-serve reads the files of --tls-cert, --tls-key, --tls-client-ca and --hosts again
-when they change, and on SIGHUP. If it cannot use a file, it logs a warning and
-keeps the earlier content.
+serve reads the files of --tls-cert, --tls-key, --tls-client-ca, --hosts, --zone-cert,
+--zone-key, --zone-ca and --zone-secret again when they change, and on SIGHUP. If it
+cannot use a file, it logs a warning and keeps the earlier content.
+
+With --zone NAME, serve shares chunks with the other hosts of the zone: each chunk is
+fetched from the registry by the host that owns it, and the others get it from there.
+Hosts find each other by --zone-join, and prove who they are by certificates. Without
+--zone-cert, a zone is one of this machine: all addresses are loopback ones. A host that
+reaches nobody works alone. Peers can read what they know the digest of, of the
+repositories that --zone-allow matches, or else of --allow and of the registries that
+this host has images of. thaw zone shows the peers.
 
 With --trace auto --trace-push, serve packs a bundle in the background once the
 first start has been recorded. It then compares each start with what is stored. If
@@ -156,6 +166,8 @@ keeps the newest 32.`,
   thaw serve registry.example/team/app:v1~vm7 registry.example/team/app:v1~vm8 --vhost-user /run/vms --overlay-each /var/lib/vms
   thaw serve registry.example/a:1 --listen tcp:0.0.0.0:10809 --tls-cert cert.pem --tls-key key.pem \
     --tls-client-ca clients.pem --client host-7.example
+  thaw serve --nodes-only --zone prod --zone-listen :7946 --zone-join dns:thaw.prod.svc.cluster.local \
+    --zone-cert cert.pem --zone-key key.pem --zone-ca ca.pem --zone-secret secret --zone-allow 'registry.example/**'
 
   nbd-client -unix /run/app.sock /dev/nbd0
   qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/app.sock,format=raw,readonly=on …
@@ -197,6 +209,7 @@ keeps the newest 32.`,
 	f.DurationVar(&o.handshake, "handshake-timeout", nbd.DefaultHandshakeTimeout, "disconnect a client that has not finished the NBD handshake within this `TIME`")
 	f.DurationVar(&o.write, "write-timeout", 0, "disconnect a client that takes no byte of its replies for this `TIME` (default: never)")
 	f.DurationVar(&o.idle, "idle-timeout", 0, "disconnect a client that sends no request for this `TIME` (default: never)")
+	o.zone.add(f)
 	f.StringVar(&o.trace.Record, "record", "", "record the start of the image into `FILE`, which is replaced when the recording ends")
 	f.DurationVar(&o.trace.RecordFor, "record-for", 5*time.Minute, "end a recording this `TIME` after the first read")
 	f.Var(&o.recordBytes, "record-bytes", "end a recording when this `SIZE` of the device has been read (default: no limit)")
@@ -232,6 +245,9 @@ func (o *serveOptions) check(names []string) (err error) {
 		return usageError{fmt.Errorf("--allow: %w", err)}
 	}
 	if err := o.checkTrace(images, len(o.allow) > 0); err != nil {
+		return usageError{err}
+	}
+	if err := o.zone.check(); err != nil {
 		return usageError{err}
 	}
 	if err := host.CheckQuota(int64(o.quota)); err != nil {

@@ -197,6 +197,13 @@ func (s *shownStatus) lines(width int) []string {
 		fmt.Sprintf("registry  %s/s, %d requests in flight", bytesString(int64(s.Rates.Fetched)), c.InFlight),
 		fmt.Sprintf("          %s in %d requests; %d retries; %d wrong and %d failed chunks", bytesString(c.Bytes), c.Requests, c.Retries, c.Wrong, c.Failed),
 	}
+	if z := s.Zone; z != nil {
+		line := fmt.Sprintf("zone      %s, %s; %s received, %s sent", printable(z.Name), count(z.Members, "member"), bytesString(z.Received), bytesString(z.Sent))
+		if z.Alone {
+			line = fmt.Sprintf("zone      %s; no other member can be reached", printable(z.Name))
+		}
+		lines = append(lines, line)
+	}
 	if c.Overlays > 0 {
 		line := fmt.Sprintf("overlays  %d; %s changed, which take %s of disk", c.Overlays, bytesString(c.Changed), bytesString(c.OverlaySpace))
 		if c.Poisoned > 0 {
