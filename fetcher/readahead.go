@@ -101,6 +101,11 @@ func (r *readahead) after(wants []blockmap.Want, ahead int64, comes func(key) bo
 			r.streams[w.Stream] = s
 		}
 		r.settle(s, w, comes)
+		if slices.Contains(s.late[:min(s.n, lately)], w.Chunk) {
+			// Another reader of the same chunk, as when many devices start from one image. It
+			// says nothing new: its own chunk is not a neighbour that was demanded before.
+			continue
+		}
 		r.earn(s, stored(w)/probes)
 		predict := func(i int) {
 			if !w.Stream.Has(i) {

@@ -56,6 +56,11 @@ func inOrder(t *testing.T, n, size int, fill func(i int, c []byte)) *blocktest.I
 // was prefetched with it are resident. It returns those that the reader waited for, and
 // those that were fetched, whether or not a cache of this quota still has them.
 func ahead(t *testing.T, m *blocktest.Image, quota int64, readAhead bool, demands []int) (waited, fetched []int) {
+	return aheadOf(t, m, quota, readAhead, demands, 1)
+}
+
+// aheadOf is ahead with many readers, which demand the same chunks at the same time.
+func aheadOf(t *testing.T, m *blocktest.Image, quota int64, readAhead bool, demands []int, readers int) (waited, fetched []int) {
 	synctest.Test(t, func(t *testing.T) {
 		cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: quota})
 		if err != nil {
@@ -83,9 +88,15 @@ func ahead(t *testing.T, m *blocktest.Image, quota int64, readAhead bool, demand
 			if !device.Status(e).Resident {
 				waited = append(waited, c)
 			}
-			if got, err := blocktest.Read(t.Context(), device, e); err != nil || !slices.Equal(got, m.Content[e.Start:e.End]) {
-				t.Fatal("wrong bytes", err)
+			var wg sync.WaitGroup
+			for range readers {
+				wg.Go(func() {
+					if got, err := blocktest.Read(t.Context(), device, e); err != nil || !slices.Equal(got, m.Content[e.Start:e.End]) {
+						t.Error("wrong bytes", err)
+					}
+				})
 			}
+			wg.Wait()
 			time.Sleep(5 * time.Second)
 		}
 		asked := make(map[int64]int64)
@@ -135,6 +146,17 @@ func TestReadAheadOfScatteredReads(t *testing.T) {
 	demands := []int{90, 10, 50, 70, 30, 0, 99}
 	if _, fetched := ahead(t, noise(t, 100), 0, true, demands); !slices.Equal(fetched, slices.Sorted(slices.Values(demands))) {
 		t.Errorf("chunks %v were fetched for %v", fetched, demands)
+	}
+}
+
+// Many readers of the same chunks cause the prefetches of one, not more.
+func TestReadAheadOfManyReaders(t *testing.T) {
+	for name, demands := range map[string][]int{"scattered": {90, 10, 50, 70, 30, 0, 99}, "near": {100, 105, 104, 64, 67, 150}, "in sequence": sequence(20, 60)} {
+		m := noise(t, 200)
+		waited, fetched := ahead(t, m, 0, true, demands)
+		if w, f := aheadOf(t, m, 0, true, demands, 20); !slices.Equal(w, waited) || !slices.Equal(f, fetched) {
+			t.Errorf("%s: 20 readers waited for %v, one for %v; %v were fetched, for one %v", name, w, waited, f, fetched)
+		}
 	}
 }
 
