@@ -127,6 +127,9 @@ func (s *Server) Stop() (*Served, error) {
 	return d, nil
 }
 
+// PID is the server's process ID.
+func (s *Server) PID() int { return s.cmd.Process.Pid }
+
 // Said returns the end of the server's log, for the end of an error. While the
 // server runs it is empty.
 func (s *Server) Said() string {
