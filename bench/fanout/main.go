@@ -38,6 +38,7 @@ type options struct {
 	simHosts  int
 	seed      uint64
 	plan      string
+	trace     string
 }
 
 // link is what lies between a host and the registry.
@@ -107,6 +108,7 @@ func main() {
 		o.serveArgs = strings.Fields(s)
 		return nil
 	})
+	flag.StringVar(&o.trace, "trace", "", "trace file of a start of the image (default: record one, with everything resident)")
 	flag.StringVar(&o.size, "size", "8G", "size of the filesystems")
 	flag.IntVar(&o.hosts, "hosts", 8, "hosts in namespaces of their own")
 	flag.IntVar(&o.per, "starts", 20, "starts on each of these hosts")

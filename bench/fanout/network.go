@@ -72,24 +72,32 @@ func (n *namespace) script(dir, program string) (path string, err error) {
 	return path, os.WriteFile(path, []byte(text), 0o755)
 }
 
-// do runs f in the namespace. Sockets that it makes stay there.
-func (n *namespace) do(f func() error) error {
-	failed := make(chan error, 1)
-	go func() {
-		// The thread is not unlocked: it ends with the goroutine, and so nothing else runs in
-		// the namespace.
-		runtime.LockOSThread()
-		fd, err := unix.Open(n.path(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err == nil {
-			err = unix.Setns(fd, unix.CLONE_NEWNET)
-			unix.Close(fd)
-		}
-		if err == nil {
-			err = f()
-		}
-		failed <- err
-	}()
-	return <-failed
+// do runs f in the namespace. Sockets that it makes stay there. The thread comes back: if it ended,
+// the kernel would end the programs that it has started.
+func (n *namespace) do(f func() error) (err error) {
+	runtime.LockOSThread()
+	here, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer unix.Close(here)
+	there, err := unix.Open(n.path(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Setns(there, unix.CLONE_NEWNET)
+		unix.Close(there)
+	}
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter the namespace of %s: %w", n.name, err)
+	}
+	err = f()
+	if back := unix.Setns(here, unix.CLONE_NEWNET); back != nil {
+		// The thread stays locked: nothing else may run on it.
+		return errors.Join(err, fmt.Errorf("leave the namespace of %s: %w", n.name, back))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // listen listens on a port of the namespace.

@@ -100,9 +100,12 @@ func (b *benchmark) prepare(ctx context.Context, w bench.Workload, n int) (s *si
 	}
 	s.indexBytes = int64(len(s.index.Encode()))
 	s.manifest = opens - s.indexBytes
-	file := filepath.Join(s.dir, "trace")
-	if err := b.record(ctx, s, file); err != nil {
-		return nil, fmt.Errorf("record a start: %w", err)
+	file := b.trace
+	if file == "" {
+		file = filepath.Join(s.dir, "trace")
+		if err := b.record(ctx, s, file); err != nil {
+			return nil, fmt.Errorf("record a start: %w", err)
+		}
 	}
 	raw, err := os.ReadFile(file)
 	if err != nil {

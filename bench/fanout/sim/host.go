@@ -250,7 +250,9 @@ func (w *world) ask(from, fetch, to int32) {
 		return
 	}
 	w.sys.began(id)
-	w.q.push(w.now+w.o.Timeout, expires, id, r.generation)
+	if w.o.System == Zone || w.lines[to].dead { // the others wait for a server that works
+		w.q.push(w.now+w.o.Timeout, expires, id, r.generation)
+	}
 	w.setHedge(id)
 }
 

@@ -112,6 +112,18 @@ func TestOthers(t *testing.T) {
 	}
 }
 
+// A cache or a parent that is slow is waited for: hosts do not turn to the registry.
+func TestOthersAreWaitedFor(t *testing.T) {
+	o := Defaults()
+	o.Hosts = 100
+	o.Host, o.Cache, o.Registry = Line{100e6, 100e6, 0}, Line{100e6, 100e6, 0}, Line{100e6, 100e6, 0}
+	for _, s := range []System{PullThrough, Tree} {
+		if r := simulate(t, o.Of(s)); r.Amplification() != 1 || s == PullThrough && r.Percentile(1) < 20*time.Second {
+			t.Errorf("%v: amplification %v, %v", s, r.Amplification(), r.Percentile(1))
+		}
+	}
+}
+
 // A lone start cannot be faster than its work, or than its line, and is not much slower.
 func TestLoneStart(t *testing.T) {
 	for _, rate := range []int64{10e6, 100e6, 10e9} {
