@@ -40,7 +40,6 @@ type fetch struct {
 	demand    bool
 	own       bool // for a peer: only the registry is asked
 	hedged    bool
-	parked    bool    // it waits in line for what others asked
 	requests  []int32 // under way
 	used      bool
 	attempt   attempt
