@@ -35,7 +35,7 @@ func testBenchmark(t *testing.T, variants int) (*benchmark, *site, *bytes.Buffer
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	out := new(bytes.Buffer)
 	b := &benchmark{rec: bench.NewRecorder(out), options: options{
-		dir: dir, link: link{time.Millisecond, 1e9}, rounds: 1, count: 3, size: "64M", hosts: 3, per: 2, hostRate: 400e6, simHosts: 20, seed: 1,
+		dir: dir, link: link{time.Millisecond, 1e9}, rounds: 1, count: 3, size: "64M", hosts: 3, per: 2, hostRate: 400e6, simHosts: 20, seed: 1, faultAt: 50 * time.Millisecond,
 	}}
 	if b.thaw, err = bench.BuildThaw(t.Context(), dir); err != nil {
 		t.Fatal(err)

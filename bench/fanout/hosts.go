@@ -95,9 +95,6 @@ type fault struct {
 	during func(ctx context.Context, f *fleet) error
 }
 
-// faultAt is when it happens, since the start. It is in the middle of the transfer.
-const faultAt = 500 * time.Millisecond
-
 var faults = []fault{
 	{name: "added", during: func(ctx context.Context, f *fleet) error {
 		m, err := f.add(ctx)
@@ -248,7 +245,7 @@ func (b *benchmark) withFault(ctx context.Context, s *site, w way, x fault) (err
 	var meanwhile func(context.Context) error
 	if x.during != nil {
 		meanwhile = func(ctx context.Context) error {
-			if err := sleep(ctx, faultAt); err != nil {
+			if err := sleep(ctx, b.faultAt); err != nil {
 				return err
 			}
 			return x.during(ctx, f)

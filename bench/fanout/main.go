@@ -39,6 +39,7 @@ type options struct {
 	seed      uint64
 	plan      string
 	trace     string
+	faultAt   time.Duration // since the start
 }
 
 // link is what lies between a host and the registry.
@@ -113,6 +114,7 @@ func main() {
 	flag.IntVar(&o.hosts, "hosts", 8, "hosts in namespaces of their own")
 	flag.IntVar(&o.per, "starts", 20, "starts on each of these hosts")
 	mbits := flag.Int64("host-mbits", 1000, "rate of the link of each of these hosts, in each direction, in Mbit/s")
+	flag.DurationVar(&o.faultAt, "fault-at", 500*time.Millisecond, "when something happens to a host, since the start; it should be in the middle of the transfer")
 	flag.IntVar(&o.simHosts, "sim-hosts", 10_000, "hosts to simulate; a tenth of them is simulated as well")
 	flag.Uint64Var(&o.seed, "seed", 1, "seed of the simulator")
 	flag.StringVar(&o.plan, "plan", "", "file with the plan of a start to simulate (default: a start of flask)")
