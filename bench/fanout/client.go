@@ -50,10 +50,10 @@ type client struct {
 	buf    []byte
 }
 
-// dial opens an export; the empty name is the default one.
-func dial(ctx context.Context, network, address, export string) (*client, error) {
+// dial opens an export by a unix socket; the empty name is the default one.
+func dial(ctx context.Context, socket, export string) (*client, error) {
 	var d net.Dialer
-	c, err := d.DialContext(ctx, network, address)
+	c, err := d.DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, err
 	}
@@ -71,7 +71,7 @@ func dial(ctx context.Context, network, address, export string) (*client, error)
 	}
 	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("open export %q at %s: %w", export, address, err)
+		return nil, fmt.Errorf("open export %q at %s: %w", export, socket, err)
 	}
 	return &client{c: c, buf: make([]byte, readAhead)}, nil
 }

@@ -230,7 +230,7 @@ func (f *fleet) start(ctx context.Context, tag string, hosts []*member, per int,
 	before := f.link.Stats()
 	sent := make(map[*member]int64)
 	for _, m := range f.hosts {
-		n, _, err := m.traffic()
+		n, err := m.traffic()
 		if err != nil {
 			return nil, err
 		}
@@ -243,7 +243,7 @@ func (f *fleet) start(ctx context.Context, tag string, hosts []*member, per int,
 	run := func(m *member) {
 		for range per {
 			wg.Go(func() {
-				c, err := dial(ctx, "unix", m.server.Socket, f.s.at(f.addr, tag))
+				c, err := dial(ctx, m.server.Socket, f.s.at(f.addr, tag))
 				if err == nil {
 					err = c.start(ctx, f.s.script)
 					c.close()
@@ -272,7 +272,7 @@ func (f *fleet) start(ctx context.Context, tag string, hosts []*member, per int,
 	after := f.link.Stats()
 	x.registry, x.requests = after.Down-before.Down, after.Requests-before.Requests
 	for _, m := range f.hosts {
-		n, _, err := m.traffic()
+		n, err := m.traffic()
 		if err != nil {
 			return nil, err
 		}

@@ -48,7 +48,7 @@ func (b *benchmark) learn(ctx context.Context, s *site) (err error) {
 	}
 	defer server.Kill()
 	learn := func(tag string, sc script) error {
-		c, err := dial(ctx, "unix", server.Socket, s.direct(tag))
+		c, err := dial(ctx, server.Socket, s.direct(tag))
 		if err != nil {
 			return err
 		}
@@ -139,7 +139,7 @@ func (b *benchmark) onHost(ctx context.Context, s *site, name string, starts []s
 	var wg sync.WaitGroup
 	for i, x := range starts {
 		wg.Go(func() {
-			if clients[i], errs[i] = dial(ctx, "unix", server.Socket, s.at(addr, x.tag)); errs[i] == nil {
+			if clients[i], errs[i] = dial(ctx, server.Socket, s.at(addr, x.tag)); errs[i] == nil {
 				errs[i] = clients[i].start(ctx, x.script)
 			}
 			times[i] = time.Since(ready)

@@ -73,11 +73,11 @@ func (b *benchmark) hostsAtOnce(ctx context.Context, s *site, w way, m mode, hos
 	if err != nil {
 		return err
 	}
-	return b.note(hostsName(s.Name, w, m, hosts, per), f, x, s.distinct(w))
+	return b.note(hostsName(s.Name, w, m, hosts, per), x, s.distinct(w))
 }
 
 // note records what starts came to. An error of a reader fails the benchmark.
-func (b *benchmark) note(name string, f *fleet, x *started, distinct int64) error {
+func (b *benchmark) note(name string, x *started, distinct int64) error {
 	if err := errors.Join(x.errs...); err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
@@ -101,7 +101,7 @@ var faults = []fault{
 		if err != nil {
 			return err
 		}
-		c, err := dial(ctx, "unix", m.server.Socket, f.s.at(f.addr, tracedTag))
+		c, err := dial(ctx, m.server.Socket, f.s.at(f.addr, tracedTag))
 		if err != nil {
 			return err
 		}
@@ -255,5 +255,5 @@ func (b *benchmark) withFault(ctx context.Context, s *site, w way, x fault) (err
 	if err != nil {
 		return err
 	}
-	return b.note(faultName(s.Name, w, x), f, r, s.distinct(w))
+	return b.note(faultName(s.Name, w, x), r, s.distinct(w))
 }

@@ -118,24 +118,19 @@ func (n *namespace) dial(addr string) (c net.Conn, err error) {
 	return c, err
 }
 
-// traffic returns how many bytes have left the namespace by eth0, headers included, and how many
-// have come.
-func (n *namespace) traffic() (sent, came int64, err error) {
+// traffic returns how many bytes have left the namespace by eth0, headers included.
+func (n *namespace) traffic() (sent int64, err error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", n.holder.Process.Pid))
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	for line := range strings.Lines(string(raw)) {
 		name, rest, ok := strings.Cut(line, ":")
 		if f := strings.Fields(rest); ok && strings.TrimSpace(name) == "eth0" && len(f) >= 9 {
-			came, err = strconv.ParseInt(f[0], 10, 64)
-			if err == nil {
-				sent, err = strconv.ParseInt(f[8], 10, 64)
-			}
-			return sent, came, err
+			return strconv.ParseInt(f[8], 10, 64)
 		}
 	}
-	return 0, 0, errors.New("the namespace has no eth0")
+	return 0, errors.New("the namespace has no eth0")
 }
 
 const (

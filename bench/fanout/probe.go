@@ -82,7 +82,7 @@ func (b *benchmark) peerChunk(ctx context.Context, s *site) (err error) {
 	if len(first) == 0 {
 		return errors.New("the peer has answered with no chunk")
 	}
-	trip, a, z := percentile(trips, 0.5), percentile(first, 0.5), percentile(last, 0.5)
+	trip, a, z := median(trips), median(first), median(last)
 	progress("a chunk from a peer: round trip %v, first byte %v, all %v (p50 of %d)", trip, a, z, len(first))
 	return b.rec.Add("Peer/image="+s.Name, bench.Measure{Value: float64(trip), Unit: "round-trip-ns"}, bench.Measure{Value: float64(a), Unit: "first-byte-ns"},
 		bench.Measure{Value: float64(z), Unit: bench.Wall})
@@ -146,7 +146,7 @@ func roundTrips(from, to *namespace) (trips []time.Duration, err error) {
 	defer l.Close()
 	go func() { // until the connection is closed
 		if c, err := l.Accept(); err == nil {
-			io.Copy(c, c)
+			_, _ = io.Copy(c, c)
 			c.Close()
 		}
 	}()
@@ -170,7 +170,4 @@ func roundTrips(from, to *namespace) (trips []time.Duration, err error) {
 	return trips, nil
 }
 
-func percentile(v []time.Duration, share float64) time.Duration {
-	v = slices.Sorted(slices.Values(v))
-	return v[min(int(share*float64(len(v))), len(v)-1)]
-}
+func median(v []time.Duration) time.Duration { return slices.Sorted(slices.Values(v))[len(v)/2] }

@@ -107,8 +107,7 @@ func (b *benchmark) amplified(n string) float64 {
 
 func (b *benchmark) perDevice(n string) float64 {
 	var count float64
-	fmt.Sscan(part(n, "devices")+part(n, "images"), &count)
-	if count <= 1 {
+	if _, err := fmt.Sscan(part(n, "devices")+part(n, "images"), &count); err != nil || count <= 1 {
 		return math.NaN()
 	}
 	return (b.rec.Median(n, memoryUnit) - b.rec.Median(b.one(n), memoryUnit)) / (count - 1)

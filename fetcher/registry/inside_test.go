@@ -37,8 +37,7 @@ func TestInside(t *testing.T) {
 	} {
 		for _, how := range []string{"redirect", "realm", "redirect of the realm"} {
 			t.Run(name+", "+how, func(t *testing.T) {
-				var s string
-				s = hostOf(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				s := hostOf(serve(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					switch {
 					case how == "redirect" || r.URL.Path == "/token":
 						http.Redirect(w, r, to, http.StatusTemporaryRedirect)

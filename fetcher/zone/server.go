@@ -428,7 +428,7 @@ func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) err
 				return err
 			}
 			if err != nil {
-				return fmt.Errorf("after %d bytes: %s", to.sent, err) // not a refusal any more
+				return errors.New("after " + strconv.FormatInt(to.sent, 10) + " bytes: " + err.Error()) // not a refusal any more
 			}
 			if to == nil {
 				if u.from == fromDisk && part.inMemory() {

@@ -161,7 +161,7 @@ func (w *world) choose(h *host) int32 {
 }
 
 // newFetch fetches a chunk with its absent neighbours in the run.
-func (w *world) newFetch(at, c int32, demand, own bool) int32 {
+func (w *world) newFetch(at, c int32, demand, own bool) {
 	h := &w.hosts[at]
 	run := &w.runs[w.runOf[c]]
 	i := w.place[c]
@@ -174,7 +174,7 @@ func (w *world) newFetch(at, c int32, demand, own bool) int32 {
 			want |= 1 << j
 		}
 	}
-	return w.fetchChunks(at, w.runOf[c], want, demand, own)
+	w.fetchChunks(at, w.runOf[c], want, demand, own)
 }
 
 func (w *world) fetchChunks(at, run int32, want uint64, demand, own bool) int32 {

@@ -138,7 +138,8 @@ func Open(o Options) (*Host, error) {
 		if h.zone, err = openZone(limit, o.Zone, opener); err != nil {
 			limited(nil)
 			h.fetcher.Close()
-			return nil, errors.Join(err, h.cache.Close(), closeFinder(o.Finder))
+			o.Finder.Close()
+			return nil, errors.Join(err, h.cache.Close())
 		}
 		opener.zone = h.zone
 	}
@@ -152,11 +153,6 @@ func Open(o Options) (*Host, error) {
 	h.nodes = newNodes(h, o.Admission)
 	h.meter = startMeter(h.moved)
 	return h, nil
-}
-
-func closeFinder(f *Finder) error {
-	f.Close()
-	return nil
 }
 
 // Add opens devices concurrently; they stay open until Remove or Stop. It returns when
