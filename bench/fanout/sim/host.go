@@ -177,7 +177,7 @@ func (w *world) newFetch(at, c int32, demand, own bool) {
 	w.fetchChunks(at, w.runOf[c], want, demand, own)
 }
 
-func (w *world) fetchChunks(at, run int32, want uint64, demand, own bool) int32 {
+func (w *world) fetchChunks(at, run int32, want uint64, demand, own bool) {
 	var id int32
 	if n := len(w.freeFetches); n > 0 {
 		id = w.freeFetches[n-1]
@@ -202,7 +202,6 @@ func (w *world) fetchChunks(at, run int32, want uint64, demand, own bool) int32 
 		h.many++
 	}
 	w.try(id)
-	return id
 }
 
 // uncount takes a fetch out of the bounds for prefetches.
