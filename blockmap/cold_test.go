@@ -305,6 +305,12 @@ func TestFailingReads(t *testing.T) {
 				var mu sync.Mutex
 				rng := rand.New(rand.NewPCG(1, 95))
 				c, image, origin := openCold(t, t.TempDir(), m, blockmap.CacheOptions{FS: fsys, Mode: mode}, false)
+				image.Close()
+				fetch := newDirect(t, origin)
+				fetch.hold = true // a chunk whose reads have failed twice is not stored for a while
+				image, err := blockmap.NewImage(m.Index, c, fetch)
+				must(t, err)
+				must(t, image.Fault(t.Context(), blockmap.Range(0, image.Size()))) // opens the files
 				fsys.Fail(func(op, path string) error {
 					mu.Lock()
 					defer mu.Unlock()
