@@ -123,15 +123,15 @@ type site struct {
 	hosts   string
 }
 
-// newSite makes a site with an image of about 50 MB, compressed.
+// newSite makes a site with an image of about 26 MB, compressed.
 func newSite(t testing.TB, storage string) *site {
 	t.Helper()
 	need(t, "nbdcopy", "docker-registry")
 	x := &site{storage: storage}
-	x.up = startUplink(t, startRegistry(t, "", t.TempDir(), "").addr, 40<<20)
+	x.up = startUplink(t, startRegistry(t, "", t.TempDir(), "").addr, 16<<20)
 	x.ref = x.up.host() + "/team/app:v1"
-	push(t, x.ref, imageOf(t, layerOf(t, append(files(1, "base", 100), file{name: "big", data: random(3, 60<<20)})...)))
-	must(t, "build", "--size", "256M", x.ref)
+	push(t, x.ref, imageOf(t, layerOf(t, append(files(1, "base", 100), file{name: "big", data: random(3, 24<<20)})...)))
+	must(t, "build", "--size", "128M", x.ref)
 	x.cache = startPullThrough(t, "", storage, x.up.URL)
 	x.front = startProxy(t, x.cache.addr)
 	x.hosts = filepath.Join(t.TempDir(), "hosts")
