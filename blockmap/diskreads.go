@@ -23,7 +23,9 @@ type diskReads struct {
 
 	begin sync.Once
 	ring  *uring.Ring // nil: threads
-	slots chan struct{}
+
+	threaded sync.Once
+	slots    chan struct{} // of threads
 
 	n    atomic.Int64   // reads in flight
 	wg   sync.WaitGroup // of reads
@@ -41,10 +43,9 @@ const (
 	maxThreads = 64
 )
 
-// start makes the ring for the first read: most caches of a test, and those of idle
-// servers, need none.
+// start makes the ring for the first read of a file with a descriptor: most caches of a
+// test, and those of idle servers, need none.
 func (r *diskReads) start() {
-	r.slots = make(chan struct{}, maxThreads)
 	if !r.threads {
 		ring, err := uring.New(ringDepth)
 		if err == nil {
@@ -221,15 +222,17 @@ type diskRead struct {
 
 // submit begins the read.
 func (x *diskRead) submit() {
-	x.of.begin.Do(x.of.start)
-	x.FD = x.file.descriptor()
-	if x.of.ring != nil && x.FD >= 0 && (len(x.Buf) < largeRead || x.file.direct != nil) {
-		x.of.ring.Submit(&x.Read)
-		return
+	r := x.of
+	if x.FD = x.file.descriptor(); x.FD >= 0 && (len(x.Buf) < largeRead || x.file.direct != nil) {
+		if r.begin.Do(r.start); r.ring != nil {
+			r.ring.Submit(&x.Read)
+			return
+		}
 	}
+	r.threaded.Do(func() { r.slots = make(chan struct{}, maxThreads) })
 	go func() {
-		x.of.slots <- struct{}{}
-		defer func() { <-x.of.slots }()
+		r.slots <- struct{}{}
+		defer func() { <-r.slots }()
 		x.N, x.Err = x.file.readAt(x.Buf, x.Off)
 		x.finished()
 	}()

@@ -776,7 +776,7 @@ func TestSoak(t *testing.T) {
 		if round%2 == 1 {
 			quota = int64(len(m.Content)) / 3
 		}
-		cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: quota})
+		cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: quota, FS: threads{blockmap.OS}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -207,7 +207,7 @@ func TestReplayWaitAfterStop(t *testing.T) {
 // A chunk that a small cache has evicted again counts as prefetched.
 func TestReplayInASmallCache(t *testing.T) {
 	m := blocktest.NewImage(t, 66, 2000)
-	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000}) // room for one chunk or two
+	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 400_000, FS: threads{blockmap.OS}}) // room for one chunk or two
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ func newWorld(t testing.TB, m *blocktest.Image, o fetcher.Options) *world {
 	t.Helper()
 	w := &world{Image: m, origin: blocktest.NewOrigin(m)}
 	var err error
-	if w.cache, err = blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{}); err != nil {
+	if w.cache, err = blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{FS: threads{blockmap.OS}}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -420,3 +420,19 @@ func BenchmarkFetch(b *testing.B) {
 		}
 	}
 }
+
+// threads has the cache read its disk with threads. In a synctest bubble, the thread of an
+// io_uring would wait in the kernel for ever, and time would stand still.
+type threads struct{ blockmap.FS }
+
+type threadsFile struct{ blockmap.File }
+
+func (f threads) Open(path string, create bool) (blockmap.File, error) {
+	file, err := f.FS.Open(path, create)
+	if err != nil {
+		return nil, err
+	}
+	return threadsFile{file}, nil
+}
+
+func (threadsFile) Descriptor() int { return -1 }

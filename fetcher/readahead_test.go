@@ -62,7 +62,7 @@ func ahead(t *testing.T, m *blocktest.Image, quota int64, readAhead bool, demand
 // aheadOf is ahead with many readers, which demand the same chunks at the same time.
 func aheadOf(t *testing.T, m *blocktest.Image, quota int64, readAhead bool, demands []int, readers int) (waited, fetched []int) {
 	synctest.Test(t, func(t *testing.T) {
-		cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: quota})
+		cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: quota, FS: threads{blockmap.OS}})
 		if err != nil {
 			t.Fatal(err)
 		}

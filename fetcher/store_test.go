@@ -147,7 +147,7 @@ func TestBundleOnAFullDisk(t *testing.T) {
 // When all of the quota is in use, a reader of something else still gets it.
 func TestQuotaInUse(t *testing.T) {
 	m := blocktest.NewImage(t, 174, 3000)
-	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 2 << 20})
+	cache, err := blockmap.OpenCache(t.TempDir(), blockmap.CacheOptions{Quota: 2 << 20, FS: threads{blockmap.OS}})
 	if err != nil {
 		t.Fatal(err)
 	}
