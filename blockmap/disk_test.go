@@ -71,14 +71,9 @@ func (d *disk) mount() {
 	must(d.t, unix.Mount(d.device, d.at, d.kind, 0, ""))
 }
 
-// unmount unmounts the disk, at the end of a test at the latest. Now and then, when much else
-// runs, btrfs says that this process still has a map open that was removed; nothing in the
-// cache keeps one. The mount is detached then, and the test is not failed for it.
 func (d *disk) unmount() {
 	d.t.Helper()
-	if err := blocktest.Unmount(d.at); err != nil {
-		d.t.Logf("the mount stays for a while: %v", err)
-	}
+	must(d.t, blocktest.Unmount(d.at))
 }
 
 // fill writes a file that takes all the remaining space, and returns its path.

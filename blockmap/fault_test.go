@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -217,6 +218,72 @@ func TestUnreadableDisk(t *testing.T) {
 			t.Errorf("a chunk was fetched %d times", n)
 		}
 	}
+}
+
+// countedFS counts the files that are open, and punches no holes.
+type countedFS struct {
+	blockmap.FS
+	open *atomic.Int64
+}
+
+type countedFile struct {
+	blockmap.File
+	open *atomic.Int64
+}
+
+func (f countedFS) Open(path string, create bool) (blockmap.File, error) {
+	file, err := f.FS.Open(path, create)
+	if err != nil {
+		return nil, err
+	}
+	f.open.Add(1)
+	return countedFile{file, f.open}, nil
+}
+
+func (f countedFile) Close() error {
+	f.open.Add(-1)
+	return f.File.Close()
+}
+
+func (countedFile) PunchHole(_, _ int64) error { return syscall.ENOSPC }
+
+// A stream that cannot be taken over, because the disk has no room to give back what is not
+// resident, leaves no file open.
+func TestDroppedStreamIsClosed(t *testing.T) {
+	m := blocktest.NewImage(t, 63, 4000)
+	dir, o := t.TempDir(), blockmap.CacheOptions{Boot: blockmap.BootID{1}}
+	c, image, _ := openImage(t, dir, m, o)
+	_, err := blocktest.Read(t.Context(), image, blockmap.Range(0, image.Size()/4&^4095))
+	must(t, err)
+	must(t, c.Close())
+	for _, path := range dataFiles(t, dir) {
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		must(t, err)
+		fi, err := f.Stat()
+		must(t, err)
+		// As after a process that was killed between writing and marking.
+		end := fi.Size() &^ 4095
+		for off := max(0, end-6<<20); off < end-4096; off += 4096 {
+			b := make([]byte, 4096)
+			if _, err := f.ReadAt(b, off); err == nil && bytes.Equal(b, make([]byte, 4096)) {
+				b[0] = 1
+				_, err = f.WriteAt(b, off)
+				must(t, err)
+			}
+		}
+		must(t, errors.Join(f.Sync(), f.Close()))
+	}
+	var open atomic.Int64
+	o.FS = countedFS{blockmap.OS, &open}
+	c, err = blockmap.OpenCache(dir, quiet(o))
+	must(t, err)
+	if c.Dropped() == 0 {
+		t.Error("no stream was dropped: this tests nothing")
+	}
+	if n := open.Load(); n != 0 {
+		t.Errorf("%d files are open", n)
+	}
+	must(t, c.Close())
 }
 
 // After an fdatasync that failed, the next one succeeds without writing the same

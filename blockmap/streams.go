@@ -135,7 +135,8 @@ func (st *streamStore) loadStream(name string) (*Stream, error) {
 	s := st.newStream(id, t)
 	s.setFixed(s.fixedSize(len(b)))
 	if err := s.load(); err != nil {
-		s.res = newResidency(id, t.Blocks()) // drops what was read of it
+		err = errors.Join(err, s.res.file.detach()) // load may have opened it
+		s.res = newResidency(id, t.Blocks())        // drops what was read of it
 		return s, err
 	}
 	return s, nil
