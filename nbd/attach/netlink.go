@@ -72,7 +72,7 @@ func nbdCommand(ctx context.Context, what string, command uint8, fds []int, enco
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	}
-	return nil, fmt.Errorf("nbd: %s: %w", what, err)
+	return nil, fmt.Errorf("netlink: %s: %w", what, err)
 }
 
 func nbdExecute(command uint8, encode func(*netlink.AttributeEncoder)) ([]genetlink.Message, error) {
