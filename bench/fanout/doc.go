@@ -12,7 +12,8 @@
 //	hosts     8 hosts, 20 starts on each: with a zone, without one, behind docker-registry as a
 //	          pull-through cache; and what a chunk from a peer takes
 //	faults    the same with a zone, and a host of it that is added, killed, lost, partitioned from
-//	          half of the others, slow by ten times, or lying
+//	          the others, slow by ten times, or lying; and with a zone that is partitioned in
+//	          halves
 //	agree     one start on each host, and the simulator with the same links
 //	simulate  1,000 and 10,000 hosts in the simulator, package sim
 //

@@ -95,6 +95,9 @@ type fault struct {
 	during func(ctx context.Context, f *fleet) error
 }
 
+// halved is the fault that costs each half of the hosts all bytes that it does not have yet.
+const halved = "halved"
+
 var faults = []fault{
 	{name: "added", during: func(ctx context.Context, f *fleet) error {
 		m, err := f.add(ctx)
@@ -116,6 +119,14 @@ var faults = []fault{
 		return f.net.sw.run(ctx, "ip", "link", "set", f.last().name, "down")
 	}},
 	{name: "partitioned", during: func(ctx context.Context, f *fleet) error {
+		for _, other := range f.hosts[:len(f.hosts)-1] {
+			if err := f.net.separate(ctx, f.last().namespace, other.namespace); err != nil {
+				return err
+			}
+		}
+		return nil
+	}},
+	{name: halved, during: func(ctx context.Context, f *fleet) error {
 		half := len(f.hosts) / 2
 		for _, a := range f.hosts[:half] {
 			for _, b := range f.hosts[half:] {
