@@ -60,8 +60,11 @@ const (
 	joinAlone   = 5 * time.Second
 	joinEvery   = 10 * time.Second
 	joinTime    = 5 * time.Second // of a look-up
-	joinsAtOnce = 8               // seeds that are tried in a round
+	joinRound   = time.Minute     // of all tries, until somebody is found
+	joinsAtOnce = 8
 	leaveTime   = time.Second
+	// maxJoinErrors bounds what an error tells.
+	maxJoinErrors = 3
 	// settleTime is how long members collect changes before they tell of them.
 	settleTime = 50 * time.Millisecond
 )
@@ -285,13 +288,14 @@ func (m *members) join() {
 	}
 }
 
-// round tries seeds that are no members at present. A member that is behind a partition is
-// found again in this way.
+// round tries addresses of the seeds that are not those of members at present. A member that is
+// behind a partition is found again in this way.
 func (m *members) round(warned map[string]bool) {
 	known := make(map[string]bool)
 	for _, x := range m.snapshot() {
 		known[x.Addr] = true
 	}
+	alone := len(known) <= 1
 	var found []string
 	var errs []error
 	for _, s := range m.seeds {
@@ -313,13 +317,42 @@ func (m *members) round(warned map[string]bool) {
 		}
 	}
 	rand.Shuffle(len(found), func(i, j int) { found[i], found[j] = found[j], found[i] })
-	var wg sync.WaitGroup
-	joined := make([]error, min(len(found), joinsAtOnce))
-	for i := range joined {
-		wg.Go(func() { _, joined[i] = m.list.Join(found[i : i+1]) })
+	// Who is a member already tries a few of those that are none. Who is alone tries one
+	// address after the other until somebody is there: most may be those of hosts that are gone.
+	if !alone {
+		found = found[:min(len(found), joinsAtOnce)]
 	}
+	next := make(chan string)
+	ctx, cancel := context.WithTimeout(m.ctx, joinRound)
+	defer cancel()
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	for range min(len(found), joinsAtOnce) {
+		wg.Go(func() {
+			for addr := range next {
+				_, err := m.list.Join([]string{addr})
+				mu.Lock()
+				if err == nil && alone {
+					cancel()
+				}
+				if err != nil && len(errs) < maxJoinErrors {
+					errs = append(errs, err)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	for _, addr := range found {
+		select {
+		case next <- addr:
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	close(next)
 	wg.Wait()
-	err := errors.Join(append(errs, joined...)...)
+	err := errors.Join(errs...)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.mu.failed = err
