@@ -19,6 +19,7 @@ type endpoint struct {
 	client *Client
 	src    *source
 	root   *url.URL // scheme and host; empty for the URLs of a layer
+	away   bool     // the URLs of a layer may lead to other machines only
 	path   string   // of the repository
 	auth   *authorizer
 

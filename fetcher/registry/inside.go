@@ -9,17 +9,30 @@ import (
 	"net/url"
 )
 
-// A registry says where to send requests: it redirects, and it names its token service. One that
+// A registry says where to send requests: it redirects, it names its token service, and it has
+// descriptors with URLs. One that
 // is on another machine must not make thaw send them to services of this machine, which take
 // whoever reaches them for a friend: those on loopback, and on link-local addresses, where
 // clouds give out the credentials of a machine. A name may lead there too, so the address of
 // the connection counts. Private addresses are not refused: object storage has them.
 
-var errInside = errors.New("the registry directs thaw to an address of this machine, which thaw does not ask for a registry on another one")
+var errInside = errors.New("the registry, or a descriptor, directs thaw to an address of this machine, which thaw does not ask on behalf of others")
 
-// outside says whether the registry is on another machine. The URLs of a foreign layer have no
-// registry.
-func (e *endpoint) outside() bool { return e.root.Host != "" && e.client.outside(e.root) }
+// outside says whether the registry is on another machine. The URLs of a layer have no registry
+// of their own.
+func (e *endpoint) outside() bool {
+	if e.root.Host == "" {
+		return e.away
+	}
+	return e.client.outside(e.root)
+}
+
+// outside says whether who wrote the descriptors of the repository may be on another machine.
+// The content of files is mostly from elsewhere.
+func (r *Repo) outside() bool {
+	m, ok := r.reader.(*remote)
+	return !ok || m.origin.outside()
+}
 
 // outside says whether a host is another machine: not this one by its name, nor by the address
 // that the name led to.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -886,9 +887,14 @@ func TestForeignLayer(t *testing.T) {
 			w.WriteHeader(404)
 		}
 	}))
+	// The URLs of a layout must be on other machines, so the name of one leads to the server.
+	away := newClient(t, Options{Attempts: 2})
+	away.transport.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, hostOf(s))
+	}
 	places := map[string]*Repo{
 		"registry": openRepo(t, newClient(t, Options{Attempts: 2, Credentials: fixed(Login{Username: "a", Password: "b"})}), memoryRegistry(t, true)+"/app"),
-		"layout":   openRepo(t, newClient(t, Options{Attempts: 2}), "oci:"+t.TempDir()),
+		"layout":   openRepo(t, away, "oci:"+t.TempDir()),
 	}
 	for place, r := range places {
 		for _, x := range []struct {
@@ -906,7 +912,12 @@ func TestForeignLayer(t *testing.T) {
 			{nil, false},
 		} {
 			d := describe(layer, types.DockerForeignLayer)
-			d.URLs = x.urls
+			for _, u := range x.urls {
+				if place == "layout" {
+					u = strings.Replace(u, hostOf(s), "layers.example", 1)
+				}
+				d.URLs = append(d.URLs, u)
+			}
 			b, err := r.Blob(ctx, d)
 			if (err == nil) != x.ok || x.ok && !bytes.Equal(b, layer) {
 				t.Errorf("%s: %v: %d bytes, %v", place, x.urls, len(b), err)
@@ -914,6 +925,26 @@ func TestForeignLayer(t *testing.T) {
 			if !x.ok && strings.HasSuffix(fmt.Sprint(x.urls), "/away]") && !errors.Is(err, ErrNotFound) {
 				t.Errorf("%s: %v", place, err)
 			}
+		}
+	}
+	// Neither a layout nor a registry on another machine leads thaw to services of this one.
+	before := requests.Load()
+	empty := memoryRegistry(t, true)
+	outside := newClient(t, Options{Attempts: 1, Insecure: []string{"*"}})
+	outside.transport.DialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if strings.HasPrefix(addr, "registry.example") {
+			return new(net.Dialer).DialContext(ctx, network, empty)
+		}
+		return outside.dialer.dial(ctx, network, addr)
+	}
+	for place, r := range map[string]*Repo{
+		"registry": openRepo(t, outside, "registry.example/app"),
+		"layout":   openRepo(t, newClient(t, Options{Attempts: 1}), "oci:"+t.TempDir()),
+	} {
+		d := describe(layer, types.DockerForeignLayer)
+		d.URLs = []string{s.URL + "/layer"}
+		if _, err := r.Blob(ctx, d); !errors.Is(err, errInside) || requests.Load() != before {
+			t.Errorf("%s: %v, %d requests", place, err, requests.Load()-before)
 		}
 	}
 	// The download breaks and resumes at the same place.

@@ -42,7 +42,7 @@ func (r *Repo) OpenBlobFrom(ctx context.Context, d v1.Descriptor, off int64, bef
 		}
 		b, err := r.reader.open(ctx, d.Digest, s.off, d.Size-s.off, s.off == 0)
 		if len(d.URLs) > 0 && Absent(err) {
-			return r.client.openURLs(ctx, d, s.off, err)
+			return r.openURLs(ctx, d, s.off, err)
 		}
 		return b, err
 	}
@@ -150,7 +150,7 @@ const maxURLs = 8
 // openURLs reads a blob from off from one of its URLs (image spec, "Descriptors"). The
 // digest is verified as always. It sends no credentials, and tries each URL once. The error
 // is absent, that of the repository without the blob, with the answers of the URLs.
-func (c *Client) openURLs(ctx context.Context, d v1.Descriptor, off int64, absent error) (*Body, error) {
+func (r *Repo) openURLs(ctx context.Context, d v1.Descriptor, off int64, absent error) (*Body, error) {
 	var errs []error
 	for _, s := range d.URLs[:min(len(d.URLs), maxURLs)] {
 		u, err := url.Parse(s)
@@ -159,7 +159,7 @@ func (c *Client) openURLs(ctx context.Context, d v1.Descriptor, off int64, absen
 			continue
 		}
 		u.User = nil
-		e := &endpoint{client: c, src: &source{name: u.Scheme + "://" + u.Host, log: c.log}, root: &url.URL{}}
+		e := &endpoint{client: r.client, src: &source{name: u.Scheme + "://" + u.Host, log: r.client.log}, root: &url.URL{}, away: r.outside()}
 		b, err := e.openURL(ctx, u, d.Digest, off, d.Size-off)
 		if err == nil {
 			return b, nil
