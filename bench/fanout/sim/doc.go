@@ -31,7 +31,8 @@
 // start reads, with that start's time between the reads (plan.go). It fetches as package
 // fetcher does (host.go): a chunk once; demands before prefetches; neighbours in one request;
 // prefetches in the order of the plan within a window of bytes; and while a demand arrives,
-// the prefetches are not read, so their senders stop.
+// the prefetches are not read, so their senders stop. What has arrived may wait for a processor
+// (processor.go); without [Processors], hosts are infinitely fast.
 //
 // # Systems
 //

@@ -18,6 +18,7 @@ type host struct {
 	claim  int32   // the demand that arrives, for which prefetches pause, or nothing
 	// waiters are requests of peers that wait for chunks of this host.
 	waiters []int32
+	workers workers // its processors, which it may share; nil: any number
 
 	opening               bool
 	straggler, dead, liar bool
@@ -407,7 +408,7 @@ func (w *world) received(flow int32) {
 		if r.come == r.chunks {
 			w.sys.ended(id, served)
 		}
-		w.chunkCame(r.from, c)
+		w.take(r.from, c, int(r.to) < w.o.Hosts)
 		if r = &w.requests[id]; !r.used || r.flow != flow {
 			return // that was the end of the fetch, and of its requests
 		}
@@ -526,6 +527,9 @@ func (w *world) answered(id int32) {
 // expired happens when a server has had its time. It is given more while bytes or signs of life come.
 func (w *world) expired(id int32) {
 	r := &w.requests[id]
+	if r.come == r.chunks {
+		return // all of it is with the processors
+	}
 	alive := r.moved
 	if r.waits && r.flow >= 0 && !w.lines[r.to].dead && w.now-r.asked < w.o.OriginWait {
 		alive = w.now - signEvery // a server that waits gives signs of life

@@ -245,3 +245,34 @@ func BenchmarkZone(b *testing.B) {
 	}
 	b.ReportMetric(float64(events)/b.Elapsed().Seconds(), "events/s")
 }
+
+// Where the processors are too few, they are what a start waits for, and where hosts share them,
+// all hosts do.
+func TestProcessors(t *testing.T) {
+	o := Defaults()
+	o.Hosts = 8
+	o.Host.Up, o.Host.Down = 10e9, 10e9
+	size := o.Plan.Size() >> 20
+	for name, x := range map[string]struct {
+		p    Processors
+		cost time.Duration // of all that each processor does
+	}{
+		"each has two":         {Processors{2, false, 20 * time.Millisecond, 20 * time.Millisecond}, time.Duration(size) * 10 * time.Millisecond},
+		"all have two":         {Processors{2, true, 20 * time.Millisecond, 20 * time.Millisecond}, time.Duration(size) * 80 * time.Millisecond},
+		"peers cost nothing":   {Processors{2, true, 20 * time.Millisecond, 0}, time.Duration(size) * 10 * time.Millisecond},
+		"they cost hardly any": {Processors{2, true, 1, 1}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fast := simulate(t, o.Of(Zone))
+			o := o.Of(Zone)
+			o.Processors = x.p
+			r := simulate(t, o)
+			if took, least := r.Percentile(1), max(x.cost, fast.Percentile(1)*9/10); took < least || took > least*13/10+fast.Percentile(1) {
+				t.Errorf("%v, without processors %v, the processors work %v", took, fast.Percentile(1), x.cost)
+			}
+			if a := r.Amplification(); a > 1.05 {
+				t.Errorf("amplification %.3f", a)
+			}
+		})
+	}
+}

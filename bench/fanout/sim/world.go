@@ -26,6 +26,7 @@ const (
 	sent                // a line has sent a piece: a is the line
 	came                // a piece has arrived: a is the flow, b the bytes
 	acked               // the sender learns that it was read: a is the flow
+	taken               // a processor is done with a chunk: a is the host, b the chunk
 )
 
 // world is a run of the simulator.
@@ -111,6 +112,8 @@ func (w *world) happen(e event) {
 		w.arrived(e.a, int64(e.b))
 	case acked:
 		w.ack(e.a)
+	case taken:
+		w.chunkCame(e.a, e.b)
 	default:
 		r := &w.requests[e.a]
 		if !r.used || r.generation != e.b {
@@ -174,6 +177,7 @@ func newWorld(o Options) *world {
 		w.hosts[i].dead = true
 		w.lines[i].dead = true
 	}
+	w.newWorkers()
 	w.sys = newSystem(w)
 	for i := range w.hosts[:o.Hosts] {
 		at := time.Duration(0)
@@ -235,6 +239,7 @@ type Options struct {
 	Connections int
 	Latency     time.Duration
 	ServerTime  time.Duration // of a peer, for each request
+	Processors  Processors
 
 	Loss       float64 // share of packets
 	Stragglers float64 // share of hosts whose lines are Slower
@@ -318,6 +323,7 @@ func (o *Options) check() error {
 	need(o.Hosts > 0 && o.Hosts <= 1<<20, "hosts must be 1 to 1048576")
 	need(o.Host.Up > 0 && o.Host.Down > 0 && o.Registry.Up > 0 && o.Registry.Down > 0 && o.Cache.Up > 0 && o.Cache.Down > 0, "a line has no rate")
 	need(o.Connections > 0 && o.RunChunks > 0 && o.RunChunks <= 64 && o.Children > 0 && o.Window > 0 && o.Requests > 0 && o.Writers >= 0 && o.Slower > 0, "a bound is zero")
+	need(o.Processors.Count >= 0 && o.Processors.FromRegistry >= 0 && o.Processors.FromPeer >= 0, "processors have costs below zero")
 	need(o.Dead < 1 && o.Dead+o.Stragglers+o.Liars <= 1, "more hosts are faulty than there are")
 	return errors.Join(errs...)
 }
