@@ -213,6 +213,9 @@ http: {addr: %q}
 	return r, nil
 }
 
+// PID is the registry's process.
+func (r *Registry) PID() int { return r.cmd.Process.Pid }
+
 // Close kills the registry.
 func (r *Registry) Close() {
 	r.cmd.Process.Kill() // fails only if it has ended

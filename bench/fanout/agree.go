@@ -3,51 +3,62 @@ package main
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"time"
 
 	"thaw/bench"
 	"thaw/bench/fanout/sim"
 )
 
-// agree compares the simulator with what was measured in namespaces: the same hosts, links and
-// plan, one start on each host.
+// agree compares the simulator with what was measured in namespaces: the same hosts, links,
+// processors and plan, one start on each host. What a chunk costs a processor is measured with
+// one host, and with two.
 func (b *benchmark) agree(ctx context.Context, s *site) error {
 	p, err := simPlan(s.trace, s.index, s.manifest, s.indexBytes)
 	if err != nil {
 		return err
 	}
-	for _, n := range []int{1, b.hosts} {
-		for _, m := range []mode{withoutZone, withZone} {
-			if n == 1 && m == withZone {
-				continue
-			}
-			var sides []func(context.Context, int) error
-			sides = append(sides, func(ctx context.Context, _ int) error { return b.hostsAtOnce(ctx, s, ways[1], m, n, 1) })
-			if err := bench.Alternate(ctx, b.rounds, sides...); err != nil {
-				return err
-			}
-			o := sim.Defaults().Of(sim.Registry)
-			if m == withZone {
-				o = sim.Defaults().Of(sim.Zone)
-			}
-			o.Plan, o.Hosts = p, n
-			o.Host = sim.Line{Up: b.hostRate, Down: b.hostRate, Delay: vethDelay}
-			o.Registry = sim.Line{Up: b.link.rate, Down: b.link.rate, Delay: b.link.rtt/2 - vethDelay}
-			o.Latency, o.Jitter = registryTime, 0
-			r, err := sim.Run(ctx, o)
-			if err != nil {
-				return err
-			}
-			name := hostsName(s.Name, ways[1], m, n, 1)
-			b.agreements = append(b.agreements, agreement{name, b.rec.Median(name, "p50-ns"), float64(r.Percentile(0.5)),
-				b.rec.Median(name, registryUnit), float64(r.FromRegistry + r.Metadata)})
-			x := b.agreements[len(b.agreements)-1]
-			progress("%s: simulated %v and %s, measured %v and %s", name, time.Duration(x.simTime).Round(time.Millisecond), bench.Bytes(x.simBytes),
-				time.Duration(x.time).Round(time.Millisecond), bench.Bytes(x.bytes))
-			if err := b.rec.Add("Agree/"+name, bench.Measure{Value: x.simTime, Unit: "simulated-ns"}, bench.Measure{Value: x.time, Unit: "p50-ns"},
-				bench.Measure{Value: x.simBytes, Unit: "simulated-B"}, bench.Measure{Value: x.bytes, Unit: registryUnit}); err != nil {
-				return err
-			}
+	w := ways[1]
+	run := func(m mode, hosts int) (name string, err error) {
+		err = bench.Alternate(ctx, b.rounds, func(ctx context.Context, _ int) error { return b.hostsAtOnce(ctx, s, w, m, hosts, 1) })
+		return hostsName(s.Name, w, m, hosts, 1), err
+	}
+	processors := sim.Processors{Count: runtime.NumCPU(), Shared: true}
+	mib := float64(p.Size()) / (1 << 20)
+	for _, x := range []struct {
+		mode  mode
+		hosts int
+	}{{withoutZone, 1}, {withZone, 2}, {withoutZone, b.hosts}, {withZone, b.hosts}} {
+		name, err := run(x.mode, x.hosts)
+		if err != nil {
+			return err
+		}
+		switch cpu := b.rec.Median(name, bench.CPU); {
+		case x.hosts == 1:
+			processors.FromRegistry = time.Duration(cpu / mib)
+		case x.hosts == 2: // half of what they read comes from the registry
+			processors.FromPeer = max(time.Duration(cpu/mib)-processors.FromRegistry, 0)
+			progress("a MiB from the registry costs %v of a processor, and from a peer %v", processors.FromRegistry, processors.FromPeer)
+		}
+		o := sim.Defaults().Of(sim.Registry)
+		if x.mode == withZone {
+			o = sim.Defaults().Of(sim.Zone)
+		}
+		o.Plan, o.Hosts, o.Processors = p, x.hosts, processors
+		o.Host = sim.Line{Up: b.hostRate, Down: b.hostRate, Delay: vethDelay}
+		o.Registry = sim.Line{Up: b.link.rate, Down: b.link.rate, Delay: b.link.rtt/2 - vethDelay}
+		o.Latency, o.Jitter = registryTime, 0
+		r, err := sim.Run(ctx, o)
+		if err != nil {
+			return err
+		}
+		a := agreement{name, b.rec.Median(name, "p50-ns"), float64(r.Percentile(0.5)), b.rec.Median(name, registryUnit), float64(r.FromRegistry + r.Metadata)}
+		b.agreements = append(b.agreements, a)
+		progress("%s: simulated %v and %s, measured %v and %s", name, time.Duration(a.simTime).Round(time.Millisecond), bench.Bytes(a.simBytes),
+			time.Duration(a.time).Round(time.Millisecond), bench.Bytes(a.bytes))
+		if err := b.rec.Add("Agree/"+name, bench.Measure{Value: a.simTime, Unit: "simulated-ns"}, bench.Measure{Value: a.time, Unit: "p50-ns"},
+			bench.Measure{Value: a.simBytes, Unit: "simulated-B"}, bench.Measure{Value: a.bytes, Unit: registryUnit}); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -221,8 +221,23 @@ type started struct {
 	times    []time.Duration // of all starts, sorted
 	registry int64           // bytes that its link carried to the hosts
 	requests int64
-	uploads  []float64 // bytes that each host sent
+	uploads  []float64     // bytes that each host sent
+	cpu      time.Duration // of hosts, registry, links and clients
 	errs     []error
+}
+
+// cpu is the processor time of all that takes part, as far as it runs.
+func (f *fleet) cpu() (sum time.Duration) {
+	pids := []int{os.Getpid(), f.s.registry.PID()}
+	for _, m := range f.hosts {
+		pids = append(pids, m.server.PID())
+	}
+	for _, pid := range pids {
+		if t, err := bench.CPUTime(pid); err == nil {
+			sum += t
+		}
+	}
+	return sum
 }
 
 // start starts the image on hosts, per times on each, at once. meanwhile happens while they run.
@@ -238,6 +253,7 @@ func (f *fleet) start(ctx context.Context, tag string, hosts []*member, per int,
 	}
 	var mu sync.Mutex
 	x := new(started)
+	cpu := f.cpu()
 	began := time.Now()
 	var wg sync.WaitGroup
 	run := func(m *member) {
@@ -268,6 +284,7 @@ func (f *fleet) start(ctx context.Context, tag string, hosts []*member, per int,
 	}
 	wg.Wait()
 	x.took = time.Since(began)
+	x.cpu = f.cpu() - cpu
 	slices.Sort(x.times)
 	after := f.link.Stats()
 	x.registry, x.requests = after.Down-before.Down, after.Requests-before.Requests
@@ -302,7 +319,7 @@ func (x *started) measures(distinct int64) []bench.Measure {
 	return []bench.Measure{
 		{Value: float64(x.took), Unit: bench.Wall}, {Value: float64(x.percentile(0.5)), Unit: "p50-ns"}, {Value: float64(x.percentile(0.99)), Unit: "p99-ns"},
 		{Value: float64(x.registry), Unit: registryUnit}, {Value: float64(distinct), Unit: distinctUnit}, {Value: float64(x.requests), Unit: requestsUnit},
-		{Value: x.toMean(), Unit: toMeanUnit}, {Value: float64(len(x.errs)), Unit: errorsUnit},
+		{Value: x.toMean(), Unit: toMeanUnit}, {Value: float64(x.cpu), Unit: bench.CPU}, {Value: float64(len(x.errs)), Unit: errorsUnit},
 	}
 }
 
