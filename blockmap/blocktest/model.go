@@ -18,6 +18,7 @@ import (
 // race detector watching them a test takes ten times as long. The detector is to watch the
 // devices.
 type model struct {
+	from  int64 // the byte that now begins with
 	now   []set
 	since []set  // at any time since the last flush
 	ever  []set  // at any time, and zero: what a discarded byte may be
@@ -54,15 +55,22 @@ func newModel(content []byte) *model {
 	return m
 }
 
-// snapshot is a model of what may be read now. It takes writes, and no discards.
-func (m *model) snapshot() *model { return &model{now: slices.Clone(m.now)} }
+// snapshot is a model of what may be read now of e, and knows no other byte. It takes writes,
+// and no discards. It is only of e because new memory costs the race detector more than
+// all else that a test does: a model has 32 times the bytes of its device.
+func (m *model) snapshot(e blockmap.Extent) *model {
+	return &model{from: e.Start, now: slices.Clone(m.of(e))}
+}
+
+// of are the sets of the bytes of e.
+func (m *model) of(e blockmap.Extent) []set { return m.now[e.Start-m.from : e.End-m.from] }
 
 // write makes p the bytes at off.
 //
 //go:norace
 func (m *model) write(p []byte, off int64) {
 	for i := range p {
-		m.now[off+int64(i)] = set{}
+		m.now[off-m.from+int64(i)] = set{}
 		if m.loose != nil {
 			m.loose[off+int64(i)] = false
 		}
@@ -76,7 +84,7 @@ func (m *model) write(p []byte, off int64) {
 func (m *model) may(p []byte, off int64) {
 	for i, b := range p {
 		at := off + int64(i)
-		m.now[at].add(b)
+		m.now[at-m.from].add(b)
 		if m.since != nil {
 			m.since[at].add(b)
 			m.ever[at].add(b)
@@ -137,7 +145,7 @@ func (m *model) check(t *testing.T, d blockmap.Device, e blockmap.Extent) {
 		return
 	}
 	if at := m.excludes(got, e.Start); at >= 0 {
-		t.Errorf("read %v: byte %d is %#x, which is none of the %d values that it may have", e, at, got[at-e.Start], m.now[at].count())
+		t.Errorf("read %v: byte %d is %#x, which is none of the %d values that it may have", e, at, got[at-e.Start], m.now[at-m.from].count())
 	}
 }
 
@@ -147,7 +155,7 @@ func (m *model) check(t *testing.T, d blockmap.Device, e blockmap.Extent) {
 //go:norace
 func (m *model) excludes(p []byte, off int64) int64 {
 	for i, b := range p {
-		if at := off + int64(i); !m.now[at].has(b) {
+		if at := off + int64(i); !m.now[at-m.from].has(b) {
 			return at
 		}
 	}

@@ -75,6 +75,8 @@ func aCtx(t *testing.T) context.Context {
 }
 
 // filled is n bytes that no other call returns, as far as bytes can tell.
+//
+//go:norace
 func filled(rng *rand.Rand, n int64) []byte {
 	p := make([]byte, n)
 	for i := range p {
@@ -275,7 +277,7 @@ func (w Writable) heldViews(t *testing.T) {
 	for _, name := range []string{"write", "zero", "zero and discard", "discard"} {
 		for _, e := range extents(rng, d.Size(), 20) {
 			shown := around(e, d.Size())
-			before := m.snapshot()
+			before := m.snapshot(shown)
 			v, err := blockmap.Read(ctx, d, shown)
 			if err != nil {
 				t.Fatalf("read %v: %v", shown, err)
@@ -291,7 +293,7 @@ func (w Writable) heldViews(t *testing.T) {
 				t.Fatalf("a view that was held over a %s cannot be read: %v", name, err)
 			}
 			for i, b := range got {
-				if at := shown.Start + int64(i); !before.now[at].has(b) && !m.now[at].has(b) {
+				if at := shown.Start + int64(i); !before.now[i].has(b) && !m.now[at].has(b) {
 					t.Fatalf("a view that was held over a %s of %v shows %#x at %d: neither old nor new", name, e, b, at)
 				}
 			}
@@ -307,8 +309,9 @@ func (w Writable) disjoint(t *testing.T) {
 	const writers, stripe = 8, 700 // a block has the stripes of several
 	size := min(d.Size(), 64*blockSize)
 	var wg sync.WaitGroup
+	start := m.snapshot(blockmap.Range(0, size))
 	for i := range int64(writers) {
-		mine := newModel(w.Content).snapshot()
+		mine := start.snapshot(blockmap.Range(0, size))
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(uint64(i), 12))
 			for off := i * stripe; off+stripe <= size; off += writers * stripe {
@@ -332,7 +335,8 @@ func (w Writable) disjoint(t *testing.T) {
 			}
 			// No other writer has these bytes, so the models can be joined.
 			for off := i * stripe; off+stripe <= size; off += writers * stripe {
-				copy(m.now[off:off+stripe], mine.now[off:off+stripe])
+				e := blockmap.Range(off, stripe)
+				copy(m.of(e), mine.of(e))
 			}
 		})
 	}
@@ -348,10 +352,8 @@ func (w Writable) overlapping(t *testing.T) {
 	const writers = 4
 	rng := rand.New(rand.NewPCG(6, 11))
 	for _, e := range extents(rng, d.Size(), 20) {
-		meanwhile := m.snapshot()
-		for i := range e.Len() {
-			m.now[e.Start+i] = set{}
-		}
+		meanwhile := m.snapshot(around(e, d.Size()))
+		clear(m.of(e))
 		var payloads [writers][]byte
 		for i := range payloads {
 			payloads[i] = bytes.Repeat([]byte{byte(rng.Uint32())&^3 | byte(i)}, int(e.Len()))
