@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"github.com/klauspost/compress/zstd"
+
+	"thaw/blockmap/race"
 )
 
 // This file is the one place where content is compared with an index. Stream.Fill and
@@ -81,6 +83,8 @@ func (d *ChunkDecoder) DecompressSize(size int, frame, buf []byte) ([]byte, erro
 	if cap(buf) < size {
 		buf = make([]byte, size)
 	}
+	race.Read(frame)
+	race.Write(buf[:size])
 	content, err := d.zstd.DecodeAll(frame, buf[:0:size])
 	if err != nil {
 		return nil, &frameError{err}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"thaw/blockmap"
+	"thaw/blockmap/race"
 )
 
 const (
@@ -325,6 +326,7 @@ func (k *packer) compress(ctx context.Context) error {
 				return err
 			}
 			var frame []byte
+			race.Read(content)
 			k.from.Do(func() { frame = k.enc.EncodeAll(content, nil) })
 			f.Stored = uint32(len(frame)) // nobody else has this frame
 			_, err := k.scratch.WriteAt(frame, k.frames[i])

@@ -8,6 +8,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"thaw/blockmap"
+	"thaw/blockmap/race"
 )
 
 // Chunk sizes that a build can choose from, in bytes; powers of two.
@@ -70,6 +71,8 @@ func (c *compressor) compress(x *compressed) {
 	defer func() { <-c.slots }()
 	x.digest = blockmap.ChunkDigest(*x.buf)
 	x.frame = c.frames.Get().(*[]byte)
+	race.Read(*x.buf)
+	race.Write((*x.frame)[:cap(*x.frame)])
 	*x.frame = c.enc.EncodeAll(*x.buf, (*x.frame)[:0])
 	*x.buf = (*x.buf)[:0]
 	c.bufs.Put(x.buf)

@@ -100,6 +100,8 @@ func TestMayImport(t *testing.T) {
 		{"nbd", "blockmap", false, true},
 		{"blockmap", "nbd", false, false},
 		{"blockmap", "blockmap/uring", false, true},
+		{"blockmap", "blockmap/race", false, true},
+		{"tracefile", "blockmap/race", false, true},
 		{"tracefile", "blockmap/flatten", false, false},
 		{"blockmap/flatten", "blockmap/ext4", false, true},
 	} {
@@ -129,8 +131,8 @@ func mayImport(dir, ours string, test bool) bool {
 		return dir != "blockmap" || test
 	case ours == "blockmap/blocktest":
 		return test
-	case ours == "blockmap/uring":
-		return true // it imports nothing of ours, like golang.org/x/sys
+	case ours == "blockmap/uring", ours == "blockmap/race":
+		return true // they import nothing of ours, like golang.org/x/sys
 	case ours == "nbd/internal/lines", ours == "nbd/internal/lifecycle":
 		return top == "nbd" // nor does it
 	}
