@@ -23,6 +23,7 @@ import (
 
 // Clients open what they name, if it is allowed; others learn nothing.
 func TestOpenByReference(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-img", "qemu-io", "nbdinfo", "nbdcopy")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	one, two, secret := reg.addr+"/team/one:v1", reg.addr+"/team/two:v1", reg.addr+"/other/app:v1"

@@ -58,6 +58,7 @@ func reads(run blockmap.Run, first, n int) (commands []string) {
 // the cache; the next start anywhere uses the bundle; and so does the first start of the next
 // version, for what it shares.
 func TestAutoBundle(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -136,6 +137,7 @@ func TestForgedBundleTag(t *testing.T) {
 
 // A server that is stopped before the bundle is packed leaves it to a later one.
 func TestBundleIsPackedLater(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", imageOf(t, layerOf(t, file{name: "big", data: random(3, 4<<20)})))
@@ -168,6 +170,7 @@ func TestBundleIsPackedLater(t *testing.T) {
 // Three starts in a row that read something else replace what is stored; one that reads the
 // same ends the row, and one that reads hardly anything does not count.
 func TestStaleTrace(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", imageOf(t, layerOf(t, file{name: "big", data: random(3, 8<<20)})))

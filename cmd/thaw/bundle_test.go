@@ -166,6 +166,7 @@ func wholeDevice(t testing.TB, uri, want string) {
 // A start with a bundle is one request, and reads cost nothing more; wherever the
 // bundle was made from.
 func TestBundleStart(t *testing.T) {
+	t.Parallel()
 	p, _, ref, trace := bundled(t, false)
 	if _, stderr, code := thaw(t, "trace", "pack", ref, "--json", filepath.Join(t.TempDir(), "none")); code != exitError {
 		t.Errorf("exit %d, %s", code, stderr)
@@ -214,6 +215,7 @@ func TestBundleStart(t *testing.T) {
 
 // All of it with a directory instead of a registry.
 func TestBundleInALayout(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", sample(t))
@@ -239,6 +241,7 @@ func TestBundleInALayout(t *testing.T) {
 // What lies beside an image can be anything: each thing that is of no use costs
 // a line in the log, and the start goes on.
 func TestBadBundles(t *testing.T) {
+	t.Parallel()
 	p, _, ref, _ := bundled(t, true)
 	b, found := blockImageOf(t, ref)
 	layer := bundleOf(t, ref)

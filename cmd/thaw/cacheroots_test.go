@@ -10,6 +10,7 @@ import (
 
 // The cache knows what an image that was served needs of it.
 func TestServeKeepsTheRoot(t *testing.T) {
+	t.Parallel()
 	reg := startRegistry(t, "", t.TempDir(), "")
 	ref := reg.addr + "/team/app:v1"
 	push(t, ref, sample(t))

@@ -136,6 +136,7 @@ func asRoot(t testing.TB) {
 // A container image becomes a device, a kernel writes to it, and what it has written
 // becomes an image, which is served, verified, and committed again.
 func TestCommit(t *testing.T) {
+	t.Parallel()
 	asRoot(t)
 	reg := startRegistry(t, "", t.TempDir(), "")
 	source, image := reg.addr+"/team/app:v1", reg.addr+"/team/app:v1-changed"
@@ -334,6 +335,7 @@ func holdPushes(p *proxy) (holding <-chan struct{}, release func()) {
 // A filesystem that is mounted is dirty. It is committed while it is in use, with its
 // journal replayed or as it is, and goes on as if nothing had happened.
 func TestCommitLive(t *testing.T) {
+	t.Parallel()
 	asRoot(t)
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)

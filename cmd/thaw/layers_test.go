@@ -139,6 +139,7 @@ func TestRoundTripsByLayers(t *testing.T) {
 // downloaded nor sent, with --reuse or if the source itself is there; nor are those that
 // are in another registry converted again.
 func TestReuse(t *testing.T) {
+	t.Parallel()
 	one, other := startRegistry(t, "", t.TempDir(), ""), startRegistry(t, "", t.TempDir(), "")
 	p, q := startProxy(t, one.addr), startProxy(t, other.addr)
 	img := imageOf(t, layerOf(t, files(1, "a", 60)...), layerOf(t, files(2, "b", 60)...))

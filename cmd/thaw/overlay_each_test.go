@@ -20,6 +20,7 @@ import (
 // Sixteen clients write to one image, each for itself, by two connections each, and find
 // their changes again. The registry sends each chunk once.
 func TestSixteenClientsOnOneImage(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdsh", "nbdcopy", "qemu-img")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -154,6 +155,7 @@ func TestNamesOfClients(t *testing.T) {
 // A client that disconnects and connects again at once finds its overlay, although making its
 // changes durable takes a while.
 func TestClientConnectsAgainAtOnce(t *testing.T) {
+	t.Parallel()
 	image := layoutImage(t)
 	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cacheDir(t), "--overlay-each", t.TempDir())
 	nbdsh(t, fmt.Sprintf(`

@@ -12,6 +12,7 @@ import (
 // fio writes at random by four connections, with trims and flushes, and verifies what it has
 // written by checksums: at once, and again on a server that was started anew.
 func TestFioVerifiesOverlay(t *testing.T) {
+	t.Parallel()
 	need(t, "fio", "nbdcopy")
 	image := layoutImage(t)
 	dir, cache := filepath.Join(t.TempDir(), "overlay"), cacheDir(t)
@@ -49,6 +50,7 @@ func TestFioVerifiesOverlay(t *testing.T) {
 // several processes: writes with and without FUA, zeroes with and without holes, trims and
 // flushes. Each keeps a copy of its part, and reads it all the time.
 func TestLibnbdWritesOverlay(t *testing.T) {
+	t.Parallel()
 	image := layoutImage(t)
 	dir, cache := filepath.Join(t.TempDir(), "overlay"), cacheDir(t)
 	serve := func() *server {
@@ -108,6 +110,7 @@ assert h.pread(4 << 20, %d << 20) == open(%q, "rb").read()
 
 // Whole images are copied into an overlay, by nbdcopy's four connections and by qemu-img.
 func TestCopyIntoOverlay(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy", "qemu-img")
 	image := layoutImage(t)
 	cache := cacheDir(t)

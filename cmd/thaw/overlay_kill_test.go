@@ -238,6 +238,7 @@ func readAll(path string, off int64, n int) ([]byte, error) {
 // A server that is killed at any moment loses no write that it has answered, and tears
 // none below a sector. -soak 2m goes on for two minutes.
 func TestKilledServerLosesNoAnsweredWrite(t *testing.T) {
+	t.Parallel()
 	image := layoutImage(t)
 	dir, cache := filepath.Join(t.TempDir(), "overlay"), cacheDir(t)
 	serve := func() *server {

@@ -219,6 +219,7 @@ func (x *tree) compare(t testing.TB, dir string) {
 // An ordinary filesystem lives in an overlay: the image's own ext4 is mounted, churned,
 // unmounted, checked, and mounted again on a server that was killed meanwhile.
 func TestFilesystemInOverlay(t *testing.T) {
+	t.Parallel()
 	dir, cache := filepath.Join(t.TempDir(), "overlay"), cacheDir(t)
 	src := filepath.Join(t.TempDir(), "src.tar")
 	original := files(1, "a", 60)
@@ -326,6 +327,7 @@ func full(t testing.TB, dir string) map[string][]byte {
 // An overlay without room: the writer gets an error, what was durable stays, and with more
 // room the filesystem goes on.
 func TestFilesystemInFullOverlay(t *testing.T) {
+	t.Parallel()
 	need(t, "mkfs.ext4", "e2fsck")
 	if os.Getuid() != 0 {
 		t.Skip("not root: cannot mount")

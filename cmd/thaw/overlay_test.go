@@ -183,6 +183,7 @@ b.flush()
 // When the tag has moved, the overlay is served on its own base, and what is ambiguous is refused by a
 // sentence that names the choices.
 func TestOverlayAfterTheTagMoved(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io", "nbdcopy")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	ref := reg.addr + "/team/app:v1"

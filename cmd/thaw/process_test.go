@@ -326,6 +326,7 @@ func TestRenewedClientAuthority(t *testing.T) {
 
 // Mirrors are as the hosts file says now, for images that are opened from then on.
 func TestHostsAreReadAgain(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdinfo")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	mirror := startProxy(t, reg.addr)
@@ -408,6 +409,7 @@ func TestTermBeforeReady(t *testing.T) {
 // What sends a signal to a process and to its group means it once: the recording
 // is kept. A later one ends what hangs.
 func TestSignalSentTwice(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	image := layoutImage(t)
 	for range 10 {

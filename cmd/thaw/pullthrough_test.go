@@ -123,15 +123,45 @@ type site struct {
 	hosts   string
 }
 
+// siteImage is the storage of a registry with the image of all sites, and its block image. No
+// test pushes to it. TestMain removes it.
+var siteImage struct {
+	sync.Mutex
+	dir string
+}
+
+func siteStorage(t testing.TB) string {
+	t.Helper()
+	siteImage.Lock()
+	defer siteImage.Unlock()
+	if siteImage.dir != "" {
+		return siteImage.dir
+	}
+	dir, err := os.MkdirTemp("", "thaw-site")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if siteImage.dir == "" { // something has failed
+			os.RemoveAll(dir)
+		}
+	}()
+	reg := startRegistry(t, "", dir, "")
+	ref := reg.addr + "/team/app:v1"
+	push(t, ref, imageOf(t, layerOf(t, append(files(1, "base", 100), file{name: "big", data: random(3, 24<<20)})...)))
+	must(t, "build", "--size", "128M", ref)
+	reg.stop()
+	siteImage.dir = dir
+	return dir
+}
+
 // newSite makes a site with an image of about 26 MB, compressed.
 func newSite(t testing.TB, storage string) *site {
 	t.Helper()
 	need(t, "nbdcopy", "docker-registry")
 	x := &site{storage: storage}
-	x.up = startUplink(t, startRegistry(t, "", t.TempDir(), "").addr, 16<<20)
+	x.up = startUplink(t, startRegistry(t, "", siteStorage(t), "").addr, 16<<20)
 	x.ref = x.up.host() + "/team/app:v1"
-	push(t, x.ref, imageOf(t, layerOf(t, append(files(1, "base", 100), file{name: "big", data: random(3, 24<<20)})...)))
-	must(t, "build", "--size", "128M", x.ref)
 	x.cache = startPullThrough(t, "", storage, x.up.URL)
 	x.front = startProxy(t, x.cache.addr)
 	x.hosts = filepath.Join(t.TempDir(), "hosts")
@@ -198,6 +228,7 @@ func (x *site) amplification(t testing.TB, limit float64, late int64) {
 // Eight hosts start an image, one after the other, behind a pull-through cache that does not
 // have it. The registry sends it once.
 func TestPullThroughCache(t *testing.T) {
+	t.Parallel()
 	x := newSite(t, t.TempDir())
 	for i := range 8 {
 		before, began := x.up.sent.Load(), time.Now()
@@ -227,6 +258,7 @@ func TestPullThroughCacheAtOnce(t *testing.T) {
 // The cache dies while a host starts: the start goes on from the registry, without an error.
 // When the cache is back, hosts use it again.
 func TestPullThroughCacheDies(t *testing.T) {
+	t.Parallel()
 	x := newSite(t, t.TempDir())
 	x.start(t)
 	distinct := x.distinct(t)
@@ -272,6 +304,7 @@ func TestPullThroughCacheDies(t *testing.T) {
 
 // The disk of the cache is full: it keeps nothing, and hosts start from the registry.
 func TestPullThroughCacheFull(t *testing.T) {
+	t.Parallel()
 	need(t, "mount")
 	if os.Getuid() != 0 {
 		t.Skip("not root: cannot make a small disk")

@@ -17,6 +17,7 @@ import (
 // A build is killed while it downloads a large layer, and while it pushes it. The next one
 // downloads the rest alone, and then nothing; the one that is ended by ctrl-C says so.
 func TestResumeLargeLayer(t *testing.T) {
+	t.Parallel()
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
 	ref := p.host() + "/team/app:v1"

@@ -52,6 +52,7 @@ var sampleImage struct {
 // registry, built beside itself, served by its ordinary name, read by nbdcopy
 // and qemu-img, and sound to e2fsck.
 func TestBuildAndServe(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy", "nbdinfo", "qemu-img", "e2fsck")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -102,6 +103,7 @@ func TestBuildAndServe(t *testing.T) {
 
 // A program that checksums what it wrote finds it on the device: fio.
 func TestFioVerify(t *testing.T) {
+	t.Parallel()
 	need(t, "fio")
 	const size = 8 << 20
 	dir := t.TempDir()
@@ -140,6 +142,7 @@ func TestFioVerify(t *testing.T) {
 // kill -9 at any point loses nothing that was complete, and nothing is ever
 // wrong.
 func TestKillAndRestart(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy", "qemu-img")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -193,6 +196,7 @@ func TestKillAndRestart(t *testing.T) {
 // With everything here, a restart needs neither registry nor credentials; with
 // something missing it serves what there is while the registry is down.
 func TestServeWithoutTheRegistry(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy")
 	storage := t.TempDir()
 	reg := startRegistry(t, "", storage, "")
@@ -237,6 +241,7 @@ func TestServeWithoutTheRegistry(t *testing.T) {
 // What the registry has lost or cannot give in time is an I/O error for who
 // reads it, and everything else is served.
 func TestReadErrors(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy", "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -376,6 +381,7 @@ func TestTermFinishesWhatIsInFlight(t *testing.T) {
 // The requests that a client has under way on one connection are under way at
 // the origin as well: it answers none before it has 28 of the 32.
 func TestManyInFlightOnOneConnection(t *testing.T) {
+	t.Parallel()
 	need(t, "fio")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)

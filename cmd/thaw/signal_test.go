@@ -15,6 +15,7 @@ import (
 // A build that a signal ends says what the next one reuses. It leaves no temporary
 // file, and no upload in the registry.
 func TestEndedBuildLeavesNothing(t *testing.T) {
+	t.Parallel()
 	storage := t.TempDir()
 	reg := startRegistry(t, "", storage, "")
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {

@@ -29,6 +29,7 @@ func (p *proxy) silence() (lift func()) {
 // the cache: not at all where a digest names it, and for moments where a tag does.
 // What it says later is told.
 func TestSilentRegistry(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy", "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -201,6 +202,7 @@ func TestLostBlobIsTold(t *testing.T) {
 // What is served is what is recorded: with the new index not to be had the old image
 // is, and its trace is the old one's.
 func TestRecordingIsOfWhatIsServed(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)

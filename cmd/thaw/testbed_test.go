@@ -47,6 +47,7 @@ func TestMain(m *testing.M) {
 	}
 	code := m.Run()
 	os.RemoveAll(bundledImage.dir)
+	os.RemoveAll(siteImage.dir)
 	os.RemoveAll(nodeImage.dir)
 	os.RemoveAll(nodeLayout.dir)
 	os.Exit(code)
@@ -473,6 +474,8 @@ func push(t testing.TB, ref string, img v1.Image) {
 }
 
 // random are n bytes that compress to three quarters.
+//
+//go:norace
 func random(seed uint64, n int) []byte {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	b := make([]byte, n)

@@ -15,6 +15,7 @@ import (
 // Traces of starts that vary are merged, and their bundle leaves out what few of them read
 // unless it is told otherwise.
 func TestTraceMerge(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", imageOf(t, layerOf(t, file{name: "big", data: random(3, 4<<20)})))
 	image := "oci:" + dir + "/dst:x"

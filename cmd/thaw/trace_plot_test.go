@@ -16,6 +16,7 @@ import (
 // A trace is drawn by the command, with the image's layers named, or without
 // the image; and what is wrong with a command line is told with what to do.
 func TestTracePlot(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", sample(t))
 	image := "oci:" + dir + "/dst:x"

@@ -27,6 +27,7 @@ func readBlocks(t testing.TB, uri string) {
 // one, which then reads without a request of its own; and so is the next
 // version's.
 func TestRecordAndReplay(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -88,6 +89,7 @@ func TestRecordAndReplay(t *testing.T) {
 // gives several ranges in one answer; where it does not, it is asked once, and
 // the start goes on by one range a request.
 func TestReplayInRanges(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
@@ -198,6 +200,7 @@ func TestBadTraces(t *testing.T) {
 
 // The exports are what the programs read that they are for.
 func TestTraceExport(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io", "fio")
 	dir := t.TempDir()
 	saveArchive(t, dir+"/src.tar", sample(t))
@@ -223,6 +226,7 @@ func TestTraceExport(t *testing.T) {
 // A bundle is made with the image: of the starts of that very image, or of those
 // of the version before.
 func TestBuildWithTrace(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)

@@ -252,6 +252,7 @@ func TestLostReferrer(t *testing.T) {
 // A block image is a reference by its digest, which build and ready print; and a
 // pin holds for every verb.
 func TestPin(t *testing.T) {
+	t.Parallel()
 	reg := startRegistry(t, "", t.TempDir(), "")
 	ref := reg.addr + "/team/app:v1"
 	push(t, ref, imageOf(t, layerOf(t, files(1, "a", 5)...)))

@@ -29,6 +29,7 @@ func saveArchive(t testing.TB, path string, img v1.Image) {
 // A layer that the target has is neither read nor sent; the same input gives
 // the same bytes wherever it comes from and goes to.
 func TestReuseAndDeterminism(t *testing.T) {
+	t.Parallel()
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)
 	base, one, two := layerOf(t, files(1, "base", 100)...), layerOf(t, files(2, "app", 20)...), layerOf(t, files(3, "app", 20)...)
@@ -115,6 +116,7 @@ func TestIndexIsSmall(t *testing.T) {
 // What is wrong is said in a sentence that tells what to do, and the exit code
 // tells a wrong command line from a failure.
 func TestSentences(t *testing.T) {
+	t.Parallel()
 	reg := startRegistry(t, "", t.TempDir(), "")
 	plain := reg.addr + "/team/plain:v1"
 	push(t, plain, imageOf(t, layerOf(t, files(1, "a", 3)...)))

@@ -127,6 +127,7 @@ func TestVhostUserAlone(t *testing.T) {
 
 // An NBD client and a virtual machine share an overlay. One virtual machine has it at a time.
 func TestVhostUserOverlay(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	image := layoutImage(t)
 	dir, cache, overlay := sockets(t), cacheDir(t), filepath.Join(t.TempDir(), "o")
@@ -174,6 +175,7 @@ func TestVhostUserOverlay(t *testing.T) {
 // Each machine has a disk of its own over one image, by IMAGE~NAME on the command line and by
 // the control socket. They share the cache, and each has its socket.
 func TestVhostUserMachines(t *testing.T) {
+	t.Parallel()
 	need(t, "qemu-io")
 	image := layoutImage(t)
 	for _, mode := range []string{"--overlay-each", "--ephemeral"} {
@@ -353,6 +355,7 @@ func TestVhostUserPin(t *testing.T) {
 // registry, and started again. Its stale socket is replaced, the machine connects again, and
 // each request is completed once, with the right bytes. Nothing that was written is lost.
 func TestVhostUserKill(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	p := startProxy(t, reg.addr)

@@ -15,6 +15,7 @@ import (
 // and so does a server that is started again, whether its image is named by a tag or by a
 // digest.
 func TestServeWithoutRegistry(t *testing.T) {
+	t.Parallel()
 	need(t, "nbdcopy")
 	reg := startRegistry(t, "", t.TempDir(), "")
 	ref := reg.addr + "/team/app:v1"
