@@ -45,12 +45,12 @@ func metadataShare(a, b *blockmap.Index) float64 {
 // Versions of an image share the metadata of what they have in common, wherever the
 // change is.
 func TestVersionsShareMetadata(t *testing.T) {
-	base, middle := packages(t, 1, 20_000), packages(t, 2, 5_000)
+	base, middle := packages(t, 1, 10_000), packages(t, 2, 2_500)
 	app := func(version string) []byte {
 		return tarball(t, dir("app"), dir("usr").with(func(h *tar.Header) { h.ModTime = time.Unix(1_700_000_000, 0) }), dir("usr/lib"),
 			reg("app/main.py", version+" main"), reg("app/version", version), reg("usr/lib/app.so", version+string(noise(7, 20_000))))
 	}
-	top := packages(t, 3, 1_000)
+	top := packages(t, 3, 500)
 	first := []([]byte){base, middle, app("1"), top}
 	o := testOptions
 	o.ChunkSize, o.Size = DefaultChunkSize, DefaultSize
