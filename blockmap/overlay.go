@@ -59,6 +59,8 @@ type Overlay struct {
 	header overlayHeader
 	temp   bool // it goes with the process
 
+	volatile bool // nothing is made durable
+
 	base    Device
 	layers  atomic.Pointer[layers]
 	memory  *pageCache
@@ -106,8 +108,12 @@ type OverlayOptions struct {
 	// Boot is the boot ID of the machine. With the zero value an overlay that was
 	// not closed is as its last flush has left it, also where only the process ended.
 	Boot BootID
-	FS   FS           // defaults to OS
-	Log  *slog.Logger // defaults to none
+	// Volatile is for an overlay that has to outlive the process, and not the machine:
+	// Flush does nothing. OpenOverlay fails with ErrVolatile where the kernel may not
+	// have had all of it since.
+	Volatile bool
+	FS       FS           // defaults to OS
+	Log      *slog.Logger // defaults to none
 }
 
 // OverlayStats says how much an overlay has.
@@ -123,7 +129,7 @@ type OverlayStats struct {
 
 // newOverlay wires the parts of an overlay.
 func newOverlay(dir string, base Device, opt OverlayOptions) (*Overlay, error) {
-	o := &Overlay{dir: dir, fs: opt.FS, boot: opt.Boot, log: opt.Log, base: base, size: base.Size(), limit: opt.Limit / BlockSize}
+	o := &Overlay{dir: dir, fs: opt.FS, boot: opt.Boot, log: opt.Log, base: base, size: base.Size(), limit: opt.Limit / BlockSize, volatile: opt.Volatile}
 	if o.fs == nil {
 		o.fs = OS
 	}
@@ -161,7 +167,7 @@ func OpenEphemeral(dir string, base Device, opt OverlayOptions) (*Overlay, error
 	if err != nil {
 		return nil, fmt.Errorf("open ephemeral overlay in %s: %w", dir, err)
 	}
-	o.temp = true
+	o.temp, o.volatile = true, true
 	if err := o.fs.MkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("open ephemeral overlay: %w", err)
 	}
@@ -210,6 +216,10 @@ func (o *Overlay) Close() error {
 	}
 	return nil
 }
+
+// ErrVolatile means that writes to a volatile overlay may be lost: the machine has rebooted
+// since, or the filesystem has been mounted anew, or the directory is a copy.
+var ErrVolatile = errors.New("what was written to it may be lost")
 
 // errNotReleased means that somebody holds a view.
 var errNotReleased = errors.New("a view of it was not released")

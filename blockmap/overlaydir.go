@@ -286,7 +286,11 @@ func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 		return nil, errors.Join(err, m.close())
 	}
 	lv.file.Store(f)
-	if err := m.attach(o.fs, o.path(liveName+suffix), o.boot, f); err != nil {
+	live := o.path(liveName + suffix)
+	if h, _, err := loadMap(o.fs, live, o.header.digest, o.blocks()); o.volatile && (err != nil || !h.liveHolds(o.boot, f.id)) {
+		return nil, errors.Join(fmt.Errorf("%w: the machine has rebooted, or its filesystem has been mounted anew: remove %s", ErrVolatile, o.dir), lv.close())
+	}
+	if err := m.attach(o.fs, live, o.boot, f); err != nil {
 		return nil, errors.Join(err, lv.close())
 	}
 	lv.wrote() // the process before may have written, and synced nothing

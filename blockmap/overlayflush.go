@@ -16,7 +16,7 @@ func (o *Overlay) Flush(ctx context.Context) error {
 		return fmt.Errorf("flush overlay %s: %w", o.dir, *err)
 	case o.closed.Load():
 		return fmt.Errorf("flush overlay %s: %w", o.dir, ErrClosed)
-	case o.temp:
+	case o.volatile:
 		return nil
 	}
 	if err := o.rounds.join(ctx, o.clean); err != nil {
@@ -120,7 +120,7 @@ func (o *Overlay) syncAll() error {
 // top one is taken first: what it has no more, the low one's has. And it becomes durable
 // last: before that, the low one's is.
 func (o *Overlay) syncLayers(s *layers) error {
-	if o.temp {
+	if o.volatile {
 		return nil
 	}
 	if err := o.poison.Load(); err != nil {

@@ -327,7 +327,7 @@ func (o *Overlay) setWords(lv *level, b, n uint32, st state) error {
 		mask := wordMask(i, b, n)
 		words = append(words, lv.m.live.word(i)&^mask|repeat(st)&mask)
 	}
-	if st == stateZero && !o.temp {
+	if st == stateZero && !o.volatile {
 		// Noted before it is so: until then, the blocks are data, and keep their space.
 		for i := first; i < end; i++ {
 			lv.punchLater(i, blocksIn(lv.m.live.word(i), stateData)&wordMask(i, b, n))
@@ -336,7 +336,7 @@ func (o *Overlay) setWords(lv *level, b, n uint32, st state) error {
 	if err := lv.m.set(first, words, o.stripes[first%stripeCount].buf[:]); err != nil {
 		return o.full(err)
 	}
-	if st == stateZero && o.temp { // no flush comes
+	if st == stateZero && o.volatile { // no flush comes
 		e := blockRange(b, n)
 		return lv.file.Load().punch(e.Start, e.Len())
 	}
