@@ -170,7 +170,7 @@ func (b *nodeBed) left() string {
 	for _, pid := range b.servers() {
 		left = append(left, fmt.Sprintf("process %d", pid))
 	}
-	for _, name := range []string{"control.sock", "nodes.json"} {
+	for _, name := range []string{"control.sock", "state.json"} {
 		if _, err := os.Lstat(filepath.Join(b.cache, name)); err == nil {
 			left = append(left, name)
 		}
@@ -256,7 +256,7 @@ func (b *nodeBed) inside(script string) string {
 // kept are the nodes in the state file of a cache directory.
 func kept(t testing.TB, cache string) (paths []string) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(cache, "nodes.json"))
+	text, err := os.ReadFile(filepath.Join(cache, "state.json"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -802,7 +802,7 @@ func TestServerKnowsNodesFirst(t *testing.T) {
 	cache := t.TempDir()
 	// It takes a while to see that this is damaged.
 	state := append(append([]byte(`{"nodes":[`), bytes.Repeat([]byte("[1],"), 1<<20-16)...), '[')
-	if err := os.WriteFile(filepath.Join(cache, "nodes.json"), state, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(cache, "state.json"), state, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	client, err := control(cache)
@@ -816,7 +816,7 @@ func TestServerKnowsNodesFirst(t *testing.T) {
 	}
 	defer func() { cmd.Process.Kill(); cmd.Wait() }()
 	until(t, "the server answers", func() bool { _, err := client.Status(t.Context()); return err == nil })
-	if _, err := os.Stat(filepath.Join(cache, "nodes.json.damaged")); err != nil {
+	if _, err := os.Stat(filepath.Join(cache, "state.json.damaged")); err != nil {
 		t.Errorf("the server answers before it has read the state file: %v", err)
 	}
 }

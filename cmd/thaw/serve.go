@@ -119,7 +119,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	}
 	defer h.Close()
 	refresh = append(refresh, h.RefreshZone)
-	h.RecoverNodes() // before anybody can ask for nodes, or attach one
+	h.Recover() // before anybody can ask for nodes or devices, or add one
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)
 	defer func() { control.Stop(s.limit) }() // after the devices are closed, which it can tell meanwhile
 	server.Exports = host.NewExports(h, s.allow, s.clients, s.tls.ClientCA != "")
@@ -131,6 +131,9 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 			s.summary(h.Stats(), devices)
 		}
 	}()
+	if err == nil && !s.nodesOnly {
+		err = h.RestoreDevices(ctx)
+	}
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,9 @@ type Spec struct {
 	Name   string // of the device; unique on its host
 	Image  string // the reference of its image; Name if empty
 	Socket string // the name of its socket without the suffix, if it has one; made of the device's name if empty
+	Keep   bool   // the next host in the cache directory adds it again, until it is removed
+
+	saved *savedDevice // what the last host in the cache directory has left of it; nil: nothing
 }
 
 // Device is a device of a Host, from the first request for it on. Its methods may be
@@ -65,6 +68,11 @@ type Device struct {
 	permanent bool
 	lingering *time.Timer // closes the device, which has no users
 	socket    *socket     // for virtual machines; nil: none
+	keep      bool        // it is in the state file as long as it is permanent
+	ephemeral string      // the name of the directory of its overlay, which goes with it
+	reference string      // of the block image below that, by digest
+	outlives  bool        // so does the overlay of a device that clients had open when the host stopped
+	trouble   error       // why it is not open yet
 }
 
 // ephemeralLinger is how long the ephemeral overlay of a client waits for the client to
@@ -119,7 +127,7 @@ type DeviceInfo struct {
 	Image     string `json:"image"`            // the requested reference; once the device is ready, the block image by digest
 	Digest    string `json:"digest,omitempty"` // of the block image
 	State     State  `json:"state"`
-	Error     string `json:"error,omitempty"`  // why opening it failed
+	Error     string `json:"error,omitempty"`  // why opening it failed, or why it is still being opened
 	Socket    string `json:"socket,omitempty"` // for virtual machines: the path of its vhost-user socket
 	Permanent bool   `json:"permanent"`        // stays open without users
 	Users     int    `json:"users"`            // number of users that have it open
@@ -150,11 +158,15 @@ func (d *Device) Info() DeviceInfo {
 	if d.of.mu.named[d.key()] != d {
 		in.State = Closing
 	}
+	trouble := d.trouble
 	d.of.mu.Unlock()
 	select {
 	case <-d.ready:
 	default:
 		in.State = Opening
+		if trouble != nil {
+			in.Error = trouble.Error()
+		}
 		return in
 	}
 	if d.err != nil {
@@ -322,7 +334,7 @@ func (t *devices) reserveOne(spec Spec) (*Device, error) {
 	case d != nil:
 		return d, nil
 	case mine:
-		return t.beginClient(image, client, true, 0)
+		return t.beginClient(&Device{spec: Spec{Image: image, saved: spec.saved}, client: client, mayOpenBase: true}, 0)
 	}
 	return t.begin(&Device{spec: spec}, 0), nil
 }
@@ -420,7 +432,7 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 	d := t.mu.named[deviceKey{name: name}]
 	if d == nil {
 		var err error
-		if d, err = t.beginClient(image, client, may, openTimeout); err != nil {
+		if d, err = t.beginClient(&Device{spec: Spec{Image: image}, client: client, mayOpenBase: may}, openTimeout); err != nil {
 			return nil, err
 		}
 	}
@@ -428,9 +440,9 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 	return d, nil
 }
 
-// beginClient begins to open the device that a client has over the device image. t.mu is
-// held.
-func (t *devices) beginClient(image, client string, may bool, timeout time.Duration) (*Device, error) {
+// beginClient begins to open d, the device that a client has over the device d.spec.Image.
+// t.mu is held.
+func (t *devices) beginClient(d *Device, timeout time.Duration) (*Device, error) {
 	if t.mu.stopping {
 		return nil, ErrClosed
 	}
@@ -443,9 +455,9 @@ func (t *devices) beginClient(image, client string, may bool, timeout time.Durat
 	if n >= maxClients {
 		return nil, conflict("%d clients have devices of their own open, the most that a server takes", n)
 	}
-	d := &Device{spec: Spec{Name: image + clientMark + client, Image: image}, client: client, mayOpenBase: may}
+	d.spec.Name = d.spec.Image + clientMark + d.client
 	for _, x := range t.mu.all {
-		if x.client == client && t.mu.named[x.key()] != x {
+		if x.client == d.client && t.mu.named[x.key()] != x {
 			d.after = append(d.after, x)
 		}
 	}

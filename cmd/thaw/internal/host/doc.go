@@ -28,6 +28,11 @@
 // device of its own, NAME~CLIENT, which is an overlay over the image of the device NAME.
 // All connections that ask for that name reach the same overlay.
 //
+// A device that was added with [Spec.Keep] is there again in the next host in the cache
+// directory: [Host.Recover] and [Host.RestoreDevices] do that, also after the process was
+// killed. An overlay that goes with its device outlives the process then, too, and the
+// device of that name finds it.
+//
 // A virtual machine has a device as its disk by a socket of that device's own, which
 // [Options.Sockets] asks for. Each device that is added gets one, until it is removed.
 //
@@ -55,7 +60,9 @@
 //	commit.go      overlays become images; target.go: where images are pushed to
 //	nodes.go       devices that have nodes below /dev; nodedevice.go: what is behind a node
 //	nodewatch.go   nodes that go when nobody uses them any more, and at the end of a host
-//	noderecover.go nodes of a server that was killed; statefile.go: where they are kept
+//	noderecover.go nodes of a server that was killed
+//	kept.go        devices of a server that was killed, and overlays that go with devices
+//	statefile.go   where nodes and devices are kept for the next server
 //	start.go       which traces, bundles and guesses to prefetch
 //	complete.go    the rest of an image, once the start is over
 //	recording.go   the recording of a start; recordfile.go: its file

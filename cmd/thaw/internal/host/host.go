@@ -80,6 +80,7 @@ type Host struct {
 	overlays *overlays
 	commits  commits
 	nodes    *nodes
+	kept     kept
 	sockets  *sockets
 	zone     *hostZone // nil: none
 	nbd      *nbd.Server
@@ -170,7 +171,11 @@ func (h *Host) Add(ctx context.Context, specs ...Spec) ([]*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := h.openSockets(ctx, added, specs); err != nil {
+	err = h.openSockets(ctx, added, specs)
+	if err == nil {
+		err = h.keep(added, specs)
+	}
+	if err != nil {
 		for _, d := range added {
 			h.devices.remove(d)
 		}
@@ -189,6 +194,9 @@ func (h *Host) Remove(ctx context.Context, id string) error {
 	}
 	if !h.devices.remove(d) {
 		return notAdded(id)
+	}
+	if err := h.forget(d); err != nil {
+		return err
 	}
 	return d.awaitClosed(ctx)
 }
@@ -224,6 +232,7 @@ func (h *Host) Device(id string) *Device {
 func (h *Host) SetServing() {
 	h.traces.serving.Store(true)
 	h.sockets.setServing()
+	h.awaitClients()
 }
 
 // StopRecordings ends the recordings of all devices. It returns how many it has ended,
@@ -241,7 +250,9 @@ func (h *Host) Stop(ctx context.Context) error {
 		defer stop()
 		h.commits.stop()
 		_ = h.StopNodes(ctx)
+		h.stopKept()
 		h.devices.stop()
+		h.kept.restoring.Wait()
 		h.sockets.stop()
 		h.traces.stop() // the starts of devices that are still in use
 	})

@@ -78,7 +78,7 @@ func (h *Host) openOwn(ctx context.Context, d *Device) (err error) {
 		return err
 	}
 	image := base.whose()
-	if d.overlay, err = h.overlays.openLimited(d.own.dir, d.own.limit, image.below, image.image.of); err != nil {
+	if d.overlay, err = h.overlays.openLimited(d.own.dir, d.own.limit, false, image.below, image.image.of); err != nil {
 		release()
 		if errors.Is(err, blockmap.ErrLocked) {
 			err = ConflictError{fmt.Errorf("%w: only one node or server can have an overlay", err)}

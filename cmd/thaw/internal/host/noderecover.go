@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -18,23 +17,12 @@ import (
 // recoverTime bounds the wait for a killed server that is not quite gone.
 const recoverTime = 30 * time.Second
 
-// RecoverNodes goes on serving the nodes of a server that was killed, in the background: see
+// recoverNodes goes on serving the nodes of a server that was killed, in the background: see
 // attach.Recover. A node of an image that cannot be had for the moment waits for it. One
 // that cannot be recovered is lost; what is left of it is removed when it is unmounted.
-func (h *Host) RecoverNodes() {
-	x := h.nodes
-	kept, bad, err := readState(h.dir)
-	for _, b := range bad {
-		h.log.Error("a node of the state file makes no sense and is left alone", "err", b)
-	}
-	if err != nil {
-		h.log.Error("the nodes of the last server are left alone", "err", err)
-		from := filepath.Join(h.dir, stateName)
-		if err := os.Rename(from, from+".damaged"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			h.log.Warn("cannot keep the state file", "err", err)
-		}
-	}
+func (x *nodes) recoverNodes(kept []savedNode) {
 	x.mu.Lock()
+	defer x.mu.Unlock()
 	for _, k := range kept {
 		n := x.add(&node{
 			state: NodeRecovering, kept: k.state, image: k.Image, ephemeral: k.Ephemeral,
@@ -44,29 +32,6 @@ func (h *Host) RecoverNodes() {
 			},
 		})
 		x.watchers.Go(func() { x.recover(n) })
-	}
-	x.mu.Unlock()
-	h.removeEphemeral(kept)
-}
-
-// removeEphemeral removes overlays whose nodes are gone.
-func (h *Host) removeEphemeral(kept []savedNode) {
-	used := make(map[string]bool)
-	for _, k := range kept {
-		used[k.Ephemeral] = true
-	}
-	dir := filepath.Join(h.dir, ephemeralDir)
-	there, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		h.log.Warn("cannot look for overlays whose nodes are gone", "err", err)
-	}
-	for _, e := range there {
-		if used[e.Name()] {
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-			h.log.Warn("cannot remove the overlay of a node that is gone", "err", err)
-		}
 	}
 }
 
@@ -161,7 +126,7 @@ func KeptNode(dir, path string) (NodeInfo, error) {
 // KeptNodes lists the nodes in the state file of a cache directory.
 func KeptNodes(dir string) (list []NodeInfo, err error) {
 	kept, _, err := readState(dir)
-	for _, k := range kept {
+	for _, k := range kept.Nodes {
 		list = append(list, k.info())
 	}
 	return list, err
@@ -178,7 +143,7 @@ func keptNode(dir, path string) (*savedNode, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, k := range kept {
+	for _, k := range kept.Nodes {
 		if k.state.Path == path {
 			return &k, nil
 		}

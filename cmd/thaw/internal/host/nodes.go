@@ -103,8 +103,6 @@ type nodes struct {
 	stopOnce sync.Once
 	stopErr  error
 
-	saving sync.Mutex // of the state file
-
 	mu struct {
 		sync.Mutex
 		all      []*node
@@ -460,10 +458,15 @@ func removeNode(ctx context.Context, s attach.State) error {
 
 // save writes the state file. A server that cannot write it goes on; its nodes end with it.
 func (x *nodes) save() {
-	x.saving.Lock()
-	defer x.saving.Unlock()
+	if err := x.h.saveState(); err != nil {
+		x.h.log.Warn("cannot write the state file: nodes will not outlive this server", "err", err)
+	}
+}
+
+// saved are the nodes for the state file.
+func (x *nodes) saved() (kept []savedNode) {
 	x.mu.Lock()
-	var kept []savedNode
+	defer x.mu.Unlock()
 	for i, n := range x.mu.all {
 		// A lost node can have lost its path to a later one.
 		later := func(o *node) bool { return o.kept.Path == n.kept.Path }
@@ -475,10 +478,7 @@ func (x *nodes) save() {
 			Node: json.RawMessage(n.kept.Encode()),
 		})
 	}
-	x.mu.Unlock()
-	if err := writeState(x.h.dir, kept); err != nil {
-		x.h.log.Warn("cannot write the state file: nodes will not outlive this server", "err", err)
-	}
+	return kept
 }
 
 // Used reports whether the host has a node, or a device that clients use or that was added.

@@ -276,7 +276,7 @@ func TestRecoverNothing(t *testing.T) {
 			}
 		}
 		h := r.open(Options{Dir: dir})
-		h.RecoverNodes()
+		h.Recover()
 		if text == "damaged" {
 			if got, err := os.ReadFile(filepath.Join(dir, stateName+".damaged")); err != nil || string(got) != text {
 				t.Errorf("%s, %v", got, err)
@@ -319,11 +319,11 @@ func TestDetachWhileRecovering(t *testing.T) {
 	}
 	r := newRegistry(t)
 	dir := t.TempDir()
-	if err := writeState(dir, []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}); err != nil {
+	if err := writeState(dir, saved{Nodes: []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}}); err != nil {
 		t.Fatal(err)
 	}
 	h := r.open(Options{Dir: dir})
-	h.RecoverNodes()
+	h.Recover()
 	await(t, "the image cannot be had", func() bool {
 		all := h.Nodes()
 		return len(all) == 1 && all[0].State == NodeRecovering && all[0].Error != ""

@@ -190,18 +190,15 @@ func otherImage(dir, image, format string, args ...any) error {
 		dir, image, fmt.Sprintf(format, args...))}
 }
 
-// open opens the overlay in dir, or makes it, over a device of the image b. "" is an
-// ephemeral one.
+// open opens the overlay in dir, or makes it, over a device of the image b.
 func (o *overlays) open(dir string, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
-	return o.openLimited(dir, o.Limit, device, b)
+	return o.openLimited(dir, o.Limit, false, device, b)
 }
 
-func (o *overlays) openLimited(dir string, limit int64, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
+// openLimited opens an overlay with a limit. A volatile one goes with its device.
+func (o *overlays) openLimited(dir string, limit int64, volatile bool, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
 	ref := canonical(b.Repo.Ref()).WithDigest(b.Digest).String() // valid from any working directory
-	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: limit, Boot: o.boot, FS: o.fs, Log: o.log}
-	if dir == "" {
-		return blockmap.OpenEphemeral(o.temp, device, opts)
-	}
+	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: limit, Volatile: volatile, Boot: o.boot, FS: o.fs, Log: o.log}
 	if info, err := blockmap.ReadOverlay(o.fs, dir); err == nil && info.Digest != opts.Digest {
 		return nil, otherImage(dir, info.Image, "%s is the block image %s", b.Name, b.Digest)
 	}

@@ -30,6 +30,9 @@ func (h *Host) RemoveUnused(ctx context.Context, id string) error {
 	case users > 0:
 		return conflict("remove device %s: %d clients have it open; disconnect them, or drain it", id, users)
 	}
+	if err := h.forget(d); err != nil {
+		return err
+	}
 	return d.awaitClosed(ctx)
 }
 
@@ -81,8 +84,9 @@ func (d *Device) StopRecording(ctx context.Context) bool {
 func (h *Host) SetStopping() {
 	h.traces.packing.stop()
 	h.devices.mu.Lock()
-	defer h.devices.mu.Unlock()
 	h.devices.mu.stopping = true
+	h.devices.mu.Unlock()
+	h.kept.freeze(h.devices)
 }
 
 // Stopping reports whether the host has ceased to open devices.

@@ -2,6 +2,7 @@ package host
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,27 +11,38 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
+	"thaw/blockmap"
 	"thaw/fetcher/registry"
 	"thaw/nbd/attach"
 )
 
-// The state file says which nodes a server has. The next server in the same cache
-// directory reads it, and goes on serving the nodes of one that was killed. It is JSON:
+// The state file says which nodes a server has, which devices were added to it, and which
+// overlays go with its devices. The next server in the same cache directory reads it, and
+// goes on serving what one had that was killed. It is JSON:
 //
-//	{"version": 1, "nodes": [{"image": "registry.example/app@sha256:…", "name": "registry.example/app:v1",
-//	  "overlay": "/var/lib/vm7", "mount": "/mnt", "node": {…attach.State…}}]}
+//	{"version": 2,
+//	  "nodes": [{"image": "registry.example/app@sha256:…", "name": "registry.example/app:v1",
+//	    "overlay": "/var/lib/vm7", "mount": "/mnt", "node": {…attach.State…}}],
+//	  "devices": [{"name": "registry.example/app:v1~vm9", "image": "registry.example/app:v1~vm9",
+//	    "base": "registry.example/app@sha256:…", "by": "api", "writable": true,
+//	    "overlay": "/var/lib/vms/vm9", "socket": "/run/vms/vm9.sock"}]}
 //
 // It is replaced as a whole, by a file that is durable and then renamed. It is in a
 // directory that no other user can write to, but it is read without trust: it may be
 // damaged, or of another version.
 const (
-	stateName    = "nodes.json"
-	stateVersion = 1
-	maxStateFile = 4 << 20
+	stateName    = "state.json"
+	stateVersion = 2
+	maxStateFile = 32 << 20
 	maxNodes     = 512
+	maxSaved     = 4096 // devices
+	maxSavedName = 4096 + len(clientMark) + maxClientName
 )
 
 // savedNode is a node in the state file.
@@ -46,55 +58,133 @@ type savedNode struct {
 	state attach.State
 }
 
-type savedNodes struct {
-	Version int         `json:"version"`
-	Nodes   []savedNode `json:"nodes"`
+// savedDevice is a device in the state file: one that was added, or one with an overlay that
+// goes with it.
+type savedDevice struct {
+	Name      string `json:"name"`                // by which clients open it
+	Image     string `json:"image"`               // as it was asked for; of a client's device, its name
+	Base      string `json:"base"`                // the block image, by digest
+	By        origin `json:"by"`                  // who asked for it
+	Writable  bool   `json:"writable,omitempty"`  // without one of the next two, its overlay was to go with it, and is not there
+	Overlay   string `json:"overlay,omitempty"`   // directory of the overlay of a client's device
+	Ephemeral string `json:"ephemeral,omitempty"` // the name of the overlay's directory, see ephemeralDir
+	Boot      string `json:"boot,omitempty"`      // during which the ephemeral overlay was made
+	Socket    string `json:"socket,omitempty"`    // for virtual machines
+	Default   bool   `json:"default,omitempty"`   // it is the default export
+}
+
+// origin is who asked for a device.
+type origin string
+
+const (
+	byAPI    origin = "api"    // it stays until it is removed, also in the next server
+	byFlags  origin = "flags"  // it stays as long as its server
+	byClient origin = "client" // it stays as long as its clients
+)
+
+type saved struct {
+	Version int           `json:"version"`
+	Nodes   []savedNode   `json:"nodes,omitempty"`
+	Devices []savedDevice `json:"devices,omitempty"`
 }
 
 // errStateVersion says that another version of thaw wrote the file.
 var errStateVersion = errors.New("another version of thaw has written it")
 
-// parseState reads the content of a state file. Nodes that make no sense are left out, and
-// bad says why.
-func parseState(text []byte) (nodes []savedNode, bad []error, err error) {
+// parseState reads the content of a state file. Nodes and devices that make no sense are
+// left out, and bad says why.
+func parseState(text []byte) (kept saved, bad []error, err error) {
 	var v struct {
 		Version int `json:"version"`
 	}
 	if err := json.Unmarshal(text, &v); err != nil {
-		return nil, nil, err
+		return saved{}, nil, err
 	}
 	if v.Version != stateVersion {
-		return nil, nil, fmt.Errorf("its version is %d instead of %d: %w", v.Version, stateVersion, errStateVersion)
+		return saved{}, nil, fmt.Errorf("its version is %d instead of %d: %w", v.Version, stateVersion, errStateVersion)
 	}
-	var s savedNodes
+	var s saved
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&s); err != nil {
-		return nil, nil, err
+		return saved{}, nil, err
 	}
 	if _, err := d.Token(); err != io.EOF {
-		return nil, nil, errors.New("something follows its object")
+		return saved{}, nil, errors.New("something follows its object")
 	}
-	if len(s.Nodes) > maxNodes {
-		return nil, nil, fmt.Errorf("it has %d nodes, of at most %d", len(s.Nodes), maxNodes)
+	if len(s.Nodes) > maxNodes || len(s.Devices) > maxSaved {
+		return saved{}, nil, fmt.Errorf("it has %d nodes, of at most %d, and %d devices, of at most %d", len(s.Nodes), maxNodes, len(s.Devices), maxSaved)
 	}
-	seen := make(map[string]bool)
+	// A path, a name and a socket are those of one node or device, and so is an overlay.
+	seen := make(map[[2]string]bool)
+	twice := func(what, name string) error {
+		key := [2]string{what, name}
+		if name != "" && seen[key] {
+			return fmt.Errorf("its %s %.200q is there twice", what, name)
+		}
+		seen[key] = true
+		return nil
+	}
 	for i, n := range s.Nodes {
 		err := n.check()
-		if err == nil && seen[n.state.Path] {
-			err = fmt.Errorf("%s is there twice", n.state.Path)
+		if err == nil {
+			err = cmp.Or(twice("node", n.state.Path), twice("overlay", n.Ephemeral))
 		}
 		if err != nil {
 			bad = append(bad, fmt.Errorf("node %d: %w", i, err))
 			continue
 		}
-		seen[n.state.Path] = true
-		nodes = append(nodes, n)
+		kept.Nodes = append(kept.Nodes, n)
 	}
-	return nodes, bad, nil
+	for i, k := range s.Devices {
+		err := k.check()
+		if err == nil {
+			err = cmp.Or(twice("name", k.Name), twice("socket", k.Socket), twice("overlay", k.Ephemeral))
+		}
+		if err != nil {
+			bad = append(bad, fmt.Errorf("device %d: %w", i, err))
+			continue
+		}
+		kept.Devices = append(kept.Devices, k)
+	}
+	return kept, bad, nil
 }
 
 var ephemeralName = regexp.MustCompile(`^[A-Z2-7]+$`)
+
+// isEphemeral reports whether a name is empty, or that of an overlay below ephemeralDir.
+func isEphemeral(name string) bool {
+	return name == "" || len(name) >= 16 && len(name) <= 64 && ephemeralName.MatchString(name)
+}
+
+// check fails where k makes no sense.
+func (k *savedDevice) check() error {
+	for _, name := range []string{k.Name, k.Image} {
+		if name == "" || len(name) > maxSavedName || !utf8.ValidString(name) || strings.ContainsFunc(name, func(c rune) bool { return !unicode.IsPrint(c) }) {
+			return fmt.Errorf("its name %.200q: it must be at most %d bytes of printable text", name, maxSavedName)
+		}
+	}
+	base, err := registry.ParseRef(k.Base)
+	switch {
+	case err != nil:
+		return err
+	case base.Digest.Hex == "":
+		return fmt.Errorf("its image %.200q has no digest", k.Base)
+	case k.By != byAPI && k.By != byFlags && k.By != byClient:
+		return fmt.Errorf("%.100q has asked for it", k.By)
+	case k.By != byAPI && k.Ephemeral == "":
+		return errors.New("nothing of it is to be kept")
+	case k.Overlay != "" && k.Ephemeral != "":
+		return errors.New("it has two overlays")
+	case !k.Writable && (k.Overlay != "" || k.Ephemeral != ""):
+		return errors.New("it is read-only and has an overlay")
+	case !isEphemeral(k.Ephemeral):
+		return fmt.Errorf("its overlay %.100q is not one that goes with it", k.Ephemeral)
+	case (k.Ephemeral == "") != (k.Boot == "") || len(k.Boot) > 64:
+		return fmt.Errorf("its overlay is of the boot %.100q", k.Boot)
+	}
+	return cmp.Or(checkPath("overlay", k.Overlay), checkPath("socket", k.Socket))
+}
 
 // check fails where n makes no sense, and parses the state of its node.
 func (n *savedNode) check() (err error) {
@@ -106,7 +196,7 @@ func (n *savedNode) check() (err error) {
 		return fmt.Errorf("its image %.200q has no digest", n.Image)
 	case n.Overlay != "" && n.Ephemeral != "":
 		return errors.New("it has two overlays")
-	case n.Ephemeral != "" && (len(n.Ephemeral) < 16 || len(n.Ephemeral) > 64 || !ephemeralName.MatchString(n.Ephemeral)):
+	case !isEphemeral(n.Ephemeral):
 		return fmt.Errorf("its overlay %.100q is not one that goes with its node", n.Ephemeral)
 	case n.Limit < 0:
 		return fmt.Errorf("its overlay has a limit of %d bytes", n.Limit)
@@ -127,13 +217,13 @@ func (n *savedNode) check() (err error) {
 }
 
 // readState reads the state file in dir. It is empty where there is none.
-func readState(dir string) (nodes []savedNode, bad []error, err error) {
+func readState(dir string) (kept saved, bad []error, err error) {
 	f, err := os.OpenFile(filepath.Join(dir, stateName), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, nil
+		return saved{}, nil, nil
 	}
 	if err != nil {
-		return nil, nil, err
+		return saved{}, nil, err
 	}
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxStateFile+1))
@@ -141,27 +231,34 @@ func readState(dir string) (nodes []savedNode, bad []error, err error) {
 		err = fmt.Errorf("it has more than %d bytes", maxStateFile)
 	}
 	if err == nil {
-		nodes, bad, err = parseState(text)
+		kept, bad, err = parseState(text)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("state file %s: %w", f.Name(), err)
+		return saved{}, nil, fmt.Errorf("state file %s: %w", f.Name(), err)
 	}
-	return nodes, bad, nil
+	return kept, bad, nil
 }
 
-// writeState replaces the state file in dir, durably. Without nodes there is none.
-func writeState(dir string, nodes []savedNode) error {
+// writeState replaces the state file in dir, durably. Without nodes and devices there is none.
+func writeState(dir string, s saved) error {
 	path := filepath.Join(dir, stateName)
-	if len(nodes) == 0 {
+	if len(s.Nodes) == 0 && len(s.Devices) == 0 {
 		err := os.Remove(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		return err
+		return cmp.Or(err, blockmap.OS.SyncDir(dir))
 	}
-	text, err := json.Marshal(savedNodes{stateVersion, nodes})
+	if len(s.Devices) > maxSaved {
+		return conflict("%d devices are to be kept for the next server, the most is %d: remove some", len(s.Devices), maxSaved)
+	}
+	s.Version = stateVersion
+	text, err := json.Marshal(s)
 	if err != nil {
 		return err
+	}
+	if len(text) >= maxStateFile {
+		return conflict("the state file would have %d bytes, the most is %d: remove some devices", len(text), maxStateFile)
 	}
 	// A fixed name: only one process uses the directory, and what a killed one has left is
 	// written over.
@@ -184,12 +281,7 @@ func writeState(dir string, nodes []savedNode) error {
 		os.Remove(temp)
 		return err
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return blockmap.OS.SyncDir(dir)
 }
 
 // maxPath is PATH_MAX without the zero at its end.

@@ -20,19 +20,22 @@ const (
 	testState  = `{"driver":"ublk","path":"/dev/ublkb3","number":3,"pid":42,"started":77,"boot":"8d1f33f0-5d26-4a2a-9c2b-6f1a1d8d4a10","token":"ABCDEFGHIJKLMNOPQRSTUVWXYZ","size":4096,"readonly":false,"queues":2}`
 )
 
-// sampleState is a state file with a node of each kind.
+// sampleState is a state file with nodes and devices of each kind.
 func sampleState() string {
 	loop := strings.NewReplacer("ublkb3", "loop3", "ublk", "fuse", `,"queues":2`, "").Replace(testState)
 	nbd := strings.NewReplacer("ublkb3", "nbd3", "ublk", "nbd", `"readonly":false`, `"readonly":true`).Replace(testState)
-	return `{"version":1,"nodes":[` +
+	return `{"version":2,"nodes":[` +
 		`{"image":"registry.example/app@` + testDigest + `","name":"registry.example/app:v1","overlay":"/var/lib/vm7","limit_bytes":1073741824,"mount":"/mnt","node":` + testState + `},` +
 		`{"image":"registry.example/app@` + testDigest + `","name":"app","ephemeral":"ABCDEFGHIJKLMNOPQRSTUVWXYZ","node":` + loop + `},` +
-		`{"image":"oci:/srv/images@` + testDigest + `","name":"oci:/srv/images:app","node":` + nbd + `}]}` + "\n"
+		`{"image":"oci:/srv/images@` + testDigest + `","name":"oci:/srv/images:app","node":` + nbd + `}],"devices":[` +
+		`{"name":"root","image":"registry.example/app:v1","base":"registry.example/app@` + testDigest + `","by":"api","socket":"/run/vms/root.sock","default":true},` +
+		`{"name":"app:v1~vm9","image":"app:v1~vm9","base":"registry.example/app@` + testDigest + `","by":"api","writable":true,"overlay":"/var/lib/vms/vm9","socket":"/run/vms/vm9.sock"},` +
+		`{"name":"app:v1~vm8","image":"app:v1~vm8","base":"registry.example/app@` + testDigest + `","by":"client","writable":true,"ephemeral":"ZYXWVUTSRQPONMLKJIHGFEDCBA","boot":"8d1f33f0-5d26-4a2a-9c2b-6f1a1d8d4a10"}]}` + "\n"
 }
 
 // The format is what it was: what was written is read, and written again to the same bytes.
 func TestStateFileFrozen(t *testing.T) {
-	const frozen = "testdata/nodes.json"
+	const frozen = "testdata/state.json"
 	if *updateState {
 		if err := os.WriteFile(frozen, []byte(sampleState()), 0o644); err != nil {
 			t.Fatal(err)
@@ -42,15 +45,15 @@ func TestStateFileFrozen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nodes, bad, err := parseState(want)
-	if err != nil || len(bad) > 0 || len(nodes) != 3 {
-		t.Fatalf("%d nodes, %v, %v", len(nodes), bad, err)
+	kept, bad, err := parseState(want)
+	if err != nil || len(bad) > 0 || len(kept.Nodes) != 3 || len(kept.Devices) != 3 {
+		t.Fatalf("%+v, %v, %v", kept, bad, err)
 	}
-	if n := nodes[0]; n.Overlay != "/var/lib/vm7" || n.Limit != 1<<30 || n.Mount != "/mnt" || n.state.Path != "/dev/ublkb3" || n.state.Driver != attach.UBLK {
+	if n := kept.Nodes[0]; n.Overlay != "/var/lib/vm7" || n.Limit != 1<<30 || n.Mount != "/mnt" || n.state.Path != "/dev/ublkb3" || n.state.Driver != attach.UBLK {
 		t.Errorf("%+v", n)
 	}
 	dir := t.TempDir()
-	if err := writeState(dir, nodes); err != nil {
+	if err := writeState(dir, kept); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(filepath.Join(dir, stateName))
@@ -61,18 +64,18 @@ func TestStateFileFrozen(t *testing.T) {
 		t.Errorf("%v, %v", fi, err)
 	}
 	again, bad, err := readState(dir)
-	if err != nil || len(bad) > 0 || !reflect.DeepEqual(again, nodes) {
+	if err != nil || len(bad) > 0 || !reflect.DeepEqual(again, kept) {
 		t.Errorf("%v, %v\n%+v", bad, err, again)
 	}
-	// Without nodes there is no file; and no other.
-	if err := errors.Join(writeState(dir, nil), writeState(dir, nil)); err != nil {
+	// Without nodes and devices there is no file; and no other.
+	if err := errors.Join(writeState(dir, saved{}), writeState(dir, saved{})); err != nil {
 		t.Fatal(err)
 	}
 	if e, err := os.ReadDir(dir); err != nil || len(e) > 0 {
 		t.Errorf("%v, %v", e, err)
 	}
-	if nodes, bad, err := readState(dir); nodes != nil || bad != nil || err != nil {
-		t.Errorf("%v, %v, %v", nodes, bad, err)
+	if kept, bad, err := readState(dir); kept.Nodes != nil || kept.Devices != nil || bad != nil || err != nil {
+		t.Errorf("%v, %v, %v", kept, bad, err)
 	}
 }
 
@@ -80,15 +83,16 @@ func TestStateFileFrozen(t *testing.T) {
 func TestStateFileDamaged(t *testing.T) {
 	sample := sampleState()
 	for what, text := range map[string]string{
-		"nothing": "", "no JSON": "x", "cut": sample[:len(sample)/2], "more": sample + sample, "another version": strings.Replace(sample, `"version":1`, `"version":2`, 1),
+		"nothing": "", "no JSON": "x", "cut": sample[:len(sample)/2], "more": sample + sample, "another version": strings.Replace(sample, `"version":2`, `"version":1`, 1),
 		"no version": `{"nodes":[]}`, "an unknown field": strings.Replace(sample, `"nodes"`, `"colour":1,"nodes"`, 1), "an array": "[]",
-		"too many": `{"version":1,"nodes":[` + strings.Repeat("{},", maxNodes) + `{}]}`,
+		"too many devices": `{"version":2,"devices":[` + strings.Repeat("{},", maxSaved) + `{}]}`,
+		"too many":         `{"version":2,"nodes":[` + strings.Repeat("{},", maxNodes) + `{}]}`,
 	} {
-		if nodes, _, err := parseState([]byte(text)); err == nil {
-			t.Errorf("%s: %d nodes", what, len(nodes))
+		if kept, _, err := parseState([]byte(text)); err == nil {
+			t.Errorf("%s: %+v", what, kept)
 		}
 	}
-	if _, _, err := parseState([]byte(`{"version":2}`)); !errors.Is(err, errStateVersion) {
+	if _, _, err := parseState([]byte(`{"version":1}`)); !errors.Is(err, errStateVersion) {
 		t.Errorf("another version: %v", err)
 	}
 	for what, r := range map[string][2]string{
@@ -111,19 +115,50 @@ func TestStateFileDamaged(t *testing.T) {
 		if text == sample {
 			t.Fatalf("%s: nothing changes", what)
 		}
-		if nodes, bad, err := parseState([]byte(text)); err != nil || len(bad) != 1 || len(nodes) != 2 {
-			t.Errorf("%s: %d nodes, %v, %v", what, len(nodes), bad, err)
+		if kept, bad, err := parseState([]byte(text)); err != nil || len(bad) != 1 || len(kept.Nodes) != 2 || len(kept.Devices) != 3 {
+			t.Errorf("%s: %+v, %v, %v", what, kept, bad, err)
 		}
 	}
 	// What is removed with a node is in the cache directory.
 	for _, name := range []string{"../../etc", "/etc", ".", "..", "a/b", "ABC"} {
 		text, _ := json.Marshal(name)
-		if nodes, bad, err := parseState([]byte(strings.Replace(sample, `"ephemeral":"ABCDEFGHIJKLMNOPQRSTUVWXYZ"`, `"ephemeral":`+string(text), 1))); err != nil || len(bad) != 1 || len(nodes) != 2 {
-			t.Errorf("ephemeral overlay %s: %d nodes, %v, %v", name, len(nodes), bad, err)
+		for _, was := range []string{`"ephemeral":"ABCDEFGHIJKLMNOPQRSTUVWXYZ"`, `"ephemeral":"ZYXWVUTSRQPONMLKJIHGFEDCBA"`} {
+			kept, bad, err := parseState([]byte(strings.Replace(sample, was, `"ephemeral":`+string(text), 1)))
+			if err != nil || len(bad) != 1 || len(kept.Nodes)+len(kept.Devices) != 5 {
+				t.Errorf("ephemeral overlay %s: %+v, %v, %v", name, kept, bad, err)
+			}
 		}
 	}
-	if nodes, bad, err := parseState([]byte(strings.ReplaceAll(sample, "loop3", "ublkb3"))); err != nil || len(bad) != 1 || len(nodes) != 2 {
-		t.Errorf("one path twice: %d nodes, %v, %v", len(nodes), bad, err)
+	if kept, bad, err := parseState([]byte(strings.ReplaceAll(sample, "loop3", "ublkb3"))); err != nil || len(bad) != 1 || len(kept.Nodes) != 2 {
+		t.Errorf("one path twice: %+v, %v, %v", kept, bad, err)
+	}
+	// So it is with devices.
+	for what, r := range map[string][2]string{
+		"no name":                  {`"name":"root"`, `"name":""`},
+		"a name with a line break": {`"name":"root"`, `"name":"ro\not"`},
+		"a long name":              {`"name":"root"`, `"name":"` + strings.Repeat("x", maxSavedName+1) + `"`},
+		"one name twice":           {`"name":"app:v1~vm8"`, `"name":"app:v1~vm9"`},
+		"no image":                 {`"image":"app:v1~vm9"`, `"image":""`},
+		"a base without a digest":  {`"base":"registry.example/app@` + testDigest, `"base":"registry.example/app:v1`},
+		"a base that is none":      {`"base":"registry.example/app@` + testDigest, `"base":"no name`},
+		"a stranger":               {`"by":"client"`, `"by":"nobody"`},
+		"nothing to keep":          {`"by":"api","socket"`, `"by":"flags","socket"`},
+		"a relative overlay":       {`"/var/lib/vms/vm9"`, `"../vm9"`},
+		"a relative socket":        {`"/run/vms/root.sock"`, `"root.sock"`},
+		"one socket twice":         {`"/run/vms/root.sock"`, `"/run/vms/vm9.sock"`},
+		"two overlays":             {`"ephemeral":"ZYX`, `"overlay":"/o","ephemeral":"ZYX`},
+		"an overlay, read-only":    {`"writable":true,"overlay"`, `"overlay"`},
+		"the overlay of a node":    {"ZYXWVUTSRQPONMLKJIHGFEDCBA", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"},
+		"no boot":                  {`,"boot":"8d1f33f0-5d26-4a2a-9c2b-6f1a1d8d4a10"}]}`, "}]}"},
+		"a boot without overlay":   {`"default":true`, `"default":true,"boot":"8d1f33f0"`},
+	} {
+		text := strings.Replace(sample, r[0], r[1], 1)
+		if text == sample {
+			t.Fatalf("%s: nothing changes", what)
+		}
+		if kept, bad, err := parseState([]byte(text)); err != nil || len(bad) != 1 || len(kept.Nodes) != 3 || len(kept.Devices) != 2 {
+			t.Errorf("%s: %+v, %v, %v", what, kept, bad, err)
+		}
 	}
 	// Neither a file without end nor another kind of file is read.
 	dir := t.TempDir()
@@ -145,43 +180,50 @@ func TestStateFileDamaged(t *testing.T) {
 // The state file is whole at any time: a write that fails leaves the earlier one.
 func TestStateFileIsReplaced(t *testing.T) {
 	dir := t.TempDir()
-	nodes, _, err := parseState([]byte(sampleState()))
+	kept, _, err := parseState([]byte(sampleState()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := writeState(dir, nodes); err != nil {
+	if err := writeState(dir, kept); err != nil {
 		t.Fatal(err)
 	}
 	// The temporary file cannot be made.
 	if err := os.Mkdir(filepath.Join(dir, "."+stateName+".tmp"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeState(dir, nodes[:1]); err == nil {
+	if err := writeState(dir, saved{Nodes: kept.Nodes[:1]}); err == nil {
 		t.Error("it is written")
 	}
-	if got, _, err := readState(dir); err != nil || len(got) != 3 {
-		t.Errorf("%d nodes, %v", len(got), err)
+	if got, _, err := readState(dir); err != nil || !reflect.DeepEqual(got, kept) {
+		t.Errorf("%+v, %v", got, err)
+	}
+	// What the next server would refuse is not written.
+	for _, devices := range [][]savedDevice{make([]savedDevice, maxSaved+1), {{Name: strings.Repeat("x", maxStateFile)}}} {
+		if err := writeState(t.TempDir(), saved{Devices: devices}); !errors.As(err, new(ConflictError)) {
+			t.Errorf("%d devices: %v", len(devices), err)
+		}
 	}
 }
 
 func FuzzParseState(f *testing.F) {
 	f.Add([]byte(sampleState()))
-	f.Add([]byte(`{"version":1,"nodes":[]}`))
-	f.Add([]byte(`{"version":1,"nodes":[{"node":{}}]}`))
+	f.Add([]byte(`{"version":2,"nodes":[],"devices":[{}]}`))
+	f.Add([]byte(`{"version":2,"nodes":[{"node":{}}]}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		nodes, _, err := parseState(text)
-		if err != nil || len(nodes) == 0 {
+		kept, _, err := parseState(text)
+		if err != nil {
 			return
 		}
-		for i := range nodes {
-			nodes[i].Node = nodes[i].state.Encode()
+		for i := range kept.Nodes {
+			kept.Nodes[i].Node = kept.Nodes[i].state.Encode()
 		}
-		raw, err := json.Marshal(savedNodes{stateVersion, nodes})
+		kept.Version = stateVersion
+		raw, err := json.Marshal(kept)
 		if err != nil {
 			t.Fatal(err)
 		}
 		again, bad, err := parseState(raw)
-		if err != nil || len(bad) > 0 || len(again) != len(nodes) {
+		if err != nil || len(bad) > 0 || len(again.Nodes) != len(kept.Nodes) || len(again.Devices) != len(kept.Devices) {
 			t.Fatalf("%v, %v: %s", err, bad, raw)
 		}
 	})

@@ -13,8 +13,31 @@ import (
 // This file puts overlays over images: a device is an image, an image with an overlay, or,
 // for one client, an overlay over another device's image.
 
-// openDevice opens d.
+// openDevice opens d. One of the last host in the cache directory is tried again and again,
+// until it is removed: whatever is in the way may pass, and its virtual machine waits.
 func (h *Host) openDevice(ctx context.Context, d *Device) error {
+	if d.spec.saved == nil {
+		return h.openOnce(ctx, d)
+	}
+	for wait := restoreEvery; ; wait = min(2*wait, restoreLeast) {
+		err := h.openOnce(ctx, d)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		d.of.mu.Lock()
+		changed := d.trouble == nil || d.trouble.Error() != err.Error()
+		d.trouble = err
+		d.of.mu.Unlock()
+		if changed {
+			h.log.Error("a device of the last server cannot be opened yet", "device", d.spec.Name, "err", err)
+		}
+		if pause(ctx, wait) != nil {
+			return err
+		}
+	}
+}
+
+func (h *Host) openOnce(ctx context.Context, d *Device) error {
 	switch {
 	case d.client != "":
 		return h.openClient(ctx, d)
@@ -25,11 +48,17 @@ func (h *Host) openDevice(ctx context.Context, d *Device) error {
 	}
 	name := d.spec.Image
 	dir := h.overlays.Dir
-	if dir != "" {
+	left := h.left(d)
+	switch {
+	case dir != "":
 		var err error
 		if name, err = h.overlays.base(dir, name, h.finder.Pins); err != nil {
 			return err
 		}
+	case left != nil:
+		name = left.Base
+	case d.spec.saved != nil:
+		name = d.spec.saved.Base // a machine has read from it: the tag may mean another image by now
 	}
 	if err := h.traces.openDevice(ctx, d, name); err != nil {
 		if dir != "" {
@@ -39,13 +68,18 @@ func (h *Host) openDevice(ctx context.Context, d *Device) error {
 	}
 	if dir != "" || h.overlays.Ephemeral {
 		var err error
-		if d.overlay, err = h.overlays.open(dir, d.below, d.image.of); err != nil {
+		if dir != "" {
+			d.overlay, err = h.overlays.open(dir, d.below, d.image.of)
+		} else {
+			d.overlay, err = h.openEphemeral(d, left, d.below, d.image.of)
+		}
+		if err != nil {
 			closeImage(d)
 			return err
 		}
 		d.dir = dir
 	}
-	if name != d.spec.Image {
+	if name != d.spec.Image && d.overlay != nil {
 		d.asking.Go(func() { h.traces.opener.checkTag(d.start.ctx, d.spec.Image, d.image.of) })
 	}
 	return nil
@@ -67,7 +101,11 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	}
 	d.after = nil
 	may := func(string) bool { return d.mayOpenBase }
-	base, release, err := h.devices.acquire(ctx, d.spec.Image, may)
+	name := d.spec.Image
+	if d.spec.saved != nil && h.devices.byName(name) == nil {
+		name = d.spec.saved.Base // the tag may mean another image by now, or be gone
+	}
+	base, release, err := h.devices.acquire(ctx, name, may)
 	if err != nil {
 		return err
 	}
@@ -79,22 +117,32 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	if base.client != "" {
 		return ErrNoDevice // IMAGE~ONE~TWO
 	}
-	if dir != "" {
-		name, err := h.overlays.base(dir, base.spec.Image, h.finder.Pins)
-		if err != nil {
+	left := h.left(d)
+	switch {
+	case dir != "":
+		if name, err = h.overlays.base(dir, base.spec.Image, h.finder.Pins); err != nil {
 			return err
 		}
-		if ref, err := registry.ParseRef(name); err == nil && name != base.spec.Image && ref.Digest != base.image.of.Digest {
-			h.log.Warn("the name means another image by now; the overlay's own base is served", "image", base.spec.Image, "overlay", dir, "base", name)
-			own, releaseOwn, err := h.devices.acquire(ctx, name, func(string) bool { return true })
-			if err != nil {
-				return fmt.Errorf("the base of overlay %s: %w", dir, err)
-			}
-			release()
-			base, release = own, releaseOwn
-		}
+	case left != nil:
+		name = left.Base
+	default:
+		name = base.spec.Image
 	}
-	if d.overlay, err = h.overlays.open(dir, base.below, base.image.of); err != nil {
+	if ref, err := registry.ParseRef(name); err == nil && name != base.spec.Image && ref.Digest != base.image.of.Digest {
+		h.log.Warn("the name means another image by now; the overlay's own base is served", "image", base.spec.Image, "overlay", dir, "base", name)
+		own, releaseOwn, err := h.devices.acquire(ctx, name, func(string) bool { return true })
+		if err != nil {
+			return fmt.Errorf("the base of the overlay of %s: %w", d.spec.Name, err)
+		}
+		release()
+		base, release = own, releaseOwn
+	}
+	if dir != "" {
+		d.overlay, err = h.overlays.open(dir, base.below, base.image.of)
+	} else {
+		d.overlay, err = h.openEphemeral(d, left, base.below, base.image.of)
+	}
+	if err != nil {
 		return err
 	}
 	d.base, d.leaveBase, d.dir = base, release, dir
@@ -112,6 +160,7 @@ func (h *Host) closeDevice(d *Device) {
 			h.mu.lost = errors.Join(h.mu.lost, err)
 			h.mu.Unlock()
 		}
+		h.endEphemeral(d)
 	}
 	if d.base != nil {
 		d.leaveBase()

@@ -111,7 +111,7 @@ func (s *Server) add(r *http.Request, body []byte) (response, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), s.addTimeout)
 	defer cancel()
-	added, err := s.host.Add(ctx, host.Spec{Name: n.Name, Image: n.Image})
+	added, err := s.host.Add(ctx, host.Spec{Name: n.Name, Image: n.Image, Keep: true})
 	if err != nil {
 		return response{}, err
 	}

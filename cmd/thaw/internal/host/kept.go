@@ -1,0 +1,541 @@
+package host
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"thaw/blockmap"
+)
+
+// This file keeps devices for the next host in the cache directory: those that were added by
+// the control API, and the overlays that go with devices. A virtual machine whose server was
+// killed finds its socket, its image and its changes again. It never reads a disk as it was
+// before its changes: where these may be lost, its device is not opened.
+
+const (
+	restoreTime  = 10 * time.Second // that a host waits for devices of the last one before it serves others
+	restoreEvery = 500 * time.Millisecond
+	restoreLeast = 30 * time.Second
+)
+
+// kept is what the next host is to have of this one's devices, and what this one has found
+// of the last one's.
+type kept struct {
+	writing   sync.Mutex // the state file
+	restoring sync.WaitGroup
+
+	mu struct {
+		sync.Mutex
+		known  bool          // the state file was read
+		found  []savedDevice // of the last host; no device of this one has claimed them
+		frozen bool          // the host stops
+		last   []savedDevice // then: of its devices
+		timer  *time.Timer   // forgets what clients have not asked for again
+	}
+}
+
+// Recover reads what the last host in the cache directory has left, if it was killed. It
+// goes on serving its nodes, in the background. Its devices come by RestoreDevices, and the
+// overlays that went with devices when these are opened.
+func (h *Host) Recover() {
+	state, bad, err := readState(h.dir)
+	for _, b := range bad {
+		h.log.Error("an entry of the state file makes no sense and is left out", "err", b)
+	}
+	if err != nil {
+		h.log.Error("the nodes and devices of the last server are left alone", "err", err)
+		from := filepath.Join(h.dir, stateName)
+		if err := os.Rename(from, from+".damaged"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			h.log.Warn("cannot keep the state file", "err", err)
+		}
+	}
+	used := make(map[string]bool)
+	for _, n := range state.Nodes {
+		used[n.Ephemeral] = true
+	}
+	boot := bootText()
+	h.kept.mu.Lock()
+	h.kept.mu.known = true
+	for _, k := range state.Devices {
+		if k.Ephemeral != "" && k.Boot != boot { // no virtual machine has outlived that
+			if k.Ephemeral, k.Boot = "", ""; k.By != byAPI {
+				continue
+			}
+		}
+		used[k.Ephemeral] = true
+		h.kept.mu.found = append(h.kept.mu.found, k)
+	}
+	h.kept.mu.Unlock()
+	h.removeEphemeral(used)
+	h.nodes.recoverNodes(state.Nodes)
+}
+
+// removeEphemeral removes overlays that went with nodes and devices, except those in use.
+func (h *Host) removeEphemeral(used map[string]bool) {
+	dir := filepath.Join(h.dir, ephemeralDir)
+	there, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		h.log.Warn("cannot look for overlays whose nodes and devices are gone", "err", err)
+	}
+	for _, e := range there {
+		if used[e.Name()] {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+			h.log.Warn("cannot remove the overlay of a node or device that is gone", "err", err)
+		}
+	}
+}
+
+// RestoreDevices adds the devices again that were added to the last host with Keep, with the
+// same names, images, overlays and sockets. It returns when they are ready; what cannot be
+// opened within 10 s is tried again in the background, until it is removed. A device that
+// does not suit the options of this host is left to another one.
+func (h *Host) RestoreDevices(ctx context.Context) error {
+	h.kept.mu.Lock()
+	found := slices.Clone(h.kept.mu.found)
+	h.kept.mu.Unlock()
+	found = slices.DeleteFunc(found, func(k savedDevice) bool {
+		if k.By != byAPI {
+			return true
+		}
+		err := h.suits(&k)
+		if err != nil {
+			h.log.Error("a device of the last server does not suit this one, and waits for another server", "device", k.Name, "err", err)
+		}
+		return err != nil
+	})
+	restored, err := h.devices.restore(found)
+	if err != nil {
+		return err
+	}
+	wait, cancel := context.WithTimeout(ctx, restoreTime)
+	defer cancel()
+	var ready []chan struct{}
+	for i, d := range restored {
+		if d == nil { // another device has its name
+			h.log.Warn("a device of the last server has another one in its place", "device", found[i].Name)
+			h.supersede(found[i].Name)
+			continue
+		}
+		done := make(chan struct{})
+		ready = append(ready, done)
+		h.kept.restoring.Go(func() {
+			defer close(done)
+			h.restore(d)
+		})
+	}
+	for _, done := range ready {
+		select {
+		case <-done:
+		case <-wait.Done():
+		}
+	}
+	if len(ready) > 0 {
+		if err := h.saveState(); err != nil {
+			h.log.Warn("cannot write the state file", "err", err)
+		}
+	}
+	return ctx.Err()
+}
+
+// suits fails if this host cannot serve a device as the last one did.
+func (h *Host) suits(k *savedDevice) error {
+	image, client := SplitClient(k.Image)
+	mine := h.devices.clients && client != ""
+	if !mine {
+		client = ""
+	}
+	switch {
+	case h.overlays.Dir != "" || h.traces.Record != "":
+		return errors.New("this server serves one image only")
+	case k.Overlay != "" && (!mine || h.overlays.Each == "" || k.Overlay != filepath.Join(h.overlays.Each, client)):
+		return fmt.Errorf("its overlay is %s: start thaw serve with --overlay-each %s", k.Overlay, filepath.Dir(k.Overlay))
+	case k.Overlay == "" && k.Writable != h.overlays.Ephemeral:
+		if k.Writable {
+			return errors.New("its changes are forgotten with it: start thaw serve with --ephemeral")
+		}
+		return errors.New("it is read-only: start thaw serve without --ephemeral")
+	case k.Overlay == "" && mine && !k.Writable:
+		return fmt.Errorf("it is read-only, and the server would give the client %s of %s an overlay: start thaw serve without --overlay-each", client, image)
+	}
+	if want := filepath.Join(h.sockets.Dir, socketName(k.Name, client)); k.Socket != "" && (h.sockets.Dir == "" || k.Socket != want) {
+		return fmt.Errorf("its socket is %s: start thaw serve with --vhost-user %s", k.Socket, filepath.Dir(k.Socket))
+	}
+	return nil
+}
+
+// restore begins to open devices of the last host. A device whose name is taken is nil.
+func (t *devices) restore(found []savedDevice) ([]*Device, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mu.stopping {
+		return nil, ErrClosed
+	}
+	first := !t.anyPermanent()
+	restored := make([]*Device, len(found))
+	for i := range found {
+		k := &found[i]
+		d, err := t.reserveOne(Spec{Name: k.Name, Image: k.Image, Keep: true, saved: k})
+		if err != nil || d.permanent {
+			continue
+		}
+		d.permanent, d.keep = true, true
+		t.use(d)
+		if first && k.Default {
+			t.mu.alone = d
+		}
+		restored[i] = d
+	}
+	return restored, nil
+}
+
+// restore waits until d is open, and gives it its socket.
+func (h *Host) restore(d *Device) {
+	<-d.ready
+	if d.err != nil {
+		return // it was removed, or the host stops
+	}
+	for wait := restoreEvery; ; wait = min(2*wait, restoreLeast) {
+		err := h.openSockets(h.devices.ctx, []*Device{d}, []Spec{d.spec})
+		d.of.mu.Lock()
+		permanent := d.permanent
+		d.of.mu.Unlock()
+		if err == nil {
+			break
+		}
+		if !permanent || h.devices.ctx.Err() != nil {
+			return
+		}
+		h.log.Error("a device of the last server has no socket yet", "device", d.spec.Name, "err", err)
+		_ = pause(h.devices.ctx, wait)
+	}
+	h.log.Info("restored a device of the last server", "device", d.spec.Name, "image", d.whose().image.of.Reference())
+}
+
+// keep has the next host add devices again, those that are to be kept. They are in the state
+// file when it returns.
+func (h *Host) keep(devices []*Device, specs []Spec) error {
+	some := false
+	for i, d := range devices {
+		if specs[i].Keep {
+			some = true
+			h.devices.mu.Lock()
+			d.keep = true
+			h.devices.mu.Unlock()
+			h.supersede(d.spec.Name)
+		}
+	}
+	if !some {
+		return nil
+	}
+	h.kept.mu.Lock()
+	frozen := h.kept.mu.frozen
+	h.kept.mu.Unlock()
+	if frozen {
+		return ErrClosed
+	}
+	if err := h.saveState(); err != nil {
+		return fmt.Errorf("keep the device for the time after a restart: %w", err)
+	}
+	return nil
+}
+
+// forget has the next host not add d again, which was removed.
+func (h *Host) forget(d *Device) error {
+	h.devices.mu.Lock()
+	kept := d.keep
+	d.keep = false
+	h.devices.mu.Unlock()
+	if !kept {
+		return nil
+	}
+	h.supersede(d.spec.Name)
+	h.kept.mu.Lock()
+	h.kept.mu.last = slices.DeleteFunc(h.kept.mu.last, func(k savedDevice) bool { return k.Name == d.spec.Name })
+	h.kept.mu.Unlock()
+	if err := h.saveState(); err != nil {
+		return fmt.Errorf("device %s is removed, but the next server will have it again: %w", d.id, err)
+	}
+	return nil
+}
+
+// supersede forgets what the last host has left of a device of that name.
+func (h *Host) supersede(name string) {
+	h.drop(func(k *savedDevice) bool { return k.Name == name })
+}
+
+// drop forgets devices of the last host, with the overlays that nobody has claimed.
+func (h *Host) drop(which func(*savedDevice) bool) (dropped int) {
+	var unclaimed []string
+	h.kept.mu.Lock()
+	h.kept.mu.found = slices.DeleteFunc(h.kept.mu.found, func(k savedDevice) bool {
+		if !which(&k) {
+			return false
+		}
+		dropped++
+		if k.Ephemeral != "" {
+			unclaimed = append(unclaimed, k.Ephemeral)
+		}
+		return true
+	})
+	h.kept.mu.Unlock()
+	for _, name := range unclaimed {
+		h.removeOverlay(name)
+	}
+	return dropped
+}
+
+func (h *Host) removeOverlay(name string) {
+	if err := os.RemoveAll(filepath.Join(h.dir, ephemeralDir, name)); err != nil {
+		h.log.Warn("cannot remove the overlay of a device that is gone", "err", err)
+	}
+}
+
+// saveState writes the state file.
+func (h *Host) saveState() error {
+	h.kept.writing.Lock()
+	defer h.kept.writing.Unlock()
+	return writeState(h.dir, saved{Nodes: h.nodes.saved(), Devices: h.kept.devices(h.devices)})
+}
+
+// devices are the devices for the state file.
+func (x *kept) devices(t *devices) []savedDevice {
+	live := t.saved()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.mu.frozen {
+		live = slices.Clone(x.mu.last)
+	}
+	names := make(map[string]bool)
+	for _, k := range live {
+		names[k.Name] = true
+	}
+	for _, k := range x.mu.found {
+		if !names[k.Name] {
+			live = append(live, k)
+		}
+	}
+	return live
+}
+
+// saved are the devices of which something is to be kept.
+func (t *devices) saved() (list []savedDevice) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, d := range t.mu.all {
+		if k, ok := d.savedLocked(); ok {
+			list = append(list, k)
+		}
+	}
+	return list
+}
+
+// savedLocked is what is to be kept of d. The mu of its devices is held.
+func (d *Device) savedLocked() (k savedDevice, ok bool) {
+	keep := d.keep && d.permanent
+	if !keep && d.ephemeral == "" || d.private || d.of.mu.named[d.key()] != d {
+		return k, false // it has another device in its place, or clients have it to its end
+	}
+	if !d.isOpen() {
+		if d.spec.saved != nil {
+			return *d.spec.saved, keep
+		}
+		if d.ephemeral == "" {
+			return k, false
+		}
+	}
+	k = savedDevice{Name: d.spec.Name, Image: d.spec.Image, Base: d.reference, By: byClient, Ephemeral: d.ephemeral, Default: d.of.mu.alone == d}
+	if k.Base == "" {
+		k.Base = d.whose().image.of.Reference()
+	}
+	switch {
+	case keep:
+		k.By = byAPI
+	case d.permanent:
+		k.By = byFlags
+	}
+	if d.client != "" {
+		k.Image = d.spec.Name
+	}
+	if k.Ephemeral != "" {
+		k.Boot, k.Writable = bootText(), true
+	} else if d.overlay != nil {
+		k.Overlay, k.Writable = d.dir, true
+	}
+	if d.socket != nil {
+		k.Socket = d.socket.path
+	}
+	return k, true
+}
+
+// freeze takes down what the next host is to have of the devices of one that stops: those
+// that are kept, and the overlays of those that clients have open, who may connect again.
+func (x *kept) freeze(t *devices) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.mu.frozen {
+		return
+	}
+	x.mu.frozen = true
+	for _, d := range t.mu.all {
+		k, ok := d.savedLocked()
+		if !ok {
+			continue
+		}
+		users := d.users
+		if d.permanent {
+			users--
+		}
+		if d.outlives = k.Ephemeral != "" && (users > 0 || !d.isOpen()); !d.outlives {
+			if k.Ephemeral, k.Boot = "", ""; k.By != byAPI {
+				continue
+			}
+		}
+		x.mu.last = append(x.mu.last, k)
+	}
+}
+
+// stopKept writes the state file for the last time.
+func (h *Host) stopKept() {
+	h.SetStopping()
+	h.kept.mu.Lock()
+	if h.kept.mu.timer != nil {
+		h.kept.mu.timer.Stop()
+	}
+	known := h.kept.mu.known
+	h.kept.mu.Unlock()
+	if !known {
+		return // it may be that of another host, which was killed
+	}
+	if err := h.saveState(); err != nil {
+		h.log.Error("cannot write the state file: devices that were added will not be there after a restart", "err", err)
+	}
+}
+
+// left is what the last host has left of the overlay that went with d. It is nil if there is
+// none, or if d is of another image.
+func (h *Host) left(d *Device) *savedDevice {
+	if d.private || !h.overlays.Ephemeral {
+		return nil
+	}
+	image := d.spec.Image
+	if d.client != "" {
+		image = d.spec.Name
+	}
+	h.kept.mu.Lock()
+	i := slices.IndexFunc(h.kept.mu.found, func(k savedDevice) bool { return k.Name == d.spec.Name && k.Ephemeral != "" })
+	var k savedDevice
+	if i >= 0 {
+		k = h.kept.mu.found[i]
+	}
+	h.kept.mu.Unlock()
+	if i < 0 || k.Image != image {
+		return nil
+	}
+	if _, err := os.Lstat(filepath.Join(h.dir, ephemeralDir, k.Ephemeral)); errors.Is(err, fs.ErrNotExist) {
+		h.log.Warn("the changes of a device are forgotten: somebody has removed the directory of its overlay", "device", d.spec.Name, "overlay", k.Ephemeral)
+		return nil
+	}
+	return &k
+}
+
+// openEphemeral opens an overlay that goes with d: the one that is left of it, or a new one.
+// It is in the state file before anybody can write to it.
+func (h *Host) openEphemeral(d *Device, left *savedDevice, below blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
+	parent := filepath.Join(h.dir, ephemeralDir)
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return nil, fmt.Errorf("directory of overlays: %w", err)
+	}
+	name := rand.Text()
+	if left != nil {
+		name = left.Ephemeral
+	}
+	overlay, err := h.overlays.openLimited(filepath.Join(parent, name), h.overlays.Limit, true, below, b)
+	if err == nil {
+		d.setEphemeral(name, b.Reference())
+		if err = h.saveState(); err != nil {
+			d.setEphemeral("", "")
+			err = errors.Join(fmt.Errorf("keep the overlay of %s: %w", d.spec.Name, err), overlay.Close())
+		}
+	}
+	switch {
+	case err != nil && left == nil:
+		h.removeOverlay(name)
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("the changes of %s, which a server that was killed has left: %w", d.spec.Name, err)
+	case left != nil:
+		h.log.Info("went on with the changes that the last server has left", "device", d.spec.Name)
+		h.kept.claim(name)
+	}
+	h.supersede(d.spec.Name) // changes of another image
+	return overlay, nil
+}
+
+// claim takes an overlay from what the last host has left.
+func (x *kept) claim(name string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.mu.found = slices.DeleteFunc(x.mu.found, func(k savedDevice) bool { return k.Ephemeral == name })
+}
+
+func (d *Device) setEphemeral(name, reference string) {
+	d.of.mu.Lock()
+	defer d.of.mu.Unlock()
+	d.ephemeral, d.reference = name, reference
+}
+
+// endEphemeral removes the overlay of d, which is closed, if it goes with d.
+func (h *Host) endEphemeral(d *Device) {
+	d.of.mu.Lock()
+	name := d.ephemeral
+	if d.outlives {
+		name = ""
+	}
+	d.ephemeral = ""
+	stopping := d.of.mu.stopping
+	d.of.mu.Unlock()
+	if name == "" {
+		return
+	}
+	if !stopping { // or else it is not in the file any more
+		if err := h.saveState(); err != nil {
+			h.log.Warn("cannot write the state file", "err", err)
+		}
+	}
+	h.removeOverlay(name)
+}
+
+// awaitClients gives clients that had devices of their own the time to connect again that
+// such a device waits for them.
+func (h *Host) awaitClients() {
+	h.kept.mu.Lock()
+	defer h.kept.mu.Unlock()
+	ofClient := func(k savedDevice) bool { return k.By == byClient }
+	if h.kept.mu.timer == nil && slices.ContainsFunc(h.kept.mu.found, ofClient) {
+		h.kept.mu.timer = time.AfterFunc(ephemeralLinger, h.forgetClients)
+	}
+}
+
+// forgetClients forgets the changes of clients that have not connected again.
+func (h *Host) forgetClients() {
+	n := h.drop(func(k *savedDevice) bool { return k.By == byClient })
+	if n == 0 {
+		return
+	}
+	h.log.Info("forgot the changes of clients that have not connected again", "overlays", n)
+	if err := h.saveState(); err != nil {
+		h.log.Warn("cannot write the state file", "err", err)
+	}
+}
