@@ -76,7 +76,9 @@ flushed outlives a crash of the server and of the machine.
                       the cache. IMAGE itself is read-only
   --ephemeral         forget the changes when serve ends. A client that opens
                       IMAGE~NAME has changes of its own, which are forgotten a
-                      minute after its last connection
+                      minute after its last connection. Changes of clients that are
+                      connected when serve ends, or is killed, are there in the next
+                      serve, since these clients may connect again
 
 NAME has at most 128 letters, digits, dots, dashes and underscores, and is NAME again
 when the client connects again. With --tls-client-ca, NAME must be a name in the
@@ -97,9 +99,11 @@ name of the socket is
   EXPORT.sock    for other exports, with underscores for all but letters, digits,
                  dots, dashes and underscores
 
-Devices that the control socket adds get a socket as well. A writable export has one
-virtual machine at a time. When the server was killed, QEMU and Cloud Hypervisor
-connect to the next one, and their guests go on.
+Devices that the control socket adds get a socket as well. They are there again in the
+next serve in the same cache directory, with the same images, overlays and sockets,
+until they are removed. A writable export has one virtual machine at a time. When the
+server was killed, QEMU and Cloud Hypervisor connect to the next one, and their guests
+go on.
 
 ` + allowHelp + `
 

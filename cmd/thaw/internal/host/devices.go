@@ -66,13 +66,14 @@ type Device struct {
 	// Guarded by of.mu.
 	users     int // number of users, and one more while it is permanent
 	permanent bool
-	lingering *time.Timer // closes the device, which has no users
-	socket    *socket     // for virtual machines; nil: none
-	keep      bool        // it is in the state file as long as it is permanent
-	ephemeral string      // the name of the directory of its overlay, which goes with it
-	reference string      // of the block image below that, by digest
-	outlives  bool        // so does the overlay of a device that clients had open when the host stopped
-	trouble   error       // why it is not open yet
+	lingering *time.Timer   // closes the device, which has no users
+	socket    *socket       // for virtual machines; nil: none
+	keep      bool          // it is in the state file as long as it is permanent
+	ephemeral string        // the name of the directory of its overlay, which goes with it
+	reference string        // of the block image below that, by digest
+	outlives  bool          // so does the overlay of a device that clients had open when the host stopped
+	trouble   error         // why it is not open yet
+	troubles  chan struct{} // closed when there is one; nil: of no device that is tried again
 }
 
 // ephemeralLinger is how long the ephemeral overlay of a client waits for the client to
@@ -364,7 +365,21 @@ func (t *devices) acquire(ctx context.Context, name string, mayOpen func(string)
 	if d, err = t.join(name, mayOpen); err != nil {
 		return nil, nil, err
 	}
+	if err := d.troubled(); err != nil {
+		t.release(d)
+		return nil, nil, err
+	}
 	return t.await(ctx, d)
+}
+
+// troubled says why d is not open yet, and may not be for long.
+func (d *Device) troubled() error {
+	d.of.mu.Lock()
+	defer d.of.mu.Unlock()
+	if d.trouble == nil || d.isOpen() {
+		return nil
+	}
+	return fmt.Errorf("device %s is not open yet: %w", d.spec.Name, d.trouble)
 }
 
 // await waits until d is open for a caller that is a user of it already.
@@ -515,6 +530,9 @@ func (t *devices) anyPermanent() bool {
 // when the first caller leaves, and ends when the last caller that waits for it leaves.
 // t.mu is held.
 func (t *devices) begin(d *Device, timeout time.Duration) *Device {
+	if d.spec.saved != nil {
+		d.troubles = make(chan struct{})
+	}
 	t.mu.last++
 	d.of, d.id, d.ready, d.closed = t, strconv.Itoa(t.mu.last), make(chan struct{}), make(chan struct{})
 	t.mu.named[d.key()] = d

@@ -21,9 +21,10 @@ import (
 // before its changes: where these may be lost, its device is not opened.
 
 const (
-	restoreTime  = 10 * time.Second // that a host waits for devices of the last one before it serves others
+	restoreTime  = 2 * patience // that a host waits for devices of the last one before it serves others
 	restoreEvery = 500 * time.Millisecond
-	restoreLeast = 30 * time.Second
+	restoreLeast = 10 * time.Second
+	socketEvery  = time.Second
 )
 
 // kept is what the next host is to have of this one's devices, and what this one has found
@@ -97,8 +98,8 @@ func (h *Host) removeEphemeral(used map[string]bool) {
 
 // RestoreDevices adds the devices again that were added to the last host with Keep, with the
 // same names, images, overlays and sockets. It returns when they are ready; what cannot be
-// opened within 10 s is tried again in the background, until it is removed. A device that
-// does not suit the options of this host is left to another one.
+// opened, or not within 4 s, is tried again in the background, until it is removed. A device
+// that does not suit the options of this host is left to another one.
 func (h *Host) RestoreDevices(ctx context.Context) error {
 	h.kept.mu.Lock()
 	found := slices.Clone(h.kept.mu.found)
@@ -119,7 +120,7 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 	}
 	wait, cancel := context.WithTimeout(ctx, restoreTime)
 	defer cancel()
-	var ready []chan struct{}
+	ready := make(map[*Device]chan struct{})
 	for i, d := range restored {
 		if d == nil { // another device has its name
 			h.log.Warn("a device of the last server has another one in its place", "device", found[i].Name)
@@ -127,15 +128,13 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 			continue
 		}
 		done := make(chan struct{})
-		ready = append(ready, done)
-		h.kept.restoring.Go(func() {
-			defer close(done)
-			h.restore(d)
-		})
+		ready[d] = done
+		h.kept.restoring.Go(func() { h.restore(d, sync.OnceFunc(func() { close(done) })) })
 	}
-	for _, done := range ready {
+	for d, done := range ready {
 		select {
 		case <-done:
+		case <-d.troubles:
 		case <-wait.Done():
 		}
 	}
@@ -198,13 +197,15 @@ func (t *devices) restore(found []savedDevice) ([]*Device, error) {
 	return restored, nil
 }
 
-// restore waits until d is open, and gives it its socket.
-func (h *Host) restore(d *Device) {
+// restore waits until d is open, and gives it its socket. It calls done when d is ready, or
+// its socket is in use.
+func (h *Host) restore(d *Device, done func()) {
+	defer done()
 	<-d.ready
 	if d.err != nil {
 		return // it was removed, or the host stops
 	}
-	for wait := restoreEvery; ; wait = min(2*wait, restoreLeast) {
+	for first := true; ; first = false {
 		err := h.openSockets(h.devices.ctx, []*Device{d}, []Spec{d.spec})
 		d.of.mu.Lock()
 		permanent := d.permanent
@@ -215,8 +216,11 @@ func (h *Host) restore(d *Device) {
 		if !permanent || h.devices.ctx.Err() != nil {
 			return
 		}
-		h.log.Error("a device of the last server has no socket yet", "device", d.spec.Name, "err", err)
-		_ = pause(h.devices.ctx, wait)
+		if first {
+			h.log.Error("a device of the last server has no socket yet", "device", d.spec.Name, "err", err)
+			done()
+		}
+		_ = pause(h.devices.ctx, socketEvery)
 	}
 	h.log.Info("restored a device of the last server", "device", d.spec.Name, "image", d.whose().image.of.Reference())
 }
@@ -388,12 +392,18 @@ func (x *kept) freeze(t *devices) {
 		return
 	}
 	x.mu.frozen = true
+	below := make(map[*Device]int) // how many devices of clients have it as their base
+	for _, d := range t.mu.all {
+		if d.isOpen() && d.base != nil {
+			below[d.base]++
+		}
+	}
 	for _, d := range t.mu.all {
 		k, ok := d.savedLocked()
 		if !ok {
 			continue
 		}
-		users := d.users
+		users := d.users - below[d]
 		if d.permanent {
 			users--
 		}

@@ -26,6 +26,9 @@ func (h *Host) openDevice(ctx context.Context, d *Device) error {
 		}
 		d.of.mu.Lock()
 		changed := d.trouble == nil || d.trouble.Error() != err.Error()
+		if d.trouble == nil {
+			close(d.troubles)
+		}
 		d.trouble = err
 		d.of.mu.Unlock()
 		if changed {
@@ -101,11 +104,18 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	}
 	d.after = nil
 	may := func(string) bool { return d.mayOpenBase }
-	name := d.spec.Image
-	if d.spec.saved != nil && h.devices.byName(name) == nil {
-		name = d.spec.saved.Base // the tag may mean another image by now, or be gone
+	var base *Device
+	var release func()
+	switch k := d.spec.saved; {
+	case h.devices.byName(d.spec.Image) != nil, k == nil && !h.overlays.Ephemeral:
+		base, release, err = h.devices.acquire(ctx, d.spec.Image, may)
+	case !d.mayOpenBase:
+		return ErrNoDevice
+	case k != nil:
+		base, release, err = h.acquireImage(ctx, k.Base) // the tag may mean another image by now, or be gone
+	default:
+		base, release, err = h.acquireImage(ctx, d.spec.Image) // without an overlay that nobody writes to
 	}
-	base, release, err := h.devices.acquire(ctx, name, may)
 	if err != nil {
 		return err
 	}
@@ -117,7 +127,7 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	if base.client != "" {
 		return ErrNoDevice // IMAGE~ONE~TWO
 	}
-	left := h.left(d)
+	name, left := base.spec.Image, h.left(d)
 	switch {
 	case dir != "":
 		if name, err = h.overlays.base(dir, base.spec.Image, h.finder.Pins); err != nil {
@@ -125,12 +135,10 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 		}
 	case left != nil:
 		name = left.Base
-	default:
-		name = base.spec.Image
 	}
 	if ref, err := registry.ParseRef(name); err == nil && name != base.spec.Image && ref.Digest != base.image.of.Digest {
 		h.log.Warn("the name means another image by now; the overlay's own base is served", "image", base.spec.Image, "overlay", dir, "base", name)
-		own, releaseOwn, err := h.devices.acquire(ctx, name, func(string) bool { return true })
+		own, releaseOwn, err := h.acquireImage(ctx, name)
 		if err != nil {
 			return fmt.Errorf("the base of the overlay of %s: %w", d.spec.Name, err)
 		}
