@@ -14,8 +14,8 @@ import (
 	"thaw/blockmap/ext4"
 )
 
-// guesser predicts what a start of the image reads: the program of the config and the
-// files that the kernel and the linker load for it. If the program is a script or
+// guesser predicts what a start of the image reads: the program of the config, the init that
+// a virtual machine starts, and the files that the kernel and the linker load for them. If the program is a script or
 // starts another program, it follows that one too.
 //
 // The image may be hostile. Nothing in its files makes a build fail or take long: the
@@ -80,6 +80,7 @@ func (b *builder) guess(ctx context.Context, t *tree, streams []Stream) ([]want,
 		g.env["PATH"] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	}
 	g.run(ctx, slices.Concat(c.Config.Entrypoint, c.Config.Cmd), 0)
+	g.run(ctx, []string{"/sbin/init"}, 0) // of a virtual machine; a container's start does not wait for what comes last
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}

@@ -236,6 +236,9 @@ var programCases = []struct {
 		[]line{exe("app/run", "#!/bin/sh\nNAME=server\nexport DIR=/usr/$NAME-x DIR=/usr/bin # comment\nNOW=`date`\nfor f in $(ls; echo \")\"); do :; done\n[ -n \"$NOW\" ] && exec $NOW/rm\nelse exec -a y \"${DIR}/$NAME\" ${X:-y} ${1+\"$@\"}\nfi\nrm x\n")},
 		"/app/run /bin/dash /usr/bin/server"},
 	{"a script that becomes itself", command("/app/run", "x"), []line{exe("app/run", "#!/bin/sh\nexec \"$0\" \"$@\"\nexec $0 $0\nexec sh $0\n")}, "/app/run /bin/dash"},
+	{"an init of a machine", v1.Config{}, []line{dir("sbin"), symlink("sbin/init", "/usr/lib/systemd"), exe("usr/lib/systemd", madeELF{interp: "/lib/ld.so", needed: []string{"libc.so"}}.bytes())}, "/usr/lib/systemd"},
+	{"an init of a machine behind the program", command("server"), []line{dir("sbin"), exe("sbin/init", "#!/bin/sh\nexec rm\n")}, "/usr/bin/server /sbin/init /bin/dash /bin/rm"},
+	{"an init that is the program", command("/sbin/init"), []line{dir("sbin"), exe("sbin/init", madeELF{}.bytes())}, "/sbin/init"},
 	{"a here-document", command("/app/run"), []line{exe("app/run", "#!/bin/sh\npython3 <<-'END'; true\nexec rm\n\tEND\nserver\n")}, "/app/run /bin/dash /usr/bin/server"},
 }
 
