@@ -304,11 +304,20 @@ func (h *Host) removeOverlay(name string) {
 	}
 }
 
-// saveState writes the state file.
+// saveState writes the state file. A host that has not read it, and has nothing to write,
+// leaves it alone: it may be that of a server that was killed.
 func (h *Host) saveState() error {
 	h.kept.writing.Lock()
 	defer h.kept.writing.Unlock()
-	return writeState(h.dir, saved{Nodes: h.nodes.saved(), Devices: h.kept.devices(h.devices)})
+	s := saved{Nodes: h.nodes.saved(), Devices: h.kept.devices(h.devices)}
+	h.kept.mu.Lock()
+	known := h.kept.mu.known || len(s.Nodes) > 0 || len(s.Devices) > 0
+	h.kept.mu.known = known
+	h.kept.mu.Unlock()
+	if !known {
+		return nil
+	}
+	return writeState(h.dir, s)
 }
 
 // devices are the devices for the state file.
@@ -423,11 +432,7 @@ func (h *Host) stopKept() {
 	if h.kept.mu.timer != nil {
 		h.kept.mu.timer.Stop()
 	}
-	known := h.kept.mu.known
 	h.kept.mu.Unlock()
-	if !known {
-		return // it may be that of another host, which was killed
-	}
 	if err := h.saveState(); err != nil {
 		h.log.Error("cannot write the state file: devices that were added will not be there after a restart", "err", err)
 	}
