@@ -358,13 +358,11 @@ func (d *Device) savedLocked() (k savedDevice, ok bool) {
 	if !keep && d.ephemeral == "" || d.private || d.of.mu.named[d.key()] != d {
 		return k, false // it has another device in its place, or clients have it to its end
 	}
-	if !d.isOpen() {
-		if d.spec.saved != nil {
-			return *d.spec.saved, keep
-		}
-		if d.ephemeral == "" {
+	if !d.isOpen() && d.ephemeral == "" { // or else it is as good as open
+		if d.spec.saved == nil {
 			return k, false
 		}
+		return *d.spec.saved, keep
 	}
 	k = savedDevice{Name: d.spec.Name, Image: d.spec.Image, Base: d.reference, By: byClient, Ephemeral: d.ephemeral, Default: d.of.mu.alone == d}
 	if k.Base == "" {
@@ -384,8 +382,11 @@ func (d *Device) savedLocked() (k savedDevice, ok bool) {
 	} else if d.overlay != nil {
 		k.Overlay, k.Writable = d.dir, true
 	}
-	if d.socket != nil {
+	switch {
+	case d.socket != nil:
 		k.Socket = d.socket.path
+	case d.spec.saved != nil:
+		k.Socket = d.spec.saved.Socket // it is about to get it
 	}
 	return k, true
 }

@@ -278,3 +278,22 @@ func TestRestoreDefault(t *testing.T) {
 	}
 	h.Close()
 }
+
+// The overlay of a device of the last host is in the state file before the device is open,
+// also a new one, and its socket before the device has it.
+func TestKeptBeforeItIsOpen(t *testing.T) {
+	h := newRegistry(t).open(Options{})
+	last := &savedDevice{Name: "vm", Image: "app:v1", Base: "app@" + testDigest, By: byAPI, Writable: true, Socket: "/run/vm.sock"}
+	d := &Device{of: h.devices, spec: Spec{Name: "vm", Image: "app:v1", saved: last}, ready: make(chan struct{}), permanent: true, keep: true}
+	h.devices.mu.Lock()
+	defer h.devices.mu.Unlock()
+	h.devices.mu.named[d.key()] = d
+	defer delete(h.devices.mu.named, d.key())
+	if k, ok := d.savedLocked(); !ok || k != *last {
+		t.Errorf("%+v, %t", k, ok)
+	}
+	d.ephemeral, d.reference = "NEWOVERLAYNEWOVERLAY", "other@"+testDigest
+	if k, ok := d.savedLocked(); !ok || k.Ephemeral != d.ephemeral || k.Base != d.reference || k.Boot != bootText() || k.Socket != last.Socket || k.By != byAPI || !k.Writable {
+		t.Errorf("%+v, %t", k, ok)
+	}
+}
