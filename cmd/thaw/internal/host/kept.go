@@ -30,7 +30,8 @@ const (
 // kept is what the next host is to have of this one's devices, and what this one has found
 // of the last one's.
 type kept struct {
-	writing   sync.Mutex // the state file
+	writing   sync.Mutex // the state file, and durable
+	durable   bool       // the state file has devices, which are to outlive a loss of power
 	restoring sync.WaitGroup
 
 	mu struct {
@@ -75,6 +76,9 @@ func (h *Host) Recover() {
 		h.kept.mu.found = append(h.kept.mu.found, k)
 	}
 	h.kept.mu.Unlock()
+	h.kept.writing.Lock()
+	h.kept.durable = len(state.Devices) > 0
+	h.kept.writing.Unlock()
 	h.removeEphemeral(used)
 	h.nodes.recoverNodes(state.Nodes)
 }
@@ -317,7 +321,9 @@ func (h *Host) saveState() error {
 	if !known {
 		return nil
 	}
-	return writeState(h.dir, s)
+	durably := len(s.Devices) > 0 || h.kept.durable
+	h.kept.durable = len(s.Devices) > 0
+	return writeState(h.dir, s, durably)
 }
 
 // devices are the devices for the state file.

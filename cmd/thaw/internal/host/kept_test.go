@@ -234,7 +234,7 @@ func TestRestoreDefault(t *testing.T) {
 			s.Devices[i].Ephemeral, s.Devices[i].Boot = "", ""
 		}
 	}
-	if err := writeState(cache, s); err != nil {
+	if err := writeState(cache, s, true); err != nil {
 		t.Fatal(err)
 	}
 	h = r.open(o)

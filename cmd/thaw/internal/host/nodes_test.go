@@ -319,7 +319,7 @@ func TestDetachWhileRecovering(t *testing.T) {
 	}
 	r := newRegistry(t)
 	dir := t.TempDir()
-	if err := writeState(dir, saved{Nodes: []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}}); err != nil {
+	if err := writeState(dir, saved{Nodes: []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}}, false); err != nil {
 		t.Fatal(err)
 	}
 	h := r.open(Options{Dir: dir})

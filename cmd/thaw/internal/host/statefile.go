@@ -33,8 +33,10 @@ import (
 //	    "base": "registry.example/app@sha256:…", "by": "api", "writable": true,
 //	    "overlay": "/var/lib/vms/vm9", "socket": "/run/vms/vm9.sock"}]}
 //
-// It is replaced as a whole, by a file that is durable and then renamed. It is in a
-// directory that no other user can write to, but it is read without trust: it may be
+// It is replaced as a whole, by a file that is renamed. Nodes go with the machine, so a file
+// of nodes alone need not outlive a loss of power, and is not synced: an attach would wait for
+// the disk twice. What a loss of power may leave of it, nothing or zeros, are no nodes. It is
+// in a directory that no other user can write to, but it is read without trust: it may be
 // damaged, or of another version.
 const (
 	stateName    = "state.json"
@@ -230,7 +232,7 @@ func readState(dir string) (kept saved, bad []error, err error) {
 	if err == nil && len(text) > maxStateFile {
 		err = fmt.Errorf("it has more than %d bytes", maxStateFile)
 	}
-	if err == nil {
+	if err == nil && len(bytes.TrimLeft(text, "\x00")) > 0 {
 		kept, bad, err = parseState(text)
 	}
 	if err != nil {
@@ -239,15 +241,19 @@ func readState(dir string) (kept saved, bad []error, err error) {
 	return kept, bad, nil
 }
 
-// writeState replaces the state file in dir, durably. Without nodes and devices there is none.
-func writeState(dir string, s saved) error {
+// writeState replaces the state file in dir; durably, if it is to outlive a loss of power.
+// Without nodes and devices there is none.
+func writeState(dir string, s saved, durably bool) error {
 	path := filepath.Join(dir, stateName)
 	if len(s.Nodes) == 0 && len(s.Devices) == 0 {
 		err := os.Remove(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		return cmp.Or(err, blockmap.OS.SyncDir(dir))
+		if err == nil && durably {
+			err = blockmap.OS.SyncDir(dir)
+		}
+		return err
 	}
 	if len(s.Devices) > maxSaved {
 		return conflict("%d devices are to be kept for the next server, the most is %d: remove some", len(s.Devices), maxSaved)
@@ -268,7 +274,7 @@ func writeState(dir string, s saved) error {
 		return err
 	}
 	_, err = f.Write(append(text, '\n'))
-	if err == nil {
+	if err == nil && durably {
 		err = f.Sync()
 	}
 	if e := f.Close(); err == nil {
@@ -281,7 +287,10 @@ func writeState(dir string, s saved) error {
 		os.Remove(temp)
 		return err
 	}
-	return blockmap.OS.SyncDir(dir)
+	if durably {
+		return blockmap.OS.SyncDir(dir)
+	}
+	return nil
 }
 
 // maxPath is PATH_MAX without the zero at its end.

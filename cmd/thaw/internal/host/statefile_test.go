@@ -53,7 +53,7 @@ func TestStateFileFrozen(t *testing.T) {
 		t.Errorf("%+v", n)
 	}
 	dir := t.TempDir()
-	if err := writeState(dir, kept); err != nil {
+	if err := writeState(dir, kept, true); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(filepath.Join(dir, stateName))
@@ -68,7 +68,7 @@ func TestStateFileFrozen(t *testing.T) {
 		t.Errorf("%v, %v\n%+v", bad, err, again)
 	}
 	// Without nodes and devices there is no file; and no other.
-	if err := errors.Join(writeState(dir, saved{}), writeState(dir, saved{})); err != nil {
+	if err := errors.Join(writeState(dir, saved{}, true), writeState(dir, saved{}, true)); err != nil {
 		t.Fatal(err)
 	}
 	if e, err := os.ReadDir(dir); err != nil || len(e) > 0 {
@@ -76,6 +76,19 @@ func TestStateFileFrozen(t *testing.T) {
 	}
 	if kept, bad, err := readState(dir); kept.Nodes != nil || kept.Devices != nil || bad != nil || err != nil {
 		t.Errorf("%v, %v, %v", kept, bad, err)
+	}
+}
+
+// What a loss of power may leave of a state file are no nodes.
+func TestStateFileLost(t *testing.T) {
+	for what, text := range map[string][]byte{"nothing": nil, "zeros": make([]byte, 704)} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, stateName), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if nodes, bad, err := readState(dir); len(nodes.Nodes) > 0 || len(nodes.Devices) > 0 || bad != nil || err != nil {
+			t.Errorf("%s: %v, %v, %v", what, nodes, bad, err)
+		}
 	}
 }
 
@@ -184,14 +197,14 @@ func TestStateFileIsReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := writeState(dir, kept); err != nil {
+	if err := writeState(dir, kept, true); err != nil {
 		t.Fatal(err)
 	}
 	// The temporary file cannot be made.
 	if err := os.Mkdir(filepath.Join(dir, "."+stateName+".tmp"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeState(dir, saved{Nodes: kept.Nodes[:1]}); err == nil {
+	if err := writeState(dir, saved{Nodes: kept.Nodes[:1]}, true); err == nil {
 		t.Error("it is written")
 	}
 	if got, _, err := readState(dir); err != nil || !reflect.DeepEqual(got, kept) {
@@ -199,7 +212,7 @@ func TestStateFileIsReplaced(t *testing.T) {
 	}
 	// What the next server would refuse is not written.
 	for _, devices := range [][]savedDevice{make([]savedDevice, maxSaved+1), {{Name: strings.Repeat("x", maxStateFile)}}} {
-		if err := writeState(t.TempDir(), saved{Devices: devices}); !errors.As(err, new(ConflictError)) {
+		if err := writeState(t.TempDir(), saved{Devices: devices}, true); !errors.As(err, new(ConflictError)) {
 			t.Errorf("%d devices: %v", len(devices), err)
 		}
 	}
