@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -61,8 +59,7 @@ func (n *Node) ready(o Options) {
 	if o.ReadAhead == 0 {
 		return
 	}
-	file := filepath.Join("/sys/block", filepath.Base(n.Path), "queue/read_ahead_kb")
-	if err := os.WriteFile(file, []byte(strconv.Itoa(o.ReadAhead>>10)), 0); err != nil {
+	if err := setReadAhead(n.Path, o.ReadAhead); err != nil {
 		o.Log.Warn("cannot set the readahead of a node", "node", n.Path, "err", err)
 	}
 }
