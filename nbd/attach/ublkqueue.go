@@ -22,8 +22,9 @@ import (
 //
 // The kernel lends a request to the thread that has fetched its tag, and only this thread
 // may commit it. So the thread does nothing that waits: it copies the bytes of a hit to
-// the request and commits it, and gives everything else away. Who is done with a request
-// puts it on a list, and wakes the thread by an eventfd, unless it was woken already.
+// the request and commits it, does small writes, and gives everything else away. Who is
+// done with a request puts it on a list, and wakes the thread by an eventfd, unless it was
+// woken already.
 // One system call submits all commits and waits for the next requests.
 type ublkQueue struct {
 	d     *ublkDevice
@@ -36,6 +37,7 @@ type ublkQueue struct {
 	eventBuf []byte // mapped: the kernel writes to it
 	alive    int    // tags that the kernel or this process has
 
+	inline       ublkInline
 	hits, misses atomic.Int64
 
 	mu struct {
@@ -279,6 +281,9 @@ func (q *ublkQueue) start(tag uint16) error {
 	r, ok := parseUBLK(q.descs[int(tag)*ublkDescLen:], tag, s.size)
 	if !ok {
 		return q.push(ublkCommit, tag, result(0, s.fail(nbd.OpOther, r.e, blockmap.ErrOutOfRange)))
+	}
+	if r.op == ublkWrite && s.wdev != nil && q.inline.takes(&r) {
+		return q.push(ublkCommit, tag, q.write(&r))
 	}
 	if r.op != ublkRead {
 		q.d.work.Go(func() { q.finish(tag, q.do(r)) })
