@@ -97,13 +97,22 @@ func newSocket(nc net.Conn, rc syscall.RawConn, timeout time.Duration, clients *
 	s := &socket{nc: nc, rc: rc, timeout: timeout}
 	s.pace.clients = clients
 	if u, ok := nc.(*net.UnixConn); ok {
-		// Room for two replies of a large read. TCP finds its own size.
-		_ = u.SetWriteBuffer(unixSendBuffer)
+		growSendBuffer(u, rc)
 	}
 	s.readFn = s.readOnce
 	s.tryFn = func(fd uintptr) bool { s.rerr = s.sysRead(fd); return true }
 	s.writeFn = s.writeOnce
 	return s
+}
+
+// growSendBuffer gives a unix socket room for two replies of a large read, unless it has
+// that. TCP finds its own size.
+func growSendBuffer(u *net.UnixConn, rc syscall.RawConn) {
+	var size int
+	_ = rc.Control(func(fd uintptr) { size, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) })
+	if size < 2*unixSendBuffer { // Linux doubles it, for what a packet takes beside its bytes
+		_ = u.SetWriteBuffer(unixSendBuffer)
+	}
 }
 
 func (s *socket) read(p []byte) (int, error)    { return s.readWith(p, s.readFn) }

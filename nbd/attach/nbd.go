@@ -40,6 +40,9 @@ const (
 	// nbdGrace is how much later than the server the kernel loses patience with a
 	// request. It then takes the connection for dead.
 	nbdGrace = 10 * time.Second
+	// nbdSendBuffer is room for a large reply or write, so that its sender need not wait for
+	// its receiver halfway. Linux doubles it, for what a packet takes beside its bytes.
+	nbdSendBuffer = 512 << 10
 	// nbdDeadTime is how long requests wait for a server that comes back.
 	nbdDeadTime = 10 * time.Minute
 )
@@ -76,6 +79,10 @@ func newPair() (p nbdPair, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return p, fmt.Errorf("make a socket pair: %w", err)
+	}
+	for _, fd := range fds {
+		// Root may have more than net.core.wmem_max. The default is the fallback.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, nbdSendBuffer)
 	}
 	f := os.NewFile(uintptr(fds[1]), "nbd")
 	defer f.Close()
