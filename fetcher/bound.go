@@ -192,6 +192,9 @@ func (b *Bound) fetch(w blockmap.Want, as asker) *fetch {
 	switch as {
 	case reader, owner:
 		ft.readers, ft.reads = 1, w.Needs()
+		if ft.near != nil {
+			ft.by = b
+		}
 		f.markDemand(ft)
 	case hint:
 		ft.hint = b

@@ -215,7 +215,7 @@ func (f *Fetcher) leaveIdle(ft *fetch) bool {
 		return false
 	}
 	r := ft.requests[0]
-	if !r.idle || r.left(ft)-r.place.stored(ft) <= max(r.place.src.pace.roundTrip(), leastBroken) {
+	if !r.idle || r.left(ft)-r.size(ft) <= max(r.place.src.pace.roundTrip(), leastBroken) {
 		return false
 	}
 	ft.leave(r)

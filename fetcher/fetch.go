@@ -20,6 +20,7 @@ type fetch struct {
 	// is set; its source is nil if the next try goes to place. fromOrigin says that the
 	// route has come to its end, originFailed that an origin has failed since.
 	near                     *Nearby
+	by                       *Bound // the reader's that made it, if it has peers
 	route                    Route
 	peer                     place
 	owner                    bool
@@ -180,7 +181,7 @@ func (f *Fetcher) leave(fetches []*fetch) {
 func (f *Fetcher) await(ctx context.Context, ft *fetch, w blockmap.Want) (ended bool, err error) {
 	for woken := false; ; woken = true {
 		f.mu.Lock()
-		if ft.moved == nil && ft.download != nil {
+		if ft.moved == nil && (ft.download != nil || ft.near != nil) {
 			ft.moved = make(chan struct{})
 		}
 		moved := ft.moved
@@ -190,7 +191,7 @@ func (f *Fetcher) await(ctx context.Context, ft *fetch, w blockmap.Want) (ended 
 			return true, ft.err
 		default:
 		}
-		// The download may have ended by now.
+		// The download may have ended by now, or a peer may have sent these leaves first.
 		if (moved != nil || woken) && w.Here() {
 			return false, nil
 		}

@@ -30,6 +30,7 @@ type Fetcher struct {
 	origins, nearby                                    counts
 	local, retries, wrong, failed, maxInFlight         atomic.Int64
 	passedOver                                         atomic.Int64 // requests of chunks to peers that failed
+	nearStored                                         atomic.Int64 // bytes of chunks that peers have sent as the registry has them
 	held, dropped, extra, overtaken, cancelled, leaves atomic.Int64
 	unstored                                           atomic.Int64 // failed attempts to store a chunk since the last success
 	claimed                                            atomic.Int64 // len(mu.claims)

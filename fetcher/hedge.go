@@ -119,8 +119,7 @@ func (f *Fetcher) runExtra(r *request, ft *fetch, ways []way) (asked bool) {
 		var body io.ReadCloser
 		began := time.Now()
 		if w.route != nil {
-			i := ft.key.chunk
-			body, err = w.route.OpenChunks(r.ctx, w.place.src.peer, w.owner, i, i, int64(c.Size()))
+			body, err = f.openChunks(r, w.route, w.place, w.owner, r.fetches)
 		} else if w.other != nil {
 			body, err = w.other.OpenRangeElsewhere(r.ctx, w.place.table.Blob, c.Offset, int64(c.Stored), w.avoid)
 			if body == nil && err == nil {

@@ -29,6 +29,9 @@ type Nearby struct {
 	// Judged, if not nil, is told whether a piece that Piece has returned turned out to be
 	// right. A cache must not pass on a piece that a peer has sent before it is told so.
 	Judged func(blob blockmap.Digest, off int64, right bool)
+	// Keep, if not nil, keeps a chunk as the registry has it, for peers that take it in that
+	// form. It is called once the chunk is verified. The bytes are its own from then on.
+	Keep func(stream blockmap.Digest, chunk int, stored []byte)
 }
 
 // FetchPiece fetches a piece for the cache of pieces.
@@ -46,8 +49,10 @@ type Route interface {
 	// failed.
 	RegistryFailed()
 	// OpenChunks asks a peer for chunks first to last of the stream. The body has their n
-	// bytes uncompressed. It may have methods Source and Distrust.
-	OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n int64) (io.ReadCloser, error)
+	// bytes uncompressed. It may have methods Source and Distrust. If stored or leaves are
+	// not 0, one chunk is asked for, which has that many bytes in the registry. A body with
+	// a method Form may then bring it in that form, and leaves of it first: see form.
+	OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n, stored int64, leaves blockmap.LeafSet) (io.ReadCloser, error)
 	// OpenPiece asks a peer for n bytes of the blob from off on.
 	OpenPiece(ctx context.Context, peer string, owner bool, off, n int64) (io.ReadCloser, error)
 	// HedgeAfter returns how long a reader waits for the peer before the next source is
@@ -74,19 +79,19 @@ const (
 // usable any more. A demand that is late is asked for at the next place as well.
 func (f *Fetcher) FromNear(o Origin, n Nearby) *Bound {
 	b := f.From(o)
-	b.near = &n
+	b.near, b.src.keep = &n, n.Keep
 	return b
 }
 
 // hasPeers reports whether there are peers to ask at present.
 func (b *Bound) hasPeers() bool { return b.near != nil && (b.near.Alone == nil || !b.near.Alone()) }
 
-// isPeer reports whether a source is a peer, which sends chunks uncompressed.
+// isPeer reports whether a source is a peer.
 func (s *source) isPeer() bool { return s != nil && s.peer != "" }
 
 // peer finds or makes the source that stands for a peer. All images share it. f.mu is
 // held.
-func (f *Fetcher) peer(name string, run int) *source {
+func (f *Fetcher) peer(name string, run int, keep keeper) *source {
 	s := f.mu.peers[name]
 	if s == nil {
 		if len(f.mu.peers) >= maxPeers {
@@ -97,7 +102,7 @@ func (f *Fetcher) peer(name string, run int) *source {
 			}
 		}
 		s = f.newSource(nil)
-		s.peer, s.run = name, run
+		s.peer, s.run, s.keep = name, run, keep
 		s.queue.peer = s
 		f.mu.peers[name] = s
 	}
@@ -139,7 +144,7 @@ func (f *Fetcher) nextPeer(ft *fetch) bool {
 		ft.toOrigin()
 		return false
 	}
-	ft.peer, ft.owner = place{f.peer(peer, ft.near.RunChunks), ft.place.table}, owner
+	ft.peer, ft.owner = place{f.peer(peer, ft.near.RunChunks, ft.near.Keep), ft.place.table}, owner
 	return true
 }
 
@@ -172,19 +177,18 @@ func (f *Fetcher) passOver(r *request, ft *fetch, err error) {
 // fetchNear asks a peer for fetches of one run.
 func (f *Fetcher) fetchNear(r *request, group []*fetch) {
 	for len(group) > 0 {
-		n, bytes := 1, r.place.stored(group[0])
+		n := 1
 		for n < len(group) && group[n].key.chunk == group[n-1].key.chunk+1 {
-			bytes += r.place.stored(group[n])
 			n++
 		}
-		f.fetchRun(r, group[:n], bytes)
+		f.fetchRun(r, group[:n])
 		group = group[n:]
 	}
 }
 
-func (f *Fetcher) fetchRun(r *request, group []*fetch, bytes int64) {
+func (f *Fetcher) fetchRun(r *request, group []*fetch) {
 	asked := time.Now()
-	body, err := r.route.OpenChunks(r.ctx, r.place.src.peer, r.owner, group[0].key.chunk, group[len(group)-1].key.chunk, bytes)
+	body, err := f.openChunks(r, r.route, r.place, r.owner, group)
 	f.nearby.requests.Add(1)
 	if err != nil {
 		f.fail(r, group, err)
@@ -274,7 +278,7 @@ func (r *request) soon(ft *fetch) bool {
 // route, and the origin.
 func (f *Fetcher) nearWays(ft *fetch, first *request) (ways []way) {
 	if peer, owner, ok := first.route.Next(); ok {
-		ways = append(ways, way{place: place{f.peer(peer, first.place.src.run), ft.place.table}, route: first.route, owner: owner})
+		ways = append(ways, way{place: place{f.peer(peer, first.place.src.run, first.place.src.keep), ft.place.table}, route: first.route, owner: owner})
 	}
 	return append(ways, way{place: ft.place})
 }

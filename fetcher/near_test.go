@@ -96,7 +96,7 @@ func (r *route) MayHedge(string) bool {
 	return r.z.hedges >= 0
 }
 
-func (r *route) OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n int64) (io.ReadCloser, error) {
+func (r *route) OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n, _ int64, _ blockmap.LeafSet) (io.ReadCloser, error) {
 	r.z.mu.Lock()
 	r.z.asked = append(r.z.asked, fmt.Sprintf("%s %d-%d", peer, first, last))
 	r.z.mu.Unlock()

@@ -106,6 +106,11 @@ func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) 
 	if b, ok := body.(sourced); ok {
 		r.server = b.Source()
 	}
+	r.form = form{}
+	if b, ok := body.(formed); ok && r.place.src.isPeer() && len(r.fetches) == 1 {
+		r.form.stored, r.form.first = b.Form()
+		r.expect(r.fetches)
+	}
 }
 
 // fail finishes fetches whose bytes do not arrive.
@@ -128,11 +133,13 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	defer decoding.Wait()
 	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk of this request that is being kept
 	for i, ft := range group {
-		stored := f.buffer(int(r.place.stored(ft)))
-		n, err := io.ReadFull(&incoming{f, r, body}, *stored)
-		f.counts(r.place.src).bytes.Add(int64(n))
+		stored, n, err := f.readChunk(r, &incoming{f, r, body}, ft)
+		f.counts(r.place.src).bytes.Add(n)
+		if r.form.stored {
+			f.nearStored.Add(n)
+		}
 		if err != nil {
-			f.buffers.Put(stored)
+			distrust(body, err)
 			if err == io.EOF {
 				err = io.ErrUnexpectedEOF
 			}
@@ -146,15 +153,17 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		}
 		keep := func(decompressed func()) {
 			fr := frame{f: f, stored: *stored}
-			if r.place.src.isPeer() {
+			if r.place.src.isPeer() && !r.form.stored {
 				fr.content = *stored
 			}
 			err := f.keep(blockmap.Want{Stream: ft.stream, Table: r.place.table, Chunk: ft.key.chunk}, &fr, decompressed)
 			fr.release()
-			f.buffers.Put(stored)
-			if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
-				b.Distrust()
+			if kept := r.kept(ft); err == nil && kept != nil {
+				kept(ft.stream.ID(), ft.key.chunk, *stored)
+			} else {
+				f.buffers.Put(stored)
 			}
+			distrust(body, err)
 			f.finish(r, ft, err)
 		}
 		switch {
@@ -172,6 +181,13 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 				<-beside
 			})
 		}
+	}
+}
+
+// distrust tells a body that its bytes are wrong, if that is the error.
+func distrust(body io.ReadCloser, err error) {
+	if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
+		b.Distrust()
 	}
 }
 

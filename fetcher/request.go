@@ -10,6 +10,7 @@ import (
 // request asks a source for chunks of one blob, in the order of the blob.
 type request struct {
 	place  place
+	form   form  // in which it brings its chunk; guarded by Fetcher.mu, and written by the request itself
 	route  Route // that has led to a peer; nil if the request is to an origin
 	owner  bool  // the peer is asked as an owner
 	ctx    context.Context
@@ -76,7 +77,7 @@ func (r *request) awaited() bool {
 func (r *request) expect(fetches []*fetch) {
 	r.fetches, r.ends, r.total = fetches, make([]int64, len(fetches)), 0
 	for i, ft := range fetches {
-		r.total += r.place.stored(ft)
+		r.total += r.size(ft)
 		r.ends[i] = r.total
 	}
 }
@@ -86,7 +87,7 @@ func (r *request) left(ft *fetch) int64 {
 	if i := slices.Index(r.fetches, ft); i >= 0 && i < len(r.ends) {
 		return r.ends[i] - r.got
 	}
-	return r.place.stored(ft)
+	return r.size(ft)
 }
 
 // leave records that a request no longer brings the fetch.

@@ -119,7 +119,7 @@ func (f *Fetcher) chunkCame(r *request, ft *fetch, others bool) {
 		return // the cache had it
 	}
 	src := r.place.src
-	if now := time.Now(); now.Sub(r.asked) < tooLong || r.place.stored(ft) >= goodBytes {
+	if now := time.Now(); now.Sub(r.asked) < tooLong || r.size(ft) >= goodBytes {
 		src.good = now // the source works, and does not only trickle
 	}
 	f.counts(src).chunks.Add(1)

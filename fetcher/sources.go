@@ -12,6 +12,7 @@ type source struct {
 	origin Origin // nil if it is a peer
 	peer   string // the name of the peer; empty for an origin
 	run    int    // chunks of a run, from which a peer's requests are
+	keep   keeper // of chunks as the registry has them; nil: nobody
 
 	queue queue // the fetches that wait for a request
 
@@ -50,7 +51,8 @@ type place struct {
 }
 
 // offset returns the position of a chunk in the blob; stored returns its length there.
-// Peers send chunks uncompressed, so there it is the position in the stream.
+// Peers may send chunks uncompressed, so there it is the position in the stream, unless
+// request.form says that a chunk comes as it is stored.
 func (p place) offset(ft *fetch) int64 {
 	c := &p.table.Chunks[ft.key.chunk]
 	if p.src.isPeer() {
@@ -70,8 +72,8 @@ func (p place) stored(ft *fetch) int64 {
 // cost returns how many bytes of Options.MaxBytes a chunk takes.
 func (p place) cost(ft *fetch) int64 {
 	c := &p.table.Chunks[ft.key.chunk]
-	if p.src.isPeer() {
-		return int64(c.Size())
+	if p.src.isPeer() && int(c.Stored) >= c.Size() {
+		return int64(c.Size()) // it comes uncompressed
 	}
 	return int64(c.Stored) + int64(c.Size())
 }

@@ -20,7 +20,8 @@ type Stats struct {
 	Chunks       int64 `json:"fetched_chunks"`     // received from origins by requests and stored
 	Leaves       int64 `json:"fetched_leaves"`     // received from origins by bundle downloads and stored
 	ZoneRequests int64 `json:"zone_requests"`      // to peers
-	ZoneBytes    int64 `json:"zone_bytes"`         // received from peers: chunks uncompressed, pieces of bundles compressed
+	ZoneBytes    int64 `json:"zone_bytes"`         // received from peers
+	ZoneStored   int64 `json:"zone_stored_bytes"`  // the part of ZoneBytes that is chunks as the registry has them, compressed
 	ZoneChunks   int64 `json:"zone_chunks"`        // received from peers by requests and stored
 	PassedOver   int64 `json:"zone_passed_over"`   // chunks that a peer did not bring, so that the next source was asked
 	Local        int64 `json:"local_chunks"`       // chunks, and parts of bundles, copied from another stream of the cache
@@ -43,7 +44,7 @@ func (f *Fetcher) Stats() Stats {
 	f.mu.Unlock()
 	return Stats{
 		Requests: f.origins.requests.Load(), Bytes: f.origins.bytes.Load(), Chunks: f.origins.chunks.Load(),
-		ZoneRequests: f.nearby.requests.Load(), ZoneBytes: f.nearby.bytes.Load(), ZoneChunks: f.nearby.chunks.Load(),
+		ZoneRequests: f.nearby.requests.Load(), ZoneBytes: f.nearby.bytes.Load(), ZoneStored: f.nearStored.Load(), ZoneChunks: f.nearby.chunks.Load(),
 		PassedOver: f.passedOver.Load(), Leaves: f.leaves.Load(), Local: f.local.Load(),
 		Retries: f.retries.Load(), Wrong: f.wrong.Load(), Failed: f.failed.Load(),
 		Held: f.held.Load(), Dropped: f.dropped.Load(),

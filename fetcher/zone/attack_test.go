@@ -99,6 +99,12 @@ func TestHostileRequests(t *testing.T) {
 		{"400", request(chunks + "0-0" + query + "&leaves=0-64")},
 		{"400", request(chunks + "0-0" + query + "&leaves=1-0")},
 		{"400", request(chunks + "0-0" + query + "&leaves=x")},
+		{"400", request(chunks + "0-0" + query + "&stored=0")},
+		{"400", request(chunks + "0-0" + query + "&stored=-1")},
+		{"400", request(chunks + "0-0" + query + "&stored=1&stored=1")},
+		{"400", request(chunks + "0-0" + query + "&stored=8388609")},
+		{"400", request(chunks + "0-0" + query + "&stored=01")},
+		{"400", request(chunks + "0-1" + query + "&stored=1")},
 		{"400", request("/v1/streams/" + strings.ToUpper(id[:10]) + "/chunks/" + run + query)},
 		{"400", request("/v1/streams/../chunks/" + run + query)},
 		{"404", request("/v1/streams/" + id + "/chunks/" + run + "/" + query)},
@@ -313,6 +319,7 @@ func FuzzRequest(f *testing.F) {
 	id := strings.Repeat("0a", 32)
 	for _, target := range []string{
 		"/v1/streams/" + id + "/chunks/0-3?image=" + imageRef + "&zone=z&from=p", "/v1/streams/" + id + "/chunks/4-4?image=" + imageRef + "&zone=z&from=p&leaves=0-3&origin=1",
+		"/v1/streams/" + id + "/chunks/4-4?image=" + imageRef + "&zone=z&from=p&leaves=63-63&stored=8388608",
 		"/v1/blobs/" + id + "/0-1048576?image=" + imageRef + "&zone=z&from=p", "/v1/health?zone=z&from=p", "/", "?", "/v1/streams//chunks/-", "/v1/blobs/sha256:/-",
 	} {
 		f.Add(target)
@@ -323,11 +330,16 @@ func FuzzRequest(f *testing.F) {
 			return
 		}
 		if c, err := parseChunks(r); err == nil {
-			if c.first < 0 || c.last < c.first || c.first/RunChunks != c.last/RunChunks || c.leaf < 0 || c.leaf >= blockmap.MaxLeaves || !ValidName(c.from) || !isImage(c.image) {
+			if c.first < 0 || c.last < c.first || c.first/RunChunks != c.last/RunChunks || !ValidName(c.from) || !isImage(c.image) {
 				t.Errorf("%q: %+v", target, c)
 			}
-			if c.leaves != 0 && (c.first != c.last || !c.leaves.Has(c.leaf) || c.leaf+c.leaves.Len() > blockmap.MaxLeaves) {
-				t.Errorf("%q: leaves %v from %d", target, c.leaves, c.leaf)
+			if (c.leaves != 0 || c.stored != 0) && c.first != c.last || c.stored < 0 || c.stored > maxStored {
+				t.Errorf("%q: leaves %v, %d bytes", target, c.leaves, c.stored)
+			}
+			// The leaves are neighbours.
+			const most = blockmap.MaxChunkBlocks * blockmap.BlockSize
+			if e := leavesOf(c.leaves, most); e.Start < 0 || e.End > most || e.Len() != int64(c.leaves.Len())*blockmap.LeafSize {
+				t.Errorf("%q: leaves %v are %v", target, c.leaves, e)
 			}
 		}
 		if p, err := parsePiece(r); err == nil {

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"thaw/blockmap"
@@ -31,6 +32,7 @@ type Client struct {
 	o         ClientOptions
 	scheme    string
 	transport *http.Transport
+	stored    atomic.Int64 // bytes that have come as the registry has them
 }
 
 // ClientOptions are the settings of a Client. Zero durations mean the default.
@@ -184,16 +186,44 @@ var (
 	errTrickles = errors.New("it sends hardly any bytes")
 )
 
-// Chunks asks a peer for chunks first to last of a stream, which have n bytes in all. The
-// body has their contents, uncompressed and not verified. owner says that the peer is
-// asked as their owner.
-func (c *Client) Chunks(ctx context.Context, peer, image string, stream blockmap.Digest, first, last int, n int64, owner bool) (*Body, error) {
-	return c.get(ctx, peer, fmt.Sprintf("/v1/streams/%s/chunks/%d-%d", stream, first, last), c.query(image, owner), n)
+// ChunksAsk says which chunks a Client asks for.
+type ChunksAsk struct {
+	Stream      blockmap.Digest
+	First, Last int
+	Size        int64 // of all of them, uncompressed
+	// Of a single chunk: the bytes that it has in the registry, if it is also taken in that
+	// form, and the leaves that are wanted first, which are neighbours. 0 is for neither.
+	Stored int64
+	Leaves blockmap.LeafSet
+}
+
+// Chunks asks a peer for chunks. The body has their contents, in the form that Body.Form
+// says, and not verified. owner says that the peer is asked as their owner.
+func (c *Client) Chunks(ctx context.Context, peer, image string, a ChunksAsk, owner bool) (*Body, error) {
+	q := c.query(image, owner)
+	if a.Stored > 0 {
+		q.Set("stored", strconv.FormatInt(a.Stored, 10))
+	}
+	if e := leavesOf(a.Leaves, a.Size); e.Len() > 0 {
+		q.Set("leaves", fmt.Sprintf("%d-%d", e.Start/blockmap.LeafSize, (e.End-1)/blockmap.LeafSize))
+	}
+	length := func(x form) (n int64, ok bool) {
+		return x.length(a.Size, a.Stored, a.Leaves), (!x.stored || a.Stored > 0) && (!x.leaves || a.Leaves != 0)
+	}
+	b, err := c.get(ctx, peer, fmt.Sprintf("/v1/streams/%s/chunks/%d-%d", a.Stream, a.First, a.Last), q, length)
+	if err == nil && b.form.leaves {
+		b.leaves = a.Leaves
+	}
+	return b, err
 }
 
 // Piece asks a peer for n bytes of a blob from off on.
 func (c *Client) Piece(ctx context.Context, peer, image string, blob blockmap.Digest, off, n int64, owner bool) (*Body, error) {
-	return c.get(ctx, peer, fmt.Sprintf("/v1/blobs/%s/%d-%d", blob, off, off+n), c.query(image, owner), n)
+	b, err := c.get(ctx, peer, fmt.Sprintf("/v1/blobs/%s/%d-%d", blob, off, off+n), c.query(image, owner), func(x form) (int64, bool) { return n, x == form{} })
+	if err == nil {
+		b.compressed = true
+	}
+	return b, err
 }
 
 func (c *Client) query(image string, owner bool) url.Values {
@@ -206,7 +236,7 @@ func (c *Client) query(image string, owner bool) url.Values {
 
 // Health asks a peer how it is, and returns its JSON.
 func (c *Client) Health(ctx context.Context, peer string) ([]byte, error) {
-	b, err := c.get(ctx, peer, "/v1/health", url.Values{"zone": {c.o.Zone}, "from": {c.o.Self}}, -1)
+	b, err := c.get(ctx, peer, "/v1/health", url.Values{"zone": {c.o.Zone}, "from": {c.o.Self}}, func(x form) (int64, bool) { return -1, x == form{} })
 	if err != nil {
 		return nil, err
 	}
@@ -221,9 +251,9 @@ func (c *Client) Health(ctx context.Context, peer string) ([]byte, error) {
 	return p, nil
 }
 
-// get sends a request. n is the length that the answer must have; -1 for any. Each error
-// that it returns is a PeerError.
-func (c *Client) get(ctx context.Context, peer, path string, query url.Values, n int64) (*Body, error) {
+// get sends a request. length returns the length that an answer of a form must have, -1 for
+// any, and whether that form was asked for. Each error that get returns is a PeerError.
+func (c *Client) get(ctx context.Context, peer, path string, query url.Values, length func(form) (n int64, ok bool)) (*Body, error) {
 	began := time.Now()
 	if !ValidName(peer) {
 		return nil, &PeerError{peer, Outcome{Result: Broken}, errors.New("it has no valid name")}
@@ -263,13 +293,20 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, n
 		cancel(nil)
 		return nil, refused
 	}
-	if n >= 0 && resp.ContentLength != n || resp.Header.Get("Content-Encoding") != "" {
+	as, known := parseForm(resp.Header)
+	n, asked := length(as)
+	switch {
+	case !known || !asked || resp.Header.Get("Content-Encoding") != "":
+		err = errors.New("its answer has a form that was not asked for")
+	case n >= 0 && resp.ContentLength != n:
+		err = fmt.Errorf("its answer has %d bytes instead of %d", resp.ContentLength, n)
+	}
+	if err != nil {
 		resp.Body.Close()
 		cancel(nil)
-		return nil, &PeerError{peer, Outcome{Result: Broken, Took: time.Since(began)},
-			fmt.Errorf("its answer has %d bytes instead of %d", resp.ContentLength, n)}
+		return nil, &PeerError{peer, Outcome{Result: Broken, Took: time.Since(began)}, err}
 	}
-	return &Body{client: c, peer: peer, body: resp.Body, ctx: ctx, cancel: cancel, began: began, n: n, waited: time.Since(began)}, nil
+	return &Body{client: c, peer: peer, body: resp.Body, form: as, compressed: as.stored, ctx: ctx, cancel: cancel, began: began, n: n, waited: time.Since(began)}, nil
 }
 
 // failed returns the error of a request without an answer.
@@ -347,6 +384,10 @@ type Body struct {
 	n      int64 // bytes to come in all; -1 if that is not known
 	got    int64
 
+	form       form
+	leaves     blockmap.LeafSet // that come first
+	compressed bool             // the bytes are as the registry has them
+
 	waited   time.Duration // for the answer, and in Read
 	window   time.Duration // the part of it since window bytes were counted anew
 	windowed int64
@@ -359,6 +400,12 @@ type Body struct {
 
 // Source returns the name of the peer.
 func (b *Body) Source() string { return b.peer }
+
+// Form says in which form a chunk comes. stored says that it comes as the registry has it,
+// and else it comes uncompressed. If leaves are not 0, the digests of all leaves of the chunk
+// come first, and then these leaves, uncompressed; and then the rest: all of the chunk in its
+// stored form, or else the other leaves in their order.
+func (b *Body) Form() (stored bool, leaves blockmap.LeafSet) { return b.form.stored, b.leaves }
 
 // Read reads as io.Reader does. It fails with a PeerError, and with io.ErrUnexpectedEOF
 // in it if the peer has sent too little. Only the time in Read counts for the bounds: a
@@ -423,6 +470,9 @@ func (b *Body) end(o Outcome) (first bool) {
 	b.over.Do(func() {
 		first = true
 		o.Bytes, o.Took = b.got, b.waited
+		if b.compressed {
+			b.client.stored.Add(b.got)
+		}
 		if b.ended != nil {
 			b.ended(o)
 		}

@@ -44,7 +44,7 @@ const testImage = "registry.example/team/app@sha256:abc"
 
 func askChunks(t *testing.T, c *Client, n int64) (*Body, error) {
 	t.Helper()
-	return c.Chunks(t.Context(), "peer", testImage, blockmap.Digest{1}, 4, 6, n, true)
+	return c.Chunks(t.Context(), "peer", testImage, ChunksAsk{Stream: blockmap.Digest{1}, First: 4, Last: 6, Size: n}, true)
 }
 
 // outcome returns the outcome of a failed request.
@@ -346,7 +346,7 @@ func TestCancel(t *testing.T) {
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() { <-asked; cancel() }()
-	_, err := c.Chunks(ctx, "peer", testImage, blockmap.Digest{}, 0, 0, 5, false)
+	_, err := c.Chunks(ctx, "peer", testImage, ChunksAsk{Size: 5}, false)
 	if outcome(t, err).Result != Cancelled || !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
@@ -370,7 +370,7 @@ func TestCancel(t *testing.T) {
 func TestAddresses(t *testing.T) {
 	c := clientOf(t, ClientOptions{}, "127.0.0.1:1")
 	for _, peer := range []string{"stranger", "", "peer\r\nX: y", strings.Repeat("a", 300)} {
-		if _, err := c.Chunks(t.Context(), peer, testImage, blockmap.Digest{}, 0, 0, 5, false); err == nil {
+		if _, err := c.Chunks(t.Context(), peer, testImage, ChunksAsk{Size: 5}, false); err == nil {
 			t.Errorf("%.20q was asked", peer)
 		}
 	}

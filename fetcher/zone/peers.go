@@ -69,9 +69,13 @@ func (r *Route) Distrust(peer string) { r.peers.router.Distrust(peer, time.Now()
 // OpenChunks asks a peer for chunks first to last, which have n bytes in all. The body has
 // their contents, uncompressed, and has methods Source and Distrust as those of a registry
 // have.
-func (r *Route) OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n int64) (io.ReadCloser, error) {
+//
+// If one chunk is asked for, stored is how many bytes it has in the registry; 0 says that it
+// is not wanted in that form. leaves are neighbouring leaves of it that are wanted first.
+// The method Form of the body says what has come of that: see [Body.Form].
+func (r *Route) OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n, stored int64, leaves blockmap.LeafSet) (io.ReadCloser, error) {
 	return r.open(peer, func() (*Body, error) {
-		return r.peers.client.Chunks(ctx, peer, r.image, r.run.Of, first, last, n, owner)
+		return r.peers.client.Chunks(ctx, peer, r.image, ChunksAsk{r.run.Of, first, last, n, stored, leaves}, owner)
 	})
 }
 

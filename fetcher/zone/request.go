@@ -24,14 +24,17 @@ type ask struct {
 	origin     bool   // the peer takes this host for the owner
 }
 
-// chunksAsk asks for chunks of a stream, or for leaves of one chunk.
+// chunksAsk asks for chunks of a stream. Only a request for one chunk says more.
 type chunksAsk struct {
 	ask
 	stream      blockmap.Digest
 	first, last int
-	leaves      blockmap.LeafSet // 0: all
-	leaf        int              // the first of leaves
+	leaves      blockmap.LeafSet // those that the peer wants first; 0: none
+	stored      int64            // bytes of the stored form, which the peer takes; 0: it does not
 }
+
+// maxStored bounds the bytes of a chunk as a registry has it.
+const maxStored = 2 * blockmap.MaxChunkBlocks * blockmap.BlockSize
 
 // pieceAsk asks for a piece of a blob.
 type pieceAsk struct {
@@ -61,6 +64,7 @@ func parseAsk(r *http.Request, image bool) (a ask, q url.Values, err error) {
 		err = errors.New("origin is not 1")
 	}
 	one("leaves")
+	one("stored")
 	switch {
 	case err != nil:
 	case !ValidName(a.from):
@@ -107,14 +111,19 @@ func parseChunks(r *http.Request) (c chunksAsk, err error) {
 		return c, fmt.Errorf("the chunks are not of one run of %d", RunChunks)
 	}
 	if s := q.Get("leaves"); s != "" {
-		var last int
-		if c.leaf, last, err = parseRange(s); err != nil {
+		leaf, last, err := parseRange(s)
+		if err != nil {
 			return c, err
 		}
 		if c.first != c.last || last >= blockmap.MaxLeaves {
 			return c, errors.New("leaves are of one chunk")
 		}
-		c.leaves = blockmap.LeafRange(c.leaf, last-c.leaf+1)
+		c.leaves = blockmap.LeafRange(leaf, last-leaf+1)
+	}
+	if s := q.Get("stored"); s != "" {
+		if c.stored, err = parseNumber(s, maxStored+1); err != nil || c.stored == 0 || c.first != c.last {
+			return c, errors.New("stored is not the bytes of one chunk in the registry")
+		}
 	}
 	return c, nil
 }

@@ -97,10 +97,12 @@ func (t turns) begin() (done func()) {
 	}
 }
 
-// held is a range of a stream that is pinned: in the file, or as a view.
+// held is a range of a stream that is pinned: in the file, or as a view; or a chunk as the
+// registry has it.
 type held struct {
 	section blockmap.Section
 	view    blockmap.View
+	stored  *storedChunk
 }
 
 // hold pins a range that is resident: as a section if the connection can take a file and
@@ -121,10 +123,15 @@ func (h *held) inMemory() bool { return h.section.Len() == 0 || h.section.InMemo
 func (h *held) release() {
 	h.section.Release()
 	h.view.Release()
+	h.stored.release()
+	h.stored = nil
 }
 
 // part sends a range.
 func (s *sender) part(h *held) error {
+	if h.stored != nil {
+		return s.bytes(h.stored.bytes)
+	}
 	if h.section.Len() > 0 {
 		return s.section(&h.section)
 	}
@@ -135,6 +142,57 @@ func (s *sender) part(h *held) error {
 		}
 	}
 	return nil
+}
+
+// leavesFirst is leaves of a chunk that are sent before the rest of it.
+type leavesFirst struct {
+	digests []byte // of all leaves of the chunk
+	part    held
+}
+
+// maxFirst bounds the bytes of leaves that are sent first: they do not wait for their turn.
+const maxFirst = 256 << 10
+
+// leaves sends leaves at once: a reader waits for them, and they are few. nil is none.
+func (s *sender) leaves(x *leavesFirst) error {
+	if x == nil {
+		return nil
+	}
+	defer x.part.release()
+	if err := s.bytes(x.digests); err != nil {
+		return err
+	}
+	if err := s.part(&x.part); err != nil {
+		return err
+	}
+	return s.c.Flush()
+}
+
+// leafDigests makes the digests of the leaves of a chunk.
+func leafDigests(chunk *blockmap.View) (list []blockmap.Digest, err error) {
+	buf := buffers.Get().(*[64 << 10]byte)
+	defer buffers.Put(buf)
+	leaf := buf[:0]
+	segments := chunk.Segments()
+	for i := range segments {
+		x := &segments[i]
+		for p := x.Bytes; len(p) > 0; {
+			n := min(blockmap.LeafSize-len(leaf), len(p))
+			at := len(leaf)
+			leaf = leaf[:at+n]
+			if err := blockmap.CopyMapped(leaf[at:], p[:n]); err != nil {
+				x.Damaged()
+				return nil, err
+			}
+			if p = p[n:]; len(leaf) == blockmap.LeafSize {
+				list, leaf = append(list, blockmap.LeafDigest(leaf)), leaf[:0]
+			}
+		}
+	}
+	if len(leaf) > 0 {
+		list = append(list, blockmap.LeafDigest(leaf))
+	}
+	return list, nil
 }
 
 // buffers are for bytes that are encrypted or framed anyhow.

@@ -75,6 +75,7 @@ type server struct {
 	owner               owner
 	grants              granter
 	pieces              *pieces
+	stored              *storedChunks
 	traffic             *traffic
 	log                 *slog.Logger
 
@@ -384,15 +385,18 @@ const (
 )
 
 // ready sends the header of a body of n bytes.
-func ready(w http.ResponseWriter, r *http.Request, n int64, from source) *sender {
+func ready(w http.ResponseWriter, r *http.Request, n int64, from source, as form) *sender {
 	h := w.Header()
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("Content-Length", strconv.FormatInt(n, 10))
 	h.Set("Thaw-Source", string(from))
+	if as != (form{}) {
+		h.Set(formHeader, as.String())
+	}
 	return newSender(w, r)
 }
 
-// chunks sends chunks of a stream, or leaves of a chunk, each as soon as it is resident.
+// chunks sends chunks of a stream, each as soon as it is resident.
 func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) error {
 	ctx := r.Context()
 	of, release, err := s.store.Stream(ctx, q.image, q.stream)
@@ -400,13 +404,15 @@ func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) err
 		return stored(err)
 	}
 	defer release()
-	u := &chunkUpload{chunksAsk: q, of: of, stream: of.Stream(), file: sendsFiles(r), from: fromDisk}
+	u := &chunkUpload{chunksAsk: q, of: of, stream: of.Stream(), memory: s.stored, file: sendsFiles(r), from: fromDisk}
 	size, err := u.size()
 	if err != nil {
 		return err
 	}
 	run := Run{Of: q.stream, Number: uint32(q.first / RunChunks)}
 	u.owns = q.origin || s.owner.Owns(run)
+	u.kept = u.takeStored()
+	defer func() { u.kept.release() }()
 	if !u.allHere() && !u.owns {
 		if _, ok := of.InFlight(q.first, q.last); !ok && !u.allHere() {
 			return refuse(http.StatusNotFound, "this host does not have the chunks, and does not own them")
@@ -434,8 +440,17 @@ func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) err
 				if u.from == fromDisk && part.inMemory() {
 					u.from = fromMemory
 				}
-				to = ready(w, r, size, u.from)
-				defer func() { s.traffic.sent(q.from, to.sent) }()
+				first := u.firstLeaves(ctx)
+				u.form = form{stored: part.stored != nil, leaves: first != nil}
+				to = ready(w, r, u.form.length(size, q.stored, q.leaves), u.from, u.form)
+				defer func() { s.traffic.sent(q.from, to.sent, u.form.stored) }()
+				if q.stored > 0 {
+					s.stored.looked(u.form.stored)
+				}
+				if err := to.leaves(first); err != nil {
+					part.release()
+					return err
+				}
 			}
 			if err := s.sendPart(ctx, to, u, i, &part); err != nil {
 				return err
@@ -474,36 +489,46 @@ type chunkUpload struct {
 	chunksAsk
 	of     StoredStream
 	stream *blockmap.Stream
+	memory *storedChunks
 	owns   bool
-	file   bool   // the connection can take a file
-	from   source // of the first chunk
+	file   bool         // the connection can take a file
+	from   source       // of the first chunk
+	form   form         // of the chunk, if only one is asked for
+	kept   *storedChunk // taken and not yet held
 }
 
-// here reports whether what is asked for of chunk i is resident.
-func (u *chunkUpload) here(i int) bool {
-	if u.leaves != 0 {
-		return u.stream.HasLeaves(i, u.leaves)
+// takeStored returns the chunk in the form in which the registry has it, if the peer takes
+// that and it is in memory.
+func (u *chunkUpload) takeStored() *storedChunk {
+	if u.stored == 0 {
+		return nil
 	}
-	return u.stream.Has(i)
+	return u.memory.take(chunkKey{stream: u.chunksAsk.stream, chunk: u.first}, u.stored)
 }
 
 func (u *chunkUpload) allHere() bool {
-	for i := u.first; i <= u.last; i++ {
-		if !u.here(i) {
+	for i := u.first; i <= u.last && u.kept == nil; i++ {
+		if !u.stream.Has(i) {
 			return false
 		}
 	}
 	return true
 }
 
-// hold makes what is asked for of chunk i resident, and pins it.
+// hold makes chunk i resident, and pins it.
 func (u *chunkUpload) hold(ctx context.Context, i int, wait func(func() error) error) (held, error) {
-	e := u.extent(i)
 	waited := false
 	// What has come may be evicted before it is pinned.
 	for range 4 {
-		if u.here(i) {
-			if part, ok := hold(ctx, u.stream, e, u.file); ok {
+		if u.kept == nil {
+			u.kept = u.takeStored()
+		}
+		if part := (held{stored: u.kept}); part.stored != nil {
+			u.kept = nil
+			return part, nil
+		}
+		if u.stream.Has(i) {
+			if part, ok := hold(ctx, u.stream, u.stream.ChunkRange(i), u.file); ok {
 				return part, nil
 			}
 		}
@@ -518,7 +543,7 @@ func (u *chunkUpload) hold(ctx context.Context, i int, wait func(func() error) e
 			continue
 		}
 		own, ok := u.of.InFlight(i, i)
-		if waited || !ok && !u.here(i) {
+		if waited || !ok && !u.stream.Has(i) {
 			return held{}, refuse(http.StatusNotFound, "this host does not have the chunks")
 		}
 		if ok {
@@ -534,19 +559,7 @@ func (u *chunkUpload) hold(ctx context.Context, i int, wait func(func() error) e
 	return held{}, refuse(http.StatusServiceUnavailable, "the cache of this host has no room for the chunks")
 }
 
-// extent is what is asked for of chunk i.
-func (u *chunkUpload) extent(i int) blockmap.Extent {
-	e := u.stream.ChunkRange(i)
-	if u.leaves == 0 {
-		return e
-	}
-	return blockmap.Extent{
-		Start: e.Start + int64(u.leaf)*blockmap.LeafSize,
-		End:   min(e.Start+int64(u.leaf+u.leaves.Len())*blockmap.LeafSize, e.End),
-	}
-}
-
-// size is how many bytes are asked for.
+// size is how many bytes the chunks have.
 func (u *chunkUpload) size() (n int64, err error) {
 	chunks := u.stream.Table().Chunks
 	switch {
@@ -556,10 +569,70 @@ func (u *chunkUpload) size() (n int64, err error) {
 		return 0, refuse(http.StatusNotFound, "the chunk has %d leaves", chunks[u.first].Leaves())
 	}
 	for i := u.first; i <= u.last; i++ {
-		e := u.extent(i)
-		n += e.Len()
+		n += int64(chunks[i].Size())
 	}
 	return n, nil
+}
+
+// firstLeaves returns the leaves that are to be sent first, or nil if there are none or if
+// they are not at hand. The caller sends them.
+func (u *chunkUpload) firstLeaves(ctx context.Context) *leavesFirst {
+	e := u.leavesRange()
+	if e.Len() == 0 || e.Len() > maxFirst {
+		return nil
+	}
+	x := new(leavesFirst)
+	if x.digests = u.digests(ctx); x.digests == nil {
+		return nil
+	}
+	var ok bool
+	if x.part, ok = hold(ctx, u.stream, e, u.file); !ok {
+		return nil
+	}
+	return x
+}
+
+// leavesRange is where the leaves lie in the stream that the peer wants first.
+func (u *chunkUpload) leavesRange() blockmap.Extent {
+	c := u.stream.ChunkRange(u.first)
+	e := leavesOf(u.leaves, c.Len())
+	return blockmap.Extent{Start: c.Start + e.Start, End: c.Start + e.End}
+}
+
+// rest returns what of chunk i follows in plain form, as ranges of the stream.
+func (u *chunkUpload) rest(i int) []blockmap.Extent {
+	c := u.stream.ChunkRange(i)
+	if !u.form.leaves {
+		return []blockmap.Extent{c}
+	}
+	e := u.leavesRange()
+	return []blockmap.Extent{{Start: c.Start, End: e.Start}, {Start: e.End, End: c.End}}
+}
+
+// digests returns the digests of all leaves of the chunk, or nil if the chunk is not
+// resident or damaged.
+func (u *chunkUpload) digests(ctx context.Context) []byte {
+	c := &u.stream.Table().Chunks[u.first]
+	k := chunkKey{stream: u.chunksAsk.stream, chunk: u.first, digests: true}
+	if kept := u.memory.take(k, digestsOf(int64(c.Size()))); kept != nil {
+		defer kept.release()
+		return kept.bytes // they are few
+	}
+	v, ok := u.stream.LoadRange(ctx, u.stream.ChunkRange(u.first))
+	if !ok {
+		return nil
+	}
+	defer v.Release()
+	list, err := leafDigests(&v)
+	if err != nil || blockmap.ListDigest(list) != c.Digest {
+		return nil
+	}
+	b := make([]byte, 0, digestsOf(int64(c.Size())))
+	for i := range list {
+		b = append(b, list[i][:]...)
+	}
+	u.memory.put(k, b)
+	return b
 }
 
 // granted sends a run if it is the peer's turn, or else names others that have it.
@@ -616,8 +689,8 @@ func (s *server) piece(w http.ResponseWriter, r *http.Request, q pieceAsk) error
 				return err
 			}
 		}
-		to := ready(w, r, int64(len(b)), from)
-		defer func() { s.traffic.sent(q.from, to.sent) }()
+		to := ready(w, r, int64(len(b)), from, form{})
+		defer func() { s.traffic.sent(q.from, to.sent, true) }()
 		to.rest()
 		done, err := s.turns.take(ctx)
 		if err != nil {
@@ -628,25 +701,39 @@ func (s *server) piece(w http.ResponseWriter, r *http.Request, q pieceAsk) error
 	})
 }
 
-// sendPart sends chunk i when it is its turn. What waits for its turn is not pinned: the
-// cache may need the room.
+// sendPart sends chunk i, or what is left of it, when it is its turn. What waits for its
+// turn is not pinned in the cache, which may need the room.
 func (s *server) sendPart(ctx context.Context, to *sender, u *chunkUpload, i int, part *held) error {
+	defer part.release()
 	done, ok := s.turns.try()
 	if !ok {
-		part.release()
+		if part.stored == nil {
+			part.release()
+		}
 		to.rest()
 		var err error
 		if done, err = s.turns.take(ctx); err != nil {
 			return err
 		}
-		if *part, ok = hold(ctx, u.stream, u.extent(i), u.file); !ok {
-			done()
-			return errEvicted
-		}
 	}
 	defer done()
-	defer part.release()
-	return to.part(part)
+	if part.stored != nil || ok && !u.form.leaves {
+		return to.part(part)
+	}
+	part.release()
+	for _, e := range u.rest(i) {
+		if e.Len() == 0 {
+			continue
+		}
+		if *part, ok = hold(ctx, u.stream, e, u.file); !ok {
+			return errEvicted
+		}
+		if err := to.part(part); err != nil {
+			return err
+		}
+		part.release()
+	}
+	return nil
 }
 
 // readPiece reads a piece from the registry.

@@ -54,33 +54,6 @@ func TestOwnerAnswers(t *testing.T) {
 	}
 }
 
-func TestLeaves(t *testing.T) {
-	s := newTestStore(t, blockmap.CacheOptions{})
-	z := open(t, Options{Store: s})
-	large := -1
-	for i := range s.table.Chunks {
-		if s.table.Chunks[i].Leaves() >= 3 && s.table.Chunks[i].Count%blockmap.LeafBlocks != 0 {
-			large = i
-			break
-		}
-	}
-	if large < 0 {
-		t.Fatal("no chunk has three leaves")
-	}
-	c := &s.table.Chunks[large]
-	whole := s.part(large, large)
-	for _, l := range [][2]int{{0, 0}, {1, 1}, {0, 1}, {1, c.Leaves() - 1}, {c.Leaves() - 1, c.Leaves() - 1}, {0, c.Leaves() - 1}} {
-		code, body, _ := get(t, z.chunksURL(s, large, large, fmt.Sprintf("&leaves=%d-%d", l[0], l[1])))
-		want := whole[l[0]*blockmap.LeafSize : min((l[1]+1)*blockmap.LeafSize, len(whole))]
-		if code != 200 || !bytes.Equal(body, want) {
-			t.Errorf("leaves %v: %d, %d bytes instead of %d", l, code, len(body), len(want))
-		}
-	}
-	if code, _, _ := get(t, z.chunksURL(s, large, large, fmt.Sprintf("&leaves=0-%d", c.Leaves()))); code != 404 {
-		t.Errorf("a leaf that the chunk does not have: %d", code)
-	}
-}
-
 // Pieces of blobs come from the registry once, and from memory then.
 func TestPieces(t *testing.T) {
 	s := newTestStore(t, blockmap.CacheOptions{})
@@ -273,6 +246,7 @@ func TestHealth(t *testing.T) {
 	s := newTestStore(t, blockmap.CacheOptions{})
 	z := open(t, Options{Store: s})
 	get(t, z.chunksURL(s, 0, 0, ""))
+	await(t, "the upload has ended", func() bool { return z.Status().Uploads == 0 })
 	code, body, header := get(t, fmt.Sprintf("http://%s/v1/health?zone=%s&from=peer-1", z.Addr(), testZone))
 	want := fmt.Sprintf(`{"name":"%s","zone":"zone-1","version":"v1.2.3","uploads":0,"sent_bytes":%d}`+"\n", z.Name(), len(s.part(0, 0)))
 	if code != 200 || string(body) != want || header.Get("Content-Type") != "application/json" {

@@ -20,6 +20,14 @@ type Status struct {
 	Uploads  int   `json:"uploads"` // to peers, under way
 	Sent     int64 `json:"sent_bytes"`
 	Received int64 `json:"received_bytes"`
+	// What of these went as the registry has it, compressed.
+	SentStored     int64 `json:"sent_stored_bytes"`
+	ReceivedStored int64 `json:"received_stored_bytes"`
+	// Chunks in memory as the registry has them, for peers, and how many of the requests of
+	// peers that take them in that form found theirs.
+	Kept   int64 `json:"kept_bytes"`
+	Hits   int64 `json:"kept_hits"`
+	Misses int64 `json:"kept_misses"`
 	// Requests of peers by their ends.
 	Served   int64 `json:"served_requests"`
 	Referred int64 `json:"referred_requests"` // sent to other members, which have it
@@ -56,6 +64,8 @@ func (z *Zone) Status() Status {
 	s := Status{
 		Zone: z.o.Zone, Name: z.self.Name, Address: z.self.Addr, TLS: z.o.TLS != nil, Alone: alone,
 		Uploads: z.server.uploads.count(), Sent: z.traffic.all.Load(), Peers: []Peer{},
+		SentStored: z.traffic.stored.Load(), ReceivedStored: z.client.stored.Load(),
+		Kept: z.stored.size(), Hits: z.stored.hits.Load(), Misses: z.stored.misses.Load(),
 		Served: z.server.asked.served.Load(), Referred: z.server.asked.referred.Load(), Absent: z.server.asked.absent.Load(),
 		Refused: z.server.asked.refused.Load(), Busy: z.server.asked.busy.Load(), Failed: z.server.asked.failed.Load(),
 	}

@@ -165,7 +165,7 @@ func TestSecureMembers(t *testing.T) {
 	a := open(t, secure(ca.credentials("host-1.example"), Options{Store: s1}))
 	b := open(t, secure(ca.credentials("host-2.example"), Options{Store: s2, Join: []Seed{a.seed(t)}}))
 	awaitMembers(t, 2, a, b)
-	body, err := b.client.Chunks(t.Context(), a.Name(), imageRef, s1.stream.ID(), 0, last, int64(len(s1.part(0, last))), true)
+	body, err := b.client.Chunks(t.Context(), a.Name(), imageRef, ChunksAsk{Stream: s1.stream.ID(), Last: last, Size: int64(len(s1.part(0, last)))}, true)
 	if err != nil {
 		t.Fatal(err)
 	}

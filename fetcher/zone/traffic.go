@@ -8,7 +8,8 @@ import (
 
 // traffic counts the bytes that have gone to peers. A Router counts those that came.
 type traffic struct {
-	all atomic.Int64
+	all    atomic.Int64
+	stored atomic.Int64 // of all: sent as the registry has them
 
 	mu    sync.Mutex
 	peers map[string]int64
@@ -18,9 +19,12 @@ type traffic struct {
 // choose a name.
 const maxCounted = 16 << 10
 
-// sent adds n bytes that went to a peer.
-func (t *traffic) sent(peer string, n int64) {
+// sent adds n bytes that went to a peer. stored says that they are as the registry has them.
+func (t *traffic) sent(peer string, n int64, stored bool) {
 	t.all.Add(n)
+	if stored {
+		t.stored.Add(n)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.peers == nil {

@@ -59,6 +59,7 @@ type Zone struct {
 	client *Client
 	peers  *Peers
 	pieces *pieces
+	stored *storedChunks
 
 	traffic  traffic
 	listener *listener
@@ -104,6 +105,7 @@ func Open(ctx context.Context, o Options) (*Zone, error) {
 	z.known.Store(new(map[string]string))
 	o.Router.Zone = o.Zone
 	z.router, z.grants, z.pieces = NewRouter(z.self.Name, o.Router), NewGrants(o.Grants), newPieces(pieceMemory)
+	z.stored = newStoredChunks(StoredMemory)
 	clientOptions := ClientOptions{Self: z.self.Name, Zone: o.Zone, Address: z.address}
 	if o.TLS != nil {
 		clientOptions.TLS = func(peer string) *tls.Config { return o.TLS().toPeer(peer) }
@@ -114,7 +116,7 @@ func Open(ctx context.Context, o Options) (*Zone, error) {
 	z.gossip.lost = o.lost
 	z.server = &server{
 		zone: o.Zone, name: z.self.Name, version: o.Version, store: o.Store, credentials: o.TLS, owner: z.router, grants: z.grants,
-		pieces: z.pieces, traffic: &z.traffic, log: z.log,
+		pieces: z.pieces, stored: z.stored, traffic: &z.traffic, log: z.log,
 	}
 	z.listener = newListener(tcp, o.TLS == nil, z.gossip.take)
 	z.server.start(z.listener, z.gossip.take)
@@ -261,6 +263,7 @@ func (z *Zone) tend(ctx context.Context) {
 			return
 		case now := <-t.C:
 			z.pieces.expire(now.Add(-pieceIdle))
+			z.stored.expire(now.Add(-storedIdle))
 		}
 	}
 }
@@ -279,6 +282,7 @@ func (z *Zone) Close() {
 		z.listener.shutdown()
 		z.client.Close()
 		z.pieces.close()
+		z.stored.close()
 		z.wg.Wait()
 	})
 }
@@ -296,6 +300,15 @@ func (z *Zone) Alone() bool { return z.peers.Alone() }
 // number of a stream or of a blob.
 func (z *Zone) Route(image string, of blockmap.Digest, number uint32) *Route {
 	return z.peers.Route(image, of, number)
+}
+
+// Keep keeps a chunk of a stream in memory as the registry has it, for peers that ask for it
+// soon. The caller has verified it, and no longer changes its bytes. A host that is alone
+// keeps nothing.
+func (z *Zone) Keep(stream blockmap.Digest, chunk int, stored []byte) {
+	if !z.Alone() {
+		z.stored.put(chunkKey{stream: stream, chunk: chunk}, stored)
+	}
 }
 
 // Piece returns n bytes at off of a blob, and which peer has sent them: from the memory of

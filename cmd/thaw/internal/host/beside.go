@@ -64,11 +64,24 @@ func storedLayer(ctx context.Context, repo *registry.Repo, d v1.Descriptor, medi
 	return tracefile.ArtifactLayer(raw, mediaType)
 }
 
+// readBlob reads and verifies a blob of an image's repository.
+type readBlob func(ctx context.Context, b *BlockImage, d v1.Descriptor) ([]byte, error)
+
+// fromRegistry is a readBlob.
+func fromRegistry(ctx context.Context, b *BlockImage, d v1.Descriptor) ([]byte, error) {
+	return b.Repo.Blob(ctx, d)
+}
+
 // StoredTraces reads the traces that are stored beside the image. It logs traces that
 // it cannot use and omits them.
-func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor, log *slog.Logger) (traces []*tracefile.Trace) {
+func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor, log *slog.Logger) []*tracefile.Trace {
+	return b.storedTraces(ctx, manifests, fromRegistry, log)
+}
+
+// storedTraces is StoredTraces by way of read.
+func (b *BlockImage) storedTraces(ctx context.Context, manifests []v1.Descriptor, read readBlob, log *slog.Logger) (traces []*tracefile.Trace) {
 	for _, d := range manifests {
-		trace, err := storedTrace(ctx, b, d)
+		trace, err := storedTrace(ctx, b, d, read)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -84,7 +97,7 @@ func (b *BlockImage) StoredTraces(ctx context.Context, manifests []v1.Descriptor
 	return traces
 }
 
-func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefile.Trace, error) {
+func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor, read readBlob) (*tracefile.Trace, error) {
 	layer, err := storedLayer(ctx, b.Repo, d, tracefile.MediaTypeTrace)
 	if err != nil {
 		return nil, err
@@ -92,7 +105,7 @@ func storedTrace(ctx context.Context, b *BlockImage, d v1.Descriptor) (*tracefil
 	if layer.Size > tracefile.MaxSize {
 		return nil, fmt.Errorf("it has %d bytes, and a trace has at most %d", layer.Size, tracefile.MaxSize)
 	}
-	blob, err := b.Repo.Blob(ctx, layer)
+	blob, err := read(ctx, b, layer)
 	if err != nil {
 		return nil, err
 	}

@@ -288,7 +288,7 @@ func (o *opener) load(ctx context.Context, b *BlockImage) (cached bool, err erro
 	encoded, err := o.cache.Blob(b.IndexDigest())
 	cached = err == nil
 	if !cached {
-		if encoded, err = o.readIndex(ctx, b); err != nil {
+		if encoded, err = o.readBlob(ctx, b, b.Manifest.Index); err != nil {
 			return false, err
 		}
 	}

@@ -123,7 +123,7 @@ func (t *tracer) packNow(ctx context.Context, b *BlockImage, recorded []byte, an
 			listed, ok := tracefile.AnnotatedLayer(d, tracefile.MediaTypeTrace)
 			return ok && listed.Digest == layer
 		})
-		traces = append(traces, b.StoredTraces(ctx, others, t.log)...)
+		traces = append(traces, b.storedTraces(ctx, others, t.opener.readBlob, t.log)...)
 	}
 	if len(traces) == 0 {
 		return nil, 0, errors.New("none of the traces beside the image can be used")

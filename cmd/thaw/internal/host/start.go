@@ -322,7 +322,7 @@ func (s *start) trace(stored bool) *tracefile.Trace {
 	for _, use := range s.t.Use {
 		if use == Auto {
 			if stored {
-				traces = append(traces, s.image.StoredTraces(s.ctx, s.beside.Traces, s.t.log)...)
+				traces = append(traces, s.image.storedTraces(s.ctx, s.beside.Traces, s.t.opener.readBlob, s.t.log)...)
 			}
 			continue
 		}

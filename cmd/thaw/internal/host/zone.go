@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
 	"thaw/blockmap"
 	"thaw/fetcher"
 	"thaw/fetcher/zone"
@@ -103,6 +105,7 @@ func openZone(ctx context.Context, o ZoneOptions, opener *opener) (*hostZone, er
 		z.store.close()
 		return nil, err
 	}
+	z.store.zone.Store(z.Zone)
 	opener.Log.Info("a member of the zone", "zone", o.Name, "name", z.Name(), "address", z.Addr(), "tls", o.Cert != "")
 	return z, nil
 }
@@ -133,31 +136,32 @@ func (z *hostZone) nearby(image string) fetcher.Nearby {
 			return z.Piece(ctx, image, blob, off, n, owned, fetch)
 		},
 		Judged: func(blob blockmap.Digest, off int64, right bool) { z.Judged(image, blob, off, right) },
+		Keep:   z.Keep,
 	}
 }
 
-// readIndex reads the index of an image: through the zone if the host is a member of one,
-// so that the hosts that start an image at once read it from the registry once.
-func (o *opener) readIndex(ctx context.Context, b *BlockImage) ([]byte, error) {
-	d := b.Manifest.Index
-	if o.zone == nil || b.Repo.Ref().Registry == "" || d.Size <= 0 || d.Size > maxPeerIndex {
+// readBlob reads a small blob of an image, such as its index or a trace: through the zone if
+// the host is a member of one, so that the hosts that start an image at once read it from the
+// registry once.
+func (o *opener) readBlob(ctx context.Context, b *BlockImage, d v1.Descriptor) ([]byte, error) {
+	if o.zone == nil || b.Repo.Ref().Registry == "" || d.Size <= 0 || d.Size > maxPeerIndex || !isSHA256(d.Digest) {
 		return b.Repo.Blob(ctx, d)
 	}
 	bound := o.bind(b)
 	defer bound.Close()
-	encoded, err := readBlob(ctx, bound, b.IndexDigest(), d.Size)
+	blob, err := readVerified(ctx, bound, digestOf(d.Digest), d.Size)
 	if err == nil {
-		return encoded, nil
+		return blob, nil
 	}
 	if ctx.Err() != nil {
 		return nil, err
 	}
-	o.Log.Debug("the index has not come through the zone", "image", b.Name, "err", err)
+	o.Log.Debug("a blob has not come through the zone", "image", b.Name, "blob", d.Digest.String(), "err", err)
 	return b.Repo.Blob(ctx, d)
 }
 
-// readBlob reads and verifies a small blob through the zone.
-func readBlob(ctx context.Context, from *fetcher.Bound, blob blockmap.Digest, size int64) ([]byte, error) {
+// readVerified reads and verifies a small blob through the zone.
+func readVerified(ctx context.Context, from *fetcher.Bound, blob blockmap.Digest, size int64) ([]byte, error) {
 	body, err := from.OpenBlob(ctx, blob, size, 0)
 	if err != nil {
 		return nil, err

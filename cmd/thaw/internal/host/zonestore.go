@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"thaw/blockmap"
@@ -36,6 +37,7 @@ type zoneStore struct {
 	allow   Allow // of --zone-allow
 	clients Allow // of --allow
 	log     *slog.Logger
+	zone    atomic.Pointer[zone.Zone] // nil until it is open
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -299,6 +301,7 @@ func (s *zoneStore) open(m *peerImage, ref registry.Ref) {
 	var bound *fetcher.Bound
 	if err == nil {
 		bound = s.opener.fetcher.From(b.Repo) // the registry, and no peer
+		bound.Keep(s.keep)
 		if image, err = blockmap.NewImage(b.Index, s.opener.cache, bound); err != nil {
 			bound.Close()
 		}
@@ -334,6 +337,13 @@ func (s *zoneStore) open(m *peerImage, ref registry.Ref) {
 	closeImages(gone)
 }
 
+// keep keeps a chunk for peers as the registry has it.
+func (s *zoneStore) keep(stream blockmap.Digest, chunk int, stored []byte) {
+	if z := s.zone.Load(); z != nil {
+		z.Keep(stream, chunk, stored)
+	}
+}
+
 // find reads the manifest and the index of an image: from the cache if this host has them,
 // and else the manifest from the registry, and the index from its owner in the zone.
 func (s *zoneStore) find(ctx context.Context, ref registry.Ref) (b *BlockImage, encoded int, err error) {
@@ -358,7 +368,7 @@ func (s *zoneStore) find(ctx context.Context, ref registry.Ref) (b *BlockImage, 
 	}
 	index, err := o.cache.Blob(b.IndexDigest())
 	if err != nil {
-		if index, err = o.readIndex(ctx, b); err != nil {
+		if index, err = o.readBlob(ctx, b, b.Manifest.Index); err != nil {
 			return nil, 0, err
 		}
 		_ = o.cache.PutBlob(index)
