@@ -18,8 +18,10 @@ func zoneCommand(a *app) *cobra.Command {
 		Use:   "zone",
 		Short: "Show the zone of a running server, and its peers",
 		Long: `zone shows what the server that uses a cache directory shares with the other hosts of
-its zone: how much it has read from registries and from peers, and how much it has
-sent to peers. For each peer it shows:
+its zone: how much it has read from registries and from peers, how much it has sent to
+peers, and which part of that was compressed. Chunks travel compressed if the sender got
+them lately: it keeps up to 64 MiB of them in memory for its peers. For each peer, zone
+shows:
 
   state     working; resting, after failures; spared, because it said that it is
             busy; or distrusted, because it has sent wrong bytes
@@ -81,6 +83,8 @@ func zoneLines(z host.ZoneStatus, width int) []string {
 		fmt.Sprintf("host      %s at %s", z.Name, z.Address),
 		fmt.Sprintf("registry  %s read", bytesString(z.Registry)),
 		fmt.Sprintf("peers     %s received, %s sent, %s under way", bytesString(z.Received), bytesString(z.Sent), count(z.Uploads, "upload")),
+		fmt.Sprintf("          compressed: %s of what was received, %s of what was sent", share(z.ReceivedStored, z.Received), share(z.SentStored, z.Sent)),
+		fmt.Sprintf("          in memory for them: %s of compressed chunks, which served %d of %d requests", bytesString(z.Kept), z.Hits, z.Hits+z.Misses),
 		fmt.Sprintf("          of their requests %d answered, %d sent to other members, %d for what is not here, %d refused, %d too many, %d failed",
 			z.Served, z.Referred, z.Absent, z.Refused, z.Busy, z.Failed),
 	}
@@ -114,6 +118,11 @@ func zoneLines(z host.ZoneStatus, width int) []string {
 		})
 	}
 	return append(append(lines, ""), table(peerColumns, rows, width)...)
+}
+
+// share is a part of all in percent.
+func share(part, all int64) string {
+	return fmt.Sprintf("%d %%", min(part*100/max(all, 1), 100))
 }
 
 // absoluteSeed makes a file that lists hosts valid for processes with another working

@@ -309,6 +309,7 @@ func TestZoneFlags(t *testing.T) {
 func TestZoneLines(t *testing.T) {
 	z := host.ZoneStatus{Registry: 5 << 20, Status: zone.Status{
 		Zone: "prod", Name: "host-1.example", Address: "10.0.0.1:7946", TLS: true, Members: 3, Uploads: 1, Sent: 12 << 20, Received: 30 << 20, Served: 40, Referred: 2, Absent: 1,
+		SentStored: 9 << 20, ReceivedStored: 45 << 19, Kept: 15 << 20, Hits: 36, Misses: 4,
 		Peers: []zone.Peer{
 			{Name: "host-2.example", Address: "10.0.0.2:7946", State: zone.Working, Received: 20 << 20, Sent: 12 << 20, P95: 0.0123, Requests: 9, Health: &zone.Health{Uploads: 3}},
 			{Name: "host-3.example\x1b[2J", Address: "10.0.0.3:7946", State: zone.Resting, Failed: 4, Wrong: 1},
@@ -320,6 +321,8 @@ func TestZoneLines(t *testing.T) {
 host      host-1.example at 10.0.0.1:7946
 registry  5.0 MiB read
 peers     30 MiB received, 12 MiB sent, 1 upload under way
+          compressed: 75 % of what was received, 75 % of what was sent
+          in memory for them: 15 MiB of compressed chunks, which served 36 of 40 requests
           of their requests 40 answered, 2 sent to other members, 1 for what is not here, 0 refused, 0 too many, 0 failed
 
 state       name                address        answers  uploads  received    sent     p95  failed
