@@ -27,16 +27,17 @@
 //
 // # Hosts
 //
-// A host opens the image (manifest and index, from the registry), then reads what a recorded
-// start reads, with that start's time between the reads (plan.go). It fetches as package
-// fetcher does (host.go): a chunk once; demands before prefetches; neighbours in one request;
+// A host opens the image: it reads the manifest from the registry, and the index from there or
+// through the zone. Then it reads what a recorded start reads, with that start's time between
+// the reads (plan.go). It fetches as package fetcher does (host.go): a chunk once; demands before prefetches; neighbours in one request;
 // prefetches in the order of the plan within a window of bytes; and while a demand arrives,
 // the prefetches are not read, so their senders stop. What has arrived may wait for a processor
 // (processor.go); without [Processors], hosts are infinitely fast.
 //
 // # Systems
 //
-// Zone is thaw's (zone.go). Registry reads everything from the registry; PullThrough from one
-// cache with a faster line, which reads each chunk once; Tree from a parent in a balanced
-// binary tree, as FaaSNet's function trees (others.go).
+// Zone is thaw's (zone.go). Its hosts send a chunk as the registry has it if they have it so in
+// memory, which is bounded, and else uncompressed. Registry reads everything from the registry;
+// PullThrough from one cache with a faster line, which reads each chunk once; Tree from a parent
+// in a balanced binary tree, as FaaSNet's function trees (others.go).
 package sim

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"math/bits"
+	"slices"
 	"time"
 )
 
@@ -19,6 +20,10 @@ type host struct {
 	// waiters are requests of peers that wait for chunks of this host.
 	waiters []int32
 	workers workers // its processors, which it may share; nil: any number
+	// kept are the chunks that it has in memory as the registry has them, the next to go
+	// first, and their bytes.
+	kept      []int32
+	keptBytes int64
 
 	opening               bool
 	straggler, dead, liar bool
@@ -60,6 +65,7 @@ type request struct {
 	connected  bool // it has a connection of the registry
 	granted    bool // by the owner
 	owner      bool // the server is asked as an owner
+	stored     bool // the server sends the chunk as the registry has it
 	asked      time.Duration
 	moved      time.Duration // when the last bytes came
 	answer     answer
@@ -76,8 +82,14 @@ func (w *world) open(h int32) {
 	w.ask(h, nothing, w.registry())
 }
 
-// opened happens when the host has the index: the program starts, and so do prefetches.
+// opened happens when the host has the manifest, and when it has the index: then the program
+// starts, and so do prefetches.
 func (w *world) opened(h int32) {
+	if w.index != nothing && w.hosts[h].state[w.index] != resident {
+		w.hosts[h].awaits = w.index
+		w.demand(h, w.index)
+		return
+	}
 	w.hosts[h].opening = false
 	w.q.push(w.now+w.plan.Reads[0].After, work, h, 0)
 	w.fetchAhead(h)
@@ -298,12 +310,53 @@ func (w *world) disconnect(r *request) {
 	}
 }
 
-// bytesOf returns how many bytes a chunk takes from a line.
-func (w *world) bytesOf(c int32, from int32) int64 {
-	if int(from) >= w.o.Hosts || w.o.System == Tree {
+// bytesOf returns how many bytes a chunk takes in the answer to a request.
+func (w *world) bytesOf(c int32, r *request) int64 {
+	if int(r.to) >= w.o.Hosts || w.o.System == Tree || r.stored {
 		return w.plan.Chunks[c].Stored
 	}
 	return w.plan.Chunks[c].Size
+}
+
+// sendsStored reports whether a host sends what is asked of it as the registry has it: a
+// single chunk that it has in memory so, or will have when its own fetch ends.
+func (w *world) sendsStored(r *request) bool {
+	if w.o.System != Zone || int(r.to) >= w.o.Hosts || bits.OnesCount64(r.chunks) != 1 {
+		return false
+	}
+	h := &w.hosts[r.to]
+	c := w.runs[r.run].chunks[bits.TrailingZeros64(r.chunks)]
+	if w.plan.Chunks[c].Stored >= w.plan.Chunks[c].Size || w.plan.Chunks[c].Stored > w.o.Memory {
+		return false
+	}
+	if id := h.state[c]; id >= 0 {
+		for _, x := range w.fetches[id].requests {
+			if q := &w.requests[x]; q.flow >= 0 {
+				return int(q.to) >= w.o.Hosts || q.stored
+			}
+		}
+		return true
+	}
+	i := slices.Index(h.kept, c)
+	if i < 0 {
+		return false
+	}
+	h.kept = append(slices.Delete(h.kept, i, i+1), c) // it was used last
+	return true
+}
+
+// keep keeps a chunk that has come as the registry has it, within the bound.
+func (w *world) keep(at, c int32) {
+	h := &w.hosts[at]
+	n := w.plan.Chunks[c].Stored
+	if w.o.System != Zone || n > w.o.Memory || slices.Contains(h.kept, c) {
+		return
+	}
+	for h.keptBytes+n > w.o.Memory {
+		h.keptBytes -= w.plan.Chunks[h.kept[0]].Stored
+		h.kept = h.kept[1:]
+	}
+	h.kept, h.keptBytes = append(h.kept, c), h.keptBytes+n
 }
 
 // startFlow begins the answer.
@@ -317,10 +370,11 @@ func (w *world) startFlow(id int32) {
 		w.push(r.flow)
 		return
 	}
+	r.stored = w.sendsStored(r)
 	var size int64
 	for left := r.chunks; left != 0; left &= left - 1 {
 		c := w.runs[r.run].chunks[bits.TrailingZeros64(left)]
-		n := w.bytesOf(c, r.to)
+		n := w.bytesOf(c, r)
 		size += n
 		if r.to == w.registry() {
 			w.fromRegistry += n
@@ -353,7 +407,7 @@ func (w *world) moreReady(id int32) {
 			if state[c] != resident {
 				break
 			}
-			f.ready += w.bytesOf(c, r.to)
+			f.ready += w.bytesOf(c, r)
 		}
 		if w.o.Whole && f.ready < f.size {
 			f.ready = 0
@@ -393,7 +447,7 @@ func (w *world) received(flow int32) {
 	for left := r.chunks; left != 0; left &= left - 1 {
 		i := bits.TrailingZeros64(left)
 		c := w.runs[r.run].chunks[i]
-		if end += w.bytesOf(c, r.to); end > got {
+		if end += w.bytesOf(c, r); end > got {
 			return
 		}
 		if r.come&(1<<i) != 0 {
@@ -407,6 +461,9 @@ func (w *world) received(flow int32) {
 		}
 		if r.come == r.chunks {
 			w.sys.ended(id, served)
+		}
+		if int(r.to) >= w.o.Hosts || r.stored {
+			w.keep(r.from, c)
 		}
 		w.take(r.from, c, int(r.to) < w.o.Hosts)
 		if r = &w.requests[id]; !r.used || r.flow != flow {
@@ -430,7 +487,11 @@ func (w *world) chunkCame(at, c int32) {
 		h.awaits = nothing
 		h.claim = nothing
 		w.resume(at)
-		w.q.push(w.now, work, at, 0)
+		next := work
+		if h.opening {
+			next = opened
+		}
+		w.q.push(w.now, next, at, 0)
 	}
 	if f = &w.fetches[id]; f.left == 0 {
 		w.endFetch(id)

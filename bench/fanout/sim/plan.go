@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 )
@@ -14,8 +15,9 @@ import (
 type Plan struct {
 	Chunks []Chunk
 	Reads  []Read
-	// Open is how many bytes each host reads from the registry before its first read: the
-	// manifest and the index.
+	// Manifest is how many bytes each host reads from the registry before its first read,
+	// beside the index: the manifest. Index is the bytes of the index, which a host of a
+	// zone reads through the zone.
 	Manifest, Index int64
 }
 
@@ -67,6 +69,14 @@ func (p *Plan) Bundle(bytes, piece int64) *Plan {
 		b.Reads = append(b.Reads, Read{Chunk: i * len(b.Chunks) / len(p.Reads), After: r.After})
 	}
 	return b
+}
+
+// withIndex returns the plan with the index as its last chunk, which no read is of.
+func (p *Plan) withIndex() *Plan {
+	q := *p
+	q.Chunks = append(slices.Clone(p.Chunks), Chunk{Stream: -1, Stored: p.Index, Size: p.Index})
+	q.Index = 0
+	return &q
 }
 
 // Uniform returns a plan of n chunks of one size, read with one time between them.

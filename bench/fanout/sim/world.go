@@ -38,6 +38,7 @@ type world struct {
 	sys system
 
 	plan  *Plan
+	index int32 // the chunk of the plan that stands for the index, or nothing
 	runs  []run
 	runOf []int32 // of each chunk of the plan
 	place []int   // of each chunk in its run
@@ -137,17 +138,20 @@ func (w *world) happen(e event) {
 }
 
 func newWorld(o Options) *world {
-	w := &world{o: o, plan: o.Plan, rng: rand.New(rand.NewPCG(o.Seed, 13))}
+	w := &world{o: o, plan: o.Plan, index: nothing, rng: rand.New(rand.NewPCG(o.Seed, 13))}
+	if o.System == Zone && o.Plan.Index > 0 {
+		w.plan, w.index = o.Plan.withIndex(), int32(len(o.Plan.Chunks))
+	}
 	w.findRuns()
 	w.hosts = make([]host, o.Hosts+2)
 	w.lines = make([]line, o.Hosts+2)
 	w.lines[w.registry()] = newLine(o.Registry)
 	w.lines[w.cache()] = newLine(o.Cache)
-	states := make([]int32, (o.Hosts+2)*len(o.Plan.Chunks))
+	states := make([]int32, (o.Hosts+2)*len(w.plan.Chunks))
 	for i := range states {
 		states[i] = absent
 	}
-	w.seen = make([]bool, len(o.Plan.Chunks))
+	w.seen = make([]bool, len(w.plan.Chunks))
 	faulty := w.rng.Perm(o.Hosts)
 	take := func(share float64) []int {
 		n := min(int(share*float64(o.Hosts)), len(faulty))
@@ -157,7 +161,7 @@ func newWorld(o Options) *world {
 	}
 	for i := range w.hosts {
 		h := &w.hosts[i]
-		h.state, states = states[:len(o.Plan.Chunks)], states[len(o.Plan.Chunks):]
+		h.state, states = states[:len(w.plan.Chunks)], states[len(w.plan.Chunks):]
 		h.awaits, h.claim = nothing, nothing
 		if i >= o.Hosts {
 			continue
@@ -253,6 +257,7 @@ type Options struct {
 	Writers  int   // answers that a host sends at a time; 0: all, in turns
 	Whole    bool  // a host answers when it has all of what is asked for, instead of chunk by chunk
 
+	Memory     int64 // bytes of chunks as the registry has them that a host keeps for peers
 	RunChunks  int
 	Grants     zone.GrantOptions
 	MaxAsked   int           // peers of one attempt; 0 for the Router's default
@@ -287,7 +292,7 @@ func Defaults() Options {
 		Registry: Line{10e9, 10e9, 4875 * time.Microsecond}, Cache: Line{10e9, 10e9, 125 * time.Microsecond},
 		Connections: 1000, Latency: time.Millisecond, ServerTime: 100 * time.Microsecond,
 		Slower: 10, Window: 4 << 20, Requests: 32, Among: 32, Writers: 2,
-		RunChunks: zone.RunChunks, Children: 2,
+		Memory: zone.StoredMemory, RunChunks: zone.RunChunks, Children: 2,
 		Timeout: 2 * time.Second, OriginWait: 20 * time.Second, HolderWait: time.Second,
 		Limit: time.Hour,
 	}
