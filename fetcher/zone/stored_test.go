@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
 )
@@ -288,6 +290,15 @@ func TestForms(t *testing.T) {
 	}
 }
 
+// processorTime is what this process has used.
+func processorTime(t testing.TB) time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
 // BenchmarkPeerChunk gets a chunk of 1 MiB from one zone by the client of another over TLS,
 // and verifies it: all of it in each form, and its first leaf.
 func BenchmarkPeerChunk(b *testing.B) {
@@ -335,6 +346,7 @@ func BenchmarkPeerChunk(b *testing.B) {
 		b.Run(k.name, func(b *testing.B) {
 			var waited time.Duration
 			var sent int64
+			cpu := processorTime(b)
 			for b.Loop() {
 				began := time.Now()
 				body, err := y.client.Chunks(context.Background(), x.Name(), imageRef, ChunksAsk{Stream: s.stream.ID(), Size: 1 << 20, Stored: k.stored, Leaves: k.leaves}, true)
@@ -375,6 +387,7 @@ func BenchmarkPeerChunk(b *testing.B) {
 				sent += body.n
 				body.Close()
 			}
+			b.ReportMetric(float64((processorTime(b)-cpu).Microseconds())/float64(b.N), "cpu-us/op")
 			b.ReportMetric(float64(waited.Microseconds())/float64(b.N), "wait-us/op")
 			b.ReportMetric(float64(sent)/float64(b.N), "sent-B/op")
 		})

@@ -71,7 +71,8 @@ const gossipProtocol = "thaw-gossip/1"
 func (c *Credentials) asServer() *tls.Config {
 	return &tls.Config{
 		Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: c.Roots,
-		NextProtos: []string{"h2", "http/1.1", gossipProtocol},
+		DynamicRecordSizingDisabled: true, // for the first bytes of a page; these are chunks
+		NextProtos:                  []string{"h2", "http/1.1", gossipProtocol},
 	}
 }
 
