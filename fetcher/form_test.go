@@ -403,3 +403,41 @@ func TestWrongForms(t *testing.T) {
 		})
 	}
 }
+
+// FuzzForms has a peer send any other bytes in each form.
+func FuzzForms(f *testing.F) {
+	for _, stored := range []bool{false, true} {
+		for _, at := range []uint32{0, 511, 512, 512 + blockmap.LeafSize, 1 << 20, 1<<20 + 511} {
+			f.Add(stored, at, []byte{1})
+		}
+		f.Add(stored, uint32(512+blockmap.LeafSize), []byte{0x28, 0xb5, 0x2f, 0xfd, 0xff, 0xff})
+	}
+	f.Fuzz(func(t *testing.T, stored bool, at uint32, change []byte) {
+		z, b := newFormed(t, 1, "a", "b")
+		z.spoil = func(b *formedBody) {
+			if !stored {
+				b.stored = false
+				b.rest = append(z.plain[0][:5*blockmap.LeafSize:5*blockmap.LeafSize], z.plain[0][6*blockmap.LeafSize:]...)
+			}
+			for i := range change {
+				at := int(at) + i
+				for _, p := range [][]byte{b.digests, b.first, b.rest} {
+					if at < len(p) {
+						p[at] ^= change[i]
+						break
+					}
+					at -= len(p)
+				}
+			}
+		}
+		for _, wants := range [][]blockmap.Want{z.leaf(0, 5), z.wants} {
+			if err := b.Fetch(t.Context(), wants); err != nil {
+				t.Fatal(err)
+			}
+		}
+		z.check(0)
+		if z.w.origin.Requests() != 0 || z.distrusted["b"] != 0 {
+			t.Errorf("%d requests to the origin, distrusted %v", z.w.origin.Requests(), z.distrusted)
+		}
+	})
+}

@@ -461,6 +461,10 @@ func TestTLS(t *testing.T) {
 // FuzzAnswer has a peer send any bytes as its answer.
 func FuzzAnswer(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nThaw-Form: stored\r\nContent-Length: 3\r\n\r\nhel"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nThaw-Form: leaves\r\nContent-Length: 37\r\n\r\n" + strings.Repeat("x", 37)))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nThaw-Form: leaves, stored\r\nContent-Length: 40\r\n\r\n" + strings.Repeat("x", 40)))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nThaw-Form: stored\r\nThaw-Form: stored\r\nContent-Length: 3\r\n\r\nhel"))
 	f.Add([]byte("HTTP/1.1 503 Busy\r\nThaw-Holders: a,b\r\nRetry-After: 3\r\n\r\n"))
 	f.Add([]byte("HTTP/1.1 102 Wait\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -483,7 +487,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Fuzz(func(t *testing.T, p []byte) {
 		answer.Store(&p)
 		c := clientOf(t, ClientOptions{}, l.Addr().String())
-		b, err := askChunks(t, c, 5)
+		b, err := c.Chunks(t.Context(), "peer", testImage, ChunksAsk{Size: 5, Stored: 3, Leaves: 1}, true)
 		if err != nil {
 			if o := outcome(t, err); o.Result == Served || len(o.Holders) > maxHolders || o.RetryAfter < 0 {
 				t.Fatalf("%+v", o)
@@ -493,7 +497,8 @@ func FuzzAnswer(f *testing.F) {
 		all := ends(b)
 		got, err := io.ReadAll(b)
 		b.Close()
-		if err == nil && len(got) != 5 || len(got) > 5 || len(*all) != 1 || ((*all)[0].Result == Served) != (err == nil) {
+		want := map[form]int{{}: 5, {stored: true}: 3, {leaves: true}: 32 + 5, {stored: true, leaves: true}: 32 + 5 + 3}[b.form]
+		if err == nil && len(got) != want || len(got) > want || len(*all) != 1 || ((*all)[0].Result == Served) != (err == nil) {
 			t.Fatalf("%q, %v, %+v", got, err, *all)
 		}
 	})

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -36,6 +37,9 @@ func newMeteredRegistry(t testing.TB) *meteredRegistry {
 	rp := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: r.host})
 	rp.ModifyResponse = func(resp *http.Response) error {
 		_, digest, _ := strings.Cut(resp.Request.URL.Path, "/blobs/sha256:")
+		if strings.Contains(resp.Request.Header.Get("Range"), ",") {
+			digest = "of several ranges" // the registry sends the first one, and hosts ask anew
+		}
 		resp.Body = &meteredBody{resp.Body, r, digest}
 		return nil
 	}
@@ -71,11 +75,17 @@ func (r *meteredRegistry) sent() map[string]int64 {
 // members opens n hosts of a zone.
 func (r *testRegistry) members(n int, o Options) (hosts []*Host) {
 	r.t.Helper()
+	r.t.Cleanup(func() { // after the hosts are closed
+		await(r.t, "probes of members have ended", func() bool {
+			stacks := make([]byte, 4<<20)
+			return !bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte("memberlist."))
+		})
+	})
 	for i := range n {
 		o := inZone(o)
 		o.Zone.Allow, o.Zone.Host = Allow{r.host + "/**"}, fmt.Sprintf("host-%d", i)
-		if i > 0 {
-			o.Zone.Join = []string{hosts[0].zone.Addr()}
+		for _, h := range hosts { // all of them, so that nobody waits for gossip
+			o.Zone.Join = append(o.Zone.Join, h.zone.Addr())
 		}
 		hosts = append(hosts, r.open(o))
 	}
