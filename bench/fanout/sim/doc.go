@@ -27,8 +27,8 @@
 //
 // # Hosts
 //
-// A host opens the image: it reads the manifest from the registry, and the index from there or
-// through the zone. Then it reads what a recorded start reads, with that start's time between
+// A host opens the image: it reads the manifest and the list of what is beside the image from the
+// registry, and the index from there or through the zone. Then it reads what a recorded start reads, with that start's time between
 // the reads (plan.go). It fetches as package fetcher does (host.go): a chunk once; demands before prefetches; neighbours in one request;
 // prefetches in the order of the plan within a window of bytes; and while a demand arrives,
 // the prefetches are not read, so their senders stop. What has arrived may wait for a processor

@@ -237,7 +237,8 @@ func (w *world) try(id int32) {
 	w.ask(f.host, id, to)
 }
 
-// ask sends a request. The request of no fetch is that for manifest and index.
+// ask sends a request. The request of no fetch is that for what a host reads from the registry
+// in any case.
 func (w *world) ask(from, fetch, to int32) {
 	var id int32
 	if n := len(w.freeRequests); n > 0 {
@@ -363,7 +364,7 @@ func (w *world) keep(at, c int32) {
 func (w *world) startFlow(id int32) {
 	r := &w.requests[id]
 	if r.fetch < 0 && r.chunks == 0 {
-		size := w.plan.Manifest + w.plan.Index
+		size := w.plan.Manifest + w.plan.Index + w.o.Beside
 		w.metadata += size
 		r.flow = w.newFlow(id, r.to, r.from, size)
 		w.flows[r.flow].ready = size

@@ -13,9 +13,9 @@ type Result struct {
 	// Slow are those of the stragglers.
 	Slow []time.Duration
 
-	Distinct      int64   // bytes of the plan's chunks in the registry
+	Distinct      int64   // bytes of the plan's chunks in the registry; in a zone, the index is one
 	FromRegistry  int64   // bytes of chunks that the registry sent, including those that came for nothing
-	Metadata      int64   // bytes of manifests and indexes that the registry sent
+	Metadata      int64   // bytes of manifests, lists, and indexes outside zones that the registry sent
 	FromPeers     int64   // bytes that hosts sent
 	Refetched     int64   // the part of FromRegistry that it had sent before
 	Busiest, Mean float64 // bytes that the busiest host sent, and that hosts sent on average
@@ -68,8 +68,8 @@ func (r *Result) Percentile(share float64) time.Duration {
 // chunks.
 func (r *Result) Amplification() float64 { return float64(r.FromRegistry) / float64(r.Distinct) }
 
-// OriginShare returns the registry's share of all bytes that the hosts received, with manifests
-// and indexes.
+// OriginShare returns the registry's share of all bytes that the hosts received, with manifests,
+// lists and indexes.
 func (r *Result) OriginShare() float64 {
 	origin := float64(r.FromRegistry + r.Metadata)
 	return origin / (origin + float64(r.FromPeers))

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"thaw/fetcher/zone"
 )
 
 func simulate(t *testing.T, o Options) *Result {
@@ -36,7 +38,7 @@ func TestDeterministic(t *testing.T) {
 // A zone reads each chunk once, however many hosts start, and its starts take at most twice as
 // long as a lone one.
 func TestZoneReachesItsAims(t *testing.T) {
-	for _, rate := range []int64{10e9} {
+	for _, rate := range []int64{1e9, 10e9} {
 		o := Defaults()
 		o.Hosts = 400
 		o.Host.Up, o.Host.Down = rate, rate
@@ -50,6 +52,54 @@ func TestZoneReachesItsAims(t *testing.T) {
 		}
 		if m := r.ToMean(); m > 4 {
 			t.Errorf("%d Gbit/s: the busiest host sends %.1f times the mean", rate/1e9, m)
+		}
+	}
+}
+
+// Hosts send each other chunks as the registry has them, as far as their memory goes. Then a
+// start at 1 Gbit/s reaches its aim, and peers send as many bytes as the registry would.
+func TestZoneSendsStored(t *testing.T) {
+	o := Defaults()
+	o.Hosts = 300
+	lone := simulate(t, o.Lone())
+	var before *Result
+	for _, memory := range []int64{o.Memory, 4 << 20, 0} {
+		o.Memory = memory
+		r := simulate(t, o.Of(Zone))
+		t.Logf("%d MiB: p99 %v, %d MB from peers", memory>>20, r.Percentile(0.99), r.FromPeers/1e6)
+		if before != nil && (r.FromPeers <= before.FromPeers || r.Percentile(0.99) <= before.Percentile(0.99)) {
+			t.Errorf("%d bytes of memory make no difference", memory)
+		}
+		switch before = r; memory {
+		case zone.StoredMemory:
+			if most := int64(o.Hosts) * (o.Plan.Stored() + o.Plan.Index); r.FromPeers > most || r.FromPeers < most*9/10 {
+				t.Errorf("peers have sent %d bytes", r.FromPeers)
+			}
+			if p, most := r.Percentile(0.99), 2*lone.Percentile(1); p > most {
+				t.Errorf("p99 %v, at most %v", p, most)
+			}
+		case 0:
+			if most := int64(o.Hosts) * (o.Plan.Size() + o.Plan.Index); r.FromPeers < most*9/10 {
+				t.Errorf("without memory peers have sent %d bytes", r.FromPeers)
+			}
+		}
+	}
+}
+
+// In a zone the index leaves the registry once.
+func TestIndexThroughTheZone(t *testing.T) {
+	o := Defaults()
+	o.Hosts = 100
+	for _, s := range []System{Zone, Registry} {
+		r := simulate(t, o.Of(s))
+		want := int64(o.Hosts) * (o.Plan.Manifest + o.Beside)
+		if s == Registry {
+			want += int64(o.Hosts) * o.Plan.Index
+		} else if r.FromRegistry != o.Plan.Stored()+o.Plan.Index || r.Distinct != r.FromRegistry {
+			t.Errorf("%d bytes from the registry, %d are distinct", r.FromRegistry, r.Distinct)
+		}
+		if r.Metadata != want {
+			t.Errorf("%v: %d bytes beside the chunks, instead of %d", s, r.Metadata, want)
 		}
 	}
 }
@@ -130,7 +180,7 @@ func TestLoneStart(t *testing.T) {
 		o := Defaults()
 		o.Host.Up, o.Host.Down = rate, rate
 		r := simulate(t, o.Lone())
-		line := time.Duration(float64(o.Plan.Stored()+o.Plan.Index+o.Plan.Manifest) * 8 / float64(rate) * 1e9)
+		line := time.Duration(float64(o.Plan.Stored()+o.Plan.Index+o.Plan.Manifest+o.Beside) * 8 / float64(rate) * 1e9)
 		least := max(line, o.Plan.Work())
 		if got := r.Percentile(1); got < least || got > least*13/10+50*time.Millisecond {
 			t.Errorf("%d Mbit/s: %v, the line and the work take %v", rate/1e6, got, least)

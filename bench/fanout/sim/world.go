@@ -56,7 +56,7 @@ type world struct {
 	left    int     // starts that have not ended
 	events  int64
 
-	fromRegistry, metadata        int64 // bytes that the registry sent: of chunks, and of manifests and indexes
+	fromRegistry, metadata        int64 // bytes that the registry sent: of chunks, and of all else
 	fromPeers                     int64
 	asked, busies, absents, lates int64
 	wrongs, hedged, registryAsked int64
@@ -257,6 +257,7 @@ type Options struct {
 	Writers  int   // answers that a host sends at a time; 0: all, in turns
 	Whole    bool  // a host answers when it has all of what is asked for, instead of chunk by chunk
 
+	Beside     int64 // bytes of the list of what is beside the image, which each host reads from the registry
 	Memory     int64 // bytes of chunks as the registry has them that a host keeps for peers
 	RunChunks  int
 	Grants     zone.GrantOptions
@@ -292,7 +293,7 @@ func Defaults() Options {
 		Registry: Line{10e9, 10e9, 4875 * time.Microsecond}, Cache: Line{10e9, 10e9, 125 * time.Microsecond},
 		Connections: 1000, Latency: time.Millisecond, ServerTime: 100 * time.Microsecond,
 		Slower: 10, Window: 4 << 20, Requests: 32, Among: 32, Writers: 2,
-		Memory: zone.StoredMemory, RunChunks: zone.RunChunks, Children: 2,
+		Beside: 2100, Memory: zone.StoredMemory, RunChunks: zone.RunChunks, Children: 2,
 		Timeout: 2 * time.Second, OriginWait: 20 * time.Second, HolderWait: time.Second,
 		Limit: time.Hour,
 	}
