@@ -141,6 +141,7 @@ func (b *benchmark) aims() (aims []aim) {
 	}
 	for _, n := range b.names("Peer/") {
 		add(n+": ms to a peer's first byte beyond the round trip", (b.rec.Median(n, "first-byte-ns")-b.rec.Median(n, "round-trip-ns"))/1e6, 0.5)
+		add(n+": ms to the leaf that a reader waits for beyond the round trip", (b.rec.Median(n, "first-leaf-ns")-b.rec.Median(n, "round-trip-ns"))/1e6, 0.5)
 		add(n+": ms to a peer's chunk beyond the round trip", (b.rec.Median(n, bench.Wall)-b.rec.Median(n, "round-trip-ns"))/1e6, 0.5)
 	}
 	for _, n := range b.names("Fault/") {

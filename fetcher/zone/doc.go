@@ -22,6 +22,9 @@
 // TLS: each host has a certificate of the zone's authority with its name. Without TLS a
 // zone is one of a single machine, and listens on loopback addresses only.
 //
+// A chunk in memory is sent to whom a chunk on disk is: to peers that name an image which has
+// the stream.
+//
 // # On the wire
 //
 // All requests are GET. Without TLS they are HTTP/1.1, and the kernel sends bodies from the
@@ -29,11 +32,25 @@
 // and from, the names of the zone and of the member that asks; image is
 // HOST/REPOSITORY@sha256:DIGEST.
 //
-//	/v1/streams/{stream}/chunks/{first}-{last}?image=…&zone=…&from=…[&origin=1][&leaves=a-b]
+//	/v1/streams/{stream}/chunks/{first}-{last}?image=…&zone=…&from=…[&origin=1][&stored=N][&leaves=a-b]
 //
 // is the uncompressed content of chunks first to last, which are of one run, one after the
-// other; or of leaves a to b of one chunk. origin=1 says that the peer takes this member
-// for an owner. {stream} is the ID of the stream in hexadecimal.
+// other. origin=1 says that the peer takes this member for an owner. {stream} is the ID of
+// the stream in hexadecimal. Of a single chunk a peer may say more, and the member that is
+// asked chooses the form of its answer:
+//
+// stored=N says that the peer also takes the chunk as the registry has it, compressed; in the
+// peer's index it has N bytes there. A member sends that if it has such a chunk of N bytes in
+// memory. It keeps the chunks that came lately, from the registry or from peers, once they
+// are verified (stored.go). The stored form takes about a third of the bytes.
+//
+// leaves=a-b says that a reader waits for these leaves. Then the answer begins with the
+// SHA-256 of all leaves of the chunk and with these leaves, uncompressed: so the reader goes
+// on after 64 KiB, verified, while the rest arrives. That is the other leaves in their order,
+// or all of the chunk in its stored form.
+//
+// The header Thaw-Form of the answer says "stored", "leaves", or "leaves, stored". Without it
+// the answer is the plain content. The Content-Length must be exactly that of the form.
 //
 //	/v1/blobs/{digest}/{off}-{end}?image=…&zone=…&from=…[&origin=1]
 //
@@ -79,6 +96,8 @@
 //	server.go     requests of peers, and their bounds; request.go: how they are parsed
 //	send.go       bodies: from files, from mappings, from memory, at a least speed
 //	pieces.go     pieces of blobs in memory
+//	stored.go     chunks in memory as the registry has them
+//	form.go       the forms of an answer
 //	traffic.go    what went to whom
 //
 // members:
