@@ -17,6 +17,8 @@ type Bound struct {
 	ahead atomic.Pointer[readahead]
 	hints map[*fetch]struct{} // of its hints and predictions; guarded by f.mu
 	last  atomic.Int64        // when a reader last waited, in ns since 1970; 0: never
+
+	replays atomic.Int32 // that have not ended
 }
 
 // From binds f to an origin.

@@ -80,12 +80,15 @@ func (f *Fetcher) openChunks(r *request, route Route, p place, owner bool, group
 }
 
 // wantedFirst returns the leaves that readers wait for, with those between them, if they
-// are a small part of the chunk.
+// are a small part of the chunk. While a list is replayed there are none: all that is on
+// the list is on its way, to all hosts that start the image, and a leaf that is sent twice
+// delays it. In simulations of 100 hosts on links of 100 Mbit/s that made starts a fifth
+// longer.
 func (f *Fetcher) wantedFirst(p place, ft *fetch) blockmap.LeafSet {
 	c := &p.table.Chunks[ft.key.chunk]
 	f.mu.Lock()
 	reads := ft.reads
-	if !ft.demand {
+	if !ft.demand || ft.by == nil || ft.by.replays.Load() > 0 {
 		reads = 0
 	}
 	f.mu.Unlock()

@@ -303,6 +303,37 @@ func TestReaderOfALeaf(t *testing.T) {
 	}
 }
 
+// While a list is replayed, readers do not ask for leaves first.
+func TestNoLeavesFirstInAReplay(t *testing.T) {
+	z, b := newFormed(t, 3, "a")
+	z.hold = make(chan struct{})
+	z.holdAt = func(b *formedBody) int { return 0 }
+	r := b.Replay(t.Context(), z.wants[:1], fetcher.ReplayOptions{})
+	read := make(chan error, 1)
+	go func() { read <- b.Fetch(t.Context(), z.leaf(1, 3)) }()
+	for {
+		z.mu.Lock()
+		n := len(z.asked)
+		z.mu.Unlock()
+		if n == 2 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	close(z.hold)
+	if err := <-read; err != nil {
+		t.Error(err)
+	}
+	checkDone(t, r)
+	if err := b.Fetch(t.Context(), z.leaf(2, 3)); err != nil {
+		t.Error(err)
+	}
+	if z.asked[0] != 0 || z.asked[1] != 0 || z.asked[2] != blockmap.LeafRange(3, 1) {
+		t.Errorf("leaves first: %b", z.asked)
+	}
+	b.Close()
+}
+
 // A Bound that is closed does not fetch what its readers have left.
 func TestRestIsCancelled(t *testing.T) {
 	z, b := newFormed(t, 1, "a")

@@ -85,8 +85,10 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	for i := range items {
 		r.mu.p.Bytes += items[i].bytes
 	}
+	b.replays.Add(1)
 	go func() {
 		defer close(r.done)
+		defer b.replays.Add(-1)
 		defer cancel()
 		r.run(ctx, b, items, o)
 	}()

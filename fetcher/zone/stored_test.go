@@ -330,6 +330,13 @@ func BenchmarkPeerChunk(b *testing.B) {
 	y := open(b, secure(ca.credentials("host-2.example"), Options{Store: s, Join: []Seed{x.seed(b)}}))
 	awaitMembers(b, 2, x, y)
 	x.Keep(s.stream.ID(), 0, bytes.Clone(blob))
+	b.Run("round-trip", func(b *testing.B) { // a request and an answer of a few bytes
+		for b.Loop() {
+			if _, err := y.client.Health(b.Context(), x.Name()); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 	decoder := blockmap.NewChunkDecoder(1)
 	defer decoder.Close()
 	c := &table.Chunks[0]
