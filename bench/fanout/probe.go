@@ -174,7 +174,7 @@ func (f *fleet) client(m *member) (*http.Client, error) {
 		DialContext:       func(_ context.Context, _, addr string) (net.Conn, error) { return m.dial(addr) },
 		TLSClientConfig:   &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots, MinVersion: tls.VersionTLS13},
 		ForceAttemptHTTP2: true,
-		HTTP2:             &http.HTTP2Config{MaxReadFrameSize: 64 << 10}, // as members have it
+		HTTP2:             &http.HTTP2Config{MaxReadFrameSize: 66 << 10}, // as members have it
 	}
 	return &http.Client{Transport: t}, nil
 }

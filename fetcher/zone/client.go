@@ -60,10 +60,10 @@ const (
 	maxText = 512
 	// maxHealth bounds what a peer says of its health.
 	maxHealth = 64 << 10
-	// maxFrame is how many bytes a peer sends in a frame of HTTP/2. With the 16 KiB that are
-	// the default, a chunk takes an eighth more of the processor. A connection keeps a buffer
-	// of that size.
-	maxFrame = 64 << 10
+	// maxFrame is how many bytes a peer sends in a frame of HTTP/2: a leaf, and before it the
+	// digests of all leaves of the largest chunk. With the 16 KiB that are the default, a
+	// chunk takes an eighth more of the processor. A connection keeps a buffer of that size.
+	maxFrame = blockmap.LeafSize + blockmap.MaxLeaves*len(blockmap.Digest{})
 	// maxConns bounds the connections to a peer without TLS.
 	maxConns = 64
 )

@@ -135,13 +135,7 @@ func (s *sender) part(h *held) error {
 	if h.section.Len() > 0 {
 		return s.section(&h.section)
 	}
-	segments := h.view.Segments()
-	for i := range segments {
-		if err := s.mapped(&segments[i]); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.view(nil, &h.view)
 }
 
 // leavesFirst is leaves of a chunk that are sent before the rest of it.
@@ -159,61 +153,63 @@ func (s *sender) leaves(x *leavesFirst) error {
 		return nil
 	}
 	defer x.part.release()
+	if x.part.section.Len() == 0 {
+		if err := s.view(x.digests, &x.part.view); err != nil {
+			return err
+		}
+		return s.c.Flush()
+	}
 	if err := s.bytes(x.digests); err != nil {
 		return err
 	}
-	if err := s.part(&x.part); err != nil {
-		return err
-	}
-	return s.c.Flush()
+	return s.part(&x.part)
 }
 
 // leafDigests makes the digests of the leaves of a chunk.
 func leafDigests(chunk *blockmap.View) (list []blockmap.Digest, err error) {
-	buf := buffers.Get().(*[64 << 10]byte)
-	defer buffers.Put(buf)
-	leaf := buf[:0]
-	segments := chunk.Segments()
-	for i := range segments {
-		x := &segments[i]
-		for p := x.Bytes; len(p) > 0; {
-			n := min(blockmap.LeafSize-len(leaf), len(p))
-			at := len(leaf)
-			leaf = leaf[:at+n]
-			if err := blockmap.CopyMapped(leaf[at:], p[:n]); err != nil {
-				x.Damaged()
-				return nil, err
-			}
-			if p = p[n:]; len(leaf) == blockmap.LeafSize {
-				list, leaf = append(list, blockmap.LeafDigest(leaf)), leaf[:0]
-			}
-		}
-	}
-	if len(leaf) > 0 {
+	err = copied(chunk, nil, blockmap.LeafSize, func(leaf []byte) error {
 		list = append(list, blockmap.LeafDigest(leaf))
-	}
-	return list, nil
+		return nil
+	})
+	return list, err
+}
+
+// view sends a few bytes, and then those of a view, which may be in a mapped file.
+func (s *sender) view(head []byte, v *blockmap.View) error {
+	return copied(v, head, maxFrame, s.bytes)
 }
 
 // buffers are for bytes that are encrypted or framed anyhow.
-var buffers = sync.Pool{New: func() any { return new([64 << 10]byte) }}
+var buffers = sync.Pool{New: func() any { return new([maxFrame]byte) }}
 
-// mapped sends bytes that may be in a mapped file.
-func (s *sender) mapped(x *blockmap.Segment) error {
-	buf := buffers.Get().(*[64 << 10]byte)
+// copied calls do with a few bytes that are followed by those of a view, in pieces of size
+// bytes and a last one that may be shorter. A piece is do's until it returns.
+func copied(v *blockmap.View, head []byte, size int, do func([]byte) error) error {
+	buf := buffers.Get().(*[maxFrame]byte)
 	defer buffers.Put(buf)
-	for p := x.Bytes; len(p) > 0; {
-		n := min(len(buf), len(p))
-		if err := blockmap.CopyMapped(buf[:n], p[:n]); err != nil {
-			x.Damaged()
-			return err
+	n := copy(buf[:size], head)
+	segments := v.Segments()
+	for i := range segments {
+		x := &segments[i]
+		for p := x.Bytes; len(p) > 0; {
+			m := min(size-n, len(p))
+			if err := blockmap.CopyMapped(buf[n:n+m], p[:m]); err != nil {
+				x.Damaged()
+				return err
+			}
+			n, p = n+m, p[m:]
+			if n == size {
+				if err := do(buf[:n]); err != nil {
+					return err
+				}
+				n = 0
+			}
 		}
-		if err := s.bytes(buf[:n]); err != nil {
-			return err
-		}
-		p = p[n:]
 	}
-	return nil
+	if n == 0 {
+		return nil
+	}
+	return do(buf[:n])
 }
 
 // bytes sends bytes in memory.
