@@ -19,6 +19,7 @@
 //	readahead.go   predicts which chunks the reader demands next, if no trace says so
 //	fetch.go       the fetch: the readers that wait for it, and its states from queued to ended
 //	duplicates.go  a chunk of the same content is in flight: the fetch waits for that one
+//	form.go        forms in which peers send chunks: as the registry has them, leaves first
 //	near.go        in a zone: which peer is asked before the origin, and what comes next if
 //	               that fails or is late
 //	queue.go       the order of the fetches that wait for a source, and what one request brings
