@@ -54,6 +54,10 @@
 // its end (docker-registry from version 3 on) does not learn a large blob in this way: pull the
 // image through it once.
 //
+// A registry that sends whole blobs may be such a cache itself, whose address the image is named
+// by. It is told by the header Docker-Distribution-Api-Version from servers that know no ranges,
+// and readers wait for it for up to 20 seconds.
+//
 // # Hosts that fail
 //
 // A mirror rests after the first failure, since the registry can answer instead. Any other host

@@ -291,6 +291,54 @@ func TestPullThrough(t *testing.T) {
 	}
 }
 
+// An image may be named by the address of a cache, which is its registry then. thaw waits for its
+// copy, too. A server that knows no ranges, and a cache that gives none for long, are read at once.
+func TestPullThroughRegistry(t *testing.T) {
+	for name, x := range map[string]struct {
+		cache     bool          // it says that it is a registry of docker's kind
+		after     time.Duration // it gives ranges
+		impatient bool          // thaw has waited for it in vain
+		parts     int64
+		most      time.Duration
+	}{
+		"cache":              {true, 700 * time.Millisecond, false, 32, 10 * time.Second},
+		"no ranges":          {false, time.Hour, false, 0, 10 * time.Second},
+		"cache, without end": {true, time.Hour, true, 0, 10 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			origin, _, _, l, layer := mirrored(t, Options{})
+			r := openRepo(t, newClient(t, Options{}), origin.host()+"/app:v1")
+			p := &pullThrough{layer: layer, after: x.after}
+			origin.set(asBlob(func(w http.ResponseWriter, r *http.Request) {
+				if x.cache {
+					w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
+				}
+				p.answer(w, r)
+			}))
+			if src := r.reader.(*remote).origin.src; x.impatient {
+				src.mu.restless, src.mu.patient = time.Now().Add(time.Hour), time.Now()
+			}
+			start := time.Now()
+			var readers sync.WaitGroup
+			for i := range int64(32) {
+				readers.Go(func() { persist(t, r, l.Digest, layer, blockmap.Range(i*1000, 1000)) })
+			}
+			readers.Wait()
+			if took := time.Since(start); took > x.most {
+				t.Errorf("took %v", took)
+			}
+			// The first 32 may all ask before one is answered. After that few do.
+			if n := p.whole.Load(); n > 40 || n == 0 {
+				t.Errorf("it began to send the whole blob %d times", n)
+			}
+			if n := p.parts.Load(); n != x.parts {
+				t.Errorf("it has sent %d ranges, instead of %d", n, x.parts)
+			}
+		})
+	}
+}
+
 // thaw does not wait for long for a cache that takes its time: it reads from the registry,
 // and from the cache later. Nor does it wait for each blob.
 func TestPullThroughSlow(t *testing.T) {

@@ -22,6 +22,11 @@ import (
 // That must not hold up starts for long. So thaw waits for a mirror only for some time, and
 // then reads from the next source until the mirror has the blob. It waits less often for a
 // mirror that never gives a range.
+//
+// Images are also named by the address of such a cache, which is the registry then. There is no
+// next source, so thaw waits longer for it, and takes ranges from whole blobs at last. Servers
+// that do not know ranges are told from caches by a header that the latter inherit from
+// docker-registry, which knows them.
 
 const (
 	// firstPull is how long after a whole blob the mirror is asked for a range again: twice
@@ -36,26 +41,27 @@ const (
 	// maxPatience is how long readers wait for a mirror, for all blobs together; not again
 	// before restlessness is over, and twice that after each time in vain.
 	maxPatience                   = 5 * time.Second
+	originPatience                = 20 * time.Second // where there is no next source
 	restlessness, maxRestlessness = time.Minute, time.Hour
 	// smallBlob is the size up to which a range is taken from a whole blob: that costs less
 	// than to ask again, and caches that only keep what was read to its end then have it.
 	smallBlob = 1 << 20
 )
 
-// errPulling is a whole blob instead of a range, from a mirror.
-var errPulling = fmt.Errorf("%w: the mirror sends whole blobs for ranges, as caches do that are still copying a blob", ErrUnavailable)
+// errPulling is a whole blob instead of a range.
+var errPulling = fmt.Errorf("%w: the server sends whole blobs for ranges, as caches do that are still copying a blob", ErrUnavailable)
 
 // errAsking is the error while another request finds out whether a mirror gives ranges of a blob.
-var errAsking = fmt.Errorf("%w: another request is finding out whether the mirror gives ranges of the blob", errPulling)
+var errAsking = fmt.Errorf("%w: another request is finding out whether the server gives ranges of the blob", errPulling)
 
-// pulling says when to ask a mirror for a range of a blob again.
+// pulling says when to ask a cache for a range of a blob again.
 type pulling struct {
 	next  time.Time
 	tries int  // whole blobs since the last range
-	gives bool // the mirror has given a range of this blob, and nothing else since
+	gives bool // it has given a range of this blob, and nothing else since
 }
 
-// until returns how long a mirror is not to be asked for ranges of a blob.
+// until returns how long a cache is not to be asked for ranges of a blob.
 func (p pulling) until(now time.Time) time.Duration {
 	if p.gives {
 		return 0
@@ -110,12 +116,12 @@ func (e *endpoint) whole(h v1.Hash, resp *http.Response) error {
 	})
 	if left := e.src.patience(now); left > 0 {
 		d = min(d, left)
-		e.client.log.Debug("a mirror does not have a blob yet; thaw waits for it", "mirror", e.src.name, "blob", h.String(), "for", d)
+		e.client.log.Debug("a cache does not have a blob yet; thaw waits for it", "source", e.src.name, "blob", h.String(), "for", d)
 	}
 	return &httpError{method: http.MethodGet, url: redact(resp.Request.URL), err: errPulling, after: d}
 }
 
-// gives notes that a mirror has given a range of a blob.
+// gives notes that a cache has given a range of a blob.
 func (e *endpoint) gives(h v1.Hash) {
 	if e.state(h).pulling.gives {
 		return
@@ -126,22 +132,48 @@ func (e *endpoint) gives(h v1.Hash) {
 	e.src.mu.Unlock()
 }
 
-// patience returns how long readers still wait for a mirror that is copying: zero if they ask
-// the next source.
+// maxPatience is how long readers wait for a source that is copying.
+func (s *source) maxPatience() time.Duration {
+	if s.mirrorOf == "" {
+		return originPatience
+	}
+	return maxPatience
+}
+
+// patience returns how long readers still wait for a source that is copying: zero if they ask
+// the next one, or take whole blobs.
 func (s *source) patience(now time.Time) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !now.Before(s.mu.restless) {
-		s.mu.patient = now.Add(maxPatience)
+		s.mu.patient = now.Add(s.maxPatience())
 		s.mu.restless = now.Add(min(restlessness<<min(s.mu.vain, 16), maxRestlessness))
 		s.mu.vain++
 	}
 	return max(s.mu.patient.Sub(now), 0)
 }
 
-// patiently opens ranges, and waits while a mirror is copying the blob.
-func patiently(ctx context.Context, open func(patient bool) (*Body, error)) (*Body, error) {
-	end := time.Now().Add(maxPatience)
+// isCache says whether an answer without the range that was asked for is from a registry that
+// may be a cache.
+func isCache(h http.Header) bool { return h.Get("Docker-Distribution-Api-Version") != "" }
+
+// caches are the sources that may have to copy a blob first: mirrors, and a registry that has
+// shown that it does.
+func (m *remote) caches(h v1.Hash) []*endpoint {
+	list := m.mirrors(false)
+	if m.origin.state(h).pulling.tries > 0 {
+		list = append(list, m.origin)
+	}
+	return list
+}
+
+// patiently opens ranges, and waits while a cache is copying the blob.
+func (m *remote) patiently(ctx context.Context, open func(patient bool) (*Body, error)) (*Body, error) {
+	most := maxPatience
+	if len(m.mirrors(false)) == 0 {
+		most = originPatience
+	}
+	end := time.Now().Add(most)
 	for {
 		b, err := open(time.Now().Before(end))
 		if !errors.Is(err, errPulling) || !time.Now().Before(end) {
@@ -157,14 +189,14 @@ func patiently(ctx context.Context, open func(patient bool) (*Body, error)) (*Bo
 	}
 }
 
-// errOneRange: a mirror is to be asked for one range, to find out whether it has copied a blob.
+// errOneRange: a cache is to be asked for one range, to find out whether it has copied a blob.
 // To be asked for several, it may not be able to answer in any case.
 var errOneRange = errors.New("one range is to be asked for")
 
-// awaited says whether readers wait at present for the mirror that would be asked first.
+// awaited says whether readers wait at present for the cache that would be asked first.
 func (m *remote) awaited(h v1.Hash) bool {
 	now := time.Now()
-	for _, e := range m.mirrors(false) {
+	for _, e := range m.caches(h) {
 		s := e.state(h)
 		if e.src.resting(now) || now.Before(s.missing) {
 			continue
@@ -174,12 +206,12 @@ func (m *remote) awaited(h v1.Hash) bool {
 	return false
 }
 
-// copying returns an error if a reader of ranges is to wait because the mirror that would be
-// asked first is copying the blob. Otherwise it returns the mirror that is to be asked whether
+// copying returns an error if a reader of ranges is to wait because the cache that would be
+// asked first is copying the blob. Otherwise it returns the cache that is to be asked whether
 // it still is, if any.
 func (m *remote) copying(h v1.Hash, several bool) (asks *endpoint, err error) {
 	now := time.Now()
-	for _, e := range m.mirrors(false) {
+	for _, e := range m.caches(h) {
 		s := e.state(h)
 		if e.src.resting(now) || now.Before(s.missing) {
 			continue
@@ -202,7 +234,7 @@ func (m *remote) copying(h v1.Hash, several bool) (asks *endpoint, err error) {
 	return nil, nil
 }
 
-// isCopying says whether readers are to wait, after this error, for the mirror that it is from.
+// isCopying says whether readers are to wait, after this error, for the cache that it is from.
 func (e *endpoint) isCopying(err error) bool {
 	return errors.Is(err, errPulling) && e.src.patience(time.Now()) > 0
 }

@@ -52,7 +52,7 @@ func (r *Repo) OpenRanges(ctx context.Context, blob blockmap.Digest, ranges []bl
 		}
 		end = x.End
 	}
-	b, err := patiently(ctx, func(patient bool) (_ *Body, err error) {
+	b, err := m.patiently(ctx, func(patient bool) (_ *Body, err error) {
 		var asks *endpoint
 		if patient {
 			if asks, err = m.copying(digest, true); err != nil {

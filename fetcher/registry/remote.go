@@ -103,7 +103,7 @@ func (m *remote) open(ctx context.Context, digest v1.Hash, off, n int64, whole b
 	if whole {
 		return m.openFrom(ctx, m.holders(digest, ""), digest, off, n, whole)
 	}
-	return patiently(ctx, func(patient bool) (b *Body, err error) {
+	return m.patiently(ctx, func(patient bool) (b *Body, err error) {
 		var asks *endpoint
 		if patient {
 			if asks, err = m.copying(digest, false); err != nil {
@@ -153,7 +153,7 @@ func (e *endpoint) open(ctx context.Context, digest v1.Hash, off, n int64, whole
 	b, err := e.body(resp, digest, skip, n)
 	if err == nil && resp.StatusCode == http.StatusPartialContent {
 		b.guessed = resp.Header.Get("Content-Range") == ""
-		if e.src.mirrorOf != "" {
+		if e.src.mirrorOf != "" || e.state(digest).pulling.tries > 0 {
 			e.gives(digest)
 		}
 	}
@@ -300,11 +300,10 @@ func (e *endpoint) checkBlob(resp *http.Response, digest v1.Hash, off, n int64, 
 		return 0, nil
 	case l >= 0 && l < off+n:
 		return 0, fmt.Errorf("%s: the blob has %d bytes, asked for those up to byte %d", where(), l, off+n)
-	case mirror:
-		if all := off == 0 && l == n; !all && (l < 0 || l > smallBlob) {
-			return 0, e.whole(digest, resp)
-		}
+	case off == 0 && l == n, l >= 0 && l <= smallBlob:
 		return off, nil
+	case mirror || isCache(resp.Header) && e.src.patience(time.Now()) > 0:
+		return 0, e.whole(digest, resp)
 	}
 	if e.src.ignoresRange.CompareAndSwap(false, true) {
 		e.client.log.Warn("the server ignores range requests, which makes reads slow", "source", e.src.name, "url", redact(resp.Request.URL))
