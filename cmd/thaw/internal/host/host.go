@@ -142,7 +142,7 @@ func Open(o Options) (*Host, error) {
 			o.Finder.Close()
 			return nil, errors.Join(err, h.cache.Close())
 		}
-		opener.zone = h.zone
+		opener.zone.Store(h.zone)
 	}
 	h.traces = newTracer(limit, o.Trace, opener, recordDir{o.Dir})
 	h.traces.completer = newCompleter(o.Complete, h.cache, o.Dir)

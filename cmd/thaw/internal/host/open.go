@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -23,7 +24,7 @@ type opener struct {
 	*Finder
 	cache   *blockmap.Cache
 	fetcher *fetcher.Fetcher
-	zone    *hostZone // nil: none
+	zone    atomic.Pointer[hostZone] // nil: none; peers may ask before the host has it
 }
 
 // patience is how long the start of a device waits for a registry if the cache knows an
@@ -196,8 +197,8 @@ func (o *opener) serveKnown(known *BlockImage, err error, then func(context.Cont
 // image opens b, and runs then in the background, unless it is nil, until the image is
 // closed.
 func (o *opener) image(b *BlockImage, then func(context.Context)) (*openImage, error) {
-	if o.zone != nil {
-		o.zone.store.know(b.Repo.Ref())
+	if z := o.zone.Load(); z != nil {
+		z.store.know(b.Repo.Ref())
 	}
 	f := o.bind(b)
 	image, err := blockmap.NewImage(b.Index, o.cache, f)

@@ -119,11 +119,11 @@ func (z *hostZone) close() {
 // bind binds the fetcher to the registry of an image, with the zone in front of it if the
 // host is a member of one. Layouts and archives are files of this host.
 func (o *opener) bind(b *BlockImage) *fetcher.Bound {
-	ref := b.Repo.Ref()
-	if o.zone == nil || ref.Registry == "" {
+	z := o.zone.Load()
+	if z == nil || b.Repo.Ref().Registry == "" {
 		return o.fetcher.From(b.Repo)
 	}
-	return o.fetcher.FromNear(b.Repo, o.zone.nearby(b.Reference()))
+	return o.fetcher.FromNear(b.Repo, z.nearby(b.Reference()))
 }
 
 // nearby is the zone as the fetcher uses it, for one image.
@@ -144,7 +144,7 @@ func (z *hostZone) nearby(image string) fetcher.Nearby {
 // the host is a member of one, so that the hosts that start an image at once read it from the
 // registry once.
 func (o *opener) readBlob(ctx context.Context, b *BlockImage, d v1.Descriptor) ([]byte, error) {
-	if o.zone == nil || b.Repo.Ref().Registry == "" || d.Size <= 0 || d.Size > maxPeerIndex || !isSHA256(d.Digest) {
+	if o.zone.Load() == nil || b.Repo.Ref().Registry == "" || d.Size <= 0 || d.Size > maxPeerIndex || !isSHA256(d.Digest) {
 		return b.Repo.Blob(ctx, d)
 	}
 	bound := o.bind(b)
