@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"thaw/blockmap"
@@ -119,13 +120,6 @@ func (r *BlobReader) pieces(off, n int64) (offs []int64) {
 	return offs
 }
 
-// fromPeers reports whether a peer has sent any of n bytes from off on.
-func (r *BlobReader) fromPeers(off, n int64) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.ContainsFunc(r.pieces(off, n), func(at int64) bool { return r.sent[at] != "" })
-}
-
 // Verified records that all that was read is right: the caller knows the digest of the
 // blob.
 func (r *BlobReader) Verified() { r.judgeAll(true) }
@@ -155,14 +149,14 @@ func (r *BlobReader) judge(at int64, right bool) {
 		near.Judged(r.blob, at, right)
 	}
 	if !right && from != "" {
-		r.b.f.log.Warn("a peer sends wrong bytes; thaw does not ask it for now", "peer", from, "blob", r.blob.String())
-		r.b.near.Route(r.blob, uint32(at/r.b.near.PieceBytes)).Distrust(from)
+		r.b.f.log.Warn("a peer has sent wrong bytes; thaw does not ask it for now", "peer", from, "blob", r.blob.String())
+		r.b.near.Route(r.blob, uint32(at/r.b.near.PieceBytes)).Doubt(from)
 	}
 }
 
 // recheck reads bytes that turned out to be wrong, p at off, from the origin, and returns
-// what that has. Peers whose part of p is something else are distrusted. If there is none,
-// whoever made the blob is at fault.
+// what that has. Pieces whose part of p is something else are dropped, and the peers that
+// have sent them doubted. If there is none, whoever made the blob is at fault.
 func (r *BlobReader) recheck(ctx context.Context, off int64, p []byte) (right []byte, err error) {
 	right, err = r.b.readOrigin(ctx, r.blob, off, int64(len(p)))
 	if err != nil {
@@ -201,68 +195,89 @@ type hop struct {
 	owner, ok bool
 }
 
-// fetchPiece fetches a piece from the first source that brings it: the peers of its route,
-// one after the other, and the origin. The next one is asked when one fails, and also when
-// one is late, if that is within the budget of extra requests.
-func (b *Bound) fetchPiece(ctx context.Context, route Route, x hop, blob blockmap.Digest, off, n int64) ([]byte, string, error) {
-	type answer struct {
-		p    []byte
-		from string
-		err  error
+// asking is a request for a piece.
+type asking struct {
+	hop
+	asked time.Time
+	began atomic.Int64 // when the answer began, and the last bytes came, in nanoseconds; 0 before that
+	moved atomic.Int64
+	got   atomic.Int64
+	p     []byte
+	err   error
+}
+
+// late reports whether the request is late.
+func (x *asking) late(route Route, n int64) bool {
+	at := func(ns int64) time.Time {
+		if ns == 0 {
+			return time.Time{}
+		}
+		return time.Unix(0, ns)
 	}
+	return x.ok && route.Late(x.peer, x.asked, at(x.began.Load()), at(x.moved.Load()), x.got.Load(), n)
+}
+
+// fetchPiece fetches a piece from the first source that brings it: the peers of its route,
+// one after the other, and the origin. The next one is asked when one fails. When one is
+// late, another peer that may have the piece is asked as well, or the origin, if that is
+// within the budget of extra requests.
+func (b *Bound) fetchPiece(ctx context.Context, route Route, x hop, blob blockmap.Digest, off, n int64) ([]byte, string, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	answers := make(chan answer)
-	var late <-chan time.Time
-	running, atOrigin, last := 0, false, ""
-	ask := func(x hop) {
-		running++
+	answers := make(chan *asking)
+	var running []*asking
+	ask := func(h hop) {
+		x := &asking{hop: h, asked: time.Now()}
+		running = append(running, x)
 		wg.Go(func() {
-			a := answer{from: x.peer}
 			if x.ok {
-				a.p, a.err = b.pieceFromPeer(ctx, route, x, off, n)
+				x.err = b.pieceFromPeer(ctx, route, x, off, n)
 			} else {
-				a.p, a.err = b.retryOrigin(ctx, blob, off, n)
+				x.p, x.err = b.retryOrigin(ctx, blob, off, n)
 			}
 			select {
-			case answers <- a:
+			case answers <- x:
 			case <-ctx.Done():
 			}
 		})
-		last, late, atOrigin = x.peer, nil, !x.ok
-		if x.ok {
-			late = time.After(route.HedgeAfter(x.peer))
-		}
-	}
-	next := func() {
-		var x hop
-		x.peer, x.owner, x.ok = route.Next()
-		ask(x)
 	}
 	ask(x)
+	check := time.NewTicker(watchEvery)
+	defer check.Stop()
 	for {
 		select {
-		case a := <-answers:
-			running--
-			if a.err == nil {
-				return a.p, a.from, nil
-			}
-			if a.from != "" {
-				b.f.passedOver.Add(1)
-				b.f.log.Debug("a peer did not bring a piece of a blob, so thaw asks the next source", "peer", a.from, "err", a.err)
-			}
-			if running == 0 {
-				if atOrigin {
-					return nil, "", a.err
+		case x := <-answers:
+			running = slices.DeleteFunc(running, func(y *asking) bool { return x == y })
+			if x.err == nil {
+				for _, y := range running {
+					if y.ok && y.late(route, n) {
+						route.Overtaken(y.peer)
+					}
 				}
-				next()
+				return x.p, x.peer, nil
 			}
-		case <-late:
-			late = nil
-			if !atOrigin && route.MayHedge(last) {
-				next()
+			if x.ok {
+				b.f.passedOver.Add(1)
+				b.f.log.Debug("a peer did not bring a piece of a blob, so thaw asks the next source", "peer", x.peer, "err", x.err)
+			}
+			if len(running) > 0 {
+				continue
+			}
+			if !x.ok {
+				return nil, "", x.err
+			}
+			var next hop
+			next.peer, next.owner, next.ok = route.Next()
+			ask(next)
+		case <-check.C:
+			last := running[len(running)-1]
+			late := !slices.ContainsFunc(running, func(x *asking) bool { return !x.late(route, n) })
+			if late && len(running) < maxTries && route.MayHedge(last.peer) {
+				var beside hop
+				beside.peer, beside.owner, beside.ok = route.Hedge()
+				ask(beside)
 			}
 		case <-ctx.Done():
 			return nil, "", context.Cause(ctx)
@@ -270,13 +285,30 @@ func (b *Bound) fetchPiece(ctx context.Context, route Route, x hop, blob blockma
 	}
 }
 
-func (b *Bound) pieceFromPeer(ctx context.Context, route Route, x hop, off, n int64) ([]byte, error) {
+// pieceFromPeer asks a peer for n bytes of the blob from off on.
+func (b *Bound) pieceFromPeer(ctx context.Context, route Route, x *asking, off, n int64) (err error) {
 	b.f.nearby.requests.Add(1)
 	body, err := route.OpenPiece(ctx, x.peer, x.owner, off, n)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return readPiece(body, n, &b.f.nearby)
+	x.began.Store(time.Now().UnixNano())
+	x.moved.Store(x.began.Load())
+	x.p, err = readPiece(&pieceBody{body, x}, n, &b.f.nearby)
+	return err
+}
+
+// pieceBody is the body of a piece that is being read.
+type pieceBody struct {
+	io.ReadCloser
+	of *asking
+}
+
+func (b *pieceBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.of.got.Add(int64(n))
+	b.of.moved.Store(time.Now().UnixNano())
+	return n, err
 }
 
 // readPiece reads n bytes of a body and closes it.

@@ -43,7 +43,7 @@ type download struct {
 	fetches []*fetch            // the fetches of the chunks that have these leaves
 	next    int                 // the frame to be read next
 	off     int64               // offset of that frame
-	judging *judging            // of the pieces of the blob; nil if they do not come from a zone
+	ahead   int64               // bytes that a zone is asked for before they are read; 0 without a zone
 
 	// Fetcher.mu guards the fields below.
 	asked   time.Time           // when the bundle was requested
@@ -65,6 +65,11 @@ type arriving struct {
 func (d *download) soon(now time.Time, at, stored int64) (wait time.Duration, ok bool) {
 	if d.hangs {
 		return 0, false
+	}
+	if at <= d.got+d.ahead {
+		// Its piece is under way, and comes all at once. A request would make the chunk's
+		// owner read the same content from the registry a second time.
+		return maxWait, true
 	}
 	if d.first.IsZero() {
 		// A bundle begins with what a start reads first.
@@ -109,7 +114,11 @@ func (f *Fetcher) awaitDownload(ft *fetch) {
 		defer f.mu.Unlock()
 		if _, ok := d.awaited[ft]; ok && !f.mu.closed && !ft.stream.HasLeaves(ft.key.chunk, ft.reads) {
 			d.hangs = d.got == got
-			f.enqueue(ft)
+			if !d.hangs && d.ahead > 0 && time.Since(ft.since) < f.nearMost() {
+				f.awaitDownload(ft) // the zone is slow, and so would be a request
+			} else {
+				f.enqueue(ft)
+			}
 			f.dispatch()
 		}
 	})
@@ -156,6 +165,9 @@ func (b *Bound) downloadBundle(ctx context.Context, bundle *Bundle, limit *rate.
 	d := &download{f: f, src: b.src, near: b.near, bundle: bundle, limit: limit, done: done, asked: bundle.Asked, awaited: make(map[*fetch]struct{})}
 	if d.asked.IsZero() {
 		d.asked = time.Now()
+	}
+	if b.hasPeers() {
+		d.ahead = (piecesAhead - 1) * b.near.PieceBytes
 	}
 	if !d.begin() {
 		return nil
@@ -334,9 +346,6 @@ func (d *download) read(ctx context.Context) error {
 		f.origins.requests.Add(1)
 	} else {
 		begin = pieces.off - d.off
-		if d.judging == nil {
-			d.judging = newJudging(d.bundle, begin, pieces.b.near.PieceBytes)
-		}
 	}
 	r := newRequest(ctx, place{src: d.src})
 	r.download, r.unpaced = d, pieces != nil
@@ -423,12 +432,11 @@ func (d *download) received(fr *Frame) {
 }
 
 // keepPieces is keepFrame for a frame at this offset of a blob that comes from a zone. If
-// the frame is wrong, and peers have sent it, it reads the frame from the origin, which
-// shows who is at fault.
+// the frame is wrong, it reads the frame from the origin, which shows who is at fault. Also
+// a piece that the origin has sent to this host may be wrong once: then no peer gets it.
 func (d *download) keepPieces(ctx context.Context, pieces *BlobReader, at int64, fr *Frame, stored []byte) error {
-	fromPeers := pieces.fromPeers(at, fr.Stored)
-	err := d.keepFrame(fr, stored, !fromPeers)
-	if fromPeers && errors.Is(err, blockmap.ErrDigest) {
+	err := d.keepFrame(fr, stored, false)
+	if errors.Is(err, blockmap.ErrDigest) {
 		d.f.wrong.Add(1)
 		right, recheckErr := pieces.recheck(ctx, at, stored)
 		if recheckErr != nil {
@@ -437,49 +445,7 @@ func (d *download) keepPieces(ctx context.Context, pieces *BlobReader, at int64,
 		}
 		return d.keepFrame(fr, right, true)
 	}
-	if err == nil {
-		d.judging.verified(pieces, at, fr.Stored)
-	}
 	return err
-}
-
-// judging finds out which pieces of a blob are right: those whose frames are all verified.
-type judging struct {
-	mu   sync.Mutex
-	left map[int64]int // the frames of the piece at an offset that are not verified yet
-	size int64         // of a piece
-}
-
-func newJudging(b *Bundle, begin, size int64) *judging {
-	j := &judging{left: make(map[int64]int), size: size}
-	for i := range b.Frames {
-		n := b.Frames[i].Stored
-		j.each(begin, n, func(at int64) { j.left[at]++ })
-		begin += n
-	}
-	return j
-}
-
-// each calls f for the offset of each piece with any of n bytes from off on.
-func (j *judging) each(off, n int64, f func(at int64)) {
-	for at := off - off%j.size; at < off+n; at += j.size {
-		f(at)
-	}
-}
-
-// verified records that a frame is verified.
-func (j *judging) verified(pieces *BlobReader, off, n int64) {
-	var right []int64
-	j.mu.Lock()
-	j.each(off, n, func(at int64) {
-		if j.left[at]--; j.left[at] == 0 {
-			right = append(right, at)
-		}
-	})
-	j.mu.Unlock()
-	for _, at := range right {
-		pieces.judge(at, true)
-	}
 }
 
 // keepFrame makes the leaves of a frame resident. It returns the first error, after which

@@ -1,6 +1,7 @@
 package fetcher
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -199,7 +200,8 @@ func (f *Fetcher) readFirst(r *request, ft *fetch, p []byte, read func([]byte) e
 func (f *Fetcher) keepFirst(r *request, ft *fetch, p *Part, content []byte) error {
 	w := blockmap.Want{Stream: ft.stream, Table: r.place.table, Chunk: ft.key.chunk}
 	if err := f.keepLeaves(w, p, content); err != nil {
-		if _, unstored := err.(*storeError); unstored {
+		var unstored *storeError
+		if errors.As(err, &unstored) {
 			return nil
 		}
 		return err

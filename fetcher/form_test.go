@@ -123,12 +123,14 @@ func (r *formedRoute) Next() (peer string, owner, ok bool) {
 	r.next++
 	return r.z.peers[r.next-1], false, true
 }
-func (r *formedRoute) Usable(string) bool              { return true }
-func (r *formedRoute) RegistryFailed()                 {}
-func (r *formedRoute) HedgeAfter(string) time.Duration { return time.Hour }
-func (r *formedRoute) MayHedge(string) bool            { return false }
-func (r *formedRoute) Overtaken(string)                {}
-func (r *formedRoute) Distrust(string)                 {}
+func (r *formedRoute) Usable(string) bool                                              { return true }
+func (r *formedRoute) RegistryFailed()                                                 {}
+func (r *formedRoute) Late(string, time.Time, time.Time, time.Time, int64, int64) bool { return false }
+func (r *formedRoute) Hedge() (peer string, owner, ok bool)                            { return "", false, false }
+func (r *formedRoute) Sign(string) time.Time                                           { return time.Time{} }
+func (r *formedRoute) MayHedge(string) bool                                            { return false }
+func (r *formedRoute) Overtaken(string)                                                {}
+func (r *formedRoute) Doubt(string)                                                    {}
 func (r *formedRoute) OpenPiece(context.Context, string, bool, int64, int64) (io.ReadCloser, error) {
 	return nil, errors.New("no pieces here")
 }

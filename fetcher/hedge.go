@@ -47,7 +47,7 @@ func (f *Fetcher) askElsewhere(ft *fetch, again bool, now time.Time) {
 		if ft.noExtraBefore = now.Add(pause); !first.route.MayHedge(last.place.src.peer) {
 			return
 		}
-		ways = f.nearWays(ft, first)
+		ways = append(ways, f.nearWay(ft, first))
 	} else if o, ok := src.origin.(Elsewhere); ok && ft.demand {
 		ways = append(ways, way{place: first.place, other: o, avoid: first.server})
 	}

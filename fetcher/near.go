@@ -27,7 +27,7 @@ type Nearby struct {
 	// piece; it is empty if the origin did. The caller does not change p.
 	Piece func(ctx context.Context, blob blockmap.Digest, off, n int64, owned bool, fetch FetchPiece) (p []byte, from string, err error)
 	// Judged, if not nil, is told whether a piece that Piece has returned turned out to be
-	// right. A cache must not pass on a piece that a peer has sent before it is told so.
+	// right, if that is found out. A cache drops one that is wrong.
 	Judged func(blob blockmap.Digest, off int64, right bool)
 	// Keep, if not nil, keeps a chunk as the registry has it, for peers that take it in that
 	// form. It is called once the chunk is verified. The bytes are its own from then on.
@@ -55,14 +55,21 @@ type Route interface {
 	OpenChunks(ctx context.Context, peer string, owner bool, first, last int, n, stored int64, leaves blockmap.LeafSet) (io.ReadCloser, error)
 	// OpenPiece asks a peer for n bytes of the blob from off on.
 	OpenPiece(ctx context.Context, peer string, owner bool, off, n int64) (io.ReadCloser, error)
-	// HedgeAfter returns how long a reader waits for the peer before the next source is
-	// asked as well. MayHedge reports whether that may be done, and counts it if so.
-	HedgeAfter(peer string) time.Duration
+	// Late reports whether a reader that waits for a peer, which was asked at asked, should
+	// have another source asked as well. The answer began at began, and the last of got
+	// bytes, of size, came at moved; both are zero before that. MayHedge reports whether
+	// that may be done, and counts it if so.
+	Late(peer string, asked, began, moved time.Time, got, size int64) bool
 	MayHedge(peer string) bool
-	// Overtaken says that another source was quicker; Distrust that bytes of the peer were
-	// wrong.
+	// Hedge returns a peer to ask then, and whether to ask it as an owner. ok is false if
+	// only the origin is left.
+	Hedge() (peer string, owner, ok bool)
+	// Sign returns when the peer last said that it will answer; zero if it did not.
+	Sign(peer string) time.Time
+	// Overtaken says that another source was quicker; Doubt that a piece of a blob from the
+	// peer was wrong.
 	Overtaken(peer string)
-	Distrust(peer string)
+	Doubt(peer string)
 }
 
 const (
@@ -237,7 +244,7 @@ func (f *Fetcher) checkNear(ft *fetch, now time.Time) bool {
 		if src == nil || now.Sub(ft.since) < stallAfter {
 			return false
 		}
-		if src.rates(now).sum >= sharedSpeed && now.Sub(ft.since) < f.nearMost() {
+		if (src.rates(now).sum >= sharedSpeed || src.lives(now)) && now.Sub(ft.since) < f.nearMost() {
 			return false // its turn comes
 		}
 		f.leavePeers(ft)
@@ -254,12 +261,12 @@ func (f *Fetcher) checkNear(ft *fetch, now time.Time) bool {
 			f.leavePeers(ft)
 			return true
 		}
-		last := ft.requests[len(ft.requests)-1]
-		late := now.Sub(last.asked) >= last.route.HedgeAfter(last.place.src.peer) && !last.soon(ft)
+		late := !slices.ContainsFunc(ft.requests, func(r *request) bool { return !r.late(ft) })
 		if late && len(ft.requests) < maxTries && !now.Before(ft.noExtraBefore) {
 			f.askElsewhere(ft, false, now)
 			return true
 		}
+		return now.Sub(ft.began) < f.o.RetryFor // what a stalled origin is does not hold for peers
 	}
 	return false
 }
@@ -274,11 +281,28 @@ func (r *request) soon(ft *fetch) bool {
 	return known && rate > 0 && float64(r.left(ft))/rate < watchEvery.Seconds()
 }
 
-// nearWays are the ways to ask for a chunk that a peer is late with: the next peer of the
-// route, and the origin.
-func (f *Fetcher) nearWays(ft *fetch, first *request) (ways []way) {
-	if peer, owner, ok := first.route.Next(); ok {
-		ways = append(ways, way{place: place{f.peer(peer, first.place.src.run, first.place.src.keep), ft.place.table}, route: first.route, owner: owner})
+// late reports whether a request to a peer is late with a fetch.
+func (r *request) late(ft *fetch) bool {
+	return r.route.Late(r.place.src.peer, r.asked, r.began, r.moved, r.got, r.got+r.left(ft)) && !r.soon(ft)
+}
+
+// lives reports whether a peer has sent bytes lately, or a sign that it will answer: one of
+// its requests waits for the origin, and those behind it have their turn after that.
+func (s *source) lives(now time.Time) bool {
+	for r := range s.running {
+		if now.Sub(r.moved) < stallAfter || now.Sub(r.route.Sign(s.peer)) < stallAfter {
+			return true
+		}
 	}
-	return append(ways, way{place: ft.place})
+	return false
+}
+
+// nearWay is the way to ask for a chunk that a peer is late with: another peer, and the
+// origin if there is none. The late one may be waiting for the origin, and the chunk would
+// come from there twice.
+func (f *Fetcher) nearWay(ft *fetch, first *request) way {
+	if peer, owner, ok := first.route.Hedge(); ok {
+		return way{place: place{f.peer(peer, first.place.src.run, first.place.src.keep), ft.place.table}, route: first.route, owner: owner}
+	}
+	return way{place: ft.place}
 }

@@ -28,8 +28,9 @@ type zone struct {
 	unusable   map[string]bool // peers
 	overtaken  map[string]int
 	distrusted map[string]int
-	asked      []string // peer, first and last chunk
-	failed     int      // routes that began after the registry had failed
+	signs      map[string]time.Time // the last ones of peers
+	asked      []string             // peer, first and last chunk
+	failed     int                  // routes that began after the registry had failed
 }
 
 func newZone(t *testing.T, w *world, names ...string) *zone {
@@ -84,10 +85,26 @@ func (r *route) Usable(peer string) bool {
 	defer r.z.mu.Unlock()
 	return !r.z.unusable[peer]
 }
-func (r *route) RegistryFailed()                 { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.failed++ }
-func (r *route) HedgeAfter(string) time.Duration { return r.z.hedgeAfter }
-func (r *route) Overtaken(peer string)           { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.overtaken[peer]++ }
-func (r *route) Distrust(peer string)            { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.distrusted[peer]++ }
+func (r *route) RegistryFailed() { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.failed++ }
+func (r *route) Sign(peer string) time.Time {
+	r.z.mu.Lock()
+	defer r.z.mu.Unlock()
+	return r.z.signs[peer]
+}
+func (r *route) Overtaken(peer string) { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.overtaken[peer]++ }
+func (r *route) Doubt(peer string)     { r.z.mu.Lock(); defer r.z.mu.Unlock(); r.z.distrusted[peer]++ }
+
+func (r *route) Late(peer string, asked, began, moved time.Time, got, size int64) bool {
+	if moved.IsZero() {
+		moved = asked
+	}
+	if sign := r.Sign(peer); sign.After(moved) {
+		moved = sign
+	}
+	return time.Since(moved) >= r.z.hedgeAfter || got > 0 && got < size/2 && time.Since(began) >= r.z.hedgeAfter
+}
+
+func (r *route) Hedge() (peer string, owner, ok bool) { return r.Next() }
 
 func (r *route) MayHedge(string) bool {
 	r.z.mu.Lock()
@@ -129,7 +146,7 @@ type nearBody struct {
 }
 
 func (b *nearBody) Source() string { return b.peer }
-func (b *nearBody) Distrust()      { b.r.Distrust(b.peer) }
+func (b *nearBody) Distrust()      { b.r.Doubt(b.peer) }
 
 // nearWorld is a world with peers.
 func nearWorld(t *testing.T, seed uint64, o fetcher.Options, names ...string) (*world, *zone, *fetcher.Bound, []blockmap.Want) {
@@ -469,5 +486,97 @@ func TestReplaysDiffer(t *testing.T) {
 	}
 	if slices.Equal(orders[0], orders[1]) {
 		t.Error("two hosts fetch in the same order")
+	}
+}
+
+// alive has a peer say that it will answer, now and then, until the returned function is called.
+func (z *zone) alive(peer string) (stop func()) {
+	done := make(chan bool)
+	var says sync.WaitGroup
+	says.Go(func() {
+		for {
+			z.mu.Lock()
+			if z.signs == nil {
+				z.signs = make(map[string]time.Time)
+			}
+			z.signs[peer] = time.Now()
+			z.mu.Unlock()
+			select {
+			case <-done:
+				return
+			case <-time.After(400 * time.Millisecond):
+			}
+		}
+	})
+	return func() {
+		close(done)
+		says.Wait()
+	}
+}
+
+// A peer that says that it waits for the registry is waited for: nobody else would have the
+// chunk sooner. That holds for what waits for its turn there, too.
+func TestPeerThatWaitsForTheRegistry(t *testing.T) {
+	for _, many := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w, z, b, wants := nearWorld(t, 214, fetcher.Options{MaxRequest: 1}, "a", "b")
+			defer w.fetcher.Close()
+			z.hedges = 100
+			z.peers["a"].Set(blocktest.Faults{Delay: 4 * time.Second})
+			defer z.alive("a")()
+			all := apart(wants)[:1]
+			if many {
+				all = apart(wants)[:12]
+			}
+			var readers sync.WaitGroup
+			for _, one := range all {
+				readers.Go(func() {
+					if took := fetchTook(t, b, one); took > 9*time.Second { // two after each other
+						t.Errorf("it took %v", took)
+					}
+				})
+			}
+			readers.Wait()
+			if n := w.origin.Requests() + z.peers["b"].Requests(); n != 0 || len(z.overtaken) != 0 {
+				t.Errorf("%d requests elsewhere, overtaken %v", n, z.overtaken)
+			}
+		})
+	}
+}
+
+// A demand waits for the pieces of a bundle that are under way: a request for its chunk would
+// read the same content from the registry again. If nothing comes, it is requested.
+func TestDemandWaitsForPieces(t *testing.T) {
+	for _, after := range []time.Duration{0, 1500 * time.Millisecond, 3500 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			w, z, b, wants := nearWorld(t, 215, fetcher.Options{}, "a")
+			defer w.fetcher.Close()
+			l := w.bundle(t, wants)
+			l.let(0, nil)
+			r := b.Replay(t.Context(), wants, fetcher.ReplayOptions{Bundle: &l.Bundle})
+			defer r.Stop()
+			synctest.Wait()
+			last := len(l.ends) / 3
+			if after > 0 {
+				// The first frames come at once. The wanted one comes later, others before it.
+				go func() {
+					time.Sleep(time.Second)
+					l.let(l.ends[0], nil)
+					for at := 1500 * time.Millisecond; at < after; at += 500 * time.Millisecond {
+						time.Sleep(500 * time.Millisecond)
+						l.let(l.ends[int(at/(500*time.Millisecond))], nil)
+					}
+					time.Sleep(500 * time.Millisecond)
+					l.let(1<<40, nil)
+				}()
+			}
+			took := fetchTook(t, b, l.part(last).Wants[:1])
+			switch asked := len(z.requests()) + w.origin.Requests(); {
+			case after > 0 && (asked != 0 || took < after):
+				t.Errorf("%d requests, after %v", asked, took)
+			case after == 0 && (asked == 0 || took < time.Second || took > 3*time.Second):
+				t.Errorf("nothing comes: %d requests, after %v", asked, took)
+			}
+		})
 	}
 }

@@ -102,6 +102,7 @@ func (f *Fetcher) answered(r *request, body io.ReadCloser, after time.Duration) 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r.moved = time.Now()
+	r.began = r.moved
 	r.place.src.pace.answered(after)
 	if b, ok := body.(sourced); ok {
 		r.server = b.Source()

@@ -33,6 +33,7 @@ type request struct {
 	ends       []int64   // where each fetch ends in the body
 	total, got int64     // bytes of the body, and those received
 	moved      time.Time // when the last bytes arrived, or when the request was sent
+	began      time.Time // when the answer began; zero before that
 	samples    samples   // of got, over time
 	made       bool      // it was sent, because the cache did not have all the chunks
 	server     string    // the server that sends the bytes, if known

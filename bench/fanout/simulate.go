@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"thaw/bench"
@@ -23,6 +24,9 @@ type scenario struct {
 	systems []sim.System
 	change  func(o *sim.Options)
 }
+
+// split is the scenario in which the zone falls in two when a start has begun.
+const split = "split-at-40ms"
 
 var all = []sim.System{sim.Zone, sim.Registry, sim.PullThrough, sim.Tree}
 
@@ -55,18 +59,21 @@ func scenarios(p *sim.Plan, bundle int64, hosts int) []scenario {
 			out = append(out, scenario{name(n, rate, "trace"), all, at(n, rate, false, nil)}, scenario{name(n, rate, "bundle"), all, at(n, rate, true, nil)})
 		}
 	}
-	for _, x := range []struct {
-		name string
-		more func(o *sim.Options)
-	}{
-		{"over-10s", func(o *sim.Options) { o.Within = 10 * time.Second }},
-		{"loss-0.1%", func(o *sim.Options) { o.Loss = 0.001 }},
-		{"stragglers-5%", func(o *sim.Options) { o.Stragglers = 0.05 }},
-		{"dead-2%", func(o *sim.Options) { o.Dead = 0.02 }},
-		{"liars-1%", func(o *sim.Options) { o.Liars = 0.01 }},
-		{"all-of-these", func(o *sim.Options) { o.Loss, o.Stragglers, o.Dead, o.Liars = 0.001, 0.05, 0.02, 0.01 }},
-	} {
-		out = append(out, scenario{name(few, 10e9, "trace-"+x.name), []sim.System{sim.Zone}, at(few, 10e9, false, x.more)})
+	for _, n := range slices.Compact([]int{max(few/10, 10), few}) {
+		for _, x := range []struct {
+			name string
+			more func(o *sim.Options)
+		}{
+			{"over-10s", func(o *sim.Options) { o.Within = 10 * time.Second }},
+			{"loss-0.1%", func(o *sim.Options) { o.Loss = 0.001 }},
+			{"stragglers-5%", func(o *sim.Options) { o.Stragglers = 0.05 }},
+			{"dead-2%", func(o *sim.Options) { o.Dead = 0.02 }},
+			{"liars-1%", func(o *sim.Options) { o.Liars = 0.01 }},
+			{"all-of-these", func(o *sim.Options) { o.Loss, o.Stragglers, o.Dead, o.Liars = 0.001, 0.05, 0.02, 0.01 }},
+			{split, func(o *sim.Options) { o.Split = 40 * time.Millisecond }},
+		} {
+			out = append(out, scenario{name(n, 10e9, "trace-"+x.name), []sim.System{sim.Zone}, at(n, 10e9, false, x.more)})
+		}
 	}
 	return out
 }

@@ -58,13 +58,14 @@ func TestHostileRequests(t *testing.T) {
 	chunks := "/v1/streams/" + id + "/chunks/"
 	run := fmt.Sprintf("0-%d", last)
 	blob := "/v1/blobs/" + s.table.Blob.String() + "/"
+	piece := fmt.Sprint("0-", s.firstPiece())
 	request := func(target string) string { return "GET " + target + " HTTP/1.1\r\nHost: zone\r\n\r\n" }
 	for _, c := range []struct{ want, request string }{
 		{"200", request(chunks + run + query)},
-		{"200", request(blob + "0-4096" + query)},
+		{"200", request(blob + piece + query)},
 		{"200", request("/v1/health" + query)},
 		{"405", "POST " + chunks + run + query + " HTTP/1.1\r\nHost: zone\r\nContent-Length: 0\r\n\r\n"},
-		{"405", "PUT " + blob + "0-4096" + query + " HTTP/1.1\r\nHost: zone\r\nContent-Length: 9\r\n\r\nnew bytes"},
+		{"405", "PUT " + blob + piece + query + " HTTP/1.1\r\nHost: zone\r\nContent-Length: 9\r\n\r\nnew bytes"},
 		{"405", "DELETE " + chunks + run + query + " HTTP/1.1\r\nHost: zone\r\n\r\n"},
 		{"405", "OPTIONS * HTTP/1.1\r\nHost: zone\r\n\r\n"},
 		{"405", "CONNECT zone:80 HTTP/1.1\r\nHost: zone\r\n\r\n"},

@@ -33,6 +33,14 @@ type Client struct {
 	scheme    string
 	transport *http.Transport
 	stored    atomic.Int64 // bytes that have come as the registry has them
+
+	ctx  context.Context // of requests that were given up
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+	mu   struct {
+		sync.Mutex
+		closed bool
+	}
 }
 
 // ClientOptions are the settings of a Client. Zero durations mean the default.
@@ -44,9 +52,13 @@ type ClientOptions struct {
 	// name; nil for no TLS.
 	TLS func(peer string) *tls.Config
 
-	Dial      time.Duration // to connect, with the handshake; defaults to 1 s
-	FirstSign time.Duration // to the answer, or from one sign that it will come to the next; defaults to 2 s
-	Answer    time.Duration // to the answer in all; defaults to 10 s
+	// To connect, with the handshake. It defaults to 2 s. A request does not wait for that
+	// longer than for its first sign.
+	Dial time.Duration
+	// To the answer, or from one sign that it will come to the next, at most: a Router gives
+	// peers less. It defaults to 2 s.
+	FirstSign time.Duration
+	Answer    time.Duration // to the answer in all; defaults to AnswerTime
 	Stall     time.Duration // in which a body must bring LeastBytes; defaults to 2 s
 	Body      time.Duration // for all of a body; defaults to 20 s
 }
@@ -70,12 +82,13 @@ const (
 
 // NewClient makes a Client. The caller closes it.
 func NewClient(o ClientOptions) *Client {
-	o.Dial = cmp.Or(o.Dial, time.Second)
+	o.Dial = cmp.Or(o.Dial, 2*time.Second)
 	o.FirstSign = cmp.Or(o.FirstSign, 2*time.Second)
-	o.Answer = cmp.Or(o.Answer, 10*time.Second)
+	o.Answer = cmp.Or(o.Answer, AnswerTime)
 	o.Stall = cmp.Or(o.Stall, 2*time.Second)
 	o.Body = cmp.Or(o.Body, 20*time.Second)
 	c := &Client{o: o, scheme: "http"}
+	c.ctx, c.stop = context.WithCancel(context.Background())
 	c.transport = &http.Transport{
 		DialContext:            c.dial,
 		DisableCompression:     true,
@@ -100,8 +113,16 @@ func NewClient(o ClientOptions) *Client {
 	return c
 }
 
-// Close closes the connections that are not in use.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+// Close closes the connections that are not in use, and ends what is left of requests that
+// were given up.
+func (c *Client) Close() {
+	c.mu.Lock()
+	c.mu.closed = true
+	c.mu.Unlock()
+	c.stop()
+	c.wg.Wait()
+	c.transport.CloseIdleConnections()
+}
 
 // Names of peers are not always names of hosts as URLs have them, so the host of a URL is
 // the name in hexadecimal.
@@ -262,15 +283,23 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 	if !ValidName(peer) {
 		return nil, &PeerError{peer, Outcome{Result: Broken}, errors.New("it has no valid name")}
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	// One timer for the first sign, and for each later one.
-	until := began.Add(c.o.Answer)
-	sign := time.AfterFunc(min(c.o.FirstSign, c.o.Answer), func() { cancel(errNoAnswer) })
-	defer sign.Stop()
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+	// The request outlives its caller for a moment if it is given up without a sign of life.
+	told, _ := ctx.Value(signsKey{}).(*signs)
+	asked, stop := context.WithCancelCause(context.WithoutCancel(ctx))
+	leave := context.AfterFunc(ctx, func() { stop(context.Cause(ctx)) })
+	cancel := func(cause error) {
+		leave()
+		stop(cause)
+	}
+	w := newWatch(&c.o, told, began, func() { stop(errNoAnswer) })
+	signed := make(chan struct{}, 1)
+	traced := httptrace.WithClientTrace(asked, &httptrace.ClientTrace{
 		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
-			if code == http.StatusProcessing && sign.Stop() {
-				sign.Reset(min(c.o.FirstSign, time.Until(until)))
+			if code == http.StatusProcessing && w.sign(false) {
+				select {
+				case signed <- struct{}{}:
+				default:
+				}
 			}
 			return nil
 		},
@@ -281,13 +310,30 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 		Host:   "thaw-zone",
 		Header: http.Header{"User-Agent": {"thaw"}},
 	}).WithContext(traced)
-	resp, err := c.transport.RoundTrip(req)
-	if err == nil && !sign.Stop() {
-		resp.Body.Close()
-		err = errNoAnswer
+	done := make(chan answered, 1)
+	go func() {
+		resp, err := c.transport.RoundTrip(req)
+		done <- answered{resp, err}
+	}()
+	var came answered
+	select {
+	case came = <-done:
+	case <-w.overdue:
+		if w.giveUp() {
+			leave()
+			c.linger(w, done, signed, stop)
+			return nil, &PeerError{peer, Outcome{Result: Late, Silent: true, Took: time.Since(began)}, errNoAnswer}
+		}
+		came = <-done
 	}
+	resp, err := came.resp, came.err
+	if err == nil {
+		w.sign(true)
+	}
+	silent, longest := w.stop()
 	if err != nil {
-		failed := c.failed(ctx, peer, err, began)
+		failed := c.failed(asked, peer, err, began)
+		failed.Outcome.Silent = silent
 		cancel(nil)
 		return nil, failed
 	}
@@ -298,9 +344,9 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 		return nil, refused
 	}
 	as, known := parseForm(resp.Header)
-	n, asked := length(as)
+	n, wanted := length(as)
 	switch {
-	case !known || !asked || resp.Header.Get("Content-Encoding") != "":
+	case !known || !wanted || resp.Header.Get("Content-Encoding") != "":
 		err = errors.New("its answer has a form that was not asked for")
 	case n >= 0 && resp.ContentLength != n:
 		err = fmt.Errorf("its answer has %d bytes instead of %d", resp.ContentLength, n)
@@ -310,11 +356,11 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 		cancel(nil)
 		return nil, &PeerError{peer, Outcome{Result: Broken, Took: time.Since(began)}, err}
 	}
-	return &Body{client: c, peer: peer, body: resp.Body, form: as, compressed: as.stored, ctx: ctx, cancel: cancel, began: began, n: n, waited: time.Since(began)}, nil
+	return &Body{client: c, peer: peer, body: resp.Body, form: as, compressed: as.stored, ctx: asked, cancel: cancel, began: began, n: n, waited: time.Since(began), longest: longest}, nil
 }
 
 // failed returns the error of a request without an answer.
-func (c *Client) failed(ctx context.Context, peer string, err error, began time.Time) error {
+func (c *Client) failed(ctx context.Context, peer string, err error, began time.Time) *PeerError {
 	o := Outcome{Result: Broken, Took: time.Since(began)}
 	var handshake *handshakeError
 	switch cause := context.Cause(ctx); {
@@ -393,6 +439,7 @@ type Body struct {
 	compressed bool             // the bytes are as the registry has them
 
 	waited   time.Duration // for the answer, and in Read
+	longest  time.Duration // pause between two signs, or in Read
 	window   time.Duration // the part of it since window bytes were counted anew
 	windowed int64
 	closed   sync.Once
@@ -426,6 +473,7 @@ func (b *Body) Read(p []byte) (int, error) {
 	t.Stop()
 	took := time.Since(began)
 	b.waited += took
+	b.longest = max(b.longest, took)
 	b.window += took
 	b.got += int64(n)
 	if b.windowed += int64(n); b.windowed >= leastBytes {
@@ -442,8 +490,7 @@ func (b *Body) Read(p []byte) (int, error) {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		var failed *PeerError
-		errors.As(b.client.failed(b.ctx, b.peer, err, b.began), &failed)
+		failed := b.client.failed(b.ctx, b.peer, err, b.began)
 		b.end(failed.Outcome)
 		return n, failed
 	}
@@ -473,7 +520,7 @@ func (b *Body) Close() error {
 func (b *Body) end(o Outcome) (first bool) {
 	b.over.Do(func() {
 		first = true
-		o.Bytes, o.Took = b.got, b.waited
+		o.Bytes, o.Took, o.Quiet = b.got, b.waited, b.longest
 		if b.compressed {
 			b.client.stored.Add(b.got)
 		}

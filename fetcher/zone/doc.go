@@ -9,7 +9,9 @@
 // wait for each other. An owner that is sending a run to a few members already names
 // members that have got it instead, and these pass it on: so a tree grows for each run by
 // itself. Whatever goes wrong with a peer costs one short timeout, and the next source is
-// asked: another holder, the second owner, the registry.
+// asked: another holder, the next owner, the registry. The owner of a run is the first
+// member in its order that can be reached, so hosts that can reach the same members agree
+// about it.
 //
 // Nothing that comes from a peer is believed. A host verifies it by its own index, like
 // bytes from anywhere.
@@ -61,7 +63,7 @@
 //
 // is a Health in JSON. The header of an answer has its exact Content-Length, and
 // Thaw-Source: memory, disk, or origin. While a member waits for what was asked for, it
-// sends 102 twice a second. Other codes have a short text:
+// sends 102: after 50 ms, and then twice a second. Other codes have a short text:
 //
 //	400  the request is malformed
 //	403  another zone, or a name that the certificate does not have
@@ -82,18 +84,20 @@
 //
 //	ring.go       who owns a run
 //	router.go     whom to ask, and in which order; health.go: what is known about a peer
+//	late.go       when a peer is late
 //	grants.go     who gets a run from here, and who is named instead
 //	budget.go     how many extra requests there may be
 //	names.go      names of members
 //
 // asking:
 //
-//	client.go     requests to peers
+//	client.go     requests to peers; signs.go: their signs of life
 //	peers.go      the way of a fetch through the zone
 //
 // answering:
 //
 //	server.go     requests of peers, and their bounds; request.go: how they are parsed
+//	owned.go      what this host fetches for those that it refers to others
 //	send.go       bodies: from files, from mappings, from memory, at a least speed
 //	pieces.go     pieces of blobs in memory
 //	stored.go     chunks in memory as the registry has them

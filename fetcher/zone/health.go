@@ -8,7 +8,10 @@ import (
 
 // health is what a Router knows about one peer. It does no locking.
 type health struct {
-	active int // requests in flight
+	active int       // requests in flight
+	signed int       // of these, those that have given a sign of life
+	asked  time.Time // when the oldest of the others was sent, about
+	sign   time.Time // the last first sign of a request
 
 	fails   int       // failures in a row
 	absents int       // answers in a row that it has nothing
@@ -18,6 +21,10 @@ type health struct {
 	wrong   int       // answers with wrong bytes, in all
 	shun    time.Time // it is not asked before this, after wrong bytes
 	trial   time.Time // after failures, one request finds out whether it works; until then, no other does
+	silent  bool      // the last failure was that it gave no sign of life
+	doubted time.Time // when it last sent wrong bytes that it could not verify
+	doubts  int       // how often in a row, with less than shunFirst in between
+	doubt   int64     // in all
 
 	served, bytes, failed, busy int64
 	latency                     latencies
@@ -26,12 +33,14 @@ type health struct {
 const (
 	restFirst, restMost   = 500 * time.Millisecond, 2 * time.Minute // after a failure; twice as long with each
 	restLeast             = 100 * time.Millisecond                  // of what is drawn at random from that
+	silentRest            = 2 * time.Second                         // at least, after silence; a sign of life ends it
 	refusedRest           = 30 * time.Second                        // at least, after a refusal: a person must act
 	shunFirst, shunMost   = 10 * time.Minute, 24 * time.Hour        // after wrong bytes; four times as long with each
 	spareFirst, spareMost = 250 * time.Millisecond, 15 * time.Second
 	trialFor              = 5 * time.Second
 	maxAbsents            = 16 // an owner that never has anything is of no use
 	maxSlow               = 3  // requests in a row that were overtaken
+	maxDoubts             = 4  // wrong pieces until a peer is distrusted
 )
 
 // usable reports whether the peer may be asked. After a failure it may be asked by one
@@ -49,8 +58,9 @@ func (h *health) usable(now time.Time) bool {
 	return true
 }
 
-// ended records the outcome of a request. rng draws the pauses.
-func (h *health) ended(o Outcome, now time.Time, rng *rand.Rand) {
+// ended records the outcome of a request, and reports whether a rest begins because the
+// peer could not be reached. rng draws the pauses.
+func (h *health) ended(o Outcome, now time.Time, rng *rand.Rand) (unreached bool) {
 	switch o.Result {
 	case Served:
 		h.served++
@@ -69,18 +79,23 @@ func (h *health) ended(o Outcome, now time.Time, rng *rand.Rand) {
 		h.fails, h.slow, h.trial = 0, 0, time.Time{}
 		if h.absents++; h.absents >= maxAbsents {
 			h.absents = 0
-			h.fail(now, 0, rng)
+			h.rests(now, 0, rng)
 		}
 	case Slow:
 		// In a trial once is enough.
 		if h.slow++; h.slow >= maxSlow || h.fails > 0 {
 			h.slow = 0
-			h.fail(now, 0, rng)
+			h.rests(now, 0, rng)
 		}
 	case Late, Broken:
-		h.fail(now, 0, rng)
+		if o.Result == Late && o.Bytes == 0 { // silence, also if it has given signs before
+			unreached = h.rests(now, silentRest, rng)
+			h.silent = h.silent || unreached
+			return unreached
+		}
+		return h.rests(now, 0, rng) && o.Silent
 	case Refused:
-		h.fail(now, refusedRest, rng)
+		h.rests(now, refusedRest, rng)
 	case Wrong:
 		h.failed++
 		h.wrong++
@@ -88,18 +103,44 @@ func (h *health) ended(o Outcome, now time.Time, rng *rand.Rand) {
 	case Cancelled:
 		h.trial = time.Time{} // another request is the trial
 	}
+	return false
 }
 
-// fail begins a rest. Requests that were in flight together fail together, once.
-func (h *health) fail(now time.Time, least time.Duration, rng *rand.Rand) {
+// rests begins a rest after a failure, and reports whether it does. Requests that were in
+// flight together fail together, once.
+func (h *health) rests(now time.Time, least time.Duration, rng *rand.Rand) bool {
 	h.failed++
 	h.trial = time.Time{}
 	if now.Before(h.rest) {
-		return
+		return false
 	}
 	h.fails++
+	h.silent = false
 	d := min(restFirst<<min(h.fails-1, 16), restMost)
 	h.rest = now.Add(max(least, restLeast) + rand64(rng, d))
+	return true
+}
+
+// revived ends the rest of a peer that was silent for too long, and works.
+func (h *health) revived() {
+	if h.silent {
+		h.silent, h.fails, h.rest, h.trial = false, 0, time.Time{}, time.Time{}
+	}
+}
+
+// mistaken records wrong bytes that the peer could not verify.
+func (h *health) mistaken(now time.Time, rng *rand.Rand) {
+	if now.Sub(h.doubted) >= shunFirst {
+		h.doubts = 0
+	}
+	h.doubted = now
+	h.doubt++
+	if h.doubts++; h.doubts >= maxDoubts {
+		h.doubts = 0
+		h.ended(Outcome{Result: Wrong}, now, rng)
+		return
+	}
+	h.rests(now, 0, rng)
 }
 
 func rand64(rng *rand.Rand, d time.Duration) time.Duration {

@@ -3,6 +3,7 @@ package zone
 import (
 	"container/list"
 	"context"
+	"crypto/sha256"
 	"sync"
 	"time"
 
@@ -13,9 +14,13 @@ import (
 // and for this host. The least recently used ones go first. A piece that is being fetched
 // is fetched once, however many wait for it.
 //
-// A piece cannot be verified by itself. One that a peer has sent is for this host alone
-// until what is in it has been verified: otherwise this host would be blamed for the lies
-// of others.
+// A piece cannot be verified by itself, unless it is a whole blob: only the frames in it
+// can, when this host has the head of the bundle, and those that reach into the next piece
+// when that has come. Members pass pieces on before that. If they did not, they would wait
+// for each other: one has the first piece and waits for the second one, which another has,
+// that waits for the first. So wrong bytes are not always the fault of who sends them, and
+// a member is excused a few of them, see Router.Doubt. Who has found out that a piece is
+// wrong drops it.
 type pieces struct {
 	most  int64         // bytes to keep
 	slots chan struct{} // one for each fetch from the registry
@@ -42,13 +47,12 @@ type pieceKey struct {
 
 // piece is a piece that is here. Nobody changes its bytes.
 type piece struct {
-	key    pieceKey
-	bytes  []byte
-	from   string        // the peer that sent it; empty: the registry did
-	judged chan struct{} // closed when it is known whether it is right
-	right  bool          // it may be sent to peers
-	place  *list.Element
-	used   time.Time // last
+	key   pieceKey
+	bytes []byte
+	from  string // the peer that sent it; empty: the registry did
+	right bool   // the registry has sent it, or it has been verified
+	place *list.Element
+	used  time.Time // last
 }
 
 // flightKey names a fetch of n bytes: from the registry, for peers, or by way of peers, for
@@ -100,11 +104,11 @@ func (p *pieces) close() {
 	p.wg.Wait()
 }
 
-// find returns n bytes that are here and may be sent to peers.
+// find returns n bytes that are here.
 func (p *pieces) find(k pieceKey, n int64) (b []byte, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if x := p.use(k, n); x != nil && x.right {
+	if x := p.use(k, n); x != nil {
 		return x.bytes, true
 	}
 	return nil, false
@@ -121,8 +125,7 @@ func (p *pieces) use(k pieceKey, n int64) *piece {
 	return x
 }
 
-// inFlight reports whether this host is fetching a piece, or has one that is not judged
-// yet. wait waits for that, and returns the piece if it may be sent to peers.
+// inFlight reports whether this host is fetching a piece. wait waits for it.
 func (p *pieces) inFlight(k pieceKey, n int64) (wait func(context.Context) ([]byte, error), ok bool) {
 	if p.pending(k, n) == nil {
 		return nil, false
@@ -145,8 +148,7 @@ func (p *pieces) inFlight(k pieceKey, n int64) (wait func(context.Context) ([]by
 	}, true
 }
 
-// pending returns what is closed when the next thing becomes known of a piece that is not
-// here for peers; nil if there is nothing to wait for.
+// pending returns what is closed when a fetch of a piece has ended; nil if there is none.
 func (p *pieces) pending(k pieceKey, n int64) chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -155,9 +157,6 @@ func (p *pieces) pending(k pieceKey, n int64) chan struct{} {
 			return x.done
 		}
 	}
-	if x := p.mu.here[k]; x != nil && int64(len(x.bytes)) == n && !x.right {
-		return x.judged
-	}
 	return nil
 }
 
@@ -165,7 +164,7 @@ func (p *pieces) pending(k pieceKey, n int64) chan struct{} {
 // the registry and nobody else, for a peer. The fetch outlives ctx while others wait for it.
 func (p *pieces) get(ctx context.Context, k pieceKey, n int64, origin bool, fetch fetchPiece) (b []byte, from string, err error) {
 	p.mu.Lock()
-	if x := p.use(k, n); x != nil && (x.right || !origin) {
+	if x := p.use(k, n); x != nil {
 		p.mu.Unlock()
 		return x.bytes, x.from, nil
 	}
@@ -226,9 +225,15 @@ func (p *pieces) fetch(ctx context.Context, k flightKey, x *flight, fetch fetchP
 		return // nobody waits for it any more
 	}
 	delete(p.mu.flights, k)
-	if err == nil && int64(len(b)) == k.n {
+	if err == nil && int64(len(b)) == k.n && mayBe(k.blob, k.off, b) {
 		p.keep(k.pieceKey, b, from)
 	}
+}
+
+// mayBe reports whether the bytes at off of a blob may be these. If they are the whole blob,
+// its digest says so.
+func mayBe(blob blockmap.Digest, off int64, b []byte) bool {
+	return off > 0 || len(b) >= PieceBytes || blockmap.Digest(sha256.Sum256(b)) == blob
 }
 
 // keep keeps a piece that has come. What a peer has sent does not replace what is right.
@@ -240,11 +245,7 @@ func (p *pieces) keep(k pieceKey, b []byte, from string) {
 		}
 		p.remove(old)
 	}
-	x := &piece{key: k, bytes: b, from: from, judged: make(chan struct{}), used: time.Now()}
-	if from == "" {
-		x.right = true
-		close(x.judged)
-	}
+	x := &piece{key: k, bytes: b, from: from, right: from == "", used: time.Now()}
 	p.mu.here[k] = x
 	x.place = p.mu.recent.PushFront(x)
 	p.mu.bytes += int64(len(b))
@@ -262,9 +263,8 @@ func (p *pieces) judge(k pieceKey, right bool) {
 	case x == nil:
 	case !right:
 		p.remove(x)
-	case !x.right:
+	default:
 		x.right = true
-		close(x.judged)
 	}
 }
 
@@ -282,7 +282,4 @@ func (p *pieces) remove(x *piece) {
 	p.mu.recent.Remove(x.place)
 	delete(p.mu.here, x.key)
 	p.mu.bytes -= int64(len(x.bytes))
-	if !x.right {
-		close(x.judged)
-	}
 }

@@ -3,6 +3,7 @@ package zone
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"sync"
 	"sync/atomic"
@@ -111,52 +112,42 @@ func TestAbandonedPiece(t *testing.T) {
 	}
 }
 
-// What a peer has sent is passed on only after it was verified. An owner does not wait for
-// that, nor for a fetch by way of peers.
+// What a peer has sent is passed on at once, and dropped when it turns out to be wrong. A
+// whole blob is verified before. An owner does not wait for a fetch by way of peers.
 func TestPiecesOfPeers(t *testing.T) {
-	p := newPieces(1 << 20)
+	p := newPieces(4 << 20)
 	defer p.close()
 	k := key(1)
 	if b, who, err := p.get(t.Context(), k, 5, false, from("liar", []byte("wrong"))); err != nil || string(b) != "wrong" || who != "liar" {
 		t.Fatalf("%q of %q, %v", b, who, err)
 	}
-	if _, ok := p.find(k, 5); ok {
-		t.Error("an unverified piece is sent to peers")
+	if b, ok := p.find(k, 5); !ok || string(b) != "wrong" {
+		t.Error("a piece that has come is not sent to peers")
 	}
-	wait, ok := p.inFlight(k, 5)
-	if !ok {
-		t.Fatal("nothing to wait for")
-	}
-	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
-	if b, err := wait(short); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("%q, %v", b, err)
-	}
-	got := make(chan error, 1)
-	go func() {
-		_, err := wait(t.Context())
-		got <- err
-	}()
 	p.judge(k, false)
-	if err := <-got; !errors.Is(err, ErrAbsent) {
-		t.Errorf("a wrong piece: %v", err)
-	}
-	if _, ok := p.inFlight(k, 5); ok {
+	if _, ok := p.find(k, 5); ok {
 		t.Error("a wrong piece is kept")
 	}
-
+	if _, ok := p.inFlight(k, 5); ok {
+		t.Error("there is something to wait for")
+	}
 	p.get(t.Context(), k, 5, false, from("friend", []byte("right")))
-	wait, _ = p.inFlight(k, 5)
-	go func() {
-		b, err := wait(t.Context())
-		if string(b) != "right" {
-			err = errors.New("other bytes")
-		}
-		got <- err
-	}()
 	p.judge(k, true)
-	if err := <-got; err != nil {
-		t.Error(err)
+	if b, ok := p.find(k, 5); !ok || string(b) != "right" {
+		t.Errorf("%q, %v", b, ok)
+	}
+
+	// A blob of one piece, as an index is.
+	small := []byte("a small blob")
+	k = pieceKey{"registry.example/a", sha256.Sum256(small), 0}
+	for _, sent := range []string{"a wrong blob", string(small)} {
+		b, _, err := p.get(t.Context(), k, int64(len(small)), false, from("peer", []byte(sent)))
+		if err != nil || string(b) != sent {
+			t.Errorf("%q, %v", b, err)
+		}
+		if _, ok := p.find(k, int64(len(small))); ok != (sent == string(small)) {
+			t.Errorf("%q is kept: %v", sent, ok)
+		}
 	}
 
 	// An owner asks the registry beside an own fetch that hangs, and what comes of that
@@ -172,6 +163,12 @@ func TestPiecesOfPeers(t *testing.T) {
 		})
 	}()
 	await(t, "the own fetch is under way", func() bool { _, ok := p.inFlight(k, 5); return ok })
+	wait, _ := p.inFlight(k, 5)
+	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if b, err := wait(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%q, %v", b, err)
+	}
 	if b, _, err := p.get(t.Context(), k, 5, true, from("", []byte("right"))); err != nil || string(b) != "right" {
 		t.Errorf("%q, %v", b, err)
 	}
@@ -180,6 +177,9 @@ func TestPiecesOfPeers(t *testing.T) {
 	if b, ok := p.find(k, 5); !ok || string(b) != "right" {
 		t.Errorf("%q, %v", b, ok)
 	}
+	if b, err := wait(t.Context()); err != nil || string(b) != "right" {
+		t.Errorf("%q, %v", b, err)
+	}
 }
 
 // The memory is bounded, and what nobody uses goes.
@@ -187,11 +187,11 @@ func TestPiecesAreBounded(t *testing.T) {
 	p := newPieces(10)
 	defer p.close()
 	for i := range int64(5) {
-		p.get(t.Context(), key(i), 4, true, from("", bytes.Repeat([]byte{byte(i)}, 4)))
-		p.find(key(0), 4) // is used all the time
+		p.get(t.Context(), key(i+1), 4, true, from("", bytes.Repeat([]byte{byte(i)}, 4)))
+		p.find(key(1), 4) // is used all the time
 	}
 	for i, want := range []bool{true, false, false, false, true} {
-		if _, ok := p.find(key(int64(i)), 4); ok != want {
+		if _, ok := p.find(key(int64(i+1)), 4); ok != want {
 			t.Errorf("piece %d: %v", i, ok)
 		}
 	}

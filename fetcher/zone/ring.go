@@ -39,13 +39,20 @@ type Ring struct {
 	hashes []uint64
 	at     map[string]int
 
-	mu   sync.Mutex
-	memo map[Run][maxOwners]int32 // runs that were looked up lately
+	mu     sync.Mutex
+	memo   map[Run][]int32 // the first members in the order of the runs that were looked up lately
+	ranked int             // members in memo
 }
 
+// A ranking has the first few members in the order of a run. It is made longer when these
+// are not enough, because they cannot be reached. It never has more than maxRank: when so
+// many cannot be reached, it is this host that cannot reach anybody.
 const (
-	maxOwners = 3    // of a run, in order
-	maxMemo   = 8192 // runs
+	firstRank = 3
+	nextRank  = 16
+	maxRank   = 64
+	maxMemo   = 8192    // runs
+	maxRanked = 1 << 17 // members in all rankings
 )
 
 // NewRing makes the ring of these members. The salt, the name of the zone, makes owners
@@ -55,7 +62,7 @@ func NewRing(salt string, names []string) *Ring {
 	slices.Sort(names)
 	names = slices.Compact(names)
 	r := &Ring{names: names, hashes: make([]uint64, len(names)), at: make(map[string]int, len(names)),
-		memo: make(map[Run][maxOwners]int32)}
+		memo: make(map[Run][]int32)}
 	for i, name := range names {
 		sum := sha256.Sum256([]byte(salt + "\x00" + name))
 		r.hashes[i] = binary.LittleEndian.Uint64(sum[:])
@@ -70,48 +77,67 @@ func (r *Ring) Len() int { return len(r.names) }
 // Has reports whether a host is a member.
 func (r *Ring) Has(name string) bool { _, ok := r.at[name]; return ok }
 
-// Owners appends the first n owners of a run, at most 3, in their order.
+// Owners appends the first n owners of a run, at most maxRank, in their order.
 func (r *Ring) Owners(owners []string, run Run, n int) []string {
-	best := r.owners(run)
-	for _, i := range best[:min(n, maxOwners, len(r.names))] {
+	best := r.ranking(run, n)
+	for _, i := range best[:min(n, len(best))] {
 		owners = append(owners, r.names[i])
 	}
 	return owners
 }
 
-func (r *Ring) owners(run Run) [maxOwners]int32 {
+// owner returns the first member in the order of a run. There is at least one member.
+func (r *Ring) owner(run Run) string { return r.names[r.ranking(run, 1)[0]] }
+
+// ranking returns at least the first n members in the order of a run, as far as there are
+// so many and maxRank allows. Nobody changes what it returns.
+func (r *Ring) ranking(run Run, n int) []int32 {
+	n = min(n, maxRank, len(r.names))
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	best, ok := r.memo[run]
-	if !ok {
-		best = r.rank(run)
-		if len(r.memo) >= maxMemo {
-			clear(r.memo)
-		}
-		r.memo[run] = best
+	best := r.memo[run]
+	if len(best) >= n {
+		return best
 	}
+	longer := firstRank
+	for longer < n {
+		if longer = nextRank; longer < n {
+			longer = maxRank
+		}
+	}
+	r.ranked -= len(best)
+	best = r.rank(run, longer)
+	if len(r.memo) >= maxMemo || r.ranked+len(best) > maxRanked {
+		clear(r.memo)
+		r.ranked = 0
+	}
+	r.memo[run] = best
+	r.ranked += len(best)
 	return best
 }
 
-// rank finds the members with the highest scores.
-func (r *Ring) rank(run Run) (best [maxOwners]int32) {
+// rank finds the n members with the highest scores.
+func (r *Ring) rank(run Run, n int) []int32 {
+	n = min(n, len(r.names))
 	// The digest is even already, so that any part of it serves as its hash.
 	key := mix(binary.LittleEndian.Uint64(run.Of[:8]) + uint64(run.Number)*0x9e3779b97f4a7c15)
-	var scores [maxOwners]uint64
-	n := 0
+	best := make([]int32, 0, n)
+	var scores [maxRank]uint64
 	for i, h := range r.hashes {
 		score := mix(key ^ h)
-		at := n
+		if len(best) == n && score <= scores[n-1] {
+			continue
+		}
 		// Equal scores stay in the order of the names.
+		at := len(best)
 		for at > 0 && scores[at-1] < score {
 			at--
 		}
-		if at == maxOwners {
-			continue
+		if len(best) < n {
+			best = append(best, 0)
 		}
-		n = min(n+1, maxOwners)
-		copy(scores[at+1:n], scores[at:n-1])
-		copy(best[at+1:n], best[at:n-1])
+		copy(scores[at+1:len(best)], scores[at:])
+		copy(best[at+1:], best[at:])
 		scores[at], best[at] = score, int32(i)
 	}
 	return best

@@ -131,17 +131,55 @@ func TestMemoIsBounded(t *testing.T) {
 	}
 }
 
+// A ranking is made longer when the first members are not enough. It keeps its beginning, is
+// that of all hosts, and has no member twice.
+func TestLongRanking(t *testing.T) {
+	for _, n := range []int{1, 2, 5, 20, 100} {
+		a, b := NewRing("zone", names(n)), NewRing("zone", names(n))
+		for i, run := range runs(30) {
+			var last []string
+			for _, k := range []int{1, 3, 4, 16, 17, 64, 1000} {
+				x := a.Owners(nil, run, k)
+				if len(x) != min(k, n, maxRank) || !slices.Equal(x[:len(last)], last) {
+					t.Fatalf("run %d: the first %d of %d are %v after %v", i, k, n, x, last)
+				}
+				last = x
+			}
+			if y := b.Owners(nil, run, 1000); !slices.Equal(y, last) {
+				t.Fatalf("%v and %v", last, y)
+			}
+			slices.Sort(last)
+			if len(slices.Compact(last)) != min(n, maxRank) {
+				t.Fatalf("%v", last)
+			}
+		}
+	}
+	// Their memory is bounded, too.
+	r := NewRing("", names(100))
+	for i := range maxMemo {
+		r.Owners(nil, Run{Number: uint32(i)}, maxRank)
+		r.Owners(nil, Run{Number: uint32(i)}, 1)
+	}
+	kept := 0
+	for _, best := range r.memo {
+		kept += len(best)
+	}
+	if kept != r.ranked || kept > maxRanked {
+		t.Errorf("%d members in rankings, counted as %d", kept, r.ranked)
+	}
+}
+
 func BenchmarkOwners(b *testing.B) {
 	for _, n := range []int{10, 1000, 10000} {
 		r := NewRing("zone", names(n))
 		b.Run(fmt.Sprintf("first of %d", n), func(b *testing.B) {
 			for i := 0; b.Loop(); i++ {
-				r.rank(Run{Number: uint32(i)})
+				r.rank(Run{Number: uint32(i)}, firstRank)
 			}
 		})
 		b.Run(fmt.Sprintf("again of %d", n), func(b *testing.B) {
 			for b.Loop() {
-				r.owners(Run{Number: 1})
+				r.ranking(Run{Number: 1}, 1)
 			}
 		})
 	}

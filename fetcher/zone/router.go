@@ -20,21 +20,33 @@ type Router struct {
 		ring   *Ring
 		peers  map[string]*health // those that were asked; no more than there are members, and some distrusted ones
 		all    latencies          // of all peers
+		signs  latencies          // the first signs of life of their requests, see late.go
+		quiet  latencies          // the longest pauses in their answers
 		budget budget
-		rng    *rand.Rand
+
+		failures int       // peers that have failed since one gave a sign of life
+		probe    time.Time // while these are many, no peer is asked before this
+		rng      *rand.Rand
 	}
 }
 
 // RouterOptions are the settings of a Router. Zero means the default.
 type RouterOptions struct {
 	Zone string // its name, the salt of the ring
-	// Owners is how many owners of a run are asked, one after the other, before the
-	// registry. It defaults to 2, and is at most 3.
-	Owners int
-	// MaxAsked bounds how many requests one Attempt makes to peers. It defaults to 12.
+	// Owners is how many owners of a run that live but do not bring it are asked, one after
+	// the other, before the registry. It defaults to 2. MaxFailed is how many that fail are,
+	// because they cannot be reached. It defaults to 12: where half of the members are, one
+	// attempt in 4096 ends at the registry for that.
+	Owners, MaxFailed int
+	// MaxAsked bounds how many requests one Attempt makes to peers. It defaults to 16.
 	MaxAsked int
-	// HedgeFloor and HedgeMost bound HedgeAfter. They default to 300 ms and 2 s.
-	HedgeFloor, HedgeMost time.Duration
+	// SignFloor and SignMost bound how long a peer has for its first sign of life. They
+	// default to 250 ms and 2 s.
+	SignFloor, SignMost time.Duration
+	// QuietFloor and HedgeMost bound how long a pause in an answer may be until it is late;
+	// HedgeFloor and HedgeMost how long an answer may take whose bytes trickle. They default
+	// to 750 ms, 300 ms and 2 s.
+	QuietFloor, HedgeFloor, HedgeMost time.Duration
 	// HedgeShare is the share of requests that may be made a second time. It defaults to
 	// 0.1. HedgeBurst is how many of them may be made at once. It defaults to 8.
 	HedgeShare, HedgeBurst float64
@@ -46,8 +58,12 @@ var noMembers = NewRing("", nil)
 
 // NewRouter makes the Router of the host named self. It has no members yet.
 func NewRouter(self string, o RouterOptions) *Router {
-	o.Owners = min(cmp.Or(o.Owners, 2), maxOwners)
-	o.MaxAsked = cmp.Or(o.MaxAsked, 12)
+	o.Owners = cmp.Or(o.Owners, 2)
+	o.MaxFailed = cmp.Or(o.MaxFailed, 12)
+	o.MaxAsked = cmp.Or(o.MaxAsked, 16)
+	o.SignFloor = cmp.Or(o.SignFloor, 250*time.Millisecond)
+	o.SignMost = max(cmp.Or(o.SignMost, 2*time.Second), o.SignFloor)
+	o.QuietFloor = cmp.Or(o.QuietFloor, 750*time.Millisecond)
 	o.HedgeFloor = cmp.Or(o.HedgeFloor, 300*time.Millisecond)
 	o.HedgeMost = max(cmp.Or(o.HedgeMost, 2*time.Second), o.HedgeFloor)
 	o.HedgeShare = cmp.Or(o.HedgeShare, 0.1)
@@ -98,7 +114,7 @@ func (r *Router) Ring() *Ring {
 // Owns reports whether this host is the owner of a run.
 func (r *Router) Owns(run Run) bool {
 	ring := r.Ring()
-	return ring.Len() > 0 && ring.names[ring.owners(run)[0]] == r.self
+	return ring.Len() > 0 && ring.owner(run) == r.self
 }
 
 // Hop is a peer to ask.
@@ -112,75 +128,152 @@ type Hop struct {
 // Attempt is one attempt to get a run: which peers were asked, and which were named by
 // others. The zero value is a new attempt. A Router's methods guard it.
 type Attempt struct {
-	asked    []string // in order; the owner may be in it several times
+	asked    []string // in order; an owner may be in it several times
+	owners   []string // those that were asked as owners; the last one is the owner now
 	holders  []string // named by peers, and not asked yet
-	referred int      // how often the owner has named holders that were not asked before
+	hops     int      // holders that were asked since the owner was
+	again    int      // how often the owner may be asked once more, because it has named others
+	absents  int      // owners that live and did not bring the run
+	failures int      // owners that have failed
+	hedges   int      // peers that were asked because others are late
 
 	// RegistryFailed says that the registry was asked and has failed: then peers are asked
 	// for the runs that this host owns, too. The caller sets it before it calls Next.
 	RegistryFailed bool
 }
 
-// maxHolders bounds how many names of one answer count.
-const maxHolders = 4
+const (
+	// maxHolders bounds how many names of one answer count.
+	maxHolders = 4
+	// maxHops bounds how many holders are asked until the owner is asked again: each may be
+	// busy, and name others. The owner serves who asks it again.
+	maxHops = 4
+	// maxHedges bounds how many peers an attempt asks because others are late.
+	maxHedges = 2
+	// maxFailures is how many peers may fail in a row, while none gives a sign of life, until
+	// this host is taken for one that cannot reach the zone. Then one request each probeEvery
+	// finds out whether it can again, and the others go to the registry at once.
+	maxFailures = 20
+	probeEvery  = time.Second
+)
 
-// times returns how often a peer was asked.
-func (a *Attempt) times(name string) (n int) {
-	for _, x := range a.asked {
-		if x == name {
-			n++
-		}
+// was reports whether a peer was asked.
+func (a *Attempt) was(name string) bool { return slices.Contains(a.asked, name) }
+
+// owner returns the peer that was asked as the owner last.
+func (a *Attempt) owner() string {
+	if len(a.owners) == 0 {
+		return ""
 	}
-	return n
+	return a.owners[len(a.owners)-1]
 }
 
 // Asked returns how many requests the attempt has led to.
 func (a *Attempt) Asked() int { return len(a.asked) }
 
 // Next returns the peer to ask next for a run. ok is false if the registry is to be
-// asked. Each call returns a peer that the attempt did not ask before, except that the
-// owner is asked once more each time that the holders that it named did not have the run.
-// So every attempt ends after at most MaxAsked requests, whatever peers say.
+// asked.
+//
+// The owner is the first member in the order of the run that can be reached. So hosts that
+// can reach the same members agree about it, also when the zone has fallen in two and the
+// first members are all on the other side. If it is this host, the registry is asked.
+//
+// Each call returns a peer that the attempt did not ask before, except that an owner is
+// asked once more each time that the holders that it named did not have the run, and that
+// a holder may turn out to be the next owner. An attempt ends after Owners owners that live
+// and do not bring the run, after MaxFailed that fail, and after MaxAsked requests,
+// whatever peers say.
 func (r *Router) Next(run Run, a *Attempt, now time.Time) (hop Hop, ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	ring := r.mu.ring
-	if ring.Len() == 0 || len(a.asked) >= r.o.MaxAsked {
+	if ring.Len() == 0 || len(a.asked) >= r.o.MaxAsked || ring.owner(run) == r.self && !a.RegistryFailed {
 		return Hop{}, false
 	}
-	best := ring.owners(run)
-	owners := best[:min(r.o.Owners, ring.Len())]
-	if ring.names[owners[0]] == r.self && !a.RegistryFailed {
+	if name, ok := r.holder(a, now); ok {
+		return Hop{name, false}, true
+	}
+	if a.again > 0 && ring.Has(a.owner()) && r.usable(a.owner(), now) {
+		a.again--
+		a.hops = 0
+		a.asked = append(a.asked, a.owner())
+		return Hop{a.owner(), true}, true
+	}
+	return r.owner(run, a, now)
+}
+
+// owner returns the next owner to ask.
+func (r *Router) owner(run Run, a *Attempt, now time.Time) (hop Hop, ok bool) {
+	if a.absents >= r.o.Owners || a.failures >= r.o.MaxFailed {
 		return Hop{}, false
 	}
-	ask := func(name string, owner bool) (Hop, bool) {
-		a.asked = append(a.asked, name)
-		return Hop{name, owner}, true
+	alone := r.mu.failures >= maxFailures
+	if alone && now.Before(r.mu.probe) {
+		return Hop{}, false
 	}
-	for len(a.holders) > 0 {
+	name, ok := r.inOrder(run, a, now, func(name string) bool { return slices.Contains(a.owners, name) })
+	if !ok {
+		return Hop{}, false
+	}
+	if alone {
+		r.mu.probe = now.Add(probeEvery)
+	}
+	a.asked, a.owners = append(a.asked, name), append(a.owners, name)
+	a.again, a.hops = 0, 0
+	return Hop{name, true}, true
+}
+
+// holder returns a peer that others have named as a holder.
+func (r *Router) holder(a *Attempt, now time.Time) (name string, ok bool) {
+	for len(a.holders) > 0 && a.hops < maxHops {
 		name := a.holders[0]
 		a.holders = a.holders[1:]
-		if ring.Has(name) && a.times(name) == 0 && r.usable(name, now) {
-			return ask(name, false)
+		if r.mu.ring.Has(name) && !a.was(name) && r.usable(name, now) {
+			a.hops++
+			a.asked = append(a.asked, name)
+			return name, true
 		}
 	}
-	for i, at := range owners {
-		name := ring.names[at]
-		if name == r.self && !a.RegistryFailed {
-			break // this host is the owner if those before it are not usable
-		}
-		if name == r.self {
-			continue
-		}
-		most := 1
-		if i == 0 {
-			most += a.referred
-		}
-		if a.times(name) < most && r.usable(name, now) {
-			return ask(name, true)
+	return "", false
+}
+
+// inOrder returns the first usable member in the order of a run that was not asked, up to
+// this host.
+func (r *Router) inOrder(run Run, a *Attempt, now time.Time, asked func(name string) bool) (name string, ok bool) {
+	ring := r.mu.ring
+	for i := range min(ring.Len(), maxRank) {
+		name := ring.names[ring.ranking(run, i+1)[i]]
+		switch {
+		case name == r.self && !a.RegistryFailed:
+			return "", false
+		case name != r.self && !asked(name) && r.usable(name, now):
+			return name, true
 		}
 	}
-	return Hop{}, false
+	return "", false
+}
+
+// Hedge returns a peer to ask beside those that are late. The first time, it is one that
+// may have the run, and that does not ask the registry for it: the owner may be waiting for
+// that. The second time, it is the next owner, which asks the registry once for all hosts
+// for which the owner is late. ok is false if only the registry is left.
+func (r *Router) Hedge(run Run, a *Attempt, now time.Time) (hop Hop, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.ring.Len() == 0 || len(a.asked) >= r.o.MaxAsked || a.hedges >= maxHedges {
+		return Hop{}, false
+	}
+	if a.hedges++; a.hedges > 1 {
+		return r.owner(run, a, now)
+	}
+	name, ok := r.holder(a, now)
+	if !ok {
+		if name, ok = r.inOrder(run, a, now, a.was); !ok {
+			return Hop{}, false
+		}
+		a.asked = append(a.asked, name)
+	}
+	return Hop{name, false}, true
 }
 
 func (r *Router) usable(name string, now time.Time) bool {
@@ -208,7 +301,11 @@ func (r *Router) Usable(peer string, now time.Time) bool {
 func (r *Router) Began(peer string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.peer(peer).active++
+	h := r.peer(peer)
+	if h.active <= h.signed {
+		h.asked = now
+	}
+	h.active++
 	r.mu.budget.earn()
 }
 
@@ -232,6 +329,8 @@ type Outcome struct {
 	Result     Result
 	Bytes      int64         // received
 	Took       time.Duration // from the request to the end of what was asked for
+	Quiet      time.Duration // the longest pause between two signs of life, after the first
+	Silent     bool          // it has given no sign of life
 	RetryAfter time.Duration // of Busy
 	Holders    []string      // of Busy: whom the peer names instead
 }
@@ -241,26 +340,53 @@ type Outcome struct {
 func (r *Router) Ended(run Run, a *Attempt, peer string, o Outcome, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if a != nil && o.Result == Busy {
-		before := len(a.holders)
-		for _, name := range o.Holders[:min(len(o.Holders), maxHolders)] {
-			if name != r.self && name != peer && r.mu.ring.Has(name) && a.times(name) == 0 && !slices.Contains(a.holders, name) {
-				a.holders = append(a.holders, name)
-			}
-		}
-		owner := r.mu.ring.owners(run)[0]
-		if len(a.holders) > before && r.mu.ring.Len() > 0 && r.mu.ring.names[owner] == peer {
-			a.referred++
-		}
+	if a != nil {
+		r.note(a, peer, o)
 	}
 	h := r.peer(peer)
 	h.active--
-	h.ended(o, now, r.mu.rng)
+	if !o.Silent {
+		h.signed = max(h.signed-1, 0)
+	}
+	if h.ended(o, now, r.mu.rng) {
+		r.mu.failures++
+	}
 	if o.Result == Served {
+		r.mu.failures = 0
 		r.mu.all.add(o.Took)
+		r.mu.quiet.add(o.Quiet)
 	}
 	if h.active <= 0 && h.wrong == 0 && !r.mu.ring.Has(peer) {
 		delete(r.mu.peers, peer)
+	}
+}
+
+// note records the end of a request in its attempt.
+func (r *Router) note(a *Attempt, peer string, o Outcome) {
+	named := false
+	if o.Result == Busy {
+		for _, name := range o.Holders[:min(len(o.Holders), maxHolders)] {
+			if name != r.self && name != peer && r.mu.ring.Has(name) && !a.was(name) && !slices.Contains(a.holders, name) {
+				a.holders = append(a.holders, name)
+				named = true
+			}
+		}
+	}
+	if peer != a.owner() {
+		return
+	}
+	switch {
+	case named:
+		a.again = 1
+	case o.Result == Busy, o.Result == Absent:
+		a.absents++
+		a.holders = nil
+	case o.Result == Late, o.Result == Refused, o.Result == Broken, o.Result == Wrong:
+		a.failures++
+		// Whom it has named may be waiting for it, or have moved on to the next owner. There,
+		// they may come to wait for this host: a host waits for members of one owner's tree
+		// at a time, so that no two wait for each other.
+		a.holders = nil
 	}
 }
 
@@ -280,33 +406,21 @@ func (r *Router) Distrust(peer string, now time.Time) {
 	r.peer(peer).ended(Outcome{Result: Wrong}, now, r.mu.rng)
 }
 
+// Doubt records that a peer has sent wrong bytes that it could not verify itself: a piece
+// of a blob. It may have them from the registry, or from another peer, in this form. So it
+// is excused a few times, and rests as after a failure; then it is distrusted.
+func (r *Router) Doubt(peer string, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.peer(peer).mistaken(now, r.mu.rng)
+}
+
 // Overtaken records that another source was quicker than a peer, whose request is
 // cancelled for that.
 func (r *Router) Overtaken(peer string, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.peer(peer).ended(Outcome{Result: Slow}, now, r.mu.rng)
-}
-
-// HedgeAfter returns how long to wait for a peer before the next source is asked as well:
-// the 95th percentile of how long its requests took, and no more than twice that of all
-// peers, so that a peer that is always slow is not waited for.
-func (r *Router) HedgeAfter(peer string) time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	d := r.mu.all.high
-	if h := r.mu.peers[peer]; h != nil && h.fails > 0 {
-		return r.o.HedgeFloor // nobody should wait for a trial
-	}
-	if d == 0 {
-		return r.o.HedgeMost
-	}
-	if h := r.mu.peers[peer]; h != nil && h.latency.high > 0 {
-		d = min(h.latency.high, 2*d)
-	} else {
-		d = 2 * d
-	}
-	return min(max(d, r.o.HedgeFloor), r.o.HedgeMost)
 }
 
 // MayHedge reports whether an extra request may be made, and counts it if so. It may if
@@ -353,7 +467,7 @@ func (r *Router) Peers(now time.Time) (all []PeerStatus) {
 		if h != nil {
 			p.State, p.Until = h.state(now)
 			p.P95, p.Active = h.latency.high, h.active
-			p.Requests, p.Bytes, p.Busy, p.Failed, p.Wrong = h.served, h.bytes, h.busy, h.failed, int64(h.wrong)
+			p.Requests, p.Bytes, p.Busy, p.Failed, p.Wrong = h.served, h.bytes, h.busy, h.failed, int64(h.wrong)+h.doubt
 		}
 		all = append(all, p)
 	}

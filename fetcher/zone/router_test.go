@@ -37,16 +37,133 @@ func next(t testing.TB, r *Router, run Run, a *Attempt, now time.Time, want stri
 	}
 }
 
-// The owner is asked, then the second owner, then the registry.
+// An owner that lives and does not bring the run is followed by the second owner, and by the
+// registry. Owners that cannot be reached are followed by the next one, up to this host.
 func TestOwnersInOrder(t *testing.T) {
-	for _, o := range []Outcome{{Result: Broken}, {Result: Late}, {Result: Absent}, {Result: Refused}, {Result: Wrong}, {Result: Busy}} {
+	for _, result := range []Result{Absent, Busy} {
 		r, run, owners := routed(t, 20)
 		var a Attempt
 		next(t, r, run, &a, start, owners[0], true)
-		r.Ended(run, &a, owners[0], o, start)
+		r.Ended(run, &a, owners[0], Outcome{Result: result}, start)
 		next(t, r, run, &a, start, owners[1], true)
-		r.Ended(run, &a, owners[1], o, start)
+		r.Ended(run, &a, owners[1], Outcome{Result: result}, start)
 		next(t, r, run, &a, start, "", false)
+	}
+	for _, o := range []Outcome{{Result: Broken}, {Result: Late, Silent: true}, {Result: Late}, {Result: Refused}, {Result: Wrong}} {
+		r, run, _ := routed(t, 20)
+		all := r.Ring().Owners(nil, run, 20)
+		var a, b Attempt
+		now := start
+		asked := 0
+		for _, name := range all {
+			if name == "host-0" || asked == r.o.MaxFailed {
+				break
+			}
+			asked++
+			next(t, r, run, &a, now, name, true)
+			r.Ended(run, &a, name, o, now)
+		}
+		if asked < 3 {
+			t.Fatal("the test tests nothing")
+		}
+		next(t, r, run, &a, now, "", false)
+		// Another attempt begins where this one has ended.
+		hop, ok := r.Next(run, &b, now)
+		if want := all[asked]; ok != (want != "host-0") || ok && hop != (Hop{want, true}) {
+			t.Errorf("%v: next is %v, %v, want %s", o.Result, hop, ok, want)
+		}
+	}
+}
+
+// When a zone has fallen in two, all hosts of a half ask the same member for a run, and it
+// asks the registry: once in each half.
+func TestHalvesAgree(t *testing.T) {
+	const n = 40
+	ring := NewRing("zone", names(n))
+	var routers []*Router
+	for i := range n {
+		r := NewRouter(names(n)[i], RouterOptions{Zone: "zone", Seed: uint64(i + 1)})
+		r.SetRing(ring)
+		routers = append(routers, r)
+	}
+	half := make(map[string]int)
+	for i, name := range names(n) {
+		half[name] = i % 2
+	}
+	gaveUp := 0
+	for i := range 200 {
+		run := Run{Number: uint32(i)}
+		readers := make(map[int]map[string]bool)
+		for h, r := range routers {
+			// Each asks for the runs at another time.
+			now := start.Add(time.Duration(i*50+h) * time.Millisecond)
+			var a Attempt
+			reader := r.self
+			for {
+				hop, ok := r.Next(run, &a, now)
+				if !ok {
+					break
+				}
+				r.Began(hop.Peer, now)
+				if half[hop.Peer] == h%2 {
+					reader = hop.Peer
+					r.Signed(hop.Peer, time.Millisecond, now)
+					r.Ended(run, &a, hop.Peer, Outcome{Result: Served, Took: time.Millisecond}, now)
+					break
+				}
+				now = now.Add(250 * time.Millisecond)
+				r.Ended(run, &a, hop.Peer, Outcome{Result: Late, Silent: true}, now)
+			}
+			if a.failures == r.o.MaxFailed {
+				gaveUp++
+			}
+			if readers[h%2] == nil {
+				readers[h%2] = make(map[string]bool)
+			}
+			readers[h%2][reader] = true
+		}
+		for h, who := range readers {
+			if len(who) != 1 && gaveUp == 0 {
+				t.Errorf("run %d, half %d: %d hosts read it from the registry", i, h, len(who))
+			}
+		}
+	}
+	if gaveUp > 20 {
+		t.Errorf("%d attempts gave up", gaveUp)
+	}
+}
+
+// A host that reaches nobody goes to the registry at once, except for one request now and
+// then. A sign of life ends that.
+func TestHostThatReachesNobody(t *testing.T) {
+	r := NewRouter("host-0", RouterOptions{Zone: "zone", Seed: 1})
+	r.SetMembers(names(500))
+	asked := func(from, to int, now time.Time) (n int) {
+		for i := from; i < to; i++ {
+			var a Attempt
+			run := Run{Number: uint32(i)}
+			for {
+				hop, ok := r.Next(run, &a, now)
+				if !ok {
+					break
+				}
+				n++
+				r.Began(hop.Peer, now)
+				r.Ended(run, &a, hop.Peer, Outcome{Result: Late, Silent: true}, now)
+			}
+		}
+		return n
+	}
+	if n := asked(0, 100, start); n != maxFailures+1 {
+		t.Errorf("%d requests until it is known", n)
+	}
+	if n := asked(100, 200, start.Add(probeEvery)); n != 1 {
+		t.Errorf("%d requests later", n)
+	}
+	r.Began("host-7", start)
+	r.Signed("host-7", time.Millisecond, start)
+	if n := asked(200, 210, start.Add(probeEvery)); n < 10 {
+		t.Errorf("%d requests when one has answered", n)
 	}
 }
 
@@ -87,7 +204,7 @@ func TestRegistryFailed(t *testing.T) {
 	r.SetMembers(names(5))
 	for i := range 200 {
 		run := Run{Number: uint32(i)}
-		owners := slices.DeleteFunc(r.Ring().Owners(nil, run, 2), func(x string) bool { return x == "host-0" })
+		owners := slices.DeleteFunc(r.Ring().Owners(nil, run, 3), func(x string) bool { return x == "host-0" })[:2]
 		a := Attempt{RegistryFailed: true}
 		for _, o := range owners {
 			next(t, r, run, &a, start, o, true)
@@ -190,6 +307,10 @@ func checkAttempt(t *testing.T, r *Router, run Run, answer func(peer string) Out
 			t.Fatalf("%d peers were asked", n)
 		}
 		asked[hop.Peer]++
+		if hop.Owner {
+			owner = hop.Peer
+		}
+		// One may be asked as a holder, and as the owner after that.
 		if !r.Ring().Has(hop.Peer) || hop.Peer == r.self || asked[hop.Peer] > 1 && hop.Peer != owner {
 			t.Fatalf("%s was asked: %v", hop.Peer, asked)
 		}
@@ -378,49 +499,6 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
-// A demand is asked for elsewhere after the 95th percentile of the peer, within bounds,
-// and not much later than others would bring it.
-func TestHedgeAfter(t *testing.T) {
-	r, run, _ := routed(t, 20)
-	serve := func(peer string, n int, took time.Duration) {
-		for range n {
-			r.Began(peer, start)
-			r.Ended(run, nil, peer, Outcome{Result: Served, Took: took}, start)
-		}
-	}
-	check := func(peer string, want time.Duration) {
-		t.Helper()
-		if d := r.HedgeAfter(peer); d != want {
-			t.Errorf("it is asked elsewhere after %v instead of %v", d, want)
-		}
-	}
-	check("host-1", 2*time.Second) // nothing is known
-	serve("host-1", 7, time.Second)
-	check("host-1", 2*time.Second)
-	serve("host-1", 33, time.Millisecond)
-	check("host-1", 300*time.Millisecond) // the floor
-	serve("host-1", 30, 400*time.Millisecond)
-	serve("host-1", 2, 700*time.Millisecond)
-	check("host-1", 700*time.Millisecond)
-	serve("host-3", 32, 200*time.Millisecond)
-	serve("host-2", 20, 4*time.Second)
-	serve("host-3", 32, 200*time.Millisecond)
-	check("host-2", 400*time.Millisecond) // twice as long as the others
-	check("host-4", 400*time.Millisecond)
-	// A peer that is tried again is not waited for, whatever the budget is.
-	r.Began("host-3", start)
-	r.Ended(run, nil, "host-3", Outcome{Result: Broken}, start)
-	check("host-3", 300*time.Millisecond)
-	for range 20 {
-		r.MayHedge(start)
-	}
-	if r.MayPass("host-1", start) || !r.MayPass("host-3", start) {
-		t.Error("a trial does not pass the budget")
-	}
-	serve("host-3", 64, 20*time.Second)
-	check("host-3", 2*time.Second)
-}
-
 // Extra requests are a tenth of all, after a few.
 func TestHedgeBudget(t *testing.T) {
 	r, _, _ := routed(t, 20)
@@ -488,7 +566,9 @@ func TestRouterIsSafe(t *testing.T) {
 					}
 					r.Began(hop.Peer, time.Now())
 					r.Ended(run, &a, hop.Peer, Outcome{Result: Result(n % 9), Holders: names(5)}, time.Now())
-					r.HedgeAfter(hop.Peer)
+					r.Late(hop.Peer, Progress{Asked: start}, time.Now())
+					r.Patience(hop.Peer, start, time.Now())
+					r.Hedge(run, &a, time.Now())
 				}
 				if n%100 == i {
 					r.SetMembers(names(10 + i))

@@ -57,13 +57,17 @@ const (
 	maxUploads     = 256 // requests at a time
 	maxUploadsPeer = 48  // of these, of one peer
 
-	// originTime bounds the wait for the registry, holderTime that for this host's own
-	// fetch from another member: a lie of that member, or a disagreement about who owns
-	// what, costs no more.
-	originTime = 20 * time.Second
-	holderTime = time.Second
-	// signEvery is how often a peer that waits is told that this host is alive.
-	signEvery = 500 * time.Millisecond
+	// AnswerTime bounds how long a member waits for an answer. OriginTime bounds the wait
+	// for the registry, so that the one that asks learns that it was the registry that has
+	// failed. HolderTime bounds the wait for this host's own fetch from another member: a
+	// lie of that member, or a disagreement about who owns what, costs no more.
+	AnswerTime = 10 * time.Second
+	OriginTime = AnswerTime - time.Second
+	HolderTime = time.Second
+	// A peer that waits is told that this host is alive after FirstSign, and then each
+	// SignEvery.
+	FirstSign = 50 * time.Millisecond
+	SignEvery = 500 * time.Millisecond
 )
 
 // server answers the requests of peers. All are GET. They name things by digest, so there
@@ -83,6 +87,9 @@ type server struct {
 	uploads  uploads
 	turns    turns
 	asked    asked
+	owned    owned
+	life     context.Context // ends with the server
+	die      context.CancelFunc
 	handlers sync.WaitGroup
 
 	mu struct {
@@ -118,6 +125,7 @@ func (s *server) start(l *listener, gossip func(net.Conn)) {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(s.credentials != nil)
+	s.life, s.die = context.WithCancel(context.Background())
 	s.uploads.by, s.turns = make(map[string]int), make(turns, writers)
 	s.http = &http.Server{
 		Handler:                      http.HandlerFunc(s.answer),
@@ -160,6 +168,7 @@ func (s *server) stop(within time.Duration) {
 	s.mu.Lock()
 	s.mu.stopped = true
 	s.mu.Unlock()
+	s.die()
 	s.handlers.Wait()
 }
 
@@ -399,11 +408,17 @@ func ready(w http.ResponseWriter, r *http.Request, n int64, from source, as form
 // chunks sends chunks of a stream, each as soon as it is resident.
 func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) error {
 	ctx := r.Context()
-	of, release, err := s.store.Stream(ctx, q.image, q.stream)
+	var of StoredStream
+	var release func()
+	// The index of the image may have to come from the registry.
+	err := waiting(w, false, func() (err error) {
+		of, release, err = s.store.Stream(ctx, q.image, q.stream)
+		return err
+	})
 	if err != nil {
 		return stored(err)
 	}
-	defer release()
+	defer func() { release() }()
 	u := &chunkUpload{chunksAsk: q, of: of, stream: of.Stream(), memory: s.stored, file: sendsFiles(r), from: fromDisk}
 	size, err := u.size()
 	if err != nil {
@@ -418,10 +433,13 @@ func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) err
 			return refuse(http.StatusNotFound, "this host does not have the chunks, and does not own them")
 		}
 	}
-	return s.granted(run, q.from, func() error {
+	err = s.granted(run, q.from, func() error {
+		if u.owns {
+			defer s.owned.begin(run)()
+		}
 		if u.owns && u.first < u.last && !u.allHere() {
 			// All of them in one request; the upload then waits for one after the other.
-			fetching, cancel := context.WithTimeout(ctx, originTime)
+			fetching, cancel := context.WithTimeout(ctx, OriginTime)
 			var wg sync.WaitGroup
 			defer wg.Wait()
 			defer cancel()
@@ -458,6 +476,18 @@ func (s *server) chunks(w http.ResponseWriter, r *http.Request, q chunksAsk) err
 		}
 		return nil
 	})
+	if referred(err) && u.owns && !u.allHere() {
+		done := release
+		release = func() {}
+		s.fetchLater(run, func(ctx context.Context) { _ = of.FetchOwned(ctx, q.first, q.last) }, done)
+	}
+	return err
+}
+
+// referred reports whether an error sends the peer to others.
+func referred(err error) bool {
+	var x *refusal
+	return errors.As(err, &x) && len(x.holders) > 0
 }
 
 // waiting does what may take long. Until the header has been sent, it tells the peer now
@@ -470,7 +500,7 @@ func waiting(w http.ResponseWriter, begun bool, do func() error) error {
 	}
 	done := make(chan error, 1)
 	go func() { done <- do() }()
-	t := time.NewTicker(signEvery)
+	t := time.NewTimer(FirstSign)
 	defer t.Stop()
 	for {
 		select {
@@ -480,6 +510,7 @@ func waiting(w http.ResponseWriter, begun bool, do func() error) error {
 			_ = c.SetWriteDeadline(time.Now().Add(leastTime))
 			w.WriteHeader(http.StatusProcessing)
 			_ = c.SetWriteDeadline(time.Time{})
+			t.Reset(SignEvery)
 		}
 	}
 }
@@ -533,7 +564,7 @@ func (u *chunkUpload) hold(ctx context.Context, i int, wait func(func() error) e
 			}
 		}
 		if u.owns {
-			fetching, cancel := context.WithTimeout(ctx, originTime)
+			fetching, cancel := context.WithTimeout(ctx, OriginTime)
 			err := wait(func() error { return u.of.FetchOwned(fetching, i, i) })
 			cancel()
 			if err != nil {
@@ -548,7 +579,7 @@ func (u *chunkUpload) hold(ctx context.Context, i int, wait func(func() error) e
 		}
 		if ok {
 			waited = true
-			bound, cancel := context.WithTimeout(ctx, holderTime)
+			bound, cancel := context.WithTimeout(ctx, HolderTime)
 			err := wait(func() error { return own(bound) })
 			cancel()
 			if err != nil {
@@ -656,34 +687,39 @@ func (s *server) piece(w http.ResponseWriter, r *http.Request, q pieceAsk) error
 	run := Run{Of: q.blob, Number: uint32(q.e.Start / PieceBytes)}
 	b, here := s.pieces.find(key, n)
 	from := fromMemory
-	bring := func() (err error) {
-		fetching, cancel := context.WithTimeout(ctx, originTime)
-		defer cancel()
-		from = fromOrigin
-		b, _, err = s.pieces.get(fetching, key, n, true, func(ctx context.Context) ([]byte, string, error) {
+	own := func(ctx context.Context) (err error) {
+		defer s.owned.begin(run)()
+		b, _, err = s.pieces.get(ctx, key, n, true, func(ctx context.Context) ([]byte, string, error) {
 			b, err := s.readPiece(ctx, q)
 			return b, "", err
 		})
-		if err != nil {
+		return err
+	}
+	bring := func() error {
+		fetching, cancel := context.WithTimeout(ctx, OriginTime)
+		defer cancel()
+		from = fromOrigin
+		if err := own(fetching); err != nil {
 			return stored(err)
 		}
 		return nil
 	}
-	if !here && !q.origin && !s.owner.Owns(run) {
-		own, ok := s.pieces.inFlight(key, n)
+	owns := q.origin || s.owner.Owns(run)
+	if !here && !owns {
+		inFlight, ok := s.pieces.inFlight(key, n)
 		if !ok {
 			return refuse(http.StatusNotFound, "this host does not have the piece, and does not own it")
 		}
 		bring = func() (err error) {
-			bound, cancel := context.WithTimeout(ctx, holderTime)
+			bound, cancel := context.WithTimeout(ctx, HolderTime)
 			defer cancel()
-			if b, err = own(bound); err != nil {
+			if b, err = inFlight(bound); err != nil {
 				return refuse(http.StatusNotFound, "this host has not got the piece in time")
 			}
 			return nil
 		}
 	}
-	return s.granted(run, q.from, func() error {
+	err := s.granted(run, q.from, func() error {
 		if !here {
 			if err := waiting(w, false, bring); err != nil {
 				return err
@@ -699,6 +735,10 @@ func (s *server) piece(w http.ResponseWriter, r *http.Request, q pieceAsk) error
 		defer done()
 		return to.bytes(b)
 	})
+	if referred(err) && owns && !here {
+		s.fetchLater(run, func(ctx context.Context) { _ = own(ctx) }, func() {})
+	}
+	return err
 }
 
 // sendPart sends chunk i, or what is left of it, when it is its turn. What waits for its
@@ -746,6 +786,11 @@ func (s *server) readPiece(ctx context.Context, q pieceAsk) ([]byte, error) {
 	b := make([]byte, q.e.Len())
 	if _, err := io.ReadFull(body, b); err != nil {
 		return nil, fmt.Errorf("read bytes %v of blob %s: %w", q.e, q.blob, err)
+	}
+	// Only a blob of one piece can be verified; what is in a larger one is verified by those
+	// who ask for it.
+	if !mayBe(q.blob, q.e.Start, b) {
+		return nil, fmt.Errorf("blob %s: the registry has sent %d other bytes", q.blob, len(b))
 	}
 	return b, nil
 }

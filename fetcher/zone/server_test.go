@@ -3,9 +3,11 @@ package zone
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -80,11 +82,79 @@ func TestPieces(t *testing.T) {
 	}
 }
 
+// A blob of one piece is verified before it is passed on. It is asked for again then: the
+// registry may have been wrong once.
+func TestWrongPieceOfTheRegistry(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	z := open(t, Options{Store: s})
+	small := []byte("a blob of one piece")
+	of := blockmap.Digest(sha256.Sum256(small))
+	wrong := bytes.Clone(small)
+	wrong[3]++
+	for i, sent := range [][]byte{wrong, small, wrong} {
+		s.image.Blobs[of] = sent
+		code, body, _ := get(t, z.pieceURL(of, 0, int64(len(small)), ""))
+		if want := []int{502, 200, 200}[i]; code != want || want == 200 && !bytes.Equal(body, small) {
+			t.Errorf("%d: %d %q", i, code, body)
+		}
+	}
+}
+
+// An owner that refers a peer to others fetches the run all the same: the others may be
+// waiting for this host, which may be waiting for the peer.
+func TestOwnerFetchesForThoseItRefers(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	z := open(t, Options{Store: s})
+	z.disown()
+	ended := s.flight(0)
+	defer ended()
+	// Two members wait for this host as for a holder. They have all slots.
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	signed := make(chan bool, 100)
+	for i := range 2 {
+		waiting.Go(func() {
+			url := strings.Replace(z.chunksURL(s, 0, 0, ""), "from=peer-1", fmt.Sprint("from=holder-", i), 1)
+			if code, body := getSigned(t, url, func() { signed <- true }); code != 404 && (code != 200 || !bytes.Equal(body, s.part(0, 0))) {
+				t.Errorf("a holder: %d", code)
+			}
+		})
+	}
+	<-signed
+	await(t, "both slots are taken", func() bool { return z.grants.Uploads(Run{Of: s.stream.ID()}) == 2 })
+	code, _, header := get(t, z.chunksURL(s, 0, 0, "&origin=1"))
+	if code != 503 || header.Get("Thaw-Holders") == "" {
+		t.Fatalf("%d, holders %q", code, header.Get("Thaw-Holders"))
+	}
+	await(t, "the owner fetches the chunk", func() bool { return s.stream.Has(0) })
+	if n := s.fetched.Load(); n != 1 {
+		t.Errorf("%d chunks from the registry", n)
+	}
+}
+
 // While the registry is slow, who waits for it is told that the owner is alive. A failure
 // of the registry is one of the registry.
 func TestSlowRegistry(t *testing.T) {
 	s := newTestStore(t, blockmap.CacheOptions{})
 	z := open(t, Options{Store: s})
+	// Also while the index of the image comes.
+	opened := make(chan struct{})
+	s.opening.Store(&opened)
+	signed := make(chan struct{}, 10)
+	opens := make(chan int)
+	go func() {
+		code, _ := getSigned(t, z.chunksURL(s, 4*RunChunks, 4*RunChunks, ""), func() { signed <- struct{}{} })
+		opens <- code
+	}()
+	select {
+	case <-signed:
+	case <-time.After(20 * time.Second):
+		t.Fatal("no sign of life while the image is opened")
+	}
+	close(opened)
+	if code := <-opens; code != 200 {
+		t.Errorf("%d", code)
+	}
 	unblock := s.block()
 	var signs int
 	type answer struct {
@@ -92,7 +162,7 @@ func TestSlowRegistry(t *testing.T) {
 		body []byte
 	}
 	got := make(chan answer, 1)
-	signed := make(chan struct{}, 10)
+	signed = make(chan struct{}, 10)
 	go func() {
 		code, body := getSigned(t, z.chunksURL(s, 0, 0, ""), func() {
 			signs++
@@ -115,7 +185,7 @@ func TestSlowRegistry(t *testing.T) {
 	if code, body, _ := get(t, z.chunksURL(s, 2*RunChunks, 2*RunChunks, "")); code != 502 || !strings.Contains(string(body), errRegistry.Error()) {
 		t.Errorf("the registry fails: %d %s", code, body)
 	}
-	if code, body, _ := get(t, z.pieceURL(s.table.Blob, 0, 4096, "")); code != 502 {
+	if code, body, _ := get(t, z.pieceURL(s.table.Blob, 0, s.firstPiece(), "")); code != 502 {
 		t.Errorf("the registry fails: %d %s", code, body)
 	}
 }
@@ -150,7 +220,7 @@ func TestHolderAnswers(t *testing.T) {
 	// A fetch that does not end costs a peer one short wait.
 	s.flight(at + RunChunks)
 	began := time.Now()
-	if code, _, _ := get(t, z.chunksURL(s, at+RunChunks, at+RunChunks, "")); code != 404 || time.Since(began) > 10*holderTime {
+	if code, _, _ := get(t, z.chunksURL(s, at+RunChunks, at+RunChunks, "")); code != 404 || time.Since(began) > 10*HolderTime {
 		t.Errorf("what does not come: %d after %v", code, time.Since(began))
 	}
 	if s.fetched.Load() != n+1 {
@@ -160,13 +230,13 @@ func TestHolderAnswers(t *testing.T) {
 	if code, _, _ := get(t, z.chunksURL(s, RunChunks, RunChunks, "&origin=1")); code != 200 {
 		t.Errorf("as an owner: %d", code)
 	}
-	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, 4096, "")); code != 404 {
+	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, s.firstPiece(), "")); code != 404 {
 		t.Errorf("a piece that is not here: %d", code)
 	}
-	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, 4096, "&origin=1")); code != 200 {
+	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, s.firstPiece(), "&origin=1")); code != 200 {
 		t.Errorf("a piece as an owner: %d", code)
 	}
-	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, 4096, "")); code != 200 {
+	if code, _, _ := get(t, z.pieceURL(s.table.Blob, 0, s.firstPiece(), "")); code != 200 {
 		t.Errorf("a piece that is here: %d", code)
 	}
 }

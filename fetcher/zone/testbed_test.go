@@ -50,7 +50,8 @@ type testStore struct {
 	table   *blockmap.Table
 	content []byte
 
-	fetched, blobs atomic.Int64 // chunks and blob pieces from the registry
+	fetched, blobs atomic.Int64                  // chunks and blob pieces from the registry
+	opening        atomic.Pointer[chan struct{}] // the image is opened when it is closed; nil: at once
 
 	mu      sync.Mutex
 	gate    chan struct{} // the registry answers when it is closed; nil: at once
@@ -129,6 +130,9 @@ func (s *testStore) registry(ctx context.Context) error {
 }
 
 func (s *testStore) Stream(_ context.Context, image string, stream blockmap.Digest) (StoredStream, func(), error) {
+	if opened := s.opening.Load(); opened != nil {
+		<-*opened
+	}
 	s.mu.Lock()
 	absent := s.absent
 	s.mu.Unlock()
@@ -261,6 +265,11 @@ func (z *Zone) disown() { z.router.SetMembers([]string{"another"}) }
 // chunksURL is a request for chunks.
 func (z *Zone) chunksURL(s *testStore, first, last int, more string) string {
 	return fmt.Sprintf("http://%s/v1/streams/%s/chunks/%d-%d?image=%s&zone=%s&from=peer-1%s", z.Addr(), s.stream.ID(), first, last, imageRef, testZone, more)
+}
+
+// firstPiece is the end of the first piece of the image's first blob.
+func (s *testStore) firstPiece() int64 {
+	return min(int64(len(s.image.Blobs[s.table.Blob])), PieceBytes)
 }
 
 // pieceURL is a request for a piece of the image's first blob.

@@ -319,8 +319,7 @@ func (z *Zone) Piece(ctx context.Context, image string, blob blockmap.Digest, of
 	return z.pieces.get(ctx, pieceKey{repositoryOf(image), blob, off}, n, owned, fetch)
 }
 
-// Judged says whether the bytes of a piece have been verified. Only then are they sent to
-// peers.
+// Judged says whether the bytes of a piece have been verified. A wrong piece is dropped.
 func (z *Zone) Judged(image string, blob blockmap.Digest, off int64, right bool) {
 	z.pieces.judge(pieceKey{repositoryOf(image), blob, off}, right)
 }

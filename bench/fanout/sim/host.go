@@ -4,6 +4,8 @@ import (
 	"math/bits"
 	"slices"
 	"time"
+
+	"thaw/fetcher/zone"
 )
 
 // host is a host that starts the image.
@@ -44,8 +46,8 @@ type fetch struct {
 	left      uint64 // those that have not come
 	bytes     int64  // that count as prefetch
 	demand    bool
-	own       bool // for a peer: only the registry is asked
-	hedged    bool
+	own       bool    // for a peer: only the registry is asked
+	hedges    int     // requests that were made because others are late
 	requests  []int32 // under way
 	used      bool
 	attempt   attempt
@@ -67,7 +69,10 @@ type request struct {
 	owner      bool // the server is asked as an owner
 	stored     bool // the server sends the chunk as the registry has it
 	asked      time.Duration
-	moved      time.Duration // when the last bytes came
+	signed     bool          // a sign of life has come
+	began      time.Duration // when the first bytes came
+	moved      time.Duration // when the last bytes came, or a sign of life
+	quiet      time.Duration // the longest pause between these, for a reader
 	answer     answer
 }
 
@@ -262,8 +267,8 @@ func (w *world) ask(from, fetch, to int32) {
 		return
 	}
 	w.sys.began(id)
-	if w.o.System == Zone || w.lines[to].dead { // the others wait for a server that works
-		w.q.push(w.now+w.o.Timeout, expires, id, r.generation)
+	if after := w.sys.patience(r); after > 0 {
+		w.q.push(w.now+after, expires, id, r.generation)
 	}
 	w.setHedge(id)
 }
@@ -273,7 +278,7 @@ func (w *world) serveRequest(id int32) {
 	r := &w.requests[id]
 	switch {
 	case r.to != w.registry():
-		if !w.hosts[r.to].dead {
+		if w.reaches(r.from, r.to) {
 			w.sys.serve(id)
 		}
 	case w.lines[r.to].serves < w.o.Connections:
@@ -430,6 +435,13 @@ func (w *world) stateOf(server int32) []int32 {
 func (w *world) received(flow int32) {
 	id := w.flows[flow].request
 	r := &w.requests[id]
+	if r.fetch >= 0 && w.fetches[r.fetch].demand && r.signed {
+		r.quiet = max(r.quiet, w.now-r.moved)
+	}
+	w.sign(id)
+	if r.began == 0 {
+		r.began = w.now
+	}
 	r.moved = w.now
 	if r.fetch < 0 {
 		if w.flows[flow].got == w.flows[flow].size {
@@ -571,11 +583,17 @@ func (w *world) failed(id int32, o outcome) {
 	w.endRequest(id)
 	if f := &w.fetches[fetch]; len(f.requests) == 0 {
 		w.try(fetch)
+	} else if f.demand {
+		w.setHedge(f.requests[len(f.requests)-1])
 	}
 }
 
 // answered happens when an answer without bytes has arrived.
 func (w *world) answered(id int32) {
+	if r := &w.requests[id]; !w.reaches(r.to, r.from) {
+		return
+	}
+	w.sign(id)
 	switch o := w.requests[id].answer.outcome; o {
 	case busy:
 		w.busies++
@@ -586,48 +604,78 @@ func (w *world) answered(id int32) {
 	}
 }
 
-// expired happens when a server has had its time. It is given more while bytes or signs of life come.
+// sign happens when a server shows that it is alive: by an answer or its header, by bytes, or
+// by a 102. The 102s that follow are not simulated one by one.
+func (w *world) sign(id int32) {
+	r := &w.requests[id]
+	if r.signed || r.fetch < 0 || r.to == w.registry() || !w.reaches(r.to, r.from) {
+		return
+	}
+	r.signed = true
+	r.moved = w.now
+	w.sys.signed(id)
+}
+
+// lastSign returns when a request's server has last shown that it is alive.
+func (w *world) lastSign(r *request) time.Duration {
+	if r.signed && r.waits && r.flow >= 0 && w.reaches(r.to, r.from) && w.now-r.asked < w.o.OriginWait {
+		return max(r.moved, w.now-w.now%zone.SignEvery) // a server that waits says so now and then
+	}
+	return r.moved
+}
+
+// expired happens when a server has had its time. It is given more while bytes or signs of
+// life come.
 func (w *world) expired(id int32) {
 	r := &w.requests[id]
 	if r.come == r.chunks {
 		return // all of it is with the processors
 	}
-	alive := r.moved
-	if r.waits && r.flow >= 0 && !w.lines[r.to].dead && w.now-r.asked < w.o.OriginWait {
-		alive = w.now - signEvery // a server that waits gives signs of life
-	}
-	if w.now-alive < w.o.Timeout {
-		w.q.push(alive+w.o.Timeout, expires, id, r.generation)
+	if after := w.sys.patience(r); after > 0 {
+		w.q.push(w.now+after, expires, id, r.generation)
 		return
 	}
 	w.lates++
 	w.failed(id, late)
 }
 
-// signEvery is how often a server that waits says that it is alive.
-const signEvery = 500 * time.Millisecond
+// checkEvery is how often a reader looks whether what it waits for is late.
+const checkEvery = 250 * time.Millisecond
 
-// setHedge notes when a demand is late.
+// setHedge has a demand watched.
 func (w *world) setHedge(id int32) {
 	r := &w.requests[id]
-	if r.fetch < 0 || r.to == w.registry() || !w.fetches[r.fetch].demand || w.fetches[r.fetch].hedged {
+	if w.o.System != Zone || r.fetch < 0 || r.to == w.registry() || !w.fetches[r.fetch].demand || w.fetches[r.fetch].hedges >= maxHedges {
 		return
 	}
-	if after := w.sys.hedgeAfter(r); after > 0 {
-		w.q.push(max(r.asked+after, w.now), hedges, id, r.generation)
-	}
+	w.q.push(w.now+checkEvery, hedges, id, r.generation)
 }
 
-// hedge asks another server as well for a demand that is late.
+// maxHedges bounds the requests that are made for a chunk because others are late.
+const maxHedges = 3
+
+// hedge asks another server as well for a demand if all that are asked for it are late.
 func (w *world) hedge(id int32) {
 	r := &w.requests[id]
 	f := &w.fetches[r.fetch]
-	if f.hedged || len(f.requests) > 1 || !w.sys.mayHedge(f.host) {
+	if f.hedges >= maxHedges || f.requests[len(f.requests)-1] != id {
+		return // the last one that was asked is watched
+	}
+	for _, x := range f.requests {
+		if q := &w.requests[x]; q.to == w.registry() {
+			return
+		} else if !w.sys.isLate(q) {
+			w.setHedge(id)
+			return
+		}
+	}
+	if !w.sys.mayHedge(r) {
+		w.setHedge(id)
 		return
 	}
-	f.hedged = true
+	f.hedges++
 	w.hedged++
-	w.try(r.fetch)
+	w.ask(f.host, r.fetch, w.sys.beside(f))
 }
 
 // paused reports whether a flow's receiver does not read it, because a demand arrives.

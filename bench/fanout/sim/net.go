@@ -123,7 +123,7 @@ func (w *world) pieceSent(at int32) {
 	arrive := w.now + w.rtt(f.from, f.to)/2
 	took := time.Duration(float64(n) * to.down)
 	switch late := w.loss(f, n); {
-	case l.dead || to.dead:
+	case !w.reaches(at, f.to):
 		// Nobody sees it. The receiver's timeout ends the request.
 	case late > 0:
 		f.due = max(f.due, arrive+late) + took

@@ -12,8 +12,11 @@ type system interface {
 	ended(request int32, o outcome)
 	finished(request int32) // the server is free of it
 	serve(request int32)
-	hedgeAfter(r *request) time.Duration // 0: never
-	mayHedge(host int32) bool
+	patience(r *request) time.Duration // how much longer to wait for the server; 0: no longer, or for ever
+	signed(request int32)              // its server has shown that it is alive
+	isLate(r *request) bool
+	mayHedge(r *request) bool
+	beside(f *fetch) (server int32) // to ask as well
 }
 
 // outcome is how a request ended.
@@ -49,13 +52,23 @@ func newSystem(w *world) system {
 // alone asks the registry.
 type alone struct{ w *world }
 
-func (s *alone) next(*fetch) int32                 { return s.w.registry() }
-func (s *alone) began(int32)                       {}
-func (s *alone) ended(int32, outcome)              {}
-func (s *alone) finished(int32)                    {}
-func (s *alone) serve(int32)                       {}
-func (s *alone) hedgeAfter(*request) time.Duration { return 0 }
-func (s *alone) mayHedge(int32) bool               { return false }
+func (s *alone) next(*fetch) int32      { return s.w.registry() }
+func (s *alone) began(int32)            {}
+func (s *alone) ended(int32, outcome)   {}
+func (s *alone) finished(int32)         {}
+func (s *alone) serve(int32)            {}
+func (s *alone) signed(int32)           {}
+func (s *alone) isLate(*request) bool   { return false }
+func (s *alone) mayHedge(*request) bool { return false }
+func (s *alone) beside(*fetch) int32    { return s.w.registry() }
+
+// patience is for a server that does not answer. Others wait for one that works.
+func (s *alone) patience(r *request) time.Duration {
+	if !s.w.lines[r.to].dead {
+		return 0
+	}
+	return r.moved + s.w.o.Timeout - s.w.now
+}
 
 // cached asks the pull-through cache, and the registry when that fails. A real one reads whole
 // blobs; this one reads the chunks that it is asked for, which is the best that it can do.
@@ -93,7 +106,9 @@ func (s *tree) serve(id int32) {
 }
 
 // fetchFor makes the server of a request fetch what that asks for and nobody has asked for yet:
-// from the registry, or as the server fetches for itself.
+// from the registry if own is set, or as the server fetches for itself. If own is set and it is
+// fetching that from a peer already, the registry is asked as well: the peer may be waiting for
+// the very request.
 func (w *world) fetchFor(id int32, own bool) {
 	r := &w.requests[id]
 	at, run := r.to, r.run
@@ -101,7 +116,10 @@ func (w *world) fetchFor(id int32, own bool) {
 		i := bits.TrailingZeros64(left)
 		var want uint64
 		for ; left&(1<<i) != 0; i++ { // neighbours
-			if w.hosts[at].state[w.runs[run].chunks[i]] != absent {
+			if state := w.hosts[at].state[w.runs[run].chunks[i]]; state != absent {
+				if own && state >= 0 {
+					w.own(state)
+				}
 				left &^= 1 << i
 				break
 			}
@@ -112,6 +130,18 @@ func (w *world) fetchFor(id int32, own bool) {
 			w.fetchChunks(at, run, want, true, own)
 		}
 	}
+}
+
+// own makes a fetch ask the registry only, from now on.
+func (w *world) own(id int32) {
+	f := &w.fetches[id]
+	f.own = true
+	for _, r := range f.requests {
+		if w.requests[r].to == w.registry() {
+			return
+		}
+	}
+	w.ask(f.host, id, w.registry())
 }
 
 // respond answers with what the server has, and with the rest when that comes.

@@ -21,7 +21,8 @@ const (
 	serve               // the server can answer it
 	answers             // its answer without bytes arrives
 	expires             // its server has been silent for too long
-	hedges              // it is late
+	signs               // its server shows that it is alive
+	hedges              // a reader looks whether it is late
 	overdue             // the server has waited long enough for its own fetch
 	sent                // a line has sent a piece: a is the line
 	came                // a piece has arrived: a is the flow, b the bytes
@@ -76,6 +77,12 @@ func (w *world) registry() int32 { return int32(w.o.Hosts) }
 // cache returns the line of the pull-through cache.
 func (w *world) cache() int32 { return int32(w.o.Hosts) + 1 }
 
+// reaches reports whether something that leaves a line arrives at another.
+func (w *world) reaches(from, to int32) bool {
+	return !w.lines[from].dead && !w.lines[to].dead &&
+		(w.o.Split == 0 || w.now < w.o.Split || int(from) >= w.o.Hosts || int(to) >= w.o.Hosts || from%2 == to%2)
+}
+
 // Run simulates the starts.
 func Run(ctx context.Context, o Options) (*Result, error) {
 	if err := o.check(); err != nil {
@@ -129,6 +136,8 @@ func (w *world) happen(e event) {
 			w.answered(e.a)
 		case expires:
 			w.expired(e.a)
+		case signs:
+			w.sign(e.a)
 		case hedges:
 			w.hedge(e.a)
 		case overdue:
@@ -250,6 +259,9 @@ type Options struct {
 	Slower     float64
 	Dead       float64 // share of hosts that are members and do not answer
 	Liars      float64 // share of hosts whose chunks have wrong bytes
+	// Split is when the zone falls in two: from then on, each host reaches every second one,
+	// and the registry. 0: never.
+	Split time.Duration
 
 	Window   int64 // bytes of prefetches, as the registry has them, that a host has in flight
 	Requests int   // prefetches that a host has in flight
@@ -263,7 +275,7 @@ type Options struct {
 	Grants     zone.GrantOptions
 	MaxAsked   int           // peers of one attempt; 0 for the Router's default
 	Children   int           // of a host of Tree
-	Timeout    time.Duration // of a peer that gives no sign of life
+	Timeout    time.Duration // of an answer that brings no bytes, or, outside of a zone, of a host that is dead
 	OriginWait time.Duration // of an owner for the registry
 	HolderWait time.Duration // of a holder for its own fetch
 
@@ -294,7 +306,7 @@ func Defaults() Options {
 		Connections: 1000, Latency: time.Millisecond, ServerTime: 100 * time.Microsecond,
 		Slower: 10, Window: 4 << 20, Requests: 32, Among: 32, Writers: 2,
 		Beside: 2100, Memory: zone.StoredMemory, RunChunks: zone.RunChunks, Children: 2,
-		Timeout: 2 * time.Second, OriginWait: 20 * time.Second, HolderWait: time.Second,
+		Timeout: 2 * time.Second, OriginWait: zone.OriginTime, HolderWait: zone.HolderTime,
 		Limit: time.Hour,
 	}
 }
@@ -314,7 +326,7 @@ func (o Options) Of(s System) Options {
 func (o Options) Lone() Options {
 	o = o.Of(Registry)
 	o.Hosts, o.Within = 1, 0
-	o.Loss, o.Stragglers, o.Dead, o.Liars = 0, 0, 0, 0
+	o.Loss, o.Stragglers, o.Dead, o.Liars, o.Split = 0, 0, 0, 0, 0
 	return o
 }
 

@@ -84,15 +84,16 @@ func (s *members) ended(id int32, o outcome) {
 	}
 	f := &s.w.fetches[r.fetch]
 	out := zone.Outcome{Result: results[o], Took: s.w.now - r.asked}
-	if o == cancelled && f.hedged {
+	out.Silent = !r.signed
+	if o == cancelled && s.isLate(r) {
 		out.Result = zone.Slow
 	}
 	if o == busy {
 		out.Holders = r.answer.holders
 		out.RetryAfter = time.Second
 	}
-	if o == served {
-		out.Bytes = s.w.flows[r.flow].got
+	if r.flow >= 0 {
+		out.Bytes, out.Quiet = s.w.flows[r.flow].got, r.quiet
 	}
 	s.w.hosts[r.from].router.Ended(s.runs[r.run], &f.attempt.Attempt, s.names[r.to], out, s.clock())
 }
@@ -127,20 +128,63 @@ func (s *members) serve(id int32) {
 	}
 	ok, holders := h.grants.Ask(run, s.names[r.from], s.clock())
 	if !ok {
+		if owns { // those that it names may wait for this host
+			w.fetchFor(id, true)
+		}
 		w.reply(id, answer{outcome: busy, holders: holders})
 		return
 	}
 	r.granted = true
 	if owns {
 		w.fetchFor(id, true)
+		r = &w.requests[id]
 	} else if lacks {
 		w.q.push(w.now+w.o.HolderWait, overdue, id, r.generation)
 	}
+	after := w.o.ServerTime
+	if lacks {
+		after = zone.FirstSign
+	}
+	w.q.push(w.now+after+w.rtt(r.from, r.to)/2, signs, id, r.generation)
 	w.respond(id)
 }
 
-func (s *members) hedgeAfter(r *request) time.Duration {
-	return s.w.hosts[r.from].router.HedgeAfter(s.names[r.to])
+func (s *members) signed(id int32) {
+	r := &s.w.requests[id]
+	s.w.hosts[r.from].router.Signed(s.names[r.to], s.w.now-r.asked, s.clock())
 }
 
-func (s *members) mayHedge(host int32) bool { return s.w.hosts[host].router.MayHedge(s.clock()) }
+// patience is that of package zone's client.
+func (s *members) patience(r *request) time.Duration {
+	w := s.w
+	router := w.hosts[r.from].router
+	switch {
+	case !r.signed:
+		return router.Patience(s.names[r.to], epoch.Add(r.asked), s.clock())
+	case r.flow >= 0 && w.flows[r.flow].got > 0 || r.flow >= 0 && !r.waits: // the body
+		return r.moved + w.o.Timeout - w.now
+	}
+	return w.lastSign(r) + router.SignPause() - w.now
+}
+
+func (s *members) isLate(r *request) bool {
+	p := zone.Progress{Asked: epoch.Add(r.asked), Moved: epoch.Add(s.w.lastSign(r))}
+	if r.flow >= 0 && r.began > 0 {
+		p.Began = epoch.Add(r.began)
+		p.Got, p.Size = s.w.flows[r.flow].got, s.w.flows[r.flow].size
+	}
+	return s.w.hosts[r.from].router.Late(s.names[r.to], p, s.clock())
+}
+
+func (s *members) mayHedge(r *request) bool {
+	return s.w.hosts[r.from].router.MayPass(s.names[r.to], s.clock())
+}
+
+func (s *members) beside(f *fetch) int32 {
+	hop, ok := s.w.hosts[f.host].router.Hedge(s.runs[f.run], &f.attempt.Attempt, s.clock())
+	if !ok {
+		return s.w.registry()
+	}
+	f.attempt.owner = hop.Owner
+	return s.at(hop.Peer)
+}
