@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"time"
@@ -12,7 +13,7 @@ import (
 
 // agree compares the simulator with what was measured in namespaces: the same hosts, links,
 // processors and plan, one start on each host. What a chunk costs a processor is measured with
-// one host, and with two.
+// one host, and with a second one that gets everything from it.
 func (b *benchmark) agree(ctx context.Context, s *site) error {
 	p, err := simPlan(s.trace, s.index, s.manifest, s.indexBytes)
 	if err != nil {
@@ -28,16 +29,18 @@ func (b *benchmark) agree(ctx context.Context, s *site) error {
 	for _, x := range []struct {
 		mode  mode
 		hosts int
-	}{{withoutZone, 1}, {withZone, 2}, {withoutZone, b.hosts}, {withZone, b.hosts}} {
+	}{{withoutZone, 1}, {withoutZone, b.hosts}, {withZone, b.hosts}} {
 		name, err := run(x.mode, x.hosts)
 		if err != nil {
 			return err
 		}
-		switch cpu := b.rec.Median(name, bench.CPU); {
-		case x.hosts == 1:
-			processors.FromRegistry = time.Duration(cpu / mib)
-		case x.hosts == 2: // half of what they read comes from the registry
-			processors.FromPeer = max(time.Duration(cpu/mib)-processors.FromRegistry, 0)
+		if x.hosts == 1 {
+			processors.FromRegistry = time.Duration(b.rec.Median(name, bench.CPU) / mib)
+			cost, err := b.peerCost(ctx, s, w)
+			if err != nil {
+				return err
+			}
+			processors.FromPeer = time.Duration(float64(cost) / mib)
 			progress("a MiB from the registry costs %v of a processor, and from a peer %v", processors.FromRegistry, processors.FromPeer)
 		}
 		o := sim.Defaults().Of(sim.Registry)
@@ -62,6 +65,33 @@ func (b *benchmark) agree(ctx context.Context, s *site) error {
 		}
 	}
 	return nil
+}
+
+// peerCost returns the processor time of a start on a host of a zone in which another host has
+// everything.
+func (b *benchmark) peerCost(ctx context.Context, s *site, w way) (time.Duration, error) {
+	name := fmt.Sprintf("PeerCost/image=%s/way=%s", s.Name, w.name)
+	err := bench.Alternate(ctx, b.rounds, func(ctx context.Context, _ int) (err error) {
+		f, err := b.newFleet(ctx, s, withZone, 2, w.args...)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, f.close()) }()
+		for i := range f.hosts {
+			x, err := f.start(ctx, w.tag, f.hosts[i:i+1], 1, nil)
+			if err == nil {
+				err = errors.Join(x.errs...)
+			}
+			if err == nil && i == 1 {
+				err = b.rec.Add(name, x.measures(s.distinct(w))...)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return time.Duration(b.rec.Median(name, bench.CPU)), err
 }
 
 const (
