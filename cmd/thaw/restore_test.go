@@ -385,7 +385,7 @@ func TestRestoredDevicesSuit(t *testing.T) {
 		"one entry": {strings.Replace(string(good), `"name":"root"`, `"name":""`, 1), "~vm", "an entry of the state file makes no sense and is left out"},
 		"cut":       {string(good[:len(good)/2]), "", "the nodes and devices of the last server are left alone"},
 		"old":       {strings.Replace(string(good), `"version":2`, `"version":1`, 1), "", "another version of thaw has written it"},
-		"nothing":   {"", "", "the nodes and devices of the last server are left alone"},
+		"nothing":   {"", "", ""}, // as a loss of power leaves a file of nodes alone, which is not synced
 	} {
 		check(t, os.WriteFile(state, []byte(c.text), 0o600))
 		s, names := serve(args...)
