@@ -333,7 +333,7 @@ func TestStop(t *testing.T) {
 
 // What ignores SIGTERM is killed, and does not keep the machine.
 func TestStubborn(t *testing.T) {
-	m := boot(t, "", bootconfig.Config{Args: []string{"sh", "-c", `(trap '' TERM HUP; while :; do sleep 1; done) & echo started`}}, nil)
+	m := boot(t, "", bootconfig.Config{Args: []string{"sh", "-c", `trap '' TERM HUP; (while :; do sleep 1; done) & echo started`}}, nil)
 	began := time.Now()
 	m.end(powerOff)
 	if d := time.Since(began); d < endPatience {
