@@ -766,7 +766,7 @@ func TestTwoReplays(t *testing.T) {
 // every read gets the right bytes.
 func TestSoak(t *testing.T) {
 	m := blocktest.NewImage(t, 53, 2500)
-	rounds := 6 // each quota with and without read-ahead
+	rounds := 12
 	if testing.Short() {
 		rounds = 3
 	}
