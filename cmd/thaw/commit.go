@@ -148,6 +148,28 @@ func openCache(find *host.Finder, cache string) (*host.Host, error) {
 	return h, err
 }
 
+// cacheWait is how long a command waits for the cache. The server that thaw mount has started
+// still has it for a moment after the last thaw umount.
+var cacheWait = exitUnused + 3*time.Second
+
+// awaitCache is openCache once the server that uses the cache has ended, if that is soon.
+func (a *app) awaitCache(ctx context.Context, cache string) (*host.Host, error) {
+	end := time.Now().Add(cacheWait)
+	for {
+		find, err := a.access(ctx, nil)
+		if err != nil {
+			return nil, err
+		}
+		h, err := openCache(find, cache)
+		if !errors.Is(err, blockmap.ErrLocked) || time.Now().After(end) {
+			return h, err
+		}
+		if e := sleep(ctx, 100*time.Millisecond); e != nil {
+			return nil, errors.Join(err, e)
+		}
+	}
+}
+
 // openClosed opens an overlay that no server uses, through a cache. close closes all.
 func (a *app) openClosed(ctx context.Context, dir, cache string) (c *host.ClosedOverlay, close func() error, err error) {
 	if info, err := blockmap.ReadOverlay(blockmap.OS, dir); err != nil {
@@ -155,11 +177,7 @@ func (a *app) openClosed(ctx context.Context, dir, cache string) (c *host.Closed
 	} else if info.InUse {
 		return nil, nil, fmt.Errorf("overlay %s: %w", dir, errInUse)
 	}
-	find, err := a.access(ctx, nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	h, err := openCache(find, cache)
+	h, err := a.awaitCache(ctx, cache)
 	if err != nil {
 		return nil, nil, err
 	}
