@@ -165,6 +165,9 @@ func (a *app) log() (*slog.Logger, error) {
 // registries.
 var settle time.Duration
 
+// cancelTime is registry.Options.CancelTime. A test raises it.
+var cancelTime time.Duration
+
 // client makes the client of registries, layouts and archives.
 func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, error) {
 	o := registry.Options{
@@ -180,6 +183,7 @@ func (a *app) client(ctx context.Context, log *slog.Logger) (*registry.Client, e
 		IdleConns:    flatten.DefaultRequests,
 		StallTimeout: 8 * time.Second,
 		Settle:       settle,
+		CancelTime:   cancelTime,
 		UserAgent:    thisVersion().userAgent(),
 	}
 	if a.hosts != "" {

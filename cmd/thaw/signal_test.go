@@ -58,7 +58,7 @@ func TestSecondSignalEndsABuild(t *testing.T) {
 				panic(http.ErrAbortHandler)
 			}
 			return true
-		})
+		}, asThaw+"=patient") // it does not end by itself before a second signal comes, however busy this machine is
 		if err := b.signal(sig); err != nil {
 			t.Fatal(err)
 		}
@@ -93,7 +93,7 @@ type hungBuild struct {
 
 // startHungBuild starts it and waits until an upload hangs. before sees the other
 // requests from then on.
-func startHungBuild(t testing.TB, p *proxy, ref string, before func(http.ResponseWriter, *http.Request) bool) *hungBuild {
+func startHungBuild(t testing.TB, p *proxy, ref string, before func(http.ResponseWriter, *http.Request) bool, env ...string) *hungBuild {
 	t.Helper()
 	b := &hungBuild{t: t, temp: t.TempDir()}
 	asked := make(chan struct{}, 100)
@@ -109,6 +109,7 @@ func startHungBuild(t testing.TB, p *proxy, ref string, before func(http.Respons
 		return before == nil || !hangs.Load() || before(w, r)
 	})
 	cmd := asProgram("build", ref, "--temp", b.temp)
+	cmd.Env = append(cmd.Env, env...)
 	cmd.Stderr = &b.stderr
 	if err := startWithUs(cmd); err != nil {
 		t.Fatal(err)

@@ -8,21 +8,22 @@ import (
 	"time"
 )
 
-// cancelTime bounds the time that cancelling an upload takes.
+// cancelTime is the default of Options.CancelTime.
 const cancelTime = 2 * time.Second
 
 // cancelling are the uploads that a client cancels in the background: whoever gave
 // an upload up does not wait for a registry that may not answer.
 type cancelling struct {
-	ctx context.Context // ends with the client
-	end context.CancelFunc
-	wg  sync.WaitGroup
+	ctx  context.Context // ends with the client
+	end  context.CancelFunc
+	time time.Duration // for each
+	wg   sync.WaitGroup
 }
 
-// start runs cancel, with a context that ends after cancelTime or with the client.
+// start runs cancel, with a context that ends after its time or with the client.
 func (c *cancelling) start(cancel func(ctx context.Context)) {
 	c.wg.Go(func() {
-		ctx, end := context.WithTimeout(c.ctx, cancelTime)
+		ctx, end := context.WithTimeout(c.ctx, c.time)
 		defer end()
 		cancel(ctx)
 	})

@@ -55,6 +55,9 @@ type Options struct {
 	// Settle is how long a list of referrers under a fallback tag is watched after a
 	// change, in case another writer overwrites it; 2.5 s by default. Only tests set it.
 	Settle time.Duration
+	// CancelTime bounds how long cancelling an upload takes; 2 s by default. Only tests set
+	// it.
+	CancelTime time.Duration
 
 	backoff time.Duration // before the second attempt; tests lower it
 }
@@ -102,6 +105,7 @@ func New(o Options) *Client {
 	def(&o.StallTimeout, 20*time.Second)
 	def(&o.backoff, 200*time.Millisecond)
 	def(&o.Settle, settleTime)
+	def(&o.CancelTime, cancelTime)
 	if o.IdleConns <= 0 {
 		o.IdleConns = 64
 	}
@@ -132,6 +136,7 @@ func New(o Options) *Client {
 		DisableCompression: true,
 	}
 	c.breakers.backoff = o.backoff
+	c.cancelling.time = o.CancelTime
 	c.cancelling.ctx, c.cancelling.end = context.WithCancel(context.Background())
 	c.mu.sources = make(map[string]*source)
 	c.mu.endpoints = make(map[string]*endpoint)
