@@ -439,6 +439,7 @@ type fragile struct {
 	damaged atomic.Bool
 	cold    bool // only Load shows bytes
 	reports atomic.Int32
+	report  func() // called with each report; nil: nothing
 }
 
 func (d *fragile) View(e blockmap.Extent) (v blockmap.View, ok bool) {
@@ -458,7 +459,14 @@ func (d *fragile) Load(ctx context.Context, e blockmap.Extent) (v blockmap.View,
 
 func (d *fragile) Unpin(uint64)        {}
 func (d *fragile) Pinned(uint64) int64 { return 4096 }
-func (d *fragile) Damaged(uint64)      { d.damaged.Store(true); d.reports.Add(1) }
+
+func (d *fragile) Damaged(uint64) {
+	d.damaged.Store(true)
+	d.reports.Add(1)
+	if d.report != nil {
+		d.report()
+	}
+}
 
 // Bytes of the cache that cannot be read are fetched again; the guest notices nothing.
 func TestDamagedViews(t *testing.T) {
@@ -483,5 +491,64 @@ func TestDamagedViews(t *testing.T) {
 		}
 		unix.Munmap(b)
 		unix.Close(fd)
+	}
+}
+
+// A queue that is stopped, or gets other memory, just when bytes of the cache turn out to be
+// damaged completes what it has answered, and does the damaged request later: once, and in
+// the memory that the guest has then.
+func TestDamagedViewOfAHaltedQueue(t *testing.T) {
+	for _, how := range []string{"stopped", "moved"} {
+		t.Run(how, func(t *testing.T) {
+			fd, err := unix.MemfdCreate("cache", unix.MFD_CLOEXEC)
+			must(t, err)
+			defer unix.Close(fd)
+			must(t, unix.Ftruncate(fd, testSize))
+			b, err := unix.Mmap(fd, 0, testSize, unix.PROT_READ, unix.MAP_SHARED)
+			must(t, err)
+			defer unix.Munmap(b)
+			mem := filled(testSize)
+			s := new(Server)
+			dev := &fragile{WritableDevice: mem, mapped: b}
+			found := make(chan struct{})
+			dev.report = func() { // on the goroutine of the queue, within its pass
+				var q *queue
+				s.conns().View(func(conns map[*conn]struct{}) {
+					for c := range conns {
+						q = c.queues[0]
+					}
+				})
+				close(found)
+				select {
+				case <-q.taking.Done():
+				case <-time.After(limit):
+					t.Error("nobody halts the queue")
+				}
+			}
+			f, d := diskOf(t, s, nbd.Export{Device: dev})
+			must(t, unix.Ftruncate(fd, 4096))
+			before := d.next
+			whole, damaged := d.add(opIn, 0, nil, 512), d.add(opIn, 16, nil, 512)
+			d.notify(before)
+			<-found
+			if how == "stopped" {
+				base := d.stop()
+				if d.collect(); base != before+1 || !d.done[whole] || d.done[damaged] {
+					t.Errorf("the base is %d; completed: %v", base, d.done)
+				}
+				d.start(base)
+			} else {
+				f.share(f.mem)
+			}
+			d.await(whole)
+			d.await(damaged)
+			got := append([]byte(nil), f.mem.get(d.slots[damaged].data, 512)...)
+			if !bytes.Equal(got, content(mem, 16*512, 512)) {
+				t.Error("wrong bytes")
+			}
+			if p := d.ok(opIn, 32, nil, 512); !bytes.Equal(p, content(mem, 32*512, 512)) {
+				t.Error("wrong bytes afterwards")
+			}
+		})
 	}
 }

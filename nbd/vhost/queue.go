@@ -364,7 +364,7 @@ func (q *queue) serve() error {
 			return err
 		}
 		if q.taking.Err() != nil {
-			return nil
+			return access(q.leave)
 		}
 		if !idle {
 			continue
@@ -378,6 +378,17 @@ func (q *queue) serve() error {
 		}
 		q.c.counts.kicks.Add(1)
 	}
+}
+
+// leave publishes what is answered, and takes back a request that is to begin again: it was
+// damaged in the pass during which the queue was halted. The next run may have other memory,
+// or be one of a ring that was set up anew.
+func (q *queue) leave() error {
+	if q.again {
+		q.again = false
+		q.untake()
+	}
+	return q.flush()
 }
 
 // readKick is called until it is done. Between the calls the goroutine is parked.
