@@ -59,7 +59,9 @@ type Overlay struct {
 	header overlayHeader
 	temp   bool // it goes with the process
 
-	volatile bool // nothing is made durable
+	volatile  bool      // nothing is made durable
+	unpunched sync.Once // the log says that the space of zeroed blocks is not given back, of a volatile one
+	existing  bool      // it is not made
 
 	base    Device
 	layers  atomic.Pointer[layers]
@@ -112,6 +114,8 @@ type OverlayOptions struct {
 	// Flush does nothing. OpenOverlay fails with ErrVolatile where the kernel may not
 	// have had all of it since.
 	Volatile bool
+	// Existing has OpenOverlay fail with ErrNoOverlay instead of making an overlay.
+	Existing bool
 	FS       FS           // defaults to OS
 	Log      *slog.Logger // defaults to none
 }
@@ -129,7 +133,7 @@ type OverlayStats struct {
 
 // newOverlay wires the parts of an overlay.
 func newOverlay(dir string, base Device, opt OverlayOptions) (*Overlay, error) {
-	o := &Overlay{dir: dir, fs: opt.FS, boot: opt.Boot, log: opt.Log, base: base, size: base.Size(), limit: opt.Limit / BlockSize, volatile: opt.Volatile}
+	o := &Overlay{dir: dir, fs: opt.FS, boot: opt.Boot, log: opt.Log, base: base, size: base.Size(), limit: opt.Limit / BlockSize, volatile: opt.Volatile, existing: opt.Existing}
 	if o.fs == nil {
 		o.fs = OS
 	}
@@ -220,6 +224,9 @@ func (o *Overlay) Close() error {
 // ErrVolatile means that writes to a volatile overlay may be lost: the machine has rebooted
 // since, or the filesystem has been mounted anew, or the directory is a copy.
 var ErrVolatile = errors.New("what was written to it may be lost")
+
+// ErrNoOverlay means that there is no overlay in a directory.
+var ErrNoOverlay = errors.New("there is no overlay in this directory")
 
 // errNotReleased means that somebody holds a view.
 var errNotReleased = errors.New("a view of it was not released")

@@ -68,8 +68,8 @@ func decodeOverlayHeader(b []byte) (h overlayHeader, err error) {
 	return h, nil
 }
 
-// OpenOverlay opens the overlay in dir, or makes it where dir is missing or empty. It
-// fails with ErrLocked where another process has it.
+// OpenOverlay opens the overlay in dir, or makes it where dir is missing or empty, unless
+// Existing says not to. It fails with ErrLocked where another process has it.
 func OpenOverlay(dir string, base Device, opt OverlayOptions) (*Overlay, error) {
 	o, err := newOverlay(dir, base, opt)
 	if err != nil {
@@ -104,8 +104,11 @@ func (o *Overlay) open() (err error) {
 		return fmt.Errorf("the reference of the image has %d bytes; at most %d are allowed", len(o.header.image), maxImageName)
 	}
 	entries, err := o.fs.ReadDir(o.dir)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && !o.existing {
 		err = cmp.Or(o.fs.MkdirAll(o.dir), o.fs.SyncDir(filepath.Dir(o.dir)))
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", ErrNoOverlay, err)
 	}
 	if err == nil {
 		err = o.fs.Private(o.dir)
@@ -118,6 +121,9 @@ func (o *Overlay) open() (err error) {
 		names = append(names, e.Name())
 	}
 	has := func(name string) bool { return slices.Contains(names, name) }
+	if o.existing && !has(headerName) {
+		return ErrNoOverlay
+	}
 	if !has(headerName) && !has(headerName+newSuffix) {
 		for _, name := range names {
 			if name != lockName {
@@ -129,7 +135,7 @@ func (o *Overlay) open() (err error) {
 		return err
 	}
 	h, err := readOverlayHeader(o.fs, o.dir)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && !o.existing {
 		return o.create()
 	}
 	if err != nil {

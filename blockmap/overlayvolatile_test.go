@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
 )
@@ -119,4 +121,40 @@ func TestVolatileOutlivesTheProcess(t *testing.T) {
 	want = content
 	check(d)
 	must(t, d.Close())
+}
+
+// A filesystem that cannot give space back keeps no volatile overlay from discarding and
+// zeroing: the blocks are zeros, and are counted as such.
+func TestVolatileWithoutHoles(t *testing.T) {
+	content := overlayContent(100)
+	fsys := blocktest.NewFS()
+	o, err := blockmap.OpenOverlay(filepath.Join(t.TempDir(), "overlay"), newBase(content), blockmap.OverlayOptions{FS: fsys, Boot: blockmap.BootID{1}, Volatile: true})
+	must(t, err)
+	defer o.Close()
+	e := blockmap.Range(8*blockmap.BlockSize, 4*blockmap.BlockSize)
+	for _, failure := range []error{unix.EOPNOTSUPP, unix.ENOSPC, unix.EIO} {
+		for what, zero := range map[string]func() error{
+			"discard": func() error { return o.Discard(t.Context(), e) },
+			"zero":    func() error { return o.Zero(t.Context(), e, true) },
+		} {
+			must(t, o.WriteAt(t.Context(), bytes.Repeat([]byte{1}, int(e.Len())), e.Start))
+			fsys.Fail(func(op, path string) error {
+				if op == "punch" {
+					return failure
+				}
+				return nil
+			})
+			err := zero()
+			fsys.Fail(nil)
+			st := o.Stats()
+			if err != nil || st.Data != 0 || st.Zero != e.Len() {
+				t.Errorf("%s with %v: %v; %d bytes of data, %d of zeros", what, failure, err, st.Data, st.Zero)
+			}
+			got := make([]byte, e.Len())
+			must(t, blockmap.ReadInto(t.Context(), o, e, got))
+			if !bytes.Equal(got, make([]byte, e.Len())) {
+				t.Errorf("%s with %v: other bytes", what, failure)
+			}
+		}
+	}
 }

@@ -338,7 +338,9 @@ func (o *Overlay) setWords(lv *level, b, n uint32, st state) error {
 	}
 	if st == stateZero && o.volatile { // no flush comes
 		e := blockRange(b, n)
-		return lv.file.Load().punch(e.Start, e.Len())
+		if err := lv.file.Load().punch(e.Start, e.Len()); err != nil { // they are zeros all the same
+			o.unpunched.Do(func() { o.log.Warn("cannot give back the space of zeroed blocks", "err", err) })
+		}
 	}
 	return nil
 }
