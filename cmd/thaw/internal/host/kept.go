@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,11 +37,13 @@ type kept struct {
 
 	mu struct {
 		sync.Mutex
-		known  bool          // the state file was read
-		found  []savedDevice // of the last host; no device of this one has claimed them
-		frozen bool          // the host stops
-		last   []savedDevice // then: of its devices
-		timer  *time.Timer   // forgets what clients have not asked for again
+		known bool          // the state file was read
+		found []savedDevice // of the last host; no device of this one is open with their overlays
+		// claimed are the overlays of found that a device is being opened with, by name.
+		claimed map[string]*Device
+		frozen  bool          // the host stops
+		last    []savedDevice // then: of its devices
+		timer   *time.Timer   // forgets what clients have not asked for again
 	}
 }
 
@@ -52,10 +55,10 @@ func (h *Host) Recover() {
 	for _, b := range bad {
 		h.log.Error("an entry of the state file makes no sense and is left out", "err", b)
 	}
+	unread := filepath.Join(h.dir, stateName+".damaged")
 	if err != nil {
 		h.log.Error("the nodes and devices of the last server are left alone", "err", err)
-		from := filepath.Join(h.dir, stateName)
-		if err := os.Rename(from, from+".damaged"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Rename(filepath.Join(h.dir, stateName), unread); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			h.log.Warn("cannot keep the state file", "err", err)
 		}
 	}
@@ -79,8 +82,20 @@ func (h *Host) Recover() {
 	h.kept.writing.Lock()
 	h.kept.durable = len(state.Devices) > 0
 	h.kept.writing.Unlock()
-	h.removeEphemeral(used)
+	switch _, e := os.Lstat(unread); {
+	case err == nil && errors.Is(e, fs.ErrNotExist):
+		h.removeEphemeral(used)
+	case h.hasEphemeral():
+		h.log.Warn("overlays of nodes and devices are kept that a state file may name which cannot be read: remove that file if they are of no use any more",
+			"file", unread, "overlays", filepath.Join(h.dir, ephemeralDir))
+	}
 	h.nodes.recoverNodes(state.Nodes)
+}
+
+// hasEphemeral reports whether there are overlays that go with nodes and devices.
+func (h *Host) hasEphemeral() bool {
+	there, err := os.ReadDir(filepath.Join(h.dir, ephemeralDir))
+	return err == nil && len(there) > 0
 }
 
 // removeEphemeral removes overlays that went with nodes and devices, except those in use.
@@ -266,7 +281,7 @@ func (h *Host) forget(d *Device) error {
 	if !kept {
 		return nil
 	}
-	h.supersede(d.spec.Name)
+	h.drop(func(k *savedDevice) bool { return k.Name == d.spec.Name }, true) // also if d is still being opened
 	h.kept.mu.Lock()
 	h.kept.mu.last = slices.DeleteFunc(h.kept.mu.last, func(k savedDevice) bool { return k.Name == d.spec.Name })
 	h.kept.mu.Unlock()
@@ -276,17 +291,19 @@ func (h *Host) forget(d *Device) error {
 	return nil
 }
 
-// supersede forgets what the last host has left of a device of that name.
+// supersede forgets what the last host has left of a device of that name, unless a device
+// is being opened with it.
 func (h *Host) supersede(name string) {
-	h.drop(func(k *savedDevice) bool { return k.Name == name })
+	h.drop(func(k *savedDevice) bool { return k.Name == name }, false)
 }
 
-// drop forgets devices of the last host, with the overlays that nobody has claimed.
-func (h *Host) drop(which func(*savedDevice) bool) (dropped int) {
+// drop forgets devices of the last host, with their overlays. Those that a device is being
+// opened with are forgotten only if claimed is set.
+func (h *Host) drop(which func(*savedDevice) bool, claimed bool) (dropped int) {
 	var unclaimed []string
 	h.kept.mu.Lock()
 	h.kept.mu.found = slices.DeleteFunc(h.kept.mu.found, func(k savedDevice) bool {
-		if !which(&k) {
+		if !which(&k) || !claimed && h.kept.mu.claimed[k.Ephemeral] != nil {
 			return false
 		}
 		dropped++
@@ -321,9 +338,16 @@ func (h *Host) saveState() error {
 	if !known {
 		return nil
 	}
-	durably := len(s.Devices) > 0 || h.kept.durable
+	for i := range s.Devices { // or the next host would leave it out, with its changes
+		if err := s.Devices[i].check(); err != nil {
+			return InvalidError{fmt.Errorf("the device %.100q cannot be in the state file: %w", s.Devices[i].Name, err)}
+		}
+	}
+	if err := writeState(h.dir, s, len(s.Devices) > 0 || h.kept.durable); err != nil {
+		return err
+	}
 	h.kept.durable = len(s.Devices) > 0
-	return writeState(h.dir, s, durably)
+	return nil
 }
 
 // devices are the devices for the state file.
@@ -445,8 +469,8 @@ func (h *Host) stopKept() {
 	}
 }
 
-// left is what the last host has left of the overlay that went with d. It is nil if there is
-// none, or if d is of another image.
+// left is what the last host has left of the overlay that went with d, which claims it. It is
+// nil if there is none, or if d is of another image.
 func (h *Host) left(d *Device) *savedDevice {
 	if d.private || !h.overlays.Ephemeral {
 		return nil
@@ -461,12 +485,20 @@ func (h *Host) left(d *Device) *savedDevice {
 	if i >= 0 {
 		k = h.kept.mu.found[i]
 	}
+	ours := i >= 0 && k.Image == image
+	if ours {
+		if h.kept.mu.claimed == nil {
+			h.kept.mu.claimed = make(map[string]*Device)
+		}
+		h.kept.mu.claimed[k.Ephemeral] = d
+	}
 	h.kept.mu.Unlock()
-	if i < 0 || k.Image != image {
+	if !ours {
 		return nil
 	}
 	if _, err := os.Lstat(filepath.Join(h.dir, ephemeralDir, k.Ephemeral)); errors.Is(err, fs.ErrNotExist) {
 		h.log.Warn("the changes of a device are forgotten: somebody has removed the directory of its overlay", "device", d.spec.Name, "overlay", k.Ephemeral)
+		h.kept.disclaim(d)
 		return nil
 	}
 	return &k
@@ -483,7 +515,8 @@ func (h *Host) openEphemeral(d *Device, left *savedDevice, below blockmap.Device
 	if left != nil {
 		name = left.Ephemeral
 	}
-	overlay, err := h.overlays.openLimited(filepath.Join(parent, name), h.overlays.Limit, true, below, b)
+	opts := blockmap.OverlayOptions{Limit: h.overlays.Limit, Volatile: true, Existing: left != nil}
+	overlay, err := h.overlays.openWith(filepath.Join(parent, name), opts, below, b)
 	if err == nil {
 		d.setEphemeral(name, b.Reference())
 		if err = h.saveState(); err != nil {
@@ -499,16 +532,24 @@ func (h *Host) openEphemeral(d *Device, left *savedDevice, below blockmap.Device
 		return nil, fmt.Errorf("the changes of %s, which a server that was killed has left: %w", d.spec.Name, err)
 	case left != nil:
 		h.log.Info("went on with the changes that the last server has left", "device", d.spec.Name)
-		h.kept.claim(name)
+		h.kept.took(name)
 	}
 	h.supersede(d.spec.Name) // changes of another image
 	return overlay, nil
 }
 
-// claim takes an overlay from what the last host has left.
-func (x *kept) claim(name string) {
+// disclaim ends the claims of d, which is not opened with what the last host has left.
+func (x *kept) disclaim(d *Device) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	maps.DeleteFunc(x.mu.claimed, func(_ string, by *Device) bool { return by == d })
+}
+
+// took takes an overlay from what the last host has left: a device is open with it.
+func (x *kept) took(name string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(x.mu.claimed, name)
 	x.mu.found = slices.DeleteFunc(x.mu.found, func(k savedDevice) bool { return k.Ephemeral == name })
 }
 
@@ -540,19 +581,24 @@ func (h *Host) endEphemeral(d *Device) {
 }
 
 // awaitClients gives clients that had devices of their own the time to connect again that
-// such a device waits for them.
+// such a device waits for them. To a host without ephemeral devices they cannot connect.
 func (h *Host) awaitClients() {
 	h.kept.mu.Lock()
 	defer h.kept.mu.Unlock()
 	ofClient := func(k savedDevice) bool { return k.By == byClient }
-	if h.kept.mu.timer == nil && slices.ContainsFunc(h.kept.mu.found, ofClient) {
+	if h.overlays.Ephemeral && !h.kept.mu.frozen && h.kept.mu.timer == nil && slices.ContainsFunc(h.kept.mu.found, ofClient) {
 		h.kept.mu.timer = time.AfterFunc(ephemeralLinger, h.forgetClients)
 	}
 }
 
-// forgetClients forgets the changes of clients that have not connected again.
+// forgetClients forgets the changes of clients that have not connected again. Those whose
+// devices are being opened have, and get the time once more if that fails.
 func (h *Host) forgetClients() {
-	n := h.drop(func(k *savedDevice) bool { return k.By == byClient })
+	n := h.drop(func(k *savedDevice) bool { return k.By == byClient }, false)
+	h.kept.mu.Lock()
+	h.kept.mu.timer = nil
+	h.kept.mu.Unlock()
+	h.awaitClients()
 	if n == 0 {
 		return
 	}

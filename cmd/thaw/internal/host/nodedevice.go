@@ -12,8 +12,9 @@ import (
 
 // ownOverlay is the overlay of a device that belongs to one node.
 type ownOverlay struct {
-	dir   string // absolute
-	limit int64
+	dir      string // absolute
+	limit    int64
+	existing bool // a server that was killed had it: without it, its node is not served
 }
 
 // acquireNode makes a node a user of the device behind it: of the image of that name, or of
@@ -78,7 +79,7 @@ func (h *Host) openOwn(ctx context.Context, d *Device) (err error) {
 		return err
 	}
 	image := base.whose()
-	if d.overlay, err = h.overlays.openLimited(d.own.dir, d.own.limit, false, image.below, image.image.of); err != nil {
+	if d.overlay, err = h.overlays.openWith(d.own.dir, blockmap.OverlayOptions{Limit: d.own.limit, Existing: d.own.existing}, image.below, image.image.of); err != nil {
 		release()
 		if errors.Is(err, blockmap.ErrLocked) {
 			err = ConflictError{fmt.Errorf("%w: only one node or server can have an overlay", err)}

@@ -18,7 +18,8 @@ import (
 const recoverTime = 30 * time.Second
 
 // recoverNodes goes on serving the nodes of a server that was killed, in the background: see
-// attach.Recover. A node of an image that cannot be had for the moment waits for it. One
+// attach.Recover. A node of an image that cannot be had for the moment waits for it. So
+// does one whose overlay is not there: its filesystem may be mounted later. One
 // that cannot be recovered is lost; what is left of it is removed when it is unmounted.
 func (x *nodes) recoverNodes(kept []savedNode) {
 	x.mu.Lock()
@@ -66,7 +67,7 @@ func (x *nodes) recover(n *node) {
 func bootText() string {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return ""
+		return "unknown" // as attach.State has it then
 	}
 	return strings.TrimSpace(string(b))
 }
@@ -74,7 +75,7 @@ func bootText() string {
 // passing reports whether an error may pass.
 func passing(err error) bool {
 	return registry.Temporary(err) || errors.Is(err, registry.ErrUnavailable) || errors.Is(err, blockmap.ErrLocked) ||
-		errors.Is(err, context.DeadlineExceeded)
+		errors.Is(err, blockmap.ErrNoOverlay) || errors.Is(err, context.DeadlineExceeded)
 }
 
 func (x *nodes) tryRecover(n *node) error {
@@ -86,7 +87,14 @@ func (x *nodes) tryRecover(n *node) error {
 		// down the filesystem on it: to the kernel the medium has changed.
 		return errors.New("its server was killed, and the driver fuse cannot go on with a node that is mounted or writable")
 	}
-	d, dev, release, err := x.h.acquireNode(n.removed, n.image, n.own())
+	own := n.own()
+	if own != nil { // or else what is mounted on the node would find it as it was before its changes
+		own.existing = true
+	}
+	d, dev, release, err := x.h.acquireNode(n.removed, n.image, own)
+	if errors.Is(err, blockmap.ErrNoOverlay) {
+		err = fmt.Errorf("%w: the last server had one there: put it back, or unmount and detach the node", err)
+	}
 	if err != nil {
 		return err
 	}

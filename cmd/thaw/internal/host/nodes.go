@@ -242,9 +242,9 @@ func (x *nodes) add(n *node) *node {
 func (n *node) own() *ownOverlay {
 	switch {
 	case n.spec.Overlay != "":
-		return &ownOverlay{n.spec.Overlay, n.spec.Limit}
+		return &ownOverlay{dir: n.spec.Overlay, limit: n.spec.Limit}
 	case n.ephemeral != "":
-		return &ownOverlay{filepath.Join(n.of.h.dir, ephemeralDir, n.ephemeral), n.spec.Limit}
+		return &ownOverlay{dir: filepath.Join(n.of.h.dir, ephemeralDir, n.ephemeral), limit: n.spec.Limit}
 	}
 	return nil
 }

@@ -192,13 +192,14 @@ func otherImage(dir, image, format string, args ...any) error {
 
 // open opens the overlay in dir, or makes it, over a device of the image b.
 func (o *overlays) open(dir string, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
-	return o.openLimited(dir, o.Limit, false, device, b)
+	return o.openWith(dir, blockmap.OverlayOptions{Limit: o.Limit}, device, b)
 }
 
-// openLimited opens an overlay with a limit. A volatile one goes with its device.
-func (o *overlays) openLimited(dir string, limit int64, volatile bool, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
-	ref := canonical(b.Repo.Ref()).WithDigest(b.Digest).String() // valid from any working directory
-	opts := blockmap.OverlayOptions{Image: ref, Digest: digestOf(b.Digest), Limit: limit, Volatile: volatile, Boot: o.boot, FS: o.fs, Log: o.log}
+// openWith opens an overlay with a limit. A volatile one goes with its device. One that has
+// to exist is not made.
+func (o *overlays) openWith(dir string, opts blockmap.OverlayOptions, device blockmap.Device, b *BlockImage) (*blockmap.Overlay, error) {
+	opts.Image = canonical(b.Repo.Ref()).WithDigest(b.Digest).String() // valid from any working directory
+	opts.Digest, opts.Boot, opts.FS, opts.Log = digestOf(b.Digest), o.boot, o.fs, o.log
 	if info, err := blockmap.ReadOverlay(o.fs, dir); err == nil && info.Digest != opts.Digest {
 		return nil, otherImage(dir, info.Image, "%s is the block image %s", b.Name, b.Digest)
 	}

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -105,17 +104,25 @@ func parseState(text []byte) (kept saved, bad []error, err error) {
 	if v.Version != stateVersion {
 		return saved{}, nil, fmt.Errorf("its version is %d instead of %d: %w", v.Version, stateVersion, errStateVersion)
 	}
-	var s saved
+	var lists struct {
+		Version int             `json:"version"`
+		Nodes   json.RawMessage `json:"nodes"`
+		Devices json.RawMessage `json:"devices"`
+	}
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&s); err != nil {
+	if err := d.Decode(&lists); err != nil {
 		return saved{}, nil, err
 	}
 	if _, err := d.Token(); err != io.EOF {
 		return saved{}, nil, errors.New("something follows its object")
 	}
-	if len(s.Nodes) > maxNodes || len(s.Devices) > maxSaved {
-		return saved{}, nil, fmt.Errorf("it has %d nodes, of at most %d, and %d devices, of at most %d", len(s.Nodes), maxNodes, len(s.Devices), maxSaved)
+	var s saved
+	if s.Nodes, err = parseList[savedNode](lists.Nodes, "nodes", maxNodes); err != nil {
+		return saved{}, nil, err
+	}
+	if s.Devices, err = parseList[savedDevice](lists.Devices, "devices", maxSaved); err != nil {
+		return saved{}, nil, err
 	}
 	// A path, a name and a socket are those of one node or device, and so is an overlay.
 	seen := make(map[[2]string]bool)
@@ -152,6 +159,35 @@ func parseState(text []byte) (kept saved, bad []error, err error) {
 	return kept, bad, nil
 }
 
+// parseList reads a list of at most that many entries. An entry takes a hundred times the
+// memory of the shortest text of one, so they are not read before they are counted.
+func parseList[T any](text json.RawMessage, what string, most int) (list []T, err error) {
+	if len(text) == 0 {
+		return nil, nil
+	}
+	d := json.NewDecoder(bytes.NewReader(text))
+	d.DisallowUnknownFields()
+	switch t, err := d.Token(); {
+	case err != nil:
+		return nil, err
+	case t == nil: // null
+		return nil, nil
+	case t != json.Delim('['):
+		return nil, fmt.Errorf("its %s are no list", what)
+	}
+	for d.More() {
+		if len(list) == most {
+			return nil, fmt.Errorf("it has more than %d %s", most, what)
+		}
+		var v T
+		if err := d.Decode(&v); err != nil {
+			return nil, err
+		}
+		list = append(list, v)
+	}
+	return list, nil
+}
+
 var ephemeralName = regexp.MustCompile(`^[A-Z2-7]+$`)
 
 // isEphemeral reports whether a name is empty, or that of an overlay below ephemeralDir.
@@ -162,8 +198,8 @@ func isEphemeral(name string) bool {
 // check fails where k makes no sense.
 func (k *savedDevice) check() error {
 	for _, name := range []string{k.Name, k.Image} {
-		if name == "" || len(name) > maxSavedName || !utf8.ValidString(name) || strings.ContainsFunc(name, func(c rune) bool { return !unicode.IsPrint(c) }) {
-			return fmt.Errorf("its name %.200q: it must be at most %d bytes of printable text", name, maxSavedName)
+		if name == "" || len(name) > maxSavedName || !utf8.ValidString(name) {
+			return fmt.Errorf("its name %.200q: it must be at most %d bytes of UTF-8", name, maxSavedName)
 		}
 	}
 	base, err := registry.ParseRef(k.Base)
@@ -302,8 +338,8 @@ func checkPath(what, path string) error {
 	switch {
 	case path == "":
 		return nil
-	case len(path) > maxPath, bytes.IndexByte([]byte(path), 0) >= 0:
-		return InvalidError{fmt.Errorf("%s %.100q: it must be a path of at most %d bytes, without a zero", what, path, maxPath)}
+	case len(path) > maxPath, strings.Contains(path, "\x00"), !utf8.ValidString(path):
+		return InvalidError{fmt.Errorf("%s %.100q: it must be a path of at most %d bytes of UTF-8, without a zero", what, path, maxPath)}
 	case !filepath.IsAbs(path), filepath.Clean(path) != path:
 		return InvalidError{fmt.Errorf("%s %.100q: it must be an absolute path without . and .. and double slashes", what, path)}
 	}

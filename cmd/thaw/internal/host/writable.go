@@ -40,7 +40,12 @@ func (h *Host) openDevice(ctx context.Context, d *Device) error {
 	}
 }
 
-func (h *Host) openOnce(ctx context.Context, d *Device) error {
+func (h *Host) openOnce(ctx context.Context, d *Device) (err error) {
+	defer func() {
+		if err != nil {
+			h.kept.disclaim(d)
+		}
+	}()
 	switch {
 	case d.client != "":
 		return h.openClient(ctx, d)
@@ -54,7 +59,6 @@ func (h *Host) openOnce(ctx context.Context, d *Device) error {
 	left := h.left(d)
 	switch {
 	case dir != "":
-		var err error
 		if name, err = h.overlays.base(dir, name, h.finder.Pins); err != nil {
 			return err
 		}
@@ -70,7 +74,6 @@ func (h *Host) openOnce(ctx context.Context, d *Device) error {
 		return err
 	}
 	if dir != "" || h.overlays.Ephemeral {
-		var err error
 		if dir != "" {
 			d.overlay, err = h.overlays.open(dir, d.below, d.image.of)
 		} else {
@@ -94,6 +97,7 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	if err != nil {
 		return err
 	}
+	left := h.left(d) // before anything is waited for, or it may be forgotten meanwhile
 	// A client that connects again at once waits until its changes are on disk.
 	for _, x := range d.after {
 		select {
@@ -127,7 +131,7 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 	if base.client != "" {
 		return ErrNoDevice // IMAGE~ONE~TWO
 	}
-	name, left := base.spec.Image, h.left(d)
+	name := base.spec.Image
 	switch {
 	case dir != "":
 		if name, err = h.overlays.base(dir, base.spec.Image, h.finder.Pins); err != nil {
@@ -146,7 +150,12 @@ func (h *Host) openClient(ctx context.Context, d *Device) (err error) {
 		base, release = own, releaseOwn
 	}
 	if dir != "" {
-		d.overlay, err = h.overlays.open(dir, base.below, base.image.of)
+		// A guest may go on with its disk: it never finds it as it was before its changes.
+		existing := d.spec.saved != nil && d.spec.saved.Overlay == dir
+		d.overlay, err = h.overlays.openWith(dir, blockmap.OverlayOptions{Limit: h.overlays.Limit, Existing: existing}, base.below, base.image.of)
+		if errors.Is(err, blockmap.ErrNoOverlay) {
+			err = fmt.Errorf("%w: the last server had one there: put it back, or remove the device", err)
+		}
 	} else {
 		d.overlay, err = h.openEphemeral(d, left, base.below, base.image.of)
 	}
