@@ -141,33 +141,22 @@ func openCache(find *host.Finder, cache string) (*host.Host, error) {
 			return nil, err
 		}
 	}
-	h, err := host.Open(host.Options{Finder: find, Dir: cache})
-	if errors.Is(err, blockmap.ErrLocked) {
-		return nil, fmt.Errorf("%w; pass another --cache, or stop the server that uses it", err)
-	}
-	return h, err
+	return host.Open(host.Options{Finder: find, Dir: cache})
 }
 
-// cacheWait is how long a command waits for the cache. The server that thaw mount has started
-// still has it for a moment after the last thaw umount.
-var cacheWait = exitUnused + 3*time.Second
-
-// awaitCache is openCache once the server that uses the cache has ended, if that is soon.
-func (a *app) awaitCache(ctx context.Context, cache string) (*host.Host, error) {
-	end := time.Now().Add(cacheWait)
-	for {
+// openCacheSoon is openCache once the process that uses the cache has ended, if it is about to.
+func (a *app) openCacheSoon(ctx context.Context, cache string) (*host.Host, error) {
+	log, err := a.log()
+	if err != nil {
+		return nil, err
+	}
+	return awaitCache(ctx, log, cache, func() (*host.Host, error) {
 		find, err := a.access(ctx, nil)
 		if err != nil {
 			return nil, err
 		}
-		h, err := openCache(find, cache)
-		if !errors.Is(err, blockmap.ErrLocked) || time.Now().After(end) {
-			return h, err
-		}
-		if e := sleep(ctx, 100*time.Millisecond); e != nil {
-			return nil, errors.Join(err, e)
-		}
-	}
+		return openCache(find, cache)
+	})
 }
 
 // openClosed opens an overlay that no server uses, through a cache. close closes all.
@@ -177,7 +166,10 @@ func (a *app) openClosed(ctx context.Context, dir, cache string) (c *host.Closed
 	} else if info.InUse {
 		return nil, nil, fmt.Errorf("overlay %s: %w", dir, errInUse)
 	}
-	h, err := a.awaitCache(ctx, cache)
+	h, err := a.openCacheSoon(ctx, cache)
+	if errors.Is(err, blockmap.ErrLocked) {
+		return nil, nil, fmt.Errorf("%w; pass another --cache, or stop the server that uses it", err)
+	}
 	if err != nil {
 		return nil, nil, err
 	}

@@ -636,24 +636,3 @@ func TestHostileCommittedImages(t *testing.T) {
 		}
 	}
 }
-
-// The server that thaw mount has started has the cache for a moment after thaw umount: a commit
-// that comes right then waits for its end. For a server that stays it does not wait long.
-func TestCommitAwaitsTheCache(t *testing.T) {
-	image := layoutImage(t)
-	overlay, cache, dst := filepath.Join(t.TempDir(), "overlay"), cacheDir(t), "oci:"+t.TempDir()+":changed"
-	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cache, "--overlay", overlay)
-	qemuWrite(t, s.as(image), "write -P 3 8M 4k")
-	s.term()
-	s = serving(t, "--nodes-only", "--exit-unused", "1s", "--cache", cache)
-	must(t, "commit", overlay, dst, "--cache", cache, "--crash-consistent")
-	<-s.done
-
-	before := cacheWait
-	t.Cleanup(func() { cacheWait = before })
-	cacheWait = 300 * time.Millisecond
-	serving(t, "--nodes-only", "--cache", cache)
-	if _, stderr, code := thaw(t, "commit", overlay, dst+"-2", "--cache", cache); code != exitError || !strings.Contains(stderr, "stop the server that uses it") {
-		t.Errorf("exit %d, %s", code, stderr)
-	}
-}

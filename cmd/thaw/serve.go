@@ -91,11 +91,6 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
-	refresh, err := s.watchFiles(ctx, server)
-	if err != nil {
-		s.find.Close()
-		return err
-	}
 	// The threads that decompress have low priority. Each occupies one of Go's processors
 	// even while the kernel runs other threads, so there are more of these.
 	procs := runtime.GOMAXPROCS(0)
@@ -106,10 +101,25 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		s.find.Close()
 		return err
 	}
-	h, err := host.Open(host.Options{
-		Finder: s.find, Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
+	o := host.Options{
+		Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
 		Overlay: s.overlay, Sockets: host.SocketOptions{Dir: s.vhostUser, Server: machines}, Zone: s.serveOptions.zone.options(s.allow),
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server, Admission: admission,
+		EndsUnused: s.unused > 0,
+	}
+	o.Finder = s.find
+	h, err := awaitCache(ctx, s.find.Log, s.cache, func() (*host.Host, error) {
+		if o.Finder == nil { // the last try has closed it
+			find, err := s.access(ctx, nil)
+			if err != nil {
+				return nil, err
+			}
+			find.Pins = s.find.Pins
+			s.find, o.Finder = find, find
+		}
+		h, err := host.Open(o)
+		o.Finder = nil
+		return h, err
 	})
 	if errors.Is(err, blockmap.ErrLocked) {
 		return fmt.Errorf("%w; give this server a --cache of its own", err)
@@ -118,6 +128,10 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		return err
 	}
 	defer h.Close()
+	refresh, err := s.watchFiles(ctx, server)
+	if err != nil {
+		return err
+	}
 	refresh = append(refresh, h.RefreshZone)
 	h.Recover() // before anybody can ask for nodes or devices, or add one
 	control := api.Start(ctx, h, s.cache, thisVersion().Version, s.find.Log)

@@ -47,6 +47,8 @@ type Options struct {
 	Zone ZoneOptions
 	// Admission bounds the requests in flight of all nodes together; nil for no bound.
 	Admission *nbd.Admission
+	// EndsUnused says that the host is about to be stopped whenever nobody uses it.
+	EndsUnused bool
 }
 
 // MinQuota is the smallest quota of a cache. Transports read in windows of 4 MiB, which
@@ -91,6 +93,7 @@ type Host struct {
 	once     atomic.Bool // a device was added to a host that takes one only
 	dir      string
 	log      *slog.Logger
+	unused   bool // it ends when nobody uses it
 
 	mu struct {
 		sync.Mutex
@@ -113,7 +116,7 @@ func absolute(dir string) string {
 // Open opens the cache and makes a host without devices. If another process uses the
 // cache directory, it fails with blockmap.ErrLocked. The caller closes the host.
 func Open(o Options) (*Host, error) {
-	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), mode: cmp.Or(o.Mode, blockmap.Buffered), quota: o.Quota, began: time.Now(), log: o.Finder.Log}
+	h := &Host{finder: o.Finder, nbd: o.NBD, dir: absolute(o.Dir), mode: cmp.Or(o.Mode, blockmap.Buffered), quota: o.Quota, began: time.Now(), log: o.Finder.Log, unused: o.EndsUnused}
 	boot := bootID(h.log)
 	err := CheckQuota(o.Quota)
 	if err == nil {

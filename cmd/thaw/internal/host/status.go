@@ -20,6 +20,7 @@ const (
 // Status is the state of a host.
 type Status struct {
 	State   Phase     `json:"state"`
+	Ending  bool      `json:"ending,omitempty"`  // the server ends soon, unless somebody uses it before
 	Version string    `json:"version,omitempty"` // of the program; the host does not know it
 	PID     int       `json:"pid"`
 	Time    time.Time `json:"time"` // of this status
@@ -69,6 +70,7 @@ func (h *Host) Status() Status {
 	case h.traces.serving.Load():
 		s.State = Serving
 	}
+	s.Ending = s.State == Stopping || h.unused && !h.Used()
 	if h.zone != nil {
 		z := h.zone.Status()
 		s.Zone = &ZoneBrief{z.Zone, z.Members, z.Alone, z.Sent, z.Received}

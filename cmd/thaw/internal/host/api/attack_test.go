@@ -424,3 +424,17 @@ type recorder struct {
 func (r *recorder) Header() http.Header         { return r.header }
 func (r *recorder) WriteHeader(code int)        { r.code = code }
 func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
+
+// JSON would change what is not UTF-8, and the server would make an overlay in another
+// directory than the one that was named.
+func TestClientSendsNamesAsTheyAre(t *testing.T) {
+	b := newBed(t, host.Options{})
+	image := b.push("team/app:v1", blocktest.NewImage(t, 1, 5))
+	dir := t.TempDir()
+	for name, utf8 := range map[string]bool{"a\xffb": false, `a\ufffdb`: true, "a\ufffdb": true} {
+		spec := host.NodeSpec{Image: image, Overlay: filepath.Join(dir, name), Driver: "floppy"} // refused before anything is made
+		if _, err := b.client.Attach(t.Context(), spec); err == nil || strings.Contains(err.Error(), "UTF-8") == utf8 {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+}

@@ -131,6 +131,9 @@ func (c *Client) ask(ctx context.Context, timeout time.Duration, method, path st
 		if err != nil {
 			return err
 		}
+		if bytes.Contains(bytes.ReplaceAll(b, []byte(`\\`), nil), []byte(`\ufffd`)) { // what JSON makes of such bytes
+			return fmt.Errorf("a name or a path is not UTF-8, which the server with the cache %s requires: rename it", c.dir)
+		}
 		body = bytes.NewReader(b)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, "http://thaw"+path, body)
