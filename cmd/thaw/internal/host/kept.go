@@ -37,6 +37,7 @@ type kept struct {
 
 	mu struct {
 		sync.Mutex
+		next  *saving       // of the state file; nil: nobody waits for one
 		known bool          // the state file was read
 		found []savedDevice // of the last host; no device of this one is open with their overlays
 		// claimed are the overlays of found that a device is being opened with, by name.
@@ -325,11 +326,41 @@ func (h *Host) removeOverlay(name string) {
 	}
 }
 
-// saveState writes the state file. A host that has not read it, and has nothing to write,
-// leaves it alone: it may be that of a server that was killed.
+// saving is one writing of the state file.
+type saving struct {
+	done chan struct{}
+	err  error // once done is closed
+}
+
+// saveState writes the state file. One writing serves all who wait for it: a thousand devices
+// that are restored at once do not wait for the disk one after the other.
 func (h *Host) saveState() error {
-	h.kept.writing.Lock()
-	defer h.kept.writing.Unlock()
+	x := &h.kept
+	x.mu.Lock()
+	s := x.mu.next
+	first := s == nil
+	if first {
+		s = &saving{done: make(chan struct{})}
+		x.mu.next = s
+	}
+	x.mu.Unlock()
+	if !first {
+		<-s.done
+		return s.err
+	}
+	x.writing.Lock()
+	defer x.writing.Unlock()
+	x.mu.Lock()
+	x.mu.next = nil // whoever comes from now on may have changed what is being written
+	x.mu.Unlock()
+	s.err = h.writeKept()
+	close(s.done)
+	return s.err
+}
+
+// writeKept writes the state file. A host that has not read it, and has nothing to write,
+// leaves it alone: it may be that of a server that was killed. h.kept.writing is held.
+func (h *Host) writeKept() error {
 	s := saved{Nodes: h.nodes.saved(), Devices: h.kept.devices(h.devices)}
 	h.kept.mu.Lock()
 	known := h.kept.mu.known || len(s.Nodes) > 0 || len(s.Devices) > 0

@@ -12,8 +12,11 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -283,5 +286,50 @@ func TestKeptNames(t *testing.T) {
 	h.Recover()
 	if _, err := h.Add(t.Context(), Spec{Name: image + "~vm", Keep: true}); err == nil || !strings.Contains(err.Error(), "UTF-8") {
 		t.Errorf("%v", err)
+	}
+}
+
+// The state file is written once for all who wait for it.
+func TestOneWritingServesAll(t *testing.T) {
+	r := newRegistry(t)
+	h := r.open(Options{Dir: keptDir(t), Overlay: OverlayOptions{Ephemeral: true}})
+	h.Recover()
+	if _, err := h.Add(t.Context(), Spec{Name: "app", Image: r.push("team/app:v1", blocktest.NewImage(t, 1, 20))}); err != nil {
+		t.Fatal(err)
+	}
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(watch)
+	if _, err := unix.InotifyAddWatch(watch, h.dir, unix.IN_MOVED_TO); err != nil {
+		t.Fatal(err)
+	}
+	const callers = 200
+	var wg sync.WaitGroup
+	h.kept.writing.Lock()
+	for range callers {
+		wg.Go(func() {
+			if err := h.saveState(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	stacks := make([]byte, 4<<20)
+	await(t, "all wait", func() bool {
+		return bytes.Count(stacks[:runtime.Stack(stacks, true)], []byte("host.(*Host).saveState(")) == callers
+	})
+	h.kept.writing.Unlock()
+	wg.Wait()
+	events := make([]byte, 1<<20)
+	n, err := unix.Read(watch, events)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if written := bytes.Count(events[:n], []byte(stateName+"\x00")); written == 0 || written > 5 {
+		t.Errorf("%d callers have the file written %d times", callers, written)
+	}
+	if s := mustRead(t, h.dir); len(s.Devices) != 1 {
+		t.Errorf("%+v", s)
 	}
 }
