@@ -400,11 +400,15 @@ func (t *devices) await(ctx context.Context, d *Device) (_ *Device, release func
 func (t *devices) join(name string, mayOpen func(string) bool) (*Device, error) {
 	t.mu.Lock()
 	d := t.find(name)
-	if d != nil {
+	forgotten := d != nil && t.forgets(d)
+	if d != nil && !forgotten {
 		t.use(d)
 	}
 	t.mu.Unlock()
-	if d != nil {
+	switch {
+	case forgotten:
+		return nil, ErrClosed
+	case d != nil:
 		return d, nil
 	}
 	image, client := name, ""
@@ -451,6 +455,9 @@ func (t *devices) joinClient(image, client string, may bool) (*Device, error) {
 			return nil, err
 		}
 	}
+	if t.forgets(d) {
+		return nil, ErrClosed
+	}
 	t.use(d)
 	return d, nil
 }
@@ -477,6 +484,12 @@ func (t *devices) beginClient(d *Device, timeout time.Duration) (*Device, error)
 		}
 	}
 	return t.begin(d, timeout), nil
+}
+
+// forgets reports whether the changes of d go with it, since the host stops and nobody had d
+// open: whoever opened it now would find it without them in the next host. t.mu is held.
+func (t *devices) forgets(d *Device) bool {
+	return t.mu.stopping && d.ephemeral != "" && !d.outlives
 }
 
 // use adds a user to d. t.mu is held.

@@ -333,3 +333,40 @@ func TestOneWritingServesAll(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// A host that stops removes the ephemeral overlays that nobody has open. So nobody can open
+// them any more, and write what the next host does not have.
+func TestNoUseOfWhatIsForgotten(t *testing.T) {
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 20))
+	any := func(string) bool { return true }
+	h := r.open(Options{Dir: keptDir(t), Overlay: OverlayOptions{Ephemeral: true}})
+	h.Recover()
+	if _, err := h.Add(t.Context(), Spec{Name: "idle", Image: image, Keep: true}, Spec{Name: "busy", Image: image, Keep: true}); err != nil {
+		t.Fatal(err)
+	}
+	_, leave, err := h.Acquire(t.Context(), image+"~gone", any)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leave()
+	_, release, err := h.Acquire(t.Context(), "busy", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.SetStopping()
+	for _, name := range []string{"idle", image + "~gone"} {
+		if _, release, err := h.Acquire(t.Context(), name, any); !errors.Is(err, ErrClosed) {
+			t.Errorf("%s: %v", name, err)
+			if err == nil {
+				release()
+			}
+		}
+	}
+	if _, again, err := h.Acquire(t.Context(), "busy", nil); err != nil { // another connection of the same client
+		t.Error(err)
+	} else {
+		again()
+	}
+	release()
+}
