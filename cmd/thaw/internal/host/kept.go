@@ -134,7 +134,7 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 		}
 		return err != nil
 	})
-	restored, err := h.devices.restore(found)
+	restored, errs, err := h.devices.restore(found)
 	if err != nil {
 		return err
 	}
@@ -142,6 +142,10 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 	defer cancel()
 	ready := make(map[*Device]chan struct{})
 	for i, d := range restored {
+		if d == nil && h.devices.byName(found[i].Name) == nil {
+			h.log.Error("a device of the last server cannot be opened, and waits for another server", "device", found[i].Name, "err", errs[i])
+			continue
+		}
 		if d == nil { // another device has its name
 			h.log.Warn("a device of the last server has another one in its place", "device", found[i].Name)
 			h.supersede(found[i].Name)
@@ -192,19 +196,20 @@ func (h *Host) suits(k *savedDevice) error {
 	return nil
 }
 
-// restore begins to open devices of the last host. A device whose name is taken is nil.
-func (t *devices) restore(found []savedDevice) ([]*Device, error) {
+// restore begins to open devices of the last host. A device that there cannot be is nil: its
+// name is taken, or errs says why.
+func (t *devices) restore(found []savedDevice) (restored []*Device, errs []error, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.mu.stopping {
-		return nil, ErrClosed
+		return nil, nil, ErrClosed
 	}
 	first := !t.anyPermanent()
-	restored := make([]*Device, len(found))
+	restored, errs = make([]*Device, len(found)), make([]error, len(found))
 	for i := range found {
 		k := &found[i]
 		d, err := t.reserveOne(Spec{Name: k.Name, Image: k.Image, Keep: true, saved: k})
-		if err != nil || d.permanent {
+		if errs[i] = err; err != nil || d.permanent {
 			continue
 		}
 		d.permanent, d.keep = true, true
@@ -214,7 +219,7 @@ func (t *devices) restore(found []savedDevice) ([]*Device, error) {
 		}
 		restored[i] = d
 	}
-	return restored, nil
+	return restored, errs, nil
 }
 
 // restore waits until d is open, and gives it its socket. It calls done when d is ready, or

@@ -370,3 +370,37 @@ func TestNoUseOfWhatIsForgotten(t *testing.T) {
 	}
 	release()
 }
+
+// A device that there cannot be in this host, for another reason than that its name is taken,
+// stays in the state file: here, the host has as many devices of clients as it takes.
+func TestRestoreLeavesWhatItCannotOpen(t *testing.T) {
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 20))
+	o := Options{Dir: keptDir(t), Overlay: OverlayOptions{Each: filepath.Join(t.TempDir(), "vms")}}
+	h := r.open(o)
+	h.Recover()
+	if _, err := h.Add(t.Context(), Spec{Name: image + "~vm", Image: image + "~vm", Keep: true}); err != nil {
+		t.Fatal(err)
+	}
+	h.Close()
+	h = r.open(o)
+	h.Recover()
+	t.Cleanup(func() { // before the host is closed
+		h.devices.mu.Lock()
+		defer h.devices.mu.Unlock()
+		h.devices.mu.all = nil
+	})
+	h.devices.mu.Lock()
+	for range maxClients {
+		h.devices.mu.all = append(h.devices.mu.all, &Device{of: h.devices, client: "other", spec: Spec{Name: "other"}})
+	}
+	h.devices.mu.Unlock()
+	if err := h.RestoreDevices(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	h.kept.mu.Lock()
+	defer h.kept.mu.Unlock()
+	if n := len(h.kept.mu.found); n != 1 {
+		t.Errorf("%d devices wait for another server", n)
+	}
+}
