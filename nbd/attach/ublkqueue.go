@@ -37,7 +37,7 @@ type ublkQueue struct {
 	eventBuf []byte // mapped: the kernel writes to it
 	alive    int    // tags that the kernel or this process has
 
-	inline       ublkInline
+	inline       inlineWrites
 	hits, misses atomic.Int64
 
 	mu struct {
@@ -282,7 +282,7 @@ func (q *ublkQueue) start(tag uint16) error {
 	if !ok {
 		return q.push(ublkCommit, tag, result(0, s.fail(nbd.OpOther, r.e, blockmap.ErrOutOfRange)))
 	}
-	if r.op == ublkWrite && s.wdev != nil && q.inline.takes(&r) {
+	if r.op == ublkWrite && s.wdev != nil && r.flags&ublkIOFUA == 0 && q.inline.Take(r.e) {
 		return q.push(ublkCommit, tag, q.write(&r))
 	}
 	if r.op != ublkRead {

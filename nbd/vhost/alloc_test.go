@@ -28,9 +28,13 @@ func (d *flat) Status(e blockmap.Extent) blockmap.Status {
 
 // flatQueue is a queue with a driver, whose passes the test makes itself.
 func flatQueue(t testing.TB, inflight bool) (*queue, *driver) {
+	return queueOf(t, &flat{make([]byte, testSize)}, inflight)
+}
+
+func queueOf(t testing.TB, dev blockmap.Device, inflight bool) (*queue, *driver) {
 	f := &frontEnd{t: t, mem: newGuestMemory(t), features: featureEventIdx}
 	d := f.newDriver(0, 64)
-	q := idleQueue(t, f.mem, &flat{make([]byte, testSize)})
+	q := idleQueue(t, f.mem, dev)
 	q.num, q.addr = uint32(d.num), vringAddr{user(d.desc), user(d.used), user(d.avail)}
 	var err error
 	if q.ring, err = newRing(q.mem, q.num, q.addr, true); err != nil {

@@ -27,14 +27,16 @@
 // the mapping of a cache file, to the guest's buffers: the only copy. It adds all chains
 // that it has answered to the used ring at once, and interrupts the guest once, if the
 // guest wants that. So a hit costs no system call, no allocation, no other goroutine, and
-// no lock that queues share. pass.go has that path from top to bottom.
+// no lock that queues share. pass.go has that path from top to bottom. A driver that is
+// about to add more chains is waited for, for some microseconds (gather.go).
 //
-// Everything else becomes a request that waits for the device, up to a bound for each
-// connection: a read of what is on the disk, which takes no goroutine
-// ([blockmap.LoadAsync]), a read that must be fetched, a write, a flush. Hits overtake
-// it. Where the driver waits for each request before it makes the next, the goroutine of
-// the queue does reads of the disk and writes itself: to wake another one would take
-// longer. pace.go says how a queue waits for the driver.
+// A small write of whole blocks is done in the pass too, as long as the device takes such
+// writes fast (package inline). Everything else becomes a request that waits for the
+// device, up to a bound for each connection: a read of what is on the disk, which takes no
+// goroutine ([blockmap.LoadAsync]), a read that must be fetched, any other write, a flush.
+// Hits overtake it. Where the driver waits for each request before it makes the next, the
+// goroutine of the queue does reads of the disk and all writes itself: to wake another one
+// would take longer. pace.go says how a queue waits for the driver.
 //
 // # The parts
 //

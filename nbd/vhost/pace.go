@@ -11,25 +11,26 @@ import (
 // of a busy queue first sleeps in the kernel for a while, where the kick wakes it.
 //
 // A thread that sleeps so keeps one of Go's processors for a while, and there must be
-// another one for whoever has work. So at most GOMAXPROCS-1 threads sleep at a time.
+// another one for whoever has work. So does one that waits for a busy driver (gather.go).
+// So at most GOMAXPROCS-1 threads wait at a time.
 const longestSleep = time.Millisecond
 
-// sleepers are the threads that sleep.
-type sleepers struct {
+// waiters are the threads that wait.
+type waiters struct {
 	limit int32
 	n     atomic.Int32
 }
 
 // enter counts one more, if that is possible. leave takes it back.
-func (s *sleepers) enter() bool {
-	if s.n.Add(1) <= s.limit {
+func (w *waiters) enter() bool {
+	if w.n.Add(1) <= w.limit {
 		return true
 	}
-	s.n.Add(-1)
+	w.n.Add(-1)
 	return false
 }
 
-func (s *sleepers) leave() { s.n.Add(-1) }
+func (w *waiters) leave() { w.n.Add(-1) }
 
 // loneTakes is how many passes of a queue in a row take one request, with none in flight,
 // until the driver counts as one that waits for each. Such a request is done on the

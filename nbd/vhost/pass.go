@@ -34,6 +34,9 @@ func (q *queue) pass() (idle bool, err error) {
 	for err == nil {
 		ahead := q.ring.availIdx() - q.at
 		if ahead == 0 {
+			if q.more(n) {
+				continue
+			}
 			break
 		}
 		if uint32(ahead) > q.ring.num {
@@ -47,6 +50,7 @@ func (q *queue) pass() (idle bool, err error) {
 			break
 		}
 	}
+	q.gather.ended(n)
 	if e := q.flush(); err == nil {
 		err = e
 	}
@@ -277,20 +281,16 @@ func (q *queue) begin(r *request) error {
 		}
 	}
 	r.view, r.loaded, r.abandon, r.code, r.written = blockmap.View{}, false, false, statusOK, 1
-	if r.op == opOut && q.alone() {
-		err := r.do(q.deadline())
-		q.c.client.Release(1, r.cost)
+	if r.op == opOut {
 		switch {
-		case err != nil:
-			return err
-		case r.abandon:
-			q.untake()
-			return errStopped
+		case q.alone():
+			if err := q.doHere(r); err != nil {
+				return err
+			}
+			return q.flush()
+		case !q.c.writethrough() && q.inline.Take(r.e):
+			return q.doHere(r)
 		}
-		r.status[0] = r.code
-		q.batch[q.nbatch] = completion{r.head, r.written}
-		q.nbatch++
-		return q.flush()
 	}
 	r.mem.retain()
 	q.tasks.Add(1)
@@ -315,6 +315,33 @@ func (q *queue) begin(r *request) error {
 			go q.complete()
 		}
 	})
+	return nil
+}
+
+// doHere does the write r on the queue's thread, and completes it with the next batch.
+func (q *queue) doHere(r *request) error {
+	if q.nhits > 0 {
+		// Answers must not wait for a disk.
+		if err := q.flush(); err != nil {
+			return err
+		}
+	}
+	began := time.Now()
+	err := r.do(q.deadline())
+	q.inline.Took(time.Since(began))
+	q.c.client.Release(1, r.cost)
+	switch {
+	case err != nil:
+		return err
+	case r.abandon:
+		q.untake()
+		return errStopped
+	}
+	r.status[0] = r.code
+	q.batch[q.nbatch] = completion{r.head, r.written}
+	if q.nbatch++; q.nbatch == len(q.batch) {
+		return q.flush()
+	}
 	return nil
 }
 

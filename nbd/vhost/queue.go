@@ -16,18 +16,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
+	"thaw/nbd/internal/inline"
 )
 
 // queue is a virtqueue. The goroutine of its connection sets it up, starts and stops it.
 // While it runs, a goroutine of its own takes requests from the ring:
 //
-//	available ──take──▶ hit: copied to the guest ──▶ batch ──────────┐
-//	              └───▶ miss, write: request ──done──▶ ready ──▶ publish ──▶ used ring
+//	available ──take──▶ hit, small write: done here ──▶ batch ───────┐
+//	              └───▶ miss, other: request ──done──▶ ready ──▶ publish ──▶ used ring
 //
-// It answers hits itself, and publishes all that it has taken in one pass together. Every
-// other request is admitted, and waits for the device without this goroutine: a read of
-// what is on the disk needs none, any other request gets one. The first that is done
-// publishes all that are, until none is left.
+// It does hits and small writes itself, and publishes all that it has done in one pass
+// together. Every other request is admitted, and waits for the device without this
+// goroutine: a read of what is on the disk needs none, any other request gets one. The
+// first that is done publishes all that are, until none is left.
 //
 // The used ring, and what is noted as in flight, belong to whoever holds mu.
 type queue struct {
@@ -75,6 +76,8 @@ type queue struct {
 	nbatch  int
 	nbytes  int64 // copied for the batch
 	nhits   int64
+	inline  inline.Writes
+	gather  gather
 	lone    int // passes in a row that took one request, with none in flight
 	scratch []byte
 	kicks   syscall.RawConn
@@ -395,12 +398,12 @@ func (q *queue) leave() error {
 func (q *queue) readKick(fd uintptr) (done bool) {
 	ok, err := clearEvent(fd, &q.event)
 	// Requests in flight need the processor that a thread which sleeps would keep.
-	if !ok && err == nil && !q.parked && q.working.Load() == 0 && q.c.srv.sleepers.enter() {
+	if !ok && err == nil && !q.parked && q.working.Load() == 0 && q.c.srv.waiters.enter() {
 		q.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 		t := unix.NsecToTimespec(int64(longestSleep))
 		// An error is treated like a timeout: the goroutine is parked then.
 		n, _ := unix.Ppoll(q.poll[:], &t, nil)
-		q.c.srv.sleepers.leave()
+		q.c.srv.waiters.leave()
 		if n > 0 {
 			ok, err = clearEvent(fd, &q.event)
 		}

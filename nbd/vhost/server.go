@@ -83,7 +83,7 @@ type Server struct {
 	bufs     buffers
 	requests sync.Pool    // of *request
 	mapped   atomic.Int64 // bytes of the memory of all guests
-	sleepers sleepers
+	waiters  waiters
 	lines    struct{ refused, ends, requests, rings, full, small, resumed lines.Limiter }
 
 	once sync.Once
@@ -204,7 +204,7 @@ func (s *Server) conns() *lifecycle.Lifecycle[*conn] {
 	s.once.Do(func() {
 		s.life = lifecycle.New[*conn]("vhost", ErrServerClosed)
 		s.mu.writers = make(map[string]chan struct{})
-		s.sleepers.limit = int32(runtime.GOMAXPROCS(0)) - 1
+		s.waiters.limit = int32(runtime.GOMAXPROCS(0)) - 1
 	})
 	return s.life
 }
