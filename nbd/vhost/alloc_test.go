@@ -2,6 +2,7 @@ package vhost
 
 import (
 	"context"
+	"strconv"
 	"testing"
 
 	"thaw/blockmap"
@@ -137,6 +138,32 @@ func BenchmarkDriver(b *testing.B) {
 			for b.Loop() {
 				d.ok(op, 8, out, in)
 			}
+		})
+	}
+}
+
+// BenchmarkDriverDepth is what a driver sees that keeps several reads of 4 KiB in flight, and
+// makes another one for each that is done.
+func BenchmarkDriverDepth(b *testing.B) {
+	for _, depth := range []int{2, 4, queueSlots} {
+		b.Run(strconv.Itoa(depth), func(b *testing.B) {
+			_, d := disk(b, nbd.Export{Device: filled(testSize)})
+			kicked, called := d.kicked, d.called
+			for made, done := 0, 0; done < b.N; {
+				for ; made < b.N && made-done < depth; made++ {
+					old := d.next
+					d.add(opIn, uint64(8*(made%1024)), nil, 4096)
+					d.notify(old)
+				}
+				d.awaitAny()
+				for i := range d.done {
+					delete(d.done, i)
+					d.free = append(d.free, i)
+					done++
+				}
+			}
+			b.ReportMetric(float64(d.kicked-kicked)/float64(b.N), "kicks/op")
+			b.ReportMetric(float64(d.called-called)/float64(b.N), "interrupts/op")
 		})
 	}
 }

@@ -544,13 +544,24 @@ func (d *driver) wait(i int) (byte, []byte) {
 
 func (d *driver) await(i int) {
 	d.f.t.Helper()
+	d.awaitThat(func() bool { return d.done[i] })
+}
+
+// awaitAny waits until some request is done.
+func (d *driver) awaitAny() {
+	d.f.t.Helper()
+	d.awaitThat(func() bool { return len(d.done) > 0 })
+}
+
+func (d *driver) awaitThat(is func() bool) {
+	d.f.t.Helper()
 	end := time.Now().Add(limit)
 	for {
-		if d.collect(); d.done[i] {
+		if d.collect(); is() {
 			return
 		}
 		d.wantCall(true)
-		if d.collect(); d.done[i] {
+		if d.collect(); is() {
 			return
 		}
 		p := []unix.PollFd{{Fd: int32(d.call), Events: unix.POLLIN}}
@@ -563,7 +574,7 @@ func (d *driver) await(i int) {
 			var b [8]byte
 			unix.Read(d.call, b[:])
 		} else if time.Now().After(end) {
-			d.f.t.Fatalf("no interrupt for slot %d within %v", i, limit)
+			d.f.t.Fatalf("no interrupt within %v", limit)
 		}
 	}
 }
