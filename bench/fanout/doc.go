@@ -10,7 +10,8 @@
 //
 //	host      100 devices of one image on one host, and 50 images that share all layers but one
 //	hosts     8 hosts, 20 starts on each: with a zone, without one, behind docker-registry as a
-//	          pull-through cache; and what a chunk from a peer takes
+//	          pull-through cache
+//	peer      what a chunk from a peer takes, on two idle hosts
 //	faults    the same with a zone, and a host of it that is added, killed, lost, partitioned from
 //	          the others, slow by ten times, or lying; and with a zone that is partitioned in
 //	          halves
@@ -21,7 +22,7 @@
 // and with its time between the reads. All that is read is compared with what the registry has:
 // an error of a reader, or a wrong byte, fails the benchmark.
 //
-// The parts hosts, faults and agree run thaw serve in network namespaces. Each has a link to one
+// The parts hosts, peer, faults and agree run thaw serve in network namespaces. Each has a link to one
 // switch whose rate tbf limits (network.go). The registry is behind a [bench.Link] on the switch,
 // which counts what it carries. Peers speak mutual TLS, with certificates made here. A host is
 // told which image to start after it is a member of the zone, so nothing is prefetched before the

@@ -79,7 +79,7 @@ var programs = []bench.Program{
 }
 
 // parts are the parts of the benchmark, in their order.
-var parts = []string{"host", "hosts", "faults", "agree", "simulate"}
+var parts = []string{"host", "hosts", "peer", "faults", "agree", "simulate"}
 
 func main() {
 	o := options{link: link{20 * time.Millisecond, 200e6}, parts: parts}
@@ -214,7 +214,7 @@ func (b *benchmark) image(ctx context.Context, w bench.Workload) (err error) {
 	for _, p := range []struct {
 		name string
 		run  func(context.Context, *site) error
-	}{{"host", b.oneHost}, {"hosts", b.fewHosts}, {"faults", b.faulty}, {"agree", b.agree}} {
+	}{{"host", b.oneHost}, {"hosts", b.fewHosts}, {"peer", b.peerChunk}, {"faults", b.faulty}, {"agree", b.agree}} {
 		if !slices.Contains(b.parts, p.name) {
 			continue
 		}
