@@ -170,12 +170,12 @@ func (f *fleet) client(m *member) (*http.Client, error) {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	t := &http.Transport{
-		DialContext:       func(_ context.Context, _, addr string) (net.Conn, error) { return m.dial(addr) },
-		TLSClientConfig:   &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots, MinVersion: tls.VersionTLS13},
-		ForceAttemptHTTP2: true,
-		HTTP2:             &http.HTTP2Config{MaxReadFrameSize: 66 << 10}, // as members have it
+	t := &http.Transport{ // it speaks HTTP/1.1, as members do
+		DialContext:     func(_ context.Context, _, addr string) (net.Conn, error) { return m.dial(addr) },
+		TLSClientConfig: &tls.Config{Certificates: []tls.Certificate{cert}, RootCAs: roots, MinVersion: tls.VersionTLS13},
+		Protocols:       new(http.Protocols),
 	}
+	t.Protocols.SetHTTP1(true)
 	return &http.Client{Transport: t}, nil
 }
 

@@ -144,6 +144,10 @@ type leavesFirst struct {
 	part    held
 }
 
+// maxWrite is how many bytes of a view are written at once: a leaf, and before it the digests
+// of all leaves of the largest chunk.
+const maxWrite = blockmap.LeafSize + blockmap.MaxLeaves*len(blockmap.Digest{})
+
 // maxFirst bounds the bytes of leaves that are sent first: they do not wait for their turn.
 const maxFirst = 256 << 10
 
@@ -176,16 +180,16 @@ func leafDigests(chunk *blockmap.View) (list []blockmap.Digest, err error) {
 
 // view sends a few bytes, and then those of a view, which may be in a mapped file.
 func (s *sender) view(head []byte, v *blockmap.View) error {
-	return copied(v, head, maxFrame, s.bytes)
+	return copied(v, head, maxWrite, s.bytes)
 }
 
 // buffers are for bytes that are encrypted or framed anyhow.
-var buffers = sync.Pool{New: func() any { return new([maxFrame]byte) }}
+var buffers = sync.Pool{New: func() any { return new([maxWrite]byte) }}
 
 // copied calls do with a few bytes that are followed by those of a view, in pieces of size
 // bytes and a last one that may be shorter. A piece is do's until it returns.
 func copied(v *blockmap.View, head []byte, size int, do func([]byte) error) error {
-	buf := buffers.Get().(*[maxFrame]byte)
+	buf := buffers.Get().(*[maxWrite]byte)
 	defer buffers.Put(buf)
 	n := copy(buf[:size], head)
 	segments := v.Segments()

@@ -491,28 +491,37 @@ func referred(err error) bool {
 }
 
 // waiting does what may take long. Until the header has been sent, it tells the peer now
-// and then that this host is alive.
+// and then that this host is alive. What takes a moment, as a rule, starts no goroutine.
 func waiting(w http.ResponseWriter, begun bool, do func() error) error {
 	c := http.NewResponseController(w)
 	_ = c.SetWriteDeadline(time.Time{}) // see sender.rest
 	if begun {
 		return do()
 	}
-	done := make(chan error, 1)
-	go func() { done <- do() }()
-	t := time.NewTimer(FirstSign)
-	defer t.Stop()
-	for {
-		select {
-		case err := <-done:
-			return err
-		case <-t.C:
-			_ = c.SetWriteDeadline(time.Now().Add(leastTime))
-			w.WriteHeader(http.StatusProcessing)
-			_ = c.SetWriteDeadline(time.Time{})
-			t.Reset(SignEvery)
+	var mu sync.Mutex // of w, and of what follows
+	var t *time.Timer
+	over := false
+	sign := func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if over {
+			return
 		}
+		_ = c.SetWriteDeadline(time.Now().Add(leastTime))
+		w.WriteHeader(http.StatusProcessing)
+		_ = c.SetWriteDeadline(time.Time{})
+		t.Reset(SignEvery)
 	}
+	mu.Lock()
+	t = time.AfterFunc(FirstSign, sign)
+	mu.Unlock()
+	defer func() {
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+		t.Stop()
+	}()
+	return do()
 }
 
 // chunkUpload is chunks on their way to a peer.

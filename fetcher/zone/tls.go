@@ -1,12 +1,14 @@
 package zone
 
 import (
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -18,7 +20,14 @@ type Credentials struct {
 	Certificate tls.Certificate
 	// Roots are the authorities that issue the certificates of peers.
 	Roots *x509.CertPool
+
+	once     sync.Once // makes what follows
+	server   *tls.Config
+	sessions tls.ClientSessionCache
 }
+
+// maxSessions bounds the peers whose TLS session is kept, to be resumed.
+const maxSessions = 1024
 
 // ReadCredentials reads PEM files.
 func ReadCredentials(cert, key, ca string) (*Credentials, error) {
@@ -66,21 +75,35 @@ func (c *Credentials) nameIn(host string) (string, error) {
 // protocols of a TLS connection between members, besides those of HTTP.
 const gossipProtocol = "thaw-gossip/1"
 
-// asServer is the configuration for connections from peers. Peers show their certificates;
-// the handler checks that each request comes in a name that its certificate has.
-func (c *Credentials) asServer() *tls.Config {
-	return &tls.Config{
+// prepare makes what connections share. A session that was made with other credentials is
+// not resumed: neither end has its key any more, so that both verify certificates again.
+func (c *Credentials) prepare() {
+	c.sessions = tls.NewLRUClientSessionCache(maxSessions)
+	c.server = &tls.Config{
 		Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: c.Roots,
 		DynamicRecordSizingDisabled: true, // for the first bytes of a page; these are chunks
 		NextProtos:                  []string{"h2", "http/1.1", gossipProtocol},
 	}
+	var key [32]byte
+	_, _ = rand.Read(key[:]) // it never fails
+	c.server.SetSessionTicketKeys([][32]byte{key})
+}
+
+// asServer is the configuration for connections from peers. Peers show their certificates;
+// the handler checks that each request comes in a name that its certificate has. That holds
+// for sessions that are resumed too: they have the certificates that they began with.
+func (c *Credentials) asServer() *tls.Config {
+	c.once.Do(c.prepare)
+	return c.server
 }
 
 // toPeer is the configuration for connections to the peer of that name. An empty name is
 // that of a member whose name is not known yet.
 func (c *Credentials) toPeer(name string) *tls.Config {
-	o := &tls.Config{Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, RootCAs: c.Roots, ServerName: name}
+	c.once.Do(c.prepare)
+	o := &tls.Config{Certificates: []tls.Certificate{c.Certificate}, MinVersion: tls.VersionTLS13, RootCAs: c.Roots, ServerName: name, ClientSessionCache: c.sessions}
 	if name == "" {
+		o.ClientSessionCache = nil
 		o.InsecureSkipVerify = true // of the name only
 		o.VerifyConnection = func(st tls.ConnectionState) error {
 			return c.verify(st.PeerCertificates, x509.ExtKeyUsageServerAuth, "")

@@ -108,6 +108,70 @@ func TestReloadedCertificates(t *testing.T) {
 	}
 }
 
+// A peer that connects again resumes its session, which spares both a signature. Who may ask
+// is checked all the same, and new credentials end all sessions.
+func TestResumedSessions(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	ca, other := newAuthority(t), newAuthority(t)
+	server := ca.credentials("host-1.example")
+	var now atomic.Pointer[Credentials]
+	now.Store(server)
+	o := secure(nil, Options{Store: s})
+	o.TLS = now.Load
+	z := open(t, o)
+	peer := ca.credentials("peer-1")
+	ask := func(by *Credentials, from string) (code int, resumed bool, err error) {
+		c := as(by, "host-1.example")
+		defer c.CloseIdleConnections() // each request has a connection of its own
+		url := strings.NewReplacer("http:", "https:", "peer-1", from).Replace(z.chunksURL(s, 0, 0, ""))
+		req, err := http.NewRequestWithContext(t.Context(), "GET", url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := c.Do(req)
+		if err != nil {
+			return 0, false, err
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode, resp.TLS.DidResume, err
+	}
+	for i, c := range []struct {
+		from    string
+		code    int
+		resumed bool
+	}{{"peer-1", 200, false}, {"peer-1", 200, true}, {"peer-2", 403, true}, {"peer-1", 200, true}} {
+		if code, resumed, err := ask(peer, c.from); err != nil || code != c.code || resumed != c.resumed {
+			t.Errorf("%d: %d, resumed %v, %v", i, code, resumed, err)
+		}
+	}
+	// The server believes another authority now, and shows the same certificate.
+	now.Store(&Credentials{Certificate: server.Certificate, Roots: other.credentials("x").Roots})
+	if code, resumed, err := ask(peer, "peer-1"); err == nil {
+		t.Errorf("the server believes another authority: %d, resumed %v", code, resumed)
+	}
+	now.Store(server)
+	if code, resumed, err := ask(peer, "peer-1"); err != nil || code != 200 || !resumed {
+		t.Errorf("%d, resumed %v, %v", code, resumed, err)
+	}
+	// The client believes another authority now.
+	if code, _, err := ask(&Credentials{Certificate: peer.Certificate, Roots: other.credentials("x").Roots}, "peer-1"); err == nil {
+		t.Errorf("the client believes another authority: %d", code)
+	}
+	// A member resumes its sessions, too.
+	y := open(t, secure(ca.credentials("host-2.example"), Options{Store: newTestStore(t, blockmap.CacheOptions{}), Join: []Seed{z.seed(t)}}))
+	awaitMembers(t, 2, z, y)
+	for i := range 3 {
+		if _, err := y.client.Health(t.Context(), z.Name()); err != nil {
+			t.Fatal(err)
+		}
+		y.client.transport.CloseIdleConnections()
+		if _, ok := y.o.TLS().sessions.Get("host-1.example"); !ok {
+			t.Errorf("no session after %d connections", i+1)
+		}
+	}
+}
+
 func TestNameInCertificate(t *testing.T) {
 	ca := newAuthority(t)
 	for _, c := range []struct{ names, host, want string }{
