@@ -2,6 +2,7 @@ package blockmap
 
 import (
 	"fmt"
+	"sync"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -11,6 +12,8 @@ import (
 // This file is the one place where content is compared with an index. Stream.Fill and
 // Stream.Hold call Verify, and so does ChunkDecoder.Decode. Stream.FillLeaves and
 // Stream.HoldLeaves call VerifyLeaf, with a LeafList that NewLeafList has verified.
+// Stream.FillArrived and Stream.HoldArrived have an Arriving (arriving.go) compare its
+// leaves, which were hashed while they arrived.
 
 // Verify says whether content is that of the chunk, by its digest, and fails with
 // ErrDigest if it is not.
@@ -54,7 +57,10 @@ func (c *Chunk) VerifyLeaf(l *LeafList, i int, content []byte) error {
 
 // ChunkDecoder makes chunks of what blobs and bundles hold of them: a zstd frame
 // each. It may be used at once.
-type ChunkDecoder struct{ zstd *zstd.Decoder }
+type ChunkDecoder struct {
+	zstd    *zstd.Decoder
+	readers sync.Pool // of decoders of frames that arrive, without goroutines
+}
 
 // NewChunkDecoder makes one that decodes several chunks at once. It is to be closed.
 func NewChunkDecoder(atOnce int) *ChunkDecoder {
@@ -65,7 +71,7 @@ func NewChunkDecoder(atOnce int) *ChunkDecoder {
 	if err != nil {
 		panic(err)
 	}
-	return &ChunkDecoder{z}
+	return &ChunkDecoder{zstd: z}
 }
 
 // Close frees the decoder.

@@ -227,7 +227,7 @@ func (s *Stream) check(i int, p []byte) error {
 }
 
 // Fill verifies that p is the content of chunk i, and stores what is absent of it.
-// Nothing gets into the cache but by Fill and FillLeaves. Fill fails with ErrDigest
+// Nothing gets into the cache but by Fill, FillArrived and FillLeaves. Fill fails with ErrDigest
 // where p is something else, and with ErrNoSpace where neither the disk nor the quota
 // has room; what was absent may be so in part then. It also fails for a chunk that the
 // disk has taken before and could not read back.
@@ -236,6 +236,21 @@ func (s *Stream) Fill(i int, p []byte) error {
 		return err
 	}
 	return s.fill(i, s.table.Chunks[i].Block, p)
+}
+
+// FillArrived is Fill for a content that was verified as far as possible while it arrived.
+func (s *Stream) FillArrived(i int, a *Arriving) error {
+	if err := s.checkArrived(i, a); err != nil {
+		return err
+	}
+	return s.fill(i, s.table.Chunks[i].Block, a.Content)
+}
+
+func (s *Stream) checkArrived(i int, a *Arriving) error {
+	if err := a.Verify(&s.table.Chunks[i]); err != nil {
+		return fmt.Errorf("chunk %d of stream %.12s: %w", i, s.id, err)
+	}
+	return nil
 }
 
 // fill stores what is absent of p, which is verified: blocks of chunk i from block b of
@@ -262,6 +277,15 @@ func (s *Stream) Hold(i int, p []byte) error {
 		return err
 	}
 	s.store.held.put(chunkRef{s, i}, 0, p)
+	return nil
+}
+
+// HoldArrived is Hold for a content that was verified while it arrived.
+func (s *Stream) HoldArrived(i int, a *Arriving) error {
+	if err := s.checkArrived(i, a); err != nil {
+		return err
+	}
+	s.store.held.put(chunkRef{s, i}, 0, a.Content)
 	return nil
 }
 

@@ -123,11 +123,14 @@ func (r *request) kept(ft *fetch) keeper {
 
 // readChunk reads the bytes of a fetch from a body, in the form that the place has it or
 // that r.form says, and returns how many it has read. Leaves that come first are made
-// resident at once. The caller gives p to f.buffers, or to a keeper.
-func (f *Fetcher) readChunk(r *request, body io.Reader, ft *fetch) (p *[]byte, n int64, err error) {
+// resident at once. If awaited is set, the chunk is decompressed and verified while it
+// arrives. The caller gives p to f.buffers, or to a keeper, and calls release of the frame.
+func (f *Fetcher) readChunk(r *request, body io.Reader, ft *fetch, awaited bool) (p *[]byte, fr frame, n int64, err error) {
+	c := ft.chunkAt(r.place)
+	plain := r.place.src.isPeer() && !r.form.stored
 	size := int(r.place.stored(ft))
 	if r.form.stored {
-		size = int(ft.chunkAt(r.place).Stored)
+		size = int(c.Stored)
 	}
 	if r.kept(ft) != nil {
 		b := make([]byte, size) // no larger than it has to be
@@ -135,31 +138,111 @@ func (f *Fetcher) readChunk(r *request, body io.Reader, ft *fetch) (p *[]byte, n
 	} else {
 		p = f.buffer(size)
 	}
-	read := func(b []byte) (err error) {
-		m, err := io.ReadFull(body, b)
-		n += int64(m)
-		return err
+	in := &inbound{decoder: f.chunkDecoder, body: body, p: *p}
+	fr = frame{f: f, stored: *p}
+	if plain {
+		fr.content = *p
+		if awaited && size == c.Size() {
+			in.arriving = blockmap.NewArriving(c, *p)
+		}
+	} else if awaited {
+		fr.buf = f.buffer(c.Size())
+		in.frame = blockmap.NewArriving(c, *fr.buf)
 	}
 	if r.form.first == 0 {
-		err = read(*p)
+		err = in.rest()
 	} else {
-		err = f.readFirst(r, ft, *p, read)
+		err = f.readFirst(r, ft, in)
 	}
 	if err != nil {
+		fr.release()
 		f.buffers.Put(p)
-		return nil, n, err
+		return nil, frame{}, in.n, err
 	}
-	return p, n, nil
+	fr.arriving = in.arriving
+	if in.frame != nil {
+		fr.arriving, fr.content = in.frame, in.frame.Content
+	}
+	return p, fr, in.n, nil
+}
+
+// inbound is the bytes of a chunk that arrive in p.
+type inbound struct {
+	decoder *blockmap.ChunkDecoder
+	body    io.Reader
+	n       int64 // read of body
+	p       []byte
+	// At most one of these is not nil: the content is p, or p is its frame.
+	arriving, frame *blockmap.Arriving
+
+	have, used int // of a frame: bytes of p that have come, and that were decompressed
+}
+
+// read fills b.
+func (in *inbound) read(b []byte) error {
+	m, err := io.ReadFull(in.body, b)
+	in.n += int64(m)
+	return err
+}
+
+// upTo reads the content from a byte on to another one.
+func (in *inbound) upTo(from, to int) error {
+	for from < to {
+		m, err := in.body.Read(in.p[from:to])
+		in.n += int64(m)
+		from += m
+		if in.arriving != nil {
+			in.arriving.Came(from)
+		}
+		if err != nil && from < to {
+			return err
+		}
+	}
+	return nil
+}
+
+// rest reads all of p.
+func (in *inbound) rest() error {
+	if in.frame == nil {
+		return in.upTo(0, len(in.p))
+	}
+	err := in.decoder.DecompressArriving(in, in.frame)
+	if errors.Is(err, blockmap.ErrDigest) {
+		// Whoever decompresses all of it finds that out, too.
+		in.frame = nil
+		return in.upTo(in.have, len(in.p))
+	}
+	return err
+}
+
+// Read gives the frame to its decoder.
+func (in *inbound) Read(b []byte) (int, error) {
+	if in.used == in.have {
+		if in.have == len(in.p) {
+			return 0, io.EOF
+		}
+		m, err := in.body.Read(in.p[in.have:])
+		in.n += int64(m)
+		if in.have += m; m == 0 {
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return 0, err
+		}
+	}
+	m := copy(b, in.p[in.used:in.have])
+	in.used += m
+	return m, nil
 }
 
 func (ft *fetch) chunkAt(p place) *blockmap.Chunk { return &p.table.Chunks[ft.key.chunk] }
 
-// readFirst reads a chunk into p of which some leaves come first.
-func (f *Fetcher) readFirst(r *request, ft *fetch, p []byte, read func([]byte) error) error {
+// readFirst reads a chunk of which some leaves come first.
+func (f *Fetcher) readFirst(r *request, ft *fetch, in *inbound) error {
 	c := ft.chunkAt(r.place)
 	first, count, e := span(c, r.form.first)
 	digests := make([]byte, c.Leaves()*len(blockmap.Digest{}))
-	if err := read(digests); err != nil {
+	if err := in.read(digests); err != nil {
 		return err
 	}
 	digest := make([]blockmap.Digest, c.Leaves())
@@ -172,26 +255,26 @@ func (f *Fetcher) readFirst(r *request, ft *fetch, p []byte, read func([]byte) e
 	}
 	part := &Part{Leaf: first, Count: count, Size: int(e.Len()), List: list}
 	if !r.form.stored {
-		if err := read(p[e.Start:e.End]); err != nil {
+		if err := in.read(in.p[e.Start:e.End]); err != nil {
 			return err
 		}
-		if err := f.keepFirst(r, ft, part, p[e.Start:e.End]); err != nil {
+		if err := f.keepFirst(r, ft, part, in.p[e.Start:e.End]); err != nil {
 			return err
 		}
-		if err := read(p[:e.Start]); err != nil {
+		if err := in.upTo(0, int(e.Start)); err != nil {
 			return err
 		}
-		return read(p[e.End:])
+		return in.upTo(int(e.End), len(in.p))
 	}
 	leaves := f.buffer(int(e.Len()))
 	defer f.buffers.Put(leaves)
-	if err := read(*leaves); err != nil {
+	if err := in.read(*leaves); err != nil {
 		return err
 	}
 	if err := f.keepFirst(r, ft, part, *leaves); err != nil {
 		return err
 	}
-	return read(p)
+	return in.rest()
 }
 
 // keepFirst makes leaves resident that have come before the rest of their chunk, and wakes

@@ -19,6 +19,8 @@ type frame struct {
 	stored  []byte // as it arrived
 	content []byte // in buf, or in stored if it came uncompressed; nil until it is decompressed
 	buf     *[]byte
+	// arriving, if not nil, has verified content while it arrived.
+	arriving *blockmap.Arriving
 }
 
 // decompress sets content, unless it is set already.
@@ -50,6 +52,11 @@ func (f *Fetcher) keep(w blockmap.Want, fr *frame, decompressed func()) error {
 	decompressed()
 	if err != nil {
 		return err
+	}
+	if a := fr.arriving; a != nil {
+		return f.store(key{w.Stream, w.Chunk},
+			func() error { return w.Stream.FillArrived(w.Chunk, a) },
+			func() error { return w.Stream.HoldArrived(w.Chunk, a) })
 	}
 	return f.store(key{w.Stream, w.Chunk},
 		func() error { return w.Stream.Fill(w.Chunk, fr.content) },

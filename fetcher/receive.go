@@ -134,7 +134,10 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 	defer decoding.Wait()
 	beside := make(chan struct{}, cap(f.decode)) // a token for each chunk of this request that is being kept
 	for i, ft := range group {
-		stored, n, err := f.readChunk(r, &incoming{f, r, body}, ft)
+		// Nothing is left to read while the last one is decompressed, unless that is done
+		// while it arrives.
+		awaited := i == len(group)-1 && f.awaits(r)
+		stored, fr, n, err := f.readChunk(r, &incoming{f, r, body}, ft, awaited)
 		f.counts(r.place.src).bytes.Add(n)
 		if r.form.stored {
 			f.nearStored.Add(n)
@@ -149,14 +152,11 @@ func (f *Fetcher) receive(r *request, body io.ReadCloser, group []*fetch) {
 		}
 		demanded, over := f.left(r, ft)
 		if over {
+			fr.release()
 			f.buffers.Put(stored) // an extra request or a copy was quicker
 			continue
 		}
 		keep := func(decompressed func()) {
-			fr := frame{f: f, stored: *stored}
-			if r.place.src.isPeer() && !r.form.stored {
-				fr.content = *stored
-			}
 			err := f.keep(blockmap.Want{Stream: ft.stream, Table: r.place.table, Chunk: ft.key.chunk}, &fr, decompressed)
 			fr.release()
 			if kept := r.kept(ft); err == nil && kept != nil {
@@ -190,6 +190,13 @@ func distrust(body io.ReadCloser, err error) {
 	if b, ok := body.(distruster); ok && errors.Is(err, blockmap.ErrDigest) {
 		b.Distrust()
 	}
+}
+
+// awaits reports whether a reader waits for any fetch of a request.
+func (f *Fetcher) awaits(r *request) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return r.awaited()
 }
 
 // left reports whether a reader waits for ft, whose bytes have arrived, or for a later

@@ -377,13 +377,25 @@ func BenchmarkPeerChunk(b *testing.B) {
 					}
 					waited += time.Since(began)
 				}
-				if err == nil {
+				arriving := blockmap.NewArriving(c, plain)
+				switch {
+				case err != nil:
+				case k.stored > 0:
+					if err = decoder.DecompressArriving(io.LimitReader(body, k.stored), arriving); err == nil {
+						err = arriving.Verify(c)
+					}
+				case k.upTo > 0:
 					_, err = io.ReadFull(body, got[k.upTo:])
-				}
-				if err == nil && k.stored > 0 {
-					_, err = decoder.Decode(c, got[body.n-k.stored:], plain)
-				} else if err == nil && k.upTo == 0 {
-					err = c.Verify(got)
+				default:
+					for n := 0; n < len(plain) && err == nil; {
+						var m int
+						m, err = body.Read(plain[n:])
+						n += m
+						arriving.Came(n)
+					}
+					if err == nil {
+						err = arriving.Verify(c)
+					}
 				}
 				if err != nil {
 					b.Fatal(err)
