@@ -28,6 +28,7 @@ type sender struct {
 	c    *http.ResponseController
 	file bool // the connection can take a file
 	sent int64
+	conn *conn // below TLS of HTTP/1.1; else nil
 }
 
 // sendsFiles reports whether the connection of a request can take a file.
@@ -37,6 +38,9 @@ func sendsFiles(r *http.Request) bool { return r.TLS == nil && r.ProtoMajor == 1
 func newSender(w http.ResponseWriter, r *http.Request) *sender {
 	s := &sender{w: w, c: http.NewResponseController(w), file: sendsFiles(r)}
 	w.WriteHeader(http.StatusOK)
+	if st, ok := r.Context().Value(connStateKey{}).(*connState); ok && r.ProtoMajor == 1 {
+		s.conn = st.conn
+	}
 	if s.file {
 		// net/http looks at the first bytes of a body before it has sent the header.
 		s.deadline(0)
@@ -180,7 +184,11 @@ func leafDigests(chunk *blockmap.View) (list []blockmap.Digest, err error) {
 
 // view sends a few bytes, and then those of a view, which may be in a mapped file.
 func (s *sender) view(head []byte, v *blockmap.View) error {
-	return copied(v, head, maxWrite, s.bytes)
+	size := blockmap.LeafSize
+	if len(head) > 0 {
+		size = maxWrite
+	}
+	return copied(v, head, size, s.bytes)
 }
 
 // buffers are for bytes that are encrypted or framed anyhow.
@@ -221,7 +229,7 @@ func (s *sender) bytes(p []byte) error {
 	for len(p) > 0 {
 		n := min(len(p), partBytes)
 		s.deadline(int64(n))
-		m, err := s.w.Write(p[:n])
+		m, err := s.write(p[:n])
 		s.sent += int64(m)
 		if err != nil {
 			return err
@@ -229,6 +237,17 @@ func (s *sender) bytes(p []byte) error {
 		p = p[n:]
 	}
 	return nil
+}
+
+func (s *sender) write(p []byte) (n int, err error) {
+	if s.conn == nil {
+		return s.w.Write(p)
+	}
+	err = s.conn.together(func() (err error) {
+		n, err = s.w.Write(p)
+		return err
+	})
+	return n, err
 }
 
 // section sends a part of a file.

@@ -117,6 +117,7 @@ type connState struct {
 	sync.Mutex
 	by    *Credentials // that the peer's certificate was verified with
 	party string
+	conn  *conn // below TLS; nil without it
 }
 
 type connStateKey struct{}
@@ -135,8 +136,12 @@ func (s *server) start(l *listener, gossip func(net.Conn)) {
 		DisableGeneralOptionsHandler: true,
 		Protocols:                    &protocols,
 		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxUploadsPeer, MaxReadFrameSize: 16 << 10, SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
-		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
-			return context.WithValue(ctx, connStateKey{}, new(connState))
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			st := new(connState)
+			if t, ok := c.(*tls.Conn); ok {
+				st.conn, _ = t.NetConn().(*conn)
+			}
+			return context.WithValue(ctx, connStateKey{}, st)
 		},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // peers can cause any number of lines
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){

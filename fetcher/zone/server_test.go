@@ -4,7 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -348,6 +351,63 @@ func TestLoopbackOnly(t *testing.T) {
 	_, sendErr := z.gossip.WriteTo([]byte("x"), "192.0.2.1:7946")
 	if err != errExposed || sendErr != errExposed {
 		t.Errorf("gossip with another host: %v, %v", err, sendErr)
+	}
+}
+
+// The records of TLS of a leaf leave in one write, in their order, and so do those of a larger
+// body in few.
+func TestWritesTogether(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	received := make(chan []byte)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		b, _ := io.ReadAll(c)
+		received <- b
+	}()
+	to, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &conn{TCPConn: to.(*net.TCPConn)}
+	var want []byte
+	write := func(n int, together bool) {
+		t.Helper()
+		p := bytes.Repeat([]byte{byte(len(want)/1000 + 1)}, n)
+		if m, err := c.Write(p); m != n || err != nil {
+			t.Errorf("%d of %d bytes: %v", m, n, err)
+		}
+		want = append(want, p...)
+		if gathers := c.gather.bytes != nil; gathers != together || gathers && n <= gathered && len(*c.gather.bytes) < n {
+			t.Errorf("%d bytes are not gathered", n)
+		}
+	}
+	write(10, false)
+	failed := errors.New("failed")
+	for _, sizes := range [][]int{{100}, {16 << 10, 16 << 10, 16 << 10, 16 << 10, 2000}, {gathered, 1, gathered + 1, 5}, nil} {
+		if err := c.together(func() error {
+			for _, n := range sizes {
+				write(n, true)
+			}
+			return failed
+		}); !errors.Is(err, failed) {
+			t.Error(err)
+		}
+		write(7, false)
+	}
+	to.Close()
+	if got := <-received; !bytes.Equal(got, want) {
+		t.Errorf("%d bytes arrive, in place of %d", len(got), len(want))
+	}
+	if err := c.together(func() error { _, err := c.Write([]byte("x")); return err }); err == nil {
+		t.Error("a write to a connection that is closed has no error")
 	}
 }
 
