@@ -70,8 +70,13 @@ const (
 	leastBytes = 64 << 10
 	// maxHeader bounds the header of an answer.
 	maxHeader = 16 << 10
-	// maxText bounds what is read of an answer that is a refusal.
-	maxText = 512
+	// maxText bounds what is read of an answer that is a refusal, and textTime how long that
+	// may take.
+	maxText  = 512
+	textTime = time.Second
+	// maxSigns bounds the answers before the answer: a peer that works sends one each
+	// SignEvery. net/http bounds their size, and not how many there are.
+	maxSigns = 4 * int(AnswerTime/SignEvery)
 	// maxHealth bounds what a peer says of its health.
 	maxHealth = 64 << 10
 	// maxConns bounds the connections to a peer, and maxIdle those that wait for a request.
@@ -202,6 +207,7 @@ func (e *PeerError) Unwrap() error { return e.Err }
 var (
 	errNoAnswer = errors.New("it does not answer")
 	errTrickles = errors.New("it sends hardly any bytes")
+	errSigns    = errors.New("it sends too many signs that it will answer")
 )
 
 // ChunksAsk says which chunks a Client asks for.
@@ -286,8 +292,12 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 	}
 	w := newWatch(&c.o, told, began, func() { stop(errNoAnswer) })
 	signed := make(chan struct{}, 1)
+	count := 0
 	traced := httptrace.WithClientTrace(asked, &httptrace.ClientTrace{
 		Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
+			if count++; count > maxSigns {
+				return errSigns
+			}
 			if code == http.StatusProcessing && w.sign(false) {
 				select {
 				case signed <- struct{}{}:
@@ -331,7 +341,9 @@ func (c *Client) get(ctx context.Context, peer, path string, query url.Values, l
 		return nil, failed
 	}
 	if resp.StatusCode != http.StatusOK {
+		late := time.AfterFunc(textTime, func() { stop(errTrickles) })
 		refused := c.refused(resp, peer, began)
+		late.Stop()
 		resp.Body.Close()
 		cancel(nil)
 		return nil, refused
@@ -388,8 +400,12 @@ func (c *Client) refused(resp *http.Response, peer string, began time.Time) erro
 	default:
 		o.Result = Broken
 	}
-	// Not all of a long text is read, and the connection is closed then.
-	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxText))
+	// Not all of a long text is read, and the connection is closed then. An answer that
+	// changes the protocol has no end, and nothing ends a Read of it.
+	var text []byte
+	if resp.StatusCode != http.StatusSwitchingProtocols {
+		text, _ = io.ReadAll(io.LimitReader(resp.Body, maxText))
+	}
 	err := fmt.Errorf("it answers %d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
 	if t := printable(string(text)); t != "" {
 		err = fmt.Errorf("%w: %s", err, t)

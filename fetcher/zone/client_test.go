@@ -163,6 +163,57 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// A peer that refuses, and does not send the text that says why, or another protocol, holds
+// up nobody: what it has said counts.
+func TestRefusalsWithoutTheirText(t *testing.T) {
+	for code, want := range map[int]Result{404: Absent, 503: Busy, 403: Refused, 500: Broken, 206: Broken, 101: Broken} {
+		c := peerServer(t, ClientOptions{}, func(w http.ResponseWriter, r *http.Request) {
+			conn, _, err := w.(http.Hijacker).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, "HTTP/1.1 %d X\r\nConnection: upgrade\r\nUpgrade: x\r\n", code)
+			if code != 101 {
+				fmt.Fprintf(conn, "Content-Length: 100\r\n")
+			}
+			fmt.Fprintf(conn, "\r\nbeca")
+			_, _ = io.Copy(io.Discard, conn) // until the client closes the connection
+		})
+		began := time.Now()
+		_, err := askChunks(t, c, 5)
+		if got := outcome(t, err); got.Result != want {
+			t.Errorf("%d: %+v", code, got)
+		}
+		if took := time.Since(began); took > 20*time.Second { // the bound is textTime
+			t.Errorf("%d: %v", code, took)
+		}
+	}
+}
+
+// A peer that sends signs of life as fast as it can is given up, before they keep a
+// processor busy until AnswerTime.
+func TestTooManySigns(t *testing.T) {
+	for _, code := range []int{102, 103} {
+		sent := make(chan int, 1)
+		c := peerServer(t, ClientOptions{}, func(w http.ResponseWriter, r *http.Request) {
+			n := 0
+			for ; r.Context().Err() == nil; n++ {
+				w.WriteHeader(code)
+			}
+			sent <- n
+		})
+		_, err := askChunks(t, c, 5)
+		if o := outcome(t, err); o.Result != Broken || !errors.Is(err, errSigns) {
+			t.Errorf("%d: %v, %+v", code, err, o)
+		}
+		if n := <-sent; n < maxSigns {
+			t.Errorf("%d: given up after %d", code, n)
+		}
+	}
+}
+
 // Hostile header fields.
 func TestHostileHeaders(t *testing.T) {
 	for field, want := range map[string]time.Duration{"": 0, "-1": 0, "99999999999999999999": 0, "x": 0, " 3 ": 3 * time.Second, "Wed, 21 Oct 2015 07:28:00 GMT": 0} {
@@ -242,7 +293,7 @@ func TestStalls(t *testing.T) {
 			for r.Context().Err() == nil {
 				w.WriteHeader(http.StatusProcessing)
 				select {
-				case <-time.After(time.Millisecond):
+				case <-time.After(10 * time.Millisecond):
 				case <-r.Context().Done():
 				}
 			}
