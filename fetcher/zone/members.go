@@ -97,7 +97,7 @@ func newMembers(o membersOptions) (*members, error) {
 	c.Name, c.Label = o.self.Name, "thaw "+o.zone
 	c.Transport, c.BindPort, c.AdvertisePort = o.transport, int(m.port), int(m.port)
 	c.Logger = log.New(m, "", 0)
-	c.Events, c.Alive, c.Conflict = m, alive{loopback}, m
+	c.Events, c.Alive, c.Conflict = m, alive{m, o.transport.at.Addr(), loopback}, m
 	// A host that was moved, or made anew, has its name again after this time.
 	c.DeadNodeReclaimTime = 30 * time.Second
 	c.RequireNodeNames = false // the seeds have none
@@ -187,19 +187,44 @@ func (m *members) NotifyConflict(existing, other *memberlist.Node) {
 	})
 }
 
+// maxMembers bounds the members that a host knows. Each of them takes memory, and time for
+// each run whose owner is looked up; a single one can announce any number of others.
+const maxMembers = 32 << 10
+
 // alive refuses members that cannot be ones.
-type alive struct{ loopback bool }
+type alive struct {
+	of       *members
+	self     netip.Addr
+	loopback bool // there is no TLS
+}
 
 // NotifyAlive implements memberlist.AliveDelegate.
 func (a alive) NotifyAlive(n *memberlist.Node) error {
 	ip, ok := netip.AddrFromSlice(n.Addr)
+	ip = ip.Unmap()
 	switch {
 	case !ValidName(n.Name):
 		return errors.New("it has no name that a member can have")
-	case !ok || n.Port == 0 || ip.IsUnspecified() || ip.IsMulticast():
+	case !ok || n.Port == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip == broadcast:
 		return errors.New("it has no address that a member can have")
-	case a.loopback && !ip.Unmap().IsLoopback():
+	case a.loopback && !ip.IsLoopback():
 		return errExposed
+	case ip.IsLoopback() && !a.self.IsLoopback(), ip.IsLinkLocalUnicast() && !a.self.IsLinkLocalUnicast():
+		// This host would connect to services of its own, or of its link: those of a cloud
+		// that tell a host its secrets are there.
+		return errors.New("its address is one of another machine for each host")
+	}
+	return a.of.room(n.Name)
+}
+
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// room fails if there are too many members for one more of that name.
+func (m *members) room(name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, known := m.mu.all[name]; !known && len(m.mu.all) >= maxMembers {
+		return fmt.Errorf("the zone has %d members already", maxMembers)
 	}
 	return nil
 }

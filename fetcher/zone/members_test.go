@@ -3,6 +3,7 @@ package zone
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -214,23 +215,52 @@ func TestSecretIsReplaced(t *testing.T) {
 
 // What gossip says of a member is not believed if it cannot be one.
 func TestImpossibleMembers(t *testing.T) {
+	const here, lan, link = "127.0.0.1", "10.0.0.1", "169.254.7.7"
 	for _, c := range []struct {
-		name, ip string
-		port     uint16
-		loopback bool
-		ok       bool
+		self, name, ip string
+		port           uint16
+		loopback       bool
+		ok             bool
 	}{
-		{"a", "127.0.0.1", 7946, true, true}, {"a", "192.0.2.1", 7946, true, false}, {"a", "192.0.2.1", 7946, false, true}, {"a", "::1", 7946, true, true},
-		{"a,b", "127.0.0.1", 7946, true, false}, {"", "127.0.0.1", 7946, true, false}, {"a", "127.0.0.1", 0, true, false}, {"a", "0.0.0.0", 7946, false, false},
-		{"a", "224.0.0.1", 7946, false, false}, {"a\r\nb", "127.0.0.1", 7946, true, false}, {strings.Repeat("a", 254), "127.0.0.1", 7946, true, false},
+		{here, "a", "127.0.0.1", 7946, true, true}, {here, "a", "192.0.2.1", 7946, true, false}, {lan, "a", "192.0.2.1", 7946, false, true}, {here, "a", "::1", 7946, true, true},
+		{here, "a,b", "127.0.0.1", 7946, true, false}, {here, "", "127.0.0.1", 7946, true, false}, {here, "a", "127.0.0.1", 0, true, false}, {lan, "a", "0.0.0.0", 7946, false, false},
+		{lan, "a", "224.0.0.1", 7946, false, false}, {lan, "a", "255.255.255.255", 7946, false, false}, {lan, "a", "::ffff:255.255.255.255", 7946, false, false},
+		{here, "a\r\nb", "127.0.0.1", 7946, true, false}, {here, strings.Repeat("a", 254), "127.0.0.1", 7946, true, false},
+		// Addresses that each host has for itself.
+		{lan, "a", "127.0.0.1", 22, false, false}, {lan, "a", "::1", 22, false, false}, {lan, "a", "::ffff:127.0.0.1", 22, false, false}, {here, "a", "127.0.0.1", 22, false, true},
+		{lan, "a", "169.254.169.254", 80, false, false}, {lan, "a", "fe80::1", 80, false, false}, {link, "a", "169.254.7.8", 7946, false, true}, {here, "a", "10.0.0.2", 7946, false, true},
 	} {
 		n := &memberlist.Node{Name: c.name, Addr: netip.MustParseAddr(c.ip).AsSlice(), Port: c.port}
-		if err := (alive{c.loopback}).NotifyAlive(n); (err == nil) != c.ok {
+		if err := (alive{new(members), netip.MustParseAddr(c.self), c.loopback}).NotifyAlive(n); (err == nil) != c.ok {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
-	if (alive{}).NotifyAlive(&memberlist.Node{Name: "a", Addr: []byte{1, 2, 3}, Port: 1}) == nil {
+	if (alive{new(members), netip.MustParseAddr(lan), false}).NotifyAlive(&memberlist.Node{Name: "a", Addr: []byte{1, 2, 3}, Port: 1}) == nil {
 		t.Error("an address of three bytes")
+	}
+}
+
+// A member that announces any number of others has a host take no more than it has room for.
+func TestManyMembersAreBounded(t *testing.T) {
+	m := &members{log: slog.New(slog.DiscardHandler), kick: make(chan struct{}, 1)}
+	m.mu.all = make(map[string]Member)
+	a := alive{m, netip.MustParseAddr("10.0.0.1"), false}
+	node := func(i int) *memberlist.Node {
+		return &memberlist.Node{Name: fmt.Sprint("host-", i), Addr: []byte{10, 1, 2, 3}, Port: 7946}
+	}
+	for i := range maxMembers + 100 {
+		if err := a.NotifyAlive(node(i)); (err == nil) != (i < maxMembers) {
+			t.Fatalf("%d: %v", i, err)
+		} else if err == nil {
+			m.NotifyJoin(node(i))
+		}
+	}
+	if err := a.NotifyAlive(node(7)); err != nil {
+		t.Errorf("one that is a member: %v", err)
+	}
+	m.NotifyLeave(node(7))
+	if err := a.NotifyAlive(node(maxMembers + 7)); err != nil {
+		t.Errorf("one has left: %v", err)
 	}
 }
 

@@ -38,6 +38,10 @@ type chunkKey struct {
 	digests bool
 }
 
+// sizeOf is how many bytes a chunk takes, with what the cache itself needs for it: the digests
+// of a small chunk are fewer.
+func sizeOf(b []byte) int64 { return int64(cap(b)) + storedOverhead }
+
 // storedChunk is a chunk that is here. Nobody changes its bytes.
 type storedChunk struct {
 	of    *storedChunks
@@ -51,6 +55,8 @@ type storedChunk struct {
 const (
 	// StoredMemory is how many bytes of chunks a member keeps as the registry has them.
 	StoredMemory = 64 << 20
+	// storedOverhead is what an entry takes besides its bytes, about.
+	storedOverhead = 384
 	// storedIdle is how long a chunk is kept that no peer asks for.
 	storedIdle = 2 * time.Minute
 )
@@ -63,7 +69,7 @@ func newStoredChunks(most int64) *storedChunks {
 
 // put keeps a chunk that was verified. The caller no longer changes its bytes.
 func (s *storedChunks) put(k chunkKey, b []byte) {
-	n := int64(cap(b)) // that is what it takes
+	n := sizeOf(b)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mu.closed || len(b) == 0 || n > s.most {
@@ -120,7 +126,7 @@ func (x *storedChunk) release() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if x.users--; x.users == 0 && x.place == nil {
-		s.mu.bytes -= int64(cap(x.bytes))
+		s.mu.bytes -= sizeOf(x.bytes)
 	}
 }
 
@@ -130,7 +136,7 @@ func (s *storedChunks) drop(x *storedChunk) {
 	delete(s.mu.here, x.key)
 	x.place = nil
 	if x.users == 0 {
-		s.mu.bytes -= int64(cap(x.bytes))
+		s.mu.bytes -= sizeOf(x.bytes)
 	}
 }
 

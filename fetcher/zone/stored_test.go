@@ -26,7 +26,7 @@ func (s *storedChunks) counted(t testing.TB) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, x := range s.mu.here {
-		n += int64(cap(x.bytes))
+		n += sizeOf(x.bytes)
 	}
 	if len(s.mu.here) != s.mu.recent.Len() || s.mu.bytes > s.most {
 		t.Errorf("%d chunks, %d in order, %d bytes", len(s.mu.here), s.mu.recent.Len(), s.mu.bytes)
@@ -36,63 +36,76 @@ func (s *storedChunks) counted(t testing.TB) int64 {
 
 // The chunks in memory are bounded, with those that are being sent.
 func TestStoredChunksAreBounded(t *testing.T) {
-	s := newStoredChunks(10)
-	s.put(chunkOf(0), make([]byte, 11))
+	const unit = 1000
+	s := newStoredChunks(10*unit + storedOverhead)
+	s.put(chunkOf(0), make([]byte, 11*unit))
 	s.put(chunkOf(0), nil)
-	if s.size() != 0 || s.take(chunkOf(0), 11) != nil {
+	if s.size() != 0 || s.take(chunkOf(0), 11*unit) != nil {
 		t.Error("what has no room is kept")
 	}
 	for i := range 4 {
-		s.put(chunkOf(i), make([]byte, 3))
+		s.put(chunkOf(i), make([]byte, 3*unit))
 	}
 	// 0 is gone. 1 is used, so 2 goes next.
-	x := s.take(chunkOf(1), 3)
-	if x == nil || s.take(chunkOf(0), 3) != nil || s.take(chunkOf(1), 2) != nil {
+	x := s.take(chunkOf(1), 3*unit)
+	if x == nil || s.take(chunkOf(0), 3*unit) != nil || s.take(chunkOf(1), 2*unit) != nil {
 		t.Fatalf("%+v", x)
 	}
-	s.put(chunkOf(4), make([]byte, 3))
-	if s.take(chunkOf(2), 3) != nil || s.size() != 9 || s.counted(t) != 9 {
+	s.put(chunkOf(4), make([]byte, 3*unit))
+	if s.take(chunkOf(2), 3*unit) != nil || s.size() != 3*(3*unit+storedOverhead) || s.counted(t) != s.size() {
 		t.Errorf("%d bytes", s.size())
 	}
 	// The room counts what is in use, also when the chunk has come in another form since.
-	s.put(chunkOf(1), make([]byte, 4))
-	if s.size() > 10 || s.counted(t) != s.size()-3 {
+	s.put(chunkOf(1), make([]byte, 4*unit))
+	if s.size() > s.most || s.counted(t) != s.size()-3*unit-storedOverhead {
 		t.Errorf("%d bytes", s.size())
 	}
-	s.put(chunkOf(5), make([]byte, 8)) // there is no room while x is in use
-	if s.take(chunkOf(5), 8) != nil {
+	s.put(chunkOf(5), make([]byte, 8*unit)) // there is no room while x is in use
+	if s.take(chunkOf(5), 8*unit) != nil {
 		t.Error("more is kept than there is room for")
 	}
 	x.release()
-	s.put(chunkOf(5), make([]byte, 8))
-	y := s.take(chunkOf(5), 8)
-	if y == nil || s.size() != 8 || s.counted(t) != 8 {
+	s.put(chunkOf(5), make([]byte, 8*unit))
+	y := s.take(chunkOf(5), 8*unit)
+	if y == nil || s.size() != 8*unit+storedOverhead || s.counted(t) != s.size() {
 		t.Fatalf("%d bytes", s.size())
 	}
 	// A slice counts with its capacity.
-	s.put(chunkOf(6), make([]byte, 1, 100))
-	if s.take(chunkOf(6), 1) != nil {
+	s.put(chunkOf(6), make([]byte, unit, 100*unit))
+	if s.take(chunkOf(6), 1*unit) != nil {
 		t.Error("a large array is kept")
 	}
 	s.expire(time.Now().Add(-time.Minute))
-	if s.counted(t) != 8 {
+	if s.counted(t) != 8*unit+storedOverhead {
 		t.Error("what was just used has expired")
 	}
 	s.expire(time.Now().Add(time.Minute))
-	if s.size() != 8 || s.counted(t) != 0 {
+	if s.size() != 8*unit+storedOverhead || s.counted(t) != 0 {
 		t.Errorf("%d bytes are in use", s.size())
 	}
 	y.release()
 	if s.size() != 0 {
 		t.Errorf("%d bytes", s.size())
 	}
-	s.put(chunkOf(7), make([]byte, 3))
+	s.put(chunkOf(7), make([]byte, 3*unit))
 	s.close()
-	s.put(chunkOf(8), make([]byte, 3))
+	s.put(chunkOf(8), make([]byte, 3*unit))
 	if s.size() != 0 || s.counted(t) != 0 {
 		t.Error("memory is kept after the end")
 	}
 	(*storedChunk)(nil).release()
+}
+
+// Small things take more memory than they have bytes: peers can have a host make the digests
+// of any number of small chunks.
+func TestSmallThingsInMemoryAreBounded(t *testing.T) {
+	s := newStoredChunks(1 << 20)
+	for i := range 100_000 {
+		s.put(chunkKey{chunk: i, digests: true}, make([]byte, 32))
+	}
+	if n := len(s.mu.here); n == 0 || n > 1<<20/storedOverhead {
+		t.Errorf("%d are kept", n)
+	}
 }
 
 // frame is chunk i as the registry has it.
