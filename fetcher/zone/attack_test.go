@@ -293,6 +293,115 @@ func TestManyConnections(t *testing.T) {
 	}
 }
 
+// limit bounds the connections to the server.
+func (z *Zone) limit(most, fresh int) {
+	z.listener.mu.Lock()
+	defer z.listener.mu.Unlock()
+	z.listener.most, z.listener.mostFresh = most, fresh
+}
+
+// dialFrom connects to the server from an address of this machine.
+func (z *Zone) dialFrom(t testing.TB, ip string) net.Conn {
+	t.Helper()
+	c, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}).Dial("tcp", z.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// Strangers that connect, and do not show a certificate, do not keep members out.
+func TestStrangersMakeRoom(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	ca := newAuthority(t)
+	z := open(t, secure(ca.credentials("host-1.example"), Options{Store: s}))
+	z.limit(12, 4)
+	var strangers []net.Conn
+	for i := range 24 {
+		strangers = append(strangers, z.dialFrom(t, fmt.Sprintf("127.0.0.%d", 2+i%3)))
+	}
+	for range 3 {
+		member := as(ca.credentials("peer-1"), "host-1.example")
+		if code, _, err := askAs(t, member, z.chunksURL(s, 0, last, "")); err != nil || code != 200 {
+			t.Errorf("a member: %d, %v", code, err)
+		}
+		defer member.CloseIdleConnections()
+	}
+	// The first ones are closed long before the time of a handshake is over.
+	began := time.Now()
+	for _, c := range strangers[:20] {
+		c.SetReadDeadline(began.Add(headerTimeout * 3 / 4))
+		if _, err := c.Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
+			t.Fatalf("a stranger is still connected: %v", err)
+		}
+	}
+}
+
+// Connections that wait for a request make room for others; those with a request do not.
+func TestIdleConnectionsMakeRoom(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	z := open(t, Options{Store: s, Grants: GrantOptions{Slots: 100}})
+	s.fill(0)
+	z.limit(4, 4)
+	request := func(c net.Conn, chunk int) {
+		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: zone\r\n\r\n", strings.TrimPrefix(z.chunksURL(s, chunk, chunk, ""), "http://"+z.Addr()))
+	}
+	answered := func(c net.Conn) bool {
+		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return err == nil && resp.StatusCode == 200
+	}
+	waiting := func(n int) {
+		t.Helper()
+		await(t, "connections wait for a request", func() bool {
+			z.listener.mu.Lock()
+			defer z.listener.mu.Unlock()
+			return z.listener.mu.idle.Len() == n
+		})
+	}
+	var idle []net.Conn
+	for i := range 4 {
+		c := z.dial(t)
+		if request(c, 0); !answered(c) {
+			t.Fatalf("%d: no answer", i)
+		}
+		waiting(i + 1)
+		idle = append(idle, c)
+	}
+	request(idle[0], 0) // now the second one is idle for the longest
+	if !answered(idle[0]) {
+		t.Fatal("no answer on a connection that was idle")
+	}
+	waiting(4)
+	unblock := s.block()
+	var busy []net.Conn
+	for i := range 4 {
+		c := z.dial(t)
+		request(c, RunChunks)
+		busy = append(busy, c)
+		waiting(3 - i)
+	}
+	if idle[1].SetReadDeadline(time.Now().Add(10 * time.Second)); answered(idle[1]) {
+		t.Error("the connection that was idle for the longest is open")
+	}
+	more := z.dial(t)
+	if request(more, 0); answered(more) {
+		t.Error("one that is busy has made room")
+	}
+	unblock()
+	for i, c := range busy {
+		if !answered(c) {
+			t.Errorf("%d: it was busy, and has no answer", i)
+		}
+	}
+}
+
 // The zone ends while peers wait, read, and say nothing.
 func TestCloseUnderLoad(t *testing.T) {
 	s := newTestStore(t, blockmap.CacheOptions{})

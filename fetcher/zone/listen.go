@@ -1,7 +1,9 @@
 package zone
 
 import (
+	"container/list"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -28,11 +30,15 @@ type listener struct {
 	wg     sync.WaitGroup
 	files  atomic.Int64 // bytes that the kernel has sent from files
 
+	most, mostFresh int // connections; see maxInbound and maxFresh
+
 	mu struct {
 		sync.Mutex
 		stopped bool
 		open    map[*conn]struct{}
 		from    map[netip.Addr]int // connections by host
+		fresh   list.List          // connections that have proven nothing yet, the oldest first
+		idle    list.List          // those that wait for a request, the longest idle first
 	}
 }
 
@@ -41,6 +47,10 @@ type listener struct {
 const (
 	maxInbound     = 4096
 	maxInboundHost = 512
+	// maxFresh is how many of these may have proven nothing yet. If there are more, the oldest
+	// one is closed: so who is no member, and opens connections, does not keep members out. A
+	// member needs some milliseconds to prove that it is one.
+	maxFresh = 512
 	// firstTime is how long a connection without TLS may take for its first byte.
 	firstTime = 5 * time.Second
 )
@@ -69,7 +79,7 @@ func listen(ctx context.Context, address string) (*net.TCPListener, *net.UDPConn
 }
 
 func newListener(l *net.TCPListener, plain bool, gossip func(net.Conn)) *listener {
-	x := &listener{TCPListener: l, plain: plain, gossip: gossip, http: make(chan net.Conn), closed: make(chan struct{})}
+	x := &listener{TCPListener: l, plain: plain, gossip: gossip, http: make(chan net.Conn), closed: make(chan struct{}), most: maxInbound, mostFresh: maxFresh}
 	x.mu.open = make(map[*conn]struct{})
 	x.mu.from = make(map[netip.Addr]int)
 	x.wg.Go(x.run)
@@ -96,17 +106,83 @@ func (l *listener) run() {
 	}
 }
 
-// admit counts a connection, or returns nil if there are too many.
+// admit counts a connection, or returns nil if there are too many. Connections that wait for
+// a request make room: peers keep them for a while, and make others when they need them.
 func (l *listener) admit(c *net.TCPConn) *conn {
 	from := remoteHost(c.RemoteAddr())
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.mu.stopped || len(l.mu.open) >= maxInbound || l.mu.from[from] >= maxInboundHost {
+	var gone []*conn
+	defer func() {
+		l.mu.Unlock()
+		for _, x := range gone {
+			x.Close()
+		}
+	}()
+	if l.mu.stopped || l.mu.from[from] >= maxInboundHost {
 		return nil
+	}
+	if l.mu.fresh.Len() >= l.mostFresh {
+		oldest := l.mu.fresh.Front().Value.(*conn)
+		gone = append(gone, oldest)
+		l.forget(oldest)
+	}
+	if len(l.mu.open) >= l.most {
+		e := l.mu.idle.Front()
+		if e == nil {
+			return nil
+		}
+		gone = append(gone, e.Value.(*conn))
+		l.forget(e.Value.(*conn))
 	}
 	x := &conn{TCPConn: c, of: l, from: from}
 	l.mu.open[x] = struct{}{}
 	l.mu.from[from]++
+	x.list = &l.mu.fresh
+	x.place = x.list.PushBack(x)
+	return x
+}
+
+// move puts a connection at the end of a list; nil takes it out of all. l.mu is held.
+func (l *listener) move(c *conn, to *list.List) {
+	if c.list != nil {
+		c.list.Remove(c.place)
+	}
+	if c.list = to; to != nil {
+		c.place = to.PushBack(c)
+	}
+}
+
+// forget takes out a connection, once. l.mu is held.
+func (l *listener) forget(c *conn) {
+	if _, ok := l.mu.open[c]; !ok {
+		return
+	}
+	l.move(c, nil)
+	delete(l.mu.open, c)
+	if l.mu.from[c.from]--; l.mu.from[c.from] == 0 {
+		delete(l.mu.from, c.from)
+	}
+}
+
+// busy says that a connection has proven itself and is used. idle says that it waits for a
+// request after that.
+func (c *conn) busy() { c.moved(nil) }
+func (c *conn) idle() { c.moved(&c.of.mu.idle) }
+
+func (c *conn) moved(to *list.List) {
+	c.of.mu.Lock()
+	defer c.of.mu.Unlock()
+	if _, ok := c.of.mu.open[c]; ok {
+		c.of.move(c, to)
+	}
+}
+
+// connOf returns the connection from a peer that is below another one.
+func connOf(c net.Conn) *conn {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	x, _ := c.(*conn)
 	return x
 }
 
@@ -129,6 +205,7 @@ func (l *listener) sort(c *conn) {
 			return
 		}
 		if first == labelByte {
+			c.busy()
 			l.gossip(c)
 			return
 		}
@@ -181,7 +258,10 @@ type conn struct {
 	*net.TCPConn
 	of   *listener
 	from netip.Addr
-	once sync.Once
+
+	// Guarded by the listener's mu.
+	list  *list.List // that it is in; nil: none
+	place *list.Element
 
 	gather struct {
 		sync.Mutex
@@ -242,14 +322,9 @@ func (c *conn) Write(p []byte) (int, error) {
 
 // Close implements net.Conn.
 func (c *conn) Close() error {
-	c.once.Do(func() {
-		c.of.mu.Lock()
-		defer c.of.mu.Unlock()
-		delete(c.of.mu.open, c)
-		if c.of.mu.from[c.from]--; c.of.mu.from[c.from] == 0 {
-			delete(c.of.mu.from, c.from)
-		}
-	})
+	c.of.mu.Lock()
+	c.of.forget(c)
+	c.of.mu.Unlock()
 	return c.TCPConn.Close()
 }
 

@@ -138,14 +138,29 @@ func (s *server) start(l *listener, gossip func(net.Conn)) {
 		HTTP2:                        &http.HTTP2Config{MaxConcurrentStreams: maxUploadsPeer, MaxReadFrameSize: 16 << 10, SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			st := new(connState)
-			if t, ok := c.(*tls.Conn); ok {
-				st.conn, _ = t.NetConn().(*conn)
+			if _, ok := c.(*tls.Conn); ok {
+				st.conn = connOf(c)
 			}
 			return context.WithValue(ctx, connStateKey{}, st)
 		},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			x := connOf(c)
+			switch {
+			case x == nil:
+			case state == http.StateActive: // after the handshake, in which a peer shows its certificate
+				x.busy()
+			case state == http.StateIdle:
+				x.idle()
+			}
+		},
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug), // peers can cause any number of lines
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){
-			gossipProtocol: func(_ *http.Server, c *tls.Conn, _ http.Handler) { gossip(c) },
+			gossipProtocol: func(_ *http.Server, c *tls.Conn, _ http.Handler) {
+				if x := connOf(c); x != nil {
+					x.busy()
+				}
+				gossip(c)
+			},
 		},
 	}
 	serve := func() error { return s.http.Serve(l) }
