@@ -311,6 +311,22 @@ func (z *Zone) dialFrom(t testing.TB, ip string) net.Conn {
 	return c
 }
 
+// A piece in memory is not for peers if its image is not: this host may have it for itself.
+func TestPiecesOfPrivateImages(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	z := open(t, Options{Store: s})
+	url := z.pieceURL(s.table.Blob, 0, s.firstPiece(), "")
+	if code, _, _ := get(t, url); code != 200 {
+		t.Fatalf("%d", code)
+	}
+	s.mu.Lock()
+	s.absent = true
+	s.mu.Unlock()
+	if code, _, _ := get(t, url); code != 404 {
+		t.Errorf("a piece in memory of an image that is not for peers: %d", code)
+	}
+}
+
 // Strangers that connect, and do not show a certificate, do not keep members out.
 func TestStrangersMakeRoom(t *testing.T) {
 	s := newTestStore(t, blockmap.CacheOptions{})

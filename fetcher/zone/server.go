@@ -23,6 +23,9 @@ import (
 
 // Store is what a zone asks of its host, on behalf of peers.
 type Store interface {
+	// Allows fails with ErrAbsent if peers may not have this host open the image. It does no
+	// I/O.
+	Allows(image string) error
 	// Stream finds a stream of an image, and opens the image's index if needed. The caller
 	// calls release when it does not use the stream any more. It fails with ErrAbsent if
 	// the image has no such stream, if peers may not have this host open the image, or if
@@ -711,6 +714,10 @@ func (s *server) granted(run Run, from string, send func() error) error {
 
 // piece sends a piece of a blob.
 func (s *server) piece(w http.ResponseWriter, r *http.Request, q pieceAsk) error {
+	// What is in memory may be of an image of this host that is not for peers.
+	if err := s.store.Allows(q.image); err != nil {
+		return stored(err)
+	}
 	ctx := r.Context()
 	key, n := pieceKey{repositoryOf(q.image), q.blob, q.e.Start}, q.e.Len()
 	run := Run{Of: q.blob, Number: uint32(q.e.Start / PieceBytes)}

@@ -129,6 +129,15 @@ func (s *testStore) registry(ctx context.Context) error {
 	return err
 }
 
+func (s *testStore) Allows(string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.absent {
+		return ErrAbsent
+	}
+	return nil
+}
+
 func (s *testStore) Stream(_ context.Context, image string, stream blockmap.Digest) (StoredStream, func(), error) {
 	if opened := s.opening.Load(); opened != nil {
 		<-*opened

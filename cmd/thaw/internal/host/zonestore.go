@@ -138,6 +138,12 @@ func (s *zoneStore) mayOpen(image string) (ref registry.Ref, err error) {
 	return ref, nil
 }
 
+// Allows implements zone.Store.
+func (s *zoneStore) Allows(image string) error {
+	_, err := s.mayOpen(image)
+	return err
+}
+
 // Stream implements zone.Store.
 func (s *zoneStore) Stream(ctx context.Context, image string, stream blockmap.Digest) (zone.StoredStream, func(), error) {
 	ref, err := s.mayOpen(image)
