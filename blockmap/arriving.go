@@ -44,13 +44,18 @@ func (a *Arriving) Verify(c *Chunk) error {
 	return nil
 }
 
+// maxArrivingWindow bounds the window of a frame that arrives: the decoder takes that much
+// memory, which the source of the frame can choose.
+const maxArrivingWindow = 2 << 20
+
 // DecompressArriving reads the frame of a chunk until the end of r, and decompresses what is
-// there while the rest arrives. An error of r is returned as it is.
+// there while the rest arrives. It refuses a frame with a large window, as ErrDigest, which
+// Decompress may take. An error of r is returned as it is.
 func (d *ChunkDecoder) DecompressArriving(r io.Reader, a *Arriving) error {
 	z, _ := d.readers.Get().(*zstd.Decoder)
 	if z == nil {
 		var err error
-		z, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxMemory(MaxChunkBlocks*BlockSize))
+		z, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxArrivingWindow), zstd.WithDecoderMaxMemory(MaxChunkBlocks*BlockSize))
 		if err != nil {
 			panic(err) // only an option that makes no sense is an error
 		}

@@ -6,13 +6,15 @@ import (
 	"github.com/spf13/pflag"
 
 	"thaw/cmd/thaw/internal/host"
+	"thaw/fetcher/zone"
 )
 
 // zoneFlags are the flags that make a server a member of a zone. A command that may start a
 // server in the background hands them to it.
 type zoneFlags struct {
-	o     host.ZoneOptions
-	allow []string
+	o      host.ZoneOptions
+	allow  []string
+	memory size
 }
 
 func (z *zoneFlags) add(f *pflag.FlagSet) {
@@ -25,11 +27,20 @@ func (z *zoneFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&z.o.CA, "zone-ca", "", "`FILE` with the authorities that issue the certificates of the zone's hosts")
 	f.StringVar(&z.o.Secret, "zone-secret", "", "encrypt the zone's gossip with the secret in `FILE`; required with --zone-cert")
 	f.StringArrayVar(&z.allow, "zone-allow", nil, "let peers have this host open repositories that match `PATTERN` (repeatable; default: those of --allow and of the registries of this host's images)")
+	z.memory = zone.StoredMemory
+	f.Var(&z.memory, "zone-memory", "largest `SIZE` of the compressed chunks that this host keeps in memory for peers; what it does not keep, it sends uncompressed")
 }
 
 // options are the settings of the flags. clients are the patterns of --allow.
 func (z *zoneFlags) options(clients []string) host.ZoneOptions {
 	o := z.o
+	switch z.memory {
+	case zone.StoredMemory:
+	case 0:
+		o.Memory = -1
+	default:
+		o.Memory = int64(z.memory)
+	}
 	o.Allow, o.Clients, o.Version = z.allow, clients, thisVersion().Version
 	return o
 }
@@ -72,6 +83,9 @@ func (z *zoneFlags) args() (args []string, err error) {
 	}
 	for _, p := range z.allow {
 		args = append(args, "--zone-allow", p)
+	}
+	if z.memory != zone.StoredMemory {
+		args = append(args, "--zone-memory", z.memory.String())
 	}
 	return args, nil
 }

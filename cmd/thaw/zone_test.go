@@ -256,7 +256,9 @@ func TestZoneFlags(t *testing.T) {
 		want string
 	}{
 		{"--zone-listen 127.0.0.1:0", exitUsage, "add --zone NAME"},
+		{"--zone-memory 1M", exitUsage, "add --zone NAME"},
 		{"--zone test", exitUsage, "add --zone-listen"},
+		{"--zone test --zone-listen 127.0.0.1:0 --zone-memory much", exitUsage, "a size is"},
 		{"--zone te/st --zone-listen 127.0.0.1:0", exitUsage, "the name of a zone"},
 		{"--zone test --zone-listen 127.0.0.1:0 --zone-host a,b", exitUsage, "the name of a host"},
 		{"--zone test --zone-listen 127.0.0.1:0 --zone-join dns:", exitUsage, "--zone-join"},
@@ -275,7 +277,7 @@ func TestZoneFlags(t *testing.T) {
 		}
 	}
 	// A server in the background gets them, with paths that it understands.
-	z := zoneFlags{allow: []string{"x/**"}, o: host.ZoneOptions{
+	z := zoneFlags{allow: []string{"x/**"}, memory: 32 << 20, o: host.ZoneOptions{
 		Name: "test", Listen: "127.0.0.1:0", Host: "h", Join: []string{"file:hosts", "dns:x"}, Cert: "c", Key: "/k", CA: "a", Secret: "s",
 	}}
 	args, err := z.args()
@@ -287,9 +289,15 @@ func TestZoneFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := "--zone test --zone-listen 127.0.0.1:0 --zone-host h --zone-cert " + here + "/c --zone-key /k --zone-ca " + here + "/a --zone-secret " + here +
-		"/s --zone-join file:" + here + "/hosts --zone-join dns:x --zone-allow x/**"
+		"/s --zone-join file:" + here + "/hosts --zone-join dns:x --zone-allow x/** --zone-memory 32M"
 	if got := strings.Join(args, " "); got != want {
 		t.Errorf("%s\ninstead of\n%s", got, want)
+	}
+	for memory, want := range map[size]int64{zone.StoredMemory: 0, 0: -1, 1 << 20: 1 << 20} {
+		z.memory = memory
+		if got := z.options(nil).Memory; got != want {
+			t.Errorf("--zone-memory %s: %d", &memory, got)
+		}
 	}
 	if args, err := new(zoneFlags).args(); err != nil || len(args) > 0 {
 		t.Errorf("without a zone: %v, %v", args, err)

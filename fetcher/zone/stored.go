@@ -53,7 +53,8 @@ type storedChunk struct {
 }
 
 const (
-	// StoredMemory is how many bytes of chunks a member keeps as the registry has them.
+	// StoredMemory is how many bytes of chunks a member keeps as the registry has them, if
+	// Options.Memory does not say.
 	StoredMemory = 64 << 20
 	// storedOverhead is what an entry takes besides its bytes, about.
 	storedOverhead = 384

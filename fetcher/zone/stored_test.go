@@ -108,6 +108,16 @@ func TestSmallThingsInMemoryAreBounded(t *testing.T) {
 	}
 }
 
+// How much is kept is a setting.
+func TestMemoryForStoredChunks(t *testing.T) {
+	s := newTestStore(t, blockmap.CacheOptions{})
+	for memory, want := range map[int64]int64{0: StoredMemory, -1: 0, 1 << 20: 1 << 20} {
+		if z := open(t, Options{Store: s, Memory: memory}); z.stored.most != want {
+			t.Errorf("%d: %d bytes may be kept", memory, z.stored.most)
+		}
+	}
+}
+
 // frame is chunk i as the registry has it.
 func (s *testStore) frame(i int) []byte {
 	c := &s.table.Chunks[i]

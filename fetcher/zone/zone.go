@@ -1,6 +1,7 @@
 package zone
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -37,7 +38,10 @@ type Options struct {
 	// is required with TLS.
 	Secrets func() ([]string, error)
 	// Store has the chunks of this host, and brings those that it owns.
-	Store   Store
+	Store Store
+	// Memory is how many bytes of chunks are kept in memory as the registry has them, for
+	// peers. 0 stands for StoredMemory; if it is negative, none are.
+	Memory  int64
 	Version string // of the program, which peers are told
 	Log     *slog.Logger
 
@@ -105,7 +109,7 @@ func Open(ctx context.Context, o Options) (*Zone, error) {
 	z.known.Store(new(map[string]string))
 	o.Router.Zone = o.Zone
 	z.router, z.grants, z.pieces = NewRouter(z.self.Name, o.Router), NewGrants(o.Grants), newPieces(pieceMemory)
-	z.stored = newStoredChunks(StoredMemory)
+	z.stored = newStoredChunks(max(cmp.Or(o.Memory, StoredMemory), 0))
 	clientOptions := ClientOptions{Self: z.self.Name, Zone: o.Zone, Address: z.address}
 	if o.TLS != nil {
 		clientOptions.TLS = func(peer string) *tls.Config { return o.TLS().toPeer(peer) }

@@ -26,6 +26,7 @@ type ZoneOptions struct {
 	// Allow lists the repositories that peers may have this host open. If it is empty, these
 	// are those of the registries of the host's own images, and those that match Clients.
 	Allow, Clients Allow
+	Memory         int64  // for compressed chunks that are kept for peers: see zone.Options
 	Version        string // of the program, which peers are told
 }
 
@@ -33,7 +34,7 @@ type ZoneOptions struct {
 func (o *ZoneOptions) Check() error {
 	fail := func(format string, args ...any) error { return InvalidError{fmt.Errorf(format, args...)} }
 	if o.Name == "" {
-		if o.Host != "" || o.Listen != "" || len(o.Join) > 0 || o.Cert != "" || o.Key != "" || o.CA != "" || o.Secret != "" || len(o.Allow) > 0 {
+		if o.Host != "" || o.Listen != "" || len(o.Join) > 0 || o.Cert != "" || o.Key != "" || o.CA != "" || o.Secret != "" || len(o.Allow) > 0 || o.Memory != 0 {
 			return fail("a zone needs a name: add --zone NAME")
 		}
 		return nil
@@ -74,7 +75,7 @@ func openZone(ctx context.Context, o ZoneOptions, opener *opener) (*hostZone, er
 		return nil, err
 	}
 	z := &hostZone{}
-	opts := zone.Options{Zone: o.Name, Name: o.Host, Listen: o.Listen, Version: o.Version, Log: opener.Log}
+	opts := zone.Options{Zone: o.Name, Name: o.Host, Listen: o.Listen, Memory: o.Memory, Version: o.Version, Log: opener.Log}
 	for _, j := range o.Join {
 		seed, err := zone.ParseSeed(j)
 		if err != nil {
