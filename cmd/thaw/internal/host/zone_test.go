@@ -201,6 +201,48 @@ func TestWhatPeersMayOpen(t *testing.T) {
 	}
 }
 
+// A peer that names what does not exist cannot have a host ask the registry again and again.
+// What the host has open goes on being served.
+func TestMissesOfPeersAreBounded(t *testing.T) {
+	r := newCountingRegistry(t)
+	m := blocktest.NewImage(t, 1, 300)
+	image := r.pushed("team/app:v1", m)
+	stream := m.Index.Streams[0].ID()
+	for what, ask := range map[string]func(*zoneStore, blockmap.Digest) error{
+		"images": func(s *zoneStore, d blockmap.Digest) error {
+			_, _, err := s.Stream(t.Context(), image[:strings.Index(image, "@")]+"@sha256:"+d.String(), stream)
+			return err
+		},
+		"blobs": func(s *zoneStore, d blockmap.Digest) error {
+			_, err := s.Blob(t.Context(), image, d, 0, 10)
+			return err
+		},
+	} {
+		h := r.open(inZone(Options{Zone: ZoneOptions{Allow: Allow{r.host + "/**"}}}))
+		s := h.zone.store
+		_, release, err := s.Stream(t.Context(), image, stream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		release()
+		began, before := time.Now(), r.requests.Load()
+		for i := range 5 * missBurst {
+			if err := ask(s, sha256.Sum256(fmt.Append(nil, what, i))); !errors.Is(err, zone.ErrAbsent) {
+				t.Fatalf("%s: %d: %v", what, i, err)
+			}
+		}
+		most := 2 * (missBurst + int64(time.Since(began)/missEvery) + 1) // with a token of the registry
+		if n := r.requests.Load() - before; n < missBurst || n > most {
+			t.Errorf("%s: %d requests for what does not exist, at most %d", what, n, most)
+		}
+		if _, release, err = s.Stream(t.Context(), image, stream); err != nil {
+			t.Errorf("%s: an image that is open: %v", what, err)
+		} else {
+			release()
+		}
+	}
+}
+
 // What peers have a host open is bounded, opened once, and closed when nobody asks for it.
 func TestImagesOfPeersAreBounded(t *testing.T) {
 	r := newCountingRegistry(t)

@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"thaw/blockmap"
 	"thaw/fetcher"
 	"thaw/fetcher/registry"
@@ -38,6 +40,7 @@ type zoneStore struct {
 	clients Allow // of --allow
 	log     *slog.Logger
 	zone    atomic.Pointer[zone.Zone] // nil until it is open
+	misses  *rate.Limiter             // what peers have asked for and could not be had
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -62,7 +65,24 @@ const (
 	// be opened.
 	peerErrorKept = 3 * time.Second
 	maxRegistries = 1024
+	// missBurst and missEvery bound how often the registry is asked, with the credentials of
+	// this host, for what peers name and it does not have: they can name any digest.
+	missBurst = 64
+	missEvery = 250 * time.Millisecond
 )
+
+// errMisses is the error of a request for something new while there are too many misses.
+var errMisses = fmt.Errorf("%w: peers have asked for too much that cannot be had", zone.ErrAbsent)
+
+// missed counts a request to the registry that has failed, unless that was given up.
+func (s *zoneStore) missed(ctx context.Context, err error) {
+	if err != nil && ctx.Err() == nil {
+		s.misses.Allow()
+	}
+}
+
+// tooMany reports whether the registry is not asked for anything new at present.
+func (s *zoneStore) tooMany() bool { return s.misses.Tokens() < 1 }
 
 // peerImage is an image that a peer has asked for. ready is closed when the fields below it
 // are final.
@@ -81,7 +101,7 @@ type peerImage struct {
 }
 
 func newZoneStore(o *opener, allow, clients Allow) *zoneStore {
-	s := &zoneStore{opener: o, allow: allow, clients: clients, log: o.Log}
+	s := &zoneStore{opener: o, allow: allow, clients: clients, log: o.Log, misses: rate.NewLimiter(rate.Every(missEvery), missBurst)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.mu.images = make(map[string]*peerImage)
 	s.mu.registries = make(map[string]bool)
@@ -203,6 +223,9 @@ func (s *zoneStore) use(ref registry.Ref) (*peerImage, error) {
 		if s.ctx.Err() != nil {
 			return nil, ErrClosed
 		}
+		if s.tooMany() {
+			return nil, errMisses
+		}
 		for len(s.mu.images) >= maxPeerImages {
 			coldest := s.coldest()
 			if coldest == nil {
@@ -262,10 +285,14 @@ func (m *peerImage) isReady() bool {
 	}
 }
 
-// coldest returns the least recently used image that nobody uses, or nil. s.mu is held.
+// coldest returns the least recently used image that nobody uses, or nil: one that could not
+// be opened if there is one, or peers that name what does not exist would have all others
+// closed. s.mu is held.
 func (s *zoneStore) coldest() (coldest *peerImage) {
 	for _, m := range s.mu.images {
-		if m.users == 0 && m.isReady() && (coldest == nil || m.used.Before(coldest.used)) {
+		switch {
+		case m.users > 0 || !m.isReady():
+		case coldest == nil, m.failed() && !coldest.failed(), m.failed() == coldest.failed() && m.used.Before(coldest.used):
 			coldest = m
 		}
 	}
@@ -303,6 +330,7 @@ func (s *zoneStore) open(m *peerImage, ref registry.Ref) {
 	ctx, cancel := context.WithTimeout(s.ctx, peerOpenTime)
 	defer cancel()
 	b, encoded, err := s.find(ctx, ref)
+	s.missed(s.ctx, err)
 	var image *blockmap.Image
 	var bound *fetcher.Bound
 	if err == nil {
@@ -404,7 +432,11 @@ func (s *zoneStore) Blob(ctx context.Context, image string, blob blockmap.Digest
 	if err != nil {
 		return nil, err
 	}
+	if s.tooMany() {
+		return nil, errMisses
+	}
 	body, err := repo.OpenRange(ctx, blob, off, n)
+	s.missed(ctx, err)
 	if errors.Is(err, registry.ErrNotFound) {
 		err = fmt.Errorf("%w: %w", zone.ErrAbsent, err)
 	}
