@@ -158,6 +158,12 @@ func TestResumedSessions(t *testing.T) {
 	if code, _, err := ask(&Credentials{Certificate: peer.Certificate, Roots: other.credentials("x").Roots}, "peer-1"); err == nil {
 		t.Errorf("the client believes another authority: %d", code)
 	}
+	// Also credentials that say the same are others.
+	now.Store(&Credentials{Certificate: server.Certificate, Roots: server.Roots})
+	if code, resumed, err := ask(peer, "peer-1"); err != nil || code != 200 || resumed {
+		t.Errorf("with other credentials: %d, resumed %v, %v", code, resumed, err)
+	}
+	now.Store(server)
 	// A member resumes its sessions, too.
 	y := open(t, secure(ca.credentials("host-2.example"), Options{Store: newTestStore(t, blockmap.CacheOptions{}), Join: []Seed{z.seed(t)}}))
 	awaitMembers(t, 2, z, y)
