@@ -23,7 +23,7 @@ func someChanges(t testing.TB) (dir string, m *changeMap) {
 	}
 	buf := make([]byte, 64)
 	check(m.create(OS, filepath.Join(dir, mapName)))
-	check(m.attach(OS, filepath.Join(dir, liveName), BootID{7}, someData(t, FileID{Inode: 11, Born: 12, Device: 13, Mount: 14})))
+	check(m.attach(OS, filepath.Join(dir, liveName), BootID{7}, someData(t, FileID{Inode: 11, Born: 12, Device: 13, Superblock: 14})))
 	check(m.set(2, []uint64{repeat(stateData), 0x1234_5678_9abc_def0}, buf))
 	check(m.sync(m.snapshot()))
 	check(m.set(90, []uint64{repeat(stateZero)}, buf))
@@ -71,8 +71,8 @@ func TestFrozenChangeMap(t *testing.T) {
 	}
 }
 
-// Live is believed only of the file that was written, in the same run of the kernel and of
-// the mount. Durable is believed of a copy.
+// Live is believed only of the file that was written, in the same run of the kernel and
+// under the same superblock. Durable is believed of a copy.
 func TestChangeMapTrust(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -84,7 +84,7 @@ func TestChangeMapTrust(t *testing.T) {
 		{"another boot", BootID{8}, FileID{11, 12, 13, 14}, false},
 		{"boot not known", BootID{}, FileID{11, 12, 13, 14}, false},
 		{"mounted anew", BootID{7}, FileID{11, 12, 13, 15}, false},
-		{"mount not known", BootID{7}, FileID{11, 12, 13, 0}, false},
+		{"superblock not known", BootID{7}, FileID{11, 12, 13, 0}, false},
 		{"a copy", BootID{7}, FileID{99, 98, 13, 14}, false},
 	} {
 		dir, m := someChanges(t)

@@ -67,8 +67,8 @@ type File interface {
 	// Descriptor is the file's descriptor, for reads at Close's latest, or -1 where
 	// reads must be by ReadAt.
 	Descriptor() int
-	// Identity distinguishes the file from a copy of it, and this mount of its
-	// file system from another mount.
+	// Identity distinguishes the file from a copy of it, and the superblock of its
+	// file system from the next one, when it has been unmounted and mounted again.
 	Identity() (FileID, error)
 	// InPlace asks the file system to overwrite the blocks of a file in place, so
 	// that an overwrite needs no space. The file is still empty. File systems that
@@ -81,10 +81,10 @@ type File interface {
 
 // FileID identifies a file. A field that is zero is not known.
 type FileID struct {
-	Inode  uint64
-	Born   int64  // when the inode was made, in ns since 1970
-	Device uint64 // of the file system; may change from boot to boot
-	Mount  uint64 // ID of the mount, which is not used again before a reboot
+	Inode      uint64
+	Born       int64  // when the inode was made, in ns since 1970
+	Device     uint64 // of the file system; may change from boot to boot
+	Superblock uint64 // ID of its superblock, which is not used again before a reboot
 }
 
 // sameFile says whether a and b are the same file, and not a file and its copy.
@@ -221,17 +221,19 @@ func (f osFile) Descriptor() int { return int(f.Fd()) }
 func (f osFile) Identity() (id FileID, err error) {
 	var st unix.Statx_t
 	const want = unix.STATX_INO | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
-	err = f.control("statx", func(fd int) error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st) })
+	err = f.control("statx", func(fd int) error {
+		err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, want, &st)
+		if err == nil {
+			id.Superblock = superblockID(fd, &st)
+		}
+		return err
+	})
 	if err != nil {
 		return id, err
 	}
 	id.Inode, id.Device = st.Ino, unix.Mkdev(st.Dev_major, st.Dev_minor)
 	if st.Mask&unix.STATX_BTIME != 0 {
 		id.Born = st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
-	}
-	// Before Linux 6.8 mount IDs are reused, so the ID of the mount is not known.
-	if st.Mask&unix.STATX_MNT_ID_UNIQUE != 0 {
-		id.Mount = st.Mnt_id
 	}
 	return id, nil
 }

@@ -96,7 +96,7 @@ func (m *mapFile) forgetIdentity() {
 
 // attach opens the file, or makes it, and from then on each change is written to
 // it. The file already says what load has read, unless data, the boot or the
-// mount have changed since.
+// superblock have changed since.
 func (m *mapFile) attach(fsys FS, path string, boot BootID, data FileID) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

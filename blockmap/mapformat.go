@@ -18,7 +18,9 @@ import (
 //	  48    4  blocks
 //	  52    4  zero
 //	  56   16  boot ID of the machine when live was last begun, 0 if it must not be believed
-//	  72    8  mount ID then, 0 if not known (statx, STATX_MNT_ID_UNIQUE)
+//	  72    8  superblock of the file system then, 0 if not known: the inode number of its
+//	           directory in /sys, with bit 63 set; or the ID of the mount (statx,
+//	           STATX_MNT_ID_UNIQUE)
 //	  80    8  device of the data's file then
 //	  88    8  inode of the data's file
 //	  96    8  when that inode was made, ns since 1970, 0 if not known
@@ -63,10 +65,10 @@ type mapHead struct {
 }
 
 // liveHolds says whether the live copy can be believed: neither has the machine
-// rebooted since, nor has the file system been mounted anew, nor was the file copied.
+// rebooted since, nor was the file system unmounted, nor was the file copied.
 // data is the data file as it is now.
 func (h *mapHead) liveHolds(boot BootID, data FileID) bool {
-	return boot != (BootID{}) && boot == h.boot && data.Mount != 0 && h.data == data
+	return boot != (BootID{}) && boot == h.boot && data.Superblock != 0 && h.data == data
 }
 
 // head encodes h.
@@ -77,7 +79,7 @@ func (m *mapFormat) head(h *mapHead) []byte {
 	copy(b[16:], h.id[:])
 	binary.LittleEndian.PutUint32(b[48:], h.blocks)
 	copy(b[56:], h.boot[:])
-	binary.LittleEndian.PutUint64(b[72:], h.data.Mount)
+	binary.LittleEndian.PutUint64(b[72:], h.data.Superblock)
 	binary.LittleEndian.PutUint64(b[80:], h.data.Device)
 	binary.LittleEndian.PutUint64(b[88:], h.data.Inode)
 	binary.LittleEndian.PutUint64(b[96:], uint64(h.data.Born))
@@ -97,7 +99,7 @@ func (m *mapFormat) decode(b []byte) (h mapHead, copies [][]uint64, err error) {
 	h.blocks = binary.LittleEndian.Uint32(b[48:])
 	copy(h.boot[:], b[56:])
 	h.data = FileID{
-		Mount: binary.LittleEndian.Uint64(b[72:]), Device: binary.LittleEndian.Uint64(b[80:]),
+		Superblock: binary.LittleEndian.Uint64(b[72:]), Device: binary.LittleEndian.Uint64(b[80:]),
 		Inode: binary.LittleEndian.Uint64(b[88:]), Born: int64(binary.LittleEndian.Uint64(b[96:])),
 	}
 	if string(b[:mapHeadLen]) != string(m.head(&h)) {

@@ -222,7 +222,9 @@ func (o *Overlay) Close() error {
 }
 
 // ErrVolatile means that writes to a volatile overlay may be lost: the machine has rebooted
-// since, or the filesystem has been mounted anew, or the directory is a copy.
+// since, or the filesystem has been unmounted and mounted again, or the directory is a copy.
+// Where FileID cannot tell the superblock in another mount namespace, as on overlayfs, a new
+// namespace counts as such a mount.
 var ErrVolatile = errors.New("what was written to it may be lost")
 
 // ErrNoOverlay means that there is no overlay in a directory.

@@ -294,7 +294,7 @@ func (o *Overlay) openLevel(suffix string) (_ *level, err error) {
 	lv.file.Store(f)
 	live := o.path(liveName + suffix)
 	if h, _, err := loadMap(o.fs, live, o.header.digest, o.blocks()); o.volatile && (err != nil || !h.liveHolds(o.boot, f.id)) {
-		return nil, errors.Join(fmt.Errorf("%w: the machine has rebooted, or its filesystem has been mounted anew: remove %s", ErrVolatile, o.dir), lv.close())
+		return nil, errors.Join(fmt.Errorf("%w: the machine has rebooted, or its filesystem has been unmounted and mounted again: remove %s", ErrVolatile, o.dir), lv.close())
 	}
 	if err := m.attach(o.fs, live, o.boot, f); err != nil {
 		return nil, errors.Join(err, lv.close())

@@ -14,9 +14,9 @@ import (
 // data has been written. It reaches durable only after an fdatasync of the data.
 // On open, durable is trusted if the data is still in the file that the header
 // names: a copy of a cache was made while data and bits changed. Live is trusted
-// only if, besides, the machine has not rebooted and the file system has not been
-// mounted anew: then the kernel has the data and the bit, even if the process was
-// killed. So a power cut, or a disk that went away, costs a refetch and nothing
+// only if, besides, the machine has not rebooted and the file system has the same
+// superblock: then the kernel has the data and the bit, even if the process was
+// killed, and whatever the mount namespace of the next one. So a power cut, or a disk that went away, costs a refetch and nothing
 // else.
 type residency struct {
 	file mapFile

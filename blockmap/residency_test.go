@@ -68,7 +68,7 @@ func TestBitmap(t *testing.T) {
 func someMap(t testing.TB) (path string, id Digest, data FileID) {
 	t.Helper()
 	path, id = filepath.Join(t.TempDir(), "map"), Digest{1, 2, 3}
-	data = FileID{Inode: 11, Born: 12, Device: 13, Mount: 14}
+	data = FileID{Inode: 11, Born: 12, Device: 13, Superblock: 14}
 	r := newResidency(id, 70_000)
 	r.set(3, 200)
 	if err := r.file.attach(OS, path, BootID{7}, data); err != nil {
@@ -142,7 +142,7 @@ func TestFrozenMap(t *testing.T) {
 		{"another boot", BootID{8}, data, false},
 		{"boot not known", BootID{}, data, false},
 		{"mounted anew", BootID{7}, FileID{11, 12, 13, 15}, false},
-		{"mount not known", BootID{7}, FileID{11, 12, 13, 0}, false},
+		{"superblock not known", BootID{7}, FileID{11, 12, 13, 0}, false},
 	} {
 		r := newResidency(id, 70_000)
 		if err := r.file.load(OS, path, c.boot, c.data); err != nil {

@@ -221,7 +221,7 @@ func (f *FS) loseNames(contents map[*file][]byte, rng *rand.Rand) error {
 }
 
 // Remount detaches the file system by force and mounts it again, without a reboot: what
-// was not synced is lost as by PowerCut, and the mount is another one.
+// was not synced is lost as by PowerCut, and the superblock is another one.
 func (f *FS) Remount(rng *rand.Rand) error {
 	f.mu.Lock()
 	f.mounts++
@@ -448,7 +448,7 @@ func (h *handle) Identity() (blockmap.FileID, error) {
 	id, err := h.File.Identity()
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
-	id.Mount += h.fs.mounts
+	id.Superblock += h.fs.mounts
 	return id, err
 }
 
