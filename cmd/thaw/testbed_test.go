@@ -126,7 +126,10 @@ var parent = sync.OnceValue(func() chan<- func() {
 // parent is the thread that forked, prctl(2), and threads end before the tests
 // do: the fetcher's, for one. Hence one that does not.
 func startWithUs(cmd *exec.Cmd) error {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	started := make(chan error)
 	parent() <- func() { started <- cmd.Start() }
 	return <-started
@@ -201,9 +204,16 @@ func (s *syncBuffer) String() string { s.mu.Lock(); defer s.mu.Unlock(); return 
 // launch runs `thaw serve` until it is ready or has ended.
 func launch(t testing.TB, env []string, args ...string) *server {
 	t.Helper()
+	return launchWith(t, new(syscall.SysProcAttr), env, args...)
+}
+
+// launchWith is launch, with what the process has from its start.
+func launchWith(t testing.TB, attr *syscall.SysProcAttr, env []string, args ...string) *server {
+	t.Helper()
 	s := &server{t: t, done: make(chan struct{})}
 	// Without completion, which would fetch what a test does not read if it is slow.
 	s.cmd = asProgram(append([]string{"serve", "--json", "--log-format", "json", "--complete", "off"}, args...)...)
+	s.cmd.SysProcAttr = attr
 	s.cmd.Env = append(s.cmd.Env, env...)
 	s.cmd.Stderr = &s.stderr
 	out, err := s.cmd.StdoutPipe()
@@ -233,11 +243,16 @@ func (s *server) isReady() bool { return s.ready.Type == "ready" }
 func serving(t testing.TB, args ...string) *server {
 	t.Helper()
 	s := launch(t, nil, args...)
+	s.mustBeReady()
+	return s
+}
+
+func (s *server) mustBeReady() {
+	s.t.Helper()
 	if !s.isReady() {
 		<-s.done
-		t.Fatalf("thaw serve %s: %v\n%s", strings.Join(args, " "), s.err, s.stderr.String())
+		s.t.Fatalf("%s: %v\n%s", strings.Join(s.cmd.Args, " "), s.err, s.stderr.String())
 	}
-	return s
 }
 
 func (s *server) kill() {
