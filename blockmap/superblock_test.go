@@ -77,11 +77,11 @@ func TestSuperblock(t *testing.T) {
 		"ext4":  onDisk(64<<20, "mkfs.ext4", "-q"),
 		"btrfs": onDisk(128<<20, "mkfs.btrfs", "-q"),
 		"fuse": func(t *testing.T) mounted {
-			root, err := fs.NewLoopbackRoot(t.TempDir())
-			must(t, err)
-			at := t.TempDir()
+			files, at := t.TempDir(), t.TempDir()
 			var s *fuse.Server
 			m := mounted{at: at, mount: func() {
+				root, err := fs.NewLoopbackRoot(files)
+				must(t, err)
 				s, err = fs.Mount(at, root, &fs.Options{MountOptions: fuse.MountOptions{DirectMountStrict: true}})
 				must(t, err)
 			}}
