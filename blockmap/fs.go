@@ -167,7 +167,16 @@ func (osFS) Lock(path string) (io.Closer, error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	return f, nil
+	return &fileLock{f}, nil
+}
+
+// fileLock is a locked file.
+type fileLock struct{ f *os.File }
+
+// Close unlocks the file, and closes it. To close it is not enough: a child of this process
+// has a copy of the descriptor from fork to exec, and with it the lock.
+func (l *fileLock) Close() error {
+	return errors.Join(unix.Flock(int(l.f.Fd()), unix.LOCK_UN), l.f.Close())
 }
 
 // control calls do with the descriptor of the file, which stays open and the file's
