@@ -71,6 +71,17 @@ func (d *disk) mount() {
 	must(d.t, unix.Mount(d.device, d.at, d.kind, 0, ""))
 }
 
+// writable mounts the file system anew if the kernel has stopped all writes to it.
+func (d *disk) writable() {
+	d.t.Helper()
+	var fs unix.Statfs_t
+	must(d.t, unix.Statfs(d.at, &fs))
+	if fs.Flags&unix.ST_RDONLY != 0 {
+		d.unmount()
+		d.mount()
+	}
+}
+
 func (d *disk) unmount() {
 	d.t.Helper()
 	must(d.t, blocktest.Unmount(d.at))
@@ -277,6 +288,7 @@ func TestRealBadSectors(t *testing.T) {
 				d.goodUpTo(0)
 				check("good again")
 				_ = c.Close() // it reports syncs that failed
+				d.writable()
 				for _, path := range dataFiles(t, dir) {
 					forget(t, path)
 				}
