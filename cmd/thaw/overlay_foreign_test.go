@@ -13,7 +13,7 @@ import (
 // written by checksums: at once, and again on a server that was started anew.
 func TestFioVerifiesOverlay(t *testing.T) {
 	t.Parallel()
-	need(t, "fio", "nbdcopy")
+	need(t, "fio", "nbdcopy", "qemu-io")
 	image := layoutImage(t)
 	dir, cache := filepath.Join(t.TempDir(), "overlay"), cacheDir(t)
 	serve := func() *server {
@@ -31,12 +31,19 @@ func TestFioVerifiesOverlay(t *testing.T) {
 	job := func(s *server, more ...string) { t.Helper(); tool(t, "fio", args(s, more...)...) }
 	s := serve()
 	job(s, "--do_verify=1", "--verify_async=1")
-	// Trims between the writes; what was trimmed is to read as zeros.
-	tool(t, "fio", "--name=t", "--ioengine=nbd", "--uri="+s.uri(), "--rw=randwrite", "--bs=4k", "--iodepth=16", "--offset=56M", "--size=6M", "--verify=crc32c", "--verify_fatal=1",
-		"--trim_percentage=30", "--trim_verify_zero=1", "--trim_backlog=64", "--verify_backlog=64", "--minimal", "--aux-path="+state)
+	// What was written and then trimmed reads as zeros, before a crash and after it. Trims among
+	// the writes of a job that verifies are no test: fio 3.33 makes none of them, or aborts.
+	other := func(rw string, more ...string) {
+		t.Helper()
+		tool(t, "fio", append([]string{"--name=t", "--ioengine=nbd", "--uri=" + s.uri(), "--rw=" + rw, "--bs=4k", "--iodepth=16", "--offset=56M", "--size=6M", "--minimal", "--aux-path=" + state}, more...)...)
+	}
+	other("randwrite", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1")
+	other("randtrim")
+	qemuRead(t, s.uri(), "read -P 0 56M 6M")
 	s.kill()
 	s = serve()
 	job(s, "--verify_only")
+	qemuRead(t, s.uri(), "read -P 0 56M 6M")
 	s.term()
 	dir = filepath.Join(t.TempDir(), "other")
 	s = serve()
