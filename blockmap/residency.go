@@ -16,8 +16,8 @@ import (
 // names: a copy of a cache was made while data and bits changed. Live is trusted
 // only if, besides, the machine has not rebooted and the file system has the same
 // superblock: then the kernel has the data and the bit, even if the process was
-// killed, and whatever the mount namespace of the next one. So a power cut, or a disk that went away, costs a refetch and nothing
-// else.
+// killed, and whatever the mount namespace of the next one. So a power cut, or a disk
+// that went away, costs a refetch and nothing else.
 type residency struct {
 	file mapFile
 

@@ -212,7 +212,7 @@ func (a alive) NotifyAlive(n *memberlist.Node) error {
 	case ip.IsLoopback() && !a.self.IsLoopback(), ip.IsLinkLocalUnicast() && !a.self.IsLinkLocalUnicast():
 		// This host would connect to services of its own, or of its link: those of a cloud
 		// that tell a host its secrets are there.
-		return errors.New("its address is one of another machine for each host")
+		return errors.New("its address, loopback or link-local, means another machine on each host")
 	}
 	return a.of.room(n.Name)
 }

@@ -318,10 +318,11 @@ func (q *queue) begin(r *request) error {
 	return nil
 }
 
-// doHere does the write r on the queue's thread, and completes it with the next batch.
+// doHere does the write r on the queue's thread, and completes it with the next batch. Writes
+// that are done wait with the batch for those after them, as they would on a slow disk.
 func (q *queue) doHere(r *request) error {
 	if q.nhits > 0 {
-		// Answers must not wait for a disk.
+		// Answers to reads must not wait for a disk.
 		if err := q.flush(); err != nil {
 			return err
 		}

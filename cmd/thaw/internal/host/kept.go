@@ -87,7 +87,7 @@ func (h *Host) Recover() {
 	case err == nil && errors.Is(e, fs.ErrNotExist):
 		h.removeEphemeral(used)
 	case h.hasEphemeral():
-		h.log.Warn("overlays of nodes and devices are kept that a state file may name which cannot be read: remove that file if they are of no use any more",
+		h.log.Warn("an earlier state file could not be read: the overlays that it may name are kept; remove the file if nobody needs them",
 			"file", unread, "overlays", filepath.Join(h.dir, ephemeralDir))
 	}
 	h.nodes.recoverNodes(state.Nodes)
@@ -143,7 +143,7 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 	ready := make(map[*Device]chan struct{})
 	for i, d := range restored {
 		if d == nil && h.devices.byName(found[i].Name) == nil {
-			h.log.Error("a device of the last server cannot be opened, and waits for another server", "device", found[i].Name, "err", errs[i])
+			h.log.Error("a device of the last server cannot be opened, and stays in the state file for the next server", "device", found[i].Name, "err", errs[i])
 			continue
 		}
 		if d == nil { // another device has its name

@@ -173,7 +173,7 @@ func parseList[T any](text json.RawMessage, what string, most int) (list []T, er
 	case t == nil: // null
 		return nil, nil
 	case t != json.Delim('['):
-		return nil, fmt.Errorf("its %s are no list", what)
+		return nil, fmt.Errorf("its %s are not a list", what)
 	}
 	for d.More() {
 		if len(list) == most {

@@ -72,7 +72,7 @@ const (
 )
 
 // errMisses is the error of a request for something new while there are too many misses.
-var errMisses = fmt.Errorf("%w: peers have asked for too much that cannot be had", zone.ErrAbsent)
+var errMisses = fmt.Errorf("%w: peers have asked for too much that does not exist", zone.ErrAbsent)
 
 // missed counts a request to the registry that has failed, unless that was given up.
 func (s *zoneStore) missed(ctx context.Context, err error) {
