@@ -30,9 +30,9 @@
 // # On the wire
 //
 // All requests are GET. Without TLS they are HTTP/1.1, and the kernel sends bodies from the
-// files of the cache. With TLS 1.3 they are HTTP/1.1 or HTTP/2; members choose the former, of
-// which a chunk takes less time. Sessions of TLS are resumed. The query always has zone and
-// from, the names of the zone and of the member that asks; image is
+// files of the cache. With TLS 1.3 a member answers HTTP/1.1 and HTTP/2. It asks by HTTP/1.1,
+// with which a chunk takes less time. Sessions of TLS are resumed. The query always has zone
+// and from, the names of the zone and of the member that asks; image is
 // HOST/REPOSITORY@sha256:DIGEST.
 //
 //	/v1/streams/{stream}/chunks/{first}-{last}?image=…&zone=…&from=…[&origin=1][&stored=N][&leaves=a-b]
