@@ -26,7 +26,7 @@
 //
 // The same holds for small writes. The payload lies in the input buffer, and the device
 // writes it from there. If that takes longer than a millisecond, another goroutine goes on
-// with the connection: see watchdog.go.
+// with the connection: see takeover.go.
 //
 // Everything else becomes a task, up to a bound for each connection, and its reply is sent
 // when it is ready; hits overtake it. A read of what is on the disk takes no goroutine

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"thaw/blockmap"
+	"thaw/nbd/internal/inline"
 )
 
 // Sizes of a session.
@@ -39,7 +40,7 @@ const (
 // Its reader (the connection's goroutine) takes all requests that have arrived with
 // one read. It puts the replies to those that it can answer at once (hits) in a batch,
 // and sends the batch in one write when the input is used up. It does small WRITEs itself,
-// too, as long as they take no time: see watchdog.go. Every other request
+// too, as long as they take no time: see takeover.go. Every other request
 // becomes a task; their number is bounded. A task waits for the disk without a goroutine,
 // and for anything else with one. A finished task is put on the ready list, and the
 // goroutine that holds the write side sends its reply.
@@ -77,7 +78,8 @@ type session struct {
 	refuse     bool // the server shuts down: no more requests
 	lone       int  // reads in a row that brought one request, with none in flight
 	idle       idle
-	watchdog   watchdog
+	watchdog   inline.Watchdog
+	call       *call      // bounds the writes of the reader, and is replaced when the reader is
 	ended      chan error // what ends the reading, from a goroutine that has taken it over
 
 	// For the holder of the write side.
@@ -152,6 +154,7 @@ var (
 func (s *session) run(ctx context.Context) error {
 	s.ctx = ctx
 	s.idle.begin(s)
+	s.watchdog.Patience, s.watchdog.TakeOver = inlineTime, s.takeOver
 	err := s.serve(ctx)
 	if err == errTakenOver {
 		err = <-s.ended
@@ -165,7 +168,10 @@ func (s *session) run(ctx context.Context) error {
 	}
 	s.cancel(err)
 	s.tasks.Wait()
-	s.watchdog.stop()
+	s.watchdog.Stop()
+	if s.call != nil {
+		s.call.cancel(nil)
+	}
 	s.prefetches.Wait()
 	s.hits.reset()
 	s.mu.Lock()

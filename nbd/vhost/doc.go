@@ -36,7 +36,9 @@
 // goroutine ([blockmap.LoadAsync]), a read that must be fetched, any other write, a flush.
 // Hits overtake it. Where the driver waits for each request before it makes the next, the
 // goroutine of the queue does reads of the disk and all writes itself: to wake another one
-// would take longer. pace.go says how a queue waits for the driver.
+// would take longer. If such a read or write takes more than some milliseconds, another
+// goroutine goes on with the queue (takeover.go). pace.go says how a queue waits for the
+// driver.
 //
 // # The parts
 //

@@ -46,9 +46,12 @@ func (q *queue) pass() (idle bool, err error) {
 			n++
 			err = q.take()
 		}
-		if q.taking.Err() != nil {
+		if err == nil && q.taking.Err() != nil {
 			break
 		}
+	}
+	if err == errTakenOver {
+		return false, err
 	}
 	q.gather.ended(n)
 	if e := q.flush(); err == nil {
@@ -151,7 +154,10 @@ func (q *queue) handle(head uint16) error {
 		if e.Len() <= maxHit {
 			var ok bool
 			if q.view, ok = q.c.dev.View(e); !ok && q.alone() {
-				q.view, ok = q.c.dev.Load(q.deadline(), e)
+				var err error
+				if ok, err = q.loadHere(r); err != nil {
+					return err
+				}
 			}
 			if ok {
 				to := cursor{bufs: r.out}
@@ -280,26 +286,19 @@ func (q *queue) begin(r *request) error {
 			return err
 		}
 	}
-	r.view, r.loaded, r.abandon, r.code, r.written = blockmap.View{}, false, false, statusOK, 1
+	r.fresh()
 	if r.op == opOut {
 		switch {
 		case q.alone():
-			if err := q.doHere(r); err != nil {
+			if err := q.writeHere(r); err != nil {
 				return err
 			}
 			return q.flush()
 		case !q.c.writethrough() && q.inline.Take(r.e):
-			return q.doHere(r)
+			return q.writeHere(r)
 		}
 	}
-	r.mem.retain()
-	q.tasks.Add(1)
-	q.working.Add(1)
-	q.cur, _ = q.c.srv.requests.Get().(*request)
-	if q.cur == nil {
-		q.cur = new(request)
-	}
-	q.cur.q, q.cur.mem = q, q.mem
+	q.adopt()
 	ctx := q.deadline()
 	if r.op != opIn || r.e.Len() > maxHit {
 		go q.work(ctx, r)
@@ -318,34 +317,6 @@ func (q *queue) begin(r *request) error {
 	return nil
 }
 
-// doHere does the write r on the queue's thread, and completes it with the next batch. Writes
-// that are done wait with the batch for those after them, as they would on a slow disk.
-func (q *queue) doHere(r *request) error {
-	if q.nhits > 0 {
-		// Answers to reads must not wait for a disk.
-		if err := q.flush(); err != nil {
-			return err
-		}
-	}
-	began := time.Now()
-	err := r.do(q.deadline())
-	q.inline.Took(time.Since(began))
-	q.c.client.Release(1, r.cost)
-	switch {
-	case err != nil:
-		return err
-	case r.abandon:
-		q.untake()
-		return errStopped
-	}
-	r.status[0] = r.code
-	q.batch[q.nbatch] = completion{r.head, r.written}
-	if q.nbatch++; q.nbatch == len(q.batch) {
-		return q.flush()
-	}
-	return nil
-}
-
 // deadline returns a context that ends after FaultTimeout, or up to deadlineStep later. To
 // make one for each request would take longer than a write to memory.
 func (q *queue) deadline() context.Context {
@@ -361,7 +332,12 @@ const deadlineStep = time.Second
 
 // work does r on this goroutine.
 func (q *queue) work(ctx context.Context, r *request) {
-	if err := r.do(ctx); err != nil {
+	q.done(r, r.do(ctx))
+}
+
+// done completes r, which is in flight without the queue's goroutine. err ends the connection.
+func (q *queue) done(r *request, err error) {
+	if err != nil {
 		r.abandon = true
 		q.c.fail(err)
 	}

@@ -26,9 +26,10 @@ import (
 //	              └───▶ miss, other: request ──done──▶ ready ──▶ publish ──▶ used ring
 //
 // It does hits and small writes itself, and publishes all that it has done in one pass
-// together. Every other request is admitted, and waits for the device without this
-// goroutine: a read of what is on the disk needs none, any other request gets one. The
-// first that is done publishes all that are, until none is left.
+// together. If a write takes long, another goroutine goes on with the queue (takeover.go).
+// Every other request is admitted, and waits for the device without this goroutine: a read
+// of what is on the disk needs none, any other request gets one. The first that is done
+// publishes all that are, until none is left.
 //
 // The used ring, and what is noted as in flight, belong to whoever holds mu.
 type queue struct {
@@ -71,22 +72,23 @@ type queue struct {
 		cancel context.CancelFunc
 		made   time.Time
 	}
-	again   bool // the view of cur was damaged: cur is to begin
-	batch   [batchLen]completion
-	nbatch  int
-	nbytes  int64 // copied for the batch
-	nhits   int64
-	inline  inline.Writes
-	gather  gather
-	lone    int // passes in a row that took one request, with none in flight
-	scratch []byte
-	kicks   syscall.RawConn
-	readFn  func(fd uintptr) bool
-	parked  bool
-	readErr error
-	event   [8]byte
-	poll    [1]unix.PollFd
-	barrier atomic.Uint32
+	again    bool // the view of cur was damaged: cur is to begin
+	batch    [batchLen]completion
+	nbatch   int
+	nbytes   int64 // copied for the batch
+	nhits    int64
+	inline   inline.Writes
+	watchdog inline.Watchdog
+	gather   gather
+	lone     int // passes in a row that took one request, with none in flight
+	scratch  []byte
+	kicks    syscall.RawConn
+	readFn   func(fd uintptr) bool
+	parked   bool
+	readErr  error
+	event    [8]byte
+	poll     [1]unix.PollFd
+	barrier  atomic.Uint32
 
 	mu struct {
 		sync.Mutex
@@ -115,6 +117,7 @@ const (
 func newQueue(c *conn, index int) *queue {
 	q := &queue{c: c, index: index}
 	q.readFn = q.readKick
+	q.watchdog.Patience, q.watchdog.TakeOver = stuckTime, q.takeOver
 	q.mu.call, q.mu.err = -1, -1
 	return q
 }
@@ -334,10 +337,13 @@ func (q *queue) stop() {
 
 // run takes requests until halt.
 func (q *queue) run() {
-	defer close(q.ended)
 	// For the guest's memory, and for what views show. pass recovers.
 	debug.SetPanicOnFault(true)
 	err := q.serve()
+	if err == errTakenOver {
+		return
+	}
+	defer close(q.ended)
 	var fault *faultError
 	switch {
 	case err == nil, q.taking.Err() != nil:

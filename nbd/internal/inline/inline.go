@@ -1,12 +1,14 @@
-// Package inline decides which writes the thread of a queue does itself.
+// Package inline decides which writes whoever serves a queue does itself, and notices the one
+// that takes long.
 //
 // To give a write away takes two switches between threads, which cost several times what a
 // small write of whole blocks does: the device puts the bytes in the page cache. It reads
 // nothing for whole blocks, so it waits for no origin.
 //
 // Such a write may wait for the disk all the same, and the other requests of the queue with
-// it: where the disk is slower than the writers, say. So the thread gives writes away after
-// a slow one, for longer each time, until one is fast again.
+// it: where the disk is slower than the writers, say. So writes are given away after a slow
+// one, for longer each time, until one is fast again ([Writes]). And where another goroutine
+// can serve the queue, it takes over from one that is stuck in a write ([Watchdog]).
 package inline
 
 import (

@@ -328,7 +328,7 @@ func BenchmarkWrites(b *testing.B) {
 	d := &flatWritable{flat{make([]byte, testSize)}}
 	s := &session{c: &conn{}, w: nullWire{}, dev: d, wdev: d, size: testSize, ctx: b.Context()}
 	s.mu.changed.L = &s.mu
-	s.watchdog.armed.Store(true) // it never looks
+	s.watchdog.Stop() // it never looks
 	const n = 32
 	var p []byte
 	for i := range uint64(n) {
