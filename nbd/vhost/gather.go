@@ -21,6 +21,8 @@ const (
 
 // gather is what the goroutine of a queue knows of its driver.
 type gather struct {
+	most, mostGap time.Duration // gatherTime and gatherGap; longer in tests
+
 	expect int           // requests that come together
 	gap    time.Duration // between two of them, on average
 
@@ -73,11 +75,11 @@ func (q *queue) more(n int) bool {
 	if !g.waited {
 		g.waited, g.began = true, now
 	}
-	gap := gatherGap
+	gap := g.mostGap
 	if g.probing > 0 {
 		gap = min(gap, max(4*g.gap, gatherGapLo))
 	}
-	end := now.Add(min(gap, g.began.Add(gatherTime).Sub(now)))
+	end := now.Add(min(gap, g.began.Add(g.most).Sub(now)))
 	for at := now; at.Before(end); at = time.Now() {
 		if q.ring.availIdx() != q.at {
 			g.gap += (at.Sub(now) - g.gap) / 8

@@ -117,6 +117,7 @@ const (
 func newQueue(c *conn, index int) *queue {
 	q := &queue{c: c, index: index}
 	q.readFn = q.readKick
+	q.gather.most, q.gather.mostGap = gatherTime, gatherGap
 	q.watchdog.Patience, q.watchdog.TakeOver = stuckTime, q.takeOver
 	q.mu.call, q.mu.err = -1, -1
 	return q
