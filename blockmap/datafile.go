@@ -291,7 +291,16 @@ func (d *dataFile) space() (int64, error) {
 	return n, err
 }
 
-func (d *dataFile) sync() error { return d.f.Sync() }
+// sync makes what was written durable.
+func (d *dataFile) sync() error {
+	err := d.f.Sync()
+	if err == nil && d.direct != nil {
+		// Btrfs writes through the page cache where it keeps checksums (Linux 6.15), and
+		// drops the pages afterwards only if nothing else holds them at that moment.
+		d.f.Forget()
+	}
+	return err
+}
 
 func (d *dataFile) close() (err error) {
 	if d.m != nil {
