@@ -3,7 +3,6 @@ package attach
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -57,6 +56,9 @@ type Options struct {
 	// nbd.DefaultFaultTimeout. With the driver nbd, a reader waits a little longer for
 	// a server that was killed.
 	FaultTimeout time.Duration
+	// Token marks the node, so that Sweep finds it if this process dies before it could keep
+	// the node's State: NewToken makes one. Empty: one that nobody knows.
+	Token string
 	// Admission bounds the requests in flight of all nodes and other transports
 	// together. Nil: no such bound.
 	Admission *nbd.Admission
@@ -86,6 +88,9 @@ func (o Options) fill() (Options, error) {
 	}
 	if _, err := ParseDriver(string(o.Driver)); err != nil {
 		return o, fmt.Errorf("attach: %w", err)
+	}
+	if o.Token != "" && !ValidToken(o.Token) {
+		return o, fmt.Errorf("attach: Token is %.100q: want one that NewToken made", o.Token)
 	}
 	o.Depth = cmp.Or(o.Depth, defaultDepth)
 	o.FaultTimeout = cmp.Or(o.FaultTimeout, nbd.DefaultFaultTimeout)
@@ -165,7 +170,7 @@ const byDriver = "attach by "
 func attachBy(ctx context.Context, d Driver, dev blockmap.Device, o Options) (*Node, error) {
 	n := newNode(dev, o)
 	n.Driver = d
-	n.state = State{Driver: d, Boot: bootID(), Token: rand.Text(), Size: dev.Size(), ReadOnly: n.serving.wdev == nil}
+	n.state = State{Driver: d, Boot: bootID(), Token: cmp.Or(o.Token, NewToken()), Size: dev.Size(), ReadOnly: n.serving.wdev == nil}
 	n.state.serve()
 	var err error
 	switch d {

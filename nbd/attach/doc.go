@@ -86,6 +86,7 @@
 //
 // The kernel chooses the number of a node in the step that makes the node, so two programs
 // never get the same one. What the kernel has cached of a node is dropped when it is
-// detached, and again when the next node of that number is made. [State] has a token or a
-// process ID that tells a node from a later one with its number.
+// detached, and again when the next node of that number is made. The kernel keeps a token
+// with each node, which tells it from a later one with its number. [Sweep] finds by it what a
+// process has left that was killed before it could keep the node's [State].
 package attach

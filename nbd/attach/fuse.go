@@ -2,7 +2,6 @@ package attach
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log"
@@ -70,7 +69,7 @@ func recoverFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 		return nil, errors.New("the driver fuse cannot go on with a writable node: writes have failed since its server died. Unmount it, remove the node, and attach again")
 	}
 	// Another process with the same state comes too late from now on.
-	n.state.Token = rand.Text()
+	n.state.Token = NewToken()
 	if err := l.mark(n.state.Token); err != nil {
 		return nil, err
 	}

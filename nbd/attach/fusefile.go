@@ -33,7 +33,9 @@ const (
 
 // fuseFileName is the name of the file, which losetup shows of the loop device: it tells
 // which process serves it.
-func fuseFileName() string { return fmt.Sprintf("thaw-%d", os.Getpid()) }
+func fuseFileName() string { return fmt.Sprint(fuseFilePrefix, os.Getpid()) }
+
+const fuseFilePrefix = "thaw-"
 
 func newFuseFile(s *serving) *fuseFile {
 	f := &fuseFile{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s, name: fuseFileName()}

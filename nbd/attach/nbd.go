@@ -210,7 +210,7 @@ func attachNBD(ctx context.Context, n *Node, o Options) (driver, error) {
 		err = d.connect(ctx, n.state.Queues)
 	}
 	if errors.Is(err, errNoFamily) {
-		if numbers, _ := nbdNumbers(); len(numbers) > 0 {
+		if numbers, _ := numbered("/sys/block", "nbd"); len(numbers) > 0 {
 			err = d.connectByIoctl(ctx, n.state.Queues)
 		}
 	}
@@ -312,6 +312,12 @@ func disconnect(ctx context.Context, number uint32) error {
 	return err
 }
 
+// nbdMark is the token of the device whose directory below /sys/block is dir, with a slash.
+func nbdMark(dir string) (string, error) {
+	text, err := os.ReadFile(dir + "backend")
+	return strings.TrimSpace(string(text)), err
+}
+
 // nbdIs fails with ErrGone unless the device of s is connected and marked with its token.
 func nbdIs(s State) error {
 	dir := fmt.Sprintf("/sys/block/nbd%d/", s.Number)
@@ -326,14 +332,14 @@ func nbdIs(s State) error {
 		}
 		return nil
 	}
-	mark, err := os.ReadFile(dir + "backend")
+	mark, err := nbdMark(dir)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // before Linux 5.14; the kernel will not tell
 	}
 	if err != nil {
 		return err
 	}
-	if strings.TrimSpace(string(mark)) != s.Token {
+	if mark != s.Token {
 		return fmt.Errorf("it belongs to another program by now: %w", ErrGone)
 	}
 	return nil

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -125,7 +124,7 @@ func (h *nbdHolder) run(ctx context.Context, d *nbdDevice, ps nbdPairs, ready ch
 // claim finds a device that nobody has, and gives it the connections. It belongs to this
 // thread once the kernel has taken the first one.
 func (h *nbdHolder) claim(ctx context.Context, ps nbdPairs) (*os.File, error) {
-	numbers, err := nbdNumbers()
+	numbers, err := numbered("/sys/block", "nbd")
 	if err != nil {
 		return nil, err
 	}
@@ -158,23 +157,6 @@ func (h *nbdHolder) claim(ctx context.Context, ps nbdPairs) (*os.File, error) {
 		}
 	}
 	return nil, fmt.Errorf("all %d devices are in use, and the kernel makes more of them by netlink only: start thaw in the network namespace of the host, or load the module by `modprobe nbd nbds_max=64`: %w", len(numbers), ErrUnavailable)
-}
-
-// nbdNumbers are the numbers of the devices that the driver has, whoever uses them.
-func nbdNumbers() (numbers []uint32, err error) {
-	list, err := os.ReadDir("/sys/block")
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range list {
-		if text, ok := strings.CutPrefix(e.Name(), "nbd"); ok {
-			if n, err := strconv.ParseUint(text, 10, 20); err == nil {
-				numbers = append(numbers, uint32(n))
-			}
-		}
-	}
-	slices.Sort(numbers)
-	return numbers, nil
 }
 
 // started waits until the device works. It returns what the kernel says of the thread that

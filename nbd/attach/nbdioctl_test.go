@@ -180,7 +180,7 @@ func TestIoctlAllInUse(t *testing.T) {
 		if d != nbdByIoctl {
 			return
 		}
-		numbers, err := nbdNumbers()
+		numbers, err := numbered("/sys/block", "nbd")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -92,7 +92,8 @@ func (d *fileDevice) Discard(ctx context.Context, e blockmap.Extent) error {
 func (d *fileDevice) Flush(context.Context) error { return unix.Fdatasync(int(d.f.Fd())) }
 
 // serveVerb makes this program a server: its arguments are DRIVER FILE MODE, or DRIVER
-// FILE MODE STATE to recover a node. It prints the state, and serves until SIGTERM.
+// FILE MODE STATE to recover a node, or DRIVER FILE MODE "" TOKEN. It prints the state, and
+// serves until SIGTERM.
 const serveVerb = "attach-serve"
 
 // serverTimeout is the FaultTimeout of such a server.
@@ -114,7 +115,10 @@ func serveNode(args []string) error {
 	defer stop()
 	o := by(Driver(args[0]), Options{ReadOnly: args[2] == "ro", Queues: 2, FaultTimeout: serverTimeout})
 	var n *Node
-	if len(args) > 3 {
+	if len(args) > 4 {
+		o.Token = args[4]
+	}
+	if len(args) > 3 && args[3] != "" {
 		s, err := ParseState([]byte(args[3]))
 		if err != nil {
 			return err

@@ -3,6 +3,8 @@ package attach
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -44,7 +46,7 @@ func attachUBLK(ctx context.Context, n *Node, o Options) (driver, error) {
 		c.close()
 		return nil, err
 	}
-	info := ublkInfo{queues: uint16(cmp.Or(o.Queues, min(maxQueues, runtime.NumCPU()))), depth: uint16(o.Depth), maxIOBytes: ublkMaxIO, devID: ^uint32(0), pid: int32(os.Getpid()), flags: features & ublkFWanted}
+	info := ublkInfo{queues: uint16(cmp.Or(o.Queues, min(maxQueues, runtime.NumCPU()))), depth: uint16(o.Depth), maxIOBytes: ublkMaxIO, devID: ^uint32(0), pid: int32(os.Getpid()), flags: features & ublkFWanted, mark: ublkMark(n.state.Token)}
 	if err := exchange(ctx, c, "ADD_DEV", ublkAdd, ^uint32(0), &info, int(unsafe.Sizeof(info))); err != nil {
 		c.close()
 		return nil, err
@@ -197,6 +199,9 @@ func (c *ublkControl) mustBe(ctx context.Context, s State) (ublkInfo, error) {
 	if err != nil {
 		return info, err
 	}
+	if info.mark != ublkMark(s.Token) {
+		return info, fmt.Errorf("the device belongs to another program by now: %w", ErrGone)
+	}
 	// The kernel forgets the process when it has noticed its end.
 	if info.pid != int32(s.PID) && info.pid > 0 {
 		return info, fmt.Errorf("process %d serves it: %w", info.pid, ErrGone)
@@ -272,11 +277,22 @@ func removeUBLK(ctx context.Context, s State) error {
 	if _, err := c.mustBe(ctx, s); err != nil {
 		return err
 	}
-	if err := notMounted(ctx, s.Path); err != nil {
+	return c.removeUnserved(ctx, s.Number)
+}
+
+// removeUnserved removes a device whose server is dead.
+func (c *ublkControl) removeUnserved(ctx context.Context, id uint32) error {
+	if err := notMounted(ctx, nodePath(UBLK, id)); err != nil {
 		return err
 	}
-	if err := c.stop(ctx, s.Number); err != nil {
+	if err := c.stop(ctx, id); err != nil {
 		return err
 	}
-	return c.remove(ctx, s.Number)
+	return c.remove(ctx, id)
+}
+
+// ublkMark is what the kernel keeps of a token.
+func ublkMark(token string) uint64 {
+	sum := sha256.Sum256([]byte(token))
+	return binary.BigEndian.Uint64(sum[:])
 }

@@ -25,7 +25,7 @@ type ublkInfo struct {
 	pid        int32 // of the server
 	_          uint32
 	flags      uint64
-	_          uint64
+	mark       uint64 // the server's own; the kernel keeps it
 	_, _       uint32 // the owner
 	_          [2]uint64
 }

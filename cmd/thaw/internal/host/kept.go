@@ -90,7 +90,7 @@ func (h *Host) Recover() {
 		h.log.Warn("an earlier state file could not be read: the overlays that it may name are kept; remove the file if nobody needs them",
 			"file", unread, "overlays", filepath.Join(h.dir, ephemeralDir))
 	}
-	h.nodes.recoverNodes(state.Nodes)
+	h.nodes.recoverNodes(state.Nodes, state.Attaching)
 }
 
 // hasEphemeral reports whether there are overlays that go with nodes and devices.
@@ -366,9 +366,10 @@ func (h *Host) saveState() error {
 // writeKept writes the state file. A host that has not read it, and has nothing to write,
 // leaves it alone: it may be that of a server that was killed. h.kept.writing is held.
 func (h *Host) writeKept() error {
-	s := saved{Nodes: h.nodes.saved(), Devices: h.kept.devices(h.devices)}
+	s := saved{Devices: h.kept.devices(h.devices)}
+	s.Nodes, s.Attaching = h.nodes.saved()
 	h.kept.mu.Lock()
-	known := h.kept.mu.known || len(s.Nodes) > 0 || len(s.Devices) > 0
+	known := h.kept.mu.known || !s.empty()
 	h.kept.mu.known = known
 	h.kept.mu.Unlock()
 	if !known {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,9 +22,16 @@ const recoverTime = 30 * time.Second
 // attach.Recover. A node of an image that cannot be had for the moment waits for it. So
 // does one whose overlay is not there: its filesystem may be mounted later. One
 // that cannot be recovered is lost; what is left of it is removed when it is unmounted.
-func (x *nodes) recoverNodes(kept []savedNode) {
+//
+// Nodes that the server was attaching, of which nobody was told, are removed: those with a
+// token of attaching.
+func (x *nodes) recoverNodes(kept []savedNode, attaching []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.mu.unswept = attaching[max(0, len(attaching)-maxNodes):]
+	for _, token := range x.mu.unswept {
+		x.watchers.Go(func() { x.sweep(token) })
+	}
 	for _, k := range kept {
 		n := x.add(&node{
 			state: NodeRecovering, kept: k.state, image: k.Image, ephemeral: k.Ephemeral,
@@ -49,6 +57,7 @@ func (x *nodes) recover(n *node) {
 			return
 		case errors.Is(err, attach.ErrGone), n.removed.Err() != nil:
 			x.h.log.Info("a node of the last server is gone", "node", n.kept.Path, "err", err)
+			x.sweep(n.kept.Token) // the server may have been killed while it removed the node
 			x.drop(n)
 			return
 		case !passing(err):
@@ -60,6 +69,27 @@ func (x *nodes) recover(n *node) {
 		n.err = err
 		x.mu.Unlock()
 		_ = pause(n.removed, wait)
+	}
+}
+
+// sweep removes what a killed server has left of a node that nobody is to go on serving. What
+// cannot be removed is left to the next server.
+func (x *nodes) sweep(token string) {
+	ctx, cancel := context.WithTimeout(x.ctx, recoverTime)
+	defer cancel()
+	if err := attach.Sweep(ctx, token); err != nil {
+		if x.ctx.Err() == nil {
+			x.h.log.Warn("cannot remove what the last server has left of a node", "err", err)
+		}
+		return
+	}
+	x.mu.Lock()
+	n := len(x.mu.unswept)
+	x.mu.unswept = slices.DeleteFunc(x.mu.unswept, func(t string) bool { return t == token })
+	changed := len(x.mu.unswept) < n
+	x.mu.Unlock()
+	if changed {
+		x.save()
 	}
 }
 

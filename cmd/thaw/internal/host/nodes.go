@@ -106,9 +106,10 @@ type nodes struct {
 	mu struct {
 		sync.Mutex
 		all      []*node
-		last     int  // the last ID
-		stopping bool // no node can be attached any more
-		left     bool // a node outlives the host
+		last     int      // the last ID
+		stopping bool     // no node can be attached any more
+		unswept  []string // tokens of nodes that a killed server was attaching
+		left     bool     // a node outlives the host
 	}
 }
 
@@ -117,6 +118,8 @@ type node struct {
 	of   *nodes
 	id   string
 	spec NodeSpec
+	// token marks the node while it is being attached.
+	token string
 
 	wake chan struct{} // has its watcher look at once
 	gone chan struct{} // closed when nothing of it is left
@@ -225,7 +228,7 @@ func (x *nodes) reserve(spec NodeSpec) (*node, error) {
 			return nil, conflict("another request is about to mount %s at %s", o.spec.Image, spec.Mount)
 		}
 	}
-	return x.add(&node{spec: spec, state: NodeAttaching}), nil
+	return x.add(&node{spec: spec, state: NodeAttaching, token: attach.NewToken()}), nil
 }
 
 // add puts a node in the list. x.mu is held.
@@ -252,7 +255,7 @@ func (n *node) own() *ownOverlay {
 func (n *node) options() attach.Options {
 	return attach.Options{
 		Driver: n.spec.Driver, Name: n.spec.Image, Queues: n.spec.Queues, ReadAhead: nodeReadAhead,
-		Admission: n.of.admission, Log: n.of.h.log,
+		Token: n.token, Admission: n.of.admission, Log: n.of.h.log,
 	}
 }
 
@@ -269,6 +272,7 @@ func (x *nodes) attach(ctx context.Context, n *node) error {
 		return err
 	}
 	n.use(d, release)
+	x.save() // or a node that is made just before this process is killed would stay for ever
 	a, err := attach.Attach(ctx, dev, n.options())
 	if err != nil {
 		return fmt.Errorf("%s: %w", n.spec.Image, err)
@@ -463,11 +467,16 @@ func (x *nodes) save() {
 	}
 }
 
-// saved are the nodes for the state file.
-func (x *nodes) saved() (kept []savedNode) {
+// saved are the nodes for the state file, and the tokens of those that are being attached.
+func (x *nodes) saved() (kept []savedNode, attaching []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	attaching = slices.Clone(x.mu.unswept)
 	for i, n := range x.mu.all {
+		if n.state == NodeAttaching {
+			attaching = append(attaching, n.token)
+			continue
+		}
 		// A lost node can have lost its path to a later one.
 		later := func(o *node) bool { return o.kept.Path == n.kept.Path }
 		if n.kept.Path == "" || slices.ContainsFunc(x.mu.all[i+1:], later) {
@@ -478,7 +487,7 @@ func (x *nodes) saved() (kept []savedNode) {
 			Node: json.RawMessage(n.kept.Encode()),
 		})
 	}
-	return kept
+	return kept, attaching
 }
 
 // Used reports whether the host has a node, or a device that clients use or that was added.

@@ -3,10 +3,12 @@ package host
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -340,6 +342,91 @@ func TestDetachWhileRecovering(t *testing.T) {
 	if all := h.Nodes(); len(all) > 0 {
 		t.Errorf("left: %+v", all)
 	}
+}
+
+// A node that a killed server was attaching, and of which nobody knows, is removed by the next
+// one; and the state file has the token of a node as long as it is being attached.
+func TestAttachingIsSwept(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 600))
+	dir := t.TempDir()
+	tokens := []string{attach.NewToken(), attach.NewToken()} // the other was kept, and no node was made
+	a, err := attach.Attach(t.Context(), blocktest.NewMemory(1<<20), attach.Options{Driver: attach.FUSE, Token: tokens[0]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Detach(context.Background()) })
+	if err := writeState(dir, saved{Attaching: tokens}, false); err != nil {
+		t.Fatal(err)
+	}
+	h := r.open(Options{Dir: dir})
+	h.Recover()
+	await(t, "the node is gone", func() bool {
+		select {
+		case <-a.Gone():
+			return true
+		default:
+			return false
+		}
+	})
+	await(t, "the tokens are gone", func() bool {
+		_, err := os.Stat(filepath.Join(dir, stateName))
+		return errors.Is(err, fs.ErrNotExist)
+	})
+	// While a node is being attached, as here, the file has its token. Afterwards it has the node.
+	n, err := h.nodes.reserve(NodeSpec{Image: image, Driver: attach.FUSE})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.nodes.save()
+	if during, _, err := readState(dir); err != nil || len(during.Nodes) != 0 || !slices.Equal(during.Attaching, []string{n.token}) {
+		t.Errorf("while it is being attached: %+v, %v", during, err)
+	}
+	h.nodes.drop(n)
+	info, err := h.Attach(t.Context(), NodeSpec{Image: image, Driver: attach.FUSE})
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, _, err := readState(dir)
+	if err != nil || len(after.Attaching) != 0 || len(after.Nodes) != 1 || after.Nodes[0].state.Path != info.Node || !attach.ValidToken(after.Nodes[0].state.Token) {
+		t.Errorf("once it is attached: %+v, %v", after, err)
+	}
+}
+
+// While an attach goes on, the state file has the token of its node.
+func TestTokenIsKept(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	image := r.push("team/app:v1", blocktest.NewImage(t, 1, 600))
+	dir := t.TempDir()
+	h := r.open(Options{Dir: dir})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	seen := make(chan string, 1)
+	go func() { // each time the file is replaced, what it says is true of that moment
+		defer close(seen)
+		for ctx.Err() == nil {
+			kept, _, err := readState(dir)
+			if err == nil && len(kept.Attaching) == 1 {
+				seen <- kept.Attaching[0]
+				return
+			}
+		}
+	}()
+	for range 50 {
+		info, err := h.Attach(ctx, NodeSpec{Image: image, Driver: attach.FUSE})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Detach(ctx, info.ID, false); err != nil {
+			t.Fatal(err)
+		}
+		if len(seen) > 0 {
+			return
+		}
+	}
+	t.Error("in 50 attaches, the file never had a token")
 }
 
 // onMessage calls do when a line with this message is logged.

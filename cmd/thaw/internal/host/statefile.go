@@ -22,12 +22,14 @@ import (
 )
 
 // The state file says which nodes a server has, which devices were added to it, and which
-// overlays go with its devices. The next server in the same cache directory reads it, and
+// overlays go with its devices. It has the tokens of nodes that are being attached, of which
+// nobody knows yet. The next server in the same cache directory reads it, and
 // goes on serving what one had that was killed. It is JSON:
 //
 //	{"version": 2,
 //	  "nodes": [{"image": "registry.example/app@sha256:…", "name": "registry.example/app:v1",
 //	    "overlay": "/var/lib/vm7", "mount": "/mnt", "node": {…attach.State…}}],
+//	  "attaching": ["K5ZKQ…"],
 //	  "devices": [{"name": "registry.example/app:v1~vm9", "image": "registry.example/app:v1~vm9",
 //	    "base": "registry.example/app@sha256:…", "by": "api", "writable": true,
 //	    "overlay": "/var/lib/vms/vm9", "socket": "/run/vms/vm9.sock"}]}
@@ -84,9 +86,15 @@ const (
 )
 
 type saved struct {
-	Version int           `json:"version"`
-	Nodes   []savedNode   `json:"nodes,omitempty"`
-	Devices []savedDevice `json:"devices,omitempty"`
+	Version   int           `json:"version"`
+	Nodes     []savedNode   `json:"nodes,omitempty"`
+	Attaching []string      `json:"attaching,omitempty"` // tokens: see attach.Sweep
+	Devices   []savedDevice `json:"devices,omitempty"`
+}
+
+// empty reports whether there is nothing to be saved.
+func (s *saved) empty() bool {
+	return len(s.Nodes) == 0 && len(s.Attaching) == 0 && len(s.Devices) == 0
 }
 
 // errStateVersion says that another version of thaw wrote the file.
@@ -105,9 +113,10 @@ func parseState(text []byte) (kept saved, bad []error, err error) {
 		return saved{}, nil, fmt.Errorf("its version is %d instead of %d: %w", v.Version, stateVersion, errStateVersion)
 	}
 	var lists struct {
-		Version int             `json:"version"`
-		Nodes   json.RawMessage `json:"nodes"`
-		Devices json.RawMessage `json:"devices"`
+		Version   int             `json:"version"`
+		Nodes     json.RawMessage `json:"nodes"`
+		Attaching json.RawMessage `json:"attaching"`
+		Devices   json.RawMessage `json:"devices"`
 	}
 	d := json.NewDecoder(bytes.NewReader(text))
 	d.DisallowUnknownFields()
@@ -119,6 +128,9 @@ func parseState(text []byte) (kept saved, bad []error, err error) {
 	}
 	var s saved
 	if s.Nodes, err = parseList[savedNode](lists.Nodes, "nodes", maxNodes); err != nil {
+		return saved{}, nil, err
+	}
+	if s.Attaching, err = parseList[string](lists.Attaching, "tokens", 2*maxNodes); err != nil {
 		return saved{}, nil, err
 	}
 	if s.Devices, err = parseList[savedDevice](lists.Devices, "devices", maxSaved); err != nil {
@@ -144,6 +156,13 @@ func parseState(text []byte) (kept saved, bad []error, err error) {
 			continue
 		}
 		kept.Nodes = append(kept.Nodes, n)
+	}
+	for i, token := range s.Attaching {
+		if !attach.ValidToken(token) {
+			bad = append(bad, fmt.Errorf("token %d: %.100q is no token of a node", i, token))
+			continue
+		}
+		kept.Attaching = append(kept.Attaching, token)
 	}
 	for i, k := range s.Devices {
 		err := k.check()
@@ -281,7 +300,7 @@ func readState(dir string) (kept saved, bad []error, err error) {
 // Without nodes and devices there is none.
 func writeState(dir string, s saved, durably bool) error {
 	path := filepath.Join(dir, stateName)
-	if len(s.Nodes) == 0 && len(s.Devices) == 0 {
+	if s.empty() {
 		err := os.Remove(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil

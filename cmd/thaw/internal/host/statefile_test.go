@@ -27,7 +27,7 @@ func sampleState() string {
 	return `{"version":2,"nodes":[` +
 		`{"image":"registry.example/app@` + testDigest + `","name":"registry.example/app:v1","overlay":"/var/lib/vm7","limit_bytes":1073741824,"mount":"/mnt","node":` + testState + `},` +
 		`{"image":"registry.example/app@` + testDigest + `","name":"app","ephemeral":"ABCDEFGHIJKLMNOPQRSTUVWXYZ","node":` + loop + `},` +
-		`{"image":"oci:/srv/images@` + testDigest + `","name":"oci:/srv/images:app","node":` + nbd + `}],"devices":[` +
+		`{"image":"oci:/srv/images@` + testDigest + `","name":"oci:/srv/images:app","node":` + nbd + `}],"attaching":["K5ZKQ3AAABBBCCCDDDEEEFFFGG"],"devices":[` +
 		`{"name":"root","image":"registry.example/app:v1","base":"registry.example/app@` + testDigest + `","by":"api","socket":"/run/vms/root.sock","default":true},` +
 		`{"name":"app:v1~vm9","image":"app:v1~vm9","base":"registry.example/app@` + testDigest + `","by":"api","writable":true,"overlay":"/var/lib/vms/vm9","socket":"/run/vms/vm9.sock"},` +
 		`{"name":"app:v1~vm8","image":"app:v1~vm8","base":"registry.example/app@` + testDigest + `","by":"client","writable":true,"ephemeral":"ZYXWVUTSRQPONMLKJIHGFEDCBA","boot":"8d1f33f0-5d26-4a2a-9c2b-6f1a1d8d4a10"}]}` + "\n"
@@ -46,7 +46,7 @@ func TestStateFileFrozen(t *testing.T) {
 		t.Fatal(err)
 	}
 	kept, bad, err := parseState(want)
-	if err != nil || len(bad) > 0 || len(kept.Nodes) != 3 || len(kept.Devices) != 3 {
+	if err != nil || len(bad) > 0 || len(kept.Nodes) != 3 || len(kept.Attaching) != 1 || len(kept.Devices) != 3 {
 		t.Fatalf("%+v, %v, %v", kept, bad, err)
 	}
 	if n := kept.Nodes[0]; n.Overlay != "/var/lib/vm7" || n.Limit != 1<<30 || n.Mount != "/mnt" || n.state.Path != "/dev/ublkb3" || n.state.Driver != attach.UBLK {
@@ -99,6 +99,7 @@ func TestStateFileDamaged(t *testing.T) {
 		"nothing": "", "no JSON": "x", "cut": sample[:len(sample)/2], "more": sample + sample, "another version": strings.Replace(sample, `"version":2`, `"version":1`, 1),
 		"no version": `{"nodes":[]}`, "an unknown field": strings.Replace(sample, `"nodes"`, `"colour":1,"nodes"`, 1), "an array": "[]",
 		"too many devices": `{"version":2,"devices":[` + strings.Repeat("{},", maxSaved) + `{}]}`,
+		"too many tokens":  `{"version":2,"attaching":[` + strings.Repeat(`"",`, 2*maxNodes) + `""]}`,
 		"too many":         `{"version":2,"nodes":[` + strings.Repeat("{},", maxNodes) + `{}]}`,
 	} {
 		if kept, _, err := parseState([]byte(text)); err == nil {
