@@ -76,11 +76,13 @@ type session struct {
 	parsed     int  // requests
 	goroutines int  // WRITEs to come that take goroutines
 	refuse     bool // the server shuts down: no more requests
-	lone       int  // reads in a row that brought one request, with none in flight
+	lone       int  // reads in a row that brought one request and found none in flight
 	idle       idle
 	watchdog   inline.Watchdog
-	call       *call      // bounds the writes of the reader, and is replaced when the reader is
-	ended      chan error // what ends the reading, from a goroutine that has taken it over
+	stuckCost  int64       // of the request that the reader does itself, if it is taken over
+	behind     atomic.Bool // something waits for its end: input that is not parsed, or replies
+	call       *call       // bounds the writes of the reader, and is replaced when the reader is
+	ended      chan error  // what ends the reading, from a goroutine that has taken it over
 
 	// For the holder of the write side.
 	late    batch  // for a task that holds it
@@ -155,6 +157,7 @@ func (s *session) run(ctx context.Context) error {
 	s.ctx = ctx
 	s.idle.begin(s)
 	s.watchdog.Patience, s.watchdog.TakeOver = inlineTime, s.takeOver
+	s.watchdog.Waits = func() bool { return s.behind.Load() || s.w.waiting() }
 	err := s.serve(ctx)
 	if err == errTakenOver {
 		err = <-s.ended
@@ -193,10 +196,16 @@ func (s *session) drains(err error) bool {
 // serve reads and answers requests until there is a reason to stop. It begins with what
 // is in s.in.
 func (s *session) serve(ctx context.Context) error {
+	quiet := false // nothing was in flight when the last read returned
 	for {
 		before := s.parsed
 		if err := s.parse(ctx); err != nil {
 			return err
+		}
+		if quiet && s.parsed-before == 1 && s.end == 0 {
+			s.lone++
+		} else {
+			s.lone = 0
 		}
 		if err := s.flush(); err != nil {
 			return err
@@ -210,11 +219,7 @@ func (s *session) serve(ctx context.Context) error {
 			return err
 		}
 		s.end += n
-		if s.end == requestLen && s.working.Load() == 0 && !s.copied {
-			s.lone++
-		} else {
-			s.lone = 0
-		}
+		quiet = s.working.Load() == 0 && !s.copied
 	}
 }
 
@@ -247,7 +252,13 @@ func (s *session) handle(ctx context.Context, r *request) error {
 		d, ok := s.hits.slot(), r.length == 0
 		if !ok {
 			if d.view, ok = s.dev.View(e); !ok && s.alone() {
-				d.view, ok = s.loadAlone(ctx, e)
+				s.hits.dropSlot()
+				v, loaded, err := s.loadAlone(ctx, r)
+				if err != nil {
+					return err
+				}
+				d = s.hits.slot()
+				d.view, ok = v, loaded
 			}
 		}
 		if ok {
@@ -313,6 +324,9 @@ func (s *session) handle(ctx context.Context, r *request) error {
 			s.hits.simple(r.cookie, 0) // nothing was written
 			return s.more()
 		}
+		if s.alone() && s.hits.empty() {
+			return s.flushInline(r)
+		}
 	case cmdBlockStatus:
 		// At most one extent a block, in each context.
 		t.cost = min(int64(r.length)/blockmap.BlockSize+2, maxExtents) * 8 * int64(len(s.contexts))
@@ -323,18 +337,6 @@ func (s *session) handle(ctx context.Context, r *request) error {
 // alone reports whether a client of depth 1 waits for the request at hand.
 func (s *session) alone() bool {
 	return s.lone >= loneReads && s.begin == s.end && s.working.Load() == 0
-}
-
-// loadAlone loads e for a client that waits for nothing else, on the reader's thread. Any
-// other thread would have to be woken, and to wake this one, which takes as long as a fast
-// disk. If something else arrives meanwhile, the client is not of depth 1.
-func (s *session) loadAlone(ctx context.Context, e blockmap.Extent) (v blockmap.View, ok bool) {
-	v, ok = s.dev.Load(ctx, e)
-	if n, err := s.w.tryRead(s.in[s.end:]); err == nil && n > 0 {
-		s.end += n
-		s.lone = 0
-	}
-	return v, ok
 }
 
 // more writes the batch when it is full of replies.

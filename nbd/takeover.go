@@ -4,16 +4,20 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"thaw/blockmap"
 )
 
 // The reader itself does a small WRITE, straight from its input buffer: no copy, no
-// goroutine, no lock. That takes microseconds as a rule. It can take seconds where the disk
-// is busy, or where the rest of a block has to be fetched first, and no other request may
-// wait for that. So a watchdog looks every millisecond whether the reader is still at the
-// same write (package inline). If it is, another goroutine takes over the reading, with a
-// buffer of its own. The first one only finishes its write, as a task.
+// goroutine, no lock. Where the client waits for nothing else, it also loads what a READ
+// asks for from the disk, and does a FLUSH. That takes microseconds as a rule, or what the
+// disk takes. It can take seconds where the disk is busy, or where the rest of a block has to
+// be fetched first, and no other request may wait for that. So a watchdog looks every
+// millisecond whether the reader is still at the same request (package inline), and whether
+// the client has sent something else meanwhile. If so, another goroutine takes over the
+// reading, with a buffer of its own. The first one only finishes its request, as a task.
 //
-// A device that is slow once is likely to be slow again, so the next writes take goroutines.
+// A device that is slow once is likely to be slow again, so the next WRITEs take goroutines.
 
 const (
 	maxInline   = 64 << 10         // bytes of a WRITE that the reader does itself
@@ -38,18 +42,35 @@ func newCall(ctx context.Context) *call {
 	return c
 }
 
+// beginInline begins the request r on the reader.
+func (s *session) beginInline(r *request) (c *call, n uint64) {
+	if s.call == nil {
+		s.call = newCall(s.ctx)
+	}
+	s.stuckCost = inlineCost(r)
+	s.behind.Store(s.begin < s.end || !s.hits.empty())
+	c = s.call // which is another reader's, perhaps, as soon as the request has begun
+	return c, s.watchdog.Begin()
+}
+
 // writeInline does the WRITE r on the reader.
 func (s *session) writeInline(r *request) error {
 	p, err := s.payload(int(r.length))
 	if err != nil {
 		return err
 	}
-	if s.call == nil {
-		s.call = newCall(s.ctx)
-	}
-	c := s.call
-	n := s.watchdog.Begin()
-	err = s.wdev.WriteAt(c.ctx, p, int64(r.offset))
+	c, n := s.beginInline(r)
+	return s.endInline(r, c, n, s.wdev.WriteAt(c.ctx, p, int64(r.offset)))
+}
+
+// flushInline does the FLUSH r on the reader.
+func (s *session) flushInline(r *request) error {
+	c, n := s.beginInline(r)
+	return s.endInline(r, c, n, s.wdev.Flush(c.ctx))
+}
+
+// endInline ends a request without a payload for the client, which has ended with err.
+func (s *session) endInline(r *request, c *call, n uint64, err error) error {
 	if s.watchdog.End(n) {
 		if err != nil {
 			t := &task{req: *r, at: -1}
@@ -60,14 +81,54 @@ func (s *session) writeInline(r *request) error {
 		}
 		return s.more()
 	}
-	t := &task{req: *r, at: -1, cost: maxInline}
+	t := s.takenOver(r, c)
 	if err != nil {
 		s.fail(s.ctx, t, err)
 	}
-	c.cancel(nil)
 	s.working.Add(-1)
 	s.done(t)
 	return errTakenOver
+}
+
+// takenOver makes a task of a request that was taken over.
+func (s *session) takenOver(r *request, c *call) *task {
+	c.cancel(nil)
+	return &task{req: *r, at: -1, cost: inlineCost(r)}
+}
+
+// inlineCost is what a request on the reader counts for once it is a task.
+func inlineCost(r *request) int64 {
+	if r.cmd == cmdFlush {
+		return 0
+	}
+	return int64(r.length)
+}
+
+// loadAlone loads what the READ r asks for, for a client that waits for nothing else, on the
+// reader. Any other thread would have to be woken, and to wake this one, which takes as long
+// as a fast disk. If something else has arrived meanwhile, the client is not of depth 1.
+func (s *session) loadAlone(ctx context.Context, r *request) (v blockmap.View, ok bool, err error) {
+	c, n := s.beginInline(r)
+	v, ok = s.dev.Load(c.ctx, blockmap.Range(int64(r.offset), int64(r.length)))
+	if s.watchdog.End(n) {
+		if n, err := s.w.tryRead(s.in[s.end:]); err == nil && n > 0 {
+			s.end += n
+			s.lone = 0
+		}
+		return v, ok, nil
+	}
+	t := s.takenOver(r, c)
+	if !ok || v.Pinned() > 0 {
+		v.Release()
+		s.c.counts.misses.Add(1)
+		s.work(ctx, t)
+		return blockmap.View{}, false, errTakenOver
+	}
+	s.c.counts.hits.Add(1)
+	t.view = v
+	s.working.Add(-1)
+	s.done(t)
+	return blockmap.View{}, false, errTakenOver
 }
 
 // payload returns the next n bytes of the input, at most maxInline, where they lie. They
@@ -103,12 +164,12 @@ func (s *session) takeOver() {
 	s.call = nil
 	// The write is in flight from now on. It is not held up at a limit: that would hold up
 	// the replies. The next ones are.
-	s.client.acquireNow(maxInline)
+	s.client.acquireNow(s.stuckCost)
 	s.working.Add(1)
 	in := make([]byte, len(s.in))
 	s.end = copy(in, s.in[s.begin:s.end])
 	s.begin, s.in = 0, in
-	s.goroutines = afterInline
+	s.goroutines, s.lone = afterInline, 0
 	s.tasks.Go(func() {
 		err := s.serve(s.ctx)
 		if err == errTakenOver {

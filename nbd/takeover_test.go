@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -84,6 +85,90 @@ func TestSlowWriteHoldsUpNothing(t *testing.T) {
 				d.NoPins(t)
 			})
 		}
+	}
+}
+
+// slowFlushes is a device whose flushes wait until they are let go.
+type slowFlushes struct {
+	*blocktest.Memory
+	waiting, open chan struct{}
+}
+
+func (d *slowFlushes) Flush(ctx context.Context) error {
+	d.waiting <- struct{}{}
+	select {
+	case <-d.open:
+		return d.Memory.Flush(ctx)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// What the reader does for a client of depth 1 and takes long holds up nothing that the client
+// sends meanwhile: a flush, and a read of the disk.
+func TestSlowLoneRequests(t *testing.T) {
+	const n = 4096
+	for _, cmd := range []uint16{cmdFlush, cmdRead} {
+		d := &slowFlushes{newFullDevice(testSize), make(chan struct{}, 100), make(chan struct{})}
+		d.Chill(blockmap.Range(8*n, n))
+		d.OnLoad = func(context.Context, blockmap.Extent) bool {
+			d.waiting <- struct{}{}
+			<-d.open
+			return true
+		}
+		c, ended := transmit(t, t.Context(), &Server{}, &Export{Device: d})
+		read := func(cookie, off uint64) {
+			t.Helper()
+			c.send(cmdRead, 0, cookie, off, n)
+			if k := c.chunk(n); k.cookie != cookie || k.errno != 0 || !bytes.Equal(k.data, d.Content(blockmap.Range(int64(off), n))) {
+				t.Fatalf("read %d: %+v, or wrong bytes", cookie, k)
+			}
+		}
+		for i := range uint64(2 * loneReads) {
+			read(i, n*(i%4))
+		}
+		size := uint32(0)
+		if cmd == cmdRead {
+			size = n
+		}
+		c.send(cmd, 0, 777, uint64(8*size), size)
+		<-d.waiting
+		for i := range uint64(50) {
+			read(i, n*(i%4))
+			c.mustDo(cmdWrite, 0, n*(i%4), n, pattern(int64(n*(i%4)), n))
+		}
+		close(d.open)
+		k := c.chunk(int(size))
+		if k.cookie != 777 || k.errno != 0 || size > 0 && !bytes.Equal(k.data, d.Content(blockmap.Range(8*n, n))) {
+			t.Errorf("command %d: %+v, or wrong bytes", cmd, k)
+		}
+		read(1, 0)
+		c.nc.Close()
+		within(t, ended)
+		d.NoPins(t)
+	}
+}
+
+// A client that waits for a slow write, and has sent nothing else, keeps its reader, which does
+// the next write too.
+func TestSlowWritesOfALoneClient(t *testing.T) {
+	d := blocktest.NewMemory(testSize)
+	var inline, away atomic.Int32
+	d.OnWrite = func(context.Context, blockmap.Extent) error {
+		if bytes.Contains(debug.Stack(), []byte("writeInline")) {
+			inline.Add(1)
+		} else {
+			away.Add(1)
+		}
+		time.Sleep(5 * inlineTime)
+		return nil
+	}
+	c, _ := transmit(t, t.Context(), &Server{}, &Export{Device: d})
+	for i := range uint64(20) {
+		c.mustDo(cmdWrite, 0, 4096*i, 4096, pattern(0, 4096))
+	}
+	if away.Load() > 0 {
+		t.Errorf("the reader did %d writes, and other goroutines %d", inline.Load(), away.Load())
 	}
 }
 

@@ -21,6 +21,9 @@ type wire interface {
 	read(p []byte) (int, error)
 	// tryRead is read, but returns 0 where it would have to wait.
 	tryRead(p []byte) (int, error)
+	// waiting reports whether a read would return at once, or cannot be known to wait. Any
+	// goroutine may call it.
+	waiting() bool
 	// brought says how many requests the reads since the last call have brought.
 	brought(requests int)
 	// writev writes all of bufs in order, or fails after n bytes: with errFault
@@ -117,6 +120,15 @@ func growSendBuffer(u *net.UnixConn, rc syscall.RawConn) {
 
 func (s *socket) read(p []byte) (int, error)    { return s.readWith(p, s.readFn) }
 func (s *socket) tryRead(p []byte) (int, error) { return s.readWith(p, s.tryFn) }
+
+func (s *socket) waiting() (yes bool) {
+	err := s.rc.Control(func(fd uintptr) {
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}}
+		n, err := unix.Poll(p[:], 0)
+		yes = n > 0 || err != nil
+	})
+	return yes || err != nil
+}
 
 func (s *socket) readWith(p []byte, f func(uintptr) bool) (int, error) {
 	s.in, s.nread, s.rerr = p, 0, 0
@@ -260,6 +272,7 @@ type stream struct {
 
 func (s *stream) read(p []byte) (int, error)  { return s.nc.Read(p) }
 func (s *stream) tryRead([]byte) (int, error) { return 0, nil }
+func (s *stream) waiting() bool               { return true } // TLS may have bytes already
 func (s *stream) brought(int)                 {}
 
 func (s *stream) writev(bufs [][]byte, _ func() time.Duration) (n int, err error) {

@@ -13,6 +13,10 @@ import (
 type Watchdog struct {
 	// Patience is how long a request may take. It may take twice as long.
 	Patience time.Duration
+	// Waits reports whether something waits for the one who serves, besides the request: if
+	// nothing does, it may take longer, up to maxLooks of Patience. It may be called on any
+	// goroutine, and when the request is just ending. Nil: something always waits.
+	Waits func() bool
 	// TakeOver starts the other goroutine. It owns all that the stuck one owned but the
 	// request. It may be called on any goroutine, and calls neither Begin nor End.
 	TakeOver func()
@@ -26,9 +30,14 @@ type Watchdog struct {
 		sync.Mutex // held during a look
 		timer      *time.Timer
 		seen       uint64 // count at the last look
+		looks      int    // at the request of the last look
 		over       bool
 	}
 }
+
+// maxLooks is at how many looks a request is taken over although nothing waits for its end. It
+// gets a deadline then, say.
+const maxLooks = 100
 
 // Begin says that a request begins. End takes what it returns.
 func (w *Watchdog) Begin() (n uint64) {
@@ -69,7 +78,12 @@ func (w *Watchdog) look() {
 	case w.mu.over:
 		return
 	case n != w.mu.seen:
+		w.mu.looks = 0
 	case n%2 == 1:
+		w.mu.looks++
+		if w.Waits != nil && w.mu.looks < maxLooks && !w.Waits() {
+			break
+		}
 		if w.count.CompareAndSwap(n, n+1) {
 			w.TakeOver()
 		}
