@@ -43,6 +43,17 @@ func newStuckDevice() *stuckDevice {
 	return d
 }
 
+// inflightDisk is a driver of dev whose front end keeps what is in flight.
+func inflightDisk(t *testing.T, dev blockmap.Device) *driver {
+	f := connect(t, serve(t, new(Server), nbd.Export{Device: dev}))
+	f.negotiate(0)
+	f.share(newGuestMemory(t))
+	f.keepInflight(1, 64, nil)
+	d := f.newDriver(0, 64)
+	d.start(0)
+	return d
+}
+
 // lone makes requests one after the other, until the queue does the next one itself.
 func (d *driver) lone() {
 	for range 2 * loneTakes {
@@ -61,12 +72,7 @@ func TestStuckHoldsUpNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dev := newStuckDevice()
-			f := connect(t, serve(t, new(Server), nbd.Export{Device: dev}))
-			f.negotiate(0)
-			f.share(newGuestMemory(t))
-			f.keepInflight(1, 64, nil)
-			d := f.newDriver(0, 64)
-			d.start(0)
+			d := inflightDisk(t, dev)
 			want := bytes.Repeat([]byte{0xab}, 4096)
 			var before []int
 			if c.lone {
@@ -116,12 +122,7 @@ func TestStuckHoldsUpNothing(t *testing.T) {
 func TestStuckStops(t *testing.T) {
 	for _, op := range []operation{opOut, opIn} {
 		dev := newStuckDevice()
-		f := connect(t, serve(t, new(Server), nbd.Export{Device: dev}))
-		f.negotiate(0)
-		f.share(newGuestMemory(t))
-		f.keepInflight(1, 64, nil)
-		d := f.newDriver(0, 64)
-		d.start(0)
+		d := inflightDisk(t, dev)
 		d.lone()
 		old := d.next
 		out, in, want := []byte(nil), 4096, content(dev.Memory, stuckAt.Start, 4096)
