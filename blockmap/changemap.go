@@ -40,7 +40,7 @@ type changeMap struct {
 
 func newChangeMap(id Digest, blocks uint32) *changeMap {
 	m := &changeMap{id: id, blocks: blocks, live: newStates(blocks), durable: newStates(blocks)}
-	m.dirty = newBitmap(uint32(len(m.live)))
+	m.dirty = newBitmap(m.live.words)
 	return m
 }
 
@@ -77,16 +77,16 @@ func (m *changeMap) create(fsys FS, path string) (err error) {
 func loadMap(fsys FS, path string, id Digest, blocks uint32) (h mapHead, s states, err error) {
 	b, err := readFile(fsys, path, overlayMap.size(blocks))
 	if err != nil {
-		return h, nil, err
+		return h, s, err
 	}
 	h, copies, err := overlayMap.decode(b)
 	switch {
 	case err != nil:
-		return h, nil, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
+		return h, s, fmt.Errorf("%s: %w: restore it from a copy, or remove the overlay", path, err)
 	case h.id != id || h.blocks != blocks:
-		return h, nil, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
+		return h, s, fmt.Errorf("%s: %w: it is the map of another overlay: restore it from a copy, or remove the overlay", path, ErrCorrupt)
 	}
-	return h, copies[0], nil
+	return h, statesOf(copies[0]), nil
 }
 
 // load reads the durable file at path.
@@ -104,15 +104,15 @@ func (m *changeMap) attach(fsys FS, path string, boot BootID, data *dataFile) (e
 	h, live, err := loadMap(fsys, path, m.id, m.blocks)
 	if holds := err == nil && h.liveHolds(boot, data.id); holds {
 		m.live = live
-		for i := range m.live {
-			if m.live[i] != m.durable[i] {
-				m.mark(uint32(i), uint32(i)+1)
+		for i := range m.live.words {
+			if m.live.word(i) != m.durable.word(i) {
+				m.mark(i, i+1)
 			}
 		}
 		m.liveFile, err = fsys.Open(path, false)
 		return err
 	}
-	m.live = slices.Clone(m.durable)
+	m.live = m.durable.clone()
 	// After a sync that has failed, memory shows what the disk has not.
 	data.f.Forget()
 	if err := fsys.RemoveAll(path); err != nil {
@@ -127,7 +127,7 @@ func (m *changeMap) attach(fsys FS, path string, boot BootID, data *dataFile) (e
 	}
 	// All words, so that all have space. The header comes last: without it nobody believes
 	// them.
-	if err := writeWords(m.liveFile, mapHeader, bitmap(m.live), 0, uint32(len(m.live))); err != nil {
+	if err := writeWords(m.liveFile, mapHeader, m.live, 0, m.live.words); err != nil {
 		return err
 	}
 	return m.writeHead(boot)
@@ -138,7 +138,7 @@ func (m *changeMap) attach(fsys FS, path string, boot BootID, data *dataFile) (e
 func (m *changeMap) loseData() (bytes int64, err error) {
 	bytes = m.live.count(stateData) * BlockSize
 	for _, s := range []states{m.live, m.durable} {
-		for i := range uint32(len(s)) {
+		for i := range s.words {
 			w := s.word(i)
 			s.put(i, w|blocksIn(w, stateData)<<1)
 		}
@@ -146,11 +146,11 @@ func (m *changeMap) loseData() (bytes int64, err error) {
 	if m.durableFile == nil {
 		return bytes, nil
 	}
-	end := uint32(len(m.live))
-	if err := writeWords(m.liveFile, mapHeader, bitmap(m.live), 0, end); err != nil {
+	end := m.live.words
+	if err := writeWords(m.liveFile, mapHeader, m.live, 0, end); err != nil {
 		return bytes, err
 	}
-	if err := writeWords(m.durableFile, mapHeader, bitmap(m.durable), 0, end); err != nil {
+	if err := writeWords(m.durableFile, mapHeader, m.durable, 0, end); err != nil {
 		return bytes, err
 	}
 	return bytes, m.durableFile.Sync()
@@ -269,7 +269,7 @@ func (m *changeMap) writeDurable(changes []wordChange) error {
 		for n < len(changes) && changes[n].i/page == changes[0].i/page {
 			n++
 		}
-		if err := writeWords(m.durableFile, mapHeader, bitmap(m.durable), changes[0].i, changes[n-1].i+1); err != nil {
+		if err := writeWords(m.durableFile, mapHeader, m.durable, changes[0].i, changes[n-1].i+1); err != nil {
 			return err
 		}
 		changes = changes[n:]

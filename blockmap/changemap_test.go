@@ -5,7 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"reflect"
+	"slices"
 	"testing"
 )
 
@@ -62,7 +62,7 @@ func TestFrozenChangeMap(t *testing.T) {
 			t.Fatalf("the file %s that is written is not the frozen one", name)
 		}
 		h, copies, err := overlayMap.decode(frozen)
-		if err != nil || h != want.h || !reflect.DeepEqual(states(copies[0]), want.s) {
+		if err != nil || h != want.h || !slices.Equal(copies[0], want.s.all64()) {
 			t.Fatalf("%s: decoded %+v, %v", name, h, err)
 		}
 	}
@@ -139,7 +139,7 @@ func FuzzChangeMap(f *testing.F) {
 			return
 		}
 		for _, words := range copies {
-			s := states(words)
+			s := statesOf(words)
 			if n := s.count(stateData) + s.count(stateZero) + s.count(stateLost); n > int64(h.blocks) {
 				t.Fatalf("%d of %d blocks are changed", n, h.blocks)
 			}

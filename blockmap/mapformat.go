@@ -128,7 +128,7 @@ func (m *mapFormat) trim(words []uint64, blocks uint32) {
 }
 
 // writeWords writes words first to end of those that lie from base in the file.
-func writeWords(f File, base int64, words bitmap, first, end uint32) error {
+func writeWords(f File, base int64, words interface{ word(i uint32) uint64 }, first, end uint32) error {
 	for i := first; i < end; {
 		n := min(end-i, 1<<15)
 		b := make([]byte, 0, 8*n)

@@ -1,8 +1,10 @@
 package blockmap_test
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	"thaw/blockmap"
@@ -91,4 +93,46 @@ func TestEphemeralConforms(t *testing.T) {
 			return d
 		},
 	})
+}
+
+// large is a device that says it has more bytes.
+type large struct {
+	blockmap.Device
+	size int64
+}
+
+func (d large) Size() int64 { return d.size }
+
+// An overlay of a large device takes memory for what was changed, not for its size: a host has
+// hundreds of them.
+func TestOverlayMemory(t *testing.T) {
+	const overlays, size = 8, 64 << 30 // two bits of each block, twice, are 8 MiB
+	base := large{blocktest.NewMemory(1 << 20), size}
+	dir := t.TempDir()
+	heap := func() int64 {
+		var st runtime.MemStats
+		for range 2 {
+			runtime.GC()
+		}
+		runtime.ReadMemStats(&st)
+		return int64(st.HeapAlloc)
+	}
+	for _, what := range []string{"made", "opened again"} {
+		before := heap()
+		var all []*blockmap.Overlay
+		for i := range overlays {
+			d := openOverlay(t, filepath.Join(dir, fmt.Sprint(i)), base, blockmap.OverlayOptions{Boot: blockmap.BootID{1}})
+			must(t, d.WriteAt(t.Context(), make([]byte, 4096), 48<<30))
+			must(t, d.Flush(t.Context()))
+			all = append(all, d)
+		}
+		if each := (heap() - before) / overlays; each > 512<<10 {
+			t.Errorf("an overlay of %d GiB that was %s takes %d KiB of memory", size>>30, what, each>>10)
+		} else {
+			t.Logf("an overlay of %d GiB that was %s takes %d KiB of memory", size>>30, what, each>>10)
+		}
+		for _, d := range all {
+			must(t, d.Close())
+		}
+	}
 }

@@ -56,7 +56,7 @@ func (o *Overlay) mergeLevels(ctx context.Context) error {
 	s := o.layers.Load()
 	buf := o.reads.buffers.get(pullStep * perWord * BlockSize)
 	defer buf.put()
-	end := uint32(len(s.top.m.live))
+	end := s.top.m.live.words
 	for i := uint32(0); i < end; i += pullStep {
 		first, behind := i, min(i+pullStep, end)
 		for first < behind && s.top.m.live.word(first) == 0 {

@@ -16,16 +16,77 @@ const (
 )
 
 // states are the states of blocks, of two bits each. The words are read and changed
-// atomically, so readers need no lock. Whoever changes a word holds its stripe.
-type states []uint64
+// atomically, so readers need no lock. Whoever changes a word holds its stripe. A page of
+// words takes memory once one of its blocks is not absent: a device of many GiB of which
+// little is written takes little.
+type states struct {
+	words uint32
+	pages []atomic.Pointer[statesPage] // nil: all absent
+}
 
-// perWord is how many blocks a word tells of.
-const perWord = 32
+type statesPage [pageWords]uint64
 
-func newStates(blocks uint32) states { return make(states, (int64(blocks)+perWord-1)/perWord) }
+const (
+	perWord    = 32  // blocks that a word tells of
+	pageWords  = 512 // of a page of states
+	pageBlocks = pageWords * perWord
+)
 
-func (s states) word(i uint32) uint64   { return atomic.LoadUint64(&s[i]) }
-func (s states) put(i uint32, w uint64) { atomic.StoreUint64(&s[i], w) }
+func newStates(blocks uint32) states {
+	words := (int64(blocks) + perWord - 1) / perWord
+	return states{uint32(words), make([]atomic.Pointer[statesPage], (words+pageWords-1)/pageWords)}
+}
+
+// statesOf are the states of the words of a map.
+func statesOf(words []uint64) states {
+	s := states{uint32(len(words)), make([]atomic.Pointer[statesPage], (len(words)+pageWords-1)/pageWords)}
+	for i, w := range words {
+		s.put(uint32(i), w)
+	}
+	return s
+}
+
+func (s states) clone() states {
+	c := states{s.words, make([]atomic.Pointer[statesPage], len(s.pages))}
+	for i := range s.pages {
+		if p := s.pages[i].Load(); p != nil {
+			q := *p
+			c.pages[i].Store(&q)
+		}
+	}
+	return c
+}
+
+func (s states) word(i uint32) uint64 {
+	p := s.pages[i/pageWords].Load()
+	if p == nil {
+		return 0
+	}
+	return atomic.LoadUint64(&p[i%pageWords])
+}
+
+func (s states) put(i uint32, w uint64) {
+	at := &s.pages[i/pageWords]
+	p := at.Load()
+	if p == nil {
+		if w == 0 {
+			return
+		}
+		p = new(statesPage)
+		if !at.CompareAndSwap(nil, p) { // another word of the page
+			p = at.Load()
+		}
+	}
+	atomic.StoreUint64(&p[i%pageWords], w)
+}
+
+// absent is how many of the n blocks from b, at least, are absent because their page is.
+func (s states) absent(b, n uint32) uint32 {
+	if s.pages[b/pageBlocks].Load() != nil {
+		return 0
+	}
+	return min(pageBlocks-b%pageBlocks, n)
+}
 
 // at is the state of block b.
 func (s states) at(b uint32) state { return state(s.word(b/perWord) >> (b % perWord * 2) & 3) }
@@ -33,10 +94,13 @@ func (s states) at(b uint32) state { return state(s.word(b/perWord) >> (b % perW
 // none says whether all of the n blocks from b are absent.
 func (s states) none(b, n uint32) bool {
 	for n > 0 {
-		bit := b % perWord
-		k := min(perWord-bit, n)
-		if s.word(b/perWord)&stateMask(bit, k) != 0 {
-			return false
+		k := s.absent(b, n)
+		if k == 0 {
+			bit := b % perWord
+			k = min(perWord-bit, n)
+			if s.word(b/perWord)&stateMask(bit, k) != 0 {
+				return false
+			}
 		}
 		b, n = b+k, n-k
 	}
@@ -61,6 +125,12 @@ func (s states) all(b, n uint32, st state) bool {
 func (s states) run(b, n uint32) (length uint32, st state) {
 	st = s.at(b)
 	for length < n {
+		if st == stateAbsent {
+			if k := s.absent(b+length, n-length); k > 0 {
+				length += k
+				continue
+			}
+		}
 		bit := (b + length) % perWord
 		differ := (s.word((b+length)/perWord) ^ repeat(st)) >> (2 * bit)
 		same := min(uint32(bits.TrailingZeros64(differ))/2, perWord-bit)
@@ -72,10 +142,14 @@ func (s states) run(b, n uint32) (length uint32, st state) {
 	return min(length, n), st
 }
 
-// count is how many blocks have the state st.
+// count is how many blocks have the state st, which is not absent.
 func (s states) count(st state) (n int64) {
-	for i := range s {
-		n += countIn(s.word(uint32(i)), ^uint64(0), st)
+	for i := range s.pages {
+		if p := s.pages[i].Load(); p != nil {
+			for j := range p {
+				n += countIn(atomic.LoadUint64(&p[j]), ^uint64(0), st)
+			}
+		}
 	}
 	return n
 }

@@ -7,12 +7,21 @@ import (
 	"testing"
 )
 
+// all64 are all words.
+func (s states) all64() []uint64 {
+	words := make([]uint64, s.words)
+	for i := range words {
+		words[i] = s.word(uint32(i))
+	}
+	return words
+}
+
 // States give the same answers as a slice of them.
 func TestStates(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 117))
-	for _, n := range []uint32{1, 31, 32, 33, 200, 1000} {
+	for _, n := range []uint32{1, 31, 32, 33, 200, 1000, pageBlocks, 3*pageBlocks + 5} {
 		s, model := newStates(n), make([]state, n)
-		for range 500 {
+		for range min(500, 10*pageBlocks/n) {
 			b := rng.Uint32N(n)
 			k := 1 + rng.Uint32N(n-b)
 			part := model[b : b+k]
@@ -58,9 +67,57 @@ func TestStates(t *testing.T) {
 					all++
 				}
 			}
-			if rest := int64(len(s))*perWord - int64(n); st != stateAbsent && s.count(st) != int64(all) || st == stateAbsent && s.count(st) != int64(all)+rest {
+			if st != stateAbsent && s.count(st) != int64(all) {
 				t.Fatalf("%d blocks are counted, %d have the state %d", s.count(st), all, st)
 			}
+			if !slices.Equal(s.clone().all64(), s.all64()) {
+				t.Fatal("a clone has other states")
+			}
+		}
+		if again := statesOf(s.all64()); !slices.Equal(again.all64(), s.all64()) {
+			t.Error("the states of the words are others")
+		}
+	}
+}
+
+// Pages of which nothing is changed take no memory, also where they are written as absent.
+func TestStatesAreSparse(t *testing.T) {
+	const pages = 1000
+	s := newStates(pages * pageBlocks)
+	for i := range s.words {
+		s.put(i, 0)
+	}
+	s.put(7*pageWords+3, repeat(stateData))
+	have := 0
+	for _, c := range []states{s, s.clone(), statesOf([]uint64{pageWords: 1})} {
+		for i := range c.pages {
+			if c.pages[i].Load() != nil {
+				have++
+			}
+		}
+	}
+	if have != 3 {
+		t.Errorf("three maps with one changed page each have %d pages", have)
+	}
+	if n, st := s.run(0, pages*pageBlocks); n != 7*pageBlocks+3*perWord || st != stateAbsent {
+		t.Errorf("the first run has %d blocks of state %d", n, st)
+	}
+	if n, st := s.run(8*pageBlocks, 992*pageBlocks); n != 992*pageBlocks || st != stateAbsent {
+		t.Errorf("the last run has %d blocks of state %d", n, st)
+	}
+}
+
+// Goroutines that change words of one page at once lose none.
+func TestStatesAtOnce(t *testing.T) {
+	for range 100 {
+		s := newStates(pageBlocks)
+		var wg sync.WaitGroup
+		for i := range uint32(8) {
+			wg.Go(func() { s.put(i, repeat(stateZero)) })
+		}
+		wg.Wait()
+		if n := s.count(stateZero); n != 8*perWord {
+			t.Fatalf("%d blocks are zero of %d", n, 8*perWord)
 		}
 	}
 }
