@@ -88,7 +88,6 @@ func (b *Bound) Replay(ctx context.Context, wants []blockmap.Want, o ReplayOptio
 	b.replays.Add(1)
 	go func() {
 		defer close(r.done)
-		defer b.replays.Add(-1)
 		defer cancel()
 		r.run(ctx, b, items, o)
 	}()
@@ -142,7 +141,10 @@ func stored(w blockmap.Want) int64 { return int64(w.Table.Chunks[w.Chunk].Stored
 
 // run downloads the bundle, and then keeps a window of the list queued or in flight.
 func (r *Replay) run(ctx context.Context, b *Bound, wants []item, o ReplayOptions) {
-	defer r.update(func(p *ReplayProgress) { p.Ended = time.Now() })
+	defer r.update(func(p *ReplayProgress) {
+		b.replays.Add(-1)
+		p.Ended = time.Now()
+	})
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if o.Rate > 0 {
 		limit = rate.NewLimiter(rate.Limit(o.Rate), int(max(o.Rate/10, largestFrame)))
