@@ -132,7 +132,7 @@ func TestEachChunkOnce(t *testing.T) {
 			t.Errorf("%d bytes at %d of blob %.8s were requested %d times", a.N, a.Off, a.Blob, n)
 		}
 	}
-	if st := w.fetcher.Stats(); st.Local == 0 || st.Chunks != int64(len(w.origin.Asked())) {
+	if st := w.stats(t); st.Local == 0 || st.Chunks != int64(len(w.origin.Asked())) {
 		t.Errorf("%+v", st)
 	}
 }
@@ -180,40 +180,44 @@ func TestInFlight(t *testing.T) {
 // Bytes in flight are bounded, and a chunk larger than the bound still comes.
 func TestBound(t *testing.T) {
 	m := blocktest.NewImage(t, 6, 3000)
-	for _, o := range []fetcher.Options{{MaxBytes: 1}, {MaxRequests: 1}} {
-		o.MaxRequest = 1
-		w := newWorld(t, m, o)
-		if err := w.read(t.Context(), w.all()); err != nil {
-			t.Fatal(err)
+	synctest.Test(t, func(t *testing.T) {
+		for _, o := range []fetcher.Options{{MaxBytes: 1}, {MaxRequests: 1}} {
+			o.MaxRequest = 1
+			w := newWorld(t, m, o)
+			if err := w.read(t.Context(), w.all()); err != nil {
+				t.Fatal(err)
+			}
+			if n := w.origin.Most(); n != 1 {
+				t.Errorf("%+v: %d requests at once", o, n)
+			}
 		}
-		if n := w.origin.Most(); n != 1 {
-			t.Errorf("%+v: %d requests at once", o, n)
-		}
-	}
+	})
 }
 
 // A demand does not wait behind prefetches, and promotes a prefetch of the same chunk.
 func TestDemandBeforePrefetch(t *testing.T) {
 	m := blocktest.NewImage(t, 7, 4000)
-	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 4})
-	w.origin.Set(blocktest.Faults{Delay: 3 * time.Millisecond})
-	w.device.Prefetch(w.all())
-	// The last chunks of the device are the last in the queue.
-	e := blockmap.Range(w.device.Size()-600<<10, 4096)
-	if err := w.read(t.Context(), e); err != nil {
-		t.Fatal(err)
-	}
-	if n, all := w.origin.Requests(), len(m.Index.Streams[0].Chunks)*3; n > all/4 {
-		t.Errorf("%d requests of some %d came before the demanded one", n, all)
-	}
-	if err := w.read(t.Context(), w.all()); err != nil {
-		t.Fatal(err)
-	}
-	for a, n := range w.origin.Asked() {
-		if n != 1 {
-			t.Errorf("%v was asked for %d times", a, n)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 4})
+		w.origin.Set(blocktest.Faults{Delay: 3 * time.Millisecond})
+		w.device.Prefetch(w.all())
+		// The last chunks of the device are the last in the queue.
+		e := blockmap.Range(w.device.Size()-600<<10, 4096)
+		if err := w.read(t.Context(), e); err != nil {
+			t.Fatal(err)
 		}
-	}
+		if n, all := w.origin.Requests(), len(m.Index.Streams[0].Chunks)*3; n > all/4 {
+			t.Errorf("%d requests of some %d came before the demanded one", n, all)
+		}
+		if err := w.read(t.Context(), w.all()); err != nil {
+			t.Fatal(err)
+		}
+		for a, n := range w.origin.Asked() {
+			if n != 1 {
+				t.Errorf("%v was asked for %d times", a, n)
+			}
+		}
+	})
 }
 
 // A reader that gives up leaves the fetch to the others.
@@ -290,7 +294,7 @@ func TestPartOfABatch(t *testing.T) {
 	if err := w.read(t.Context(), w.all()); err != nil {
 		t.Fatal(err)
 	}
-	if st := w.fetcher.Stats(); st.Wrong != 1 || st.Retries != 1 {
+	if st := w.stats(t); st.Wrong != 1 || st.Retries != 1 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -368,9 +372,7 @@ func TestClose(t *testing.T) {
 			}
 		})
 	}
-	for w.origin.Alive() < 3 {
-		time.Sleep(time.Millisecond)
-	}
+	settled(t, "three requests hang", func() bool { return w.origin.Alive() >= 3 })
 	w.fetcher.Close()
 	wg.Wait()
 	if n := w.origin.Alive(); n != 0 {
@@ -384,7 +386,7 @@ func TestClose(t *testing.T) {
 // Two images that share a stream fetch it once, from the origin that answers.
 func TestTwoOrigins(t *testing.T) {
 	m := blocktest.NewImage(t, 13, 500)
-	w := newWorld(t, m, fetcher.Options{Backoff: time.Millisecond, RetryFor: 5 * time.Second})
+	w := newWorld(t, m, fetcher.Options{Backoff: time.Millisecond, RetryFor: time.Minute})
 	good := blocktest.NewOrigin(m)
 	other, err := blockmap.NewImage(m.Index, w.cache, w.fetcher.From(good))
 	if err != nil {
@@ -394,9 +396,7 @@ func TestTwoOrigins(t *testing.T) {
 	e := w.places(t, 3)[2]
 	first := make(chan error)
 	go func() { first <- w.read(t.Context(), e) }()
-	for w.origin.Requests() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	settled(t, "the origin that fails is asked", func() bool { return w.origin.Requests() > 0 })
 	if err := other.Fault(t.Context(), e); err != nil {
 		t.Error(err)
 	}

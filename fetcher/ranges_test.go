@@ -38,26 +38,28 @@ func (w *world) fetchAll(t *testing.T, o fetcher.Origin, wants []blockmap.Want) 
 // chunk still comes once.
 func TestRangesShareRequests(t *testing.T) {
 	m := blocktest.NewImage(t, 80, 6000)
-	requests := make(map[int]int)
-	for _, ranges := range []int{1, 16} {
-		w := newWorld(t, m, fetcher.Options{})
-		w.origin.GiveRanges(ranges)
-		wants := scattered(w.wants(t))
-		w.fetchAll(t, w.origin, wants)
-		for a, n := range w.origin.Asked() {
-			if n != 1 {
-				t.Errorf("%v was asked for %d times", a, n)
+	synctest.Test(t, func(t *testing.T) {
+		requests := make(map[int]int)
+		for _, ranges := range []int{1, 16} {
+			w := newWorld(t, m, fetcher.Options{})
+			w.origin.GiveRanges(ranges)
+			wants := scattered(w.wants(t))
+			w.fetchAll(t, w.origin, wants)
+			for a, n := range w.origin.Asked() {
+				if n != 1 {
+					t.Errorf("%v was asked for %d times", a, n)
+				}
 			}
+			requests[ranges] = w.origin.Requests()
+			if st := w.fetcher.Stats(); st.Requests != int64(requests[ranges]) || st.Retries != 0 {
+				t.Errorf("%d requests: %+v", requests[ranges], st)
+			}
+			w.checkAll(t)
 		}
-		requests[ranges] = w.origin.Requests()
-		if st := w.fetcher.Stats(); st.Requests != int64(requests[ranges]) || st.Retries != 0 {
-			t.Errorf("%d requests: %+v", requests[ranges], st)
+		if requests[16] > requests[1]/2 {
+			t.Errorf("%d requests for one range each, %d for several", requests[1], requests[16])
 		}
-		w.checkAll(t)
-	}
-	if requests[16] > requests[1]/2 {
-		t.Errorf("%d requests for one range each, %d for several", requests[1], requests[16])
-	}
+	})
 }
 
 // A demand does not share a request with other ranges, whatever is queued.

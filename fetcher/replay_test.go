@@ -52,26 +52,28 @@ func TestReplay(t *testing.T) {
 // fetched once.
 func TestReplayUnderReaders(t *testing.T) {
 	m := blocktest.NewImage(t, 31, 3000)
-	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 8})
-	w.origin.Set(blocktest.Faults{Delay: 2 * time.Millisecond})
-	wants := w.wants(t)
-	r := w.fetcher.From(w.origin).Replay(t.Context(), wants, fetcher.ReplayOptions{})
-	defer r.Stop()
-	places := w.places(t, 60)
-	if err := w.read(t.Context(), places[59]); err != nil {
-		t.Fatal(err)
-	}
-	if n := w.origin.Requests(); n > len(wants)/2 {
-		t.Errorf("a reader waited for %d of %d requests", n, len(wants))
-	}
-	if err := r.Wait(t.Context(), 1); err != nil {
-		t.Fatal(err)
-	}
-	for a, n := range w.origin.Asked() {
-		if n != 1 {
-			t.Errorf("%v was asked for %d times", a, n)
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 8})
+		w.origin.Set(blocktest.Faults{Delay: 2 * time.Millisecond})
+		wants := w.wants(t)
+		r := w.fetcher.From(w.origin).Replay(t.Context(), wants, fetcher.ReplayOptions{})
+		defer r.Stop()
+		places := w.places(t, 60)
+		if err := w.read(t.Context(), places[59]); err != nil {
+			t.Fatal(err)
 		}
-	}
+		if n := w.origin.Requests(); n > len(wants)/2 {
+			t.Errorf("a reader waited for %d of %d requests", n, len(wants))
+		}
+		if err := r.Wait(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		for a, n := range w.origin.Asked() {
+			if n != 1 {
+				t.Errorf("%v was asked for %d times", a, n)
+			}
+		}
+	})
 }
 
 // Stop cancels what no reader waits for.
@@ -80,9 +82,7 @@ func TestReplayStops(t *testing.T) {
 	w := newWorld(t, m, fetcher.Options{MaxRequest: 1, MaxRequests: 2})
 	w.origin.Set(blocktest.Faults{Hang: true})
 	r := w.fetcher.From(w.origin).Replay(t.Context(), w.wants(t), fetcher.ReplayOptions{})
-	for w.origin.Alive() == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	settled(t, "a request hangs", func() bool { return w.origin.Alive() > 0 })
 	r.Stop()
 	if err := r.Wait(t.Context(), 1); err == nil {
 		t.Error("Wait says that a stopped replay is done")
