@@ -215,15 +215,22 @@ func checkDone(t *testing.T, r *fetcher.Replay) {
 	}
 }
 
-func settled(t *testing.T, what string, ok func() bool) {
+// settled waits until ok, for a minute at most.
+func settled(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for range 2000 {
-		if ok() {
-			return
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within a minute: %s", what)
 		}
-		time.Sleep(time.Millisecond)
 	}
-	t.Fatalf("timed out: %s", what)
+}
+
+// stats returns the counts when nothing is being fetched any more. Readers go on as soon as a
+// chunk is resident, and its fetch is counted, kept for peers and ended a moment later.
+func (w *world) stats(t testing.TB) fetcher.Stats {
+	t.Helper()
+	settled(t, "all fetches and requests have ended", func() bool { return w.fetcher.Fetches() == 0 && w.fetcher.Stats().InFlight == 0 })
+	return w.fetcher.Stats()
 }
 
 // A bundle makes all chunks with its contents resident, in its order, and nothing else is
@@ -271,7 +278,7 @@ func TestBundle(t *testing.T) {
 	if n := w.origin.Requests(); n != 0 || len(l.opens()) != 1 || l.closed != 1 || l.alive != 0 {
 		t.Errorf("%d requests beside the bundle, which was opened at %v, closed %d times, %d bodies left", n, l.opens(), l.closed, l.alive)
 	}
-	if st := w.fetcher.Stats(); st.Requests != 1 || st.Leaves != leavesOf(wants) || st.Chunks != 0 || st.Bytes != int64(len(l.frames)) || st.InFlight != 0 {
+	if st := w.stats(t); st.Requests != 1 || st.Leaves != leavesOf(wants) || st.Chunks != 0 || st.Bytes != int64(len(l.frames)) || st.InFlight != 0 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -436,7 +443,7 @@ func TestBundleLies(t *testing.T) {
 			if lines := log.lines(); len(lines) != 1 || !strings.Contains(lines[0], "one by one") || !strings.Contains(lines[0], "digest") {
 				t.Errorf("it says:\n%s", strings.Join(lines, "\n"))
 			}
-			if st := w.fetcher.Stats(); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 {
+			if st := w.stats(t); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 {
 				t.Errorf("%+v, opened at %v", st, l.opens())
 			}
 			for a, n := range w.origin.Asked() {
@@ -856,9 +863,7 @@ func TestSoak(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		if st := w.fetcher.Stats(); st.InFlight != 0 {
-			settled(t, "no request is left", func() bool { return w.fetcher.Stats().InFlight == 0 })
-		}
+		settled(t, "no request is left", func() bool { return w.fetcher.Stats().InFlight == 0 })
 		w.fetcher.Close()
 		if err := cache.Close(); err != nil {
 			t.Error(err)

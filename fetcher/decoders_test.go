@@ -62,9 +62,9 @@ func TestDecodersAreNice(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := nice(t); n != 3 {
-		t.Errorf("%d threads are nice", n)
-	}
+	// On a busy machine a job may take so long that another thread replaces its own until it
+	// is done.
+	settled(t, "still three nice threads", func() bool { return nice(t) == 3 })
 	w.fetcher.Close()
 	settled(t, "they end", func() bool { return nice(t) == 0 })
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"sync"
@@ -209,13 +210,13 @@ func TestPeerSendsStored(t *testing.T) {
 	if err := b.FetchOwned(t.Context(), z.wants[2:]); err != nil {
 		t.Fatal(err)
 	}
+	st := z.w.stats(t)
 	for i := range z.wants {
 		z.check(i)
 		if !bytes.Equal(z.kept[i], z.frame(i)) {
 			t.Errorf("chunk %d: %d bytes are kept", i, len(z.kept[i]))
 		}
 	}
-	st := z.w.fetcher.Stats()
 	if sum := int64(len(z.frame(0)) + len(z.frame(1))); st.ZoneStored != sum || st.ZoneBytes != sum || st.ZoneChunks != 2 || st.Chunks != 1 || st.Bytes != int64(len(z.frame(2))) {
 		t.Errorf("%+v", st)
 	}
@@ -230,11 +231,10 @@ func TestKeep(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	failed := make(chan error, 1)
 	go func() { failed <- b.Fetch(ctx, z.wants[:1]) }()
-	for z.w.fetcher.Stats().Wrong == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	settled(t, "wrong bytes have come", func() bool { return z.w.fetcher.Stats().Wrong > 0 })
 	cancel()
 	<-failed
+	z.w.stats(t)
 	if len(z.kept) != 0 {
 		t.Error("wrong bytes are kept")
 	}
@@ -242,6 +242,7 @@ func TestKeep(t *testing.T) {
 	if err := b.Fetch(t.Context(), z.wants); err != nil {
 		t.Fatal(err)
 	}
+	z.w.stats(t)
 	for i := range z.wants {
 		if !bytes.Equal(z.kept[i], z.frame(i)) {
 			t.Errorf("chunk %d: %d bytes are kept", i, len(z.kept[i]))
@@ -263,7 +264,7 @@ func TestReaderOfALeaf(t *testing.T) {
 		}
 		z.hold = make(chan struct{})
 		z.holdAt = func(b *formedBody) int { return len(b.digests) + len(b.first) }
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if err := b.Fetch(ctx, z.leaf(0, 5)); err != nil {
 			t.Fatalf("stored %v: %v", stored, err)
@@ -284,12 +285,7 @@ func TestReaderOfALeaf(t *testing.T) {
 		if err := <-other; err != nil {
 			t.Errorf("stored %v: %v", stored, err)
 		}
-		for !s.Has(0) || z.w.fetcher.Fetches() > 0 {
-			if ctx.Err() != nil {
-				t.Fatalf("stored %v: the rest does not come", stored)
-			}
-			time.Sleep(time.Millisecond)
-		}
+		settled(t, fmt.Sprintf("stored %v: the rest comes", stored), func() bool { return s.Has(0) && z.w.fetcher.Fetches() == 0 })
 		z.check(0)
 		if len(z.asked) != 1 || z.asked[0] != blockmap.LeafRange(5, 1) || z.w.origin.Requests() != 0 {
 			t.Errorf("stored %v: asked for leaves %b", stored, z.asked)
@@ -313,15 +309,11 @@ func TestNoLeavesFirstInAReplay(t *testing.T) {
 	r := b.Replay(t.Context(), z.wants[:1], fetcher.ReplayOptions{})
 	read := make(chan error, 1)
 	go func() { read <- b.Fetch(t.Context(), z.leaf(1, 3)) }()
-	for {
+	settled(t, "both are asked for", func() bool {
 		z.mu.Lock()
-		n := len(z.asked)
-		z.mu.Unlock()
-		if n == 2 {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+		defer z.mu.Unlock()
+		return len(z.asked) == 2
+	})
 	close(z.hold)
 	if err := <-read; err != nil {
 		t.Error(err)
@@ -345,11 +337,7 @@ func TestRestIsCancelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.Close()
-	for end := time.Now().Add(30 * time.Second); z.w.fetcher.Fetches() > 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it is still being fetched")
-		}
-	}
+	settled(t, "it is not fetched any more", func() bool { return z.w.fetcher.Fetches() == 0 })
 	if z.wants[0].Stream.Has(0) {
 		t.Error("the rest has come")
 	}
@@ -403,11 +391,8 @@ func TestWrongForms(t *testing.T) {
 				t.Fatal(err)
 			}
 			z.check(0)
-			if n := z.w.fetcher.Stats().Wrong; n != 1 || z.distrusted["liar"] != 1 || z.distrusted["b"] != 0 || z.w.origin.Requests() != 0 {
+			if n := z.w.stats(t).Wrong; n != 1 || z.distrusted["liar"] != 1 || z.distrusted["b"] != 0 || z.w.origin.Requests() != 0 {
 				t.Errorf("%d wrong, distrusted %v", n, z.distrusted)
-			}
-			for z.w.fetcher.Fetches() > 0 {
-				time.Sleep(time.Millisecond)
 			}
 			if kept := z.kept[0]; kept != nil && !bytes.Equal(kept, z.frame(0)) {
 				t.Error("wrong bytes are kept")

@@ -405,7 +405,7 @@ func TestWrongLeaf(t *testing.T) {
 			r := w.replay(t, l, nil)
 			checkDone(t, r)
 			r.Stop()
-			if st := w.fetcher.Stats(); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 || len(log.lines()) != 1 {
+			if st := w.stats(t); st.Wrong != 1 || st.Failed != 0 || len(l.opens()) != 1 || len(log.lines()) != 1 {
 				t.Errorf("%+v, opened at %v, it says %v", st, l.opens(), log.lines())
 			}
 			for n, x := range order {
@@ -464,7 +464,7 @@ func TestLeavesAreCopied(t *testing.T) {
 	r := w.replay(t, again, nil)
 	checkDone(t, r)
 	r.Stop()
-	if st := w.fetcher.Stats(); len(again.opens()) != 0 || st.Local == 0 || w.origin.Requests() != 0 {
+	if st := w.stats(t); len(again.opens()) != 0 || st.Local == 0 || w.origin.Requests() != 0 {
 		t.Errorf("opened at %v, %d copies, %d requests", again.opens(), st.Local, w.origin.Requests())
 	}
 	for _, x := range order {

@@ -178,7 +178,7 @@ func TestPeerFirst(t *testing.T) {
 	if n := w.origin.Requests() + z.peers["b"].Requests(); n != 0 || resident(wants) != len(wants) {
 		t.Errorf("%d requests elsewhere", n)
 	}
-	st := w.fetcher.Stats()
+	st := w.stats(t)
 	if st.ZoneChunks == 0 || st.ZoneBytes == 0 || st.ZoneRequests != int64(z.peers["a"].Requests()) || st.Requests+st.Bytes+st.Chunks != 0 {
 		t.Errorf("%+v", st)
 	}
@@ -404,7 +404,7 @@ func TestPeerAndFullCache(t *testing.T) {
 	if err := b.Fetch(t.Context(), wants[:3]); err != nil {
 		t.Error(err)
 	}
-	if st := w.fetcher.Stats(); st.Held == 0 || st.PassedOver != 0 || w.origin.Requests() != 0 {
+	if st := w.stats(t); st.Held == 0 || st.PassedOver != 0 || w.origin.Requests() != 0 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -422,9 +422,7 @@ func TestCloseWithPeers(t *testing.T) {
 			}
 		})
 	}
-	for z.peers["a"].Alive() < 8 {
-		time.Sleep(time.Millisecond)
-	}
+	settled(t, "the peer is asked for all", func() bool { return z.peers["a"].Alive() == 8 })
 	w.fetcher.Close()
 	readers.Wait()
 	if n := z.peers["a"].Alive(); n != 0 {

@@ -298,7 +298,7 @@ func TestDiskThatHangsUnderOneImage(t *testing.T) {
 	settled(t, "chunks have come that cannot be written", func() bool { return hung.origin.Requests() > 0 })
 	bound, ours := w.fetcher.From(w.origin), w.wants(t)
 	half := len(ours) / 2
-	within, stop := context.WithTimeout(t.Context(), 20*time.Second)
+	within, stop := context.WithTimeout(t.Context(), time.Minute)
 	defer stop()
 	if err := bound.Fetch(within, ours[:half]); err != nil {
 		t.Error("demand: ", err)
