@@ -11,6 +11,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
@@ -51,6 +52,11 @@ func (b blob) section(size, off, n int64) (io.ReadCloser, error) {
 
 func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress func(int64)) error {
 	tries := 0
+	var sent *reports
+	if progress != nil {
+		sent = &reports{to: progress}
+		defer sent.begin(nil)
+	}
 	return m.client.retry(ctx, func() error {
 		if tries++; tries > 1 {
 			// The blob may have arrived, and the answer been lost.
@@ -62,7 +68,7 @@ func (m *remote) putBlob(ctx context.Context, d v1.Descriptor, b blob, progress 
 		if tries >= triesWhole && d.Size > monolithic {
 			limit = max(d.Size>>(2*(tries-triesWhole+1)), leastPiece)
 		}
-		return m.origin.upload(ctx, d, b, progress, limit)
+		return m.origin.upload(ctx, d, b, sent, limit)
 	})
 }
 
@@ -85,7 +91,7 @@ type uploading struct {
 	e        *endpoint
 	d        v1.Descriptor
 	b        blob
-	progress func(int64)
+	progress *reports
 
 	at    *url.URL
 	least int64 // least length of a piece but the last
@@ -93,7 +99,7 @@ type uploading struct {
 }
 
 // upload sends a blob, in requests of at most limit bytes; 0 means no limit.
-func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress func(int64), limit int64) error {
+func (e *endpoint) upload(ctx context.Context, d v1.Descriptor, b blob, progress *reports, limit int64) error {
 	begin := func() (*uploading, error) {
 		u, err := e.begin(ctx)
 		if err == nil {
@@ -231,7 +237,9 @@ func (u *uploading) body(n int64) func() (io.ReadCloser, error) {
 		if err != nil || u.progress == nil {
 			return rc, err
 		}
-		return &counted{rc: rc, n: off, progress: u.progress}, nil
+		c := &counted{rc: rc, n: off, progress: u.progress}
+		u.progress.begin(c)
+		return c, nil
 	}
 }
 
@@ -328,17 +336,43 @@ func (u *uploading) step(ctx context.Context, r request) (*http.Response, error)
 	return nil, err
 }
 
+// reports tells the caller of a push how far the blob is. http.Transport may go on reading the
+// body of a request that was answered early or given up, beside the next one and after the push
+// has ended. What it reads of an earlier body is not reported.
+type reports struct {
+	to func(int64)
+	mu struct {
+		sync.Mutex
+		of *counted // nil: no body is being sent
+	}
+}
+
+// begin reports what is read of a body from now on, and of no other.
+func (r *reports) begin(c *counted) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.of = c
+}
+
+func (r *reports) read(c *counted) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mu.of == c {
+		r.to(c.n)
+	}
+}
+
 // counted reports the bytes that are read.
 type counted struct {
 	rc       io.ReadCloser
 	n        int64
-	progress func(int64)
+	progress *reports
 }
 
 func (c *counted) Read(p []byte) (int, error) {
 	n, err := c.rc.Read(p)
 	if c.n += int64(n); n > 0 {
-		c.progress(c.n)
+		c.progress.read(c)
 	}
 	return n, err
 }
