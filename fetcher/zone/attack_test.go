@@ -33,7 +33,7 @@ func (z *Zone) say(t testing.TB, request string) string {
 	c := z.dial(t)
 	defer c.Close()
 	go io.WriteString(c, request)
-	c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	c.SetReadDeadline(time.Now().Add(time.Minute))
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
 		return "closed"
@@ -156,14 +156,15 @@ func TestSilentPeers(t *testing.T) {
 			fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: zo", strings.TrimPrefix(z.chunksURL(s, 0, 0, ""), "http://"+z.Addr()))
 		}
 	}
+	// One after the other they would take five minutes.
 	began := time.Now()
-	if code, _, _ := get(t, z.chunksURL(s, 0, last, "")); code != 200 || time.Since(began) > 3*time.Second {
+	if code, _, _ := get(t, z.chunksURL(s, 0, last, "")); code != 200 || time.Since(began) > 30*time.Second {
 		t.Errorf("with silent peers: %d after %v", code, time.Since(began))
 	}
 	var wg sync.WaitGroup
 	for _, c := range conns {
 		wg.Go(func() {
-			c.SetReadDeadline(time.Now().Add(25 * time.Second))
+			c.SetReadDeadline(time.Now().Add(time.Minute))
 			if _, err := io.Copy(io.Discard, c); err != nil && !strings.Contains(err.Error(), "reset") {
 				t.Errorf("a silent peer is not disconnected: %v", err)
 			}
@@ -196,11 +197,7 @@ func TestSlowReaders(t *testing.T) {
 		}()
 	}
 	await(t, "uploads are under way", func() bool { return z.server.uploads.count() == len(conns) })
-	began := time.Now()
 	await(t, "all slow readers are disconnected", func() bool { return z.server.uploads.count() == 0 })
-	if took := time.Since(began); took > 12*time.Second {
-		t.Errorf("slow readers are disconnected after %v", took)
-	}
 	if code, _, _ := get(t, z.chunksURL(s, 0, last, "")); code != 200 {
 		t.Errorf("afterwards: %d", code)
 	}
@@ -223,7 +220,7 @@ func TestManyUploads(t *testing.T) {
 	defer client.CloseIdleConnections()
 	for i := range 3 * maxUploadsPeer {
 		wg.Go(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			req, err := http.NewRequestWithContext(ctx, "GET", z.chunksURL(s, i%8, i%8, ""), nil)
 			if err != nil {
@@ -287,7 +284,7 @@ func TestManyConnections(t *testing.T) {
 		return len(z.listener.mu.open) == maxInboundHost
 	})
 	c := z.dial(t)
-	c.SetReadDeadline(time.Now().Add(3 * time.Second))
+	c.SetReadDeadline(time.Now().Add(time.Minute))
 	if _, err := c.Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
 		t.Errorf("one connection too many: %v", err)
 	}
@@ -364,7 +361,7 @@ func TestIdleConnectionsMakeRoom(t *testing.T) {
 		fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: zone\r\n\r\n", strings.TrimPrefix(z.chunksURL(s, chunk, chunk, ""), "http://"+z.Addr()))
 	}
 	answered := func(c net.Conn) bool {
-		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		c.SetReadDeadline(time.Now().Add(time.Minute))
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
 			return false
@@ -436,7 +433,7 @@ func TestCloseUnderLoad(t *testing.T) {
 	await(t, "some wait", func() bool { return z.server.uploads.count() > 0 })
 	began := time.Now()
 	z.Close()
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took >= OriginTime-time.Second { // what peers wait for ends by itself then
 		t.Errorf("the zone has ended after %v", took)
 	}
 }

@@ -1,6 +1,7 @@
 package zone
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -35,6 +36,9 @@ func peerServer(t *testing.T, o ClientOptions, handler http.HandlerFunc) *Client
 func clientOf(t *testing.T, o ClientOptions, addr string) *Client {
 	o.Self, o.Zone = "self", "blue"
 	o.Address = func(peer string) (string, bool) { return addr, peer == "peer" }
+	// No peer that works exceeds these, however busy the machine is.
+	o.Dial, o.FirstSign, o.Answer = cmp.Or(o.Dial, time.Minute), cmp.Or(o.FirstSign, time.Minute), cmp.Or(o.Answer, time.Minute)
+	o.Stall, o.Body = cmp.Or(o.Stall, time.Minute), cmp.Or(o.Body, time.Minute)
 	c := NewClient(o)
 	t.Cleanup(c.Close)
 	return c

@@ -21,7 +21,7 @@ import (
 
 // getSigned is get that is told of each sign of life.
 func getSigned(t testing.TB, url string, sign func()) (code int, body []byte) {
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: func(code int, _ textproto.MIMEHeader) error {
 		if code == http.StatusProcessing {
@@ -88,9 +88,9 @@ func TestCurl(t *testing.T) {
 		t.Skip("curl is not installed")
 	}
 	curl := func(args ...string) (string, error) {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		out, err := exec.CommandContext(ctx, "curl", append([]string{"-sS", "--max-time", "20", "-w", "\n%{http_version} %{http_code}"}, args...)...).Output()
+		out, err := exec.CommandContext(ctx, "curl", append([]string{"-sS", "--max-time", "50", "-w", "\n%{http_version} %{http_code}"}, args...)...).Output()
 		return string(out), err
 	}
 	s := newTestStore(t, blockmap.CacheOptions{})

@@ -70,7 +70,7 @@ func TestRevived(t *testing.T) {
 	for _, sign := range []string{"102", "answer", "refusal"} {
 		t.Run(sign, func(t *testing.T) {
 			goOn := make(chan bool)
-			c := peerServer(t, ClientOptions{FirstSign: 30 * time.Second}, func(w http.ResponseWriter, r *http.Request) {
+			c := peerServer(t, ClientOptions{}, func(w http.ResponseWriter, r *http.Request) {
 				<-goOn
 				switch sign {
 				case "102":
@@ -94,7 +94,7 @@ func TestRevived(t *testing.T) {
 				if after < 10*time.Millisecond {
 					t.Errorf("the sign came after %v", after)
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("nobody is told of the sign")
 			}
 			if x.first.Load()+x.next.Load() != 0 {
@@ -126,7 +126,7 @@ func TestCloseEndsRequestsThatWereGivenUp(t *testing.T) {
 	}()
 	select {
 	case <-closed:
-	case <-time.After(20 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Fatal("Close waits for a peer that is silent")
 	}
 	if len(x.revived) != 0 {

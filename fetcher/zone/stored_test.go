@@ -154,7 +154,7 @@ func TestServerSendsStored(t *testing.T) {
 	ask("it is", fmt.Sprintf("&stored=%d", n), "stored", "memory", frame)
 	ask("the peer does not take it", "", "", "memory", s.part(0, 0))
 	ask("the peer knows it in another form", fmt.Sprintf("&stored=%d", n+1), "", "memory", s.part(0, 0))
-	st := z.Status()
+	st := z.status(t)
 	if st.Hits != 1 || st.Misses != 2 || st.Kept != sizeOf(frame) || st.SentStored != int64(n) || st.Sent <= st.SentStored {
 		t.Errorf("%+v", st)
 	}
@@ -167,7 +167,7 @@ func TestServerSendsStored(t *testing.T) {
 	if code, _, _ := get(t, z.chunksURL(s, 1, 1, "")); code != 404 {
 		t.Errorf("what is not here in plain form: %d", code)
 	}
-	await(t, "all uploads have ended", func() bool { return z.Status().Uploads == 0 })
+	z.status(t)
 	z.Close()
 	if z.stored.size() != 0 {
 		t.Errorf("a closed zone keeps %d bytes", z.stored.size())

@@ -225,13 +225,14 @@ func (s testStream) InFlight(first, last int) (func(context.Context) error, bool
 	}, true
 }
 
-// quick has memberlist find out everything soon.
+// quick has memberlist tell everything soon. It does not take a member for dead that is silent
+// for a second or two, as all are on a busy machine.
 func quick(c *memberlist.Config) {
-	c.ProbeInterval, c.ProbeTimeout = 100*time.Millisecond, 50*time.Millisecond
+	c.ProbeInterval, c.ProbeTimeout = 500*time.Millisecond, 400*time.Millisecond
 	c.GossipInterval, c.PushPullInterval = 20*time.Millisecond, 500*time.Millisecond
-	c.SuspicionMult, c.SuspicionMaxTimeoutMult = 2, 2
+	c.SuspicionMult, c.SuspicionMaxTimeoutMult = 4, 2
 	c.GossipToTheDeadTime, c.DeadNodeReclaimTime = time.Second, 100*time.Millisecond
-	c.TCPTimeout = time.Second
+	c.TCPTimeout = 10 * time.Second
 }
 
 // open opens a zone, which is closed with the test.
@@ -289,7 +290,7 @@ func (z *Zone) pieceURL(blob blockmap.Digest, off, end int64, more string) strin
 // get asks by a client of its own.
 func get(t testing.TB, url string) (code int, body []byte, header http.Header) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, "GET", url, nil)
 	if err != nil {
@@ -309,14 +310,22 @@ func get(t testing.TB, url string) (code int, body []byte, header http.Header) {
 	return resp.StatusCode, body, resp.Header
 }
 
-// await waits until ok, for 30 seconds at most.
+// await waits until ok, for a minute at most.
 func await(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%s: not within 30 s", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
+}
+
+// status returns the counts when no upload is under way any more. Who has asked has the last
+// byte before the server has counted it.
+func (z *Zone) status(t testing.TB) Status {
+	t.Helper()
+	await(t, "all uploads have ended", func() bool { return z.server.uploads.count() == 0 })
+	return z.Status()
 }
 
 // authority issues certificates.
@@ -419,7 +428,7 @@ func as(c *Credentials, server string) *http.Client {
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetHTTP2(true)
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: config, Protocols: &p}, Timeout: 20 * time.Second}
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: config, Protocols: &p}, Timeout: time.Minute}
 }
 
 var errRegistry = errors.New("the registry of the test has failed")

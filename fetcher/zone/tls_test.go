@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"thaw/blockmap"
 )
@@ -247,10 +246,6 @@ func TestSecureMembers(t *testing.T) {
 	if len(st.Peers) != 1 || st.Peers[0].Health == nil || st.Peers[0].Health.Version != "v1.2.3" || st.Alone || st.Members != 2 || !st.TLS {
 		t.Errorf("%+v", st)
 	}
-	began := time.Now()
 	b.Close()
 	await(t, "the other has left", func() bool { return a.Status().Alone })
-	if took := time.Since(began); took > 5*time.Second {
-		t.Errorf("a member that leaves is gone after %v", took)
-	}
 }
