@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -20,29 +21,24 @@ import (
 
 // slowly puts a slow line before a registry: delay says how long each request and each
 // answer takes.
-func slowly(t *testing.T, to string, delay func() time.Duration) *faulty {
-	f := newFaulty(t, to)
-	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+func slowly(to http.Handler, delay func() time.Duration) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(delay())
-		f.forward.ServeHTTP(w, r)
+		to.ServeHTTP(w, r)
 		time.Sleep(delay())
-		return true
 	})
-	return f
 }
 
 // Several independent programs, at different distances from the registry, add to a list
-// at once. When they are done, the list has everything that they report as pushed.
-// Times are a tenth of the real ones: lines of up to 1.5 s each way.
+// at once. When they are done, the list has everything that they report as pushed. The lines
+// take up to 1.5 s each way.
 func TestReferrersOfSlowLines(t *testing.T) {
-	const scale = 10
 	upTo := func(d time.Duration) func() time.Duration {
-		return func() time.Duration { return rand.N(d / scale) }
+		return func() time.Duration { return rand.N(d) }
 	}
 	always := func(d time.Duration) func() time.Duration {
-		return func() time.Duration { return d / scale }
+		return func() time.Duration { return d }
 	}
-	var all sync.WaitGroup
 	for name, lines := range map[string][]func() time.Duration{
 		"300 ms apart":     {always(0), always(150 * time.Millisecond)},
 		"a second apart":   {always(50 * time.Millisecond), always(550 * time.Millisecond)},
@@ -52,28 +48,30 @@ func TestReferrersOfSlowLines(t *testing.T) {
 		"slow, fast, slow": {always(1500 * time.Millisecond), always(0), always(900 * time.Millisecond)},
 	} {
 		for trial := range 4 {
-			ctx := t.Context()
-			addr := memoryRegistry(t, false)
-			r := openRepo(t, newClient(t, Options{}), addr+"/app:v1")
-			img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
-			if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
-				t.Fatal(err)
-			}
-			var pushers sync.WaitGroup
-			for i, delay := range lines {
-				f := slowly(t, addr, delay)
-				r := openRepo(t, newClient(t, Options{Settle: settleTime / scale}), f.host()+"/app:v1")
-				pushers.Go(func() {
-					raw, err := json.Marshal(artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
-					if err == nil {
-						_, err = r.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
-					}
-					if err != nil {
-						t.Errorf("%s, trial %d: %v", name, trial, err)
-					}
-				})
-			}
-			all.Go(func() {
+			synctest.Test(t, func(t *testing.T) {
+				ctx := t.Context()
+				n, registry := newNetwork(t), registryHandler(false)
+				n.serve("registry.test", registry)
+				r := n.open("registry.test/app:v1", Options{})
+				img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
+				if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
+					t.Fatal(err)
+				}
+				var pushers sync.WaitGroup
+				for i, delay := range lines {
+					host := fmt.Sprintf("line-%d.test", i)
+					n.serve(host, slowly(registry, delay))
+					r := n.open(host+"/app:v1", Options{Settle: settleTime})
+					pushers.Go(func() {
+						raw, err := json.Marshal(artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
+						if err == nil {
+							_, err = r.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
+						}
+						if err != nil {
+							t.Errorf("%s, trial %d: %v", name, trial, err)
+						}
+					})
+				}
 				pushers.Wait()
 				found, err := r.Referrers(ctx, img, "application/vnd.test")
 				if err != nil || len(found) != len(lines) {
@@ -82,58 +80,63 @@ func TestReferrersOfSlowLines(t *testing.T) {
 			})
 		}
 	}
-	all.Wait()
 }
 
 // A push without competition takes longer by the settle time. Several pushes of one
 // process do not take several times that.
 func TestReferrersTogether(t *testing.T) {
-	ctx := t.Context()
-	const settle = 500 * time.Millisecond
-	addr := memoryRegistry(t, false)
-	f := newFaulty(t, addr)
-	r := openRepo(t, newClient(t, Options{Settle: settle}), f.host()+"/app:v1")
-	img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
-	if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
-		t.Fatal(err)
-	}
-	f.requests.Store(0)
-	start := time.Now()
-	push(t, ctx, r, "", artifact(img, "application/vnd.test", map[string]string{"n": "alone"}))
-	if took := time.Since(start); took < settle || took > settle*118/100+200*time.Millisecond {
-		t.Errorf("one took %v", took)
-	}
-	if n := f.requests.Load(); n > 8 {
-		t.Errorf("%d requests", n)
-	}
-	const n = 12
-	start = time.Now()
-	var wg sync.WaitGroup
-	for i := range n {
-		wg.Go(func() {
-			raw, err := json.Marshal(artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
-			if err == nil {
-				_, err = r.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
-			}
-			if err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	wg.Wait()
-	if took := time.Since(start); took > 3*settle {
-		t.Errorf("%d took %v", n, took)
-	}
-	found, err := r.Referrers(ctx, img, "application/vnd.test")
-	if err != nil || len(found) != n+1 {
-		t.Errorf("%d referrers, %v", len(found), err)
-	}
-	e := r.reader.(*remote).origin
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.mu.referrers) != 0 {
-		t.Error("something is left of the lists")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		ctx := t.Context()
+		const settle = 500 * time.Millisecond
+		var requests atomic.Int64
+		n, registry := newNetwork(t), registryHandler(false)
+		n.serve("registry.test", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			requests.Add(1)
+			registry.ServeHTTP(w, r)
+		}))
+		r := n.open("registry.test/app:v1", Options{Settle: settle})
+		img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
+		if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
+			t.Fatal(err)
+		}
+		requests.Store(0)
+		start := time.Now()
+		push(t, ctx, r, "", artifact(img, "application/vnd.test", map[string]string{"n": "alone"}))
+		if took := time.Since(start); took < settle || took > settle*118/100 {
+			t.Errorf("one took %v", took)
+		}
+		if n := requests.Load(); n > 8 {
+			t.Errorf("%d requests", n)
+		}
+		const many = 12
+		start = time.Now()
+		var wg sync.WaitGroup
+		for i := range many {
+			wg.Go(func() {
+				raw, err := json.Marshal(artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
+				if err == nil {
+					_, err = r.PushManifest(ctx, raw, types.OCIManifestSchema1, "")
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if took := time.Since(start); took > 3*settle {
+			t.Errorf("%d took %v", many, took)
+		}
+		found, err := r.Referrers(ctx, img, "application/vnd.test")
+		if err != nil || len(found) != many+1 {
+			t.Errorf("%d referrers, %v", len(found), err)
+		}
+		e := r.reader.(*remote).origin
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if len(e.mu.referrers) != 0 {
+			t.Error("something is left of the lists")
+		}
+	})
 }
 
 // One of several pushing programs goes away: the entries of the others are listed
@@ -282,36 +285,45 @@ func TestReferrersOdd(t *testing.T) {
 		} {
 			t.Run(api+", tag "+tag, func(t *testing.T) {
 				t.Parallel()
-				ctx := t.Context()
-				f := newFaulty(t, memoryRegistry(t, api == "real"))
-				r := openRepo(t, newClient(t, Options{Settle: 20 * time.Millisecond, Attempts: 3}), f.host()+"/app:v1")
-				img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
-				if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
-					t.Fatal(err)
-				}
-				odd := tags(img)
-				absent := map[string]int{"missing is 401": 401, "missing is 403": 403, "missing is 500": 500}[tag]
-				f.set(func(w http.ResponseWriter, r *http.Request) bool {
-					switch {
-					case strings.Contains(r.URL.Path, "/referrers/") && answer != nil:
-						return answer(w, r)
-					case strings.Contains(r.URL.Path, "/manifests/sha256-") && odd != nil:
-						return odd(w, r)
-					case strings.Contains(r.URL.Path, "/manifests/absent-") && absent != 0:
-						return status(absent)(w, r)
+				synctest.Test(t, func(t *testing.T) {
+					ctx := t.Context()
+					n, registry := newNetwork(t), registryHandler(api == "real")
+					var odd atomic.Pointer[fault]
+					n.serve("registry.test", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						if f := odd.Load(); f == nil || !(*f)(w, r) {
+							registry.ServeHTTP(w, r)
+						}
+					}))
+					r := n.open("registry.test/app:v1", Options{Settle: 20 * time.Millisecond, Attempts: 3})
+					img, _ := pushImage(t, ctx, r, "v1", []byte("x"), amd64)
+					if _, err := r.PushBytes(ctx, []byte("{}"), types.OCIEmptyJSON); err != nil {
+						t.Fatal(err)
 					}
-					return false
+					list := tags(img)
+					absent := map[string]int{"missing is 401": 401, "missing is 403": 403, "missing is 500": 500}[tag]
+					all := fault(func(w http.ResponseWriter, r *http.Request) bool {
+						switch {
+						case strings.Contains(r.URL.Path, "/referrers/") && answer != nil:
+							return answer(w, r)
+						case strings.Contains(r.URL.Path, "/manifests/sha256-") && list != nil:
+							return list(w, r)
+						case strings.Contains(r.URL.Path, "/manifests/absent-") && absent != 0:
+							return status(absent)(w, r)
+						}
+						return false
+					})
+					odd.Store(&all)
+					if found, err := r.Referrers(ctx, img, "application/vnd.test"); err != nil || len(found) != 0 {
+						t.Errorf("before any was pushed: %v, %v", found, err)
+					}
+					for i := range 2 {
+						a := push(t, ctx, r, "", artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
+						found, err := r.Referrers(ctx, img, "application/vnd.test")
+						if err != nil || len(found) != i+1 || !slices.ContainsFunc(found, func(d v1.Descriptor) bool { return d.Digest == a.Digest }) {
+							t.Errorf("after %d: %v, %v", i+1, found, err)
+						}
+					}
 				})
-				if found, err := r.Referrers(ctx, img, "application/vnd.test"); err != nil || len(found) != 0 {
-					t.Errorf("before any was pushed: %v, %v", found, err)
-				}
-				for i := range 2 {
-					a := push(t, ctx, r, "", artifact(img, "application/vnd.test", map[string]string{"n": fmt.Sprint(i)}))
-					found, err := r.Referrers(ctx, img, "application/vnd.test")
-					if err != nil || len(found) != i+1 || !slices.ContainsFunc(found, func(d v1.Descriptor) bool { return d.Digest == a.Digest }) {
-						t.Errorf("after %d: %v, %v", i+1, found, err)
-					}
-				}
 			})
 		}
 	}

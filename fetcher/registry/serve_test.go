@@ -5,8 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"log"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -18,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"go.uber.org/goleak"
@@ -55,7 +52,7 @@ func dockerRegistry(t testing.TB, extra string) string {
 			t.Logf("docker-registry: %s", out.String())
 		}
 	})
-	for end := time.Now().Add(15 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		if c, err := net.Dial("tcp", addr); err == nil {
 			c.Close()
 			return addr
@@ -65,9 +62,11 @@ func dockerRegistry(t testing.TB, extra string) string {
 	}
 }
 
+// freeAddr is an address where nobody listens. It is one of the many of loopback, so that no
+// other program takes the port before the test uses it, be it as the source of a connection.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 16+rand.IntN(200), rand.IntN(256), 1+rand.IntN(254)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +78,7 @@ func freeAddr(t testing.TB) string {
 // referrers API.
 func memoryRegistry(t testing.TB, referrers bool) string {
 	t.Helper()
-	return hostOf(serve(t, ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)), ggcr.WithReferrersSupport(referrers))))
+	return hostOf(serve(t, registryHandler(referrers)))
 }
 
 func serve(t testing.TB, h http.Handler) *httptest.Server {
