@@ -62,7 +62,7 @@ func (b *Body) Close() error {
 	}
 	if b.left == 0 && b.err == nil && b.watched != nil && b.rc == io.ReadCloser(b.watched) {
 		// What ends the body must be read too, or its connection cannot be used again.
-		b.watched.limit(drainTime)
+		b.watched.limit(b.watched.drain)
 		_, _ = io.CopyN(io.Discard, b.watched, drainBytes)
 	}
 	err := b.rc.Close()

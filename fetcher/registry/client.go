@@ -60,6 +60,10 @@ type Options struct {
 	CancelTime time.Duration
 
 	backoff time.Duration // before the second attempt; tests lower it
+	// Tests raise these, so that a busy machine does not change what they count: the time to
+	// read the rest of an answer, the least time until another source is asked, and the least
+	// time that a mirror rests.
+	drain, leastLate, leastRest time.Duration
 }
 
 // A Client holds what all repositories share: connections, tokens, mirrors, the health of
@@ -105,6 +109,7 @@ func New(o Options) *Client {
 	def(&o.StallTimeout, 20*time.Second)
 	def(&o.backoff, 200*time.Millisecond)
 	def(&o.Settle, settleTime)
+	def(&o.drain, drainTime)
 	def(&o.CancelTime, cancelTime)
 	if o.IdleConns <= 0 {
 		o.IdleConns = 64
@@ -222,7 +227,7 @@ func (c *Client) endpoint(base *url.URL, repository, mirrorOf string) *endpoint 
 	role := root.String() + " " + mirrorOf
 	src := c.mu.sources[role]
 	if src == nil {
-		src = &source{name: root.String(), mirrorOf: mirrorOf, log: c.log}
+		src = &source{name: root.String(), mirrorOf: mirrorOf, log: c.log, leastLate: c.opts.leastLate, leastRest: c.opts.leastRest}
 		if len(c.mu.order) < maxSources {
 			c.mu.sources[role] = src
 			c.mu.order = append(c.mu.order, src)

@@ -82,7 +82,7 @@ func TestConnectionsReused(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			f, r, l, layer := faultyRepo(t, Options{StallTimeout: 10 * time.Second, HeaderTimeout: 10 * time.Second,
+			f, r, l, layer := faultyRepo(t, Options{drain: time.Minute,
 				Credentials: fixed(Login{Username: "a", Password: "right"})})
 			f.set(func(w http.ResponseWriter, r *http.Request) bool { x.answer(w, r, layer); return true })
 			r.client.transport.CloseIdleConnections()
@@ -110,11 +110,7 @@ func TestConnectionsGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	start := time.Now()
 	rc.Close()
-	if took := time.Since(start); took > drainTime {
-		t.Errorf("closing took %v", took)
-	}
 	if s := r.client.Stats(); s[0].Bytes > l.Size/2 {
 		t.Errorf("%d of %d bytes were read", s[0].Bytes, l.Size)
 	}

@@ -22,8 +22,8 @@ func counting(t *testing.T) (addr string, conns *atomic.Int64, open func() int) 
 			if err != nil {
 				return
 			}
-			conns.Add(1)
 			alive.Add(1)
+			conns.Add(1)
 			go func() {
 				c.Read(make([]byte, 1)) // until the other side closes
 				c.Close()
@@ -35,22 +35,21 @@ func counting(t *testing.T) (addr string, conns *atomic.Int64, open func() int) 
 	return l.Addr().String(), conns, func() int { return int(alive.Load()) }
 }
 
+// eventually waits until ok, for a minute at most.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for range 1000 {
-		if ok() {
-			return
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("not within a minute: ", what)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
-	t.Fatal("this never happened: ", what)
 }
 
 // The first connection makes the client open spare ones, which it uses next. It makes
 // later ones as needed. It closes unused ones when it is closed.
 func TestSpareConnections(t *testing.T) {
 	addr, conns, open := counting(t)
-	d := newDialer(net.Dialer{Timeout: time.Second})
+	d := newDialer(net.Dialer{Timeout: time.Minute})
 	dial := func() net.Conn {
 		c, err := d.dial(t.Context(), "tcp", addr)
 		if err != nil {
@@ -92,7 +91,7 @@ func TestSpareConnectionsToNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Close()
-	d := newDialer(net.Dialer{Timeout: time.Second})
+	d := newDialer(net.Dialer{Timeout: time.Minute})
 	for range 3 {
 		if _, err := d.dial(t.Context(), "tcp", l.Addr().String()); err == nil {
 			t.Error("a connection to nobody")

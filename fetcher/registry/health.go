@@ -16,6 +16,8 @@ type source struct {
 	mirrorOf string // empty for a registry itself
 	log      *slog.Logger
 
+	leastLate, leastRest time.Duration // see Options
+
 	requests, bytes atomic.Int64
 	ignoresRange    atomic.Bool  // and that was logged
 	listsReferrers  atomic.Bool  // has an API that lists referrers
@@ -77,9 +79,9 @@ func (s *source) lateAfter() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mu.usual == 0 {
-		return lateFirst
+		return max(lateFirst, s.leastLate)
 	}
-	return min(max(lateFactor*s.mu.usual, minLate), maxLate)
+	return max(min(lateFactor*s.mu.usual, maxLate), minLate, s.leastLate)
 }
 
 // enter says whether a source may be asked for a blob now, and counts the request if so. A
@@ -89,7 +91,7 @@ func (s *source) enter(now time.Time) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mirrorOf != "" {
-		silent := now.Sub(s.mu.heard) > max(minLate, 2*s.mu.usual)
+		silent := now.Sub(s.mu.heard) > max(minLate, s.leastLate, 2*s.mu.usual)
 		if now.Before(s.mu.until) || s.mu.probing || s.mu.waiting >= maxWaiting && silent {
 			return false
 		}
@@ -211,7 +213,7 @@ func (s *source) failed(after time.Duration, cause error) {
 	if first {
 		s.mu.fails++
 		rest := min(restAfterFailure<<min(s.mu.fails-1, 16), maxRestAfterFailure)
-		d = max(d, rest/2+rand.N(rest/2+1)) // so that hosts do not return all at once
+		d = max(d, s.leastRest, rest/2+rand.N(rest/2+1)) // so that hosts do not return all at once
 	}
 	if t := now.Add(d); t.After(s.mu.until) {
 		s.mu.until = t

@@ -226,7 +226,7 @@ func (e *endpoint) roundTrip(ctx context.Context, r request, auth string) (*http
 	if e.src.mirrorOf != "" {
 		window /= 2 // there are other sources
 	}
-	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, window: window, left: window}
+	resp.Body = &watchedBody{rc: resp.Body, w: w, req: req, src: e.src, drain: o.drain, window: window, left: window}
 	if resp.StatusCode == http.StatusExpectationFailed && req.Header.Get("Expect") != "" {
 		discard(resp)
 		e.src.noExpect.Store(true)

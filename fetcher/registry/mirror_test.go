@@ -93,7 +93,7 @@ func TestMirrors(t *testing.T) {
 		mirror.set(nil)
 		origin.requests.Store(0)
 		mirror.requests.Store(0)
-		return openRepo(t, newClient(t, Options{Mirrors: mirrors, StallTimeout: 200 * time.Millisecond}), origin.host()+"/app:v1")
+		return openRepo(t, newClient(t, Options{Mirrors: mirrors, leastLate: time.Minute, leastRest: time.Minute}), origin.host()+"/app:v1")
 	}
 	check := func(t *testing.T, r *Repo, n int) {
 		t.Helper()

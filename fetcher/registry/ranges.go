@@ -217,7 +217,7 @@ func (p *parts) Close() error {
 	if p.left == 0 && len(p.ranges) == 0 {
 		// The server sends it with the last part.
 		if w, ok := p.body.(*watchedBody); ok {
-			w.limit(drainTime)
+			w.limit(w.drain)
 		}
 		_, _ = io.CopyN(io.Discard, p.r, int64(len(p.boundary))+64)
 	}

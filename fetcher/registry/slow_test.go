@@ -107,14 +107,18 @@ func TestTrickle(t *testing.T) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			t.Parallel()
-			f, r, l, layer := faultyRepo(t, Options{Attempts: 2, StallTimeout: 150 * time.Millisecond, HeaderTimeout: 5 * time.Second})
+			o := Options{Attempts: 2, StallTimeout: 150 * time.Millisecond}
+			if x.name == "an upload" {
+				o.StallTimeout = 0 // of what the client sends; how long it reads the refusal is bounded otherwise
+			}
+			f, r, l, layer := faultyRepo(t, o)
 			f.set(func(w http.ResponseWriter, r *http.Request) bool { return x.fault(w, r, layer) })
 			start := time.Now()
 			err := x.do(t.Context(), r, l)
 			if err == nil || statusOf(err) != x.status {
 				t.Errorf("%v", err)
 			}
-			if took := time.Since(start); took > 5*time.Second {
+			if took := time.Since(start); took > 40*time.Second {
 				t.Errorf("took %v", took)
 			}
 		})
@@ -123,21 +127,21 @@ func TestTrickle(t *testing.T) {
 
 // The client does not take a slow reader for a slow server.
 func TestSlowReader(t *testing.T) {
-	f, r, l, layer := faultyRepo(t, Options{StallTimeout: 100 * time.Millisecond})
-	_ = f
+	t.Parallel() // it sleeps most of the time
+	_, r, l, layer := faultyRepo(t, Options{StallTimeout: 3 * time.Second})
 	rc, err := r.OpenRange(t.Context(), digestOf(l.Digest), 0, l.Size)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer rc.Close()
 	var got []byte
-	buf := make([]byte, 8<<10) // half of what is wanted of the server in 100 ms
-	for i := 0; i < 6; i++ {
+	buf := make([]byte, 8<<10) // half of what is wanted of the server in that time
+	for range 3 {
 		n, err := io.ReadFull(rc, buf)
 		if got = append(got, buf[:n]...); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(120 * time.Millisecond) // the reader, not the proof
+		time.Sleep(3200 * time.Millisecond) // the reader, not the proof
 	}
 	rest, err := io.ReadAll(rc)
 	if err != nil || !bytes.Equal(append(got, rest...), layer) {
@@ -145,7 +149,8 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// A repository with one image, a mirror, and a registry.
+// A repository with one image, a mirror, and a registry. The mirror is patiently waited for,
+// unless leastLate says otherwise.
 func mirrored(t *testing.T, o Options) (origin, mirror *faulty, r *Repo, l v1.Descriptor, layer []byte) {
 	t.Helper()
 	origin = newFaulty(t, memoryRegistry(t, true))
@@ -156,6 +161,9 @@ func mirrored(t *testing.T, o Options) (origin, mirror *faulty, r *Repo, l v1.De
 	mirror.set(asBlob(serveContent(layer)))
 	origin.requests.Store(0)
 	o.Mirrors = Mirrors{origin.host(): {{URL: mirror.URL}}}
+	if o.leastLate == 0 {
+		o.leastLate = time.Minute
+	}
 	return origin, mirror, openRepo(t, newClient(t, o), origin.host()+"/app:v1"), l, layer
 }
 
@@ -178,7 +186,7 @@ func restingMirrors(r *Repo) (n int) {
 // Requests overtake a mirror that hangs. It holds no more than its share of requests,
 // and is then avoided for some time.
 func TestMirrorHangs(t *testing.T) {
-	origin, mirror, r, l, layer := mirrored(t, Options{HeaderTimeout: time.Minute, StallTimeout: time.Minute})
+	origin, mirror, r, l, layer := mirrored(t, Options{HeaderTimeout: time.Minute, StallTimeout: time.Minute, leastLate: minLate, leastRest: time.Minute})
 	var waiting, most atomic.Int64
 	mirror.set(func(w http.ResponseWriter, req *http.Request) bool {
 		for n := waiting.Add(1); ; {
@@ -211,7 +219,7 @@ func TestMirrorHangs(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if took := time.Since(start); took > 10*time.Second {
+	if took := time.Since(start); took > 30*time.Second {
 		t.Errorf("64 readers took %v", took)
 	}
 	if most.Load() > maxWaiting {
@@ -259,7 +267,7 @@ func TestMirrorProbed(t *testing.T) {
 
 // The client asks a mirror again that was slow only once.
 func TestMirrorLateOnce(t *testing.T) {
-	_, mirror, r, l, layer := mirrored(t, Options{})
+	_, mirror, r, l, layer := mirrored(t, Options{leastLate: minLate})
 	var n atomic.Int64
 	mirror.set(func(w http.ResponseWriter, req *http.Request) bool {
 		if isBlob(req) && n.Add(1) == 3 {
@@ -279,14 +287,16 @@ func TestMirrorLateOnce(t *testing.T) {
 		from[rc.(*Body).Source()]++
 		rc.Close()
 	}
-	if from[mirror.URL] != 9 || restingMirrors(r) != 0 {
+	// On a busy machine other answers may be late, too.
+	if from[mirror.URL] > 9 || from[mirror.URL] == 0 || restingMirrors(r) != 0 {
 		t.Errorf("%v", from)
 	}
+	eventually(t, "the mirror is asked each time", func() bool { return n.Load() >= 10 })
 }
 
 // When all answers of a mirror are late, few requests turn to the registry early.
 func TestMirrorBusy(t *testing.T) {
-	origin, mirror, r, l, layer := mirrored(t, Options{})
+	origin, mirror, r, l, layer := mirrored(t, Options{leastLate: minLate})
 	read := func(i int) {
 		if b, err := readRange(t.Context(), r, l.Digest, int64(i), 10); err != nil || !bytes.Equal(b, layer[i:i+10]) {
 			t.Error(err)
@@ -324,7 +334,7 @@ func TestMirrorBusy(t *testing.T) {
 // avoids the mirror. If there is no other server, the client says so.
 func TestOpenRangeElsewhere(t *testing.T) {
 	ctx := t.Context()
-	origin, mirror, r, l, layer := mirrored(t, Options{StallTimeout: time.Minute, HeaderTimeout: time.Minute})
+	origin, mirror, r, l, layer := mirrored(t, Options{StallTimeout: time.Minute, HeaderTimeout: time.Minute, leastRest: time.Minute})
 	mirror.set(asBlob(func(w http.ResponseWriter, r *http.Request) {
 		trickle(w, r, http.Header{"Content-Range": {"bytes 0-99999/2097155"}, "Content-Length": {"100000"}}, 206, nil)
 	}))
@@ -333,7 +343,7 @@ func TestOpenRangeElsewhere(t *testing.T) {
 		t.Fatal(err)
 	}
 	first := make([]byte, 1)
-	for end := time.Now().Add(1100 * time.Millisecond); time.Now().Before(end); { // as a reader that waits
+	for end := time.Now().Add(time.Minute); !late.(*Body).watched.trickles() && time.Now().Before(end); { // as a reader that waits
 		if _, err := late.Read(first); err != nil {
 			t.Fatal(err)
 		}

@@ -19,7 +19,7 @@ const leastBytes = 16 << 10
 // Limits of reading what no caller asked for.
 const (
 	// drainTime limits reading the rest of an answer, which only frees the connection for
-	// another request.
+	// another request. It is the default of Options.drain.
 	drainTime = 100 * time.Millisecond
 	// drainBytes is how much of it: more would cost more than a connection.
 	drainBytes = 32 << 10
@@ -92,6 +92,7 @@ type watchedBody struct {
 	req *http.Request
 	src *source
 
+	drain  time.Duration // for what nobody asked for
 	window time.Duration // in which leastBytes must come
 	left   time.Duration // of the window
 	came   int64         // in the window
@@ -160,7 +161,9 @@ func limitBody(resp *http.Response, d time.Duration) {
 // discard closes an answer whose body is not needed. It reads a short one first, so that the
 // connection can be used again.
 func discard(resp *http.Response) {
-	limitBody(resp, drainTime)
+	if b, ok := resp.Body.(*watchedBody); ok {
+		b.limit(b.drain)
+	}
 	_, _ = io.CopyN(io.Discard, resp.Body, 8<<10)
 	resp.Body.Close()
 }
