@@ -111,7 +111,7 @@ proxy: {remoteurl: "http://%s"}
 		return err
 	}
 	f.cache = cmd
-	return waitFor(ctx, "the pull-through cache listens", 10*time.Second, func() error {
+	return waitFor(ctx, "the pull-through cache listens", time.Minute, func() error {
 		c, err := f.net.sw.dial(f.addr)
 		if err == nil {
 			err = c.Close()
@@ -164,7 +164,7 @@ func (f *fleet) meet(ctx context.Context, hosts []*member) error {
 	if f.mode != withZone || len(f.hosts) < 2 {
 		return nil
 	}
-	return waitFor(ctx, "the hosts of the zone know each other", 30*time.Second, func() error {
+	return waitFor(ctx, "the hosts of the zone know each other", time.Minute, func() error {
 		for _, m := range hosts {
 			z, err := f.zone(ctx, m)
 			if err != nil {

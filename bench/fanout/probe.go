@@ -197,7 +197,7 @@ func roundTrips(from, to *namespace) (trips []time.Duration, err error) {
 		return nil, err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	p := []byte{0}
 	for range 200 {
 		began := time.Now()
