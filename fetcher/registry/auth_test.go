@@ -261,7 +261,7 @@ func TestToken(t *testing.T) {
 		}
 	})
 	t.Run("expiry, and another password", func(t *testing.T) {
-		s.life.Store(int64(300 * time.Millisecond))
+		s.life.Store(int64(2 * time.Second))
 		s.mu.Lock()
 		clear(s.valid)
 		s.mu.Unlock()
@@ -274,7 +274,7 @@ func TestToken(t *testing.T) {
 			if err := read(r); err != nil {
 				t.Errorf("%d: %v", i, err)
 			}
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(500 * time.Millisecond)
 		}
 		// The client renews the token before it expires: the registry has refused only
 		// once.

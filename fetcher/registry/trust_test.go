@@ -219,7 +219,7 @@ func TestRetryAfterLogged(t *testing.T) {
 		w.WriteHeader(429)
 		return true
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if has, err := r.HasBlob(ctx, l); err != nil || !has {
 		t.Errorf("%v, %v", has, err)
