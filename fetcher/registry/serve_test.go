@@ -107,7 +107,7 @@ func newClient(t testing.TB, o Options) *Client {
 		o.backoff = 2 * time.Millisecond
 	}
 	if o.Settle == 0 {
-		o.Settle = 100 * time.Millisecond
+		o.Settle = 200 * time.Millisecond // a push fails after settleLimit times that
 	}
 	c := New(o)
 	t.Cleanup(c.Close)
