@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -201,16 +202,16 @@ func TestHolderAnswers(t *testing.T) {
 	n := s.fetched.Load()
 	const at = 2 * RunChunks
 	ended := s.flight(at)
-	got := make(chan int, 1)
-	go func() {
-		code, _, _ := get(t, z.chunksURL(s, at, at, ""))
-		got <- code
-	}()
-	await(t, "the peer is granted the run", func() bool { return z.grants.Uploads(Run{s.stream.ID(), 2}) == 1 })
-	s.fill(at)
-	ended()
-	if code := <-got; code != 200 {
-		t.Errorf("what comes meanwhile: %d", code)
+	var uploads int
+	s.mu.Lock()
+	s.waited = sync.OnceFunc(func() { // it comes when the peer waits, and not HolderTime later
+		uploads = z.grants.Uploads(Run{s.stream.ID(), 2})
+		s.fill(at)
+		ended()
+	})
+	s.mu.Unlock()
+	if code, _, _ := get(t, z.chunksURL(s, at, at, "")); code != 200 || uploads != 1 {
+		t.Errorf("what comes meanwhile: %d, %d uploads", code, uploads)
 	}
 	// A fetch that does not end costs a peer one short wait.
 	s.flight(at + RunChunks)

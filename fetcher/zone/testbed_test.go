@@ -69,6 +69,7 @@ type testStore struct {
 	err     error         // of the registry
 	absent  bool          // the host does not open the image
 	flights map[int]chan struct{}
+	waited  func() // called when a peer begins to wait for a flight; may be nil
 }
 
 func newTestStore(t testing.TB, o blockmap.CacheOptions) *testStore {
@@ -224,7 +225,11 @@ func (s testStream) InFlight(first, last int) (func(context.Context) error, bool
 		}
 		all = append(all, c)
 	}
+	waited := s.waited
 	return func(ctx context.Context) error {
+		if waited != nil {
+			waited()
+		}
 		for _, c := range all {
 			select {
 			case <-c:
