@@ -118,7 +118,7 @@ func TestRangesFail(t *testing.T) {
 				wants := scattered(w.wants(t))
 				w.fetchAll(t, o, wants)
 				w.checkAll(t)
-				if st := w.fetcher.Stats(); st.Failed != 0 || c.forgets != (st.Retries == 0) {
+				if st := w.stats(t); st.Failed != 0 || c.forgets != (st.Retries == 0) {
 					t.Errorf("%+v", st)
 				}
 				if n := w.origin.Alive(); n != 0 {
