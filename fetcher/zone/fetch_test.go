@@ -59,11 +59,11 @@ const imageName = "registry.example/app@sha256:1234"
 // patient are bounds on time that no peer that works exceeds, however busy the machine of
 // the test is; impatient are those of tests with peers that hang.
 var (
-	patient   = bounds{30 * time.Second, 60 * time.Second, 30 * time.Second, 30 * time.Second}
-	impatient = bounds{500 * time.Millisecond, 3 * time.Second, 500 * time.Millisecond, 500 * time.Millisecond}
+	patient   = bounds{30 * time.Second, 60 * time.Second, 30 * time.Second, 30 * time.Second, time.Minute}
+	impatient = bounds{500 * time.Millisecond, 3 * time.Second, 500 * time.Millisecond, 500 * time.Millisecond, 0}
 )
 
-type bounds struct{ firstSign, answer, stall, hedge time.Duration }
+type bounds struct{ firstSign, answer, stall, hedge, onlySigns time.Duration }
 
 func newHosts(t *testing.T, m *blocktest.Image, n int, o fetcher.Options) *hosts {
 	t.Helper()
@@ -92,7 +92,7 @@ func (z *hosts) add(t *testing.T, name string, members []string, o fetcher.Optio
 	}
 	h.fetcher = fetcher.New(o)
 	h.router = zone.NewRouter(name, zone.RouterOptions{Zone: "blue", HedgeFloor: z.bounds.hedge, HedgeMost: z.bounds.hedge,
-		SignFloor: z.bounds.firstSign, SignMost: z.bounds.firstSign})
+		SignFloor: z.bounds.firstSign, SignMost: z.bounds.firstSign, OnlySigns: z.bounds.onlySigns})
 	h.router.SetMembers(members)
 	client := zone.NewClient(zone.ClientOptions{
 		Self: name, Zone: "blue", Dial: 30 * time.Second, FirstSign: z.bounds.firstSign, Answer: z.bounds.answer, Stall: z.bounds.stall, Body: 2 * time.Minute,

@@ -33,7 +33,7 @@ const (
 	// quietTimes is how many times longer than the 95th percentile of the pauses in answers
 	// a pause may be.
 	quietTimes = 2
-	// onlySigns is how long a peer is waited for that gives signs and nothing else.
+	// onlySigns is the default of RouterOptions.OnlySigns.
 	onlySigns = 5 * time.Second
 )
 
@@ -133,7 +133,7 @@ func (r *Router) Late(peer string, p Progress, now time.Time) bool {
 		return true
 	}
 	if p.Got == 0 {
-		return now.Sub(p.Asked) >= onlySigns
+		return now.Sub(p.Asked) >= r.o.OnlySigns
 	}
 	// How long the peer has waited for the registry says nothing about its bytes.
 	took, usual := now.Sub(later(p.Asked, p.Began)), r.usual(peer)

@@ -47,6 +47,9 @@ type RouterOptions struct {
 	// HedgeFloor and HedgeMost how long an answer may take whose bytes trickle. They default
 	// to 750 ms, 300 ms and 2 s.
 	QuietFloor, HedgeFloor, HedgeMost time.Duration
+	// OnlySigns is how long a peer is waited for that gives signs of life and nothing else. It
+	// defaults to 5 s.
+	OnlySigns time.Duration
 	// HedgeShare is the share of requests that may be made a second time. It defaults to
 	// 0.1. HedgeBurst is how many of them may be made at once. It defaults to 8.
 	HedgeShare, HedgeBurst float64
@@ -62,6 +65,7 @@ func NewRouter(self string, o RouterOptions) *Router {
 	o.MaxFailed = cmp.Or(o.MaxFailed, 12)
 	o.MaxAsked = cmp.Or(o.MaxAsked, 16)
 	o.SignFloor = cmp.Or(o.SignFloor, 250*time.Millisecond)
+	o.OnlySigns = cmp.Or(o.OnlySigns, onlySigns)
 	o.SignMost = max(cmp.Or(o.SignMost, 2*time.Second), o.SignFloor)
 	o.QuietFloor = cmp.Or(o.QuietFloor, 750*time.Millisecond)
 	o.HedgeFloor = cmp.Or(o.HedgeFloor, 300*time.Millisecond)
