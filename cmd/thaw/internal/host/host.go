@@ -137,7 +137,7 @@ func Open(o Options) (*Host, error) {
 	})
 	limit, limited := context.WithCancelCause(context.Background())
 	h.limited = limited
-	opener := &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher}
+	opener := &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher, patience: patience}
 	if o.Zone.Name != "" {
 		if h.zone, err = openZone(limit, o.Zone, opener); err != nil {
 			limited(nil)

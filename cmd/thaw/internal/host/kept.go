@@ -22,7 +22,6 @@ import (
 // before its changes: where these may be lost, its device is not opened.
 
 const (
-	restoreTime  = 2 * patience // that a host waits for devices of the last one before it serves others
 	restoreEvery = 500 * time.Millisecond
 	restoreLeast = 10 * time.Second
 	socketEvery  = time.Second
@@ -138,7 +137,8 @@ func (h *Host) RestoreDevices(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	wait, cancel := context.WithTimeout(ctx, restoreTime)
+	// Two look-ups that the registry does not answer.
+	wait, cancel := context.WithTimeout(ctx, 2*h.traces.opener.patience)
 	defer cancel()
 	ready := make(map[*Device]chan struct{})
 	for i, d := range restored {

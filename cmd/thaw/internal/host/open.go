@@ -25,10 +25,12 @@ type opener struct {
 	cache   *blockmap.Cache
 	fetcher *fetcher.Fetcher
 	zone    atomic.Pointer[hostZone] // nil: none; peers may ask before the host has it
+	// patience is how long the start of a device waits for a registry if the cache knows an
+	// earlier answer, or if the start can go on without an answer. Tests raise it.
+	patience time.Duration
 }
 
-// patience is how long the start of a device waits for a registry if the cache knows an
-// earlier answer, or if the start can go on without an answer.
+// patience is opener.patience.
 const patience = 2 * time.Second
 
 // openImage is an image in the cache, and the fetcher bound to its registry. The caller
@@ -100,7 +102,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 		cancel()
 		<-answered
 	}
-	t := time.NewTimer(patience)
+	t := time.NewTimer(o.patience)
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
@@ -109,7 +111,7 @@ func (o *opener) open(ctx context.Context, name string, begin func(*BlockImage))
 	case <-t.C:
 		err := repo.LastFailure(asked)
 		if err == nil {
-			err = fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, patience)
+			err = fmt.Errorf("%w: the registry has not answered within %v", registry.ErrUnavailable, o.patience)
 		}
 		m, err := o.serveKnown(known, err, late)
 		if err != nil {

@@ -164,7 +164,7 @@ func (t *tracer) begin(b *BlockImage) *start {
 // within waits for c until ctx ends or patience is over, and reports whether c was
 // closed.
 func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
-	t := time.NewTimer(time.Until(s.begun.Add(patience)))
+	t := time.NewTimer(time.Until(s.begun.Add(s.t.opener.patience)))
 	defer t.Stop()
 	select {
 	case <-c:
@@ -172,7 +172,12 @@ func (s *start) within(ctx context.Context, c <-chan struct{}) bool {
 	case <-t.C:
 	case <-ctx.Done():
 	}
-	return false
+	select {
+	case <-c: // as well: the index may have taken all of the time
+		return true
+	default:
+		return false
+	}
 }
 
 // attach returns the device to serve: the image, or a recorder around it if the start
