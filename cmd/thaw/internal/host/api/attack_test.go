@@ -23,9 +23,9 @@ import (
 
 // curl asks as another program, and another process, does.
 func (b *bed) curl(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(b.t.Context(), atMost)
 	defer cancel()
-	args = append([]string{"-sS", "--max-time", "10", "--unix-socket", filepath.Join(b.dir, socketName)}, args...)
+	args = append([]string{"-sS", "--max-time", "50", "--unix-socket", filepath.Join(b.dir, socketName)}, args...)
 	out, err := exec.CommandContext(ctx, "curl", args...).CombinedOutput()
 	return string(out), err
 }
@@ -75,35 +75,49 @@ func TestCurl(t *testing.T) {
 func TestSlowClients(t *testing.T) {
 	needCurl(t)
 	b := newBed(t, host.Options{})
-	for i := range 3 * maxConns {
-		c := b.dial()
-		switch i % 4 {
-		case 1:
-			fmt.Fprintf(c, "GET /v1/status HTTP/1.1\r\nHost: th") // and no more of the header
-		case 2:
-			fmt.Fprintf(c, "POST /v1/traces/stop HTTP/1.1\r\nHost: thaw\r\nContent-Length: 100\r\n\r\n{") // nor of the body
-		case 3:
-			for range 100 {
-				fmt.Fprintf(c, "GET /v1/openapi.yaml HTTP/1.1\r\nHost: thaw\r\n\r\n") // and reads no answer
-			}
-		}
-		if i%16 == 0 {
-			began := time.Now()
-			if out, err := b.curl("http://thaw/v1/status"); err != nil || !strings.Contains(out, `"state"`) || time.Since(began) > 4*time.Second {
-				t.Fatalf("with %d slow clients, after %v: %v\n%s", i, time.Since(began), err, out)
-			}
-		}
-	}
 	open := func() int {
 		b.server.conns.mu.Lock()
 		defer b.server.conns.mu.Unlock()
 		return len(b.server.conns.open)
 	}
+	// Whoever is answered does not owe that to the time that the slow ones have.
+	b.restart(bounds{header: time.Hour, body: time.Hour, write: time.Hour, idle: time.Hour})
+	for i := range 3 * maxConns {
+		b.slow(i)
+		if i%16 == 0 {
+			if out, err := b.curl("http://thaw/v1/status"); err != nil || !strings.Contains(out, `"state"`) {
+				t.Fatalf("with %d slow clients: %v\n%s", i, err, out)
+			}
+		}
+	}
 	if n := open(); n > maxConnsProcess+1 {
 		t.Errorf("%d connections are open", n)
 	}
 	// Each has a bounded time: also those that read nothing, and stay.
+	b.restart(defaultBounds)
+	for i := range maxConnsProcess {
+		b.slow(i)
+	}
+	if out, err := b.curl("http://thaw/v1/status"); err != nil { // they are accepted before
+		t.Errorf("%v\n%s", err, out)
+	}
 	await(t, "all are disconnected", func() bool { return open() == 0 })
+}
+
+// slow connects as a slow client of some kind.
+func (b *bed) slow(kind int) {
+	b.t.Helper()
+	c := b.dial()
+	switch kind % 4 {
+	case 1:
+		fmt.Fprintf(c, "GET /v1/status HTTP/1.1\r\nHost: th") // and no more of the header
+	case 2:
+		fmt.Fprintf(c, "POST /v1/traces/stop HTTP/1.1\r\nHost: thaw\r\nContent-Length: 100\r\n\r\n{") // nor of the body
+	case 3:
+		for range 100 {
+			fmt.Fprintf(c, "GET /v1/openapi.yaml HTTP/1.1\r\nHost: thaw\r\n\r\n") // and reads no answer
+		}
+	}
 }
 
 // Requests that wait are bounded for each process, and do not hold up others.
@@ -130,9 +144,14 @@ func TestManyWaits(t *testing.T) {
 	if out, err := b.curl("-X", "POST", "http://thaw/v1/traces/stop"); err != nil || !strings.Contains(out, `{"stopped":0}`) {
 		t.Errorf("another process: %v\n%s", err, out)
 	}
-	if st, err := b.client.Status(t.Context()); err != nil || st.Devices.Opening != maxWaitsProcess || st.State != host.Starting {
-		t.Errorf("%+v, %v", st, err)
-	}
+	// A request that waits is counted before its device is there.
+	await(t, "the others open their devices", func() bool {
+		st, err := b.client.Status(t.Context())
+		if err != nil || st.Devices.Opening > maxWaitsProcess || st.State != host.Starting {
+			t.Fatalf("%+v, %v", st, err)
+		}
+		return st.Devices.Opening == maxWaitsProcess
+	})
 	// Clients that leave take their devices with them.
 	leave()
 	wg.Wait()
@@ -163,7 +182,7 @@ func TestHugeRequests(t *testing.T) {
 	} {
 		c := b.dial()
 		go io.WriteString(c, request)
-		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		c.SetReadDeadline(time.Now().Add(atMost))
 		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
 			t.Errorf("%s: %v", what, err)
@@ -271,6 +290,7 @@ func TestRemoveInUse(t *testing.T) {
 // A server that stops answers requests that wait, says what it is at, and opens nothing.
 func TestStopDuringRequests(t *testing.T) {
 	b := newBed(t, host.Options{})
+	b.restart(bounds{header: atMost, body: atMost, write: atMost, idle: atMost, stop: atMost, add: atMost})
 	image := b.push("team/app:v1", blocktest.NewImage(t, 1, 100))
 	d := b.add("root", image)
 	_, release, err := b.host.Acquire(t.Context(), "root", nil)
@@ -348,10 +368,9 @@ func TestStatusOfSlowOrigin(t *testing.T) {
 	}()
 	status := func() host.Status {
 		t.Helper()
-		began := time.Now()
-		st, err := b.client.Status(t.Context())
-		if err != nil || time.Since(began) > time.Second {
-			t.Fatalf("after %v: %v", time.Since(began), err)
+		st, err := b.client.Status(t.Context()) // which the registry could hold up for ever
+		if err != nil {
+			t.Fatal(err)
 		}
 		return st
 	}
@@ -361,7 +380,7 @@ func TestStatusOfSlowOrigin(t *testing.T) {
 	}
 	select {
 	case pass <- struct{}{}:
-	case <-time.After(30 * time.Second):
+	case <-time.After(atMost):
 		t.Fatal("no request")
 	}
 	await(t, "some of it has come", func() bool { return status().Counts.Chunks > 0 })
@@ -385,7 +404,8 @@ func TestStatusOfSlowOrigin(t *testing.T) {
 	for i := range m.Index.Streams {
 		chunks += int64(len(m.Index.Streams[i].Chunks))
 	}
-	if st := status(); st.Counts.Bytes > stored || st.Counts.Chunks+st.Counts.Local != chunks || st.Counts.Failed != 0 {
+	// A chunk that is late on a busy machine is requested once more.
+	if st := status(); st.Counts.Bytes > stored && st.Counts.Extra == 0 || st.Counts.Chunks+st.Counts.Local != chunks || st.Counts.Failed != 0 {
 		t.Errorf("all %d chunks of %d bytes were read: %+v", chunks, stored, st)
 	}
 }

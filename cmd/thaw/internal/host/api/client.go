@@ -21,7 +21,7 @@ import (
 // How long a client waits: a server that is alive tells its status at once, and other
 // requests may have to wait.
 const (
-	aliveTimeout = 2 * time.Second
+	aliveTimeout = 10 * time.Second // the machine may be busy
 	waitsTimeout = addTimeout + 10*time.Second
 )
 

@@ -87,7 +87,7 @@ func (p *probe) WriteHeader(int)             {}
 // ServeHTTP reads the body, does what the route is for, and writes the answer.
 func (rt route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s := rt.s
-	body, err := readBody(w, r)
+	body, err := readBody(w, r, s.bounds.body)
 	if err != nil {
 		s.writeError(w, err)
 		return
@@ -118,7 +118,7 @@ func (rt route) work(w http.ResponseWriter, r *http.Request, body []byte) (respo
 }
 
 // readBody reads all of a request's body, which must come in time.
-func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+func readBody(w http.ResponseWriter, r *http.Request, timeout time.Duration) ([]byte, error) {
 	tooLarge := fail(http.StatusRequestEntityTooLarge, "the body of the request has more than %d bytes", maxBody)
 	if r.ContentLength > maxBody {
 		w.Header().Set("Connection", "close") // without reading the rest
@@ -128,7 +128,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, nil
 	}
 	c := http.NewResponseController(w)
-	_ = c.SetReadDeadline(time.Now().Add(bodyTimeout))
+	_ = c.SetReadDeadline(time.Now().Add(timeout))
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	var tooMany *http.MaxBytesError
 	switch {
@@ -183,7 +183,7 @@ func (s *Server) write(w http.ResponseWriter, a response) {
 	if code != http.StatusNoContent {
 		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	}
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(writeTimeout))
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.bounds.write))
 	w.WriteHeader(code)
 	if _, err := w.Write(b); err != nil && len(b) > 0 {
 		s.log.Debug("cannot answer on the control socket", "err", err)

@@ -109,7 +109,7 @@ func (s *Server) add(r *http.Request, body []byte) (response, error) {
 	if len(s.host.Devices()) >= maxDevices {
 		return response{}, fail(http.StatusConflict, "there are %d devices, the most that a server takes: remove some", maxDevices)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), s.addTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), s.bounds.add)
 	defer cancel()
 	added, err := s.host.Add(ctx, host.Spec{Name: n.Name, Image: n.Image, Keep: true})
 	if err != nil {

@@ -53,7 +53,7 @@ func (s *Server) attach(r *http.Request, body []byte) (response, error) {
 			return response{}, fail(http.StatusBadRequest, "%s %.100q: it must be at most %d bytes of printable text", field, v, maxName)
 		}
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), s.addTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), s.bounds.add)
 	defer cancel()
 	n, err := s.host.Attach(ctx, spec)
 	if err != nil {

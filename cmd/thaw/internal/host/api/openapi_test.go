@@ -219,7 +219,7 @@ func TestOpenAPI(t *testing.T) {
 	do(502, "POST", "/v1/nodes", other)
 	do(502, "POST", "/v1/devices/"+again.ID+"/commit", to(b.registry+"/team/app:commit", ""))
 	b.silent()
-	b.server.addTimeout = 50 * time.Millisecond
+	b.server.bounds.add = 50 * time.Millisecond
 	do(504, "POST", "/v1/devices", other)
 	do(504, "POST", "/v1/nodes", other)
 

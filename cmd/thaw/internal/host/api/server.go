@@ -17,14 +17,18 @@ import (
 // socketName is the socket in the cache directory.
 const socketName = "control.sock"
 
-// Bounds of time. A client that is alive sends a request, and takes an answer, at once.
-const (
-	headerTimeout = 5 * time.Second
-	bodyTimeout   = 5 * time.Second
-	writeTimeout  = 5 * time.Second
-	idleTimeout   = time.Minute
-	stopTimeout   = 500 * time.Millisecond // for answers that are under way at the end
-)
+// bounds are bounds of time. Tests raise them.
+type bounds struct {
+	// A client that is alive sends a request, and takes an answer, at once.
+	header, body, write time.Duration
+	idle                time.Duration
+	stop                time.Duration // for answers that are under way at the end
+	add                 time.Duration // for the opening of a device that is added
+}
+
+var defaultBounds = bounds{
+	header: 5 * time.Second, body: 5 * time.Second, write: 5 * time.Second, idle: time.Minute, stop: 500 * time.Millisecond, add: addTimeout,
+}
 
 // maxHeader bounds the header of a request, in bytes; net/http adds 4 KiB.
 const maxHeader = 8 << 10
@@ -39,7 +43,7 @@ type Server struct {
 	mux   *http.ServeMux
 	conns conns
 
-	addTimeout time.Duration // bounds the opening of a device that is added
+	bounds bounds
 
 	ctx      context.Context // ends the requests that wait
 	cancel   context.CancelFunc
@@ -57,18 +61,23 @@ type Server struct {
 // one. version is the program's.
 func Start(ctx context.Context, h *host.Host, dir, version string, log *slog.Logger) *Server {
 	s := newServer(h, version, log)
-	l, err := nbd.ListenPrivate(ctx, filepath.Join(dir, socketName))
-	if err != nil {
-		log.Warn("cannot listen on the control socket: other commands will not reach this server", "err", err)
-		close(s.done)
-		return s
-	}
-	s.serve(l)
+	s.listen(ctx, dir)
 	return s
 }
 
+// listen serves the API on the socket in dir, if it can.
+func (s *Server) listen(ctx context.Context, dir string) {
+	l, err := nbd.ListenPrivate(ctx, filepath.Join(dir, socketName))
+	if err != nil {
+		s.log.Warn("cannot listen on the control socket: other commands will not reach this server", "err", err)
+		close(s.done)
+		return
+	}
+	s.serve(l)
+}
+
 func newServer(h *host.Host, version string, log *slog.Logger) *Server {
-	s := &Server{host: h, version: version, log: log, mux: http.NewServeMux(), addTimeout: addTimeout, done: make(chan struct{})}
+	s := &Server{host: h, version: version, log: log, mux: http.NewServeMux(), bounds: defaultBounds, done: make(chan struct{})}
 	s.conns.open = make(map[net.Conn]*conn)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	for _, r := range s.routes() {
@@ -80,9 +89,9 @@ func newServer(h *host.Host, version string, log *slog.Logger) *Server {
 func (s *Server) serve(l net.Listener) {
 	s.http = &http.Server{
 		Handler:                      http.HandlerFunc(s.answer),
-		ReadHeaderTimeout:            headerTimeout,
-		WriteTimeout:                 writeTimeout, // set again when an answer is ready
-		IdleTimeout:                  idleTimeout,
+		ReadHeaderTimeout:            s.bounds.header,
+		WriteTimeout:                 s.bounds.write, // set again when an answer is ready
+		IdleTimeout:                  s.bounds.idle,
 		MaxHeaderBytes:               maxHeader,
 		DisableGeneralOptionsHandler: true,
 		ConnContext:                  s.conns.add,
@@ -103,7 +112,7 @@ func (s *Server) Stop(ctx context.Context) {
 	s.cancel()
 	if s.http != nil {
 		s.conns.closeIdle()
-		ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+		ctx, cancel := context.WithTimeout(ctx, s.bounds.stop)
 		defer cancel()
 		if s.http.Shutdown(ctx) != nil {
 			s.http.Close()
