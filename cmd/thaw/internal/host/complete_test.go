@@ -94,16 +94,18 @@ func TestCompleteWithoutRegistry(t *testing.T) {
 	if st := h.Status(); st.Devices.Complete != 2 || st.Devices.Missing != 0 {
 		t.Errorf("%+v", st.Devices)
 	}
-	if n := r.sent.Load(); n > in.Stored {
+	// A chunk that is late on a busy machine is requested once more.
+	if n, late := r.sent.Load(), h.Stats().Extra > 0; n > in.Stored && !late || n > 2*in.Stored {
 		t.Errorf("%d bytes were sent for an image of %d", n, in.Stored)
 	}
 	r.server.Close()
 	read(t, d.Block(), m, whole(m))
 	h.Close()
 	h = fast(r.open(Options{Dir: dir, Complete: CompleteOptions{After: time.Millisecond}}))
+	h.traces.opener.patience = 10 * atMost // which nobody needs for a digest
 	began := time.Now()
 	byDigest := add(t, h, digest)
-	if took := time.Since(began); took > patience/2 {
+	if took := time.Since(began); took > 5*atMost {
 		t.Errorf("the image was named by its digest, and opened after %v", took)
 	}
 	read(t, byDigest.Block(), m, whole(m))
@@ -127,9 +129,9 @@ func TestCompleteGoesOn(t *testing.T) {
 	m := blocktest.NewImage(t, 2, 20000)
 	name := r.push("team/app:v1", m)
 	dir := t.TempDir()
-	h := fast(r.open(Options{Dir: dir, Complete: CompleteOptions{After: time.Millisecond, Rate: 16 << 20}}))
+	h := fast(r.open(Options{Dir: dir, Complete: CompleteOptions{After: time.Millisecond, Rate: 4 << 20}}))
 	d := add(t, h, name)
-	await(t, "a part of it is here", func() bool { return d.Info().Resident > 8<<20 })
+	await(t, "a part of it is here", func() bool { return d.Info().Resident > 2<<20 })
 	if c := d.Info().Completion; c.State == completeDone {
 		t.Fatalf("it is complete: the rate was not kept")
 	}
@@ -149,10 +151,13 @@ func TestCompleteTriesAgain(t *testing.T) {
 	r := newCompletingRegistry(t)
 	m := blocktest.NewImage(t, 3, 1000)
 	name := r.push("team/app:v1", m)
-	h := fast(r.open(Options{Complete: CompleteOptions{After: 50 * time.Millisecond}}))
-	d := add(t, h, name)
-	read(t, d.Block(), m, blockmap.Range(0, 4096))
+	dir := t.TempDir()
+	h := r.open(Options{Dir: dir}) // which does not complete it
+	read(t, add(t, h, name).Block(), m, blockmap.Range(0, 4096))
+	h.Close()
 	r.refuses.Store(true)
+	h = fast(r.open(Options{Dir: dir, Complete: CompleteOptions{After: time.Millisecond}}))
+	d := add(t, h, name)
 	await(t, "completion has failed", func() bool {
 		c := d.Info().Completion
 		return c.State == completeRetrying && strings.Contains(c.Error, "503")
@@ -195,8 +200,9 @@ func TestCompleteAfterQuiet(t *testing.T) {
 	r := newCompletingRegistry(t)
 	m := blocktest.NewImage(t, 5, 4000)
 	h := fast(r.open(Options{Complete: CompleteOptions{After: 500 * time.Millisecond}}))
-	d := add(t, h, r.push("team/app:v1", m))
-	last := time.Now()
+	name := r.push("team/app:v1", m)
+	last := time.Now() // or earlier: the last demand was not before
+	d := add(t, h, name)
 	for at := int64(0); at < 90; at++ {
 		time.Sleep(10 * time.Millisecond)
 		e := blockmap.Range(at*160<<10, 4096)
@@ -209,11 +215,14 @@ func TestCompleteAfterQuiet(t *testing.T) {
 		} else if since >= 500*time.Millisecond {
 			break // on a busy machine
 		}
+		began := time.Now()
 		read(t, d.Block(), m, e)
-		last = time.Now()
+		if !d.image.fetcher.LastDemand().Before(began) { // or else it has come with others meanwhile
+			last = began
+		}
 	}
 	await(t, "the image is complete", func() bool { return d.Info().Completion.State == completeDone })
-	if took := time.Since(last); took < 400*time.Millisecond {
+	if took := time.Since(last); took < 500*time.Millisecond {
 		t.Errorf("it was complete %v after the last demand", took)
 	}
 }

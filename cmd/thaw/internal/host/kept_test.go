@@ -98,7 +98,7 @@ func TestKeptOverlaysAreForgotten(t *testing.T) {
 	// A host without ephemeral overlays, and one that has them.
 	plain := o
 	plain.Overlay = OverlayOptions{}
-	h = r.open(plain)
+	h = patient(r.open(plain))
 	h.Recover()
 	if err := h.RestoreDevices(t.Context()); err != nil {
 		t.Fatal(err)
@@ -125,7 +125,7 @@ func TestKeptOverlaysAreForgotten(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(o.Dir, stateName), []byte(boot), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	h = r.open(o)
+	h = patient(r.open(o))
 	h.Recover()
 	if n := ephemerals(t, o.Dir); len(n) != 0 {
 		t.Errorf("after a reboot: %q", n)
@@ -237,7 +237,7 @@ func TestRestoreDefault(t *testing.T) {
 	if err := writeState(cache, s, true); err != nil {
 		t.Fatal(err)
 	}
-	h = r.open(o)
+	h = patient(r.open(o))
 	server.Exports = NewExports(h, nil, nil, false)
 	h.Recover()
 	if err := h.RestoreDevices(t.Context()); err != nil {

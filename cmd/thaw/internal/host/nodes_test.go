@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -44,7 +43,7 @@ func attachTo(t testing.TB, h *Host, spec NodeSpec) NodeInfo {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), atMost)
 		defer cancel()
 		if _, err := h.Detach(ctx, n.ID, false); err != nil && !errors.Is(err, ErrNoNode) {
 			t.Errorf("detach %s: %v", n.Node, err)
@@ -334,7 +333,7 @@ func TestDetachWhileRecovering(t *testing.T) {
 		all := h.Nodes()
 		return len(all) == 1 && all[0].State == NodeRecovering && all[0].Error != ""
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), atMost)
 	defer cancel()
 	if gone, err := h.Detach(ctx, h.Nodes()[0].ID, true); err != nil || !gone {
 		t.Errorf("gone: %v, %v", gone, err)

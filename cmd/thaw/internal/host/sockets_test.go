@@ -147,7 +147,7 @@ func TestSocketFails(t *testing.T) {
 		if !errors.Is(err, net.ErrClosed) {
 			t.Error(err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(atMost):
 		t.Error("nobody is told")
 	}
 }

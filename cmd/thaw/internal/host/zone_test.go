@@ -314,12 +314,13 @@ func TestImagesOfPeersAreBounded(t *testing.T) {
 	r.refuse.Store(true)
 	n = r.requests.Load()
 	other := r.host + "/team/none@sha256:" + strings.Repeat("ab", 32)
+	began := time.Now()
 	for range 10 {
 		if _, _, err := s.Stream(t.Context(), other, stream); err == nil {
 			t.Error("it is opened")
 		}
 	}
-	if asked := r.requests.Load() - n; asked > 3 {
+	if asked := r.requests.Load() - n; asked > 3*(1+int64(time.Since(began)/peerErrorKept)) {
 		t.Errorf("%d requests for an image that cannot be opened", asked)
 	}
 	// A peer that leaves does not wait.
@@ -354,14 +355,26 @@ func TestTwoHosts(t *testing.T) {
 		}
 		read(t, d[0].Block(), m, blockmap.Extent{End: int64(len(m.Content))})
 	}
-	x, err := a.Zone(t.Context(), true)
-	y, err2 := b.Zone(t.Context(), true)
-	if err != nil || err2 != nil || x.Received == 0 || y.Received == 0 || x.Sent == 0 || y.Sent == 0 || len(x.Peers) != 1 || x.Peers[0].Health == nil {
-		t.Errorf("%+v\n%+v", x, y)
+	// What was sent is counted after it has arrived, and a busy peer may answer too late.
+	var x, y ZoneStatus
+	await(t, "both have sent and received, and answer", func() bool {
+		var err, err2 error
+		x, err = a.Zone(t.Context(), true)
+		y, err2 = b.Zone(t.Context(), true)
+		if err != nil || err2 != nil || len(x.Peers) != 1 {
+			t.Fatalf("%+v, %v\n%+v, %v", x, err, y, err2)
+		}
+		return x.Received > 0 && y.Received > 0 && x.Sent > 0 && y.Sent > 0 && x.Peers[0].Health != nil
+	})
+	// Each byte once, and the index and what the fetcher reads with its neighbours. What a peer
+	// is late with comes from the registry as well.
+	late := int64(0)
+	for _, h := range []*Host{a, b} {
+		st := h.fetcher.Stats()
+		late += st.PassedOver + st.Extra
 	}
-	// Each byte once, and the index and what the fetcher reads with its neighbours.
-	if sum := x.Registry + y.Registry; sum > stored*105/100 {
-		t.Errorf("%d bytes came from the registry, which has %d", sum, stored)
+	if sum := x.Registry + y.Registry; sum > stored*105/100 && late == 0 || sum >= 2*stored {
+		t.Errorf("%d bytes came from the registry, which has %d; %d requests were late", sum, stored, late)
 	}
 	if _, err := r.open(Options{}).Zone(t.Context(), false); !errors.Is(err, ErrNoZone) {
 		t.Errorf("a host in no zone: %v", err)

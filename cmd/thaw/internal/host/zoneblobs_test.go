@@ -14,7 +14,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -179,7 +178,7 @@ func TestBlobsLeaveTheRegistryOnce(t *testing.T) {
 					}
 					await(t, "the trace is replayed", func() bool { p := d[0].whose().start.prefetchInfo(); return p.State == "ended" })
 					got := make([]byte, len(m.Content))
-					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					ctx, cancel := context.WithTimeout(t.Context(), atMost)
 					defer cancel()
 					if err := blockmap.ReadInto(ctx, d[0].Block(), blockmap.Extent{End: int64(len(got))}, got); err != nil || !bytes.Equal(got, m.Content) {
 						t.Errorf("%s: wrong bytes, %v", h.zone.Name(), err)
