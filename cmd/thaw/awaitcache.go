@@ -26,21 +26,26 @@ func awaitCache(ctx context.Context, log *slog.Logger, cache string, open func()
 	}
 	defer client.Close()
 	said := false
+	var silent time.Time // since when the process does not say what it is; a server that ends does at first
 	for began := time.Now(); ; {
 		h, err := open()
 		if !errors.Is(err, blockmap.ErrLocked) {
 			return h, err
 		}
-		limit, what := startTime, []any{"cache", client.Dir()}
+		since, limit, what := began, startTime, []any{"cache", client.Dir()}
 		switch st, e := client.Status(ctx); {
 		case e == nil && st.Ending:
+			silent = time.Time{}
 			what = append(what, "pid", st.PID)
 		case errors.Is(e, api.ErrNoServer):
-			limit = cacheWait
+			if silent.IsZero() {
+				silent = time.Now()
+			}
+			since, limit = silent, cacheWait
 		default: // also one that does not answer in time
 			return nil, err
 		}
-		if time.Since(began) > limit {
+		if time.Since(since) > limit {
 			return nil, err
 		}
 		if !said {

@@ -3,6 +3,7 @@ package main
 import (
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -19,19 +20,35 @@ func TestTheCacheIsAwaited(t *testing.T) {
 	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cache, "--overlay", overlay)
 	qemuWrite(t, s.as(image), "write -P 3 8M 4k")
 	s.term()
-	ending := func() *server { return serving(t, "--nodes-only", "--exit-unused", "1s", "--cache", cache) }
+	// A server that ends when the other one waits for it: nobody uses it.
+	ending := func() *server { return serving(t, "--nodes-only", "--exit-unused", "1h", "--cache", cache) }
 	s = ending()
-	if _, stderr, code := thaw(t, "commit", overlay, dst, "--cache", cache, "--crash-consistent"); code != exitOK || !strings.Contains(stderr, waits) {
-		t.Errorf("exit %d, %s", code, stderr)
+	commit := asProgram("commit", overlay, dst, "--cache", cache, "--crash-consistent")
+	var said syncBuffer
+	commit.Stderr = &said
+	check(t, startWithUs(commit))
+	until(t, "the commit waits", func() bool { return strings.Contains(said.String(), waits) })
+	time.Sleep(cacheWait + 100*time.Millisecond) // longer than for a process that does not say what it is
+	s.term()
+	if err := commit.Wait(); err != nil {
+		t.Errorf("%v, %s", err, said.String())
 	}
-	<-s.done
 	s = ending()
-	next := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cache)
-	if !next.said(waits) {
-		t.Errorf("it says nothing: %s", next.stderr.String())
+	next := asProgram("serve", image, "--listen", "unix:"+socket(t), "--cache", cache)
+	var nextSaid syncBuffer
+	next.Stderr = &nextSaid
+	check(t, startWithUs(next))
+	t.Cleanup(func() { next.Process.Kill() })
+	until(t, "the next server waits", func() bool { return strings.Contains(nextSaid.String(), waits) })
+	s.term()
+	until(t, "the next server serves", func() bool {
+		out, _, _ := thaw(t, "status", "--cache", cache)
+		return strings.Contains(out, "server    serving")
+	})
+	check(t, next.Process.Signal(syscall.SIGTERM))
+	if err := next.Wait(); err != nil {
+		t.Errorf("%v, %s", err, nextSaid.String())
 	}
-	<-s.done
-	next.term()
 
 	// A process that has the cache and does not say what it is.
 	lock, err := blockmap.OS.Lock(filepath.Join(cache, "lock"))
