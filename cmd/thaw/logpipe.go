@@ -14,6 +14,7 @@ import (
 type logPipe struct {
 	w    io.Writer
 	done chan struct{}
+	next chan struct{} // has a token when a line was written
 
 	mu struct {
 		sync.Mutex
@@ -27,13 +28,17 @@ const logLines = 1024
 
 // newLogPipe starts a pipe to w. It logs to warn how many lines were dropped.
 func newLogPipe(w io.Writer, warn *slog.Logger) *logPipe {
-	p := &logPipe{w: w, done: make(chan struct{})}
+	p := &logPipe{w: w, done: make(chan struct{}), next: make(chan struct{}, 1)}
 	lines := make(chan []byte, logLines)
 	p.mu.lines = lines
 	go func() {
 		defer close(p.done)
 		for line := range lines {
 			_, _ = w.Write(line)
+			select {
+			case p.next <- struct{}{}:
+			default:
+			}
 			p.mu.Lock()
 			n := p.mu.dropped
 			p.mu.dropped = 0
@@ -58,8 +63,9 @@ func (p *logPipe) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// close writes the lines that wait, for d at most.
-func (p *logPipe) close(d time.Duration) {
+// close writes the lines that wait, as long as each takes less than line, and all of them less
+// than all.
+func (p *logPipe) close(line, all time.Duration) {
 	p.mu.Lock()
 	lines := p.mu.lines
 	p.mu.lines = nil // a nil channel takes nothing
@@ -67,10 +73,19 @@ func (p *logPipe) close(d time.Duration) {
 	if lines != nil {
 		close(lines)
 	}
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-p.done:
-	case <-t.C:
+	end := time.NewTimer(all)
+	defer end.Stop()
+	for {
+		stuck := time.NewTimer(line)
+		select {
+		case <-p.next:
+			stuck.Stop()
+			continue
+		case <-p.done:
+		case <-stuck.C:
+		case <-end.C:
+		}
+		stuck.Stop()
+		return
 	}
 }

@@ -39,7 +39,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 		return err
 	}
 	pipe := newLogPipe(a.stderr, warn)
-	defer pipe.close(time.Second / 4)
+	defer pipe.close(time.Second/4, 2*time.Second)
 	a.stderr = pipe
 	find, err := a.access(ctx, nil)
 	if err != nil {
@@ -105,7 +105,7 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 		Dir: s.cache, Mode: blockmap.Mode(s.mode), Quota: int64(s.quota), Trace: s.traceOptions(),
 		Overlay: s.overlay, Sockets: host.SocketOptions{Dir: s.vhostUser, Server: machines}, Zone: s.serveOptions.zone.options(s.allow),
 		Complete: host.CompleteOptions{After: time.Duration(s.complete), Rate: int64(s.completeRate)}, Decoders: procs, NBD: server, Admission: admission,
-		EndsUnused: s.unused > 0,
+		EndsUnused: s.unused > 0, Patience: startPatience,
 	}
 	o.Finder = s.find
 	h, err := awaitCache(ctx, s.find.Log, s.cache, func() (*host.Host, error) {
@@ -187,6 +187,9 @@ func (s *service) run(ctx context.Context, names []string) (err error) {
 	}
 	return s.serveUntil(ctx, server, machines, listeners, h)
 }
+
+// startPatience is host.Options.Patience. Tests raise it.
+var startPatience time.Duration
 
 // nodeInFlight is how many bytes the requests of all nodes have in flight.
 const nodeInFlight = 256 << 20

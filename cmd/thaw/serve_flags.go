@@ -225,7 +225,7 @@ keeps the newest 32.`,
 	f.Var(&o.ahead, "fetch-ahead", "`LIST` of what to prefetch without a trace: metadata, readahead, program (the files of the image's program), or none")
 	f.IntVar(&o.wait, "prefetch-wait", 0, "delay readiness until this `PERCENT` of the trace is prefetched (default: do not wait)")
 	f.DurationVar(&o.waitFor, "prefetch-wait-for", time.Minute, "delay readiness by at most this `TIME` for --prefetch-wait")
-	o.complete = completeFlag(10 * time.Second)
+	o.complete = completeAfter
 	f.Var(&o.complete, "complete", "fetch the rest of an image once no client has waited for the registry for this `TIME`, if the cache has room for it; or off")
 	f.Var(&o.completeRate, "complete-rate", "fetch at most this `SIZE` per second for --complete (default: no limit)")
 	f.BoolVar(&a.json, "json", false, "print the ready line as JSON")
@@ -355,6 +355,9 @@ func (o *serveOptions) traceOptions() host.TraceOptions {
 	t.RecordBytes, t.Rate, t.Ahead = int64(o.recordBytes), int64(o.rate), host.Ahead(o.ahead)
 	return t
 }
+
+// completeAfter is the default of --complete. Tests turn it off for servers that commands start.
+var completeAfter = completeFlag(10 * time.Second)
 
 // completeFlag is a flag with a time, or off, which is 0.
 type completeFlag time.Duration

@@ -49,6 +49,7 @@ type Options struct {
 	Admission *nbd.Admission
 	// EndsUnused says that the host is about to be stopped whenever nobody uses it.
 	EndsUnused bool
+	Patience   time.Duration // how long a start waits for a registry where it can go on without an answer; 0: 2 s
 }
 
 // MinQuota is the smallest quota of a cache. Transports read in windows of 4 MiB, which
@@ -137,7 +138,7 @@ func Open(o Options) (*Host, error) {
 	})
 	limit, limited := context.WithCancelCause(context.Background())
 	h.limited = limited
-	opener := &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher, patience: patience}
+	opener := &opener{Finder: o.Finder, cache: h.cache, fetcher: h.fetcher, patience: cmp.Or(o.Patience, patience)}
 	if o.Zone.Name != "" {
 		if h.zone, err = openZone(limit, o.Zone, opener); err != nil {
 			limited(nil)
