@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -10,9 +11,10 @@ import (
 	"thaw/tracefile"
 )
 
-// line is the last line of a log with that message.
+// line is the last line of a log with that message, which may be on its way.
 func (s *server) line(t testing.TB, msg string) (fields map[string]any) {
 	t.Helper()
+	s.said(`"msg":"` + msg + `"`)
 	for l := range strings.Lines(s.stderr.String()) {
 		if strings.Contains(l, `"msg":"`+msg+`"`) {
 			fields = nil
@@ -26,6 +28,18 @@ func (s *server) line(t testing.TB, msg string) (fields map[string]any) {
 	}
 	return fields
 }
+
+// stopTrace ends the recording. That it ends by itself when all is quiet takes a machine on which
+// a client that reads is never quiet.
+func (s *server) stopTrace() {
+	s.t.Helper()
+	if out := must(s.t, "trace", "stop", "--cache", s.cache()); !strings.HasPrefix(out, "1 recording") {
+		s.t.Errorf("thaw trace stop: %s", out)
+	}
+}
+
+// cache is the cache directory.
+func (s *server) cache() string { return s.cmd.Args[slices.Index(s.cmd.Args, "--cache")+1] }
 
 const (
 	saidStored   = "stored the recording beside its image"
@@ -73,8 +87,9 @@ func TestAutoBundle(t *testing.T) {
 		t.Helper()
 		return serving(t, append([]string{ref, "--listen", "unix:" + socket(t), "--cache", t.TempDir(), "--trace", "auto", "--fetch-ahead", "none"}, args...)...)
 	}
-	s := auto(one, "--trace-push", "--record-quiet", "200ms")
+	s := auto(one, "--trace-push", "--record-quiet", "1h")
 	qemuRead(t, s.uri(), reads(run, 0, 40)...)
+	s.stopTrace()
 	if !s.said(saidStored) || !s.said(saidPacked) {
 		t.Fatalf("%s", s.stderr.String())
 	}
@@ -96,7 +111,7 @@ func TestAutoBundle(t *testing.T) {
 
 	// The next version: nothing is stored beside it yet.
 	run = largestRun(t, two)
-	s = auto(two, "--trace-push", "--record-quiet", "200ms", "--prefetch-wait", "100")
+	s = auto(two, "--trace-push", "--record-quiet", "1h", "--prefetch-wait", "100")
 	l := s.line(t, saidReplay)
 	if l["of_another_version"] != true || l["shared_leaves"].(float64) < 40 || l["shared_leaves"].(float64) > l["bundle_leaves"].(float64) {
 		t.Errorf("it replays %v", l)
@@ -107,6 +122,7 @@ func TestAutoBundle(t *testing.T) {
 	if n := ranges(p.take(), bundle, true); len(n) != 0 {
 		t.Errorf("reads of what both versions have made requests: %v", n)
 	}
+	s.stopTrace()
 	if !s.said(saidStored) || !s.said(saidPacked) {
 		t.Fatalf("%s", s.stderr.String())
 	}
@@ -144,7 +160,7 @@ func TestBundleIsPackedLater(t *testing.T) {
 	image := "oci:" + dir + "/dst:x"
 	must(t, "build", "--size", "32M", "docker-archive:"+dir+"/src.tar", image)
 	run := largestRun(t, image)
-	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", "auto", "--trace-push")
+	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", "auto", "--trace-push", "--record-quiet", "1h")
 	qemuRead(t, s.uri(), reads(run, 0, 20)...)
 	s.term()
 	if s.lines(saidStored) != 1 || s.lines(saidPacked) != 0 {
@@ -179,8 +195,9 @@ func TestStaleTrace(t *testing.T) {
 	run := largestRun(t, image)
 	start := func(first, n int, said string) *server {
 		t.Helper()
-		s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", "auto", "--trace-push", "--record-quiet", "150ms", "--fetch-ahead", "none")
+		s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", dir+"/c", "--trace", "auto", "--trace-push", "--record-quiet", "1h", "--fetch-ahead", "none")
 		qemuRead(t, s.uri(), reads(run, first, n)...)
+		s.stopTrace()
 		if !s.said(said) {
 			t.Fatalf("%s", s.stderr.String())
 		}

@@ -214,7 +214,7 @@ func TestInterruptedBuild(t *testing.T) {
 			}
 			if r.Method == http.MethodGet && strings.Contains(r.URL.Path, digests[layer]) {
 				// The layers are read at the same time: the others are to be done.
-				for end := time.Now().Add(20 * time.Second); strings.Count(stderr.String(), "stored as") < layer && time.Now().Before(end); {
+				for end := time.Now().Add(atMost); strings.Count(stderr.String(), "stored as") < layer && time.Now().Before(end); {
 					time.Sleep(time.Millisecond)
 				}
 				cancel()

@@ -42,15 +42,7 @@ func nbdFile(t testing.TB, s *server, readOnly bool) (path string, end func()) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	path = filepath.Join(dir, "nbd")
-	for i := 0; ; i++ {
-		if _, err := os.Stat(path); err == nil {
-			break
-		}
-		if i == 1000 {
-			t.Fatalf("nbdfuse does not start: %s", stderr.String())
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	until(t, "nbdfuse starts", func() bool { _, err := os.Stat(path); return err == nil || t.Context().Err() != nil })
 	done := false
 	end = func() {
 		t.Helper()
@@ -63,7 +55,7 @@ func nbdFile(t testing.TB, s *server, readOnly bool) (path string, end func()) {
 			if err == nil || strings.Contains(string(out), "not found in") || strings.Contains(string(out), "not mounted") {
 				break
 			}
-			if i == 500 {
+			if i == 6000 {
 				t.Errorf("fusermount3: %v: %s", err, out)
 				cmd.Process.Kill()
 				break
@@ -373,7 +365,7 @@ func TestCommitLive(t *testing.T) {
 		t.Helper()
 		select {
 		case <-c:
-		case <-time.After(30 * time.Second):
+		case <-time.After(atMost):
 			t.Fatalf("nothing is pushed:\n%s", s.stderr.String())
 		}
 	}
@@ -438,16 +430,10 @@ func TestCommitLive(t *testing.T) {
 	if err := client.Wait(); err == nil || !strings.Contains(stderr.String(), "interrupted") {
 		t.Errorf("%v, %s", err, stderr.String())
 	}
-	for i := 0; ; i++ {
+	until(t, "the levels are merged", func() bool {
 		o := decoded[shownOverlay](t, must(t, "overlay", "inspect", "--json", overlay))
-		if o.Levels == 1 && listed(t, cache, source).Commit == nil {
-			break
-		}
-		if i == 1000 {
-			t.Fatal("the levels are not merged")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		return o.Levels == 1 && listed(t, cache, source).Commit == nil
+	})
 	release()
 	if raw, err := http.Get(p.URL + "/v2/team/app/manifests/cut"); err != nil || raw.StatusCode != 404 {
 		t.Errorf("a commit that was cut off has an image: %v", err)

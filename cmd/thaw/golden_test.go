@@ -204,7 +204,7 @@ func overlayOf(t testing.TB, dir, build string) string {
 // readyLine is what thaw serve --json prints.
 func readyLine(t testing.TB, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*atMost)
 	defer cancel()
 	r, w := io.Pipe()
 	ended := make(chan int, 1)

@@ -21,12 +21,16 @@ import (
 type gate struct {
 	mu    sync.Mutex
 	held  []chan struct{}
-	last  time.Time // when a request has come, or was let through
+	calm  int // probes since a request has come, or was let through
 	trips int
 }
 
-// quiet is after how long without a request no more are expected.
-const quiet = 150 * time.Millisecond
+// No more requests are expected after this many probes without one, each after a pause. A probe is
+// a request itself: it takes longer on a busy machine, where others come later.
+const (
+	calmProbes = 15
+	probePause = 10 * time.Millisecond
+)
 
 func startGate(t testing.TB, p *proxy) *gate {
 	t.Helper()
@@ -34,28 +38,36 @@ func startGate(t testing.TB, p *proxy) *gate {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		every := time.NewTicker(quiet / 15)
-		defer every.Stop()
 		for {
 			select {
 			case <-stop:
 				g.let()
 				return
-			case <-every.C:
+			case <-time.After(probePause):
 			}
+			resp, err := http.Get(p.URL + probePath)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			resp.Body.Close()
 			g.mu.Lock()
-			full := len(g.held) > 0 && time.Since(g.last) > quiet
+			g.calm++
+			full := len(g.held) > 0 && g.calm > calmProbes
 			g.mu.Unlock()
 			if full {
 				g.let()
 			}
 		}
 	})
-	t.Cleanup(func() { p.set(nil); close(stop); wg.Wait() })
+	t.Cleanup(func() { close(stop); wg.Wait(); p.set(nil) })
 	p.set(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == probePath {
+			return false
+		}
 		c := make(chan struct{})
 		g.mu.Lock()
-		g.held, g.last = append(g.held, c), time.Now()
+		g.held, g.calm = append(g.held, c), 0
 		g.mu.Unlock()
 		select {
 		case <-c:
@@ -67,6 +79,9 @@ func startGate(t testing.TB, p *proxy) *gate {
 	return g
 }
 
+// probePath is that of a probe.
+const probePath = "/probe"
+
 // let lets through what is held.
 func (g *gate) let() {
 	g.mu.Lock()
@@ -74,7 +89,7 @@ func (g *gate) let() {
 	for _, c := range g.held {
 		close(c)
 	}
-	g.held, g.last = nil, time.Now()
+	g.held, g.calm = nil, 0
 	g.trips++
 }
 

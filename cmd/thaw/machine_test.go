@@ -104,7 +104,7 @@ func (m *machine) send(id, flags uint32, payload []byte, fds ...int) error {
 
 // reply receives the reply to a message.
 func (m *machine) reply(id uint32) (payload []byte, fd int, err error) {
-	m.nc.SetReadDeadline(time.Now().Add(20 * time.Second))
+	m.nc.SetReadDeadline(time.Now().Add(atMost))
 	var head [12]byte
 	oob := make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := m.nc.ReadMsgUnix(head[:], oob)
@@ -210,7 +210,7 @@ func (m *machine) connect(path string) error {
 // mustConnect is connect, again and again while the server is not there.
 func (m *machine) mustConnect(path string) {
 	m.t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(20 * time.Millisecond) {
 		err := m.connect(path)
 		if err == nil {
 			return
@@ -269,7 +269,7 @@ func (m *machine) begin(slot int, op uint32, off int64, out []byte, n int) {
 func (m *machine) end(slot, n int) (status byte, data []byte) {
 	m.t.Helper()
 	first := uint16(4 * slot)
-	for end := time.Now().Add(30 * time.Second); ; {
+	for end := time.Now().Add(atMost); ; {
 		idx := uint16(atomic.LoadUint32((*uint32)(unsafe.Pointer(&m.mem[usedRing]))) >> 16)
 		for ; m.seen != idx; m.seen++ {
 			head := uint16(binary.LittleEndian.Uint32(m.mem[usedRing+4+8*(int(m.seen)%queueSize):]))

@@ -146,7 +146,7 @@ func (b *nodeBed) clean() {
 		b.t.Errorf("%s is still mounted at %s", m.source, b.dir)
 		unix.Unmount(b.dir, unix.MNT_DETACH)
 	}
-	for end := time.Now().Add(15 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(10 * time.Millisecond) {
 		left := b.left()
 		if left == "" {
 			return
@@ -277,16 +277,6 @@ func kept(t testing.TB, cache string) (paths []string) {
 		paths = append(paths, n.Node.Path)
 	}
 	return paths
-}
-
-// until waits until a condition holds, for 15 seconds at most.
-func until(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(15 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: not within 15 s", what)
-		}
-	}
 }
 
 // An image is mounted without a server, a program runs from it, and nothing is left when it
@@ -498,8 +488,8 @@ func (b *nodeBed) failsSoon(name string) {
 		if !errors.Is(err, unix.EIO) {
 			b.t.Errorf("read after the server was killed: %v", err)
 		}
-	case <-time.After(10 * time.Second):
-		b.t.Error("a read after the server was killed waits for more than 10 s")
+	case <-time.After(atMost):
+		b.t.Error("a read after the server was killed waits")
 	}
 }
 
@@ -654,7 +644,7 @@ func TestTerminateUnderMount(t *testing.T) {
 		return cmd
 	}
 	said := func(cmd *exec.Cmd) string { return cmd.Stderr.(*syncBuffer).String() }
-	cmd := serve("20s")
+	cmd := serve("10m")
 	b.mount("--driver", "fuse")
 	cmd.Process.Signal(syscall.SIGTERM)
 	until(t, "it says why it waits", func() bool { return strings.Contains(said(cmd), "a node is in use") })

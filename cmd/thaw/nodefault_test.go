@@ -326,7 +326,7 @@ func TestNodeRecovers(t *testing.T) {
 		more := []string{"--driver", driver, "--overlay", filepath.Join(t.TempDir(), "overlay")}
 		b.mount(more...)
 		c := newChurn(b.dir)
-		c.more(t, 30*time.Second)
+		c.more(t, atMost)
 		signals := []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM}
 		if driver == "nbd" {
 			signals = signals[:1] // it waits for the timeout again
@@ -343,7 +343,7 @@ func TestNodeRecovers(t *testing.T) {
 			b.untilServerEnds()
 			b.serve("--exit-unused", "1s", "--grace", "100ms")
 			without = max(without, time.Since(began))
-			c.more(t, limit+15*time.Second)
+			c.more(t, limit+atMost)
 		}
 		longest := c.end(t)
 		t.Logf("%d operations, the longest took %v; without a server for %v", c.done.Load(), longest.Round(time.Millisecond), without.Round(time.Millisecond))
@@ -390,12 +390,12 @@ func TestNodeRounds(t *testing.T) {
 		}
 		t.Logf("%v a round", (time.Since(began) / time.Duration(rounds)).Round(100*time.Microsecond))
 		var now map[string]int
-		for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(atMost); ; time.Sleep(10 * time.Millisecond) {
 			now = counts(t, pid)
 			more := ""
 			for what, n := range now {
-				// Threads come and go as Go likes.
-				if n > before[what] && (what != "threads" || n > before[what]+16) {
+				// Threads come and go as Go likes, on a busy machine more than on an idle one.
+				if n > before[what] && (what != "threads" || n > before[what]+rounds/2) {
 					more += " " + what
 				}
 			}
@@ -524,14 +524,14 @@ func TestNodeStall(t *testing.T) {
 			if !errors.Is(err, unix.EIO) {
 				t.Errorf("a read of a node that was detached: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(atMost):
 			t.Error("a read of a node that is being detached goes on waiting")
 		}
 		f.Close() // a loop device goes with its last user
 		if said := <-detached; said != "" {
 			t.Errorf("detach a node whose reads wait: %s", said)
 		}
-		if took := time.Since(leaving); took > 5*time.Second {
+		if took := time.Since(leaving); took > 30*time.Second { // the read would wait for a minute
 			t.Errorf("a node whose reads wait was detached in %v", took)
 		}
 		select {
@@ -546,7 +546,7 @@ func TestNodeStall(t *testing.T) {
 			if err != nil {
 				t.Errorf("it fails: %v", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(atMost):
 			t.Error("a read goes on waiting although the registry answers")
 		}
 		slow.Close()

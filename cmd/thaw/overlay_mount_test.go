@@ -46,7 +46,7 @@ func attach(t testing.TB, s *server) *attached {
 	}
 	t.Cleanup(a.detach)
 	file := filepath.Join(a.fuseDir, "nbd")
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(5 * time.Millisecond) {
 		if _, err := os.Stat(file); err == nil {
 			break
 		}
@@ -96,7 +96,7 @@ func (a *attached) detach() {
 	a.release()
 	ended := make(chan error, 1)
 	go func() { ended <- a.fuse.Wait() }()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(5 * time.Millisecond) {
 		err := unix.Unmount(a.fuseDir, 0) // busy until the loop device is gone
 		if err == nil || errors.Is(err, unix.EINVAL) {
 			break
@@ -109,7 +109,7 @@ func (a *attached) detach() {
 	}
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(atMost):
 		a.fuse.Process.Kill()
 		<-ended
 	}

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"thaw/blockmap"
 	"thaw/cmd/thaw/internal/host"
@@ -147,7 +146,7 @@ func dirOf(t testing.TB, dir string) (names []string) {
 func nbdsh(t testing.TB, script string) {
 	t.Helper()
 	need(t, "nbdsh")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*atMost)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "nbdsh", "-c", script)
 	cmd.Env = append(os.Environ(), "PATH=/usr/bin:/bin:"+os.Getenv("PATH")) // it wants Debian's Python

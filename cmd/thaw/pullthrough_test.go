@@ -264,24 +264,18 @@ func TestPullThroughCacheDies(t *testing.T) {
 	distinct := x.distinct(t)
 	x.up.reset()
 	before := x.front.fetched()
-	died := make(chan bool)
-	stop := make(chan bool)
-	go func() {
-		defer close(died)
-		for x.front.fetched()-before < distinct/4 {
-			select {
-			case <-stop:
-				return
-			case <-time.After(time.Millisecond):
-			}
+	var died atomic.Bool
+	stop := sync.OnceFunc(func() { x.cache.stop(); died.Store(true) })
+	x.front.set(func(http.ResponseWriter, *http.Request) bool {
+		if x.front.fetched()-before >= distinct/4 {
+			stop()
 		}
-		x.cache.stop()
-		died <- true
-	}()
+		return true
+	})
 	s := serving(t, x.ref, "--hosts", x.hosts, "--listen", "unix:"+socket(t), "--cache", t.TempDir())
 	tool(t, "nbdcopy", s.uri(), "null:")
-	close(stop)
-	if !<-died {
+	x.front.set(nil)
+	if !died.Load() {
 		t.Fatal("the cache was still alive at the end")
 	}
 	sum, code := s.term()

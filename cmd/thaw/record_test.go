@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"thaw/tracefile"
 )
@@ -97,16 +96,14 @@ func TestEarlierRecordingStays(t *testing.T) {
 	// A server that is killed leaves what it has, for the next one to keep.
 	s = serving(t, record("--listen", "unix:"+socket(t))...)
 	qemuRead(t, s.uri(), "read 0 2M")
-	for range 300 { // written a second later at the latest
+	until(t, "it is written", func() bool { // a second later
 		temp, err := filepath.Glob(filepath.Join(dir, ".start.trace.tmp-*"))
 		if err != nil || len(temp) != 1 {
 			t.Fatalf("%v, %v", temp, err)
 		}
-		if x, _, err := readTrace(t.Context(), temp[0]); err == nil && len(x.Touches) > 0 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		x, _, err := readTrace(t.Context(), temp[0])
+		return err == nil && len(x.Touches) > 0
+	})
 	s.kill()
 	same("it was killed")
 	s = serving(t, record("--listen", "unix:"+socket(t))...)
@@ -314,16 +311,14 @@ func TestInterruptedAutoRecording(t *testing.T) {
 	cache := t.TempDir()
 	s := serving(t, image, "--listen", "unix:"+socket(t), "--cache", cache, "--trace", "auto")
 	qemuRead(t, s.uri(), "read 0 1M")
-	for range 300 {
+	until(t, "it is written", func() bool {
 		temp, err := filepath.Glob(filepath.Join(cache, "traces", ".*"))
 		if err != nil || len(temp) != 1 {
 			t.Fatalf("%v, %v", temp, err)
 		}
-		if x, _, err := readTrace(t.Context(), temp[0]); err == nil && len(x.Touches) > 0 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		x, _, err := readTrace(t.Context(), temp[0])
+		return err == nil && len(x.Touches) > 0
+	})
 	s.kill()
 	if err := os.WriteFile(filepath.Join(cache, "traces", ".x.trace.tmp-y"), []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)

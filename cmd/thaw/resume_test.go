@@ -63,12 +63,12 @@ func TestResumeLargeLayer(t *testing.T) {
 		defer cmd.Process.Kill()
 		select {
 		case <-reached:
-		case <-time.After(time.Minute):
+		case <-time.After(5 * atMost):
 			t.Fatalf("the build does not come so far:\n%s", said.String())
 		}
 		// What was sent has been read when it is on disk, there as the layer or as its stream.
 		kept := func() int64 { return max(sizeOf(t, temp, "layer-"), sizeOf(t, temp, "stream-thaw-layer-")) }
-		for end := time.Now().Add(10 * time.Second); kept() < size/2-1<<20 && time.Now().Before(end); {
+		for end := time.Now().Add(atMost); kept() < size/2-1<<20 && time.Now().Before(end); {
 			time.Sleep(5 * time.Millisecond)
 		}
 		cmd.Process.Signal(sig)

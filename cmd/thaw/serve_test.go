@@ -95,6 +95,7 @@ func TestBuildAndServe(t *testing.T) {
 		t.Errorf("%d bytes were fetched, the image has %d", n, in.Stored)
 	}
 	sum, code := s.term()
+	p.settle(t)
 	if n := p.fetched(); code != exitOK || int64(sum["fetched_bytes"].(float64)) != n {
 		t.Errorf("exit %d, %v; the proxy has seen %d bytes", code, sum, n)
 	}
@@ -175,6 +176,7 @@ func TestKillAndRestart(t *testing.T) {
 	// What was under way at a kill may come again: a request of nbdcopy, of
 	// 256 KiB, and the rest of the chunks that it touches. What was complete
 	// does not.
+	p.settle(t)
 	fetched := p.fetched()
 	if most := in.Stored + kills*(256<<10+2*chunk); fetched > most {
 		t.Errorf("%d bytes were fetched for an image of %d and %d kills", fetched, in.Stored, kills)
@@ -318,7 +320,7 @@ func TestReadyIsAnnounced(t *testing.T) {
 	hear := func(want string) {
 		t.Helper()
 		b := make([]byte, 100)
-		l.SetReadDeadline(time.Now().Add(20 * time.Second))
+		l.SetReadDeadline(time.Now().Add(atMost))
 		n, err := l.Read(b)
 		if err != nil || string(b[:n]) != want {
 			t.Errorf("systemd hears %q, %v; want %q", b[:n], err, want)
@@ -361,7 +363,7 @@ func TestTermFinishesWhatIsInFlight(t *testing.T) {
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(atMost); ; time.Sleep(5 * time.Millisecond) {
 		if c, err := net.Dial("unix", strings.TrimPrefix(s.ready.Listen[0], "unix:")); err != nil {
 			break // it listens no more: the signal has arrived
 		} else if c.Close(); time.Now().After(deadline) {
@@ -398,7 +400,7 @@ func TestManyInFlightOnOneConnection(t *testing.T) {
 			}
 			select {
 			case <-enough:
-			case <-time.After(20 * time.Second):
+			case <-time.After(atMost):
 				t.Errorf("%d requests are under way, and no more come", now.Load())
 			}
 		}

@@ -22,7 +22,7 @@ func TestEndedBuildLeavesNothing(t *testing.T) {
 		p := startProxy(t, reg.addr)
 		ref := p.host() + "/team/app:v1"
 		push(t, ref, sample(t))
-		b := startHungBuild(t, p, ref, nil)
+		b := startHungBuild(t, p, ref, nil, asThaw+"=patient")
 		if uploads := uploadsIn(t, storage); len(uploads) == 0 {
 			t.Fatal("the registry has no upload: this tests nothing")
 		}
@@ -64,7 +64,7 @@ func TestSecondSignalEndsABuild(t *testing.T) {
 		}
 		select {
 		case <-cancelled:
-		case <-time.After(10 * time.Second):
+		case <-time.After(atMost):
 			t.Fatalf("%v: the uploads are not cancelled", sig)
 		}
 		ended := make(chan struct{})
@@ -117,7 +117,7 @@ func startHungBuild(t testing.TB, p *proxy, ref string, before func(http.Respons
 	t.Cleanup(func() { cmd.Process.Kill() })
 	select {
 	case <-asked:
-	case <-time.After(20 * time.Second):
+	case <-time.After(atMost):
 		t.Fatal("it pushes nothing")
 	}
 	b.p, b.waited, b.state = cmd.Process, cmd.Wait, func() *os.ProcessState { return cmd.ProcessState }
@@ -133,7 +133,7 @@ func (b *hungBuild) wait() syscall.WaitStatus {
 	go func() { ended <- b.waited() }()
 	select {
 	case <-ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(atMost):
 		b.t.Fatal("the build does not end")
 	}
 	return b.state().Sys().(syscall.WaitStatus)

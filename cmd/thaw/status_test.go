@@ -161,7 +161,7 @@ func TestWatch(t *testing.T) {
 	}
 	waitFor := func(what string, ok func() bool) {
 		t.Helper()
-		for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(atMost); !ok(); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%s: not within 20 s", what)
 			}
@@ -247,7 +247,7 @@ func TestWatch(t *testing.T) {
 		if cmd := new(exec.ExitError); !asExit(err, &cmd) || cmd.ExitCode() != exitError || stderr.String() != "thaw: the server has ended\n" {
 			t.Errorf("%v\n%s", err, stderr.String())
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(atMost):
 		t.Error("it watches a server that is gone")
 	}
 }
@@ -296,7 +296,7 @@ func TestStatusWhileStarting(t *testing.T) {
 	}
 	defer cmd.Wait()
 	defer cmd.Process.Signal(syscall.SIGTERM)
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(10 * time.Millisecond) {
 		out, stderr, _ := thaw(t, "status", "--cache", dir)
 		if strings.Contains(out, "server    starting, up for") && strings.Contains(out, "devices   1 opening") {
 			break

@@ -36,15 +36,34 @@ import (
 )
 
 // asThaw makes the test binary be the program, so that tests can kill it. With the value
-// patient, the program does not give up on a registry that does not cancel its uploads.
+// patient, the program does not give up on a registry that does not cancel its uploads, nor
+// starts without an answer that it waits for. With the value deaf, a second signal is never
+// another request.
 const asThaw = "THAW_TEST_IS_THAW"
+
+// atMost bounds what a test waits for: a machine may be slow and busy, and a test that hangs ends.
+const atMost = time.Minute
+
+// until waits until a condition holds.
+func until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(atMost); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within %v", what, atMost)
+		}
+	}
+}
 
 func TestMain(m *testing.M) {
 	settle = 50 * time.Millisecond
 	exitUnused = 300 * time.Millisecond
 	if as := os.Getenv(asThaw); as != "" {
-		if as == "patient" {
-			cancelTime = time.Hour
+		completeAfter = 0 // it would fetch what a test does not read if it is slow
+		switch as {
+		case "patient":
+			cancelTime, startPatience = time.Hour, time.Hour
+		case "deaf":
+			sameSignal = time.Hour
 		}
 		main()
 		return
@@ -82,7 +101,7 @@ func thaw(t testing.TB, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	var out bytes.Buffer
 	var errOut syncBuffer // as a file, it takes lines of the log and of the progress at once
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*atMost)
 	defer cancel()
 	code = run(ctx, args, &out, &errOut)
 	return out.String(), errOut.String(), code
@@ -101,7 +120,7 @@ func must(t testing.TB, args ...string) string {
 // tool runs a foreign program that is to succeed, and returns its output.
 func tool(t testing.TB, program string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*atMost)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
 	if err != nil {
@@ -137,7 +156,7 @@ func startWithUs(cmd *exec.Cmd) error {
 
 // What the tests start lives on when the thread ends that was to start it.
 func TestChildrenOutliveThreads(t *testing.T) {
-	child := exec.Command("sleep", "60")
+	child := exec.Command("sleep", "600")
 	thread := make(chan int)
 	var start func()
 	start = func() {
@@ -160,15 +179,7 @@ func TestChildrenOutliveThreads(t *testing.T) {
 	task := fmt.Sprintf("/proc/self/task/%d", <-thread)
 	ended := make(chan error, 1)
 	go func() { ended <- child.Wait() }()
-	for i := 0; ; i++ {
-		if _, err := os.Stat(task); err != nil {
-			break
-		}
-		if i == 500 {
-			t.Fatal("the thread does not end")
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+	until(t, "the thread ends", func() bool { _, err := os.Stat(task); return err != nil })
 	if err := child.Process.Signal(syscall.Signal(0)); err != nil {
 		t.Error(err)
 	}
@@ -260,15 +271,37 @@ func (s *server) kill() {
 	<-s.done
 }
 
+// freeze stops the server until SIGCONT.
+func (s *server) freeze() {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		s.t.Fatal(err)
+	}
+	// The signal is sent, and the process stops a moment later.
+	until(s.t, "it stops", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		return strings.Contains(string(stat), ") T ")
+	})
+}
+
 // term ends the server in order, and returns what it says at its end.
 func (s *server) term() (summary map[string]any, code int) {
 	s.t.Helper()
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		s.t.Error(err)
 	}
+	return s.stopped()
+}
+
+// stopped waits for the end of the server, and returns what it says then.
+func (s *server) stopped() (summary map[string]any, code int) {
+	s.t.Helper()
 	select {
 	case <-s.done:
-	case <-time.After(40 * time.Second):
+	case <-time.After(2 * atMost):
 		s.t.Error("the server does not stop")
 		s.kill()
 	}
@@ -283,13 +316,12 @@ func (s *server) term() (summary map[string]any, code int) {
 
 // said waits for a word in the server's log, which comes by a pipe.
 func (s *server) said(word string) bool {
-	for range 500 {
-		if strings.Contains(s.stderr.String(), word) {
-			return true
+	for end := time.Now().Add(atMost); !strings.Contains(s.stderr.String(), word); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			return false
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
-	return false
+	return true
 }
 
 func (s *server) uri() string { return s.ready.Exports[0].URI }
@@ -320,7 +352,9 @@ func runRegistry(t testing.TB, addr, storage, more string) *registryProcess {
 	t.Helper()
 	need(t, "docker-registry")
 	if addr == "" {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		// On an address of its own: others of this machine get ports of 127.0.0.1 as well, also
+		// while this registry is stopped and started again.
+		l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 64+rand.IntN(128), rand.IntN(256), 1+rand.IntN(254)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -337,16 +371,14 @@ func runRegistry(t testing.TB, addr, storage, more string) *registryProcess {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.stop)
-	for range 500 {
+	until(t, "the registry starts", func() bool {
 		c, err := net.Dial("tcp", addr)
 		if err == nil {
 			c.Close()
-			return r
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	t.Fatal("the registry does not start")
-	return nil
+		return err == nil
+	})
+	return r
 }
 
 func (r *registryProcess) stop() {
@@ -359,6 +391,7 @@ type proxy struct {
 	*httptest.Server
 	mu     sync.Mutex
 	seen   []string // METHOD PATH [RANGE]
+	active int      // requests that are being worked on
 	bytes  int64    // of bodies of range requests
 	before func(w http.ResponseWriter, r *http.Request) bool
 }
@@ -385,8 +418,14 @@ func startProxy(t testing.TB, backend string) *proxy {
 	p.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.mu.Lock()
 		p.seen = append(p.seen, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+r.Header.Get("Range")))
+		p.active++
 		before := p.before
 		p.mu.Unlock()
+		defer func() {
+			p.mu.Lock()
+			p.active--
+			p.mu.Unlock()
+		}()
 		if before == nil || before(w, r) {
 			rp.ServeHTTP(w, r)
 		}
@@ -401,6 +440,26 @@ func (p *proxy) set(before func(http.ResponseWriter, *http.Request) bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.before = before
+}
+
+// settle returns when no request is under way. What a server has sent at its end comes and is
+// counted a moment later.
+func (p *proxy) settle(t testing.TB) {
+	t.Helper()
+	// This connection is accepted after those that are there.
+	if c, err := net.Dial("tcp", p.host()); err != nil {
+		t.Error(err)
+	} else {
+		fmt.Fprintf(c, "-\r\n\r\n") // no request
+		c.SetDeadline(time.Now().Add(atMost))
+		io.Copy(io.Discard, c)
+		c.Close()
+	}
+	until(t, "no request is under way", func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.active == 0
+	})
 }
 
 // take returns the requests since the last time.

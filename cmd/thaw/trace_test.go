@@ -64,6 +64,7 @@ func TestRecordAndReplay(t *testing.T) {
 
 	// qemu probes more than it is told to read, so what it asks for the
 	// second time is compared, not what the test does.
+	p.settle(t)
 	before := p.fetched()
 	s = serving(t, one, "--listen", "unix:"+socket(t), "--cache", dir+"/c2", "--trace", "auto", "--prefetch-wait", "100")
 	ahead := p.fetched() - before
@@ -111,6 +112,7 @@ func TestReplayInRanges(t *testing.T) {
 
 	replay := func(cache string) (several, one int) {
 		t.Helper()
+		p.settle(t)
 		p.take()
 		s := serving(t, ref, "--listen", "unix:"+socket(t), "--cache", filepath.Join(dir, cache), "--trace", "auto", "--prefetch-wait", "100")
 		for _, r := range p.take() {

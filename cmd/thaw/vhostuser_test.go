@@ -30,7 +30,7 @@ func controlCall(t testing.TB, cache, method, path, body string) (code int, answ
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "http://thaw"+path, strings.NewReader(body))
 	check(t, err)
-	resp, err := (&http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	resp, err := (&http.Client{Timeout: 5 * atMost, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", cache+"/control.sock")
 	}}}).Do(req)
 	check(t, err)
@@ -91,7 +91,7 @@ func TestVhostUserReadOnly(t *testing.T) {
 		t.Errorf("%s", out)
 	}
 	two.disconnect()
-	for end := time.Now().Add(20 * time.Second); listed(t, cache, image).Users != 1; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(atMost); listed(t, cache, image).Users != 1; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("a machine that has gone still counts")
 		}
@@ -240,7 +240,7 @@ func TestVhostUserMachines(t *testing.T) {
 			t.Errorf("connect to a device that was removed: %v", err)
 		}
 		machines[3].disconnect()
-		for end := time.Now().Add(20 * time.Second); len(listDevices(t, cache)) != 3; time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(atMost); len(listDevices(t, cache)) != 3; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%s: the device is not closed", mode)
 			}
@@ -289,7 +289,7 @@ func TestVhostUserNames(t *testing.T) {
 		t.Error("two devices share what is written")
 	}
 	one.disconnect()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(10 * time.Millisecond) {
 		if code, _ := controlCall(t, cache, "DELETE", "/v1/devices/"+first.ID, ""); code == http.StatusNoContent {
 			break
 		} else if code != http.StatusConflict || time.Now().After(end) { // the machine may not have left yet
@@ -393,7 +393,7 @@ func TestVhostUserKill(t *testing.T) {
 		t.Helper()
 		select {
 		case <-waiting:
-		case <-time.After(20 * time.Second):
+		case <-time.After(atMost):
 			t.Fatal("the registry is not asked")
 		}
 	}
@@ -460,7 +460,7 @@ func TestVhostUserKill(t *testing.T) {
 	m.begin(1, diskRead, at+4096, nil, 4096)
 	asked()
 	check(t, s.cmd.Process.Signal(syscall.SIGTERM))
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(atMost); ; time.Sleep(time.Millisecond) {
 		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) { // it stops
 			break
 		}
@@ -510,7 +510,7 @@ func TestVhostUserHostile(t *testing.T) {
 		}
 	}()
 	for i := range 600 {
-		nc, err := net.DialTimeout("unix", bad, 10*time.Second)
+		nc, err := net.DialTimeout("unix", bad, atMost)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -575,7 +575,7 @@ func TestVhostUserQEMU(t *testing.T) {
 	} {
 		pattern := fmt.Sprint("-P ", i+1)
 		qemuWrite(t, s.uri(), "write "+pattern+" 32M 512", "flush")
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*atMost)
 		defer cancel()
 		args := append(strings.Fields("-M q35 -accel tcg -m 64M -nodefaults -no-user-config -display none -device isa-debug-exit,iobase=0xf4"), strings.Fields(disk)...)
 		cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)

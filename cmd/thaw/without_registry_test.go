@@ -46,7 +46,7 @@ func TestServeWithoutRegistry(t *testing.T) {
 	}
 
 	s := serve(ref)
-	for end := time.Now().Add(30 * time.Second); device().State != "complete"; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(atMost); device().State != "complete"; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("it is not complete: %+v\n%s", device(), s.stderr.String())
 		}

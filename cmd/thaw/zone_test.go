@@ -91,7 +91,7 @@ func (b *zoneBed) zone(h *zoneProcess) host.ZoneStatus {
 func (b *zoneBed) awaitMembers(n int, hosts ...*zoneProcess) {
 	b.t.Helper()
 	for _, h := range hosts {
-		for end := time.Now().Add(30 * time.Second); b.zone(h).Members != n; time.Sleep(20 * time.Millisecond) {
+		for end := time.Now().Add(atMost); b.zone(h).Members != n; time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(end) {
 				b.t.Fatalf("the zone has not got %d members: %+v\n%s", n, b.zone(h), h.stderr.String())
 			}
@@ -103,7 +103,7 @@ func (b *zoneBed) awaitMembers(n int, hosts ...*zoneProcess) {
 func (b *zoneBed) read(h *zoneProcess) []byte {
 	b.t.Helper()
 	out := filepath.Join(b.t.TempDir(), "device")
-	ctx, cancel := context.WithTimeout(b.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(b.t.Context(), 5*atMost)
 	defer cancel()
 	if msg, err := exec.CommandContext(ctx, "nbdcopy", h.uri, out).CombinedOutput(); err != nil {
 		b.t.Errorf("nbdcopy: %v: %s\n%s", err, msg, h.stderr.String())
@@ -121,6 +121,7 @@ func (b *zoneBed) read(h *zoneProcess) []byte {
 
 // amplification is what hosts have read of the registry for do, of what is distinct.
 func (b *zoneBed) amplification(do func()) float64 {
+	b.registry.settle(b.t)
 	before := b.registry.fetched()
 	do()
 	return float64(b.registry.fetched()-before) / float64(b.distinct)
@@ -131,22 +132,24 @@ func TestZoneStartsAtOnce(t *testing.T) {
 	b := newZoneBed(t)
 	for _, secured := range []bool{false, true} {
 		t.Run(map[bool]string{false: "plain", true: "tls"}[secured], func(t *testing.T) {
-			// On a machine that is busy with other tests, a chunk may be so late that it is
-			// requested from another source as well. That is no fault of the zone's.
-			least := 9.0
-			for try := 0; try < 4 && least > 1.05; try++ {
-				least = min(least, b.startAtOnce(t, secured))
-			}
-			if least > 1.05 {
-				t.Errorf("three hosts have read %.3f times the distinct bytes of the registry", least)
-			}
+			b.startAtOnce(t, secured)
 		})
 	}
 }
 
-// startAtOnce starts the image on three hosts of a zone, and returns how often the registry
-// was read.
-func (b *zoneBed) startAtOnce(t *testing.T, secured bool) float64 {
+// late is how many chunks were so late at hosts that they were requested from another source as
+// well, which is often the registry: on a busy machine that is no fault of the zone's.
+func (b *zoneBed) late(hosts ...*zoneProcess) (n int64) {
+	b.t.Helper()
+	for _, h := range hosts {
+		c := decoded[shownStatus](b.t, must(b.t, "status", "--json", "--cache", h.cache)).Counts
+		n += c.PassedOver + c.Extra
+	}
+	return n
+}
+
+// startAtOnce starts the image on three hosts of a zone.
+func (b *zoneBed) startAtOnce(t *testing.T, secured bool) {
 	b = &zoneBed{t: t, registry: b.registry, ref: b.ref, want: b.want, distinct: b.distinct}
 	if secured {
 		b.ca = certificates(t, "host-1.example", "host-2.example", "host-3.example")
@@ -162,30 +165,34 @@ func (b *zoneBed) startAtOnce(t *testing.T, secured bool) float64 {
 		}
 		wg.Wait()
 	})
-	if a > 1.5 {
-		t.Errorf("three hosts have read %.3f times the distinct bytes of the registry", a)
+	if late := b.late(b.hosts...); a > 1.05 && late == 0 || a > 2.5 {
+		t.Errorf("three hosts have read %.3f times the distinct bytes of the registry; %d requests were late", a, late)
 	}
-	var in, out int64
-	for _, h := range b.hosts {
-		z := b.zone(h)
-		in, out = in+z.Received, out+z.Sent
-		if z.TLS != secured || len(z.Peers) != 2 || z.Alone || z.Registry == 0 {
-			t.Errorf("%+v", z)
-		}
-		for _, p := range z.Peers {
-			if p.Health == nil || p.Wrong > 0 {
-				t.Errorf("%s about %s: %+v", z.Name, p.Name, p)
+	// What was sent is counted after it has arrived, and a busy peer may answer too late.
+	var in int64
+	until(t, "what is received was sent, and all peers answer", func() bool {
+		var out int64
+		in = 0
+		answer := true
+		for _, h := range b.hosts {
+			z := b.zone(h)
+			in, out = in+z.Received, out+z.Sent
+			if z.TLS != secured || len(z.Peers) != 2 || z.Alone || z.Registry == 0 {
+				t.Fatalf("%+v", z)
+			}
+			for _, p := range z.Peers {
+				if p.Wrong > 0 {
+					t.Fatalf("%s about %s: %+v", z.Name, p.Name, p)
+				}
+				answer = answer && p.Health != nil
 			}
 		}
-	}
-	if in == 0 || out < in {
-		t.Errorf("%d bytes were sent and %d received", out, in)
-	}
+		return in > 0 && out >= in && answer
+	})
 	t.Logf("the registry was read %.3f times; %d bytes went from host to host", a, in)
 	for _, h := range b.hosts {
 		h.kill()
 	}
-	return a
 }
 
 // A host that starts later reads nothing of the registry. One that is killed costs nobody
@@ -196,19 +203,19 @@ func TestZoneSurvivesItsMembers(t *testing.T) {
 		b.join("--allow", b.registry.host()+"/**")
 	}
 	b.awaitMembers(3, b.hosts...)
-	if a := b.amplification(func() { b.read(b.hosts[0]) }); a > 1.05 {
+	if a := b.amplification(func() { b.read(b.hosts[0]) }); a > 1.05 && b.late(b.hosts...) == 0 || a > 2 {
 		t.Errorf("the first host: %.3f", a)
 	}
-	if a := b.amplification(func() { b.read(b.hosts[1]) }); a > 0.05 {
+	if a := b.amplification(func() { b.read(b.hosts[1]) }); a > 0.05 && b.late(b.hosts...) == 0 || a > 0.9 {
 		t.Errorf("the second host: %.3f", a)
 	}
 	t.Parallel() // what follows waits for members to be missed
 	b.hosts[0].kill()
 	began := time.Now()
-	if a := b.amplification(func() { b.read(b.hosts[2]) }); a > 1.05 {
+	if a := b.amplification(func() { b.read(b.hosts[2]) }); a > 1.05 && b.late(b.hosts[1]) == 0 || a > 2 {
 		t.Errorf("the third host, without the first: %.3f", a)
 	}
-	if took := time.Since(began); took > 20*time.Second {
+	if took := time.Since(began); took > 3*atMost {
 		t.Errorf("the third host, without the first: %v", took)
 	}
 	b.awaitMembers(2, b.hosts[1:]...)
@@ -233,7 +240,7 @@ func TestZoneWithUselessMembers(t *testing.T) {
 	b.join("--allow", "registry.example/**") // knows no image of this registry
 	b.join("--allow", b.registry.host()+"/**", "--zone-allow", "registry.example/**")
 	b.awaitMembers(3, b.hosts...)
-	if a := b.amplification(func() { b.read(b.hosts[0]) }); a > 1.05 {
+	if a := b.amplification(func() { b.read(b.hosts[0]) }); a > 1.05 && b.late(b.hosts[0]) == 0 || a > 2 {
 		t.Errorf("%.3f", a)
 	}
 	for _, h := range b.hosts[1:] {
@@ -242,7 +249,7 @@ func TestZoneWithUselessMembers(t *testing.T) {
 		}
 	}
 	// The first has all of it, and owns a third.
-	if a := b.amplification(func() { b.read(b.hosts[2]) }); a > 0.9 {
+	if a := b.amplification(func() { b.read(b.hosts[2]) }); a > 0.9 && b.late(b.hosts...) == 0 || a > 2 {
 		t.Errorf("%.3f", a)
 	}
 }
