@@ -199,17 +199,19 @@ func (s *service) awaitUnused(ctx context.Context, h *host.Host, end func()) {
 	defer end()
 	every := time.NewTicker(max(min(s.unused/4, time.Second), time.Millisecond))
 	defer every.Stop()
-	for since := time.Now(); time.Since(since) < s.unused; {
+	for since := time.Now(); ; {
 		select {
 		case <-every.C:
 			if h.Used() {
 				since = time.Now()
+			} else if time.Since(since) >= s.unused && h.EndUnused() {
+				s.find.Log.Info("nobody uses this server any more", "unused", s.unused)
+				return
 			}
 		case <-ctx.Done():
 			return
 		}
 	}
-	s.find.Log.Info("nobody uses this server any more", "unused", s.unused)
 }
 
 // watchFiles reads the hosts file and the certificates. The functions that it returns

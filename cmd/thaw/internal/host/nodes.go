@@ -498,6 +498,21 @@ func (h *Host) Used() bool {
 	return n > 0 || len(h.Devices()) > 0
 }
 
+// EndUnused has the host attach and open nothing any more, unless it is used, and reports whether
+// it does so. Whoever comes later is told that the host stops, and does not get a node that goes
+// at once.
+func (h *Host) EndUnused() bool {
+	h.nodes.mu.Lock()
+	defer h.nodes.mu.Unlock()
+	h.devices.mu.Lock()
+	defer h.devices.mu.Unlock()
+	if len(h.nodes.mu.all) > 0 || len(h.devices.mu.all) > 0 {
+		return false
+	}
+	h.nodes.mu.stopping, h.devices.mu.stopping = true, true
+	return true
+}
+
 // pause waits for d or for the end of ctx.
 func pause(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
