@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/time/rate"
 )
 
@@ -209,10 +210,18 @@ func (x *site) distinct(t testing.TB) (n int64) {
 	return n
 }
 
+// late is the most requests that hosts may have sent to the registry because the cache was late,
+// which depends on the machine: half of those that they have sent to the cache.
+func (x *site) late() int64 {
+	x.front.mu.Lock()
+	defer x.front.mu.Unlock()
+	return int64(len(ranges(x.front.seen, v1.Hash{Hex: "none"}, true)) / 2)
+}
+
 // amplification checks how much the registry has sent. What hosts have asked it for because the
-// cache was late depends on the machine: it is bounded by late, in requests. limit is for the rest,
-// and it is looser if the cache was late, since it was then asked more often.
-func (x *site) amplification(t testing.TB, limit float64, late int64) {
+// cache was late does not count, and is bounded. limit is for the rest, and it is looser if the
+// cache was late, since it was then asked more often.
+func (x *site) amplification(t testing.TB, limit float64) {
 	t.Helper()
 	distinct, sent, hedged := x.distinct(t), x.up.sent.Load(), x.up.hedged.Load()
 	t.Logf("the registry sent %.2f MB, which is %.4f times what is distinct; %.2f MB of it for %d requests that were late at the cache",
@@ -220,7 +229,7 @@ func (x *site) amplification(t testing.TB, limit float64, late int64) {
 	if hedged > 0 {
 		limit += 0.1
 	}
-	if float64(sent-hedged) > limit*float64(distinct) || x.up.hedges.Load() > late {
+	if float64(sent-hedged) > limit*float64(distinct) || x.up.hedges.Load() > x.late() {
 		t.Errorf("the registry sent %d bytes, %d are distinct:\n%s", sent, distinct, x.up.take())
 	}
 }
@@ -231,18 +240,18 @@ func TestPullThroughCache(t *testing.T) {
 	t.Parallel()
 	x := newSite(t, t.TempDir())
 	for i := range 8 {
-		before, began := x.up.sent.Load(), time.Now()
+		before, hedged, began := x.up.sent.Load(), x.up.hedged.Load(), time.Now()
 		sum := x.start(t)
 		t.Logf("start %d: %.1f s, %.2f MB from the registry", i+1, time.Since(began).Seconds(), float64(x.up.sent.Load()-before)/1e6)
-		if fetched, distinct := int64(sum["fetched_bytes"].(float64)), x.distinct(t); fetched < distinct*9/10 || fetched > distinct*3/2 { // what was late came twice
+		if fetched, distinct := int64(sum["fetched_bytes"].(float64)), x.distinct(t); fetched < distinct*9/10 || fetched > distinct*3/2+x.up.hedged.Load()-hedged { // what was late came twice
 			t.Errorf("the start fetched %d bytes, the cache has %d", fetched, distinct)
 		}
 	}
-	x.amplification(t, 1.02, 8*8)
+	x.amplification(t, 1.02)
 }
 
 // Eight hosts start an image at once. On a machine that is too slow for all of them, many answers
-// are late, but most requests still go to the cache: there are some 550.
+// are late, but most requests still go to the cache.
 func TestPullThroughCacheAtOnce(t *testing.T) {
 	x := newSite(t, t.TempDir())
 	var hosts sync.WaitGroup
@@ -252,7 +261,7 @@ func TestPullThroughCacheAtOnce(t *testing.T) {
 	}
 	hosts.Wait()
 	t.Logf("%.1f s", time.Since(began).Seconds())
-	x.amplification(t, 1.25, 8*25)
+	x.amplification(t, 1.25)
 }
 
 // The cache dies while a host starts: the start goes on from the registry, without an error.
@@ -290,8 +299,9 @@ func TestPullThroughCacheDies(t *testing.T) {
 
 	startPullThrough(t, x.cache.addr, x.storage, x.up.URL)
 	x.up.reset()
+	x.front.take()
 	x.start(t)
-	if sent := x.up.sent.Load() - x.up.hedged.Load(); sent > distinct/50 || x.up.hedges.Load() > 8 {
+	if sent := x.up.sent.Load() - x.up.hedged.Load(); sent > distinct/50 || x.up.hedges.Load() > x.late() {
 		t.Errorf("the cache is back, and the registry sent %d bytes:\n%s", sent, x.up.take())
 	}
 }
@@ -308,9 +318,11 @@ func TestPullThroughCacheFull(t *testing.T) {
 	t.Cleanup(func() { exec.Command("umount", "-l", storage).Run() })
 	x := newSite(t, storage)
 	sum := x.start(t)
-	fetched, sent := int64(sum["fetched_bytes"].(float64)), x.up.sent.Load()
+	fetched := int64(sum["fetched_bytes"].(float64))
+	until(t, "what has come is counted", func() bool { return x.up.sent.Load() >= fetched })
+	sent := x.up.sent.Load()
 	t.Logf("a start needs %.1f MB, the registry sent %.1f MB", float64(fetched)/1e6, float64(sent)/1e6)
-	if sent < fetched || sent > 2*fetched {
+	if sent > 2*fetched {
 		t.Errorf("a start needs %d bytes, the registry sent %d", fetched, sent)
 	}
 }
