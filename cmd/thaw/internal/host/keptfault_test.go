@@ -242,7 +242,7 @@ func TestUnreadableStateLosesNothing(t *testing.T) {
 func TestParseStateIsBounded(t *testing.T) {
 	for _, field := range []string{"nodes", "devices"} {
 		// A part of what a file may have: with -race, all of it takes ten seconds.
-		text := fmt.Appendf(nil, `{"version": 2, %q: [{}%s]}`, field, strings.Repeat(",{}", maxStateFile/8/3-100))
+		text := fmt.Appendf(nil, `{"version": 2, %q: [{}%s]}`, field, strings.Repeat(",{}", maxStateFile/16/3))
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		_, _, err := parseState(text)
