@@ -39,7 +39,7 @@ func (a *app) serve(ctx context.Context, names []string, o serveOptions) error {
 		return err
 	}
 	pipe := newLogPipe(a.stderr, warn)
-	defer pipe.close(time.Second/4, 2*time.Second)
+	defer pipe.close(time.Second, 2*time.Second)
 	a.stderr = pipe
 	find, err := a.access(ctx, nil)
 	if err != nil {

@@ -311,7 +311,11 @@ func (s *server) stopped() (summary map[string]any, code int) {
 			summary = m
 		}
 	}
-	return summary, s.cmd.ProcessState.ExitCode()
+	code = s.cmd.ProcessState.ExitCode()
+	if summary == nil && code == exitOK && s.isReady() {
+		s.t.Fatalf("the server does not say what it has done:\n%s", s.stderr.String())
+	}
+	return summary, code
 }
 
 // said waits for a word in the server's log, which comes by a pipe.
