@@ -16,8 +16,6 @@ import (
 	"testing/iotest"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
 	"thaw/tracefile"
@@ -25,7 +23,7 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { blocktest.Main(m) }
 
 const us = time.Microsecond
 

@@ -178,8 +178,9 @@ func (l *Lifecycle[C]) Shutdown(ctx context.Context) error {
 	}
 }
 
-// CloseTime is how long Close waits for connections whose context has ended.
-const CloseTime = time.Second
+// CloseTime is how long Close waits for connections whose context has ended. It is a variable for
+// tests: on a busy machine, connections that end may take longer than a server should wait.
+var CloseTime = time.Second
 
 // Close closes the listeners, ends the context of the connections, aborts them, and waits
 // until they are removed, for up to CloseTime. It fails where some are not: these are left

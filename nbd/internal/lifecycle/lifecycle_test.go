@@ -15,10 +15,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"go.uber.org/goleak"
+	"thaw/blockmap/blocktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	CloseTime = time.Minute
+	blocktest.Main(m)
+}
 
 var errTestClosed = errors.New("test: server closed")
 
@@ -108,7 +111,7 @@ func (s *server) serve(t *testing.T) (dial func() net.Conn, ended chan error) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { nc.Close() })
-		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		nc.SetDeadline(time.Now().Add(time.Minute))
 		return nc
 	}, ended
 }
@@ -197,7 +200,7 @@ func TestAddRefuses(t *testing.T) {
 		t.Error("a third connection is taken")
 	}
 	a.Close()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		c := dial()
 		if _, err := io.WriteString(c, "x"); err == nil {
 			if _, err := c.Read(make([]byte, 1)); err == nil {
