@@ -23,7 +23,7 @@ import (
 const testSize = 8 << 20
 
 // limit bounds every wait of a test.
-const limit = 20 * time.Second
+const limit = time.Minute
 
 // frontEnd is a virtual machine monitor with its guest's driver, in one: it sends messages,
 // and works with rings in memory that it shares.
@@ -149,6 +149,16 @@ func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// eventually waits until a condition holds.
+func eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%v have passed, and this does not hold: %s", limit, what)
+		}
 	}
 }
 

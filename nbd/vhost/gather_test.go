@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"thaw/blockmap"
@@ -63,7 +64,6 @@ func TestGatherLearns(t *testing.T) {
 // Requests that the driver makes available during a pass are answered together.
 func TestGathers(t *testing.T) {
 	q, d := flatQueue(t, true)
-	q.c.srv.waiters.limit = 1
 	d.inTable = true
 	const together = 4
 	var heads []uint16
@@ -73,6 +73,7 @@ func TestGathers(t *testing.T) {
 	if _, err := q.pass(); err != nil || q.gather.expect != together {
 		t.Fatalf("it expects %d requests: %v", q.gather.expect, err)
 	}
+	q.c.srv.waiters.limit = 1
 	q.gather.gap, q.gather.most, q.gather.mostGap = limit, limit, limit // this machine may be busy
 	d.collect()
 	d.wantCall(true)
@@ -118,9 +119,14 @@ func TestGathersNothing(t *testing.T) {
 
 // Small writes of whole blocks are done on the thread of the queue, and are completed
 // together. Answers to reads do not wait for them.
-func TestWritesTogether(t *testing.T) {
+//
+// Time is virtual here: a write that takes long would have the next ones done elsewhere.
+func TestWritesTogether(t *testing.T) { synctest.Test(t, testWritesTogether) }
+
+func testWritesTogether(t *testing.T) {
 	dev := filled(testSize)
 	q, d := queueOf(t, dev, false)
+	q.c.srv.waiters.limit = 0 // or it would look at a clock that stands still
 	q.c.features = featureFlush
 	want := bytes.Repeat([]byte("thaw"), 1024)
 	read := d.add(opIn, 0, nil, 4096)

@@ -361,11 +361,7 @@ func TestMaxMemoryOfEndpoint(t *testing.T) {
 	f.negotiate(0)
 	f.set(setMemTable, table, fd)
 	last.nc.Close()
-	for end := time.Now().Add(limit); s.Stats().Conns > maxEndpointMapped/DefaultMaxMemory; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("a connection does not end")
-		}
-	}
+	eventually(t, "the connections end", func() bool { return s.Stats().Conns <= maxEndpointMapped/DefaultMaxMemory })
 	f = connect(t, path)
 	f.negotiate(0)
 	f.set(setMemTable, table, fd)
