@@ -199,7 +199,7 @@ func TestAdmissionUnderLoad(t *testing.T) {
 	const clients = 8
 	all, each := Limits{Requests: 6, Bytes: 300}, Limits{Requests: 3, Bytes: 200}
 	a := newAdmission(t, all)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i := range uint64(clients) {

@@ -15,10 +15,14 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"thaw/blockmap/blocktest"
+	"thaw/nbd/internal/lifecycle"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	lifecycle.CloseTime = time.Minute // a test whose server leaves a connection behind fails
+	blocktest.Main(m)
+}
 
 // logged collects the log of a server, and lets a test wait for a message.
 type logged struct {
@@ -55,6 +59,16 @@ func (l *logged) wait(t testing.TB, want string) string {
 			}
 		case <-timeout:
 			t.Fatalf("nothing logged with %q", want)
+		}
+	}
+}
+
+// eventually waits until a condition holds.
+func eventually(t testing.TB, what string, holds func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !holds(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("a minute has passed, and this does not hold: %s", what)
 		}
 	}
 }
@@ -114,7 +128,7 @@ func dialRaw(t testing.TB, path string) *client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	nc.SetDeadline(time.Now().Add(30 * time.Second))
+	nc.SetDeadline(time.Now().Add(5 * time.Minute))
 	t.Cleanup(func() { nc.Close() })
 	return &client{t, nc}
 }

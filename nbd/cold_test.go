@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -102,11 +101,7 @@ func TestLoneColdReads(t *testing.T) {
 	for i := range uint64(8) {
 		read(i)
 	}
-	for end := time.Now().Add(10 * time.Second); most.Load() < 8; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d reads of 8 wait for the disk", most.Load())
-		}
-	}
+	eventually(t, "8 reads wait for the disk", func() bool { return most.Load() >= 8 })
 	close(gate)
 	for range 8 {
 		check(c.chunk(4096))
@@ -166,11 +161,7 @@ func TestColdReadsAreBounded(t *testing.T) {
 		p = appendRequest(p, cmdRead, 0, i, i*4096, 4096)
 	}
 	c.write(p)
-	for end := time.Now().Add(10 * time.Second); n.Load() < 8; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("the reads do not begin")
-		}
-	}
+	eventually(t, "8 reads begin", func() bool { return n.Load() >= 8 })
 	close(gate)
 	for range 64 {
 		if k := c.chunk(4096); k.errno != 0 {

@@ -25,15 +25,14 @@ import (
 //     of the cache for as long as it likes.
 //   - The wire reads them in this process, as TLS does. A fault must be an error.
 
-const (
-	// stallTime is how long a reply may wait for its client with chunks
-	// pinned. A client that reads at 1 MB/s empties a socket's buffer in that
-	// time, and needs no copies. Others wait no longer for room in the cache.
-	stallTime = 500 * time.Millisecond
-	// stallTimeOver is the same where the client pins more than
-	// MaxInFlightBytes: chunks are pinned whole, so small reads can pin much.
-	stallTimeOver = 10 * time.Millisecond
-)
+// stallTime is how long a reply may wait for its client with chunks pinned. A client that
+// reads at 1 MB/s empties a socket's buffer in that time, and needs no copies. Others wait
+// no longer for room in the cache. It is a variable for tests.
+var stallTime = 500 * time.Millisecond
+
+// stallTimeOver is the same where the client pins more than MaxInFlightBytes: chunks are
+// pinned whole, so small reads can pin much.
+const stallTimeOver = 10 * time.Millisecond
 
 // errLate: a part of a reply was sent whose rest cannot be read, and the protocol has
 // no way to say so.

@@ -31,7 +31,7 @@ func tool(t testing.TB, name string) func(args ...string) string {
 	}
 	return func(args ...string) string {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, path, args...)
 		cmd.Dir = t.TempDir()

@@ -123,7 +123,9 @@ type source struct {
 	chunks [][]byte
 	mu     struct {
 		sync.Mutex
-		delay time.Duration // of each fetch
+		first int           // chunk whose fetch waits for others
+		await int           // how many wait for each other
+		all   chan struct{} // closed once that many are under way
 		now   int           // fetches under way; most is their largest number
 		most  int
 		times map[int]int // that each chunk was fetched
@@ -132,10 +134,12 @@ type source struct {
 
 var errAway = errors.New("fetch from registry.test: connection refused")
 
-func (s *source) setDelay(d time.Duration) {
+// gather has later fetches of the chunks from first on wait until n are under way, or for a
+// long time.
+func (s *source) gather(first, n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.mu.delay = d
+	s.mu.first, s.mu.await, s.mu.all = first, n, make(chan struct{})
 }
 
 // most returns the largest number of fetches of one chunk, and the number of all
@@ -178,19 +182,30 @@ func (s *source) Fetch(ctx context.Context, wants []blockmap.Want) error {
 
 func (s *source) fetch(w blockmap.Want) error {
 	s.mu.Lock()
-	delay := s.mu.delay
 	s.mu.times[w.Chunk]++
 	s.mu.now++
 	s.mu.most = max(s.mu.most, s.mu.now)
+	all := s.mu.all
+	if w.Chunk < s.mu.first {
+		all = nil
+	} else if s.mu.now == s.mu.await {
+		s.mu.await = 0
+		close(all)
+	}
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
 		s.mu.now--
 		s.mu.Unlock()
 	}()
-	time.Sleep(delay)
+	if all != nil {
+		select {
+		case <-all:
+		case <-time.After(30 * time.Second):
+		}
+	}
 	// All chunks may be pinned for a short time.
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		err := w.Stream.Fill(w.Chunk, s.chunks[w.Chunk])
 		if !errors.Is(err, blockmap.ErrNoSpace) || time.Now().After(end) {
 			return err

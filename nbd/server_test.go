@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -86,9 +87,7 @@ func TestShutdownRefuses(t *testing.T) {
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
 	// When another connection has ended, all connections have been told.
-	for !srv.conns().Closed() {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the shutdown begins", srv.conns().Closed)
 	for i := range uint64(10) {
 		c.send(cmdRead, 0, 100+i, 8192, 4096)
 	}
@@ -142,9 +141,7 @@ func TestShutdownDuringPayload(t *testing.T) {
 	c.write(p[:n/2]) // more than a socket holds, so the server is at it
 	done := make(chan error)
 	go func() { done <- srv.Shutdown(context.Background()) }()
-	for !srv.conns().Closed() {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the shutdown begins", srv.conns().Closed)
 	c.write(p[n/2:])
 	if k := c.reply(0)[0]; k.cookie != 5 || k.errno != 0 {
 		t.Errorf("%+v", k)
@@ -187,7 +184,10 @@ func TestCloseInHandshake(t *testing.T) {
 	c.option(optGo, infoData("disk"))
 	<-begun
 	srv.Close()
-	c.closed()
+	// The handshake may have told its client before the connection was closed.
+	if _, err := io.Copy(io.Discard, c.nc); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection is open")
+	}
 	srv.Close() // again is fine
 	if err := new(Server).Shutdown(t.Context()); err != nil {
 		t.Errorf("Shutdown of a server that never served: %v", err)
@@ -220,7 +220,7 @@ func TestShutdownCancelsOpen(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("Shutdown waits for Open")
 			}
 		})
@@ -294,7 +294,7 @@ func TestShutdownPausedClient(t *testing.T) {
 			t.Errorf("%s: Shutdown: %v", transport, err)
 		}
 		cancel()
-		if d := time.Since(begin); d > 10*time.Second {
+		if d := time.Since(begin); d > time.Minute {
 			t.Errorf("%s: Shutdown took %v", transport, d)
 		}
 		dev.NoPins(t)
@@ -428,17 +428,22 @@ func (l *leveled) Handle(_ context.Context, r slog.Record) error {
 func TestHandshakeLog(t *testing.T) {
 	p := newPKI(t)
 	h := &leveled{Handler: slog.DiscardHandler, lines: make(map[slog.Level][]string)}
-	srv := &Server{
-		Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}, TLSFunc: p.serverFunc(t),
-		Log: slog.New(h), HandshakeTimeout: 100 * time.Millisecond,
-	}
-	path := serve(t, srv)
-	settle := func() {
-		for end := time.Now().Add(20 * time.Second); srv.Stats().Conns > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal("a connection stays")
-			}
+	newServer := func(timeout time.Duration) *Server {
+		return &Server{
+			Exports: Static{{Name: "disk", Device: blocktest.NewMemory(testSize)}}, TLSFunc: p.serverFunc(t),
+			Log: slog.New(h), HandshakeTimeout: timeout,
 		}
+	}
+	// Only a client that is silent meets the timeout of a server. To any other one it could
+	// happen on a busy machine, and that would be logged.
+	srv, hasty := newServer(time.Hour), newServer(500*time.Millisecond)
+	path, hastyPath := serve(t, srv), serve(t, hasty)
+	opened := int64(0)
+	settle := func() {
+		eventually(t, "all connections have come and gone", func() bool {
+			st, st2 := srv.Stats(), hasty.Stats()
+			return st.Accepted+st2.Accepted == opened && st.Conns+st2.Conns == 0
+		})
 	}
 	for name, say := range map[string]func(c *client){
 		"connect and close": func(c *client) {},
@@ -458,7 +463,12 @@ func TestHandshakeLog(t *testing.T) {
 		"session without a bye": func(c *client) { c.hello(3); c.enter(true); c.send(cmdRead, 0, 1, 0, testSize) },
 	} {
 		for range 3 {
-			c := dialRaw(t, path)
+			opened++
+			to := path
+			if name == "silence" {
+				to = hastyPath
+			}
+			c := dialRaw(t, to)
 			say(c)
 			c.nc.Close()
 		}
@@ -474,7 +484,9 @@ func TestHandshakeLog(t *testing.T) {
 	}
 
 	// Real faults, many of them.
+	began := time.Now()
 	for range 50 {
+		opened += 3
 		c := dial(t, path)
 		c.option(optExportName, []byte("nothing"))
 		c.closed()
@@ -492,10 +504,12 @@ func TestHandshakeLog(t *testing.T) {
 		defer h.mu.Unlock()
 		return len(h.lines[slog.LevelInfo]) + len(h.lines[slog.LevelWarn]), fmt.Sprint(h.lines)
 	}
-	if n, all := count(); n < 3 || n > 30 {
-		t.Errorf("%d lines for 150 faults: %s", n, all)
+	// There are three kinds of faults, and of each one line a second at most.
+	took := time.Since(began)
+	if n, all := count(); n < 3 || n > 3*(1+int(took/time.Second)) {
+		t.Errorf("%d lines for 150 faults in %v: %s", n, took, all)
 	}
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		_, all := count()
 		if strings.Contains(all, "suppressed=") {
 			break

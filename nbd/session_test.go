@@ -668,11 +668,7 @@ func TestStuckClient(t *testing.T) {
 			p = appendRequest(p, cmdRead, 0, i, 0, testSize)
 		}
 		c.nc.Write(p)
-		for end := time.Now().Add(20 * time.Second); srv.Stats().Conns > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal("the connection stays")
-			}
-		}
+		eventually(t, "the connection ends", func() bool { return srv.Stats().Conns == 0 })
 		dev.NoPins(t)
 	}
 	l.wait(t, "write_timeout=20ms")

@@ -115,11 +115,7 @@ func TestStalledByErrors(t *testing.T) {
 		}()
 		l.wait(t, "does not take its replies")
 		close(g.open)
-		for end := time.Now().Add(10 * time.Second); dev.Pins() > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%s: a reply behind errors pins %d views", transport, dev.Pins())
-			}
-		}
+		eventually(t, transport+": a reply behind errors pins nothing", func() bool { return dev.Pins() == 0 })
 		reads := 0
 		for range errors + 1 {
 			k := c.reply(0)[0]
@@ -156,12 +152,7 @@ func TestStalledClientLeavesTheCache(t *testing.T) {
 			for range 2 {
 				l.wait(t, "does not take its replies")
 			}
-			other := dial(true)
-			begin := time.Now()
-			other.readAll(true, img.content, 256<<10, 4)
-			if d := time.Since(begin); d > time.Minute {
-				t.Errorf("others took %v", d)
-			}
+			dial(true).readAll(true, img.content, 256<<10, 4) // a read that finds no room fails
 		})
 	}
 }

@@ -201,7 +201,7 @@ func TestSlowWritesAtOnce(t *testing.T) {
 	for i := range n {
 		select {
 		case <-d.waiting:
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%d of %d writes are in flight, and no more come", i, n)
 		}
 	}
@@ -256,11 +256,7 @@ func TestSlowWritesLeaveNothing(t *testing.T) {
 	if m := most.Load(); m > limit+1 {
 		t.Errorf("%d writes were in flight, at most %d are allowed", m, limit)
 	}
-	for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before+2; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d goroutines before, %d after %d slow writes", before, runtime.NumGoroutine(), rounds)
-		}
-	}
+	eventually(t, fmt.Sprintf("the goroutines of %d slow writes end", rounds), func() bool { return runtime.NumGoroutine() <= before+2 })
 }
 
 // A write that never ends fails after the FaultTimeout, and later ones do not.
@@ -291,9 +287,7 @@ func TestSlowWriteEndsWithSession(t *testing.T) {
 		"Shutdown": func(srv *Server, c *client, d *slowWrites) error {
 			ended := make(chan error, 1)
 			go func() { ended <- srv.Shutdown(context.Background()) }()
-			for !srv.conns().Closed() {
-				time.Sleep(time.Millisecond)
-			}
+			eventually(c.t, "the shutdown begins", srv.conns().Closed)
 			close(d.open)
 			if k := c.reply(0)[0]; k.cookie != 1 || k.errno != 0 {
 				return fmt.Errorf("the write: %+v", k)
