@@ -139,7 +139,8 @@ func (p *pageCache) watch(ctx context.Context) {
 			case p.missed.Swap(false) || stalled:
 				good = 0
 			case used:
-				if good += passed; good >= hold {
+				// A tick that comes late, on a busy machine, is about no more views.
+				if good += min(passed, 2*faultPoll); good >= hold {
 					left = now
 					p.checking.Store(false)
 				}

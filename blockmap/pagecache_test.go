@@ -77,3 +77,27 @@ func TestPageCacheMode(t *testing.T) {
 		}
 	})
 }
+
+// A look that comes late, because the machine is busy, makes nothing of the time since the one
+// before: there was one view.
+func TestPageCacheLooksLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		looks := 0
+		p := newPageCache(func() int64 {
+			if looks++; looks == 2 {
+				time.Sleep(idleAfter)
+			}
+			return 0
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); p.watch(ctx) }()
+		defer func() { cancel(); <-done }()
+		p.wake()
+		time.Sleep(idleAfter + 2*faultPoll)
+		synctest.Wait()
+		if looks < 2 || !p.checking.Load() {
+			t.Errorf("after a view and %d looks it trusts", looks)
+		}
+	})
+}
