@@ -262,12 +262,16 @@ func TestHungDisk(t *testing.T) {
 			t.Errorf("the reader that waited: wrong bytes, or %v", err)
 		}
 	})
-	for c.Reading() == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	if _, err := blockmap.Read(ctx, image, e); !errors.Is(err, context.DeadlineExceeded) {
+	eventually(t, "the first read has not begun", func() bool { return c.Reading() == 1 })
+	ctx, cancel := context.WithCancel(t.Context())
+	left := make(chan error, 1)
+	go func() {
+		_, err := blockmap.Read(ctx, image, e)
+		left <- err
+	}()
+	eventually(t, "the second read has not begun", func() bool { return c.Reading() == 2 })
+	cancel()
+	if err := <-left; !errors.Is(err, context.Canceled) {
 		t.Errorf("a read of a hung disk: %v", err)
 	}
 	var async sync.WaitGroup
@@ -454,7 +458,7 @@ func TestCloseWaitsForThoseWhoAreTold(t *testing.T) {
 			})
 			select {
 			case <-told:
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatal("the load has not ended")
 			}
 			closed := make(chan error, 1)

@@ -149,7 +149,7 @@ func TestUnreadableMapping(t *testing.T) {
 	m := blocktest.NewImage(t, 63, 300)
 	c, image, _ := openImage(t, t.TempDir(), m, blockmap.CacheOptions{FS: unmappedFS{blockmap.OS}})
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	for at := int64(0); at < image.Size(); at += 16 << 10 {
 		c.TrustMemory()
@@ -199,7 +199,7 @@ func TestUnreadableDisk(t *testing.T) {
 	fetch.hold = true
 	image, err := blockmap.NewImage(m.Index, c, fetch)
 	must(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	for range 2 {
 		for at := int64(0); at < image.Size(); at += 16 << 10 {
@@ -657,7 +657,7 @@ func TestImagesComeAndGo(t *testing.T) {
 // eventually waits until the function is returns true, or fails with what.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal(what)
 		}

@@ -11,13 +11,15 @@ import (
 	"thaw/blockmap/blocktest"
 )
 
-// gatheringFS has those who open the table of a stream wait for each other, for a while.
+// gatheringFS has those who open the table of a stream wait for each other, until one of them
+// has waited for long.
 type gatheringFS struct {
 	blockmap.FS
 	mu      sync.Mutex
 	waiting int
-	most    int
 	enough  chan struct{}
+	alone   chan struct{}
+	once    sync.Once
 }
 
 const together = 8
@@ -25,15 +27,21 @@ const together = 8
 func (g *gatheringFS) Open(path string, create bool) (blockmap.File, error) {
 	if strings.HasSuffix(path, "/table") && !create {
 		g.mu.Lock()
-		g.waiting++
-		if g.most = max(g.most, g.waiting); g.waiting == together {
+		if g.waiting++; g.waiting == together {
 			close(g.enough)
 		}
 		g.mu.Unlock()
 		select {
 		case <-g.enough:
-		case <-time.After(time.Second):
+		case <-g.alone:
+		case <-time.After(30 * time.Second):
+			g.once.Do(func() { close(g.alone) })
 		}
+		g.mu.Lock()
+		if g.waiting < together {
+			g.waiting--
+		}
+		g.mu.Unlock()
 	}
 	return g.FS.Open(path, create)
 }
@@ -62,11 +70,13 @@ func TestStreamsLoadSideBySide(t *testing.T) {
 	readAll(t, image, m)
 	image.Close()
 	must(t, c.Close())
-	g := &gatheringFS{FS: blockmap.OS, enough: make(chan struct{})}
+	g := &gatheringFS{FS: blockmap.OS, enough: make(chan struct{}), alone: make(chan struct{})}
 	o.FS = g
 	c, image, _ = openImage(t, dir, m, o)
-	if g.most < together {
-		t.Errorf("%d streams are read at once", g.most)
+	select {
+	case <-g.enough:
+	default:
+		t.Errorf("fewer than %d streams are read at once", together)
 	}
 	if s := image.Status(blockmap.Range(image.Size()-blockmap.BlockSize, blockmap.BlockSize)); !s.Resident {
 		t.Errorf("after a restart: %+v", s)

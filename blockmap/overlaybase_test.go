@@ -8,7 +8,6 @@ import (
 	"runtime"
 	"sync"
 	"testing"
-	"time"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -223,11 +222,7 @@ func TestOverlayLeavesNothing(t *testing.T) {
 		must(t, d.Flush(t.Context()))
 		must(t, d.Close())
 	}
-	for end := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%d goroutines are left, there were %d", runtime.NumGoroutine(), before)
-		}
-	}
+	eventually(t, "goroutines are left", func() bool { return runtime.NumGoroutine() <= before })
 }
 
 // An ephemeral overlay leaves its directory empty, freezes and merges, and gives the space

@@ -230,11 +230,7 @@ func TestFlushesShareSyncs(t *testing.T) {
 			}
 		})
 	}
-	for end := time.Now().Add(20 * time.Second); d.Stats().Flushes < before.Flushes+1+flushers; {
-		if time.Now().After(end) {
-			t.Fatal("the flushes have not begun")
-		}
-	}
+	eventually(t, "the flushes have not begun", func() bool { return d.Stats().Flushes >= before.Flushes+1+flushers })
 	close(begun)
 	all.Wait()
 	if n := d.Stats().Syncs - before.Syncs; n > 4 {
@@ -415,7 +411,7 @@ func TestPartWriteOverTwoFreezes(t *testing.T) {
 	m.write(5*8+1, 1, 2, false)
 	select {
 	case <-fsys.paused:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the write does not read the rest of its block")
 	}
 	must(t, f.Merge(ctx))
@@ -499,7 +495,7 @@ func await(t *testing.T, c <-chan struct{}) {
 	t.Helper()
 	select {
 	case <-c:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("what is awaited does not come")
 	}
 }

@@ -36,7 +36,7 @@ func Loop(t testing.TB, file string, readOnly bool) (device string, release func
 		t.Fatal(err)
 	}
 	defer control.Close()
-	for end := time.Now().Add(30 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
 		if err != nil {
 			t.Fatalf("find a free loop device: %v", err)

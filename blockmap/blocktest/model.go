@@ -133,7 +133,7 @@ func (m *model) random(t *testing.T, ctx context.Context, d blockmap.WritableDev
 // check reads e of d, and fails t unless the model allows every byte.
 func (m *model) check(t *testing.T, d blockmap.Device, e blockmap.Extent) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	got, err := Read(ctx, d, e)
 	if err != nil {

@@ -67,9 +67,9 @@ func (w Writable) open(t *testing.T) (blockmap.WritableDevice, *model) {
 	return w.Open(t), newModel(w.Content)
 }
 
-// aCtx bounds what one call may take.
+// aCtx bounds what the calls of a test take.
 func aCtx(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -391,7 +391,7 @@ func (w Writable) cancelled(t *testing.T) {
 	d, m := w.open(t)
 	ended, cancel := context.WithCancelCause(context.Background())
 	cancel(errors.New("the writer has gone"))
-	end := time.AfterFunc(20*time.Second, func() { panic("a write does not return although its context has ended") })
+	end := time.AfterFunc(5*time.Minute, func() { panic("a write does not return although its context has ended") })
 	defer end.Stop()
 	rng := rand.New(rand.NewPCG(7, 11))
 	for _, e := range extents(rng, d.Size(), 20) {

@@ -126,10 +126,13 @@ func FuzzTOC(f *testing.F) {
 	})
 }
 
+// convertTime is more than a layer of fuzzTars takes on a busy machine.
+const convertTime = 5 * time.Second
+
 // convertPlain converts a layer that is whatever it is: its digest is right.
 func convertPlain(t testing.TB, layer []byte, out io.Writer) (*blockmap.Table, []byte, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // a header can ask for 16 TiB of hole
+	ctx, cancel := context.WithTimeout(t.Context(), convertTime) // a header can ask for 16 TiB of hole
 	defer cancel()
 	r, err := decompress(ctx, bytes.NewReader(layer), semaphore.NewWeighted(blockmap.MaxWindow))
 	if err != nil {

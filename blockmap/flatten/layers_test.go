@@ -251,7 +251,7 @@ func newSource(t testing.TB, store func(testing.TB, []byte) []byte, tars ...[]by
 }
 
 // inTurn has the look-up of each layer wait until all layers below it are in dst, or for
-// some seconds. Without it a build works on them at the same time.
+// a long time. Without it a build works on them at the same time.
 func (s *testSource) inTurn(dst *dirTarget) {
 	var c v1.ConfigFile
 	if err := json.Unmarshal(s.Config, &c); err != nil {
@@ -259,7 +259,7 @@ func (s *testSource) inTurn(dst *dirTarget) {
 	}
 	dst.tagged = func(tag string) error {
 		i := slices.IndexFunc(c.RootFS.DiffIDs, func(id v1.Hash) bool { return strings.HasSuffix(tag, id.Hex) })
-		for end := time.Now().Add(5 * time.Second); dst.manifests(ArtifactTypeLayer) < i && time.Now().Before(end); {
+		for end := time.Now().Add(time.Minute); dst.manifests(ArtifactTypeLayer) < i && time.Now().Before(end); {
 			time.Sleep(time.Millisecond)
 		}
 		return nil

@@ -55,7 +55,7 @@ func read(t testing.TB, r *Ring, fd int, buf []byte, off int64) (n int, err erro
 	r.Submit(x)
 	select {
 	case <-done:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("a read has not ended")
 	}
 	return x.N, x.Err
@@ -252,7 +252,7 @@ func BenchmarkRead(b *testing.B) {
 func TestWakeBeforeClose(t *testing.T) {
 	f, _ := content(t, 5000)
 	r := newRing(t, 4)
-	for end := time.Now().Add(10 * time.Second); !r.sleeping.Load(); {
+	for end := time.Now().Add(time.Minute); !r.sleeping.Load(); {
 		if time.Now().After(end) {
 			t.Fatal("the thread does not sleep")
 		}
@@ -289,7 +289,7 @@ func TestWakeBeforeClose(t *testing.T) {
 		defer close(submitted)
 		r.Submit(x)
 	}()
-	for end := time.Now().Add(10 * time.Second); r.sleeping.Load() && time.Now().Before(end); {
+	for end := time.Now().Add(time.Minute); r.sleeping.Load() && time.Now().Before(end); {
 		runtime.Gosched()
 	}
 	if r.mu.TryLock() {
@@ -306,7 +306,7 @@ func TestWakeBeforeClose(t *testing.T) {
 	unix.Write(wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
 	select {
 	case <-done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the read has not ended")
 	}
 	r.Close()
