@@ -62,7 +62,7 @@ option lease 100
 `, dir)), 0o644)
 	os.WriteFile(filepath.Join(dir, "leases"), nil, 0o644)
 	server := exec.Command("busybox", "sh", "-c", `until busybox ip link show veth0 >/dev/null 2>&1; do sleep 0.05; done
-busybox ip addr add 10.99.0.1/24 dev veth0 && busybox ip link set veth0 up && exec busybox timeout 90 busybox udhcpd -f `+config)
+busybox ip addr add 10.99.0.1/24 dev veth0 && busybox ip link set veth0 up && exec busybox timeout 300 busybox udhcpd -f `+config)
 	server.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
 	server.Stderr = os.Stderr
 	if err := server.Start(); err != nil {
@@ -84,7 +84,7 @@ busybox ip addr add 10.99.0.1/24 dev veth0 && busybox ip link set veth0 up && ex
 	if err := setUp(l.index, 0); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	ready := make(chan struct{})
 	keeping, stop := context.WithCancel(ctx)
@@ -115,11 +115,11 @@ busybox ip addr add 10.99.0.1/24 dev veth0 && busybox ip link set veth0 up && ex
 		}
 	}
 	// The host can be reached, and grants the same again.
-	if _, err := run("ping", "-c", "1", "-W", "5", "10.99.0.1"); err != nil {
+	if _, err := run("ping", "-c", "1", "-W", "60", "10.99.0.1"); err != nil {
 		return err
 	}
 	prefix := netip.MustParsePrefix("10.99.0.20/24")
-	again, err := n.renew(ctx, l, &lease{prefix: prefix}, time.Now().Add(20*time.Second))
+	again, err := n.renew(ctx, l, &lease{prefix: prefix}, time.Now().Add(time.Minute))
 	if err != nil {
 		return err
 	}
@@ -127,7 +127,7 @@ busybox ip addr add 10.99.0.1/24 dev veth0 && busybox ip link set veth0 up && ex
 		return fmt.Errorf("renewed: %+v", again)
 	}
 	// It refuses another address.
-	_, err = exchange(ctx, l, time.Now().Add(20*time.Second), func(s *socket, xid uint32) (*lease, error) {
+	_, err = exchange(ctx, l, time.Now().Add(time.Minute), func(s *socket, xid uint32) (*lease, error) {
 		return s.ask(message{kind: dhcpRequest, xid: xid, mac: l.mac, wanted: netip.MustParseAddr("10.99.0.77"), server: netip.MustParseAddr("10.99.0.1")}, dhcpAck)
 	})
 	if !errors.Is(err, errRefused) {
