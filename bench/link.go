@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -32,6 +33,7 @@ type Link struct {
 	up       lane // to the server
 	down     lane
 	conns    atomic.Int64
+	open     atomic.Int64 // connections
 	requests atomic.Int64
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
@@ -89,6 +91,19 @@ func (k *Link) Stats() LinkStats {
 	return LinkStats{Connections: k.conns.Load(), Requests: k.requests.Load(), Up: k.up.carried.Load(), Down: k.down.carried.Load()}
 }
 
+// Settle waits until no connection is open: until all bytes of clients that have ended are
+// carried, and counted.
+func (k *Link) Settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for k.open.Load() > 0 {
+		if err := sleep(ctx, time.Millisecond); err != nil {
+			return fmt.Errorf("%d connections of the link are open: %w", k.open.Load(), err)
+		}
+	}
+	return nil
+}
+
 // Close ends all connections, and waits for all goroutines of the link.
 func (k *Link) Close() error {
 	k.cancel()
@@ -104,7 +119,11 @@ func (k *Link) accept(ctx context.Context) {
 			return
 		}
 		k.conns.Add(1)
-		k.wg.Go(func() { k.connection(ctx, c) })
+		k.open.Add(1)
+		k.wg.Go(func() {
+			defer k.open.Add(-1)
+			k.connection(ctx, c)
+		})
 	}
 }
 
@@ -165,11 +184,13 @@ func (l *lane) carry(ctx context.Context, cancel context.CancelFunc, dst, src ne
 			if sleep(ctx, time.Until(p.due)) != nil {
 				continue
 			}
-			if _, err := dst.Write(p.b); err != nil {
+			// Counted before they arrive: whoever has all bytes may ask for the count.
+			l.carried.Add(int64(len(p.b)))
+			if n, err := dst.Write(p.b); err != nil {
+				l.carried.Add(int64(n - len(p.b)))
 				cancel()
 				continue
 			}
-			l.carried.Add(int64(len(p.b)))
 			free.Put(p.from)
 		}
 		if ctx.Err() != nil {

@@ -93,7 +93,9 @@ func TestLinkRoundTrip(t *testing.T) {
 		within(t, "a handshake and a question", ask(t, c, 1), 40*time.Millisecond)
 		within(t, "the next question", ask(t, c, 1), 20*time.Millisecond)
 		c.Close()
-		synctest.Wait()
+		if err := k.Settle(t.Context()); err != nil {
+			t.Error(err)
+		}
 		if s := k.Stats(); s != (LinkStats{Connections: 1, Up: 2, Down: 2}) {
 			t.Errorf("%+v", s)
 		}
@@ -209,6 +211,41 @@ func TestLinkCarries(t *testing.T) {
 	if s := k.Stats(); s.Up != int64(len(sent)) || s.Down != int64(len(sent)) {
 		t.Errorf("%+v", s)
 	}
+}
+
+// Whoever has all bytes finds all of them counted.
+func TestLinkCountsBeforeBytesArrive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, dial := wire(t, time.Millisecond, 1e9, answer(100<<10))
+		c := dial()
+		for i := range int64(20) {
+			ask(t, c, 100<<10)
+			if s := k.Stats(); s.Up != i+1 || s.Down != (i+1)*100<<10 {
+				t.Errorf("after %d questions: %+v", i+1, s)
+			}
+		}
+		c.Close()
+	})
+}
+
+// Settle waits for the connections that are open, and for no longer than it may.
+func TestLinkSettles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k, dial := wire(t, time.Millisecond, 1e9, answer(1))
+		if err := k.Settle(t.Context()); err != nil {
+			t.Error(err)
+		}
+		c := dial()
+		ask(t, c, 1)
+		began := time.Now()
+		if err := k.Settle(t.Context()); err == nil || time.Since(began) != time.Minute {
+			t.Errorf("beside an open connection: %v after %v", err, time.Since(began))
+		}
+		c.Close()
+		if err := k.Settle(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // Close ends busy connections, and leaves no goroutine.
