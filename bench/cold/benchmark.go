@@ -105,6 +105,9 @@ func (b *benchmark) round(ctx context.Context, s *site, r row, round int) (err e
 	if err := b.forget(); err != nil {
 		return err
 	}
+	if err := s.wires.settle(ctx); err != nil {
+		return err
+	}
 	c := &clock{w: s.wires}
 	defer c.abandon()
 	more, err := r.start(ctx, b, s, dir, c)

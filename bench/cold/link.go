@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strconv"
@@ -85,6 +86,12 @@ func (w *wires) stats() bench.LinkStats {
 	}
 	r, f := w.registry.Stats(), w.files.Stats()
 	return bench.LinkStats{Connections: r.Connections + f.Connections, Requests: r.Requests + f.Requests, Up: r.Up + f.Up, Down: r.Down + f.Down}
+}
+
+// settle waits until the connections of the rounds so far have ended, which would count
+// with the next one.
+func (w *wires) settle(ctx context.Context) error {
+	return errors.Join(w.registry.Settle(ctx), w.files.Settle(ctx))
 }
 
 func (w *wires) close() error { return errors.Join(w.registry.Close(), w.files.Close()) }
