@@ -64,7 +64,7 @@ func (g *Cgroup) Close() error {
 		return nil
 	}
 	err := error(unix.EBUSY) // while the kernel cleans up behind a process
-	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); errors.Is(err, unix.EBUSY) && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		err = os.Remove(g.dir)
 	}
 	return err

@@ -175,7 +175,7 @@ func (r *Root) mountFile(ctx context.Context, file string, readAhead int) error 
 }
 
 func (r *Root) waitFor(ctx context.Context, file string) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		if _, err := os.Stat(file); err == nil {
@@ -257,7 +257,7 @@ func (r *Root) Run(ctx context.Context, program string, args ...string) (out str
 
 // killAll kills the processes that have this root, by their IDs.
 func (r *Root) killAll() error {
-	for range 100 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		left := 0
 		entries, err := os.ReadDir("/proc")
 		if err != nil {
@@ -302,17 +302,17 @@ func (r *Root) Close() error {
 	}
 	select {
 	case <-r.ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		r.fuse.Process.Kill()
 		<-r.ended
 	}
 	return err
 }
 
-// unmount waits up to five seconds for the last user of the mount to end.
+// unmount waits up to a minute for the last user of the mount to end.
 func unmount(dir string) error {
 	var err error
-	for range 500 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
 			break
 		}

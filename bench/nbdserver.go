@@ -98,12 +98,12 @@ func LaunchNBD(name, transport string, env []string, command func(p Place) []str
 	if transport == "tcp" {
 		network, addr = "tcp", "127.0.0.1:"+p.Port
 	}
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if c, err := net.Dial(network, addr); err == nil {
 			return s, c.Close()
 		}
 	}
-	return nil, errors.Join(fmt.Errorf("%s does not accept connections within 20 s", name), s.Stop())
+	return nil, errors.Join(fmt.Errorf("%s does not accept connections within a minute", name), s.Stop())
 }
 
 // LaunchThaw starts thaw serve, in group unless that is nil, and waits until it is ready.

@@ -231,9 +231,9 @@ func freeAddr() (string, error) {
 	return l.Addr().String(), l.Close()
 }
 
-// waitForTCP waits up to ten seconds until something listens on addr.
+// waitForTCP waits up to a minute until something listens on addr.
 func waitForTCP(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
 		var d net.Dialer
