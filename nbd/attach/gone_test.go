@@ -90,14 +90,15 @@ func TestConnectionDies(t *testing.T) {
 		dev := newDevice(testSize)
 		n := attachTo(t, d, dev, Options{Queues: 2})
 		var ours []string
-		for s := range sockets() {
-			if !before[s] {
-				ours = append(ours, s)
+		eventually(t, "there are two connections", func() bool {
+			ours = nil
+			for s := range sockets() {
+				if !before[s] {
+					ours = append(ours, s)
+				}
 			}
-		}
-		if len(ours) != 2 {
-			t.Fatalf("sockets %q", ours)
-		}
+			return len(ours) == 2
+		})
 		var fd int
 		fmt.Sscan(ours[0], &fd)
 		if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil {

@@ -324,7 +324,8 @@ func TestRounds(t *testing.T) {
 		}
 		dev.NoPins(t)
 		noLeak(t, before)
-		if n := entries(t, "/proc/self/task"); n > before.threads+16 {
+		// Each of the 100 rounds would leave at least one. Go keeps those that it has made.
+		if n := entries(t, "/proc/self/task"); n > before.threads+50 {
 			t.Errorf("there were %d threads before, and there are %d now", before.threads, n)
 		}
 	})

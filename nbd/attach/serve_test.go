@@ -133,7 +133,9 @@ func serveNode(args []string) error {
 	os.Stdout.Write(n.State().Encode())
 	select {
 	case <-ctx.Done():
-		return n.Detach(context.Background())
+		ctx, cancel := context.WithTimeout(context.Background(), long)
+		defer cancel()
+		return detachUnused(ctx, n)
 	case <-n.Gone():
 		return n.Wait()
 	}
