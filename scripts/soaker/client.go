@@ -38,7 +38,7 @@ type client struct {
 }
 
 func dial(socket, export string) (*client, error) {
-	c, err := net.DialTimeout("unix", socket, 5*time.Second)
+	c, err := net.DialTimeout("unix", socket, time.Minute)
 	if err != nil {
 		return nil, err
 	}

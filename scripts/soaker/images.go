@@ -152,7 +152,7 @@ func layer(rng *rand.Rand, size int) (v1.Layer, error) {
 func copyOut(ctx context.Context, socket, export, dir string) ([]byte, error) {
 	out := filepath.Join(dir, "copied")
 	defer os.Remove(out)
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	if err := command(ctx, "nbdcopy", uri(socket, export), out); err != nil {
 		return nil, err

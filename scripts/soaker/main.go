@@ -156,9 +156,9 @@ func soak(ctx context.Context, seed uint64, lasts time.Duration) (err error) {
 	}
 	log.Printf("calm again: %v; origin %v; mirror %v", tally, origin, mirror)
 
-	// Requests from before may be retried for half a minute.
+	// Requests from before may be retried for half a minute, or longer on a busy machine.
 	for _, m := range set {
-		if err := retry(ctx, time.Minute, func() error { return readWhole(ctx, srv.socket, origin.host, m, tally) }); err != nil {
+		if err := retry(ctx, 5*time.Minute, func() error { return readWhole(ctx, srv.socket, origin.host, m, tally) }); err != nil {
 			return fmt.Errorf("with no more faults: %w", err)
 		}
 	}

@@ -60,8 +60,8 @@ func (s *server) start() error {
 	}()
 	select {
 	case err = <-ready:
-	case <-time.After(time.Minute):
-		err = fmt.Errorf("not ready in a minute")
+	case <-time.After(5 * time.Minute):
+		err = fmt.Errorf("not ready in five minutes")
 	}
 	if err != nil {
 		s.cmd.Process.Kill()
@@ -85,10 +85,10 @@ func (s *server) stop(calm bool) error {
 	done := s.signal(syscall.SIGTERM)
 	select {
 	case <-done:
-	case <-time.After(15 * time.Second):
+	case <-time.After(time.Minute):
 		s.signal(syscall.SIGQUIT)
 		<-done
-		return fmt.Errorf("thaw serve has not ended 15 s after SIGTERM, with a grace of 3 s")
+		return fmt.Errorf("thaw serve has not ended a minute after SIGTERM, with a grace of 3 s")
 	}
 	if s.err != nil && (calm || s.cmd.ProcessState.ExitCode() != 1) {
 		return fmt.Errorf("thaw serve after SIGTERM: %w", s.err)
@@ -139,7 +139,7 @@ func (l *level) String() string {
 
 // measure asks the server, and reads /proc.
 func (s *server) measure() (*level, error) {
-	c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(s.cache, "control.sock"))
 	}}}
 	resp, err := c.Get("http://thaw/v1/status")
@@ -198,7 +198,7 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 	}
 	var l *level
 	var err error
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
+	for end := time.Now().Add(5 * time.Minute); time.Now().Before(end) && ctx.Err() == nil; {
 		if l, err = s.measure(); err != nil {
 			return nil, err
 		}
@@ -220,7 +220,7 @@ func (s *server) settle(ctx context.Context, before *level) (*level, error) {
 		}
 	}
 	s.signal(syscall.SIGQUIT) // prints its goroutines to the log
-	return nil, fmt.Errorf("after three idle minutes the server has %v; the baseline is %v", l, before)
+	return nil, fmt.Errorf("after five idle minutes the server has %v; the baseline is %v", l, before)
 }
 
 // showLog prints the end of the log.
