@@ -35,6 +35,9 @@ func TestLease(t *testing.T) {
 }
 
 func leaseInside(dir string) error {
+	if err := forgetMounts(); err != nil {
+		return err
+	}
 	// What is written to /run and mounted on /etc/resolv.conf stays in this process's namespace.
 	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
 		return err

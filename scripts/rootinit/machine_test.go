@@ -43,6 +43,26 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// forgetMounts detaches the copies of mounts that this process's namespace has of disks which
+// other programs have made. A test that unmounts such a disk waits for the end of all copies, or
+// finds that it cannot be mounted anew.
+func forgetMounts() error {
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if len(f) < 2 || !strings.HasPrefix(f[0], "/dev/loop") && !strings.HasPrefix(f[0], "/dev/nbd") && !strings.HasPrefix(f[0], "/dev/ublk") {
+			continue
+		}
+		if err := unix.Unmount(f[1], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("detach the copy of the mount at %s: %w", f[1], err)
+		}
+	}
+	return nil
+}
+
 // becomeMachine has dir/root as its root, a copy in a tmpfs of its own: the first process makes the whole file system read-only.
 // What a kernel would have is in files of dir: cmdline, active (the consoles), console, and tty, the name of a terminal.
 func becomeMachine(dir string) error {
@@ -54,6 +74,7 @@ func becomeMachine(dir string) error {
 		return err
 	}
 	steps := []func() error{
+		forgetMounts,
 		func() error { return unix.Mount("tmpfs", root, "tmpfs", 0, "") },
 		func() error { return os.CopyFS(root, os.DirFS(from("root"))) },
 		func() error { return os.Symlink("busybox", at("bin/sh")) },
