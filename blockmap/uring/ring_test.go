@@ -282,6 +282,8 @@ func TestWakeBeforeClose(t *testing.T) {
 	}
 	defer unix.Close(wake)
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // it cannot stop a thread in a raw system call
+	// Nor can the scheduler take its processor, so there must be another one for this goroutine.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0))))
 	done := make(chan struct{})
 	x := &Read{FD: int(f.Fd()), Buf: make([]byte, 100), Done: func(*Read) { close(done) }}
 	submitted := make(chan struct{})
