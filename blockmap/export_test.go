@@ -11,6 +11,10 @@ func SealIndex(b []byte) {
 // LimitOpen bounds the number of streams that are open at once.
 func (c *Cache) LimitOpen(n int64) { c.streams.openLimit = n }
 
+// CloseIdle closes damaged files and some of those that images have, as the cache does where
+// there are too many.
+func (c *Cache) CloseIdle() { c.streams.closeIdle(true) }
+
 // StoreHeld writes the chunks held in memory to the disk, as the cache does from time
 // to time.
 func (c *Cache) StoreHeld() { c.streams.held.store() }

@@ -70,8 +70,8 @@ func TestTruncatedUnderReaders(t *testing.T) {
 	}
 }
 
-// While another program truncates data files all the time, every read gets the right
-// bytes.
+// While another program truncates data files all the time, and the cache closes them, every
+// read gets the right bytes.
 func TestTruncatedAllTheTime(t *testing.T) {
 	m := blocktest.NewImage(t, 61, 1500)
 	dir := t.TempDir()
@@ -100,6 +100,16 @@ func TestTruncatedAllTheTime(t *testing.T) {
 				if err := os.Truncate(path, rng.Int64N(fi.Size())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					t.Error(err)
 				}
+			}
+		}
+	})
+	cutter.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond):
+				c.CloseIdle()
 			}
 		}
 	})

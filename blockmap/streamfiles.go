@@ -14,8 +14,10 @@ import (
 type streamFiles struct {
 	// current is nil while the files are closed. A goroutine that has pinned a
 	// chunk and then loads current may use it until it unpins: closing takes
-	// current away first, and looks at the pins then.
+	// current away first, and looks at the pins then. looking counts those that do so
+	// without a chunk.
 	current atomic.Pointer[dataFile]
+	looking atomic.Int32
 
 	// mu is held across opening, syncing and closing.
 	mu struct {
@@ -167,11 +169,14 @@ func (s *Stream) usable() bool {
 // prepare makes resident blocks ready to be viewed: the files are open, and are
 // the ones that were written.
 func (s *Stream) prepare() error {
+	s.files.looking.Add(1)
 	f := s.files.current.Load()
+	intact := f != nil && f.intact()
+	s.files.looking.Add(-1)
 	switch {
 	case f == nil && s.fixed.Load() == 0:
 		return nil // nothing is on disk
-	case f != nil && f.intact():
+	case intact:
 		return nil
 	case f != nil:
 		if err := s.abandon(f); err != nil {
@@ -180,6 +185,9 @@ func (s *Stream) prepare() error {
 	}
 	return s.open()
 }
+
+// inUse reports whether somebody may use a file that was taken away before.
+func (f *streamFiles) inUse(p pins) bool { return f.looking.Load() > 0 || p.any() }
 
 func (s *Stream) tryOpen() error {
 	s.files.mu.Lock()
@@ -286,7 +294,7 @@ func (s *Stream) closeOrWarn() (closed bool) {
 func (s *Stream) take() (closed bool, err error) {
 	f := s.files.current.Swap(nil)
 	// Whoever pins from here on finds no files.
-	if s.pins.any() {
+	if s.files.inUse(s.pins) {
 		s.files.current.Store(f)
 		return false, nil
 	}
@@ -323,7 +331,7 @@ func (s *Stream) abandon(f *dataFile) error {
 func (s *Stream) closeRetired() error {
 	s.files.mu.Lock()
 	defer s.files.mu.Unlock()
-	if len(s.files.mu.retired) == 0 || s.pins.any() {
+	if len(s.files.mu.retired) == 0 || s.files.inUse(s.pins) {
 		return nil
 	}
 	return s.dropRetired()

@@ -35,7 +35,7 @@ func TestLogAtTheEnd(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			w := &slowWriter{each: c.each}
-			p := newLogPipe(w, slog.New(slog.NewTextHandler(io.Discard, nil)))
+			p := newLogPipe(w, slog.New(slog.DiscardHandler))
 			for range c.lines {
 				io.WriteString(p, "a line\n")
 			}

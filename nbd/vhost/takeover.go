@@ -28,8 +28,8 @@ func (r *request) fresh() {
 
 // adopt makes cur, which is admitted, a request that is in flight without the queue's
 // goroutine. Another one is cur afterwards.
-func (q *queue) adopt() (r *request) {
-	r = q.cur
+func (q *queue) adopt() {
+	r := q.cur
 	r.mem.retain()
 	q.tasks.Add(1)
 	q.working.Add(1)
@@ -38,7 +38,6 @@ func (q *queue) adopt() (r *request) {
 		q.cur = new(request)
 	}
 	q.cur.q, q.cur.mem = q, q.mem
-	return r
 }
 
 // takeOver starts another goroutine for the queue. The one so far is stuck in cur.
