@@ -25,8 +25,9 @@
 // connections share. The file session.go has that path from top to bottom.
 //
 // The same holds for small writes. The payload lies in the input buffer, and the device
-// writes it from there. If that takes longer than a millisecond, another goroutine goes on
-// with the connection: see takeover.go.
+// writes it from there. A client that waits for each request also has its flushes and its
+// reads of the disk done so. If one takes longer than a millisecond and the client has sent
+// something else, another goroutine goes on with the connection: see takeover.go.
 //
 // Everything else becomes a task, up to a bound for each connection, and its reply is sent
 // when it is ready; hits overtake it. A read of what is on the disk takes no goroutine
