@@ -77,6 +77,28 @@ func TestWatchdogRests(t *testing.T) {
 	})
 }
 
+// End returns after TakeOver, which has counted the request as one in flight by then: whoever
+// calls End is about to count it as ended.
+func TestWatchdogEndsAfterTakeOver(t *testing.T) {
+	began, ended := make(chan struct{}), make(chan struct{})
+	w := &Watchdog{Patience: time.Millisecond}
+	w.TakeOver = func() {
+		close(began)
+		select {
+		case <-ended:
+			t.Error("End has returned, and TakeOver has not")
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	n := w.Begin()
+	<-began
+	if w.End(n) {
+		t.Error("the request was not taken over")
+	}
+	close(ended)
+	w.Stop()
+}
+
 // Exactly one of End and TakeOver has each request.
 func TestWatchdogRace(t *testing.T) {
 	var taken, ended atomic.Int64
