@@ -27,7 +27,7 @@ func (q *queue) pass() (idle bool, err error) {
 		q.again = false
 		err = q.begin(q.cur)
 	}
-	for len(q.resubmit) > 0 && err == nil {
+	for err == nil && len(q.resubmit) > 0 { // with an error, another goroutine may have the queue
 		n++
 		err = q.resume()
 	}

@@ -149,6 +149,34 @@ func TestStuckStops(t *testing.T) {
 	}
 }
 
+// A write that gets stuck is done again after each start, and gets stuck again. Whoever was
+// stuck in it before touches nothing of the queue that runs by then, which the race detector
+// sees.
+func TestStuckAtEachStart(t *testing.T) {
+	dev := newStuckDevice()
+	d := inflightDisk(t, dev)
+	want := bytes.Repeat([]byte{0xcd}, 4096)
+	old := d.next
+	stuck := d.add(opOut, uint64(stuckAt.Start>>sectorShift), want, 0)
+	d.notify(old)
+	for range 3 {
+		<-dev.waiting
+		for i := range uint64(100) { // until the queue does writes itself again
+			d.ok(opOut, 8*i, make([]byte, 4096), 0)
+		}
+		base := d.stop()
+		if base != d.next {
+			t.Errorf("the base is %d after %d requests", base, d.next)
+		}
+		d.start(base)
+	}
+	close(dev.open)
+	if code, _ := d.wait(stuck); code != statusOK || !bytes.Equal(content(dev.Memory, stuckAt.Start, 4096), want) {
+		t.Errorf("status %d, or wrong bytes", code)
+	}
+	dev.NoPins(t)
+}
+
 // A device whose writes are slow costs a queue goroutines while they last, and none
 // afterwards.
 func TestStuckLeavesNothing(t *testing.T) {
