@@ -96,10 +96,14 @@ func (s *session) takenOver(r *request, c *call) *task {
 	return &task{req: *r, at: -1, cost: inlineCost(r)}
 }
 
-// inlineCost is what a request on the reader counts for once it is a task.
+// inlineCost is what a request on the reader counts for once it is a task. A WRITE keeps the
+// whole input buffer that its bytes are in.
 func inlineCost(r *request) int64 {
-	if r.cmd == cmdFlush {
+	switch r.cmd {
+	case cmdFlush:
 		return 0
+	case cmdWrite:
+		return inputWritable
 	}
 	return int64(r.length)
 }

@@ -259,6 +259,29 @@ func TestSlowWritesLeaveNothing(t *testing.T) {
 	eventually(t, fmt.Sprintf("the goroutines of %d slow writes end", rounds), func() bool { return runtime.NumGoroutine() <= before+2 })
 }
 
+// A small write that was taken over counts for what it keeps, which is the input buffer of its
+// reader, and for nothing when it has ended.
+func TestSlowWriteCountsItsBuffer(t *testing.T) {
+	d := newSlowWrites(testSize, 4096)
+	a := newAdmission(t, Limits{Requests: 100})
+	c, _ := transmit(t, t.Context(), &Server{Admission: a}, &Export{Device: d})
+	p := append(appendRequest(nil, cmdWrite, 0, 1, 0, 512), pattern(0, 512)...)
+	c.write(append(appendRequest(p, cmdWrite, 0, 2, 4096, 512), pattern(0, 512)...))
+	if k := c.reply(0)[0]; k.cookie != 2 || k.errno != 0 {
+		t.Fatalf("%+v", k)
+	}
+	want := Limits{Requests: 1, Bytes: inputWritable}
+	eventually(t, "the second write has ended", func() bool { return a.InFlight().Requests == 1 })
+	if got := a.InFlight(); got != want {
+		t.Errorf("%+v is in flight, want %+v", got, want)
+	}
+	close(d.open)
+	if k := c.reply(0)[0]; k.cookie != 1 || k.errno != 0 {
+		t.Fatalf("%+v", k)
+	}
+	eventually(t, "the slow write has ended", func() bool { return a.InFlight() == Limits{} })
+}
+
 // A write that never ends fails after the FaultTimeout, and later ones do not.
 func TestSlowWriteTimesOut(t *testing.T) {
 	d := newSlowWrites(testSize, 4096) // never opened
