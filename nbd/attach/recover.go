@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -90,10 +92,26 @@ func Remove(ctx context.Context, s State) error {
 }
 
 // notMounted fails with ErrBusy where a node is mounted. A node without a server may not
-// even be opened; then it is not known, and the kernel decides.
+// even be opened; then it is not known, and the kernel decides. What is not below the /dev of
+// this process, as in a new container, may be mounted by those who see it elsewhere.
 func notMounted(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		rdev, err := sysDev(filepath.Join("/sys/block", filepath.Base(path), "dev"))
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // the kernel has no such disk
+		}
+		if err == nil {
+			err = unix.Mknod(path, unix.S_IFBLK|0o600, int(rdev))
+		}
+		switch {
+		case err == nil:
+			defer os.Remove(path)
+		case !errors.Is(err, unix.EEXIST): // by udev, a moment later
+			return fmt.Errorf("make %s, to see whether it is mounted: %w", path, err)
+		}
+	}
 	opened := make(chan error, 1)
 	go func() {
 		f, err := openExclusive(path)

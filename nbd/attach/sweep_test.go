@@ -3,6 +3,7 @@ package attach
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"unsafe"
@@ -123,6 +124,33 @@ func TestSweepSteps(t *testing.T) {
 	})
 }
 
+// A node that is not below the /dev of this process, but that somebody has mounted who sees it
+// elsewhere, is found to be mounted.
+func TestMountedElsewhere(t *testing.T) {
+	each(t, func(t *testing.T, d Driver) {
+		n := attachTo(t, d, newDevice(testSize), Options{})
+		dev := t.TempDir()
+		path := filepath.Join(dev, filepath.Base(n.Path))
+		f, err := openExclusive(n.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := notMounted(aCtx(t), path); !errors.Is(err, ErrBusy) {
+			t.Errorf("it is in use: %v", err)
+		}
+		f.Close()
+		if err := notMounted(aCtx(t), path); err != nil {
+			t.Errorf("it is not in use: %v", err)
+		}
+		if err := notMounted(aCtx(t), filepath.Join(dev, "no-disk")); err != nil {
+			t.Errorf("no disk, such as one of ublk that was never started: %v", err)
+		}
+		if left, err := os.ReadDir(dev); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	})
+}
+
 func TestTokens(t *testing.T) {
 	a, b := NewToken(), NewToken()
 	if a == b || !ValidToken(a) {
@@ -135,7 +163,10 @@ func TestTokens(t *testing.T) {
 		if err := Sweep(t.Context(), bad); err == nil {
 			t.Errorf("a sweep for %q succeeds", bad)
 		}
-		if _, err := Attach(t.Context(), newDevice(testSize), Options{Token: bad}); bad != "" && err == nil {
+		if bad == "" {
+			continue // Attach makes one
+		}
+		if _, err := Attach(t.Context(), newDevice(testSize), Options{Token: bad}); err == nil {
 			t.Errorf("a node with the token %q", bad)
 		}
 	}
