@@ -57,7 +57,7 @@ func (x *nodes) recover(n *node) {
 			return
 		case errors.Is(err, attach.ErrGone), n.removed.Err() != nil:
 			x.h.log.Info("a node of the last server is gone", "node", n.kept.Path, "err", err)
-			x.sweep(n.kept.Token) // the server may have been killed while it removed the node
+			x.sweepGone(n.kept) // the server may have been killed while it removed the node
 			x.drop(n)
 			return
 		case !passing(err):
@@ -70,6 +70,19 @@ func (x *nodes) recover(n *node) {
 		x.mu.Unlock()
 		_ = pause(n.removed, wait)
 	}
+}
+
+// sweepGone removes what a killed server has left of a node that is gone. Its token stays in the
+// state file until nothing is left.
+func (x *nodes) sweepGone(kept attach.State) {
+	if kept.Boot != bootText() || !attach.ValidToken(kept.Token) {
+		return // no node outlives its boot
+	}
+	x.mu.Lock()
+	x.mu.unswept = append(x.mu.unswept, kept.Token)
+	x.mu.unswept = x.mu.unswept[max(0, len(x.mu.unswept)-maxNodes):]
+	x.mu.Unlock()
+	x.sweep(kept.Token)
 }
 
 // sweep removes what a killed server has left of a node that nobody is to go on serving. What

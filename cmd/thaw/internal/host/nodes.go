@@ -108,7 +108,7 @@ type nodes struct {
 		all      []*node
 		last     int      // the last ID
 		stopping bool     // no node can be attached any more
-		unswept  []string // tokens of nodes that a killed server was attaching
+		unswept  []string // tokens of nodes that a killed server was attaching, or removing
 		left     bool     // a node outlives the host
 	}
 }

@@ -393,6 +393,51 @@ func TestAttachingIsSwept(t *testing.T) {
 	}
 }
 
+// What cannot be removed of a node that is gone is left to the next server, which finds it by
+// its token.
+func TestGoneIsSweptLater(t *testing.T) {
+	needRoot(t)
+	r := newRegistry(t)
+	dir := t.TempDir()
+	token := attach.NewToken()
+	a, err := attach.Attach(t.Context(), blocktest.NewMemory(1<<20), attach.Options{Driver: attach.FUSE, Token: token, ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { a.Detach(context.Background()) })
+	fd, err := unix.Open(a.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0) // as a mount has it
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := a.State()
+	state.Number, state.Path = 1<<20, "/dev/loop1048576" // there is no such node
+	if err := writeState(dir, saved{Nodes: []savedNode{{Image: "127.0.0.1:1/app@" + testDigest, Name: "127.0.0.1:1/app:v1", Node: state.Encode()}}}, false); err != nil {
+		t.Fatal(err)
+	}
+	h := r.open(Options{Dir: dir})
+	h.Recover()
+	await(t, "the node is gone", func() bool { return len(h.Nodes()) == 0 })
+	h.Close()
+	if kept, _, err := readState(dir); err != nil || len(kept.Nodes) != 0 || !slices.Equal(kept.Attaching, []string{token}) {
+		t.Errorf("while it is in use: %+v, %v", kept, err)
+	}
+	unix.Close(fd)
+	h = r.open(Options{Dir: dir})
+	h.Recover()
+	await(t, "nothing is left", func() bool {
+		_, err := os.Stat(filepath.Join(dir, stateName))
+		return errors.Is(err, fs.ErrNotExist)
+	})
+	await(t, "the node is gone", func() bool {
+		select {
+		case <-a.Gone():
+			return true
+		default:
+			return false
+		}
+	})
+}
+
 // While an attach goes on, the state file has the token of its node.
 func TestTokenIsKept(t *testing.T) {
 	needRoot(t)
