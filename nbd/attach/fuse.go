@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,7 +60,7 @@ func attachFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 }
 
 // recoverFUSE gives the loop device of a dead process a new file.
-func recoverFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
+func recoverFUSE(ctx context.Context, n *Node, o Options) (_ driver, err error) {
 	l, err := openLoop(n.state, false)
 	if err != nil {
 		return nil, err
@@ -68,11 +69,17 @@ func recoverFUSE(ctx context.Context, n *Node, o Options) (driver, error) {
 	if n.serving.wdev != nil {
 		return nil, errors.New("the driver fuse cannot go on with a writable node: writes have failed since its server died. Unmount it, remove the node, and attach again")
 	}
-	// Another process with the same state comes too late from now on.
-	n.state.Token = NewToken()
+	// Another process with the same state comes too late from now on, unless this one fails.
+	before := n.state.Token
+	n.state.Token = cmp.Or(o.Token, NewToken())
 	if err := l.mark(n.state.Token); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.mark(before))
+		}
+	}()
 	d, file, err := serveFUSE(ctx, n, o)
 	if err != nil {
 		return nil, err

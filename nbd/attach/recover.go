@@ -27,7 +27,8 @@ import (
 //
 // It fails with ErrGone where the node is not there any more. It waits for the dead
 // process to be gone, for as long as ctx allows. Recover takes Name, FaultTimeout,
-// Admission, ReadAhead and Log of o.
+// Admission, ReadAhead and Log of o. It takes Token for a node of fuse, which gets another one:
+// whoever must not leave the node behind keeps both until it has the new State.
 func Recover(ctx context.Context, s State, dev blockmap.Device, o Options) (*Node, error) {
 	o, err := o.fill()
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"thaw/blockmap"
+	"thaw/blockmap/blocktest"
 )
 
 // load is readers and writers, and what has happened to them.
@@ -309,6 +310,35 @@ func TestRecoverFUSE(t *testing.T) {
 		if err := Remove(aCtx(t), first.state); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// A recovery of a node of fuse that fails leaves it to the next one, and to Remove. One that
+// succeeds gives it the token of its options.
+func TestRecoverFUSEFails(t *testing.T) {
+	each(t, func(t *testing.T, d Driver) {
+		if d != FUSE {
+			return // they keep their tokens
+		}
+		s, err := startServer(t, d, newFile(t), "ro")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.kill()
+		wrong := s.state
+		wrong.Size *= 2 // the kernel takes no file of another size
+		if _, err := Recover(aCtx(t), wrong, readOnly{blocktest.NewMemory(2 * testSize)}, Options{}); err == nil || errors.Is(err, ErrGone) {
+			t.Fatalf("a device of another size: %v", err)
+		}
+		token := NewToken()
+		n, err := Recover(aCtx(t), s.state, readOnly{newDevice(testSize)}, Options{Token: token})
+		if err != nil {
+			t.Fatalf("after one that has failed: %v", err)
+		}
+		if n.State().Token != token {
+			t.Errorf("it has the token %s, want %s", n.State().Token, token)
+		}
+		detach(t, n)
 	})
 }
 

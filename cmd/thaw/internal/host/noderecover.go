@@ -40,12 +40,18 @@ func (x *nodes) recoverNodes(kept []savedNode, attaching []string) {
 				Driver: k.state.Driver, Queues: k.state.Queues,
 			},
 		})
+		if n.kept.Driver == attach.FUSE {
+			n.token = attach.NewToken() // see attach.Recover
+		}
 		x.watchers.Go(func() { x.recover(n) })
 	}
 }
 
 // recover goes on serving a node, or says why that cannot be.
 func (x *nodes) recover(n *node) {
+	if n.token != "" {
+		x.save() // or the node would stay for ever if this process is killed before it is recovered
+	}
 	for wait := watchEvery; ; wait = min(2*wait, 10*time.Second) {
 		err := x.tryRecover(n)
 		switch {

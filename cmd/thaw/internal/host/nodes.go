@@ -118,7 +118,8 @@ type node struct {
 	of   *nodes
 	id   string
 	spec NodeSpec
-	// token marks the node while it is being attached.
+	// token marks the node while it is being attached, and from its recovery on where it gets
+	// another one then.
 	token string
 
 	wake chan struct{} // has its watcher look at once
@@ -467,7 +468,8 @@ func (x *nodes) save() {
 	}
 }
 
-// saved are the nodes for the state file, and the tokens of those that are being attached.
+// saved are the nodes for the state file, and the tokens of those that are being attached
+// or get another one.
 func (x *nodes) saved() (kept []savedNode, attaching []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -476,6 +478,9 @@ func (x *nodes) saved() (kept []savedNode, attaching []string) {
 		if n.state == NodeAttaching {
 			attaching = append(attaching, n.token)
 			continue
+		}
+		if n.state == NodeRecovering && n.token != "" {
+			attaching = append(attaching, n.token)
 		}
 		// A lost node can have lost its path to a later one.
 		later := func(o *node) bool { return o.kept.Path == n.kept.Path }

@@ -333,6 +333,11 @@ func TestDetachWhileRecovering(t *testing.T) {
 		all := h.Nodes()
 		return len(all) == 1 && all[0].State == NodeRecovering && all[0].Error != ""
 	})
+	// The recovery gives the node another token, which the next server is to know if this one is
+	// killed meanwhile.
+	if kept, _, err := readState(dir); err != nil || len(kept.Nodes) != 1 || len(kept.Attaching) != 1 || kept.Attaching[0] == state.Token {
+		t.Errorf("while it is recovering: %+v, %v", kept, err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), atMost)
 	defer cancel()
 	if gone, err := h.Detach(ctx, h.Nodes()[0].ID, true); err != nil || !gone {
