@@ -28,11 +28,15 @@ func ValidToken(token string) bool { return tokenForm.MatchString(token) }
 
 // Sweep removes what a process that was killed has left of the node with a token, whichever
 // driver it has. It does so too where the process was about to remove the node. That there is
-// none is no error. It fails with ErrBusy where the node is mounted, or another process serves
-// it. A node of nbd that was made by ioctl ends with its process.
+// none is no error, but that none can be seen is one. It fails with ErrBusy where the node is
+// mounted, or another process serves it. A node of nbd that was made by ioctl ends with its
+// process.
 func Sweep(ctx context.Context, token string) error {
 	if !ValidToken(token) {
 		return fmt.Errorf("sweep: %.100q is no token", token)
+	}
+	if _, err := os.Stat(sysBlock); err != nil {
+		return fmt.Errorf("sweep: look for nodes: %w: mount sysfs on /sys", err)
 	}
 	err := errors.Join(sweepUBLK(ctx, token), sweepNBD(ctx, token), sweepFUSE(ctx, token))
 	if err != nil {
@@ -81,7 +85,7 @@ func (c *ublkControl) sweep(ctx context.Context, id uint32, token string) error 
 }
 
 func sweepNBD(ctx context.Context, token string) error {
-	numbers, err := numbered("/sys/block", "nbd")
+	numbers, err := numbered(sysBlock, "nbd")
 	if err != nil {
 		return err
 	}
@@ -102,7 +106,7 @@ func sweepNBD(ctx context.Context, token string) error {
 }
 
 func sweepFUSE(ctx context.Context, token string) error {
-	numbers, err := numbered("/sys/block", "loop")
+	numbers, err := numbered(sysBlock, "loop")
 	if err != nil {
 		return err
 	}
@@ -124,6 +128,9 @@ func sweepFUSE(ctx context.Context, token string) error {
 	}
 	return nil
 }
+
+// sysBlock is where the kernel lists disks. It is a variable for tests.
+var sysBlock = "/sys/block"
 
 // numbered returns, in order, the numbers n of what a directory has with the name prefix and
 // n. It is empty where there is no directory.

@@ -151,6 +151,16 @@ func TestMountedElsewhere(t *testing.T) {
 	})
 }
 
+// A process that cannot see the kernel's disks does not claim that none is left.
+func TestSweepWithoutSys(t *testing.T) {
+	old := sysBlock
+	defer func() { sysBlock = old }()
+	sysBlock = filepath.Join(t.TempDir(), "block")
+	if err := Sweep(aCtx(t), NewToken()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("without /sys: %v", err)
+	}
+}
+
 func TestTokens(t *testing.T) {
 	a, b := NewToken(), NewToken()
 	if a == b || !ValidToken(a) {
