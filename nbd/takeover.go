@@ -115,8 +115,9 @@ func (s *session) loadAlone(ctx context.Context, r *request) (v blockmap.View, o
 	c, n := s.beginInline(r)
 	v, ok = s.dev.Load(c.ctx, blockmap.Range(int64(r.offset), int64(r.length)))
 	if s.watchdog.End(n) {
-		if n, err := s.w.tryRead(s.in[s.end:]); err == nil && n > 0 {
-			s.end += n
+		s.begin, s.end = 0, 0 // r was the last in s.in, and may have filled it
+		if n, err := s.w.tryRead(s.in); err == nil && n > 0 {
+			s.end = n
 			s.lone = 0
 		}
 		return v, ok, nil

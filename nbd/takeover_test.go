@@ -149,6 +149,35 @@ func TestSlowLoneRequests(t *testing.T) {
 	}
 }
 
+// A client of depth 1 that fills the input buffer to its last byte, with a read of the disk at
+// its end, is served like any other. There is no room then to look for what comes next.
+func TestLoneReadAtTheEndOfTheInput(t *testing.T) {
+	const n = 4096
+	d := newFullDevice(testSize)
+	d.Chill(blockmap.Range(8*n, n))
+	c, ended := transmit(t, t.Context(), &Server{}, &Export{Device: d, ReadOnly: true})
+	read := func(cookie, off uint64) {
+		t.Helper()
+		if k := c.chunk(n); k.cookie != cookie || k.errno != 0 || !bytes.Equal(k.data, d.Content(blockmap.Range(int64(off), n))) {
+			t.Fatalf("read %d: %+v, or wrong bytes", cookie, k)
+		}
+	}
+	for i := range uint64(2 * loneReads) {
+		c.send(cmdRead, 0, i, n*(i%4), n)
+		read(i, n*(i%4))
+	}
+	p := appendRequest(nil, cmdWrite, 0, 100, 0, inputReadOnly-2*requestLen) // refused, and skipped
+	p = append(p, make([]byte, inputReadOnly-2*requestLen)...)
+	c.write(appendRequest(p, cmdRead, 0, 101, 8*n, n))
+	if k := c.chunk(0); k.cookie != 100 || k.errno != ePerm {
+		t.Fatalf("the write: %+v", k)
+	}
+	read(101, 8*n)
+	c.nc.Close()
+	within(t, ended)
+	d.NoPins(t)
+}
+
 // A client that waits for a slow write, and has sent nothing else, keeps its reader, which does
 // the next write too.
 func TestSlowWritesOfALoneClient(t *testing.T) {
