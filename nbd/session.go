@@ -81,7 +81,7 @@ type session struct {
 	watchdog   inline.Watchdog
 	stuckCost  int64       // of the request that the reader does itself, if it is taken over
 	behind     atomic.Bool // something waits for its end: input that is not parsed, or replies
-	call       *call       // bounds the writes of the reader, and is replaced when the reader is
+	call       *call       // bounds what the reader does itself, and is replaced when the reader is
 	ended      chan error  // what ends the reading, from a goroutine that has taken it over
 
 	// For the holder of the write side.

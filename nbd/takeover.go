@@ -29,8 +29,8 @@ const (
 // the reader any more.
 var errTakenOver = errors.New("another goroutine has taken over the reading")
 
-// call is a context for writes of a reader. It has no deadline, which would cost more than
-// a write: a write that is taken over gets one.
+// call is a context for requests that a reader does itself. It has no deadline, which would
+// cost more than a write: a request that is taken over gets one.
 type call struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -160,14 +160,14 @@ func (s *session) payload(n int) ([]byte, error) {
 	return p, nil
 }
 
-// takeOver starts another reader. The one so far is stuck in a write and owns nothing but
-// that write and the buffer that it writes from.
+// takeOver starts another reader. The one so far is stuck in a request and owns nothing but
+// that request and, for a WRITE, the buffer that it writes from.
 func (s *session) takeOver() {
 	stuck := s.call
 	limit := time.AfterFunc(s.timeout, func() { stuck.cancel(context.DeadlineExceeded) })
 	context.AfterFunc(stuck.ctx, func() { limit.Stop() })
 	s.call = nil
-	// The write is in flight from now on. It is not held up at a limit: that would hold up
+	// The request is in flight from now on. It is not held up at a limit: that would hold up
 	// the replies. The next ones are.
 	s.client.acquireNow(s.stuckCost)
 	s.working.Add(1)
@@ -181,7 +181,7 @@ func (s *session) takeOver() {
 			return
 		}
 		if err != errDisc && !s.drains(err) {
-			s.cancel(err) // which ends the write
+			s.cancel(err) // which ends the request
 		}
 		s.ended <- err
 	})

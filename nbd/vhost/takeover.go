@@ -7,11 +7,11 @@ import (
 	"thaw/blockmap"
 )
 
-// The goroutine of a queue does small writes itself, and what a driver waits for that has
-// nothing else in flight. That takes microseconds as a rule. It can take seconds where the
-// disk is busy, and for ever where it hangs. So another goroutine takes over the queue after
-// some milliseconds (package inline). The first one only finishes its request, like any
-// other that waits for the device.
+// The goroutine of a queue does small writes itself, and the read of the disk or the write of
+// a driver that has nothing else in flight. That takes microseconds as a rule. It can take
+// seconds where the disk is busy, and for ever where it hangs. So another goroutine takes over
+// the queue after some milliseconds (package inline). The first one only finishes its request,
+// like any other that waits for the device.
 
 // stuckTime is how long the goroutine of a queue may wait for the device. It may wait twice
 // as long.

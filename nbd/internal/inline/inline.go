@@ -8,7 +8,7 @@
 // Such a write may wait for the disk all the same, and the other requests of the queue with
 // it: where the disk is slower than the writers, say. So writes are given away after a slow
 // one, for longer each time, until one is fast again ([Writes]). And where another goroutine
-// can serve the queue, it takes over from one that is stuck in a write ([Watchdog]).
+// can serve the queue, it takes over from one that is stuck in a request ([Watchdog]).
 package inline
 
 import (
