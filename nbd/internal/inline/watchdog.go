@@ -50,12 +50,11 @@ func (w *Watchdog) Begin() (n uint64) {
 
 // End says that a request has ended. It returns false if TakeOver was called meanwhile: the
 // caller owns nothing but its request any more.
-func (w *Watchdog) End(n uint64) bool {
-	if w.count.CompareAndSwap(n, n+1) {
-		return true
-	}
-	// TakeOver counts the request as one in flight. It may only just have begun, and the
-	// caller is about to count it as ended.
+func (w *Watchdog) End(n uint64) bool { return w.count.CompareAndSwap(n, n+1) || w.taken() }
+
+// taken waits for TakeOver, which may only just have begun: it counts the request as one in
+// flight, and the caller is about to count it as ended. It returns false.
+func (w *Watchdog) taken() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return false
