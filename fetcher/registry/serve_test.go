@@ -18,21 +18,11 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"go.uber.org/goleak"
+
+	"thaw/blockmap/blocktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(patient{m}) }
-
-// patient gives the goroutines of the last test a minute to end. goleak gives them less than half
-// a second.
-type patient struct{ m *testing.M }
-
-func (p patient) Run() int {
-	code := p.m.Run()
-	for end := time.Now().Add(time.Minute); code == 0 && goleak.Find() != nil && time.Now().Before(end); {
-	}
-	return code
-}
+func TestMain(m *testing.M) { blocktest.Main(m) }
 
 // dockerRegistry runs docker-registry on a free port of loopback until the test ends,
 // and returns its address.

@@ -21,7 +21,6 @@ import (
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"go.uber.org/goleak"
 
 	"thaw/blockmap"
 	"thaw/blockmap/blocktest"
@@ -31,19 +30,7 @@ import (
 	"thaw/nbd"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	// Goroutines that end take a while on a busy machine: more than goleak waits for them.
-	err := goleak.Find()
-	for end := time.Now().Add(atMost); err != nil && time.Now().Before(end); err = goleak.Find() {
-		time.Sleep(10 * time.Millisecond)
-	}
-	if err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { blocktest.Main(m) }
 
 // testRegistry is a registry with block images.
 type testRegistry struct {

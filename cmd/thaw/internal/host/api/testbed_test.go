@@ -21,7 +21,6 @@ import (
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"go.uber.org/goleak"
 
 	"thaw/blockmap/blocktest"
 	"thaw/blockmap/flatten"
@@ -29,19 +28,7 @@ import (
 	"thaw/fetcher/registry"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	// Goroutines that end take a while on a busy machine: more than goleak waits for them.
-	err := goleak.Find()
-	for end := time.Now().Add(atMost); err != nil && time.Now().Before(end); err = goleak.Find() {
-		time.Sleep(10 * time.Millisecond)
-	}
-	if err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { blocktest.Main(m) }
 
 // bed is a server of the API over a real socket, and a registry that can be slow.
 type bed struct {
