@@ -105,9 +105,9 @@ func setDefault[T comparable](p *T, v T) {
 // Close ends all fetches. Their waiters get blockmap.ErrClosed. Close returns when no
 // goroutine is left.
 func (f *Fetcher) Close() {
-	f.cancel()
 	f.mu.Lock()
 	f.mu.closed = true
+	f.cancel() // a request that ends by this asks no other source
 	for _, ft := range f.mu.fetches {
 		if ft.state != running {
 			f.end(ft, blockmap.ErrClosed)
