@@ -14,6 +14,9 @@ import (
 //
 // It learns from the driver how many requests come and how far apart they are. Beyond that
 // number it does not wait: a driver that has one request in flight waits for its answer.
+//
+// While it waits it yields its processor. The driver may need it, and so may any other program:
+// then a wait takes longer than the times below, up to a slice of the kernel's scheduler.
 const (
 	gatherMax   = 32                     // answers that wait for others, at most
 	gatherTime  = 100 * time.Microsecond // that a pass waits, at most

@@ -366,14 +366,7 @@ func TestAttachingIsSwept(t *testing.T) {
 	}
 	h := r.open(Options{Dir: dir})
 	h.Recover()
-	await(t, "the node is gone", func() bool {
-		select {
-		case <-a.Gone():
-			return true
-		default:
-			return false
-		}
-	})
+	await(t, "the node is gone", gone(a))
 	await(t, "the tokens are gone", func() bool {
 		_, err := os.Stat(filepath.Join(dir, stateName))
 		return errors.Is(err, fs.ErrNotExist)
@@ -433,14 +426,7 @@ func TestGoneIsSweptLater(t *testing.T) {
 		_, err := os.Stat(filepath.Join(dir, stateName))
 		return errors.Is(err, fs.ErrNotExist)
 	})
-	await(t, "the node is gone", func() bool {
-		select {
-		case <-a.Gone():
-			return true
-		default:
-			return false
-		}
-	})
+	await(t, "the node is gone", gone(a))
 }
 
 // While an attach goes on, the state file has the token of its node.
@@ -476,6 +462,18 @@ func TestTokenIsKept(t *testing.T) {
 		}
 	}
 	t.Error("in 50 attaches, the file never had a token")
+}
+
+// gone says whether a node has gone.
+func gone(n *attach.Node) func() bool {
+	return func() bool {
+		select {
+		case <-n.Gone():
+			return true
+		default:
+			return false
+		}
+	}
 }
 
 // onMessage calls do when a line with this message is logged.
